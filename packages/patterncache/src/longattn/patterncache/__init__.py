@@ -1,0 +1,68 @@
+"""Who sees whom: attention patterns, their plans in strides, and a thread-safe cache of plans. Needs numpy only."""
+
+import logging
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+logging.getLogger("longattn").addHandler(logging.NullHandler())
+
+if TYPE_CHECKING:
+    from longattn.patterncache.band import pieces
+    from longattn.patterncache.cache import PatternCache, get_global_pattern_cache, reset_global_pattern_cache
+    from longattn.patterncache.dilated import Dilated
+    from longattn.patterncache.index import Affine, Listed, Rectangle, Span
+    from longattn.patterncache.pattern import Pattern, Restrict, parse_pattern
+    from longattn.patterncache.plan import Band, Branch, Plan
+    from longattn.patterncache.window import Full, Window
+
+_HOME = {
+    "Affine": "index",
+    "Band": "plan",
+    "Branch": "plan",
+    "Dilated": "dilated",
+    "Full": "window",
+    "Listed": "index",
+    "Pattern": "pattern",
+    "PatternCache": "cache",
+    "Plan": "plan",
+    "Rectangle": "index",
+    "Restrict": "pattern",
+    "Span": "index",
+    "Window": "window",
+    "get_global_pattern_cache": "cache",
+    "parse_pattern": "pattern",
+    "pieces": "band",
+    "reset_global_pattern_cache": "cache",
+}
+
+__all__ = [
+    "Affine",
+    "Band",
+    "Branch",
+    "Dilated",
+    "Full",
+    "Listed",
+    "Pattern",
+    "PatternCache",
+    "Plan",
+    "Rectangle",
+    "Restrict",
+    "Span",
+    "Window",
+    "get_global_pattern_cache",
+    "parse_pattern",
+    "pieces",
+    "reset_global_pattern_cache",
+]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

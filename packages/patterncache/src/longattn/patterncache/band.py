@@ -1,0 +1,72 @@
+"""Cutting a banded branch into dense, triangle and strip pieces.
+
+Kernels that skip tiles themselves take a branch whole. Those that know only "all", "causal" and "a mask" take its pieces: most
+of the work is then dense or causal, and the masks that are left are at most one strip of query rows tall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from longattn.patterncache.plan import Band, Branch, Plan
+
+STRIP = 256
+"""Query rows of a masked piece: enough to keep a matrix product busy, few enough that the mask stays small."""
+
+
+def pieces(plan: Plan, strip: int = STRIP) -> tuple[Branch, ...]:
+    """The plan's counts in branches that are dense, a triangle, or a strip of at most `strip` query rows. Kept with the plan."""
+    kept: dict[int, tuple[Branch, ...]] = plan.derived.setdefault("pieces", {})
+    if strip not in kept:
+        kept[strip] = tuple(piece for branch in plan.branches for piece in split_band(branch, strip))
+    return kept[strip]
+
+
+def narrow(branch: Branch, q: tuple[int, int], k: tuple[int, int], band: Band | None) -> Branch:
+    """The part of every tile with query rows q = (first, count) and key rows k = (first, count)."""
+    return replace(branch, q=branch.q.narrow(*q), k=branch.k.narrow(*k), band=band)
+
+
+def split_band(branch: Branch, strip: int) -> Iterator[Branch]:
+    """Pieces of `branch` whose counts add up to its own. Pieces that see nothing are left out."""
+    band = branch.band
+    if band is None or not branch.uniform:
+        yield branch
+    elif band.high is None and band.low is not None and branch.steps[0] == branch.steps[1]:
+        yield from _split_causal(branch, band)
+    else:
+        yield from _split_strips(branch, band, strip)
+
+
+def _split_causal(branch: Branch, band: Band) -> Iterator[Branch]:
+    # With equal steps, row a sees keys 0 .. a + ahead: a dense block of the past, then a triangle, then rows past the last key.
+    assert band.low is not None
+    ahead = (branch.offset - band.low) // branch.steps[1]
+    skip = max(0, -ahead)
+    ahead += skip
+    rows, keys = branch.q.count - skip, branch.k.count
+    if rows <= 0:
+        return
+    past = min(ahead, keys)
+    if past:
+        yield narrow(branch, (skip, rows), (0, past), None)
+    side = min(rows, keys - past)
+    if side > 0:
+        yield narrow(branch, (skip, side), (past, side), band)
+        if rows > side:
+            yield narrow(branch, (skip + side, rows - side), (past, keys - past), None)
+
+
+def _split_strips(branch: Branch, band: Band, strip: int) -> Iterator[Branch]:
+    # Row a sees a contiguous range of keys that only moves forward with a.
+    q_step, k_step = branch.steps
+    for first in range(0, branch.q.count, strip):
+        count = min(strip, branch.q.count - first)
+        nearest = branch.offset + first * q_step
+        farthest = nearest + (count - 1) * q_step
+        begin = 0 if band.high is None else max(0, -((band.high - nearest) // k_step))
+        end = branch.k.count if band.low is None else min(branch.k.count, (farthest - band.low) // k_step + 1)
+        if begin < end:
+            inside = band.covers(nearest - (end - 1) * k_step, farthest - begin * k_step)
+            yield narrow(branch, (first, count), (begin, end - begin), None if inside else band)

@@ -1,0 +1,99 @@
+"""For tests of patterns, ours and yours: Hypothesis strategies, and `check_pattern`, the conformance test."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from longattn.patterncache.band import pieces
+from longattn.patterncache.dilated import HEADS, QUERIES, Dilated
+from longattn.patterncache.index import Rectangle, Span
+from longattn.patterncache.pattern import Pattern, Restrict, parse_pattern
+from longattn.patterncache.plan import Plan, add_branch_counts
+from longattn.patterncache.window import Full, Window
+
+
+def spans(longest: int = 40) -> st.SearchStrategy[Span]:
+    """Any span, strided and empty ones included."""
+    return st.builds(Span, st.integers(0, 50), st.integers(0, longest), st.integers(1, 5))
+
+
+@st.composite
+def rectangles(draw: st.DrawFn, most_heads: int = 6) -> Rectangle:
+    """Any rectangle: one or two spans a side (two is a zigzag shard), some or all heads."""
+    num_heads = draw(st.integers(1, most_heads))
+    begin = draw(st.integers(0, num_heads - 1))
+    heads = draw(st.sampled_from([None, Span(begin, draw(st.integers(0, num_heads - begin)))]))
+    sides = [tuple(draw(st.lists(spans(), min_size=1, max_size=2))) for _ in range(2)]
+    return Rectangle(num_heads, sides[0], sides[1], heads)
+
+
+@st.composite
+def dilated(draw: st.DrawFn, most_branches: int = 3, heads: str | None = None) -> Dilated:
+    """Any dilated pattern, with r > s and r that does not divide s."""
+    branches = draw(st.integers(1, most_branches))
+    segments = draw(st.lists(st.integers(1, 30), min_size=branches, max_size=branches))
+    rates = draw(st.lists(st.integers(1, 7), min_size=branches, max_size=branches))
+    assignment = heads or draw(st.sampled_from(HEADS))
+    return Dilated(tuple(segments), tuple(rates), assignment, draw(st.sampled_from(QUERIES)), draw(st.booleans()))
+
+
+def patterns(depth: int = 1) -> st.SearchStrategy[Pattern]:
+    """Any pattern of this package. "split" needs a head per branch, so those have one branch only."""
+    single = st.one_of(
+        st.builds(Full, st.booleans()),
+        st.builds(Window, st.integers(1, 20), st.integers(0, 6), st.booleans()),
+        dilated(heads="shared"),
+        dilated(heads="blocks"),
+        dilated(most_branches=1, heads="split"),
+    )
+    if depth == 0:
+        return single
+    return st.one_of(single, st.builds(Restrict, patterns(depth - 1), patterns(depth - 1)))
+
+
+def check_plan(plan: Plan, pattern: Pattern) -> None:
+    """Assert that the plan, and the pieces it is cut into, count what the pattern counts, and that branches keep their promises."""
+    expected = pattern.counts(plan.rectangle)
+    np.testing.assert_array_equal(plan.counts(), expected)
+    for strip in (4, 256):
+        total = np.zeros(plan.rectangle.shape, np.int64)
+        for piece in pieces(plan, strip):
+            add_branch_counts(total, piece)
+        np.testing.assert_array_equal(total, expected)
+    for branch in plan.branches:
+        assert branch.q.tiles == branch.k.tiles
+        assert branch.q.distinct, "a query row stands in two tiles of one branch"
+    assert plan.empty == (not expected.any())
+
+
+def check_pattern(pattern: Pattern, rectangle: Rectangle) -> None:
+    """Assert everything a pattern promises, on one rectangle.
+
+    Its plan counts what it counts; its canonical string reads back equal; counts are not negative; causal hides the future; and the
+    counts of a rectangle split in two add up.
+    """
+    counts = pattern.counts(rectangle)
+    assert counts.shape == rectangle.shape and counts.dtype == np.int64 and (counts >= 0).all()
+    check_plan(pattern.plan(rectangle), pattern)
+    assert parse_pattern(pattern.canonical()) == pattern
+    future = rectangle.key_positions()[None, :] > rectangle.query_positions()[:, None]
+    assert not (pattern.with_causal(True).counts(rectangle) * future).any()
+    for side in ("queries", "keys"):
+        whole: tuple[Span, ...] = getattr(rectangle, side)
+        first = whole[0]
+        half = first.length // 2
+        parts = ((first.take(0, half),), (first.take(half, first.length - half), *whole[1:]))
+        axis = 1 if side == "queries" else 2
+        sides = [
+            pattern.plan(
+                Rectangle(
+                    rectangle.num_heads,
+                    part if side == "queries" else rectangle.queries,
+                    part if side == "keys" else rectangle.keys,
+                    rectangle.heads,
+                )
+            ).counts()
+            for part in parts
+        ]
+        np.testing.assert_array_equal(np.concatenate(sides, axis), counts)
