@@ -1,0 +1,188 @@
+"""Sessions per package. Each installs ONLY its package and what that package declares; upper floors must be absent.
+
+`./run nox --list` shows them. What a package declares is read from its own pyproject.toml, never repeated here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["floors"]
+
+ROOT = Path(__file__).parent
+WORKSPACE: dict[str, Any] = nox.project.load_toml(ROOT / "pyproject.toml")
+PACKAGES = ("bufmgr", "patterncache", "kernels", "attention")  # bottom up
+OTHER_PYTHONS = ("3.12", "3.13", "3.14")
+
+
+def metadata(package: str) -> dict[str, Any]:
+    """Return the [project] table of one package."""
+    return nox.project.load_toml(ROOT / "packages" / package / "pyproject.toml")["project"]
+
+
+def declared(package: str) -> list[str]:
+    """Return the distributions that a package names as dependencies, without versions."""
+    return [re.split(r"[^A-Za-z0-9_.-]", dependency, maxsplit=1)[0] for dependency in metadata(package)["dependencies"]]
+
+
+def closure(package: str) -> list[str]:
+    """Return the package and every sibling below it, bottom up."""
+    below = {name.removeprefix("longattn-") for name in declared(package) if name.startswith("longattn-")}
+    found = {package}.union(*(closure(name) for name in below))
+    return [name for name in PACKAGES if name in found]
+
+
+def absentees(package: str) -> list[str]:
+    """Return the imports that must fail where only this package is installed."""
+    there = closure(package)
+    upper = [f"longattn.{name}" for name in PACKAGES if name not in there]
+    needs_torch = any("torch" in declared(name) for name in there)
+    return upper + ([] if needs_torch else ["torch"])
+
+
+def group(*names: str) -> list[str]:
+    """Return the requirements of dependency groups of the workspace."""
+    return list(nox.project.dependency_groups(WORKSPACE, *names))
+
+
+def constraints(session: nox.Session) -> list[str]:
+    """Return pip options that hold the session to the workspace's constraints."""
+    path = Path(session.create_tmp()) / "constraints.txt"
+    path.write_text("\n".join(WORKSPACE["tool"]["uv"]["constraint-dependencies"]) + "\n", encoding="utf-8")
+    # --no-sources: a sibling comes only from what is named on the command line, never silently from the workspace.
+    return ["--constraint", str(path), "--no-sources"]
+
+
+def from_checkout(package: str, extras: str = "testing") -> list[str]:
+    """Return requirements for the package with extras, and plain ones for the siblings it declares."""
+    paths = {name: str(ROOT / "packages" / name) for name in closure(package)}
+    paths[package] += f"[{extras}]" if extras else ""
+    return [word for path in paths.values() for word in ("--editable", path)]
+
+
+def check_floors(session: nox.Session, package: str, kind: str) -> None:
+    """Fail unless what is declared can be imported and what is not cannot."""
+    present = ",".join(f"longattn.{name}" for name in closure(package))
+    absent = ",".join(absentees(package))
+    session.run("python", "-P", "tests/installed_floors.py", kind, present, absent)
+
+
+def run_tests(session: nox.Session, package: str) -> None:
+    """Run one package's tests; arguments after `--` go to pytest."""
+    session.run("pytest", f"packages/{package}/tests", *session.posargs)
+
+
+def test(session: nox.Session, package: str) -> None:
+    """Test the package from the checkout, with nothing above it installed."""
+    session.install(*constraints(session), *from_checkout(package), *group("test"))
+    check_floors(session, package, "editable")
+    run_tests(session, package)
+
+
+def types(session: nox.Session, package: str) -> None:
+    """Check the package's types where only it and every extra it declares are installed."""
+    extras = ",".join(metadata(package)["optional-dependencies"])
+    session.install(*constraints(session), *from_checkout(package, extras), *group("test", "types"))
+    settings = {**WORKSPACE["tool"]["pyright"], "extraPaths": [], "exclude": ["**/__pycache__"]}
+    settings["include"] = [str(ROOT / "packages" / package / part) for part in ("src", "tests")]
+    config = Path(session.create_tmp()) / "pyrightconfig.json"
+    config.write_text(json.dumps(settings), encoding="utf-8")
+    python = session.run("python", "-c", "import sys; print(sys.executable)", silent=True)
+    session.run("pyright", "--project", str(config), "--pythonpath", str(python).strip())
+
+
+def lint(session: nox.Session, package: str) -> None:
+    """Check style and format of one package."""
+    session.install(*group("lint"))
+    session.run("ruff", "check", f"packages/{package}")
+    session.run("ruff", "format", "--check", f"packages/{package}")
+
+
+def wheel(session: nox.Session, package: str) -> None:
+    """Build wheels, install them into an empty environment, and run the tests against the installed files."""
+    dist = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    wheels = {}
+    for name in closure(package):
+        session.run_install(
+            "uv",
+            "build",
+            "--quiet",
+            "--no-sources",
+            "--wheel",
+            "--out-dir",
+            str(dist),
+            f"packages/{name}",
+            external=True,
+        )
+        (wheels[name],) = dist.glob(f"longattn_{name}-*.whl")
+    session.run("python", "tests/wheel_contents.py", *(str(path) for path in wheels.values()))
+    requirements = [f"{path}[testing]" if name == package else str(path) for name, path in wheels.items()]
+    session.install(*constraints(session), *requirements, *group("test"))
+    check_floors(session, package, "wheel")
+    run_tests(session, package)
+
+
+def install_or_skip(session: nox.Session, *requirements: str) -> None:
+    """Install, or skip the session with the reason when no wheel fits this machine."""
+    command = ("uv", "pip", "install", "--quiet", *requirements)
+    answer = session.run_install(*command, "--dry-run", external=True, silent=True, success_codes=[0, 1, 2], log=True)
+    if answer and ("No solution found" in str(answer) or "no wheel" in str(answer).lower()):
+        session.skip(f"no wheels to be had here: {' '.join(str(answer).split())[:300]}")
+    session.install(*requirements)
+
+
+def test_min(session: nox.Session, package: str) -> None:
+    """Test the package with the lowest versions that it declares."""
+    named = [word for name in closure(package) for word in metadata(name)["dependencies"] if "longattn-" not in word]
+    requirements = ["--resolution", "lowest-direct", "--no-sources", *from_checkout(package), *named, *group("test")]
+    install_or_skip(session, *requirements)
+    run_tests(session, package)
+
+
+for _package in PACKAGES:
+    for _check in (test, types, lint, wheel, test_min):
+        nox.session(name=f"{_check.__name__.replace('_', '-')}-{_package}")(
+            functools.update_wrapper(functools.partial(_check, package=_package), _check)
+        )
+
+
+for _version in OTHER_PYTHONS:
+
+    @nox.session(name=f"test-py-{_version}", python=_version, download_python="never")
+    def test_python(session: nox.Session) -> None:
+        """Test every package on another Python, where it and wheels for it are to be had."""
+        editable = [word for name in PACKAGES for word in ("--editable", f"packages/{name}[testing]")]
+        install_or_skip(session, *constraints(session), *editable, *group("test"))
+        session.run("pytest", *(f"packages/{name}/tests" for name in PACKAGES), *session.posargs)
+
+
+@nox.session
+def floors(session: nox.Session) -> None:
+    """Check the import contracts: arrows point only down."""
+    session.install("--no-deps", *from_checkout("attention", ""))  # the contracts read source, they run nothing
+    session.install(*group("floors"))
+    session.run("lint-imports", "--no-cache")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the pages; a warning is an error."""
+    session.install(*group("docs"))
+    session.run("sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run the shortest benchmark once, to see that it still runs; its figures mean nothing."""
+    session.install(*constraints(session), *from_checkout("attention"), *group("test"))
+    session.run("python", "-m", "benchmarks.smoke", *session.posargs)
