@@ -1,0 +1,1 @@
+"""What longattn is compared with: the same tensors in, the same layout out."""

@@ -1,0 +1,154 @@
+"""A measured experiment as a row of CSV: what was compared, the figures, the targets, and where and when."""
+
+import csv
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from benchmarks.experiment import Labels, Targets
+from benchmarks.harness import Outcome
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where and when rows were measured; `commit` ends in -dirty if files other than results differ from it."""
+
+    cpu_model: str
+    cores: int
+    torch: str
+    threads: int
+    commit: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """The columns, in order. Times are milliseconds; `*_cpu_ms` is summed over threads.
+
+    `ratio_cpu` and `ratio_wall` are the peer's median over ours: above 1, ours is faster. `our_growth` and
+    `peer_growth` are peak memory of a fresh process over q+k+v. `verdict` is `met`, `missed: ...` or empty without a
+    target.
+    """
+
+    case: str
+    variant: str
+    peer: str
+    dtype: str
+    seq_len: int
+    causal: bool
+    direction: str
+    our_cpu_ms: float
+    our_cpu_p20: float
+    our_cpu_p80: float
+    peer_cpu_ms: float
+    peer_cpu_p20: float
+    peer_cpu_p80: float
+    ratio_cpu: float
+    our_wall_ms: float
+    peer_wall_ms: float
+    ratio_wall: float
+    pairs: int
+    our_growth: float | None
+    peer_growth: float | None
+    target_ratio: float | None
+    target_growth: float | None
+    verdict: str
+    cpu_model: str
+    cores: int
+    torch: str
+    threads: int
+    commit: str
+    date: str
+
+
+def surroundings() -> Surroundings:
+    """This machine, this torch, this commit, today (UTC)."""
+    return Surroundings(
+        cpu_model=cpu_model(),
+        cores=os.cpu_count() or 1,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        commit=_commit(),
+        date=datetime.now(UTC).date().isoformat(),
+    )
+
+
+def cpu_model() -> str:
+    """The processor's name as the kernel tells it, or the architecture where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=False, cwd=RESULTS.parent.parent
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    # Rows written a minute ago must not make the next ones dirty.
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def verdict(outcome: Outcome, targets: Targets) -> str:
+    """`met`, or `missed:` with what was missed; empty if the row has no target."""
+    missed = []
+    if targets.ratio is not None and outcome.ratio < targets.ratio:
+        missed.append(f"ratio {outcome.ratio:.2f} < {targets.ratio:g}")
+    if targets.growth is not None and outcome.our_growth is not None and outcome.our_growth > targets.growth:
+        missed.append(f"growth {outcome.our_growth:.2f} > {targets.growth:g}")
+    if missed:
+        return "missed: " + ", ".join(missed)
+    measured = targets.ratio is not None or (targets.growth is not None and outcome.our_growth is not None)
+    return "met" if measured else ""
+
+
+def make_row(labels: Labels, targets: Targets, outcome: Outcome, where: Surroundings) -> Row:
+    """Put labels, figures, targets and surroundings together, rounded for reading."""
+    ours, peer = outcome.ours, outcome.peer
+    return Row(
+        **asdict(labels),
+        our_cpu_ms=round(ours.cpu, 2),
+        our_cpu_p20=round(ours.cpu_p20, 2),
+        our_cpu_p80=round(ours.cpu_p80, 2),
+        peer_cpu_ms=round(peer.cpu, 2),
+        peer_cpu_p20=round(peer.cpu_p20, 2),
+        peer_cpu_p80=round(peer.cpu_p80, 2),
+        ratio_cpu=round(outcome.ratio, 3),
+        our_wall_ms=round(ours.wall, 2),
+        peer_wall_ms=round(peer.wall, 2),
+        ratio_wall=round(peer.wall / ours.wall, 3),
+        pairs=ours.samples,
+        our_growth=None if outcome.our_growth is None else round(outcome.our_growth, 3),
+        peer_growth=None if outcome.peer_growth is None else round(outcome.peer_growth, 3),
+        target_ratio=targets.ratio,
+        target_growth=targets.growth,
+        verdict=verdict(outcome, targets),
+        **asdict(where),
+    )
+
+
+def append(rows: list[Row], path: Path) -> None:
+    """Append rows to a CSV file, with a header if the file is new; an empty list writes nothing."""
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        # Unix line ends: the file is read in reviews.
+        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
