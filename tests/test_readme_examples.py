@@ -1,7 +1,6 @@
 """Every Python block in the pages a reader starts from runs as it stands."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,15 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INSTALL = re.compile(r"`pip install((?: \./packages/\w+)+)`")
 
 
-def blocks() -> Iterator[Any]:
-    """Yield (page, text) of each block; blank lines keep the page's own line numbers in a traceback."""
+def blocks() -> list[Any]:
+    """Return (page, text) of each block; blank lines keep the page's own line numbers in a traceback."""
+    found = []
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         for match in BLOCK.finditer(text):
             line = text.count("\n", 0, match.start(1))
-            yield pytest.param(page, "\n" * line + match.group(1), id=f"{page}:{line + 1}")
+            found.append(pytest.param(page, "\n" * line + match.group(1), id=f"{page}:{line + 1}"))
+    return found
 
 
 @pytest.mark.parametrize(("page", "text"), blocks())
