@@ -167,6 +167,18 @@ for _version in OTHER_PYTHONS:
 
 
 @nox.session
+def install(session: nox.Session) -> None:
+    """Run the README's install command of each package as it stands, in an environment with nothing else."""
+    commands = re.findall(r"`pip (install(?: \./packages/\w+)+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    if len(commands) != len(PACKAGES):
+        session.error(f"README.md must name one install command per package, got {commands}")
+    for package, command in zip(PACKAGES, commands, strict=True):
+        session.run_install("uv", "venv", "--clear", "--quiet", session.virtualenv.location, external=True)
+        session.run_install("uv", "pip", "--quiet", *command.split(), *constraints(session), external=True)
+        check_floors(session, package, "wheel")
+
+
+@nox.session
 def floors(session: nox.Session) -> None:
     """Check the import contracts: arrows point only down."""
     session.install("--no-deps", *from_checkout("attention", ""))  # the contracts read source, they run nothing
@@ -185,4 +197,4 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run the shortest benchmark once, to see that it still runs; its figures mean nothing."""
     session.install(*constraints(session), *from_checkout("attention"), *group("test"))
-    session.run("python", "-m", "benchmarks.smoke", *session.posargs)
+    session.run("python", "-m", "benchmarks.run", "--quick", *session.posargs)

@@ -19,7 +19,7 @@ def call(shell: str, folder: Path, *arguments: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-@pytest.mark.parametrize("arguments", [("tset",), ("bench",), ("--hlep",)])
+@pytest.mark.parametrize("arguments", [("tset",), ("--hlep",)])
 def test_wrong_word(shell: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
     """One line on stderr that says what to do."""
     answer = call(shell, tmp_path, *arguments)
