@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -92,9 +93,11 @@ def types(session: nox.Session, package: str) -> None:
     """Check the package's types where only it and every extra it declares are installed."""
     extras = ",".join(metadata(package)["optional-dependencies"])
     session.install(*constraints(session), *from_checkout(package, extras), *group("test", "types"))
+    folder = Path(session.create_tmp()).resolve()
     settings = {**WORKSPACE["tool"]["pyright"], "extraPaths": [], "exclude": ["**/__pycache__"]}
-    settings["include"] = [str(ROOT / "packages" / package / part) for part in ("src", "tests")]
-    config = Path(session.create_tmp()) / "pyrightconfig.json"
+    # pyright takes only paths relative to its settings.
+    settings["include"] = [os.path.relpath(ROOT / "packages" / package / "src", folder)]
+    config = folder / "pyrightconfig.json"
     config.write_text(json.dumps(settings), encoding="utf-8")
     python = session.run("python", "-c", "import sys; print(sys.executable)", silent=True)
     session.run("pyright", "--project", str(config), "--pythonpath", str(python).strip())
