@@ -1,0 +1,56 @@
+"""What users import, listed, so that a new export or a lost one shows in review. Edit the table with the package."""
+
+import importlib
+
+import pytest
+
+from tests.workspace import PACKAGES, source
+
+EXPECTED = {
+    "bufmgr": """
+        AttentionBufferManager BufferConfig BufferType create_attention_buffer_manager
+        """,
+    "patterncache": """
+        Full Window Dilated Restrict Pattern parse_pattern
+        Span Rectangle Affine Listed
+        Plan Branch Band pieces
+        PatternCache get_global_pattern_cache reset_global_pattern_cache
+        """,
+    "kernels": """
+        AttentionState attend backends explain fused_attention merge reference_attention
+        """,
+    "attention": """
+        pattern_attention PatternAttention MultiheadPatternAttention Local
+        DilatedAttention ImprovedDilatedAttention MultiheadDilatedAttention ImprovedMultiheadDilatedAttention
+        """,
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_all_lists_what_the_table_lists(package: str) -> None:
+    """`__all__` holds exactly the table's names, each once."""
+    listed = importlib.import_module(f"longattn.{package}").__all__
+    assert sorted(EXPECTED[package].split()) == sorted(listed)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_each_name_leads_somewhere(package: str) -> None:
+    """Every listed name can be had, and `dir()` shows it."""
+    module = importlib.import_module(f"longattn.{package}")
+    missing = [name for name in EXPECTED[package].split() if not hasattr(module, name) or name not in dir(module)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_misspelt_name_is_an_attribute_error(package: str) -> None:
+    """A lazy package still says that a name does not exist."""
+    module = importlib.import_module(f"longattn.{package}")
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = module.no_such_name
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_submodule_is_spelt_like_a_public_name(package: str) -> None:
+    """A module `attend.py` would shadow the function `attend` once it is imported."""
+    submodules = {path.stem for path in source(package).glob("*.py")}
+    assert set() == submodules & set(EXPECTED[package].split())
