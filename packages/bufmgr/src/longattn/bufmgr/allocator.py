@@ -1,0 +1,91 @@
+"""Where memory comes from: blocks, the Allocator protocol, and the simplest upstream.
+
+An Allocator hands out blocks of host memory and takes them back. Allocators stack: one takes another as its upstream
+and adds a feature (see adaptors.py). The life of a block: `allocate` makes it, whoever asked holds it and may lend it
+any number of times, and `deallocate` is called once, when no tensor lies over it. Dropping a block without
+`deallocate` frees its memory too, but leaves the books of a counting allocator wrong.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+
+# Under this size one page per block would waste too much; from here on each block is its own private mapping.
+_MAPPED_FROM = 64 * 1024
+_ALIGNMENT = 64
+
+
+class Block:
+    """A piece of host memory that can be lent to one tensor at a time.
+
+    nbytes: usable bytes. zeroed: every byte is known to be zero, until the block is lent for the first time.
+    """
+
+    __slots__ = ("memory", "nbytes", "zeroed")
+
+    def __init__(self, memory: memoryview, *, zeroed: bool) -> None:
+        self.memory = memory
+        self.nbytes = memory.nbytes
+        self.zeroed = zeroed
+
+
+@runtime_checkable
+class Allocator(Protocol):
+    """Source of blocks. `allocate` raises MemoryError when it cannot; both are safe to call from any thread."""
+
+    def allocate(self, nbytes: int) -> Block:
+        """Return a writable block of exactly nbytes (1 or more), aligned to 64 bytes. Raises MemoryError."""
+        ...
+
+    def deallocate(self, block: Block) -> None:
+        """Take back a block that came from this allocator and that no tensor lies over."""
+        ...
+
+
+@runtime_checkable
+class TensorAllocator(Protocol):
+    """What kernels take scratch and outputs from, without knowing this package. Managers and the pool satisfy it."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, role: str) -> torch.Tensor:
+        """Return an uninitialised contiguous tensor; `role` is a BufferType's name in lower case."""
+        ...
+
+    def release(self, tensor: torch.Tensor, role: str) -> None:
+        """Give back a tensor that `empty` returned for this role."""
+        ...
+
+
+class SystemAllocator:
+    """The simplest upstream: private memory from the operating system, given back at once."""
+
+    def allocate(self, nbytes: int) -> Block:
+        """Return a zeroed block. Raises MemoryError when the system refuses."""
+        if nbytes < _MAPPED_FROM:
+            return Block(_aligned(nbytes), zeroed=True)
+        try:
+            return Block(memoryview(_private_mapping(nbytes)), zeroed=True)
+        except (OSError, OverflowError) as error:
+            raise MemoryError(f"the system refused {nbytes} bytes ({nbytes / 2**30:.2f} GiB): {error}") from error
+
+    def deallocate(self, block: Block) -> None:
+        """Forget the block; its memory goes back when the last memoryview over it dies, which is here."""
+        block.memory = memoryview(b"")
+
+
+def _private_mapping(nbytes: int) -> mmap.mmap:
+    # A plain mmap(-1, n) is shared with forked children: their writes would show in the parent.
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)
+
+
+def _aligned(nbytes: int) -> memoryview:
+    raw = memoryview(bytearray(nbytes + _ALIGNMENT))
+    # Vector loads of the kernels want whole cache lines; a bytearray is only aligned to 16 bytes.
+    address = torch.frombuffer(raw, dtype=torch.uint8).data_ptr()
+    start = -address % _ALIGNMENT
+    return raw[start : start + nbytes]

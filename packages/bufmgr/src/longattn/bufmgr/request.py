@@ -1,0 +1,111 @@
+"""One checked request for a buffer: what shape, dtype, device and size. Nothing below this file checks users again."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_CPU = torch.device("cpu")
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True, slots=True)
+class BufferRequest:
+    """A buffer that can be asked for. `nbytes` is exact; `device` has an index wherever devices are numbered."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    nbytes: int
+
+    def describe(self) -> str:
+        """Return the request in words, for error texts."""
+        return f"shape {self.shape}, {self.dtype}, {self.nbytes} bytes ({self.nbytes / 2**30:.2f} GiB) on {self.device}"
+
+
+def resolve_request(
+    shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | str | int | None = None
+) -> BufferRequest:
+    """Check a request and fill in what was left open.
+
+    shape: whole numbers of 0 or more. dtype None is torch's default dtype. device None is the device of the current
+    `with torch.device(...)` or `torch.set_default_device`, else CPU; "cuda", "cuda:0", 0 and torch.device("cuda") become
+    one device.
+
+    Raises TypeError or ValueError naming the parameter, and MemoryError for sizes that no machine of this kind holds.
+    """
+    sizes = _check_shape(shape)
+    if dtype is None:
+        dtype = torch.get_default_dtype()
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
+    target = resolve_device(device)
+    request = BufferRequest(sizes, dtype, target, math.prod(sizes) * dtype.itemsize)
+    if request.nbytes > sys.maxsize:
+        raise MemoryError(f"a buffer of {request.describe()} is more than can be addressed")
+    if target.type == "cpu" and request.nbytes > physical_memory():
+        # Overcommit might promise it; the first writes would then end the process instead of raising here.
+        raise MemoryError(f"a buffer of {request.describe()}: this machine has {physical_memory()} bytes of memory")
+    return request
+
+
+def _check_shape(shape: object) -> tuple[int, ...]:
+    if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable):
+        raise TypeError(f"shape: expected a sequence of whole numbers, got {shape!r}")
+    sizes = []
+    for axis, size in enumerate(shape):
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise TypeError(f"shape[{axis}]: expected a whole number of 0 or more, got {size!r}")
+        sizes.append(operator.index(size))
+        if sizes[-1] < 0:
+            raise ValueError(f"shape[{axis}]: expected a whole number of 0 or more, got {size!r}")
+    return tuple(sizes)
+
+
+def resolve_device(device: torch.device | str | int | None) -> torch.device:
+    """Return the one name of a device. Raises TypeError or ValueError for what is no device or is not here."""
+    found = torch.get_default_device() if device is None else _parse_device(device)
+    if found.type == "cpu":
+        return _CPU
+    if found.type == "meta":
+        return _META
+    return _resolve_accelerator(found)
+
+
+def _parse_device(device: object) -> torch.device:
+    if isinstance(device, torch.device):
+        return device
+    if isinstance(device, bool) or not isinstance(device, (str, int)):
+        raise TypeError(f"device: expected a torch.device, str, int or None, got {device!r}")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected a device that torch knows, got {device!r}: {error}") from error
+
+
+def _resolve_accelerator(device: torch.device) -> torch.device:
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if here is None or here.type != device.type:
+        known = "'cpu' or 'meta'" + (f" or '{here.type}'" if here else "")
+        raise ValueError(f"device: expected {known} on this machine, got {str(device)!r}")
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    count = torch.accelerator.device_count()
+    if index >= count:
+        raise ValueError(f"device: expected an index below {count} for {device.type}, got {str(device)!r}")
+    return torch.device(device.type, index)
+
+
+@functools.cache
+def physical_memory() -> int:
+    """Return this machine's memory in bytes, or the largest address where the system does not tell."""
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
+        return sys.maxsize
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

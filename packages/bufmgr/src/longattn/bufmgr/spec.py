@@ -1,0 +1,143 @@
+"""What kinds of buffers there are, and the policy of each: one table, checked when a row is made."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Literal, get_args
+
+ReuseFrequency = Literal["low", "medium", "high"]
+Lifetime = Literal["ephemeral", "iteration", "persistent"]
+
+MIB = 1024 * 1024
+
+
+class BufferType(enum.Enum):
+    """What a buffer is for. The value is the name in lower case, which kernels use as a role."""
+
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    OUTPUT = "output"
+    SCORES = "scores"
+    WEIGHTS = "weights"
+    TEMP = "temp"
+    COMM = "comm"
+    MASK = "mask"
+    CACHE = "cache"
+
+    # Members are singletons; Enum's own hash is a Python call, paid at each of the many table look-ups.
+    __hash__ = object.__hash__
+
+
+@dataclass(frozen=True)
+class BufferConfig:
+    """Policy of one buffer type.
+
+    typical_size_mb: expected size of one buffer in MiB, positive. Default 1.0.
+    reuse_frequency: "low", "medium" or "high": how soon the same size is wanted again. Default "medium".
+    lifetime: "ephemeral" (inside one call), "iteration" or "persistent". Default "iteration".
+    prefer_bucketed: small buffers of this type gain from size classes. Default False.
+    prefer_numa: large buffers of this type gain from placement on a node. Default False.
+    zero_init: every buffer starts as zeros, also when its memory was used before. Default False.
+    pinned: page-locked host memory where an accelerator wants it; ordinary memory elsewhere. Default False.
+    max_cached_buffers: most free buffers kept for reuse, 0 keeps none. Default 8.
+    max_cached_mb: most MiB of free buffers kept for reuse; a larger buffer is never kept. Default 512.
+
+    The preferences and sizes up to `lifetime` describe; what acts today is zero_init, pinned and the two limits.
+    Raises TypeError or ValueError that names the field.
+    """
+
+    typical_size_mb: float = 1.0
+    reuse_frequency: ReuseFrequency = "medium"
+    lifetime: Lifetime = "iteration"
+    prefer_bucketed: bool = False
+    prefer_numa: bool = False
+    zero_init: bool = False
+    pinned: bool = False
+    max_cached_buffers: int = 8
+    max_cached_mb: float = 512.0
+
+    def __post_init__(self) -> None:
+        """Check every field once, here at the edge."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "bool" and not isinstance(value, bool):
+                raise TypeError(f"{field.name}: expected True or False, got {value!r}")
+        _check_number("typical_size_mb", self.typical_size_mb, zero_allowed=False)
+        _check_number("max_cached_mb", self.max_cached_mb, zero_allowed=True)
+        _check_choice("reuse_frequency", self.reuse_frequency, get_args(ReuseFrequency))
+        _check_choice("lifetime", self.lifetime, get_args(Lifetime))
+        if not isinstance(self.max_cached_buffers, int) or isinstance(self.max_cached_buffers, bool):
+            raise TypeError(f"max_cached_buffers: expected a whole number, got {self.max_cached_buffers!r}")
+        if self.max_cached_buffers < 0:
+            raise ValueError(f"max_cached_buffers: expected 0 or more, got {self.max_cached_buffers}")
+
+    @property
+    def max_cached_bytes(self) -> int:
+        """Most bytes of free buffers kept for reuse."""
+        return int(self.max_cached_mb * MIB)
+
+
+def _check_number(name: str, value: object, *, zero_allowed: bool) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number of MiB, got {value!r}")
+    if not (0 < value < float("inf") or (zero_allowed and value == 0)):
+        raise ValueError(
+            f"{name}: expected a finite number {'of 0 or more' if zero_allowed else 'above 0'}, got {value}"
+        )
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+# typical MiB, reuse, lifetime, bucketed, numa, zeros, pinned, most buffers kept, most MiB kept
+_ROWS: dict[BufferType, BufferConfig] = {
+    BufferType.QUERY: BufferConfig(4.0, "high", "iteration", True, False, False, False, 10, 1024),
+    BufferType.KEY: BufferConfig(4.0, "high", "iteration", True, False, False, False, 10, 1024),
+    BufferType.VALUE: BufferConfig(4.0, "high", "iteration", True, False, False, False, 10, 1024),
+    BufferType.OUTPUT: BufferConfig(4.0, "high", "iteration", True, False, True, False, 10, 1024),
+    BufferType.SCORES: BufferConfig(32.0, "medium", "ephemeral", False, True, False, False, 5, 512),
+    BufferType.WEIGHTS: BufferConfig(32.0, "medium", "ephemeral", False, True, False, False, 5, 512),
+    BufferType.TEMP: BufferConfig(0.5, "high", "ephemeral", True, False, False, False, 10, 512),
+    BufferType.COMM: BufferConfig(8.0, "medium", "persistent", False, False, False, True, 5, 512),
+    BufferType.MASK: BufferConfig(1.0, "medium", "persistent", True, False, False, False, 8, 64),
+    BufferType.CACHE: BufferConfig(64.0, "low", "persistent", False, True, False, False, 5, 1024),
+}
+
+DEFAULT_CONFIGS: Mapping[BufferType, BufferConfig] = MappingProxyType(_ROWS)
+"""The ten policies. Read only: give `custom_configs` to a manager to change one."""
+
+
+def parse_type(value: BufferType | str, name: str = "type") -> BufferType:
+    """Return the BufferType that a member or its name in one case ("query", "QUERY") stands for.
+
+    Raises TypeError for anything else than these two kinds, ValueError for an unknown name.
+    """
+    if isinstance(value, BufferType):
+        return value
+    expected = "a BufferType or its name, one of " + ", ".join(member.value for member in BufferType)
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected {expected}; got {value!r}")
+    for member in BufferType:
+        if value in (member.value, member.name):
+            return member
+    raise ValueError(f"{name}: expected {expected}; got {value!r}")
+
+
+def merge_configs(custom: Mapping[BufferType, BufferConfig] | None) -> dict[BufferType, BufferConfig]:
+    """Return the table of ten with the rows of `custom` in place of its own. Raises TypeError on a wrong key or row."""
+    merged = dict(DEFAULT_CONFIGS)
+    if custom is None:
+        return merged
+    if not isinstance(custom, Mapping):
+        raise TypeError(f"custom_configs: expected a mapping of BufferType to BufferConfig, got {custom!r}")
+    for key, config in custom.items():
+        if not isinstance(config, BufferConfig):
+            raise TypeError(f"custom_configs[{key!r}]: expected a BufferConfig, got {config!r}")
+        merged[parse_type(key, "custom_configs key")] = config
+    return merged
