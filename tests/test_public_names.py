@@ -8,7 +8,10 @@ from tests.workspace import PACKAGES, source
 
 EXPECTED = {
     "bufmgr": """
-        AttentionBufferManager BufferConfig BufferType create_attention_buffer_manager
+        BufferType BufferConfig DEFAULT_CONFIGS
+        AttentionBufferManager create_attention_buffer_manager
+        MemoryPool get_global_memory_pool reset_global_memory_pool
+        Allocator TensorAllocator Block SystemAllocator StatisticsAllocator LimitingAllocator Statistics
         """,
     "patterncache": """
         Full Window Dilated Restrict Pattern parse_pattern
