@@ -18,6 +18,7 @@ import nox
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["floors"]
+nox.options.error_on_missing_interpreters = False  # they skip with a reason, on CI too
 
 ROOT = Path(__file__).parent
 WORKSPACE: dict[str, Any] = nox.project.load_toml(ROOT / "pyproject.toml")
