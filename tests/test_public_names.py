@@ -20,7 +20,8 @@ EXPECTED = {
         PatternCache get_global_pattern_cache reset_global_pattern_cache
         """,
     "kernels": """
-        AttentionState attend backends explain fused_attention merge reference_attention
+        attend AttentionState merge reference_attention
+        explain Explanation AttentionProblem backends Capability
         """,
     "attention": """
         pattern_attention PatternAttention MultiheadPatternAttention Local
