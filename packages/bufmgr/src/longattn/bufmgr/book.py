@@ -94,11 +94,12 @@ class LeaseBook(ForkListener):
             block = self._from_upstream(size, kind, request)
         zeroed, block.zeroed = block.zeroed, False
         lease = Lease(self, kind, request, block)
-        tensor = None
+        lent = False
         try:
             tensor = lend_block(lease, request)
+            lent = True
         finally:
-            if tensor is None:  # torch refused the dtype: no storage was made, so nothing will give the block back
+            if not lent:  # torch refused the dtype: no storage was made, so nothing will give the block back
                 self._to_upstream([block])
         self._record(lease, hit=hit)
         return tensor, zeroed
@@ -157,7 +158,8 @@ class LeaseBook(ForkListener):
             raise ValueError("tensor: expected a buffer leased here, got one that another thread is releasing")
         if only_handle_sees(tensor, tensor_references):
             with torch.no_grad():
-                tensor.set_()  # drops the storage; the lease ends inside this line
+                # Drops the storage: the lease ends inside this line. (torch's stubs lack the form without arguments.)
+                tensor.set_()  # pyright: ignore[reportCallIssue]
         else:
             self._released[lease.handle_id] = lease
         self.settle(blocking=False)
