@@ -71,7 +71,8 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, pattern: Any, rows
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         some = list(rows[start : start + _ROWS_AT_ONCE])
         rectangle = Rectangle(num_heads=heads, queries=tuple(Span(row, 1) for row in some), keys=(Span(0, seq),))
-        counts = torch.from_numpy(pattern.counts(rectangle))
+        # A copy: the counts may be a read-only view, which torch does not take.
+        counts = torch.tensor(pattern.counts(rectangle))
         q64 = q.detach()[:, some].cpu().double().requires_grad_()
         out = reference_attention(q64, k64, v64, counts).out
         upstream = grad_out.detach()[:, some].cpu().double()

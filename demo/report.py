@@ -1,0 +1,147 @@
+"""What the demo prints: progress on standard error, results on standard output."""
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from demo.options import Options
+
+NAMES = {
+    "ours": "longattn",
+    "baseline": "gather-scatter",
+    "dense": "dense SDPA",
+}
+_MIB = 1 << 20
+
+
+class Steps:
+    """Numbered steps: a live bar on a terminal, a line per step elsewhere."""
+
+    def __init__(self, total: int) -> None:
+        self._console = Console(stderr=True)
+        self._total = total
+        self._done = 0
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    @contextmanager
+    def running(self) -> Iterator["Steps"]:
+        """Show the bar while the block runs."""
+        if not self._console.is_terminal:
+            yield self
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            self._progress, self._task = progress, progress.add_task("", total=self._total)
+            yield self
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """One step; it counts as done when the block ends."""
+        if self._progress is None:
+            self._console.print(
+                f"[{self._done + 1}/{self._total}] {text}", markup=False, highlight=False, soft_wrap=True
+            )
+        else:
+            self._progress.update(self._task, description=escape(text))
+        yield
+        self._done += 1
+        if self._progress is not None:
+            self._progress.update(self._task, completed=self._done)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One path: milliseconds of every pass, its peak memory above the inputs, its errors on sampled rows."""
+
+    forward: list[float]
+    backward: list[float]
+    growth: int | None
+    errors: dict[str, float]
+
+    @property
+    def forward_ms(self) -> float:
+        """Median of forward."""
+        return statistics.median(self.forward)
+
+    @property
+    def both_ms(self) -> float | None:
+        """Median of forward + backward; None for a path without backward."""
+        return statistics.median(map(sum, zip(self.forward, self.backward, strict=True))) if self.backward else None
+
+
+def gather(passes: list[dict[str, Any]], errors: dict[str, float]) -> Result:
+    """A worker's answers as one result."""
+    backward = [one["backward"] for one in passes if one["backward"] is not None]
+    return Result([one["forward"] for one in passes], backward, passes[0]["growth"], errors)
+
+
+def show(options: Options, source: str, ready: dict[str, Any], results: dict[str, Result], seconds: float) -> None:
+    """Print everything: what ran, why, the table, the ratios, and the picture's place."""
+    console = Console(highlight=False)
+    branches = ", ".join(f"{s}/{r}" for s, r in zip(options.segments, options.rates, strict=True))
+    console.print(
+        f"[bold]Causal dilated attention[/bold], {options.seq_len} tokens of {escape(source)}", soft_wrap=True
+    )
+    console.print(
+        f"segments/rates {branches}; {options.heads} heads of {options.head_dim}; {options.dtype} on {options.device}, "
+        f"torch {ready['torch']}, {ready['threads']} threads",
+        soft_wrap=True,
+    )
+    console.print(f"backend: [bold]{escape(str(ready['backend']))}[/bold], because", soft_wrap=True)
+    for line in str(ready["explain"]).splitlines():
+        console.print("  " + line, markup=False, soft_wrap=True)
+    console.print(_table(options, results))
+    for line in ratios(results):
+        console.print(line, soft_wrap=True)
+    console.print("Errors: largest over the largest true value, sampled rows, beside the float64 oracle.")
+    console.print("Dense attention runs once, forward only. gather-scatter is a torchscale-style pipeline; its merge")
+    console.print("weights carry no gradient, as in torchscale, so its dq and dk are not the gradients of its output.")
+    console.print(f"Picture: {escape(options.png)}   ({seconds:.0f} s in all)", soft_wrap=True)
+
+
+def _table(options: Options, results: dict[str, Result]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("\npath", no_wrap=True)
+    for heading in ("forward\nms", "fwd+bwd\nms", "peak\nMiB", "over\nq+k+v", "error\nout", "\ndq", "\ndk", "\ndv"):
+        table.add_column(heading, justify="right")
+    for path, result in results.items():
+        both, growth = result.both_ms, result.growth
+        table.add_row(
+            NAMES[path],
+            f"{result.forward_ms:.0f}" if result.forward_ms >= 100 else f"{result.forward_ms:.1f}",
+            "-" if both is None else f"{both:.0f}" if both >= 100 else f"{both:.1f}",
+            "-" if growth is None else f"{growth / _MIB:.0f}",
+            "-" if growth is None else f"{growth / options.input_bytes:.2f}x",
+            *(f"{result.errors[name]:.0e}" if name in result.errors else "-" for name in ("out", "dq", "dk", "dv")),
+        )
+    return table
+
+
+def ratios(results: dict[str, Result]) -> list[str]:
+    """A line per peer: how many times as long, and how much memory, it takes."""
+    ours = results["ours"]
+    lines = []
+    for path, peer in results.items():
+        if path == "ours":
+            continue
+        parts = [f"forward {peer.forward_ms / ours.forward_ms:.2f}x the time"]
+        if peer.both_ms is not None and ours.both_ms is not None:
+            parts.append(f"forward + backward {peer.both_ms / ours.both_ms:.2f}x the time")
+            if peer.growth is not None and ours.growth:
+                parts.append(f"{peer.growth / ours.growth:.2f}x the memory")
+        lines.append(f"{NAMES[path]} beside longattn: " + ", ".join(parts))
+    return lines

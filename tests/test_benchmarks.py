@@ -1,0 +1,194 @@
+"""The measuring instruments: a red gate reports nothing, the peers compute what they are said to compute."""
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import experiment as experiment_module
+from benchmarks import gate, record, run
+from benchmarks.experiment import Labels, Side, Targets, experiments, find
+from benchmarks.harness import Effort, Outcome, RedGateError, Sample, Summary, measure, summarize
+from benchmarks.memory import ResidentPeak
+from benchmarks.peers.dense import dense_attention
+from benchmarks.peers.torchscale_style import HeadAssignment, torchscale_style_attention
+from longattn.patterncache import Dilated, Full
+
+QUICK = Effort(warmups=1, min_pairs=2, max_pairs=2, seconds=0.0, growth=False)
+
+
+@dataclass
+class Toy:
+    """An experiment that writes down the order of its calls; it is correct unless told otherwise."""
+
+    failures: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    labels: Labels = field(default_factory=lambda: Labels("toy", "plain", "other", "float32", 8, False, "forward"))
+    targets: Targets = field(default_factory=lambda: Targets(ratio=1e9))
+    key: str = "toy"
+
+    def prepare(self, side: Side) -> experiment_module.Path:
+        """A call that only leaves its name."""
+        return experiment_module.Path(lambda: self.calls.append(side), lambda: None, 1)
+
+    def check(self) -> list[str]:
+        """Red exactly if there are failures."""
+        return self.failures
+
+
+def test_pairs_alternate_after_the_warm_up() -> None:
+    """A B A B: the two sides take turns, so a slow moment hits both."""
+    toy = Toy()
+    outcome = measure(toy, QUICK)
+    assert toy.calls == ["ours", "peer"] * 3
+    assert (outcome.ours.samples, outcome.peer.samples) == (2, 2)
+
+
+def test_red_gate_runs_and_reports_nothing() -> None:
+    """A failed check is raised with its sentences before anything is timed."""
+    toy = Toy(failures=["ours: error of out is 1"])
+    with pytest.raises(RedGateError, match="toy: ours: error of out is 1"):
+        measure(toy, QUICK)
+    assert toy.calls == []
+
+
+@pytest.mark.parametrize(("failures", "status", "rows"), [([], 0, 1), (["wrong"], 1, 0)])
+def test_run_writes_a_row_only_for_a_green_gate(
+    failures: list[str], status: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red ends with status 1 and no row; a missed target is a row that says missed."""
+    monkeypatch.setattr(run, "CASES", {"toy": "nowhere"})
+    monkeypatch.setattr(run, "experiments", lambda case, quick: [Toy(failures=failures)])
+    threads = torch.get_num_threads()
+    try:
+        found = run.main(["toy", "--no-growth", "--pairs", "1", "--results", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    path = tmp_path / "toy.csv"
+    written = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    assert (found, len(written)) == (status, rows)
+    assert all(row["verdict"].startswith("missed: ratio") and row["commit"] for row in written)
+
+
+def test_rows_append_under_one_header(tmp_path: Path) -> None:
+    """A second run adds rows, not a second header."""
+    summary = summarize([Sample(1.0, 1.0), Sample(3.0, 2.0)])
+    outcome = Outcome(summary, Summary(4.0, 3.0, 5.0, 2.0, 2), our_growth=0.5, peer_growth=None)
+    row = record.make_row(Toy().labels, Targets(ratio=2.0, growth=0.6), outcome, record.surroundings())
+    for _ in range(2):
+        record.append([row], tmp_path / "new" / "toy.csv")
+    lines = (tmp_path / "new" / "toy.csv").read_text().splitlines()
+    assert (len(lines), lines[1]) == (3, lines[2])
+    assert (row.ratio_cpu, row.our_cpu_p20, row.our_cpu_p80, row.verdict) == (2.0, 1.4, 2.6, "met")
+
+
+@pytest.mark.parametrize("heads", ["shared", "blocks"])
+@pytest.mark.parametrize(
+    ("batch", "seq_len", "num_heads", "segments", "rates", "causal"),
+    [
+        (1, 64, 8, (16, 32, 64), (1, 2, 4), False),
+        (2, 64, 3, (16, 64), (1, 2), False),
+        (1, 64, 8, (16, 32, 64), (1, 2, 4), True),
+        (1, 50, 5, (16, 32, 64), (1, 2, 4), True),
+        (2, 40, 4, (10, 20), (3, 1), True),
+    ],
+)
+def test_torchscale_style_is_dilated_attention(
+    heads: HeadAssignment,
+    batch: int,
+    seq_len: int,
+    num_heads: int,
+    segments: tuple[int, ...],
+    rates: tuple[int, ...],
+    causal: bool,
+) -> None:
+    """Outputs equal the oracle's for both head assignments; with differentiable merge weights gradients do too."""
+    pattern = Dilated(segments, rates, heads=heads, causal=causal)
+    q, k, v, grad = normal(batch, seq_len, num_heads, 8)
+
+    def peer(merge_grad: bool) -> gate.Attention:
+        return lambda q, k, v: torchscale_style_attention(
+            q, k, v, segments, rates, causal=causal, heads=heads, merge_grad=merge_grad
+        )
+
+    truth = gate.oracle(q, k, v, grad, pattern, range(seq_len))
+    exact = gate.errors(peer(merge_grad=True), q, k, v, grad, truth)
+    detached = gate.errors(peer(merge_grad=False), q, k, v, grad, truth)
+    assert gate.red("exact", exact, q.dtype) == []
+    assert detached["out"] == exact["out"]
+    assert detached["dq"] > 1e-2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense_is_full_attention(causal: bool) -> None:
+    """The dense peer equals the oracle of `Full`, gradients included."""
+    q, k, v, grad = normal(2, 33, 3, 8)
+    truth = gate.oracle(q, k, v, grad, Full(causal=causal), range(33))
+    found = gate.errors(lambda q, k, v: dense_attention(q, k, v, causal=causal), q, k, v, grad, truth)
+    assert gate.red("dense", found, q.dtype) == []
+
+
+@pytest.mark.parametrize(
+    "broken", [lambda x: x * 1.001, lambda x: x * float("nan"), lambda x: x.flip(1)], ids=["scaled", "nan", "flipped"]
+)
+def test_gate_turns_red_on_a_wrong_result(broken: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """An output off by a thousandth, a NaN or a permutation is seen."""
+    q, k, v, grad = normal(1, 32, 2, 8)
+    truth = gate.oracle(q, k, v, grad, Full(), gate.sampled_rows(32, [16], amount=12))
+    found = gate.errors(lambda q, k, v: broken(dense_attention(q, k, v)), q, k, v, grad, truth)
+    assert any("out" in sentence for sentence in gate.red("broken", found, q.dtype))
+
+
+def test_sampled_rows_hold_both_sides_of_every_border() -> None:
+    """Ends and borders come first; the rest is random, sorted, without repetition."""
+    rows = gate.sampled_rows(100, [32, 64, 128], amount=20)
+    assert {0, 1, 31, 32, 33, 63, 64, 65, 99} <= set(rows)
+    assert (rows, len(rows)) == (sorted(set(rows)), 20)
+
+
+def test_every_experiment_is_found_again_by_its_key() -> None:
+    """Keys are unique within a case, so a fresh process measures the same experiment."""
+    for quick in (False, True):
+        every = list(experiments("attention", quick=quick))
+        assert len({one.key for one in every}) == len(every)
+        assert find("attention", every[-1].key, quick=quick) == every[-1]
+
+
+def test_unknown_case_is_named() -> None:
+    """The message lists what there is."""
+    with pytest.raises(ValueError, match="case must be one of attention, got 'nope'"):
+        experiments("nope", quick=True)
+
+
+def test_resident_peak_sees_a_large_allocation() -> None:
+    """Memory that was touched and given back still counts as the peak."""
+    peak = ResidentPeak()
+    peak.start()
+    if peak.growth() is None:
+        pytest.skip("this system does not tell resident memory")
+    block = bytearray(64 << 20)
+    block[:: 1 << 12] = b"x" * len(block[:: 1 << 12])
+    del block
+    assert (peak.growth() or 0) > 60 << 20
+
+
+def test_quick_run_is_green(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--quick` exercises every experiment of every case and writes to standard output only."""
+    before = sorted(record.RESULTS.glob("*")) if record.RESULTS.exists() else []
+    threads = torch.get_num_threads()
+    try:
+        assert run.main(["--quick"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert (sorted(record.RESULTS.glob("*")) if record.RESULTS.exists() else []) == before
+    assert "torchscale-style" in capsys.readouterr().out
+
+
+def normal(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Seeded q, k, v and upstream gradient of one shape."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(shape, generator=generator) for _ in range(4))
+    return q, k, v, grad
