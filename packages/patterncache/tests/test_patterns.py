@@ -5,7 +5,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longattn.patterncache import Affine, Dilated, Full, Listed, Pattern, Rectangle, Restrict, Span, Window, parse_pattern
+from longattn.patterncache import (
+    Affine,
+    Dilated,
+    Full,
+    Listed,
+    Pattern,
+    Rectangle,
+    Restrict,
+    Span,
+    Window,
+    parse_pattern,
+)
 from longattn.patterncache.testing import check_pattern, dilated, patterns, rectangles
 
 

@@ -36,7 +36,7 @@ def split_band(branch: Branch, strip: int) -> Iterator[Branch]:
     elif band.high is None and band.low is not None and branch.steps[0] == branch.steps[1]:
         yield from _split_causal(branch, band)
     else:
-        yield from _split_strips(branch, band, strip)
+        yield from strips(branch, strip)
 
 
 def _split_causal(branch: Branch, band: Band) -> Iterator[Branch]:
@@ -58,11 +58,16 @@ def _split_causal(branch: Branch, band: Band) -> Iterator[Branch]:
             yield narrow(branch, (skip + side, rows - side), (past, keys - past), None)
 
 
-def _split_strips(branch: Branch, band: Band, strip: int) -> Iterator[Branch]:
-    # Row a sees a contiguous range of keys that only moves forward with a.
+def strips(branch: Branch, rows: int) -> Iterator[Branch]:
+    """`branch` cut into at most `rows` query rows a tile, each with only the keys that its band can reach."""
+    band = branch.band or Band()
     q_step, k_step = branch.steps
-    for first in range(0, branch.q.count, strip):
-        count = min(strip, branch.q.count - first)
+    for first in range(0, branch.q.count, rows):
+        count = min(rows, branch.q.count - first)
+        if branch.band is None or not branch.uniform:
+            yield narrow(branch, (first, count), (0, branch.k.count), branch.band)
+            continue
+        # Row a sees a contiguous range of keys that only moves forward with a.
         nearest = branch.offset + first * q_step
         farthest = nearest + (count - 1) * q_step
         begin = 0 if band.high is None else max(0, -((band.high - nearest) // k_step))

@@ -7,6 +7,7 @@ unless asked (`rows()`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -185,7 +186,7 @@ def index_of(starts: Rows, count: int, step: int) -> Index:
     return Listed(starts[:, None], count, step)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Rectangle:
     """What a plan is for: some of the `num_heads` query heads x query positions x key positions.
 
@@ -201,17 +202,24 @@ class Rectangle:
     num_heads: int
     queries: tuple[Span, ...]
     keys: tuple[Span, ...]
-    heads: Span = None  # type: ignore[assignment]  # None is accepted and stands for all heads
+    heads: Span
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "num_heads", check_int("num_heads", self.num_heads, minimum=1))
-        for name in ("queries", "keys"):
-            object.__setattr__(self, name, _span_tuple(name, getattr(self, name)))
-        heads = Span(0, self.num_heads) if self.heads is None else self.heads
+    def __init__(
+        self,
+        num_heads: int,
+        queries: Span | Sequence[Span],
+        keys: Span | Sequence[Span],
+        heads: Span | None = None,
+    ) -> None:
+        total = check_int("num_heads", num_heads, minimum=1)
+        heads = Span(0, total) if heads is None else heads
         if not isinstance(heads, Span):
             raise TypeError(f"heads must be a Span of global query heads or None, got {heads!r}")
-        if heads.length and heads.last >= self.num_heads:
-            raise ValueError(f"heads must lie below num_heads={self.num_heads}, got {heads}")
+        if heads.length and heads.last >= total:
+            raise ValueError(f"heads must lie below num_heads={total}, got {heads}")
+        object.__setattr__(self, "num_heads", total)
+        object.__setattr__(self, "queries", _span_tuple("queries", queries))
+        object.__setattr__(self, "keys", _span_tuple("keys", keys))
         object.__setattr__(self, "heads", heads)
 
     @property

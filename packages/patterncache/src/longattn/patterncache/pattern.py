@@ -41,7 +41,9 @@ class Pattern(ABC):
         if name is not None:
             taken = _REGISTRY.get(name)
             if taken is not None and taken.__qualname__ != cls.__qualname__:
-                raise ValueError(f"name must not be taken by another pattern, got {name!r} (registered by {taken.__qualname__})")
+                raise ValueError(
+                    f"name must not be taken by another pattern, got {name!r} (registered by {taken.__qualname__})"
+                )
             cls.name = name
             _REGISTRY[name] = cls
 
@@ -77,7 +79,7 @@ class Pattern(ABC):
         i = rectangle.query_positions()[None, :, None]
         j = rectangle.key_positions()[None, None, :]
         found = self.count(h, i, j, rectangle.num_heads)
-        return np.ascontiguousarray(np.broadcast_to(found, rectangle.shape), dtype=np.int64)
+        return np.array(np.broadcast_to(found, rectangle.shape), dtype=np.int64)
 
     def plan(self, rectangle: Rectangle) -> Plan:
         """This pattern in strides, for one rectangle. `plan.counts() == pattern.counts(rectangle)`, always."""
@@ -98,11 +100,13 @@ def parse_pattern(text: str) -> Pattern:
     try:
         name, spec = json.loads(text)
     except ValueError as error:
-        raise ValueError(f'pattern must be a canonical string \'["name",{{...}}]\', got {text!r}') from error
+        raise ValueError(f"pattern must be a canonical string '[\"name\",{{...}}]', got {text!r}") from error
     if name in _HOME:
         import_module(f"longattn.patterncache.{_HOME[name]}")
     if name not in _REGISTRY:
-        raise ValueError(f"pattern must name one of {sorted({*_REGISTRY, *_HOME})} (import the module that defines yours), got {name!r}")
+        raise ValueError(
+            f"pattern must name one of {sorted({*_REGISTRY, *_HOME})} (import the module that defines yours), got {name!r}"
+        )
     return _REGISTRY[name].from_spec(spec)
 
 
@@ -195,5 +199,3 @@ def restrict_band(branch: Branch, band: Band) -> Iterator[Branch]:
             yield from restrict_band(alone, band)
         else:
             yield replace(alone, band=tighter)
-
-

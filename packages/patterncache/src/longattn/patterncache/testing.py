@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from longattn.patterncache.band import pieces
+from longattn.patterncache.band import pieces, strips
 from longattn.patterncache.dilated import HEADS, QUERIES, Dilated
 from longattn.patterncache.index import Rectangle, Span
 from longattn.patterncache.pattern import Pattern, Restrict, parse_pattern
@@ -60,6 +60,10 @@ def check_plan(plan: Plan, pattern: Pattern) -> None:
         total = np.zeros(plan.rectangle.shape, np.int64)
         for piece in pieces(plan, strip):
             add_branch_counts(total, piece)
+        np.testing.assert_array_equal(total, expected)
+        total = np.zeros(plan.rectangle.shape, np.int64)
+        for part in (part for branch in plan.branches for part in strips(branch, strip)):
+            add_branch_counts(total, part)
         np.testing.assert_array_equal(total, expected)
     for branch in plan.branches:
         assert branch.q.tiles == branch.k.tiles

@@ -1,0 +1,51 @@
+"""Attention kernels behind one dispatch table: `attend` a pattern, `merge` states, `explain` the choice."""
+
+import logging
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+logging.getLogger("longattn").addHandler(logging.NullHandler())
+
+if TYPE_CHECKING:
+    from longattn.kernels.capability import Capability
+    from longattn.kernels.dispatch import Explanation, backends
+    from longattn.kernels.entry import attend, explain
+    from longattn.kernels.problem import AttentionProblem
+    from longattn.kernels.reference import reference_attention
+    from longattn.kernels.state import AttentionState, merge
+
+_HOME = {
+    "AttentionProblem": "problem",
+    "AttentionState": "state",
+    "Capability": "capability",
+    "Explanation": "dispatch",
+    "attend": "entry",
+    "backends": "dispatch",
+    "explain": "entry",
+    "merge": "state",
+    "reference_attention": "reference",
+}
+
+__all__ = [
+    "AttentionProblem",
+    "AttentionState",
+    "Capability",
+    "Explanation",
+    "attend",
+    "backends",
+    "explain",
+    "merge",
+    "reference_attention",
+]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

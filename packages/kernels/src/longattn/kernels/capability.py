@@ -1,0 +1,74 @@
+"""`Capability`: what a row of the dispatch table declares. Choice, error text, docs and the test grid are read from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from longattn.kernels.problem import AttentionProblem
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without its module: float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """What a row can compute, and how near to the oracle.
+
+    Attributes:
+        devices: device types; empty is any.
+        dtypes: element types per device type; the key "" is every other device.
+        max_head_dim: largest head_dim; None is any.
+        listed, attention_mask, key_padding, gqa, backward: whether supported.
+        deterministic: device types on which equal inputs give equal bits; empty is any.
+        tolerance: dtype -> (absolute, relative) error of outputs against the oracle on unit normal inputs; gradients get 4x.
+    """
+
+    devices: tuple[str, ...]
+    dtypes: dict[str, tuple[torch.dtype, ...]]
+    tolerance: dict[torch.dtype, tuple[float, float]]
+    max_head_dim: int | None = None
+    listed: bool = True
+    attention_mask: bool = True
+    key_padding: bool = True
+    gqa: bool = True
+    backward: bool = True
+    deterministic: tuple[str, ...] = ()
+
+    def dtypes_on(self, device: str) -> tuple[torch.dtype, ...]:
+        """Element types on a device type."""
+        return self.dtypes.get(device, self.dtypes.get("", ()))
+
+    def reasons(self, problem: AttentionProblem) -> list[str]:
+        """Why this row cannot serve the problem, a sentence each; empty when it can."""
+        found = []
+        if self.devices and problem.device not in self.devices:
+            found.append(f"device={problem.device} is not in {{{', '.join(self.devices)}}}")
+        elif problem.dtype not in self.dtypes_on(problem.device):
+            names = ", ".join(dtype_name(d) for d in self.dtypes_on(problem.device))
+            found.append(f"dtype={dtype_name(problem.dtype)} is not in {{{names}}} on {problem.device}")
+        if self.max_head_dim is not None and problem.head_dim > self.max_head_dim:
+            found.append(f"head_dim={problem.head_dim} is over {self.max_head_dim}")
+        if problem.kv_heads != problem.heads and not self.gqa:
+            found.append(
+                f"kv_heads={problem.kv_heads} differs from heads={problem.heads} and grouped kv heads are not supported"
+            )
+        for name, sentence in _FEATURES.items():
+            if getattr(problem, name) and not getattr(self, name):
+                found.append(sentence)
+        if problem.deterministic and self.deterministic and problem.device not in self.deterministic:
+            found.append(f"deterministic=True is not supported on {problem.device}")
+        return found
+
+
+_FEATURES = {
+    "listed": "the pattern's plan lists rows and only strided rows are supported",
+    "attention_mask": "attention_mask is not supported",
+    "key_padding": "key_padding_mask is not supported",
+    "backward": "gradients are not supported",
+}

@@ -1,0 +1,118 @@
+"""Checks at the public edge, once. Every message names the parameter, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.capability import FLOATS, dtype_name
+from longattn.patterncache import Span
+
+Names = tuple[str, str, str]
+
+
+def check_qkv(q: object, k: object, v: object, names: Names = ("q", "k", "v")) -> None:
+    """q (batch, Nq, heads, head_dim), k and v (batch, Nk, kv_heads, head_dim): one floating dtype, one device, heads divisible.
+
+    Raises:
+        TypeError: one is not a torch.Tensor, or its dtype is not floating or differs.
+        ValueError: rank, shape or device do not fit.
+    """
+    tensors = [_check_tensor(name, x) for name, x in zip(names, (q, k, v), strict=True)]
+    first, key, value = tensors
+    for name, x in zip(names[1:], tensors[1:], strict=True):
+        if x.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {names[0]}, {dtype_name(first.dtype)}, got {dtype_name(x.dtype)}"
+            )
+        if x.device != first.device:
+            raise ValueError(f"{name} must be on the device of {names[0]}, {first.device}, got {x.device}")
+        if x.shape[0] != first.shape[0]:
+            raise ValueError(f"{name} must have the batch size of {names[0]}, {first.shape[0]}, got {x.shape[0]}")
+        if x.shape[3] != first.shape[3]:
+            raise ValueError(f"{name} must have the head_dim of {names[0]}, {first.shape[3]}, got {x.shape[3]}")
+    if value.shape[1:3] != key.shape[1:3]:
+        raise ValueError(
+            f"{names[2]} must have the length and heads of {names[1]}, {tuple(key.shape[1:3])}, got {tuple(value.shape[1:3])}"
+        )
+    if key.shape[2] == 0 or first.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"{names[1]} must have a number of heads that divides that of {names[0]}, {first.shape[2]}, got {key.shape[2]}"
+        )
+    if first.shape[3] == 0 or first.shape[2] == 0:
+        raise ValueError(f"{names[0]} must have at least one head and head_dim >= 1, got shape {tuple(first.shape)}")
+
+
+def _check_tensor(name: str, x: object) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor (batch, seq, heads, head_dim), got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        names = ", ".join(dtype_name(d) for d in FLOATS)
+        raise TypeError(f"{name} must have one of the dtypes {names}, got {dtype_name(x.dtype)}")
+    if x.dim() != 4:
+        raise ValueError(f"{name} must have shape (batch, seq, heads, head_dim), got {tuple(x.shape)}")
+    return x
+
+
+def check_key_padding(mask: object, q: Tensor, k: Tensor) -> None:
+    """None, or bool (batch, Nk) on the device of k, True = padding."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"key_padding_mask must be a bool torch.Tensor (batch, Nk), got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask must be bool, True = padding, got {dtype_name(mask.dtype)}")
+    if tuple(mask.shape) != (k.shape[0], k.shape[1]):
+        raise ValueError(
+            f"key_padding_mask must have shape (batch, Nk) = {(k.shape[0], k.shape[1])}, got {tuple(mask.shape)}"
+        )
+    _check_device("key_padding_mask", mask, q)
+
+
+def check_attention_mask(mask: object, q: Tensor, k: Tensor) -> None:
+    """None, or bool, True = may see, broadcastable to (batch, heads, Nq, Nk)."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a bool torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"attention_mask must be bool, True = may see, got {dtype_name(mask.dtype)}")
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    fits = mask.dim() <= 4 and all(n in (1, m) for n, m in zip(mask.shape[::-1], full[::-1], strict=False))
+    if not fits:
+        raise ValueError(
+            f"attention_mask must be broadcastable to (batch, heads, Nq, Nk) = {full}, got {tuple(mask.shape)}"
+        )
+    _check_device("attention_mask", mask, q)
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+
+
+def check_scale(scale: object) -> float | None:
+    """None (head_dim ** -0.5), or a number."""
+    if scale is None:
+        return None
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"softmax_scale must be None or a number, got {scale!r} ({type(scale).__name__})")
+    return float(scale)
+
+
+def check_flag(name: str, value: object) -> bool | None:
+    """None or a bool."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} must be None, True or False, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def flat_spans(name: str, spans: object, length: int) -> list[int]:
+    """A Span or tuple of Spans of `length` positions together, as (start, length, step) triples for the op."""
+    listed = (spans,) if isinstance(spans, Span) else spans
+    if not isinstance(listed, (tuple, list)) or not all(isinstance(s, Span) for s in listed):
+        raise TypeError(f"{name} must be None, a Span or a tuple of Spans, got {spans!r}")
+    total = sum(s.length for s in listed)
+    if total != length:
+        raise ValueError(f"{name} must cover {length} positions, as many as the tensor has rows, got {total}")
+    return [n for s in listed for n in (s.start, s.length, s.step)]

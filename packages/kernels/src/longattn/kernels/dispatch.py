@@ -1,0 +1,106 @@
+"""The dispatch table: which row computes, and why not the others.
+
+The order of `TABLE` is the preference. A row's module is imported when the table is first read for it; rows with heavy imports keep
+their capability in a light module. Legality is declared (`Capability`), never found out by trying.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+
+from torch import Tensor
+
+from longattn.kernels.capability import Capability
+from longattn.kernels.problem import AttentionProblem
+from longattn.kernels.tiles import Call
+
+TABLE: dict[str, str] = {
+    "sdpa": "longattn.kernels.torch_sdpa",
+    "gather": "longattn.kernels.torch_gather",
+}
+
+logger = logging.getLogger("longattn.kernels")
+
+Forward = Callable[[Call], tuple[Tensor, Tensor]]
+Backward = Callable[[Call, Tensor, "Tensor | None", Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One backend: its name, what it declares, and its two functions."""
+
+    name: str
+    capability: Capability
+    forward: Forward
+    backward: Backward
+
+
+@lru_cache
+def row(name: str) -> Row:
+    """The row of that name."""
+    module = import_module(TABLE[name])
+    return Row(name, module.CAPABILITY, module.forward, module.backward)
+
+
+def backends() -> tuple[str, ...]:
+    """Names of the rows, in order of preference. Any of them may be given as `backend=`."""
+    return tuple(TABLE)
+
+
+def check_backend_name(backend: object) -> str | None:
+    """Return `backend`, or raise TypeError / ValueError unless it is None or names a row."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be None or one of {backends()}, got {backend!r} ({type(backend).__name__})")
+    if backend is not None and backend not in TABLE:
+        raise ValueError(f"backend must be None or one of {backends()}, got {backend!r}")
+    return backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which row serves a problem, and why not the others.
+
+    Attributes:
+        problem: what was asked.
+        rows: (name, reasons) in order of preference; no reasons means that the row could serve.
+        backend: the row that serves, or None.
+    """
+
+    problem: AttentionProblem
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    backend: str | None
+
+    def __str__(self) -> str:
+        lines = [str(self.problem)]
+        for name, reasons in self.rows:
+            verdict = "; ".join(reasons) or ("chosen" if name == self.backend else "could serve")
+            lines.append(f"  {name}: {verdict}")
+        return "\n".join(lines)
+
+
+@lru_cache(maxsize=4096)
+def explain_problem(problem: AttentionProblem, backend: str | None = None) -> Explanation:
+    """The table read for one problem; with `backend`, only that row may be chosen."""
+    rows = tuple((name, tuple(row(name).capability.reasons(problem))) for name in TABLE)
+    fitting = [name for name, reasons in rows if not reasons and backend in (None, name)]
+    chosen = fitting[0] if fitting else None
+    found = Explanation(problem, rows, chosen)
+    logger.debug("%s", found)
+    return found
+
+
+def select(problem: AttentionProblem, backend: str | None = None) -> Row:
+    """The first row without a reason, or the named one.
+
+    Raises:
+        ValueError: no row fits, or the named one does not; the message gives each row's reasons.
+    """
+    found = explain_problem(problem, backend)
+    if found.backend is None:
+        wanted = "no backend" if backend is None else f"backend={backend!r} cannot"
+        raise ValueError(f"{wanted} {'fits' if backend is None else 'serve'} this problem: {found}")
+    return row(found.backend)

@@ -1,0 +1,44 @@
+"""`AttentionProblem`: what is asked of a row of the dispatch table, without the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionProblem:
+    """Everything a row may refuse, hashable, so that a choice is remembered.
+
+    Attributes:
+        device: device type, such as "cpu" or "cuda".
+        dtype: of q, k, v.
+        heads, kv_heads, head_dim: of q; of k and v; of all three.
+        listed: the plan names rows by lists, not by strides alone.
+        attention_mask, key_padding: whether given.
+        prior: whether a state is merged in.
+        backward: whether gradients will be wanted.
+        deterministic: whether equal inputs must give equal bits.
+    """
+
+    device: str
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    listed: bool = False
+    attention_mask: bool = False
+    key_padding: bool = False
+    prior: bool = False
+    backward: bool = False
+    deterministic: bool = False
+
+    def __str__(self) -> str:
+        wanted = [
+            n
+            for n in ("listed", "attention_mask", "key_padding", "prior", "backward", "deterministic")
+            if getattr(self, n)
+        ]
+        heads = f"heads={self.heads} kv_heads={self.kv_heads} head_dim={self.head_dim}"
+        return " ".join([f"device={self.device} dtype={str(self.dtype).removeprefix('torch.')} {heads}", *wanted])

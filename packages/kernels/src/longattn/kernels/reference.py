@@ -1,0 +1,55 @@
+"""The float64 oracle: softmax(scores + log counts) @ v, dense and boring. It judges every path, outputs and gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longattn.kernels.state import AttentionState
+
+
+def reference_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: np.ndarray | Tensor,
+    softmax_scale: float | None = None,
+    *,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+) -> AttentionState:
+    """Attention by its definition, in float64, differentiable by autograd. O(heads * Nq * Nk) memory.
+
+    Args:
+        q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim), kv_heads dividing heads. Any floating dtype.
+        counts: (heads, Nq, Nk) or (batch, heads, Nq, Nk), how many times each query sees each key; 0 hides it.
+        softmax_scale: default head_dim ** -0.5.
+        bias: broadcastable to (batch, heads, Nq, Nk), added to the scores.
+        key_padding_mask: (batch, Nk) bool, True = padding.
+
+    Returns:
+        AttentionState in float64: out (batch, Nq, heads, head_dim), lse (batch, Nq, heads), natural log, -inf = saw no key.
+    """
+    device = q.device
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    times = torch.as_tensor(counts, device=device).to(torch.float64)
+    times = times.expand(q.shape[0], *times.shape[-3:])
+    if key_padding_mask is not None:
+        hidden = key_padding_mask[:, :, None, None]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+        times = times * ~key_padding_mask[:, None, None, :]
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2).to(torch.float64) for x in (q, k, v))
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * scale
+    if bias is not None:
+        scores = scores + bias.to(torch.float64)
+    # log 0 = -inf hides a key. Rows that see nothing get finite scores first, and are cleared afterwards: no NaN in any gradient.
+    blind = (times == 0).all(-1, keepdim=True)
+    scores = torch.where(blind, 0.0, scores + times.log())
+    lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.sum(-1)
+    weights = torch.where(blind, 0.0, (scores - lse.unsqueeze(-1)).exp())
+    out = weights @ v
+    lse = torch.where(blind.squeeze(-1), -torch.inf, lse)
+    return AttentionState(out.transpose(1, 2), lse.transpose(1, 2))

@@ -1,0 +1,80 @@
+"""`AttentionState` and `merge`: partial attention results, and how they add up.
+
+A state is a softmax-weighted mean `out` and the log of its weight `lse`. States over disjoint multisets of keys merge into the state
+over their sum: a commutative monoid whose identity is the empty state. A ring step, a second branch, a wrapped ring buffer, a
+split-K part and an attention sink are all this one operation (flashinfer's recursive attention; LongNet equation 10).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What partial results of inputs of `dtype` are kept in: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """What is known after some of the keys.
+
+    Attributes:
+        out: (batch, seq, heads, head_dim), float32 (float64 for float64 inputs) until `finalize`; zero where no key was seen.
+        lse: (batch, seq, heads), float32 (float64), natural log of the summed exp(scale * q k + bias + log counts);
+            -inf = saw no key.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    @classmethod
+    def empty(cls, out: Tensor) -> AttentionState:
+        """The identity of `merge`, shaped like `out` (batch, seq, heads, head_dim)."""
+        dtype = state_dtype(out.dtype)
+        lse = torch.full(out.shape[:-1], -torch.inf, dtype=dtype, device=out.device)
+        return cls(torch.zeros_like(out, dtype=dtype), lse)
+
+    def finalize(self, dtype: torch.dtype) -> Tensor:
+        """`out` in `dtype`: the one rounding, whatever the number of merges."""
+        return self.out.to(dtype)
+
+
+def merge(first: AttentionState, second: AttentionState) -> AttentionState:
+    """The state over the keys of both. Commutative, associative up to rounding, differentiable in both; fresh tensors.
+
+    Raises:
+        TypeError, ValueError: not two states of the same shape, or of dtypes other than float32 and float64.
+    """
+    for name, state in (("first", first), ("second", second)):
+        if not isinstance(state, AttentionState):
+            raise TypeError(f"{name} must be an AttentionState, got {type(state).__name__}")
+        if state.out.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{name}.out must be float32 or float64 (merging rounded states loses precision), got {state.out.dtype}"
+            )
+    if first.out.shape != second.out.shape or first.lse.shape != second.lse.shape:
+        raise ValueError(
+            f"second must have the shapes of first, out {tuple(first.out.shape)} and lse {tuple(first.lse.shape)}, "
+            f"got {tuple(second.out.shape)} and {tuple(second.lse.shape)}"
+        )
+    # The pivot is finite for rows that saw nothing on either side, so that no inf - inf arises, forward or backward.
+    pivot = torch.maximum(first.lse, second.lse).detach()
+    pivot = torch.where(pivot == -torch.inf, 0.0, pivot)
+    a, b = (first.lse - pivot).exp(), (second.lse - pivot).exp()
+    total = a + b
+    seen = torch.where(total == 0, 1.0, total)
+    out = first.out * (a / seen).unsqueeze(-1) + second.out * (b / seen).unsqueeze(-1)
+    lse = torch.where(total == 0, -torch.inf, pivot + seen.log())
+    return AttentionState(out, lse)
+
+
+def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """`merge` in place on `out` (..., d) and `lse` (...), which may be strided views. Not differentiable; for use inside one call."""
+    # Weight of the other side. inf - inf (both empty) is NaN: then the other side weighs nothing.
+    weight = torch.sigmoid(other_lse - lse).nan_to_num_(nan=0.0)
+    out.lerp_(other_out, weight.unsqueeze(-1))
+    torch.logaddexp(lse, other_lse, out=lse)

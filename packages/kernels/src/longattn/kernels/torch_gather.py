@@ -1,0 +1,91 @@
+"""Row "gather": grouped gather in plain torch operations, for any device, any mask, any head_dim.
+
+For a strip of query rows at a time: gather q, k, v, scores in float32 (float64 for float64), softmax, merge. Backward is the closed
+form: P = exp(s - lse), dS = P * (dO v - delta + dlse), delta = rowsum(dO * O). Readable first; it is the row that always fits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.capability import FLOATS, Capability
+from longattn.kernels.state import state_dtype
+from longattn.kernels.tiles import Call, Tile, new_state, walk
+
+CAPABILITY = Capability(
+    devices=(),
+    # MPS has no float64.
+    dtypes={"": FLOATS, "mps": (torch.float16, torch.bfloat16, torch.float32)},
+    tolerance={
+        torch.float64: (1e-10, 1e-10),
+        torch.float32: (2e-5, 2e-5),
+        torch.float16: (2e-3, 2e-3),
+        torch.bfloat16: (1.6e-2, 1.6e-2),
+    },
+    # Elsewhere index_add_ adds with float atomics, in no fixed order.
+    deterministic=("cpu",),
+)
+
+_CELLS = 1 << 21
+"""Scores that may stand at a time: 8 MiB in float32."""
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
+    out, lse = new_state(call)
+    for tile in walk(call, triangles=False, cells=_CELLS):
+        q, k, v = _operands(call, tile)
+        scores = _scores(q, k, tile, call.scale)
+        # Finite where every key is hidden, so that -inf - -inf does not arise.
+        pivot = scores.amax(-1, keepdim=True)
+        pivot = pivot.masked_fill(pivot == -torch.inf, 0)
+        weights = (scores - pivot).exp_()
+        total = weights.sum(-1, keepdim=True)
+        tile_out = (weights @ v) / total.masked_fill(total == 0, 1)
+        tile_lse = (pivot + total.log()).squeeze(-1)
+        tile.merge(out, lse, _ungroup(tile_out, tile), _ungroup(tile_lse, tile))
+    return out.to(call.out_dtype), lse
+
+
+def backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in the dtypes of q, k, v; summed in float32 (float64)."""
+    dtype = state_dtype(call.q.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
+    for tile in walk(call, triangles=False, cells=_CELLS):
+        q, k, v = _operands(call, tile)
+        grad = _group(tile.queries(grad_out).to(dtype), tile)
+        delta = (grad * _group(tile.queries(out).to(dtype), tile)).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - _group(tile.queries(grad_lse).to(dtype).unsqueeze(-1), tile)
+        pivot = _group(tile.queries(lse).unsqueeze(-1), tile)
+        weights = (_scores(q, k, tile, call.scale) - pivot.masked_fill(pivot == -torch.inf, 0)).exp_()
+        grad_scores = (grad @ v.transpose(-1, -2) - delta).mul_(weights).mul_(call.scale)
+        tile.add_queries(dq, _ungroup(grad_scores @ k, tile))
+        tile.add_keys(dk, grad_scores.transpose(-1, -2) @ q)
+        tile.add_keys(dv, weights.transpose(-1, -2) @ grad)
+    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+
+
+def _operands(call: Call, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = state_dtype(call.q.dtype)
+    return _group(tile.queries(call.q).to(dtype), tile), tile.keys(call.k).to(dtype), tile.keys(call.v).to(dtype)
+
+
+def _group(x: Tensor, tile: Tile) -> Tensor:
+    """(tiles, heads, n, ...) to (tiles, kv_heads, heads per kv head * n, ...): heads that share a kv head become rows."""
+    return x.unflatten(1, (tile.kv_heads.length, -1)).flatten(2, 3)
+
+
+def _ungroup(x: Tensor, tile: Tile) -> Tensor:
+    return x.unflatten(2, (tile.heads.length // tile.kv_heads.length, tile.q.count)).flatten(1, 2)
+
+
+def _scores(q: Tensor, k: Tensor, tile: Tile, scale: float) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)).mul_(scale)
+    if tile.seen is not None:
+        seen = tile.seen.expand(-1, tile.heads.length, tile.q.count, -1)
+        scores.masked_fill_(~_group(seen, tile), -torch.inf)
+    return scores

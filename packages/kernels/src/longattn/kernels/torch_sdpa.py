@@ -1,0 +1,95 @@
+"""Row "sdpa": strided branches through torch's own flash kernel for CPU, merged in place on the selected rows only.
+
+Every tile is a strided view; torch's kernel reads it without a copy and returns (out, lse). Backward gives each tile the merged out
+and lse, so that its gradient is exact by itself: P = exp(s - lse), and the kernel's own delta = rowsum(dO * O).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.capability import FLOATS, Capability
+from longattn.kernels.state import state_dtype
+from longattn.kernels.tiles import Call, Tile, new_state, walk
+
+CAPABILITY = Capability(
+    devices=("cpu",),
+    dtypes={"cpu": FLOATS},
+    tolerance={
+        torch.float64: (1e-10, 1e-10),
+        torch.float32: (2e-5, 2e-5),
+        torch.float16: (4e-3, 4e-3),
+        torch.bfloat16: (3e-2, 3e-2),
+    },
+)
+
+_CELLS = 1 << 21
+"""Output numbers (or, under a mask, scores) that one call of torch's kernel may make: 8 MiB in float32."""
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
+    out, lse = new_state(call)
+    for tile in walk(call, triangles=True, cells=_CELLS):
+        tile_out, tile_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            tile.queries(call.q),
+            tile.keys(call.k),
+            tile.keys(call.v),
+            is_causal=tile.causal,
+            attn_mask=_additive(tile, call.q.dtype),
+            scale=call.scale,
+        )
+        if tile.seen is not None:
+            # torch reports 0 where every key is hidden.
+            tile_lse = tile_lse.masked_fill(~tile.seen.any(-1), -torch.inf)
+        tile.merge(out, lse, tile_out, tile_lse)
+    return out.to(call.out_dtype), lse
+
+
+def backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in the dtypes of q, k, v; summed in float32 (float64)."""
+    dtype, d = state_dtype(call.q.dtype), call.q.shape[-1]
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
+    grad_out, out = grad_out.to(call.q.dtype), out.to(call.q.dtype)
+    # A finite pivot for rows that saw nothing: their scores are all -inf, so P stays 0.
+    lse = lse.masked_fill(lse == -torch.inf, 0)
+    for tile in walk(call, triangles=True, cells=_CELLS):
+        parts = (tile.queries(grad_out), tile.queries(call.q), tile.keys(call.k), tile.keys(call.v), tile.queries(out))
+        if grad_lse is not None:
+            parts = _with_lse_column(*parts, tile.queries(grad_lse))
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *parts,
+            tile.queries(lse),
+            0.0,
+            tile.causal,
+            attn_mask=_additive(tile, call.q.dtype),
+            scale=call.scale,
+        )
+        tile.add_queries(dq, grads[0][..., :d])
+        tile.add_keys(dk, grads[1][..., :d])
+        tile.add_keys(dv, grads[2][..., :d])
+    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+
+
+def _additive(tile: Tile, dtype: torch.dtype) -> Tensor | None:
+    if tile.seen is None:
+        return None
+    return torch.zeros(tile.seen.shape, dtype=dtype).masked_fill_(~tile.seen, -torch.inf)
+
+
+def _with_lse_column(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor, ...]:
+    """Fold an lse cotangent in: with v' = [v, 1], dO' = [dO, dlse] and O' = [O, 0], dP = dO v + dlse and delta is unchanged."""
+    one = torch.nn.functional.pad
+    column = grad_lse.to(grad_out.dtype).unsqueeze(-1)
+    return (
+        torch.cat([grad_out, column], -1),
+        one(q, (0, 1)),
+        one(k, (0, 1)),
+        one(v, (0, 1), value=1.0),
+        one(out, (0, 1)),
+    )
