@@ -148,7 +148,7 @@ def head_groups(heads: Span, group: int) -> Iterator[tuple[Span, Span]]:
             yield heads.take(int(members[0]), len(members)), Span(int(kv), 1)
 
 
-def walk(call: Call, *, triangles: bool, cells: int) -> Iterator[Tile]:
+def walk(call: Call, *, triangles: bool, cells: int, others: tuple[Tensor, ...] = ()) -> Iterator[Tile]:
     """Tiles whose counts add up to the plan's.
 
     Args:
@@ -156,16 +156,18 @@ def walk(call: Call, *, triangles: bool, cells: int) -> Iterator[Tile]:
         triangles: whether the row does causal tiles and keeps no scores. Then only masked work is cut into strips of query rows;
             else everything is.
         cells: how many numbers a tile may need at a time, outputs for a row that does triangles, else scores.
+        others: tensors beside q, k, v whose query rows will be read, strided as they please.
     """
     group = call.q.shape[2] // call.k.shape[2]
-    source = pieces(call.plan) if triangles else call.plan.branches
-    for branch, fresh in zip(source, first_touches(call.plan, source, triangles), strict=True):
+    source = source_branches(call.plan, triangles)
+    for branch, fresh in zip(source, writes(call.plan, triangles)[0], strict=True):
         strip = _strip_rows(call, branch, triangles, cells)
         for part in (branch,) if strip is None else strips(branch, strip):
             for heads, kv_heads in head_groups(part.heads, group):
                 tile = Tile(heads, kv_heads, 0, part.q, part.k, False, None, fresh and call.prior is None)
                 width = call.q.shape[-1] if triangles and strip is None else part.k.count
-                yield from _batches(call, part, tile, max(1, cells // (heads.length * part.q.count * width)), triangles)
+                most = max(1, cells // (heads.length * part.q.count * width))
+                yield from _batches(call, part, tile, most, triangles, others)
 
 
 def _strip_rows(call: Call, branch: Branch, triangles: bool, cells: int) -> int | None:
@@ -176,33 +178,38 @@ def _strip_rows(call: Call, branch: Branch, triangles: bool, cells: int) -> int 
     return max(16, min(512, cells // (branch.heads.length * branch.k.count)))
 
 
-def first_touches(plan: Plan, source: tuple[Branch, ...], triangles: bool) -> tuple[bool, ...]:
-    """For each branch of `source`, whether no earlier one wrote its query rows for its heads. Kept with the plan."""
-    key = "fresh pieces" if triangles else "fresh branches"
-    if key not in plan.derived:
-        touched = np.zeros(plan.rectangle.shape[:2], bool)
-        fresh = []
-        for branch in source:
+def source_branches(plan: Plan, triangles: bool) -> tuple[Branch, ...]:
+    """What `walk` goes through: the plan's pieces for a row that does causal tiles, else its branches."""
+    return pieces(plan) if triangles else plan.branches
+
+
+def writes(plan: Plan, triangles: bool) -> tuple[tuple[bool, ...], bool]:
+    """(fresh, complete). fresh: for each source branch, whether no earlier one wrote its query rows for its heads.
+
+    complete: every row is written, and written before it is merged into, so that the memory may start as it comes. Strips that see
+    nothing are left out of a walk, so only rows that see a key count as written. Kept with the plan.
+    """
+    key = f"writes triangles={triangles}"
+    found: tuple[tuple[bool, ...], bool] | None = plan.derived.get(key)
+    if found is None:
+        written = np.zeros(plan.rectangle.shape[:2], bool)
+        fresh, complete = [], True
+        for branch in source_branches(plan, triangles):
             at = (branch.heads.positions()[:, None], branch.q.rows().reshape(1, -1))
-            fresh.append(not touched[at].any())
-            touched[at] = True
-        plan.derived[key] = tuple(fresh)
-        plan.derived["covered"] = bool(touched.all())
-    found: tuple[bool, ...] = plan.derived[key]
+            fresh.append(not written[at].any())
+            complete &= fresh[-1] or bool(written[at].all())
+            written[at] |= np.tile(branch.seeing, branch.q.tiles)
+        found = plan.derived[key] = (tuple(fresh), complete and bool(written.all()))
     return found
 
 
-def covered(plan: Plan) -> bool:
-    """Whether every query row of every head stands in some branch."""
-    first_touches(plan, pieces(plan), True)
-    return bool(plan.derived["covered"])
-
-
-def _batches(call: Call, branch: Branch, tile: Tile, most: int, triangles: bool) -> Iterator[Tile]:
+def _batches(
+    call: Call, branch: Branch, tile: Tile, most: int, triangles: bool, others: tuple[Tensor, ...]
+) -> Iterator[Tile]:
     batch, (nq, nk) = call.q.shape[0], (call.q.shape[1], call.k.shape[1])
     q, k = _as_tiles(branch.q, nq), _as_tiles(branch.k, nk)
     plain = call.mask is None and call.key_padding is None
-    if plain and _foldable(q, nq, (call.q,)) and _foldable(k, nk, (call.k, call.v)) and branch.uniform:
+    if plain and _foldable(q, nq, (call.q, *others)) and _foldable(k, nk, (call.k, call.v)) and branch.uniform:
         q, k = replace(q, tiles=q.tiles * batch), replace(k, tiles=k.tiles * batch)
         batch = 1
     causal = triangles and plain and branch.triangle
@@ -260,18 +267,20 @@ def _mask_tile(mask: Tensor, tile: Tile) -> Tensor:
     return picked if isinstance(picked, Tensor) and picked.dim() == 4 else picked.reshape(1, 1, 1, 1)
 
 
-def new_state(call: Call) -> tuple[Tensor, Tensor]:
+def new_state(call: Call, *, triangles: bool) -> tuple[Tensor, Tensor]:
     """(out, lse) to merge tiles into: the prior's copy, or unwritten where every row will be written, or empty.
 
     out is in out_dtype at once where no row is written twice, else in the state's float32 (float64).
     """
     dtype = state_dtype(call.q.dtype)
     if call.prior is not None:
-        return call.prior[0].to(dtype, copy=True), call.prior[1].to(dtype, copy=True)
-    once = all(first_touches(call.plan, pieces(call.plan), True))
+        # Contiguous, whatever the prior's strides: tiles may run over the batch.
+        out, lse = (x.to(dtype, copy=True, memory_format=torch.contiguous_format) for x in call.prior)
+        return out, lse
+    fresh, complete = writes(call.plan, triangles)
     batch, length, heads, _ = call.q.shape
     out_shape = (batch, length, heads, call.v.shape[-1])
-    out_type = call.out_dtype if once else dtype
-    if covered(call.plan):
+    out_type = call.out_dtype if all(fresh) else dtype
+    if complete:
         return call.q.new_empty(out_shape, dtype=out_type), call.q.new_empty(out_shape[:-1], dtype=dtype)
     return call.q.new_zeros(out_shape, dtype=out_type), call.q.new_full(out_shape[:-1], -torch.inf, dtype=dtype)

@@ -33,7 +33,7 @@ _CELLS = 1 << 21
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
-    out, lse = new_state(call)
+    out, lse = new_state(call, triangles=False)
     for tile in walk(call, triangles=False, cells=_CELLS):
         q, k, v = _operands(call, tile)
         scores = _scores(q, k, tile, call.scale)
@@ -54,7 +54,8 @@ def backward(
     """(dq, dk, dv) in the dtypes of q, k, v; summed in float32 (float64)."""
     dtype = state_dtype(call.q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
-    for tile in walk(call, triangles=False, cells=_CELLS):
+    others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
+    for tile in walk(call, triangles=False, cells=_CELLS, others=others):
         q, k, v = _operands(call, tile)
         grad = _group(tile.queries(grad_out).to(dtype), tile)
         delta = (grad * _group(tile.queries(out).to(dtype), tile)).sum(-1, keepdim=True)

@@ -30,12 +30,10 @@ _CELLS = 1 << 21
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
-    out, lse = new_state(call)
+    out, lse = new_state(call, triangles=True)
     for tile in walk(call, triangles=True, cells=_CELLS):
         tile_out, tile_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            tile.queries(call.q),
-            tile.keys(call.k),
-            tile.keys(call.v),
+            *map(_dense, (tile.queries(call.q), tile.keys(call.k), tile.keys(call.v))),
             is_causal=tile.causal,
             attn_mask=_additive(tile, call.q.dtype),
             scale=call.scale,
@@ -56,12 +54,13 @@ def backward(
     grad_out, out = grad_out.to(call.q.dtype), out.to(call.q.dtype)
     # A finite pivot for rows that saw nothing: their scores are all -inf, so P stays 0.
     lse = lse.masked_fill(lse == -torch.inf, 0)
-    for tile in walk(call, triangles=True, cells=_CELLS):
+    others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
+    for tile in walk(call, triangles=True, cells=_CELLS, others=others):
         parts = (tile.queries(grad_out), tile.queries(call.q), tile.keys(call.k), tile.keys(call.v), tile.queries(out))
         if grad_lse is not None:
             parts = _with_lse_column(*parts, tile.queries(grad_lse))
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *parts,
+            *map(_dense, parts),
             tile.queries(lse),
             0.0,
             tile.causal,
@@ -72,6 +71,11 @@ def backward(
         tile.add_keys(dk, grads[1][..., :d])
         tile.add_keys(dv, grads[2][..., :d])
     return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """torch's kernel reads head_dim as neighbours in memory, whatever the stride says."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _additive(tile: Tile, dtype: torch.dtype) -> Tensor | None:

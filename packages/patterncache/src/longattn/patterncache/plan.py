@@ -124,6 +124,20 @@ class Branch:
         return shown
 
     @cached_property
+    def seeing(self) -> npt.NDArray[np.bool_]:
+        """(q count,) bool: rows that see a key in every tile. True throughout where there is no band, or tiles differ."""
+        if self.band is None or not self.uniform:
+            return np.ones(self.q.count, bool)
+        q_step, k_step = self.steps
+        nearest = self.offset + np.arange(self.q.count, dtype=np.int64) * q_step
+        begin, end = np.zeros_like(nearest), np.full_like(nearest, self.k.count - 1)
+        if self.band.high is not None:
+            begin = np.maximum(begin, -((self.band.high - nearest) // k_step))
+        if self.band.low is not None:
+            end = np.minimum(end, (nearest - self.band.low) // k_step)
+        return begin <= end
+
+    @cached_property
     def triangle(self) -> bool:
         """Whether row a of a tile sees exactly its keys 0 .. a: what kernels call causal."""
         return (
