@@ -77,7 +77,7 @@ def draw(pattern: Dilated, seq_len: int, heads: int, path: Path) -> None:
     panels = min(_PANELS, len(pattern.dilation_rates)) + 1
     columns = math.ceil(panels / 2)
     figure = plt.figure(figsize=(6.6 + 3.2 * columns, 7.2), layout="constrained", facecolor="white")
-    left, right = figure.subfigures(1, 2, width_ratios=(6.6, 3.2 * columns))
+    left, right = np.ravel(np.asarray(figure.subfigures(1, 2, width_ratios=(6.6, 3.2 * columns))))
     _overview(left, reduced_counts(pattern, seq_len, heads), seq_len, heads)
     _neighbourhood(right, (2, columns), pattern, seq_len, heads)
     figure.suptitle("Who sees whom: causal dilated attention", color=_INK, fontsize=15, fontweight="bold")
@@ -92,7 +92,7 @@ def draw(pattern: Dilated, seq_len: int, heads: int, path: Path) -> None:
 def _neighbourhood(figure: "SubFigure", shape: tuple[int, int], pattern: Dilated, seq_len: int, heads: int) -> None:
     """A panel per rate, then all of them together, at the same true positions."""
     import matplotlib as mpl
-    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.colors import BoundaryNorm, ListedColormap, Normalize
 
     start, head = zoom_start(pattern, seq_len), heads - 1
     places = [figure.add_subplot(*shape, at + 1) for at in range(min(_PANELS, len(pattern.dilation_rates)) + 1)]
@@ -102,7 +102,9 @@ def _neighbourhood(figure: "SubFigure", shape: tuple[int, int], pattern: Dilated
         counts = zoomed_counts(
             replace(pattern, segment_lengths=(segment,), dilation_rates=(rate,)), seq_len, heads, head, start
         )
-        _positions(axes, counts, start, f"segment {segment}, rate {rate}", ListedColormap([_BLANK, hue]), None)
+        _positions(
+            axes, counts, start, f"segment {segment}, rate {rate}", ListedColormap([_BLANK, hue]), Normalize(0, 1)
+        )
     counts = zoomed_counts(pattern, seq_len, heads, head, start)
     top = max(1, int(counts.max()))
     shades = ListedColormap([_BLANK, *mpl.colormaps["magma_r"](np.linspace(0.25, 0.9, top))])
@@ -110,6 +112,7 @@ def _neighbourhood(figure: "SubFigure", shape: tuple[int, int], pattern: Dilated
     image = _positions(places[-1], counts, start, "together", shades, norm)
     bar = figure.colorbar(image, ax=places[-1], shrink=0.8, ticks=range(top + 1))
     bar.set_label("times seen", color=_INK)
+    _quiet(bar.ax)
     figure.suptitle(f"Head {head}, {len(counts)} positions one by one from {start}", color=_INK, fontsize=11)
 
 
@@ -127,18 +130,18 @@ def _overview(figure: "SubFigure", mean: npt.NDArray[np.float64], seq_len: int, 
     _quiet(axes)
     bar = figure.colorbar(image, ax=axes, shrink=0.8)
     bar.set_label("times a query sees a key, mean", color=_INK)
+    _quiet(bar.ax)
     tile = max(1, seq_len // mean.shape[0])
     figure.suptitle(f"All {seq_len} positions, {tile} x {tile} a pixel, mean over heads", color=_INK, fontsize=11)
 
 
 def _positions(
-    axes: "Axes", counts: npt.NDArray[np.int64], start: int, title: str, cmap: "Colormap", norm: "Normalize | None"
+    axes: "Axes", counts: npt.NDArray[np.int64], start: int, title: str, cmap: "Colormap", norm: "Normalize"
 ) -> "AxesImage":
     """One square of true positions."""
     end = start + len(counts)
-    limits = {} if norm is not None else {"vmin": 0, "vmax": 1}
     extent = (start, end, end, start)
-    image = axes.imshow(counts, cmap=cmap, norm=norm, extent=extent, interpolation="nearest", **limits)
+    image = axes.imshow(counts, cmap=cmap, norm=norm, extent=extent, interpolation="nearest")
     axes.set_title(title, color=_INK, fontsize=10)
     axes.locator_params(nbins=4)
     _quiet(axes)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +19,16 @@ NAMES = {
     "dense": "dense SDPA",
 }
 _MIB = 1 << 20
+
+Clock = Literal["wall", "cpu"]
+
+_NOTES = (
+    "Times are medians; memory is the peak above q, k, v and dO in a fresh process.",
+    "Errors are the largest over the largest true value, on sampled rows, beside the",
+    "float64 oracle. Dense attention runs once, forward only. gather-scatter is a",
+    "torchscale-style pipeline: its merge weights carry no gradient, as there, so its",
+    "dq and dk are not the gradients of its output.",
+)
 
 
 class Steps:
@@ -65,28 +75,36 @@ class Steps:
 
 @dataclass(frozen=True)
 class Result:
-    """One path: milliseconds of every pass, its peak memory above the inputs, its errors on sampled rows."""
+    """One path: its passes, each [forward] or [forward, backward] in milliseconds; memory and errors.
 
-    forward: list[float]
-    backward: list[float]
+    `wall` is what a clock shows, `cpu` is summed over threads; `growth` is peak memory above the inputs, in bytes.
+    """
+
+    wall: list[list[float]]
+    cpu: list[list[float]]
     growth: int | None
     errors: dict[str, float]
 
     @property
-    def forward_ms(self) -> float:
-        """Median of forward."""
-        return statistics.median(self.forward)
+    def backward(self) -> bool:
+        """Whether the path ran backward too."""
+        return len(self.wall[0]) == 2
 
-    @property
-    def both_ms(self) -> float | None:
-        """Median of forward + backward; None for a path without backward."""
-        return statistics.median(map(sum, zip(self.forward, self.backward, strict=True))) if self.backward else None
+    def forward_ms(self, clock: Clock = "wall") -> float:
+        """Median of forward."""
+        return statistics.median(one[0] for one in self._passes(clock))
+
+    def whole_ms(self, clock: Clock = "wall") -> float:
+        """Median of all that a pass does."""
+        return statistics.median(sum(one) for one in self._passes(clock))
+
+    def _passes(self, clock: Clock) -> list[list[float]]:
+        return self.wall if clock == "wall" else self.cpu
 
 
 def gather(passes: list[dict[str, Any]], errors: dict[str, float]) -> Result:
     """A worker's answers as one result."""
-    backward = [one["backward"] for one in passes if one["backward"] is not None]
-    return Result([one["forward"] for one in passes], backward, passes[0]["growth"], errors)
+    return Result([one["wall"] for one in passes], [one["cpu"] for one in passes], passes[0]["growth"], errors)
 
 
 def show(options: Options, source: str, ready: dict[str, Any], results: dict[str, Result], seconds: float) -> None:
@@ -107,9 +125,8 @@ def show(options: Options, source: str, ready: dict[str, Any], results: dict[str
     console.print(_table(options, results))
     for line in ratios(results):
         console.print(line, soft_wrap=True)
-    console.print("Errors: largest over the largest true value, sampled rows, beside the float64 oracle.")
-    console.print("Dense attention runs once, forward only. gather-scatter is a torchscale-style pipeline; its merge")
-    console.print("weights carry no gradient, as in torchscale, so its dq and dk are not the gradients of its output.")
+    for line in _NOTES:
+        console.print(line, soft_wrap=True)
     console.print(f"Picture: {escape(options.png)}   ({seconds:.0f} s in all)", soft_wrap=True)
 
 
@@ -119,11 +136,11 @@ def _table(options: Options, results: dict[str, Result]) -> Table:
     for heading in ("forward\nms", "fwd+bwd\nms", "peak\nMiB", "over\nq+k+v", "error\nout", "\ndq", "\ndk", "\ndv"):
         table.add_column(heading, justify="right")
     for path, result in results.items():
-        both, growth = result.both_ms, result.growth
+        growth = result.growth
         table.add_row(
             NAMES[path],
-            f"{result.forward_ms:.0f}" if result.forward_ms >= 100 else f"{result.forward_ms:.1f}",
-            "-" if both is None else f"{both:.0f}" if both >= 100 else f"{both:.1f}",
+            _ms(result.forward_ms()),
+            _ms(result.whole_ms()) if result.backward else "-",
             "-" if growth is None else f"{growth / _MIB:.0f}",
             "-" if growth is None else f"{growth / options.input_bytes:.2f}x",
             *(f"{result.errors[name]:.0e}" if name in result.errors else "-" for name in ("out", "dq", "dk", "dv")),
@@ -131,17 +148,23 @@ def _table(options: Options, results: dict[str, Result]) -> Table:
     return table
 
 
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
 def ratios(results: dict[str, Result]) -> list[str]:
-    """A line per peer: how many times as long, and how much memory, it takes."""
+    """A line per peer: how many times our time (wall, and CPU in brackets) and our memory it takes."""
     ours = results["ours"]
     lines = []
     for path, peer in results.items():
         if path == "ours":
             continue
-        parts = [f"forward {peer.forward_ms / ours.forward_ms:.2f}x the time"]
-        if peer.both_ms is not None and ours.both_ms is not None:
-            parts.append(f"forward + backward {peer.both_ms / ours.both_ms:.2f}x the time")
+        wall, cpu = (peer.forward_ms(clock) / ours.forward_ms(clock) for clock in ("wall", "cpu"))
+        parts = [f"forward {wall:.2f}x the time ({cpu:.2f}x CPU)"]
+        if peer.backward:
+            wall, cpu = (peer.whole_ms(clock) / ours.whole_ms(clock) for clock in ("wall", "cpu"))
+            parts.append(f"forward + backward {wall:.2f}x ({cpu:.2f}x CPU)")
             if peer.growth is not None and ours.growth:
-                parts.append(f"{peer.growth / ours.growth:.2f}x the memory")
-        lines.append(f"{NAMES[path]} beside longattn: " + ", ".join(parts))
+                parts.append(f"memory {peer.growth / ours.growth:.2f}x")
+        lines.append(f"{NAMES[path]} over longattn: " + ", ".join(parts))
     return lines

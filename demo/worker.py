@@ -91,18 +91,15 @@ class Worker:
         return {"ready": True, "torch": torch.__version__, "threads": torch.get_num_threads()}
 
     def run(self) -> dict[str, Any]:
-        """One pass; milliseconds of wall time, CPU time and bytes."""
+        """One pass: milliseconds of wall time and of CPU time (all threads), and bytes of growth."""
         first = self._growth is None
         if first:
             self._peak.start()
         forward, backward = self._pass(self._inputs)
         if first:
             self._growth = self._peak.growth()
-        return {
-            "forward": forward.wall,
-            "backward": None if backward is None else backward.wall,
-            "growth": self._growth,
-        }
+        parts = [forward] if backward is None else [forward, backward]
+        return {"wall": [one.wall for one in parts], "cpu": [one.cpu for one in parts], "growth": self._growth}
 
     def check(self) -> dict[str, float]:
         """Errors on sampled rows, each over the largest true value: out, and gradients of paths that compute them."""
