@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from longattn.kernels.capability import FLOATS, dtype_name
+from longattn.kernels.state import AttentionState, state_dtype
 from longattn.patterncache import Span
 
 Names = tuple[str, str, str]
@@ -91,6 +94,59 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
+def check_prior(prior: object, q: Tensor) -> None:
+    """None, or a state over the queries of q, on its device, as wide as partial results of its dtype are."""
+    if prior is None:
+        return
+    if not isinstance(prior, AttentionState):
+        raise TypeError(f"prior must be None or an AttentionState, got {type(prior).__name__}")
+    dtype = state_dtype(q.dtype)
+    for name, x, shape in (("prior.out", prior.out, q.shape), ("prior.lse", prior.lse, q.shape[:3])):
+        if x.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+        if x.dtype != dtype:
+            raise TypeError(
+                f"{name} must be {dtype_name(dtype)} for q of {dtype_name(q.dtype)} (rounded states lose precision), "
+                f"got {dtype_name(x.dtype)}"
+            )
+        _check_device(name, x, q)
+
+
+def check_dtype(name: str, dtype: object) -> None:
+    """None, or a floating torch.dtype."""
+    if dtype is not None and dtype not in FLOATS:
+        names = ", ".join(dtype_name(d) for d in FLOATS)
+        raise TypeError(f"{name} must be None or one of the torch dtypes {names}, got {dtype!r}")
+
+
+def check_device_type(device: object) -> str:
+    """The type of a device, such as "cuda"; None is "cpu"."""
+    if device is not None and not isinstance(device, (str, torch.device)):
+        raise TypeError(
+            f"device must be None, a torch.device or a string such as 'cuda', got {device!r} ({type(device).__name__})"
+        )
+    try:
+        return torch.device("cpu" if device is None else device).type
+    except RuntimeError as error:
+        raise ValueError(f"device must name a device that torch knows, such as 'cuda', got {device!r}") from error
+
+
+def check_shapes(q_shape: object, k_shape: object) -> None:
+    """(batch, seq, heads, head_dim) twice: batch and head_dim equal, heads divisible."""
+    for name, shape in (("q_shape", q_shape), ("k_shape", k_shape)):
+        fits = isinstance(shape, (tuple, list)) and len(shape) == 4
+        if not fits or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
+            raise ValueError(f"{name} must be (batch, seq, heads, head_dim), integers >= 0, got {shape!r}")
+    assert isinstance(q_shape, (tuple, list)) and isinstance(k_shape, (tuple, list))
+    if q_shape[2] == 0 or q_shape[3] == 0:
+        raise ValueError(f"q_shape must have at least one head and head_dim >= 1, got {tuple(q_shape)}")
+    if (k_shape[0], k_shape[3]) != (q_shape[0], q_shape[3]) or k_shape[2] == 0 or q_shape[2] % k_shape[2]:
+        raise ValueError(
+            f"k_shape must have the batch and head_dim of q_shape, {tuple(q_shape)}, and a number of heads that divides its own, "
+            f"got {tuple(k_shape)}"
+        )
+
+
 def check_scale(scale: object) -> float | None:
     """None (head_dim ** -0.5), or a number."""
     if scale is None:
@@ -109,7 +165,7 @@ def check_flag(name: str, value: object) -> bool | None:
 
 def flat_spans(name: str, spans: object, length: int) -> list[int]:
     """A Span or tuple of Spans of `length` positions together, as (start, length, step) triples for the op."""
-    listed = (spans,) if isinstance(spans, Span) else spans
+    listed: Any = (spans,) if isinstance(spans, Span) else spans
     if not isinstance(listed, (tuple, list)) or not all(isinstance(s, Span) for s in listed):
         raise TypeError(f"{name} must be None, a Span or a tuple of Spans, got {spans!r}")
     total = sum(s.length for s in listed)

@@ -10,10 +10,14 @@ from torch import Tensor
 from longattn.kernels import op
 from longattn.kernels.check import (
     check_attention_mask,
+    check_device_type,
+    check_dtype,
     check_flag,
     check_key_padding,
+    check_prior,
     check_qkv,
     check_scale,
+    check_shapes,
     flat_spans,
 )
 from longattn.kernels.dispatch import Explanation, check_backend_name, explain_problem
@@ -78,13 +82,11 @@ def attend(
     check_scale(softmax_scale)
     check_flag("deterministic", deterministic)
     check_backend_name(backend)
-    if prior is not None and not isinstance(prior, AttentionState):
-        raise TypeError(f"prior must be None or an AttentionState, got {type(prior).__name__}")
-    if prior is not None and (prior.out.shape != q.shape or prior.lse.shape != q.shape[:3]):
-        raise ValueError(
-            f"prior must have out shaped {tuple(q.shape)} and lse {tuple(q.shape[:3])}, got {_shapes(prior)}"
-        )
-    if q_spans is None and q.shape[1] > k.shape[1] and (pattern.positional or is_causal):
+    check_prior(prior, q)
+    check_dtype("out_dtype", out_dtype)
+    if is_causal is not None and is_causal != pattern.causal:
+        pattern = pattern.with_causal(is_causal)
+    if q_spans is None and q.shape[1] > k.shape[1] and pattern.positional:
         raise ValueError(
             f"q_start (or q_spans) must be given where queries outnumber keys and positions matter, got Nq={q.shape[1]}, Nk={k.shape[1]}"
         )
@@ -93,8 +95,6 @@ def attend(
         [0, k.shape[1], 1] if k_spans is None else flat_spans("k_spans", k_spans, k.shape[1]),
         _heads(q.shape[2], heads, num_heads),
     )
-    if is_causal is not None and is_causal != pattern.causal:
-        pattern = pattern.with_causal(is_causal)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     out_dtype = state_dtype(q.dtype) if out_dtype is None else out_dtype
@@ -116,15 +116,19 @@ def run(q: Tensor, k: Tensor, v: Tensor, prior: AttentionState | None, asked: op
     transformed = torch._C._are_functorch_transforms_active()
     if prior is not None and (transformed or (torch.is_grad_enabled() and (graded or _needs_grad(prior)))):
         # The op reads a prior without a gradient; `merge` has one.
-        return merge(prior, run(q, k, v, None, (*asked[:-1], prior.out.dtype)))
-    if graded or transformed:
+        merged = merge(prior, run(q, k, v, None, (*asked[:-1], prior.out.dtype)))
+        return AttentionState(merged.finalize(asked[-1]), merged.lse)
+    if transformed:
+        # torch.compile refuses one tensor in two places of an autograd.Function.
+        k = k.view_as(k) if k is q else k
+        v = v.view_as(v) if v is q or v is k else v
         return AttentionState(*_Attend.apply(q, k, v, *asked))  # type: ignore[misc]
     partial = (None, None) if prior is None else (prior.out, prior.lse)
     return AttentionState(*torch.ops.longattn.attend(q, k, v, *partial, *asked))
 
 
 class _Attend(torch.autograd.Function):
-    """The op as torch's transforms want it: forward without ctx, setup_context, vmap."""
+    """The op as torch.func's transforms want it: forward without ctx, setup_context. Otherwise the raw op's own autograd serves."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, *asked: Any) -> Any:  # type: ignore[override]
@@ -139,7 +143,23 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-        return (*op.gradients(ctx, *grads), *(None,) * 10)
+        return (*op.gradients(ctx, *grads, call=_Gradients.apply), *(None,) * 10)
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward op, likewise."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:  # type: ignore[override]
+        return torch.ops.longattn.attend_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+        op.no_second_order(ctx, *grads)
 
 
 def explain(
@@ -177,16 +197,23 @@ def explain(
             f"pattern must be a Pattern such as Dilated or Window, got {pattern!r} ({type(pattern).__name__})"
         )
     k_shape = q_shape if k_shape is None else k_shape
-    for name, shape in (("q_shape", q_shape), ("k_shape", k_shape)):
-        if not isinstance(shape, (tuple, list)) or len(shape) != 4:
-            raise ValueError(f"{name} must be (batch, seq, heads, head_dim), got {shape!r}")
+    check_shapes(q_shape, k_shape)
+    check_dtype("dtype", dtype)
+    wanted = {
+        "attention_mask": attention_mask,
+        "key_padding_mask": key_padding_mask,
+        "requires_grad": requires_grad,
+        "deterministic": deterministic,
+    }
+    for name, flag in wanted.items():
+        check_flag(name, flag)
     check_backend_name(backend)
     if is_causal is not None and check_flag("is_causal", is_causal) != pattern.causal:
         pattern = pattern.with_causal(is_causal)
     q_start, nq, step = _last(q_shape[1], k_shape[1])
     rectangle = Rectangle(q_shape[2], (Span(q_start, nq, step),), (Span(0, k_shape[1]),))
     problem = AttentionProblem(
-        device=torch.device("cpu" if device is None else device).type,
+        device=check_device_type(device),
         dtype=torch.get_default_dtype() if dtype is None else dtype,
         heads=q_shape[2],
         kv_heads=k_shape[2],
@@ -222,7 +249,3 @@ def _heads(local: int, heads: Span | None, num_heads: int | None) -> list[int]:
 
 def _needs_grad(state: AttentionState) -> bool:
     return state.out.requires_grad or state.lse.requires_grad
-
-
-def _shapes(state: AttentionState) -> str:
-    return f"{tuple(state.out.shape)} and {tuple(state.lse.shape)}"

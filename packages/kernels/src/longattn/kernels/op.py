@@ -7,7 +7,8 @@ look-up and the choice of a row happen inside, never in traced code. Autograd, f
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -110,19 +111,25 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(q, k, v, *output, mask, key_padding)
 
 
-def gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) through the backward op, from what `_setup` saved."""
+def gradients(
+    ctx: Any,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    call: Callable[..., Any] = torch.ops.longattn.attend_backward,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) through `call`, the backward op, from what `_setup` saved."""
     q, k, v, out, lse, mask, key_padding = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    return torch.ops.longattn.attend_backward(grad_out, grad_lse, q, k, v, out, lse, mask, key_padding, *ctx.rest)
+    return call(grad_out, grad_lse, q, k, v, out, lse, mask, key_padding, *ctx.rest)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None):
     return (*gradients(ctx, grad_out, grad_lse), *(None,) * 12)
 
 
-def _no_second_order(ctx: Any, *grads: Any):
+def no_second_order(ctx: Any, *grads: Any) -> NoReturn:
+    """Raise: the backward op has no derivative."""
     raise NotImplementedError("longattn::attend_backward is not differentiable: second derivatives are not supported")
 
 
@@ -131,4 +138,4 @@ LIBRARY.impl("attend_backward", _attend_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("longattn::attend", _attend_fake, lib=LIBRARY)
 torch.library.register_fake("longattn::attend_backward", _attend_backward_fake, lib=LIBRARY)
 torch.library.register_autograd("longattn::attend", _backward, setup_context=_setup, lib=LIBRARY)
-torch.library.register_autograd("longattn::attend_backward", _no_second_order, lib=LIBRARY)
+torch.library.register_autograd("longattn::attend_backward", no_second_order, lib=LIBRARY)

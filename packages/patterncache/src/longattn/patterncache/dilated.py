@@ -37,8 +37,8 @@ class Dilated(Pattern, name="dilated"):
         TypeError, ValueError: a list that is empty or not of integers >= 1, lists of different lengths, an unknown choice.
     """
 
-    segment_lengths: tuple[int, ...]
-    dilation_rates: tuple[int, ...]
+    segment_lengths: Sequence[int]
+    dilation_rates: Sequence[int]
     heads: str = "shared"
     queries: str = "dilated"
     causal: bool = False

@@ -86,8 +86,25 @@ class Pattern(ABC):
         return make_plan(rectangle, self.branches(rectangle))
 
     def canonical(self) -> str:
-        """The canonical string: equal for equal patterns, and `parse_pattern` reads it back."""
-        return json.dumps([self.name, self.to_spec()], sort_keys=True, separators=(",", ":"))
+        """The canonical string: equal for equal patterns, and `parse_pattern` reads it back. Kept with the pattern."""
+        kept = self.__dict__.get("_canonical")
+        if kept is None:
+            kept = spec_text([self.name, self.to_spec()])
+            object.__setattr__(self, "_canonical", kept)
+        return kept
+
+
+def spec_text(value: object) -> str:
+    """Compact JSON with sorted keys, by plain string operations, so that torch.compile can trace a pattern made in traced code."""
+    if isinstance(value, dict):
+        return "{" + ",".join([f'"{name}":{spec_text(value[name])}' for name in sorted(value)]) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join([spec_text(entry) for entry in value]) + "]"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) and value.isidentifier():
+        return f'"{value}"'
+    return str(value) if isinstance(value, int) else json.dumps(value)
 
 
 @lru_cache(maxsize=4096)
@@ -101,6 +118,11 @@ def parse_pattern(text: str) -> Pattern:
         name, spec = json.loads(text)
     except ValueError as error:
         raise ValueError(f"pattern must be a canonical string '[\"name\",{{...}}]', got {text!r}") from error
+    return build_pattern(name, spec)
+
+
+def build_pattern(name: str, spec: dict[str, Any]) -> Pattern:
+    """The pattern registered under `name`, from its spec."""
     if name in _HOME:
         import_module(f"longattn.patterncache.{_HOME[name]}")
     if name not in _REGISTRY:
@@ -159,13 +181,13 @@ class Restrict(Pattern, name="restrict"):
         return np.where(self.b.count(h, i, j, num_heads) > 0, self.a.count(h, i, j, num_heads), 0)
 
     def to_spec(self) -> dict[str, Any]:
-        """The canonical strings of both parts."""
-        return {"a": self.a.canonical(), "b": self.b.canonical()}
+        """Both parts, as [name, spec]."""
+        return {name: [part.name, part.to_spec()] for name, part in (("a", self.a), ("b", self.b))}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Restrict:
-        """From the canonical strings of both parts."""
-        return cls(parse_pattern(spec["a"]), parse_pattern(spec["b"]))
+        """From [name, spec] of both parts."""
+        return cls(build_pattern(*spec["a"]), build_pattern(*spec["b"]))
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
         """Where b is a band, a's branches within it; else listed."""

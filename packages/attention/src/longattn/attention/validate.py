@@ -1,0 +1,94 @@
+"""Rules for arguments of this package, one function each. Messages name the parameter, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+import torch
+
+from longattn.patterncache import Pattern
+
+_HINTS = {
+    "attn_mask": "attention_mask is the name here, and True = may see (torch's attn_mask differs between functions and modules)",
+    "attention_dropout": "dropout is the one name",
+    "dropout_p": "dropout is the one name",
+    "scale": "softmax_scale is the name",
+    "is_causal": "causal is the constructor's name; is_causal belongs to the call",
+}
+
+
+def refuse_unknown(where: str, unknown: Mapping[str, object]) -> None:
+    """Raise TypeError for keywords that `where` does not take, with a hint for those that other libraries use."""
+    for name in unknown:
+        _refuse(where, name)
+
+
+def _refuse(where: str, name: str) -> NoReturn:
+    hint = f": {_HINTS[name]}" if name in _HINTS else ""
+    raise TypeError(f"{where} got an unexpected keyword argument {name!r}{hint}")
+
+
+def check_pattern_argument(pattern: object) -> Pattern:
+    """A Pattern."""
+    if not isinstance(pattern, Pattern):
+        raise TypeError(
+            f"pattern must be a Pattern such as Dilated or Window, got {pattern!r} ({type(pattern).__name__})"
+        )
+    return pattern
+
+
+def check_dropout(name: str, value: object) -> float:
+    """A probability in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r} ({type(value).__name__})")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+    return float(value)
+
+
+def check_size(name: str, value: object) -> int:
+    """An integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer >= 1, got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value}")
+    return value
+
+
+def check_bool(name: str, value: object) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def check_positive(name: str, value: object) -> float:
+    """A number > 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number > 0, got {value!r} ({type(value).__name__})")
+    if not value > 0:
+        raise ValueError(f"{name} must be a number > 0, got {value}")
+    return float(value)
+
+
+def check_start(name: str, value: object) -> int | None:
+    """None, or an integer >= 0 (a symbolic one in traced code)."""
+    if value is None or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be None or an integer >= 0, got {value!r} ({type(value).__name__})")
+    if value < 0:
+        raise ValueError(f"{name} must be None or an integer >= 0, got {value}")
+    return value
+
+
+def check_embedded(name: str, x: object, embed_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor (batch, seq, embed_dim) in the module's dtype (or under autocast, any floating dtype)."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor (batch, seq, {embed_dim}), got {type(x).__name__}")
+    if not x.dtype.is_floating_point or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
+        raise TypeError(f"{name} must have the module's dtype {dtype}, got {x.dtype}")
+    if x.dim() != 3 or x.shape[2] != embed_dim:
+        raise ValueError(f"{name} must have shape (batch, seq, {embed_dim}), got {tuple(x.shape)}")
+    return x
