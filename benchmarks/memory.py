@@ -5,6 +5,7 @@ prepares one side of an experiment, loads what a first call loads by running a t
 """
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -27,10 +28,18 @@ def _status_bytes(field: str) -> int | None:
     return None
 
 
+def _trim() -> None:
+    """Have glibc return freed blocks: those it keeps are resident, would serve the next call and hide its memory."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class ResidentPeak:
     """Growth of this process's resident memory above the moment `start` was called (Linux).
 
-    1. `start()` remembers the resident size and resets the kernel's high-water mark.
+    1. `start()` gives what malloc keeps back to the system, remembers the resident size and resets the kernel's
+       high-water mark.
     2. The caller runs what it wants to know about, touching whatever memory that takes.
     3. `growth()` is the high-water mark less the remembered size, in bytes, and may be read again later.
     """
@@ -40,6 +49,7 @@ class ResidentPeak:
 
     def start(self) -> None:
         """Take the resident size now as zero."""
+        _trim()
         self._base = _status_bytes("VmRSS")
         try:
             # 5 resets VmHWM to the present resident size; without the right to do so the mark of the start-up stays,
