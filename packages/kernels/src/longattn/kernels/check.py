@@ -134,8 +134,11 @@ def check_device_type(device: object) -> str:
 def check_shapes(q_shape: object, k_shape: object) -> None:
     """(batch, seq, heads, head_dim) twice: batch and head_dim equal, heads divisible."""
     for name, shape in (("q_shape", q_shape), ("k_shape", k_shape)):
-        fits = isinstance(shape, (tuple, list)) and len(shape) == 4
-        if not fits or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
+        if (
+            not isinstance(shape, (tuple, list))
+            or len(shape) != 4
+            or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
+        ):
             raise ValueError(f"{name} must be (batch, seq, heads, head_dim), integers >= 0, got {shape!r}")
     assert isinstance(q_shape, (tuple, list)) and isinstance(k_shape, (tuple, list))
     if q_shape[2] == 0 or q_shape[3] == 0:

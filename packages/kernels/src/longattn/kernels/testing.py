@@ -1,0 +1,289 @@
+"""For tests of backends, ours and yours: Hypothesis strategies, `check_backend`, `check_merge_laws`, and poisoned memory.
+
+Needs the extra `longattn-kernels[testing]`. Nothing that ships imports this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longattn.kernels.dispatch import row
+from longattn.kernels.entry import attend
+from longattn.kernels.reference import reference_attention
+from longattn.kernels.state import AttentionState, merge, state_dtype
+from longattn.patterncache import Pattern, Rectangle, Span
+from longattn.patterncache.testing import patterns, spans
+
+LAYOUTS = ("plain", "heads_first", "sliced", "expanded_batch", "expanded_heads", "expanded_dim", "strided_dim")
+"""How a tensor (batch, seq, heads, head_dim) may lie in memory; see `lay_out`."""
+
+MASKS = (None, "", "k", "qk", "hqk", "bk", "hq", "bhqk")
+"""Axes that attention_mask varies along; see `random_mask`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of `attend`, without its data: `tensors` draws them from `seed`, always the same.
+
+    Attributes:
+        pattern, q_spans, k_spans, is_causal, softmax_scale, dtype, device: as in `attend`.
+        lengths: (Nq, Nk).
+        batch, kv_heads, group, head_dim: sizes; kv_heads * group query heads.
+        shard: (first head, heads of the whole module), or None: all.
+        mask: one of MASKS. prior: whether to merge onto a state.
+        padding: whether keys are padded; padded rows of k and v then hold NaN and Inf.
+        layouts: of q, k, v, the prior and the cotangents, from LAYOUTS.
+    """
+
+    pattern: Pattern
+    lengths: tuple[int, int] = (12, 12)
+    batch: int = 2
+    kv_heads: int = 2
+    group: int = 1
+    head_dim: int = 8
+    q_spans: tuple[Span, ...] | None = None
+    k_spans: tuple[Span, ...] | None = None
+    shard: tuple[int, int] | None = None
+    is_causal: bool | None = None
+    softmax_scale: float | None = None
+    mask: str | None = None
+    padding: bool = False
+    prior: bool = False
+    layouts: tuple[str, ...] = ("plain",) * 5
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    seed: int = 0
+
+    def counts(self) -> Tensor:
+        """(heads, Nq, Nk) int64, what the pattern says of this rectangle."""
+        nq, nk = self.lengths
+        heads = self.kv_heads * self.group
+        first, total = self.shard or (0, heads)
+        queries = (Span(max(0, nk - nq), nq),) if self.q_spans is None else self.q_spans
+        keys = (Span(0, nk),) if self.k_spans is None else self.k_spans
+        pattern = self.pattern if self.is_causal is None else self.pattern.with_causal(self.is_causal)
+        return torch.from_numpy(pattern.counts(Rectangle(total, queries, keys, Span(first, heads))))
+
+    def tensors(self) -> Tensors:
+        """The data, on the case's device."""
+        random = torch.Generator().manual_seed(self.seed)
+        batch, (nq, nk), heads = self.batch, self.lengths, self.kv_heads * self.group
+
+        def normal(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
+            return lay_out(torch.randn(shape, generator=random, dtype=torch.float64).to(dtype).to(self.device), layout)
+
+        state, wide = state_dtype(self.dtype), (batch, nq, heads, self.head_dim)
+        q = normal(wide, self.layouts[0], self.dtype)
+        k, v = (normal((batch, nk, self.kv_heads, self.head_dim), how, self.dtype) for how in self.layouts[1:3])
+        mask = None if self.mask is None else random_mask(self.mask, (batch, heads, nq, nk), random).to(self.device)
+        padding = None
+        if self.padding:
+            padding = (torch.rand(batch, nk, generator=random) < 0.4).to(self.device)
+            k, v = k.clone(), v.clone()
+            k[padding], v[padding] = torch.nan, torch.inf
+        prior = None
+        if self.prior:
+            blind = (torch.rand(wide[:3], generator=random) < 0.3).to(self.device)
+            lse = normal(wide[:3], self.layouts[3], state).masked_fill(blind, -torch.inf)
+            out = normal(wide, self.layouts[3], state)
+            prior = AttentionState(out * (lse > -torch.inf).unsqueeze(-1), lse)
+        # Cotangents that the dtype of q can hold: backends may round them to it.
+        grads = [normal(shape, self.layouts[4], self.dtype).to(state) for shape in (wide, wide[:3])]
+        return Tensors(q, k, v, mask, padding, prior, grads[0], grads[1])
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The data of a `Case`, as in `attend`; grad_out and grad_lse are cotangents in the state's dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    padding: Tensor | None
+    prior: AttentionState | None
+    grad_out: Tensor
+    grad_lse: Tensor
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """A tensor like x (batch, seq, heads, ...), with other strides; "expanded" layouts also repeat its first entry of that axis."""
+    if layout == "heads_first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "sliced":
+        return torch.cat([x, x], 1)[:, : x.shape[1]]
+    if layout == "strided_dim":
+        return torch.stack([x, x], -1)[..., 0]
+    axis = {"expanded_batch": 0, "expanded_heads": 2, "expanded_dim": x.dim() - 1}.get(layout)
+    return x if axis is None else x.narrow(axis, 0, min(1, x.shape[axis])).expand(x.shape)
+
+
+def random_mask(axes: str, shape: tuple[int, int, int, int], random: torch.Generator) -> Tensor:
+    """A bool attention mask for (batch, heads, Nq, Nk) that varies along `axes`, one of MASKS; leading axes of size 1 are left out."""
+    sizes = [n if axis in axes else 1 for axis, n in zip("bhqk", shape, strict=True)]
+    leading = min(("bhqk".index(axis) for axis in axes), default=4)
+    return torch.rand(sizes[leading:], generator=random) < 0.7
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn, dtype: torch.dtype = torch.float32, pattern: st.SearchStrategy[Pattern] | None = None
+) -> Case:
+    """Any call: any pattern and rectangle, ragged and empty lengths, GQA, head shards, masks, padding, priors and strides."""
+    chosen = draw(patterns() if pattern is None else pattern)
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    heads = kv_heads * group
+    first = draw(st.integers(0, 3))
+    case = Case(
+        chosen,
+        batch=draw(st.integers(0, 3)),
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=draw(st.sampled_from([1, 3, 4, 8, 16])),
+        shard=draw(st.sampled_from([None, (first, first + heads + draw(st.integers(0, 3)))])),
+        is_causal=draw(st.sampled_from([None, None, True, False])),
+        softmax_scale=draw(st.sampled_from([None, None, 0.0, -0.5, 1.5])),
+        mask=draw(st.sampled_from(MASKS)),
+        padding=draw(st.booleans()),
+        prior=draw(st.booleans()),
+        layouts=draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 5)),
+        dtype=dtype,
+        seed=draw(st.integers(0, 1000)),
+    )
+    if draw(st.booleans()):
+        nq, nk = sorted((draw(st.integers(0, 40)), draw(st.integers(0, 40))))
+        return replace(case, lengths=(nq, nk))
+    q_spans, k_spans = (tuple(draw(st.lists(spans(), min_size=1, max_size=2))) for _ in range(2))
+    nq, nk = (sum(s.length for s in side) for side in (q_spans, k_spans))
+    return replace(case, lengths=(nq, nk), q_spans=q_spans, k_spans=k_spans)
+
+
+def tolerance(name: str, dtype: torch.dtype) -> tuple[float, float]:
+    """(absolute, relative) error that the row `name` declares for outputs on unit normal inputs of `dtype`."""
+    return row(name).capability.tolerance[dtype]
+
+
+def run_case(case: Case, data: Tensors, **options: Any) -> AttentionState:
+    """`attend` on the data of a case."""
+    heads = case.kv_heads * case.group
+    first, total = case.shard or (0, heads)
+    options |= {"is_causal": case.is_causal, "softmax_scale": case.softmax_scale, "prior": data.prior}
+    options |= {"q_spans": case.q_spans, "k_spans": case.k_spans, "heads": Span(first, heads), "num_heads": total}
+    options |= {"attention_mask": data.mask, "key_padding_mask": data.padding}
+    return attend(data.q, data.k, data.v, case.pattern, **options)
+
+
+def expect_case(case: Case, data: Tensors) -> AttentionState:
+    """The oracle on the data of a case, in float64."""
+    counts = case.counts().to(case.device).expand(case.batch, -1, -1, -1)
+    if data.mask is not None:
+        counts = counts * data.mask
+    state = reference_attention(data.q, data.k, data.v, counts, case.softmax_scale, key_padding_mask=data.padding)
+    if data.prior is None:
+        return state
+    return merge(AttentionState(data.prior.out.double(), data.prior.lse.double()), state)
+
+
+def check_backend(name: str, case: Case) -> None:
+    """Assert that a row agrees with the oracle on a case: out, lse, and the gradients of q, k, v and prior, an lse cotangent included.
+
+    Also: no input is written, the same input gives the same bits, rows that saw nothing are zero, and nothing is NaN.
+    """
+    data = case.tensors()
+    inputs = [x for x in (data.q, data.k, data.v, data.mask, data.padding) if x is not None]
+    inputs += [] if data.prior is None else [data.prior.out, data.prior.lse]
+    before = [(x.clone(), x._version) for x in inputs]
+    got, expected = run_case(case, data, backend=name), expect_case(case, data)
+    again = run_case(case, data, backend=name)
+    assert torch.equal(got.out, again.out) and torch.equal(got.lse, again.lse), f"{name}: other bits for {case}"
+    atol, rtol = tolerance(name, case.dtype)
+    # Rounding a score of size s moves its weight by the share s * eps.
+    slack = max(1.0, _largest_score(case, data) / 8)
+    assert_near(got.out, expected.out, atol * slack, rtol * slack, f"{name}: out of {case}")
+    assert_near(got.lse, expected.lse, atol * slack, rtol * slack, f"{name}: lse of {case}")
+    assert not got.out[got.lse == -torch.inf].any()
+    if row(name).capability.backward:
+        for index, (mine, true) in enumerate(
+            zip(_gradients(run_case, case, name), _gradients(expect_case, case), strict=True)
+        ):
+            size = 4 * slack * max(1.0, float(true.abs().max()) if true.numel() else 0.0)
+            assert_near(mine, true, atol * size, rtol * size, f"{name}: gradient {index} of {case}")
+    for x, (values, version) in zip(inputs, before, strict=True):
+        assert x._version == version and torch.equal(x.nan_to_num(), values.nan_to_num()), (
+            f"{name} wrote an input of {case}"
+        )
+
+
+def assert_near(got: Tensor, expected: Tensor, atol: float, rtol: float, what: str) -> None:
+    """Equal shapes, and |got - expected| <= atol + rtol * |expected|; NaN is never near, -inf only to -inf."""
+    torch.testing.assert_close(
+        got.double(), expected.double(), atol=atol, rtol=rtol, msg=lambda found: f"{what}\n{found}", check_device=False
+    )
+
+
+def _largest_score(case: Case, data: Tensors) -> float:
+    q, k = (x.detach().double().nan_to_num() for x in (data.q, data.k))
+    if not q.numel() or not k.numel():
+        return 0.0
+    scale = case.head_dim**-0.5 if case.softmax_scale is None else abs(case.softmax_scale)
+    return float(scale * q.norm(dim=-1).max() * k.norm(dim=-1).max())
+
+
+def _gradients(compute: Callable[..., AttentionState], case: Case, backend: str | None = None) -> tuple[Tensor, ...]:
+    data = case.tensors()
+    q, k, v = (x.detach().requires_grad_() for x in (data.q, data.k, data.v))
+    prior = data.prior and AttentionState(
+        data.prior.out.detach().requires_grad_(), data.prior.lse.detach().requires_grad_()
+    )
+    graded = replace(data, q=q, k=k, v=v, prior=prior)
+    state = compute(case, graded, **({} if backend is None else {"backend": backend}))
+    wanted = [q, k, v] + ([] if prior is None else [prior.out, prior.lse])
+    # A cotangent at lse = -inf has no meaning.
+    grad_lse = data.grad_lse.masked_fill(state.lse == -torch.inf, 0)
+    cotangents = [data.grad_out.to(state.out.dtype), grad_lse.to(state.lse.dtype)]
+    return torch.autograd.grad([state.out, state.lse], wanted, cotangents)
+
+
+def check_merge_laws(a: AttentionState, b: AttentionState, c: AttentionState, *, atol: float = 1e-5) -> None:
+    """Assert that `merge` commutes, associates, and has the empty state as identity, on any three states of one shape."""
+    for left, right in (
+        (merge(a, b), merge(b, a)),
+        (merge(merge(a, b), c), merge(a, merge(b, c))),
+        (merge(a, AttentionState.empty(a.out)), a),
+        (merge(AttentionState.empty(a.out), a), a),
+    ):
+        assert_near(left.out, right.out, atol, atol, "out")
+        assert_near(left.lse, right.lse, atol, atol, "lse")
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """While it is open, torch.empty and its kin give NaN: whoever reads floating memory before writing it gets caught."""
+    names = {torch: ("empty", "empty_like", "empty_strided"), torch.Tensor: ("new_empty", "new_empty_strided")}
+    kept = [(owner, name, getattr(owner, name)) for owner in names for name in names[owner]]
+    for owner, name, allocate in kept:
+        setattr(owner, name, _poisoned(allocate))
+    try:
+        yield
+    finally:
+        for owner, name, allocate in kept:
+            setattr(owner, name, allocate)
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(allocate)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        fresh = allocate(*args, **kwargs)
+        return (
+            fresh.detach().fill_(torch.nan).requires_grad_(fresh.requires_grad) if fresh.is_floating_point() else fresh
+        )
+
+    return call

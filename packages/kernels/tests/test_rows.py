@@ -1,0 +1,122 @@
+"""Every row of the table against the oracle: outputs, lse and gradients, on a grid derived from what the row declares."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from longattn.kernels import backends
+from longattn.kernels.dispatch import row
+from longattn.kernels.testing import LAYOUTS, MASKS, Case, cases, check_backend
+from longattn.patterncache import Dilated, Full, Restrict, Span, Window
+
+LONGNET = Dilated((8, 16), (1, 2), causal=True)
+LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+HEAD_DIMS = (1, 5, 8, 64, 72, 200)
+
+ON_CPU = [
+    pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+    for name in backends()
+    for dtype in row(name).capability.dtypes_on("cpu")
+    if not row(name).capability.devices or "cpu" in row(name).capability.devices
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), ON_CPU)
+@given(data=st.data())
+def test_a_row_agrees_with_the_oracle_on_any_call(name: str, dtype: torch.dtype, data: st.DataObject):
+    check_backend(name, data.draw(cases(dtype)))
+
+
+@pytest.mark.parametrize(("name", "dtype"), ON_CPU)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_any_head_dim(name: str, dtype: torch.dtype, head_dim: int):
+    check_backend(name, Case(LONGNET, (37, 37), kv_heads=2, group=2, head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize(("name", "dtype"), ON_CPU)
+@pytest.mark.parametrize("feature", ["listed", "attention_mask", "key_padding", "gqa"])
+def test_declared_features(name: str, dtype: torch.dtype, feature: str):
+    case = Case(LONGNET, (19, 23), dtype=dtype, prior=True)
+    case = {
+        "listed": replace(case, pattern=LISTED),
+        "attention_mask": replace(case, mask="bhqk"),
+        "key_padding": replace(case, padding=True),
+        "gqa": replace(case, group=3),
+    }[feature]
+    if not getattr(row(name).capability, feature):
+        with pytest.raises(ValueError, match="is not supported|are not supported|only strided rows"):
+            check_backend(name, case)
+        return
+    check_backend(name, case)
+
+
+@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(name: str, layout: str):
+    """Strides of q, k, v, prior and cotangents change no result; the batch has two elements, so that they matter."""
+    for which in range(5):
+        layouts = tuple(layout if at == which else "plain" for at in range(5))
+        check_backend(name, Case(LONGNET, (24, 32), layouts=layouts, prior=which == 3))
+
+
+@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("padding", [False, True])
+def test_any_mask(name: str, mask: str | None, padding: bool):
+    for pattern in (LONGNET, LISTED, Window(5, sinks=2)):
+        check_backend(name, Case(pattern, (17, 21), group=2, mask=mask, padding=padding))
+
+
+@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Full(),
+        Full(causal=True),
+        Window(70),
+        Window(40, sinks=5, causal=False),
+        Dilated((300, 600), (1, 3), causal=True),
+    ],
+    ids=str,
+)
+def test_longer_than_a_strip(name: str, pattern):
+    """Several strips, pieces and tiles."""
+    check_backend(name, Case(pattern, (700, 700), batch=1, kv_heads=1, group=2, head_dim=4))
+
+
+@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("lengths", [(0, 0), (0, 5), (1, 1), (1, 40), (3, 0)])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_nothing_is_fine(name: str, lengths: tuple[int, int], batch: int):
+    """N = 0, B = 0, Nk = 0."""
+    pattern = Full() if lengths[0] > lengths[1] else LONGNET
+    check_backend(name, Case(pattern, lengths, batch=batch, prior=True))
+    check_backend(name, Case(pattern, lengths, batch=batch, mask="bhqk", padding=True))
+
+
+@pytest.mark.parametrize("name", backends())
+def test_huge_logits(name: str):
+    """Scores of several hundred neither overflow nor lose the row."""
+    check_backend(name, Case(LONGNET, (40, 40), softmax_scale=40.0))
+
+
+@pytest.mark.parametrize("name", backends())
+@settings(max_examples=8)
+@given(shift=st.integers(0, 30), keys=st.integers(1, 30))
+@example(shift=4, keys=8)
+def test_rows_out_of_reach(name: str, shift: int, keys: int):
+    """Queries before, within and past the keys: whoever sees nothing is zero with lse -inf, also when another row asked first."""
+    for pattern in (Full(causal=True), Window(3), Window(3, causal=False), LONGNET):
+        case = Case(pattern, (40, keys), q_spans=(Span(0, 40),), k_spans=(Span(shift, keys),), batch=1, head_dim=2)
+        for each in (*backends(), name):
+            check_backend(each, case)
+
+
+@pytest.mark.parametrize("name", backends())
+def test_strips_that_see_nothing_are_written(name: str):
+    """Only the first strip of rows reaches the keys, whatever the height of a row's strips."""
+    spans = {"q_spans": (Span(2040, 256),), "k_spans": (Span(0, 2048),)}
+    check_backend(name, Case(Window(8), (256, 2048), batch=1, kv_heads=16, head_dim=2, **spans))
