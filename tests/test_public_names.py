@@ -24,7 +24,8 @@ EXPECTED = {
         explain Explanation AttentionProblem backends Capability
         """,
     "attention": """
-        pattern_attention PatternAttention MultiheadPatternAttention Local
+        pattern_attention PatternAttention MultiheadPatternAttention attention_weights
+        Schedule Local
         DilatedAttention ImprovedDilatedAttention MultiheadDilatedAttention ImprovedMultiheadDilatedAttention
         """,
 }
