@@ -7,27 +7,33 @@ from typing import TYPE_CHECKING
 logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
+    from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
     from longattn.patterncache.band import pieces
+    from longattn.patterncache.block_sparse import BlockSparse
     from longattn.patterncache.cache import PatternCache, get_global_pattern_cache, reset_global_pattern_cache
     from longattn.patterncache.dilated import Dilated
     from longattn.patterncache.index import Affine, Listed, Rectangle, Span
-    from longattn.patterncache.pattern import Pattern, Restrict, parse_pattern
+    from longattn.patterncache.pattern import Pattern, parse_pattern
     from longattn.patterncache.plan import Band, Branch, Plan
     from longattn.patterncache.window import Full, Window
 
 _HOME = {
     "Affine": "index",
     "Band": "plan",
+    "BlockSparse": "block_sparse",
     "Branch": "plan",
     "Dilated": "dilated",
     "Full": "window",
+    "Intersection": "algebra",
     "Listed": "index",
     "Pattern": "pattern",
     "PatternCache": "cache",
     "Plan": "plan",
     "Rectangle": "index",
-    "Restrict": "pattern",
+    "Restrict": "algebra",
     "Span": "index",
+    "Sum": "algebra",
+    "Union": "algebra",
     "Window": "window",
     "get_global_pattern_cache": "cache",
     "parse_pattern": "pattern",
@@ -38,9 +44,11 @@ _HOME = {
 __all__ = [
     "Affine",
     "Band",
+    "BlockSparse",
     "Branch",
     "Dilated",
     "Full",
+    "Intersection",
     "Listed",
     "Pattern",
     "PatternCache",
@@ -48,6 +56,8 @@ __all__ = [
     "Rectangle",
     "Restrict",
     "Span",
+    "Sum",
+    "Union",
     "Window",
     "get_global_pattern_cache",
     "parse_pattern",

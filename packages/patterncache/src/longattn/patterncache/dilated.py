@@ -57,6 +57,11 @@ class Dilated(Pattern, name="dilated"):
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         check_causal(self.causal)
 
+    @property
+    def binary(self) -> bool:
+        """Where every head has one branch at most."""
+        return len(self.segment_lengths) == 1 or self.heads == "split"
+
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """The branches' conditions, added."""
         total = np.zeros(np.broadcast_shapes(h.shape, i.shape, j.shape), np.int64)

@@ -157,6 +157,8 @@ class Listed:
         """Members first .. first + count of every tile."""
         if self.starts.shape[1] == 1:
             return Listed(self.starts + first * self.step, count, self.step)
+        if first % self.run == 0 and count % self.run == 0:
+            return Listed(self.starts[:, first // self.run : (first + count) // self.run], self.run, self.step)
         return Listed(self.rows()[:, first : first + count], 1, 1)
 
     def tile_range(self, first: int, tiles: int) -> Listed:
@@ -179,9 +181,9 @@ Index = Affine | Listed
 
 
 def index_of(starts: Rows, count: int, step: int) -> Index:
-    """Tiles that begin at `starts` (T,), each `count` rows `step` apart: affine where the starts are evenly spaced."""
+    """Tiles that begin at `starts` (T,), each `count` rows `step` apart: affine where the starts are evenly spaced, forwards."""
     spacing = np.diff(starts)
-    if len(spacing) == 0 or (spacing == spacing[0]).all():
+    if len(spacing) == 0 or (spacing[0] >= 0 and (spacing == spacing[0]).all()):
         return Affine(int(starts[0]), len(starts), int(spacing[0]) if len(spacing) else 0, count, step)
     return Listed(starts[:, None], count, step)
 

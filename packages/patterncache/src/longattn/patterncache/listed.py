@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from longattn.patterncache.index import Listed, Rectangle, Rows, Span
 from longattn.patterncache.plan import Branch, Counts
@@ -33,6 +34,24 @@ def listed_branches(counts: Callable[[Rectangle], Counts], rectangle: Rectangle)
         q = Listed(np.stack([m[0] for m in members]), 1, 1)
         k = Listed(np.stack([m[1] for m in members]), 1, 1)
         yield Branch(group, q, k)
+
+
+def listed_part(branch: Branch, shown: Callable[[Rows, Rows], npt.NDArray[np.bool_]]) -> Iterator[Branch]:
+    """The pairs of `branch` that `shown` keeps, listed row by row, tile by tile.
+
+    `shown` gets query positions (queries, 1) and key positions (1, keys) of a tile, and returns (queries, keys) bool.
+    """
+    visible = branch.visible
+    tiles: dict[tuple[int, int], list[tuple[Rows, Rows]]] = {}
+    for t, (q, k, i, j) in enumerate(zip(branch.q.rows(), branch.k.rows(), *branch.positions(), strict=True)):
+        kept = shown(i[:, None], j[None])
+        if visible is not None:
+            kept = kept & visible[t if len(visible) > 1 else 0]
+        for a, b in _equal_rows(kept.astype(np.int64)):
+            tiles.setdefault((len(a), len(b)), []).append((q[a], k[b]))
+    for members in tiles.values():
+        q_rows, k_rows = (Listed(np.stack(rows), 1, 1) for rows in zip(*members, strict=True))
+        yield replace(branch, q=q_rows, k=k_rows, band=None)
 
 
 def _strips(rectangle: Rectangle, rows: int) -> Iterator[tuple[int, Rectangle]]:

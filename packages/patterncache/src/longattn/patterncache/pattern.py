@@ -1,4 +1,4 @@
-"""`Pattern`: who sees whom, as a count. `Restrict`, and the canonical strings.
+"""`Pattern`: who sees whom, as a count; and the canonical strings.
 
 A pattern knows nothing of lengths, tensors or devices. It answers two questions that must agree: `count(h, i, j)`, the boring
 elementwise meaning, and `plan(rectangle)`, the same in strides. Its canonical string is JSON, `["name",{spec}]`, and back.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, ClassVar, Self
@@ -18,11 +17,20 @@ import numpy as np
 
 from longattn.patterncache.index import Rectangle, Rows
 from longattn.patterncache.listed import listed_branches
-from longattn.patterncache.plan import Band, Branch, Counts, Plan, make_plan
+from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
 
 _REGISTRY: dict[str, type[Pattern]] = {}
 
-_HOME = {"dilated": "dilated", "full": "window", "window": "window"}
+_HOME = {
+    "block_sparse": "block_sparse",
+    "dilated": "dilated",
+    "full": "window",
+    "intersection": "algebra",
+    "restrict": "algebra",
+    "sum": "algebra",
+    "union": "algebra",
+    "window": "window",
+}
 """Submodule of each pattern of ours, so that a string can be read before anybody imported its class."""
 
 
@@ -31,6 +39,8 @@ class Pattern(ABC):
 
     To write one's own: subclass, name it (`class Mine(Pattern, name="mine")`), give `count`, `to_spec`, `from_spec`, `causal` and
     `with_causal`. `branches` may stay: the default lists the visible rows of any pattern, exactly, without strides.
+
+    Patterns combine: `a | b` counts the larger of both, `a & b` the smaller, `a + b` their sum; `Restrict(a, b)` counts a where b sees.
     """
 
     name: ClassVar[str]
@@ -51,6 +61,24 @@ class Pattern(ABC):
     def positional(self) -> bool:
         """Whether meaning depends on positions; then queries that outnumber keys need `q_start`. Default True."""
         return True
+
+    @property
+    def binary(self) -> bool:
+        """Whether no count is ever above 1. Default False: unknown."""
+        return False
+
+    @property
+    def filters(self) -> bool:
+        """Whether `within` works, so that others can be restricted to this pattern in strides. Default False."""
+        return False
+
+    def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """Branches of the pairs of `branch` that this pattern sees, where `filters` is True."""
+        raise NotImplementedError(f"{type(self).__name__} does not filter branches")
+
+    def check_rectangle(self, rectangle: Rectangle) -> None:
+        """Raise ValueError where this pattern means nothing on part of `rectangle`. Default: it always means something."""
+        return
 
     @abstractmethod
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
@@ -75,6 +103,7 @@ class Pattern(ABC):
 
     def counts(self, rectangle: Rectangle) -> Counts:
         """(heads, queries, keys) int64, dense: for tests, oracles and small sizes."""
+        self.check_rectangle(rectangle)
         h = rectangle.heads.positions()[:, None, None]
         i = rectangle.query_positions()[None, :, None]
         j = rectangle.key_positions()[None, None, :]
@@ -83,6 +112,7 @@ class Pattern(ABC):
 
     def plan(self, rectangle: Rectangle) -> Plan:
         """This pattern in strides, for one rectangle. `plan.counts() == pattern.counts(rectangle)`, always."""
+        self.check_rectangle(rectangle)
         return make_plan(rectangle, self.branches(rectangle))
 
     def canonical(self) -> str:
@@ -92,6 +122,22 @@ class Pattern(ABC):
             kept = spec_text([self.name, self.to_spec()])
             object.__setattr__(self, "_canonical", kept)
         return kept
+
+    def __or__(self, other: Pattern) -> Pattern:
+        return self._combined("Union", other)
+
+    def __and__(self, other: Pattern) -> Pattern:
+        return self._combined("Intersection", other)
+
+    def __add__(self, other: Pattern) -> Pattern:
+        return self._combined("Sum", other)
+
+    def _combined(self, how: str, other: Pattern) -> Pattern:
+        if not isinstance(other, Pattern):
+            return NotImplemented
+        # Imported late: the algebra is made of patterns.
+        combination = getattr(import_module("longattn.patterncache.algebra"), how)((self, other))
+        return combination.parts[0] if len(combination.parts) == 1 else combination
 
 
 def spec_text(value: object) -> str:
@@ -107,18 +153,28 @@ def spec_text(value: object) -> str:
     return str(value) if isinstance(value, int) else json.dumps(value)
 
 
-@lru_cache(maxsize=4096)
+_KEPT_TEXT = 4096
+"""Characters of the longest canonical string whose pattern is kept: a block mask's may be megabytes, and its plan is cached anyway."""
+
+
 def parse_pattern(text: str) -> Pattern:
     """The pattern of a canonical string.
 
     Raises:
         ValueError: text is not `["name",{spec}]`, or no pattern of that name is registered in this process.
     """
+    return _parse_kept(text) if len(text) <= _KEPT_TEXT else _parse(text)
+
+
+def _parse(text: str) -> Pattern:
     try:
         name, spec = json.loads(text)
     except ValueError as error:
         raise ValueError(f"pattern must be a canonical string '[\"name\",{{...}}]', got {text!r}") from error
     return build_pattern(name, spec)
+
+
+_parse_kept = lru_cache(maxsize=4096)(_parse)
 
 
 def build_pattern(name: str, spec: dict[str, Any]) -> Pattern:
@@ -144,80 +200,3 @@ def check_causal(value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"causal must be True or False, got {value!r} ({type(value).__name__})")
     return value
-
-
-@dataclass(frozen=True)
-class Restrict(Pattern, name="restrict"):
-    """counts of `a` where `b` sees at all, else 0: `b` filters, and never adds.
-
-    Args:
-        a: the pattern whose multiplicities count.
-        b: the pattern that must also see the pair.
-    """
-
-    a: Pattern
-    b: Pattern
-
-    def __post_init__(self) -> None:
-        check_pattern_type("a", self.a)
-        check_pattern_type("b", self.b)
-
-    @property
-    def causal(self) -> bool:  # type: ignore[override]
-        """Whether either part is causal."""
-        return self.a.causal or self.b.causal
-
-    @property
-    def positional(self) -> bool:
-        """Whether either part is positional."""
-        return self.a.positional or self.b.positional
-
-    def with_causal(self, causal: bool) -> Restrict:
-        """Both parts with their causal field replaced."""
-        return Restrict(self.a.with_causal(causal), self.b.with_causal(causal))
-
-    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
-        """counts of a where b > 0."""
-        return np.where(self.b.count(h, i, j, num_heads) > 0, self.a.count(h, i, j, num_heads), 0)
-
-    def to_spec(self) -> dict[str, Any]:
-        """Both parts, as [name, spec]."""
-        return {name: [part.name, part.to_spec()] for name, part in (("a", self.a), ("b", self.b))}
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> Restrict:
-        """From [name, spec] of both parts."""
-        return cls(build_pattern(*spec["a"]), build_pattern(*spec["b"]))
-
-    def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """Where b is a band, a's branches within it; else listed."""
-        band = getattr(self.b, "band", None)
-        if band is None:
-            yield from super().branches(rectangle)
-            return
-        for branch in self.a.branches(rectangle):
-            yield from restrict_band(branch, band)
-
-
-def restrict_band(branch: Branch, band: Band) -> Iterator[Branch]:
-    """`branch` seen through `band`: one branch, or none, or one per tile where tiles differ."""
-    tighter = band if branch.band is None else branch.band & band
-    if tighter == Band():
-        yield branch
-        return
-    narrowed = replace(branch, band=tighter)
-    if narrowed.uniform:
-        q_step, k_step = narrowed.steps
-        nearest = narrowed.offset - (narrowed.k.count - 1) * k_step
-        farthest = narrowed.offset + (narrowed.q.count - 1) * q_step
-        if tighter.covers(nearest, farthest):
-            yield replace(branch, band=None)
-        elif not tighter.misses(nearest, farthest):
-            yield narrowed
-        return
-    for tile in range(branch.q.tiles):
-        alone = replace(branch, q=branch.q.tile_range(tile, 1), k=branch.k.tile_range(tile, 1))
-        if alone.uniform:
-            yield from restrict_band(alone, band)
-        else:
-            yield replace(alone, band=tighter)

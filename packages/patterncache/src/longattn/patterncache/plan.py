@@ -128,6 +128,12 @@ class Branch:
         """(q count,) bool: rows that see a key in every tile. True throughout where there is no band, or tiles differ."""
         if self.band is None or not self.uniform:
             return np.ones(self.q.count, bool)
+        begin, end = self._key_range()
+        return begin <= end
+
+    def _key_range(self) -> tuple[Rows, Rows]:
+        """First and last key row that each query row of a uniform, banded tile sees; last < first where it sees none."""
+        assert self.band is not None and self.uniform
         q_step, k_step = self.steps
         nearest = self.offset + np.arange(self.q.count, dtype=np.int64) * q_step
         begin, end = np.zeros_like(nearest), np.full_like(nearest, self.k.count - 1)
@@ -135,7 +141,18 @@ class Branch:
             begin = np.maximum(begin, -((self.band.high - nearest) // k_step))
         if self.band.low is not None:
             end = np.minimum(end, (nearest - self.band.low) // k_step)
-        return begin <= end
+        return begin, end
+
+    @cached_property
+    def pairs(self) -> int:
+        """How many (query, key) pairs one head sees, over all tiles."""
+        if self.band is None:
+            return self.q.tiles * self.q.count * self.k.count
+        if not self.uniform:
+            assert self.visible is not None
+            return int(self.visible.sum())
+        begin, end = self._key_range()
+        return self.q.tiles * int(np.maximum(end - begin + 1, 0).sum())
 
     @cached_property
     def triangle(self) -> bool:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
+from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
 from longattn.patterncache.band import pieces, strips
+from longattn.patterncache.block_sparse import BlockSparse
 from longattn.patterncache.dilated import HEADS, QUERIES, Dilated
 from longattn.patterncache.index import Rectangle, Span
-from longattn.patterncache.pattern import Pattern, Restrict, parse_pattern
+from longattn.patterncache.pattern import Pattern, parse_pattern
 from longattn.patterncache.plan import Plan, add_branch_counts
 from longattn.patterncache.window import Full, Window
+
+COVERED = 256
+"""Positions that drawn block masks cover: no drawn span reaches further."""
 
 
 def spans(longest: int = 40) -> st.SearchStrategy[Span]:
@@ -38,6 +43,18 @@ def dilated(draw: st.DrawFn, most_branches: int = 3, heads: str | None = None) -
     return Dilated(tuple(segments), tuple(rates), assignment, draw(st.sampled_from(QUERIES)), draw(st.booleans()))
 
 
+@st.composite
+def block_sparse(draw: st.DrawFn, num_heads: int | None = None) -> BlockSparse:
+    """Any block mask over at least `COVERED` positions a side, a small drawn one repeated; one per head where `num_heads` is given."""
+    size = draw(st.integers(1, 40))
+    shape = (*([] if num_heads is None else [num_heads]), draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    cells = int(np.prod(shape))
+    small = np.array(draw(st.lists(st.booleans(), min_size=cells, max_size=cells))).reshape(shape)
+    blocks = -(-COVERED // size)
+    mask = np.tile(small, [1] * (small.ndim - 2) + [-(-blocks // n) for n in shape[-2:]])
+    return BlockSparse(size, mask, draw(st.booleans()))
+
+
 def patterns(depth: int = 1) -> st.SearchStrategy[Pattern]:
     """Any pattern of this package. "split" needs a head per branch, so those have one branch only."""
     single = st.one_of(
@@ -46,10 +63,13 @@ def patterns(depth: int = 1) -> st.SearchStrategy[Pattern]:
         dilated(heads="shared"),
         dilated(heads="blocks"),
         dilated(most_branches=1, heads="split"),
+        block_sparse(),
     )
     if depth == 0:
         return single
-    return st.one_of(single, st.builds(Restrict, patterns(depth - 1), patterns(depth - 1)))
+    pair = st.tuples(patterns(depth - 1), patterns(depth - 1))
+    combined = st.one_of(*[st.builds(how, pair) for how in (Union, Intersection, Sum)])
+    return st.one_of(single, pair.map(lambda parts: Restrict(*parts)), combined)
 
 
 def check_plan(plan: Plan, pattern: Pattern) -> None:
@@ -74,13 +94,15 @@ def check_plan(plan: Plan, pattern: Pattern) -> None:
 def check_pattern(pattern: Pattern, rectangle: Rectangle) -> None:
     """Assert everything a pattern promises, on one rectangle.
 
-    Its plan counts what it counts; its canonical string reads back equal; counts are not negative; causal hides the future; and the
+    Its plan counts what it counts; its canonical string reads back equal; a binary pattern counts no pair twice; counts are not negative; causal hides the future; and the
     counts of a rectangle split in two add up.
     """
     counts = pattern.counts(rectangle)
     assert counts.shape == rectangle.shape and counts.dtype == np.int64 and (counts >= 0).all()
     check_plan(pattern.plan(rectangle), pattern)
-    assert parse_pattern(pattern.canonical()) == pattern
+    read_back = parse_pattern(pattern.canonical())
+    assert read_back == pattern and hash(read_back) == hash(pattern) and read_back.canonical() == pattern.canonical()
+    assert not pattern.binary or not (counts > 1).any()
     future = rectangle.key_positions()[None, :] > rectangle.query_positions()[:, None]
     assert not (pattern.with_causal(True).counts(rectangle) * future).any()
     for side in ("queries", "keys"):

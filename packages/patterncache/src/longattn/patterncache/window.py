@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from longattn.patterncache.index import Affine, Rectangle, Rows, Span, check_int
-from longattn.patterncache.pattern import Pattern, check_causal, restrict_band
+from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
+from longattn.patterncache.runs import restrict_band
 
 
 def whole_branches(rectangle: Rectangle) -> Iterator[Branch]:
@@ -57,6 +58,20 @@ class Full(Pattern, name="full"):
     def band(self) -> Band:
         """The distances seen."""
         return Band(0, None) if self.causal else Band()
+
+    @property
+    def binary(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def filters(self) -> bool:
+        """Always: it is a band."""
+        return True
+
+    def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` within the band."""
+        yield from restrict_band(branch, self.band)
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """1, or j <= i."""
@@ -105,9 +120,18 @@ class Window(Pattern, name="window"):
         check_causal(self.causal)
 
     @property
-    def band(self) -> Band | None:
-        """The distances seen; None where sinks make it more than a band."""
-        return None if self.sinks else self._near
+    def binary(self) -> bool:
+        """Always: a sink in the window counts once."""
+        return True
+
+    @property
+    def filters(self) -> bool:
+        """Where there are no sinks: then it is a band."""
+        return not self.sinks
+
+    def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` within the band."""
+        yield from restrict_band(branch, self._near)
 
     @property
     def _near(self) -> Band:
