@@ -253,6 +253,7 @@ def test_kernels_names_for_the_same_thing():
     assert manager.empty((4,), torch.float32, torch.device("cpu"), "output").tolist() == [3] * 4
 
 
+@pytest.mark.slow
 def test_steps_aside_in_compiled_graphs():
     manager = AttentionBufferManager()
 

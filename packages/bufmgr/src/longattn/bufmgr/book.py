@@ -150,7 +150,7 @@ class LeaseBook(ForkListener):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"tensor: expected a tensor that allocate returned, got {tensor!r}")
         lease = self._leased.get(id(tensor))
-        if lease is None or lease.handle() is not tensor:
+        if lease is None or not lease.is_handle(tensor):
             raise ValueError(f"tensor: expected a buffer leased here, got {self._why_not(tensor)}")
         if lease.kind is not kind:
             raise ValueError(f"type: this buffer was leased as {lease.kind.name}, got {kind.name}")
@@ -166,7 +166,7 @@ class LeaseBook(ForkListener):
 
     def _why_not(self, tensor: torch.Tensor) -> str:
         released = self._released.get(id(tensor))
-        if released is not None and released.handle() is tensor:
+        if released is not None and released.is_handle(tensor):
             return "one that was released before and that something else still sees"
         storage = tensor.untyped_storage()
         if storage.nbytes() == 0 and tuple(tensor.shape) == (0,):

@@ -57,10 +57,19 @@ class Lease:
         self.watch.lease = self
         self.live.add(self)
 
+    def is_handle(self, tensor: torch.Tensor) -> bool:
+        """Return whether this is the tensor that was handed out; its id has been compared already."""
+        handle = self.handle()
+        if handle is not None:
+            return handle is tensor
+        # The collector clears weak references before it calls an owner's __del__, and that may release the buffer.
+        return not tensor._is_view() and self.covers(tensor.untyped_storage())
+
     def covers(self, storage: torch.UntypedStorage) -> bool:
         """Return whether the storage lies over this lease's memory."""
         if self.block is None:
-            return self.watch() is storage
+            watched = self.watch()
+            return watched is None or watched is storage
         start = torch.frombuffer(self.block.memory, dtype=torch.uint8).data_ptr()
         return start <= storage.data_ptr() < start + self.block.nbytes
 

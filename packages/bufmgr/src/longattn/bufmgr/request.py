@@ -14,6 +14,10 @@ import torch
 
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
+# A quantized tensor is made by a quantizer; torch 2.13 crashes on laying one over plain memory.
+_QUANTIZED = frozenset(
+    getattr(torch, name) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4") if hasattr(torch, name)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ def resolve_request(
         dtype = torch.get_default_dtype()
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
+    if dtype in _QUANTIZED:
+        raise TypeError(f"dtype: expected a dtype that is not quantized, got {dtype}")
     target = resolve_device(device)
     request = BufferRequest(sizes, dtype, target, math.prod(sizes) * dtype.itemsize)
     if request.nbytes > sys.maxsize:
