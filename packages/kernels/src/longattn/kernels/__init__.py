@@ -9,7 +9,9 @@ logging.getLogger("longattn").addHandler(logging.NullHandler())
 if TYPE_CHECKING:
     from longattn.kernels.capability import Capability
     from longattn.kernels.dispatch import Explanation, backends
-    from longattn.kernels.entry import attend, explain
+    from longattn.kernels.entry import attend
+    from longattn.kernels.environment import Environment
+    from longattn.kernels.explaining import explain
     from longattn.kernels.problem import AttentionProblem
     from longattn.kernels.reference import reference_attention
     from longattn.kernels.state import AttentionState, merge
@@ -18,10 +20,11 @@ _HOME = {
     "AttentionProblem": "problem",
     "AttentionState": "state",
     "Capability": "capability",
+    "Environment": "environment",
     "Explanation": "dispatch",
     "attend": "entry",
     "backends": "dispatch",
-    "explain": "entry",
+    "explain": "explaining",
     "merge": "state",
     "reference_attention": "reference",
 }
@@ -30,6 +33,7 @@ __all__ = [
     "AttentionProblem",
     "AttentionState",
     "Capability",
+    "Environment",
     "Explanation",
     "attend",
     "backends",

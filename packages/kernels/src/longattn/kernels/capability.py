@@ -24,7 +24,7 @@ class Capability:
         devices: device types; empty is any.
         dtypes: element types per device type; the key "" is every other device.
         max_head_dim: largest head_dim; None is any.
-        listed, attention_mask, key_padding, gqa, backward: whether supported.
+        listed, attention_mask, bias, bias_grad, key_padding, dropout, gqa, backward: whether supported.
         deterministic: device types on which equal inputs give equal bits; empty is any.
         tolerance: dtype -> (absolute, relative) error of outputs against the oracle on unit normal inputs; gradients get 4x.
     """
@@ -35,6 +35,9 @@ class Capability:
     max_head_dim: int | None = None
     listed: bool = True
     attention_mask: bool = True
+    bias: bool = True
+    bias_grad: bool = False
+    dropout: bool = False
     key_padding: bool = True
     gqa: bool = True
     backward: bool = True
@@ -69,6 +72,9 @@ class Capability:
 _FEATURES = {
     "listed": "the pattern's plan lists rows and only strided rows are supported",
     "attention_mask": "attention_mask is not supported",
+    "bias": "a floating attention_mask (bias) is not supported",
+    "bias_grad": "the gradient of a floating attention_mask (bias) is not supported",
+    "dropout": "dropout is not supported",
     "key_padding": "key_padding_mask is not supported",
     "backward": "gradients are not supported",
 }

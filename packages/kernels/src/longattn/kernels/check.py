@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
 
 from longattn.kernels.capability import FLOATS, dtype_name
 from longattn.kernels.state import AttentionState, state_dtype
-from longattn.patterncache import Span
 
 Names = tuple[str, str, str]
 
@@ -73,13 +72,15 @@ def check_key_padding(mask: object, q: Tensor, k: Tensor) -> None:
 
 
 def check_attention_mask(mask: object, q: Tensor, k: Tensor) -> None:
-    """None, or bool, True = may see, broadcastable to (batch, heads, Nq, Nk)."""
+    """None, bool (True = may see) or floating (added to the scores), broadcastable to (batch, heads, Nq, Nk)."""
     if mask is None:
         return
     if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask must be a bool torch.Tensor, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"attention_mask must be bool, True = may see, got {dtype_name(mask.dtype)}")
+        raise TypeError(f"attention_mask must be a bool or floating torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
+        raise TypeError(
+            f"attention_mask must be bool, True = may see, or floating, added to the scores, got {dtype_name(mask.dtype)}"
+        )
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     fits = mask.dim() <= 4 and all(n in (1, m) for n, m in zip(mask.shape[::-1], full[::-1], strict=False))
     if not fits:
@@ -87,6 +88,28 @@ def check_attention_mask(mask: object, q: Tensor, k: Tensor) -> None:
             f"attention_mask must be broadcastable to (batch, heads, Nq, Nk) = {full}, got {tuple(mask.shape)}"
         )
     _check_device("attention_mask", mask, q)
+
+
+def check_dropout(name: str, value: object) -> float:
+    """A probability in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {value!r} ({type(value).__name__})")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+    return float(value)
+
+
+def check_sinks(sinks: object, q: Tensor) -> None:
+    """None, or floating (heads,) on the device of q."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor):
+        raise TypeError(f"sink_logits must be a floating torch.Tensor (heads,), got {type(sinks).__name__}")
+    if sinks.dtype not in FLOATS:
+        raise TypeError(f"sink_logits must be floating, got {dtype_name(sinks.dtype)}")
+    if tuple(sinks.shape) != (q.shape[2],):
+        raise ValueError(f"sink_logits must have shape (heads,) = {(q.shape[2],)}, got {tuple(sinks.shape)}")
+    _check_device("sink_logits", sinks, q)
 
 
 def _check_device(name: str, x: Tensor, q: Tensor) -> None:
@@ -156,6 +179,8 @@ def check_scale(scale: object) -> float | None:
         return None
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"softmax_scale must be None or a number, got {scale!r} ({type(scale).__name__})")
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale must be None or a finite number, got {scale!r}")
     return float(scale)
 
 
@@ -164,14 +189,3 @@ def check_flag(name: str, value: object) -> bool | None:
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"{name} must be None, True or False, got {value!r} ({type(value).__name__})")
     return value
-
-
-def flat_spans(name: str, spans: object, length: int) -> list[int]:
-    """A Span or tuple of Spans of `length` positions together, as (start, length, step) triples for the op."""
-    listed: Any = (spans,) if isinstance(spans, Span) else spans
-    if not isinstance(listed, (tuple, list)) or not all(isinstance(s, Span) for s in listed):
-        raise TypeError(f"{name} must be None, a Span or a tuple of Spans, got {spans!r}")
-    total = sum(s.length for s in listed)
-    if total != length:
-        raise ValueError(f"{name} must cover {length} positions, as many as the tensor has rows, got {total}")
-    return [n for s in listed for n in (s.start, s.length, s.step)]

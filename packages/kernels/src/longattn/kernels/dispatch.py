@@ -14,9 +14,9 @@ from importlib import import_module
 
 from torch import Tensor
 
+from longattn.kernels.call import Call
 from longattn.kernels.capability import Capability
 from longattn.kernels.problem import AttentionProblem
-from longattn.kernels.tiles import Call
 
 TABLE: dict[str, str] = {
     "sdpa": "longattn.kernels.torch_sdpa",
@@ -26,7 +26,9 @@ TABLE: dict[str, str] = {
 logger = logging.getLogger("longattn.kernels")
 
 Forward = Callable[[Call], tuple[Tensor, Tensor]]
-Backward = Callable[[Call, Tensor, "Tensor | None", Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Backward = Callable[
+    [Call, Tensor, "Tensor | None", Tensor, Tensor, bool], "tuple[Tensor, Tensor, Tensor, Tensor | None]"
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,47 +1,74 @@
 """`longattn::attend` and `longattn::attend_backward`: the opaque border to torch.
 
-A Plan is a Python object and cannot cross it, so the pattern travels as its canonical string and the rectangle as integers; plan
-look-up and the choice of a row happen inside, never in traced code. Autograd, fakes and vmap are registered here, for the raw ops;
-`entry.attend` is the caller's way in.
+A Plan is a Python object and cannot cross it, so the pattern travels as its canonical string, the rectangle as integers, and cache and
+allocator as the name of an environment; plan look-up, the choice of a row and leasing happen inside, never in traced code. Fakes,
+autograd and the FLOP formula of the raw ops are registered here; `entry.attend` is the caller's way in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from longattn.kernels.call import Call
 from longattn.kernels.dispatch import Row, select
+from longattn.kernels.environment import Environment, find_environment
 from longattn.kernels.problem import AttentionProblem
 from longattn.kernels.state import state_dtype
-from longattn.kernels.tiles import Call
-from longattn.patterncache import Plan, Rectangle, Span, get_global_pattern_cache, parse_pattern
+from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
 
 LIBRARY = torch.library.Library("longattn", "DEF")
 
-# The rectangle and the options, the same for both ops: what is asked, without the differentiable tensors.
+
+class Asked(NamedTuple):
+    """The arguments that both ops share, in their order: what is asked, without the tensors that have gradients.
+
+    Attributes:
+        mask: bool, broadcastable to (batch, heads, Nq, Nk), or None. key_padding: (batch, Nk) bool, or None.
+        seed: 0-dim int64, or None without dropout.
+        pattern: canonical string. q_spans, k_spans: flat (start, length, step) triples. heads: (total, first, count).
+        needs_grad, bias_grad: whether q, k or v, and whether bias, will want a gradient.
+        backend: a row's name, or ''. env: an environment's name, or ''.
+    """
+
+    mask: Tensor | None
+    key_padding: Tensor | None
+    seed: Tensor | None
+    pattern: str
+    q_spans: list[int]
+    k_spans: list[int]
+    heads: list[int]
+    scale: float | None
+    dropout_p: float
+    needs_grad: bool
+    bias_grad: bool
+    backend: str
+    deterministic: bool
+    out_dtype: torch.dtype
+    env: str
+
+
 _ASKED = (
-    "Tensor? mask, Tensor? key_padding, str pattern, SymInt[] q_spans, SymInt[] k_spans, SymInt[] heads, "
-    "float? scale, str backend, bool deterministic, ScalarType out_dtype"
+    "Tensor? mask, Tensor? key_padding, Tensor? seed, str pattern, SymInt[] q_spans, SymInt[] k_spans, SymInt[] heads, "
+    "float? scale, float dropout_p, bool needs_grad, bool bias_grad, str backend, bool deterministic, ScalarType out_dtype, str env"
 )
 LIBRARY.define(
-    f"attend(Tensor q, Tensor k, Tensor v, Tensor? prior_out, Tensor? prior_lse, {_ASKED}) -> (Tensor, Tensor)"
+    f"attend(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? prior_out, Tensor? prior_lse, {_ASKED}) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
-    "attend_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_ASKED}) -> (Tensor, Tensor, Tensor)"
+    "attend_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, "
+    f"{_ASKED}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
-Asked = tuple[Any, ...]
-"""mask, key_padding, pattern, q_spans, k_spans, heads, scale, backend, deterministic, out_dtype: in the ops' order."""
 
-
-def find_plan(pattern: str, q_spans: list[int], k_spans: list[int], heads: list[int]) -> Plan:
-    """The plan of a canonical string on a rectangle: spans as flat (start, length, step) triples, heads as (total, first, count)."""
-    key = (pattern, tuple(q_spans), tuple(k_spans), tuple(heads))
-    return get_global_pattern_cache().get_or_build(key, lambda: _build_plan(*key))
+def find_plan(asked: Asked, environment: Environment) -> Plan:
+    """The plan of what is asked, from the environment's cache."""
+    key = (asked.pattern, tuple(asked.q_spans), tuple(asked.k_spans), tuple(asked.heads))
+    return environment.cache.get_or_build(key, lambda: _build_plan(*key))
 
 
 def _build_plan(pattern: str, q_spans: tuple[int, ...], k_spans: tuple[int, ...], heads: tuple[int, ...]) -> Plan:
@@ -50,10 +77,10 @@ def _build_plan(pattern: str, q_spans: tuple[int, ...], k_spans: tuple[int, ...]
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, prior: tuple[Tensor, Tensor] | None, backward: bool, asked: Asked
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, prior: tuple[Tensor, Tensor] | None, asked: Asked
 ) -> tuple[Row, Call]:
-    mask, key_padding, pattern, q_spans, k_spans, heads, scale, backend, deterministic, out_dtype = asked
-    plan = find_plan(pattern, q_spans, k_spans, heads)
+    environment = find_environment(asked.env)
+    plan = find_plan(asked, environment)
     problem = AttentionProblem(
         device=q.device.type,
         dtype=q.dtype,
@@ -61,76 +88,142 @@ def _prepare(
         kv_heads=k.shape[2],
         head_dim=q.shape[3],
         listed=plan.listed,
-        attention_mask=mask is not None,
-        key_padding=key_padding is not None,
+        attention_mask=asked.mask is not None,
+        bias=bias is not None,
+        bias_grad=asked.bias_grad,
+        key_padding=asked.key_padding is not None,
+        dropout=asked.dropout_p > 0,
         prior=prior is not None,
-        backward=backward,
-        deterministic=deterministic,
+        backward=asked.needs_grad,
+        deterministic=asked.deterministic,
     )
-    row = select(problem, backend or None)
-    if key_padding is not None:
+    row = select(problem, asked.backend or None)
+    if asked.key_padding is not None:
         # 0 * NaN is NaN: what padding holds must not meet a product at all.
-        hidden = key_padding[:, :, None, None]
+        hidden = asked.key_padding[:, :, None, None]
         k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
-    if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return row, Call(q, k, v, plan, scale, mask, key_padding, prior, out_dtype, deterministic)
+    call = Call(
+        q,
+        k,
+        v,
+        plan,
+        scale=q.shape[-1] ** -0.5 if asked.scale is None else asked.scale,
+        mask=_four_axes(asked.mask),
+        bias=_four_axes(bias),
+        key_padding=asked.key_padding,
+        prior=prior,
+        dropout_p=asked.dropout_p,
+        seed=0 if asked.seed is None else int(asked.seed),
+        out_dtype=asked.out_dtype,
+        deterministic=asked.deterministic,
+        allocator=environment.allocator,
+    )
+    return row, call
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, prior_out: Tensor | None, prior_lse: Tensor | None, *asked: Any):
+def _four_axes(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    prior_out: Tensor | None,
+    prior_lse: Tensor | None,
+    *asked: Any,
+) -> tuple[Tensor, Tensor]:
     prior = None if prior_out is None or prior_lse is None else (prior_out, prior_lse)
-    row, call = _prepare(q, k, v, prior, False, asked)
+    row, call = _prepare(q, k, v, bias, prior, Asked(*asked))
     return row.forward(call)
 
 
 def _attend_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *asked: Any
-):
-    row, call = _prepare(q, k, v, None, True, asked)
-    return row.backward(call, grad_out, grad_lse, out, lse)
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *asked: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shared = Asked(*asked)
+    row, call = _prepare(q, k, v, bias, None, shared)
+    dq, dk, dv, dbias = row.backward(call, grad_out, grad_lse, out, lse, shared.bias_grad)
+    return dq, dk, dv, q.new_empty(0) if dbias is None or bias is None else dbias.reshape(bias.shape)
 
 
-def _attend_fake(q: Tensor, k: Tensor, v: Tensor, prior_out: Tensor | None, prior_lse: Tensor | None, *asked: Any):
-    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=asked[-1])
+def _attend_fake(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, prior_out: Any, prior_lse: Any, *asked: Any
+) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=Asked(*asked).out_dtype)
     return out, q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
 
 
-def _attend_backward_fake(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _attend_backward_fake(
+    grad_out: Any, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Any, lse: Any, *asked: Any
+) -> tuple[Tensor, ...]:
+    wanted = bias is not None and Asked(*asked).bias_grad
+    return (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        q.new_empty(0) if bias is None or not wanted else bias.new_empty(bias.shape),
+    )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, prior_out, _, mask, key_padding, *rest = inputs
-    if prior_out is not None and any(ctx.needs_input_grad[:5]):
-        raise NotImplementedError(
-            "longattn::attend has no gradient through a prior; call longattn.kernels.attend, which merges"
-        )
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Save q, k, v, out, lse and what is asked; `inputs` are q, k, v, bias and `Asked`'s."""
+    q, k, v, bias, mask, key_padding, seed, *rest = inputs
     ctx.set_materialize_grads(False)
     ctx.rest = rest
-    ctx.save_for_backward(q, k, v, *output, mask, key_padding)
+    ctx.save_for_backward(q, k, v, bias, *output, mask, key_padding, seed)
 
 
 def gradients(
-    ctx: Any,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    call: Callable[..., Any] = torch.ops.longattn.attend_backward,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) through `call`, the backward op, from what `_setup` saved."""
-    q, k, v, out, lse, mask, key_padding = ctx.saved_tensors
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, call: Callable[..., Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dbias) through `call`, the backward op, from what `save` saved."""
+    q, k, v, bias, out, lse, mask, key_padding, seed = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    return call(grad_out, grad_lse, q, k, v, out, lse, mask, key_padding, *ctx.rest)
+    asked = Asked(mask, key_padding, seed, *ctx.rest)
+    dq, dk, dv, dbias = call(grad_out, grad_lse, q, k, v, bias, out, lse, *asked)
+    return dq, dk, dv, dbias if asked.bias_grad else None
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None):
-    return (*gradients(ctx, grad_out, grad_lse), *(None,) * 12)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    if inputs[4] is not None and any(ctx.needs_input_grad[:6]):
+        raise NotImplementedError(
+            "longattn::attend has no gradient through a prior; call longattn.kernels.attend, which merges"
+        )
+    save(ctx, (*inputs[:4], *inputs[6:]), output)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (
+        *gradients(ctx, grad_out, grad_lse, torch.ops.longattn.attend_backward),
+        *(None,) * (2 + len(Asked._fields)),
+    )
 
 
 def no_second_order(ctx: Any, *grads: Any) -> NoReturn:
     """Raise: the backward op has no derivative."""
     raise NotImplementedError("longattn::attend_backward is not differentiable: second derivatives are not supported")
+
+
+def _forward_flops(q: list[int], k: list[int], v: list[int], *rest: Any, **_: Any) -> int:
+    # Two products of 2 * head_dim operations for each visible pair.
+    plan = find_plan(Asked(*rest[3:]), find_environment(""))
+    return 4 * q[0] * q[3] * sum(branch.pairs * branch.heads.length for branch in plan.branches)
+
+
+def _backward_flops(
+    grad_out: Any, grad_lse: Any, q: list[int], k: list[int], v: list[int], *rest: Any, **_: Any
+) -> int:
+    # Five products: scores again, dP, dV, dK, dQ.
+    return _forward_flops(q, k, v, *rest) * 5 // 2
 
 
 LIBRARY.impl("attend", _attend, "CompositeExplicitAutograd")
@@ -139,3 +232,5 @@ torch.library.register_fake("longattn::attend", _attend_fake, lib=LIBRARY)
 torch.library.register_fake("longattn::attend_backward", _attend_backward_fake, lib=LIBRARY)
 torch.library.register_autograd("longattn::attend", _backward, setup_context=_setup, lib=LIBRARY)
 torch.library.register_autograd("longattn::attend_backward", no_second_order, lib=LIBRARY)
+register_flop_formula(torch.ops.longattn.attend)(_forward_flops)
+register_flop_formula(torch.ops.longattn.attend_backward)(_backward_flops)

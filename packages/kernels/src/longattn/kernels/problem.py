@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -16,7 +16,8 @@ class AttentionProblem:
         dtype: of q, k, v.
         heads, kv_heads, head_dim: of q; of k and v; of all three.
         listed: the plan names rows by lists, not by strides alone.
-        attention_mask, key_padding: whether given.
+        attention_mask, bias, key_padding, dropout: whether given; a floating attention_mask is a bias.
+        bias_grad: whether the bias needs a gradient.
         prior: whether a state is merged in.
         backward: whether gradients will be wanted.
         deterministic: whether equal inputs must give equal bits.
@@ -29,16 +30,15 @@ class AttentionProblem:
     head_dim: int
     listed: bool = False
     attention_mask: bool = False
+    bias: bool = False
+    bias_grad: bool = False
     key_padding: bool = False
+    dropout: bool = False
     prior: bool = False
     backward: bool = False
     deterministic: bool = False
 
     def __str__(self) -> str:
-        wanted = [
-            n
-            for n in ("listed", "attention_mask", "key_padding", "prior", "backward", "deterministic")
-            if getattr(self, n)
-        ]
+        wanted = [f.name for f in fields(self) if getattr(self, f.name) is True]
         heads = f"heads={self.heads} kv_heads={self.kv_heads} head_dim={self.head_dim}"
         return " ".join([f"device={self.device} dtype={str(self.dtype).removeprefix('torch.')} {heads}", *wanted])

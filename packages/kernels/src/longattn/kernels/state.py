@@ -78,3 +78,15 @@ def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -
     weight = torch.sigmoid(other_lse - lse).nan_to_num_(nan=0.0)
     out.lerp_(other_out, weight.unsqueeze(-1))
     torch.logaddexp(lse, other_lse, out=lse)
+
+
+def add_sink(state: AttentionState, sink_logits: Tensor) -> AttentionState:
+    """`merge` with the state (out 0, lse = sink_logits per head): a learned attention sink. Differentiable in all.
+
+    Args:
+        state: out (batch, seq, heads, head_dim), lse (batch, seq, heads).
+        sink_logits: (heads,), natural log.
+    """
+    logits = sink_logits.to(state.lse.dtype)
+    out = state.out * torch.sigmoid(state.lse - logits).unsqueeze(-1)
+    return AttentionState(out, torch.logaddexp(state.lse, logits))

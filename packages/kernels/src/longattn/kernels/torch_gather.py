@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longattn.kernels.call import Call
 from longattn.kernels.capability import FLOATS, Capability
+from longattn.kernels.masks import tile_picks
 from longattn.kernels.state import state_dtype
-from longattn.kernels.tiles import Call, Tile, new_state, walk
+from longattn.kernels.tiles import Tile
+from longattn.kernels.walk import finish, new_state, walk
 
 CAPABILITY = Capability(
     devices=(),
@@ -25,6 +28,8 @@ CAPABILITY = Capability(
     },
     # Elsewhere index_add_ adds with float atomics, in no fixed order.
     deterministic=("cpu",),
+    bias_grad=True,
+    dropout=True,
 )
 
 _CELLS = 1 << 21
@@ -42,18 +47,22 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         pivot = pivot.masked_fill(pivot == -torch.inf, 0)
         weights = (scores - pivot).exp_()
         total = weights.sum(-1, keepdim=True)
-        tile_out = (weights @ v) / total.masked_fill(total == 0, 1)
+        kept = weights if tile.keep is None else weights * _group(tile.keep, tile)
+        tile_out = (kept @ v) / total.masked_fill(total == 0, 1)
         tile_lse = (pivot + total.log()).squeeze(-1)
         tile.merge(out, lse, _ungroup(tile_out, tile), _ungroup(tile_lse, tile))
-    return out.to(call.out_dtype), lse
+    return finish(call, out), lse
 
 
 def backward(
-    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) in the dtypes of q, k, v; summed in float32 (float64)."""
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv) in the dtypes of q, k, v and, if asked, dbias in the shape and dtype of bias; summed in float32 (float64)."""
     dtype = state_dtype(call.q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
+    dbias = (
+        torch.zeros(call.bias.shape, dtype=dtype, device=call.q.device) if bias_grad and call.bias is not None else None
+    )
     others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
     for tile in walk(call, triangles=False, cells=_CELLS, others=others):
         q, k, v = _operands(call, tile)
@@ -63,11 +72,24 @@ def backward(
             delta = delta - _group(tile.queries(grad_lse).to(dtype).unsqueeze(-1), tile)
         pivot = _group(tile.queries(lse).unsqueeze(-1), tile)
         weights = (_scores(q, k, tile, call.scale) - pivot.masked_fill(pivot == -torch.inf, 0)).exp_()
-        grad_scores = (grad @ v.transpose(-1, -2) - delta).mul_(weights).mul_(call.scale)
+        keep = None if tile.keep is None else _group(tile.keep, tile)
+        grad_weights = grad @ v.transpose(-1, -2)
+        grad_scores = (grad_weights if keep is None else grad_weights.mul_(keep)).sub_(delta).mul_(weights)
+        if dbias is not None:
+            at = tile_picks(dbias, tile)
+            dbias.index_put_(at, _to_shape(_ungroup(grad_scores, tile), at), accumulate=True)
+        grad_scores.mul_(call.scale)
         tile.add_queries(dq, _ungroup(grad_scores @ k, tile))
         tile.add_keys(dk, grad_scores.transpose(-1, -2) @ q)
-        tile.add_keys(dv, weights.transpose(-1, -2) @ grad)
-    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+        tile.add_keys(dv, (weights if keep is None else weights.mul_(keep)).transpose(-1, -2) @ grad)
+    final = None if dbias is None or call.bias is None else dbias.to(call.bias.dtype)
+    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), final
+
+
+def _to_shape(x: Tensor, at: tuple[Tensor, ...]) -> Tensor:
+    """Sum x over the axes that the index tensors `at` broadcast."""
+    shape = torch.broadcast_shapes(*(p.shape for p in at))
+    return x.sum([axis for axis, n in enumerate(shape) if n == 1], keepdim=True) if 1 in shape else x
 
 
 def _operands(call: Call, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,6 +108,8 @@ def _ungroup(x: Tensor, tile: Tile) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, tile: Tile, scale: float) -> Tensor:
     scores = (q @ k.transpose(-1, -2)).mul_(scale)
+    if tile.bias is not None:
+        scores += _group(tile.bias.expand(-1, tile.heads.length, tile.q.count, tile.k.count), tile)
     if tile.seen is not None:
         seen = tile.seen.expand(-1, tile.heads.length, tile.q.count, -1)
         scores.masked_fill_(~_group(seen, tile), -torch.inf)

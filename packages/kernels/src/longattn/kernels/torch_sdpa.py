@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longattn.kernels.call import Call
 from longattn.kernels.capability import FLOATS, Capability
 from longattn.kernels.state import state_dtype
-from longattn.kernels.tiles import Call, Tile, new_state, walk
+from longattn.kernels.tiles import Tile
+from longattn.kernels.walk import finish, new_state, walk
 
 CAPABILITY = Capability(
     devices=("cpu",),
@@ -42,13 +44,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             # torch reports 0 where every key is hidden.
             tile_lse = tile_lse.masked_fill(~tile.seen.any(-1), -torch.inf)
         tile.merge(out, lse, tile_out, tile_lse)
-    return out.to(call.out_dtype), lse
+    return finish(call, out), lse
 
 
 def backward(
-    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) in the dtypes of q, k, v; summed in float32 (float64)."""
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32 (float64). torch's kernel has no gradient of a bias."""
     dtype, d = state_dtype(call.q.dtype), call.q.shape[-1]
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
     grad_out, out = grad_out.to(call.q.dtype), out.to(call.q.dtype)
@@ -70,7 +72,7 @@ def backward(
         tile.add_queries(dq, grads[0][..., :d])
         tile.add_keys(dk, grads[1][..., :d])
         tile.add_keys(dv, grads[2][..., :d])
-    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), None
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -81,7 +83,8 @@ def _dense(x: Tensor) -> Tensor:
 def _additive(tile: Tile, dtype: torch.dtype) -> Tensor | None:
     if tile.seen is None:
         return None
-    return torch.zeros(tile.seen.shape, dtype=dtype).masked_fill_(~tile.seen, -torch.inf)
+    bias = torch.zeros((), dtype=dtype) if tile.bias is None else tile.bias.to(dtype)
+    return torch.where(tile.seen, bias, -torch.inf)
 
 
 def _with_lse_column(

@@ -1,0 +1,84 @@
+"""Where a call finds its plans and its memory: a (cache, allocator) pair under a name.
+
+The op can carry neither object, so it carries a name. '' is the global pattern cache and plain torch. Names are weak: an environment
+lives as long as the module that holds it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from longattn.patterncache import get_global_pattern_cache
+
+T = TypeVar("T")
+
+
+class Allocator(Protocol):
+    """Who owns scratch and outputs. `longattn.bufmgr`'s manager and global pool are two."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, role: str) -> Tensor:
+        """A contiguous tensor with any content. `role` is what it is for: "output", "scores", "temp", ..."""
+        ...
+
+    def release(self, tensor: Tensor, role: str) -> None:
+        """Hand back a tensor of `empty` that nobody else sees."""
+        ...
+
+
+class PlanCache(Protocol):
+    """Who keeps plans: a `PatternCache`, or a view of one."""
+
+    def get_or_build(self, key: Hashable, build: Callable[[], T]) -> T:
+        """The value of `key`, built where it is missing."""
+        ...
+
+
+class TorchAllocator:
+    """Plain torch: torch.empty, and nothing to hand back."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, role: str) -> Tensor:
+        """torch.empty."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def release(self, tensor: Tensor, role: str) -> None:
+        """Nothing: the tensor dies with its last reference."""
+
+
+class Environment:
+    """A pair under a name of its own, for as long as somebody holds this object.
+
+    Args:
+        cache: default the global pattern cache.
+        allocator: default plain torch.
+    """
+
+    def __init__(self, cache: PlanCache | None = None, allocator: Allocator | None = None) -> None:
+        self.cache: PlanCache = get_global_pattern_cache() if cache is None else cache
+        self.allocator: Allocator = TorchAllocator() if allocator is None else allocator
+        self.name = f"environment {next(_COUNTER)}"
+        _ENVIRONMENTS[self.name] = self
+
+
+_COUNTER = itertools.count(1)
+_ENVIRONMENTS: WeakValueDictionary[str, Environment] = WeakValueDictionary()
+_DEFAULT = Environment()
+
+
+def find_environment(name: str) -> Environment:
+    """The environment of that name; '' is the default one.
+
+    Raises:
+        ValueError: nobody holds an environment of that name any more.
+    """
+    if not name:
+        return _DEFAULT
+    found = _ENVIRONMENTS.get(name)
+    if found is None:
+        raise ValueError(f"env must name a living environment, got {name!r}: the module that held it is gone")
+    return found

@@ -1,0 +1,84 @@
+"""`explain`: which row would serve, and why not the others, without data."""
+
+from __future__ import annotations
+
+import torch
+
+from longattn.kernels.check import check_device_type, check_dtype, check_flag, check_shapes
+from longattn.kernels.dispatch import Explanation, check_backend_name, explain_problem
+from longattn.kernels.positions import last_positions
+from longattn.kernels.problem import AttentionProblem
+from longattn.patterncache import Pattern, Rectangle, Span
+
+
+def explain(
+    pattern: Pattern,
+    q_shape: tuple[int, int, int, int],
+    k_shape: tuple[int, int, int, int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    is_causal: bool | None = None,
+    attention_mask: bool = False,
+    bias: bool = False,
+    dropout: bool = False,
+    key_padding_mask: bool = False,
+    requires_grad: bool = False,
+    deterministic: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    """Which row would serve, and every other row's reasons, without data and without the device.
+
+    Args:
+        pattern: who sees whom.
+        q_shape, k_shape: (batch, seq, heads, head_dim); k_shape defaults to q_shape.
+        dtype: default torch's default dtype.
+        device: any device or type, such as "cuda", whether or not this machine has one. Default "cpu".
+        is_causal, backend: as in `attend`.
+        attention_mask, bias, key_padding_mask, dropout, requires_grad, deterministic: whether the call would have them; a floating
+            attention_mask is a bias, and requires_grad includes its gradient.
+
+    Returns:
+        Explanation; its `backend` is the row's name (None: nothing fits), and its text a line per row.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
+    if not isinstance(pattern, Pattern):
+        raise TypeError(
+            f"pattern must be a Pattern such as Dilated or Window, got {pattern!r} ({type(pattern).__name__})"
+        )
+    k_shape = q_shape if k_shape is None else k_shape
+    check_shapes(q_shape, k_shape)
+    check_dtype("dtype", dtype)
+    wanted = {
+        "attention_mask": attention_mask,
+        "bias": bias,
+        "dropout": dropout,
+        "key_padding_mask": key_padding_mask,
+        "requires_grad": requires_grad,
+        "deterministic": deterministic,
+    }
+    for name, flag in wanted.items():
+        check_flag(name, flag)
+    check_backend_name(backend)
+    if is_causal is not None and check_flag("is_causal", is_causal) != pattern.causal:
+        pattern = pattern.with_causal(is_causal)
+    q_start, nq, step = last_positions(q_shape[1], k_shape[1])
+    rectangle = Rectangle(q_shape[2], (Span(q_start, nq, step),), (Span(0, k_shape[1]),))
+    problem = AttentionProblem(
+        device=check_device_type(device),
+        dtype=torch.get_default_dtype() if dtype is None else dtype,
+        heads=q_shape[2],
+        kv_heads=k_shape[2],
+        head_dim=q_shape[3],
+        listed=pattern.plan(rectangle).listed,
+        attention_mask=attention_mask,
+        bias=bias,
+        bias_grad=bias and requires_grad,
+        key_padding=key_padding_mask,
+        dropout=dropout,
+        backward=requires_grad,
+        deterministic=deterministic,
+    )
+    return explain_problem(problem, backend)
