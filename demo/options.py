@@ -89,23 +89,34 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m demo",
         description="Causal dilated attention, forward and backward, on a real text, beside a gather-and-scatter "
         "baseline and dense attention.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--file", metavar="PATH", help="text to read; without it the Python standard library's sources")
+    shown = "(default: %(default)s)"
+    parser.add_argument("--file", metavar="PATH", help="text to read (default: the Python standard library's sources)")
     parser.add_argument(
-        "--seq-len", type=_length, default=32768, metavar="N", help="tokens (bytes of text), or auto: all, up to 32768"
+        "--seq-len",
+        type=_length,
+        default=32768,
+        metavar="N",
+        help=f"tokens, one byte of text each, or auto: the whole text, up to 32768 {shown}",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of q, k and v")
+    parser.add_argument("--device", default="cpu", help=f"cpu, cuda or cuda:INDEX {shown}")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help=f"of q, k and v {shown}")
     parser.add_argument(
-        "--segments", type=_positives, nargs="+", default=[[2048, 4096, 8192]], metavar="S", help="segment lengths"
+        "--segments",
+        type=_positives,
+        nargs="+",
+        default=[[2048, 4096, 8192]],
+        metavar="S",
+        help="segment lengths (default: 2048 4096 8192)",
     )
-    parser.add_argument("--rates", type=_positives, nargs="+", default=[[1, 2, 4]], metavar="R", help="dilation rates")
-    parser.add_argument("--heads", type=_positive, default=8, metavar="H", help="attention heads")
-    parser.add_argument("--head-dim", type=_positive, default=64, metavar="D", help="width of a head")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the embedding and the projections")
-    parser.add_argument("--png", default="who_sees_whom.png", metavar="PATH", help="picture to write")
+    parser.add_argument(
+        "--rates", type=_positives, nargs="+", default=[[1, 2, 4]], metavar="R", help="dilation rates (default: 1 2 4)"
+    )
+    parser.add_argument("--heads", type=_positive, default=8, metavar="H", help=f"attention heads {shown}")
+    parser.add_argument("--head-dim", type=_positive, default=64, metavar="D", help=f"width of a head {shown}")
+    parser.add_argument("--seed", type=_seed, default=0, help=f"of the embedding and the projections {shown}")
+    parser.add_argument("--png", default="who_sees_whom.png", metavar="PATH", help=f"picture to write {shown}")
     return parser
 
 

@@ -91,5 +91,9 @@ class PathProcess(AbstractContextManager["PathProcess"]):
         code = self._process.wait()
         words = [line for line in self._errors.read_text().splitlines() if line.strip()]
         if code == -signal.SIGKILL:
-            return RefusalError(f"the {self.path} process was killed, most likely for memory; pass a smaller --seq-len")
-        return RefusalError(f"the {self.path} process ended with status {code}: {words[-1] if words else 'no message'}")
+            return RefusalError(
+                f"the process of path {self.path!r} was killed, most likely for memory; pass a smaller --seq-len"
+            )
+        return RefusalError(
+            f"the process of path {self.path!r} ended with status {code}: {words[-1] if words else 'no message'}"
+        )
