@@ -183,66 +183,6 @@ def test_profile_is_there_when_asked_for():
     assert profile["query"]["time"] > 0 == profile["key"]["time"]
 
 
-def test_defaults_follow_torch():
-    """dtype None is torch's default dtype; device None is the current device context, else CPU."""
-    manager = AttentionBufferManager()
-    assert (manager.allocate(Q, (2,)).dtype, manager.allocate(Q, (2,)).device.type) == (torch.float32, "cpu")
-    with torch.device("meta"):
-        assert manager.allocate(Q, (2,)).is_meta
-        assert manager.allocate(Q, (2,), device="cpu").device.type == "cpu"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert manager.allocate(Q, (2,)).dtype == torch.float64
-    finally:
-        torch.set_default_dtype(before)
-
-
-@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), torch.device("cpu", 0), None])
-def test_device_forms_are_one_key(device: Any):
-    manager = AttentionBufferManager()
-    manager.deallocate(manager.allocate(Q, (8,), device=torch.device("cpu")), Q)
-    manager.allocate(Q, (8,), device=device)
-    assert manager.get_stats()["cache_hits"] == 1
-
-
-@pytest.mark.parametrize("shape", [(0,), (4, 0, 2)])
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_zero_size(shape: tuple[int, ...], device: str):
-    manager = AttentionBufferManager()
-    tensor = manager.allocate(BufferType.OUTPUT, shape, device=device)
-    assert (tensor.shape, tensor.device.type, used_bytes(manager)) == (shape, device, (1, 0))
-    manager.deallocate(tensor, BufferType.OUTPUT)
-    assert used_bytes(manager) == (0, 0)
-    with pytest.raises(ValueError, match="tensor: expected a buffer leased here"):
-        manager.deallocate(tensor, BufferType.OUTPUT)
-
-
-def test_meta_buffers_have_the_same_rules():
-    manager = AttentionBufferManager()
-    tensor = manager.allocate(BufferType.OUTPUT, (1 << 30, 1 << 20), device="meta")
-    view = tensor[0]
-    with pytest.raises(ValueError, match="a view"):
-        manager.deallocate(view, BufferType.OUTPUT)
-    manager.deallocate(tensor, BufferType.OUTPUT)
-    assert (tensor.shape, used_bytes(manager)) == ((1 << 30, 1 << 20), (1, 0))
-    del tensor, view
-    assert used_bytes(manager) == (0, 0)
-
-
-def test_inference_mode_makes_ordinary_buffers():
-    """A buffer from inside inference mode can be written with autograd and emptied outside."""
-    manager = AttentionBufferManager()
-    with torch.inference_mode():
-        tensor = manager.allocate(BufferType.OUTPUT, (4,))
-        inner = manager.allocate(TEMP, (4,))
-        manager.deallocate(inner, TEMP)
-    assert not tensor.is_inference()
-    assert not tensor.requires_grad
-    manager.deallocate(tensor, BufferType.OUTPUT)
-    assert used_bytes(manager) == (0, 128)
-
-
 def test_kernels_names_for_the_same_thing():
     """`empty` leaves memory as it is, for OUTPUT too; `release` is deallocate by role."""
     manager = AttentionBufferManager()
@@ -251,23 +191,6 @@ def test_kernels_names_for_the_same_thing():
         manager.release(tensor, "temp")
     manager.release(tensor, "output")
     assert manager.empty((4,), torch.float32, torch.device("cpu"), "output").tolist() == [3] * 4
-
-
-@pytest.mark.slow
-def test_steps_aside_in_compiled_graphs():
-    manager = AttentionBufferManager()
-
-    @torch.compile(fullgraph=True, backend="eager")
-    def add_one(x: torch.Tensor) -> torch.Tensor:
-        out = manager.allocate(BufferType.OUTPUT, (3,))
-        scratch = manager.empty((3,), torch.float32, torch.device("cpu"), "temp")
-        scratch.copy_(x)
-        out += scratch + 1
-        manager.release(scratch, "temp")
-        return out
-
-    assert add_one(torch.ones(3)).tolist() == [2.0] * 3
-    assert (used_bytes(manager), manager.get_stats()["cache_misses"]) == ((0, 0), 0)
 
 
 def test_debug_log_tells_of_misses_and_cleanups(caplog: pytest.LogCaptureFixture):
