@@ -190,19 +190,21 @@ class _Lookup:
 def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Rows]) -> tuple[Rows, Rows]:
     """(query runs, key runs) of one tile each whose blocks the mask lets see; the pairs of a query run stand together."""
     (q, q_block), (k, k_block) = q_side, k_side
-    tiles = int(q.tile[-1]) + 1 if len(q.tile) else 0
-    q_begin, k_begin = (np.searchsorted(runs.tile, np.arange(tiles + 1)) for runs in (q, k))
+    tiles = np.arange(int(q.tile[-1]) + 2)
+    q_begin, k_begin = (np.searchsorted(runs.tile, tiles) for runs in (q, k))
     shapes = np.stack([np.diff(q_begin), np.diff(k_begin)], 1)
     found: list[tuple[Rows, Rows]] = []
     for nq, nk in np.unique(shapes, axis=0).tolist():
         alike = np.flatnonzero((shapes == (nq, nk)).all(axis=1))
-        at_once = max(1, _GATHERED_CELLS // max(1, nq * nk))
+        at_once = max(1, _GATHERED_CELLS // (nq * nk))
         for first in range(0, len(alike), at_once):
             some = alike[first : first + at_once]
             q_of, k_of = q_begin[some][:, None] + np.arange(nq), k_begin[some][:, None] + np.arange(nk)
             shown = _gather(mask, q_block[q_of], k_block[k_of])
-            row, b = np.divmod(np.flatnonzero(shown), max(1, nk))
-            found.append((q_of.ravel()[row], k_of[row // max(1, nq), b]))
+            flat = np.flatnonzero(shown)
+            rows = np.arange(len(some) * nq + 1, dtype=np.int64)
+            row = np.repeat(rows[:-1], np.diff(np.searchsorted(flat, rows * nk)))
+            found.append((q_of.ravel()[row], k_of[row // nq, flat - row * nk]))
     return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
 
 

@@ -20,20 +20,33 @@ _DENSE_CELLS = 1 << 24
 
 
 def listed_branches(counts: Callable[[Rectangle], Counts], rectangle: Rectangle) -> Iterator[Branch]:
-    """Branches that list, for every query row, the key rows it sees, with repetition."""
-    heads, queries, keys = rectangle.shape
-    if not heads or not queries or not keys:
-        return
+    """Branches that list, for every query row, the key rows it sees, with repetition; per pair of spans, as positions differ."""
+    q_row = 0
+    for q in rectangle.queries:
+        k_row = 0
+        for k in rectangle.keys:
+            if rectangle.heads.length and q.length and k.length:
+                yield from _listed_spans(counts, rectangle, (q, q_row), (k, k_row))
+            k_row += k.length
+        q_row += q.length
+
+
+def _listed_spans(
+    counts: Callable[[Rectangle], Counts], rectangle: Rectangle, q_side: tuple[Span, int], k_side: tuple[Span, int]
+) -> Iterator[Branch]:
+    (q, q_row), (k, k_row) = q_side, k_side
     tiles: dict[tuple[Span, int, int], list[tuple[Rows, Rows]]] = {}
-    for first, strip in _strips(rectangle, max(1, _DENSE_CELLS // (heads * keys))):
-        matrix = counts(strip)
+    strip = max(1, _DENSE_CELLS // (rectangle.heads.length * k.length))
+    for first in range(0, q.length, strip):
+        part = q.take(first, min(strip, q.length - first))
+        matrix = counts(replace(rectangle, queries=(part,), keys=(k,)))
         for group in _equal_heads(matrix):
-            for q, k in _equal_rows(matrix[group.start]):
-                tiles.setdefault((group, len(q), len(k)), []).append((q + first, k))
+            for rows, seen in _equal_rows(matrix[group.start]):
+                tiles.setdefault((group, len(rows), len(seen)), []).append((rows + first + q_row, seen + k_row))
+    q_at, k_at = (q.start - q_row * q.step, q.step), (k.start - k_row * k.step, k.step)
     for (group, _, _), members in tiles.items():
-        q = Listed(np.stack([m[0] for m in members]), 1, 1)
-        k = Listed(np.stack([m[1] for m in members]), 1, 1)
-        yield Branch(group, q, k)
+        q_rows, k_rows = (Listed(np.stack(rows), 1, 1) for rows in zip(*members, strict=True))
+        yield Branch(group, q_rows, k_rows, q_at, k_at)
 
 
 def listed_part(branch: Branch, shown: Callable[[Rows, Rows], npt.NDArray[np.bool_]]) -> Iterator[Branch]:
@@ -52,15 +65,6 @@ def listed_part(branch: Branch, shown: Callable[[Rows, Rows], npt.NDArray[np.boo
     for members in tiles.values():
         q_rows, k_rows = (Listed(np.stack(rows), 1, 1) for rows in zip(*members, strict=True))
         yield replace(branch, q=q_rows, k=k_rows, band=None)
-
-
-def _strips(rectangle: Rectangle, rows: int) -> Iterator[tuple[int, Rectangle]]:
-    first = 0
-    for span in rectangle.queries:
-        for begin in range(0, span.length, rows):
-            count = min(rows, span.length - begin)
-            yield first + begin, replace(rectangle, queries=(span.take(begin, count),))
-        first += span.length
 
 
 def _equal_heads(matrix: Counts) -> list[Span]:

@@ -1,7 +1,7 @@
 """`Plan`: who sees whom in one rectangle, said in strides.
 
 A plan is a tuple of branches. The counts of a plan are the *sum* over its branches, so a key that two branches reach counts twice;
-within one branch every (query, key) pair counts once and no query row stands in two tiles (keys may).
+within one branch every (query, key) pair counts once, unless a list names the key twice, and no query row stands in two tiles (keys may).
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def regroup(branch: Branch, q: Runs, k: Runs, pairs: tuple[Rows, Rows], band: Ba
         covered, missed = _through(band, nearest, farthest)
         cut = ~covered & ~missed
         # First: a diagonal writes every row, so that the rest merges onto rows that are there.
-        yield from _banded(replace(branch, band=band), q, k, (q_of[cut], k_of[cut]), offset[cut])
+        yield from _banded(branch, q, k, (q_of[cut], k_of[cut]), offset[cut], band)
         q_of, k_of = q_of[covered], k_of[covered]
     branch = replace(branch, band=None)
     count = k.count[k_of]
@@ -133,16 +133,26 @@ def _dense(branch: Branch, q: Runs, k: Runs, pairs: tuple[Rows, Rows]) -> Iterat
         )
 
 
-def _banded(branch: Branch, q: Runs, k: Runs, pairs: tuple[Rows, Rows], offset: Rows) -> Iterator[Branch]:
+def _banded(branch: Branch, q: Runs, k: Runs, pairs: tuple[Rows, Rows], offset: Rows, band: Band) -> Iterator[Branch]:
     """Pairs that the band cuts: a uniform branch per geometry. One query run meets one key run at most at one offset."""
     q_of, k_of = pairs
     for members in _alike(q.row[q_of], q.count[q_of], k.count[k_of], offset):
         a, b = q_of[members], k_of[members]
-        yield replace(
+        cut = replace(
             branch,
             q=_tiles(q.row[a], int(q.count[a[0]]), branch.q.step),
             k=index_of(k.row[b], int(k.count[b[0]]), branch.k.step),
+            band=band,
         )
+        if _lands(cut, band):
+            yield cut
+
+
+def _lands(branch: Branch, band: Band) -> bool:
+    """Whether a band that reaches into a uniform branch shows a pair of it: wide strides can step over a narrow band."""
+    if band.low is None or band.high is None or band.high - band.low + 1 >= max(branch.steps):
+        return True
+    return bool(branch.seeing.any())
 
 
 def _alike(order: Rows, *keys: Rows) -> Iterator[Rows]:
@@ -159,12 +169,13 @@ def _alike(order: Rows, *keys: Rows) -> Iterator[Rows]:
 def _tiles(starts: Rows, count: int, step: int) -> Index:
     """Query tiles: affine only where the strides alone say that no row stands in two."""
     index = index_of(starts, count, step)
-    return index if index.distinct else Listed(starts[:, None], count, step)
+    return index if isinstance(index, Listed) or index.distinct else Listed(starts[:, None], count, step)
 
 
 def _key_runs(starts: Rows, run: int, step: int) -> Index:
     """Key runs of each tile: joined to one where all follow one another."""
-    if (np.diff(starts, axis=1) == run * step).all():
+    # The first tile nearly always tells, and costs nothing.
+    if all((np.diff(some, axis=1) == run * step).all() for some in (starts[:1], starts)):
         return index_of(starts[:, 0], starts.shape[1] * run, step)
     return Listed(starts, run, step)
 
@@ -184,7 +195,7 @@ def restrict_band(branch: Branch, band: Band) -> Iterator[Branch]:
         farthest = narrowed.offset + (narrowed.q.count - 1) * q_step
         if tighter.covers(nearest, farthest):
             yield replace(branch, band=None)
-        elif not tighter.misses(nearest, farthest):
+        elif not tighter.misses(nearest, farthest) and _lands(narrowed, tighter):
             yield narrowed
     elif made_of_runs(branch, tighter):
         q, k = runs_of(branch.q, branch.q_at), runs_of(branch.k, branch.k_at)

@@ -88,6 +88,9 @@ def check_plan(plan: Plan, pattern: Pattern) -> None:
     for branch in plan.branches:
         assert branch.q.tiles == branch.k.tiles
         assert branch.q.distinct, "a query row stands in two tiles of one branch"
+        at = (plan.rectangle.query_positions()[branch.q.rows()], plan.rectangle.key_positions()[branch.k.rows()])
+        for said, true in zip(branch.positions(), at, strict=True):
+            np.testing.assert_array_equal(said, true, "a branch says other positions than its rows have")
     assert plan.empty == (not expected.any())
 
 
