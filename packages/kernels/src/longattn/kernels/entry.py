@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from longattn.kernels import op
 from longattn.kernels.check import (
@@ -140,6 +141,7 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, prior: AttentionState | None, asked: op.Asked
 ) -> AttentionState:
     """`attend` without its checks, on the op's own arguments; fills in what wants a gradient."""
+    refuse_tangents(q, k, v, bias)
     transformed = torch._C._are_functorch_transforms_active()
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, bias)]
     # Inside a transform requires_grad says little: any tensor may be differentiated.
@@ -157,6 +159,16 @@ def run(
         return AttentionState(*Attend.apply(q, k, v, bias, *asked))  # type: ignore[misc]
     partial = (None, None) if prior is None else (prior.out, prior.lse)
     return AttentionState(*torch.ops.longattn.attend(q, k, v, bias, *partial, *asked))
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError where a tensor carries a forward-mode tangent: the op would drop it without a word."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "attend has no forward-mode derivative (jvp): use reverse mode, such as torch.func.grad or vjp"
+        )
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,6 @@ autograd and the FLOP formula of the raw ops are registered here; `entry.attend`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -173,39 +172,25 @@ def _attend_backward_fake(
     )
 
 
-def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Save q, k, v, out, lse and what is asked; `inputs` are q, k, v, bias and `Asked`'s."""
-    q, k, v, bias, mask, key_padding, seed, *rest = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bias, prior_out, _, mask, key_padding, seed, *rest = inputs
+    if prior_out is not None and any(ctx.needs_input_grad[:6]):
+        raise NotImplementedError(
+            "longattn::attend has no gradient through a prior; call longattn.kernels.attend, which merges"
+        )
     ctx.set_materialize_grads(False)
     ctx.rest = rest
     ctx.save_for_backward(q, k, v, bias, *output, mask, key_padding, seed)
 
 
-def gradients(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, call: Callable[..., Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, dbias) through `call`, the backward op, from what `save` saved."""
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, bias, out, lse, mask, key_padding, seed = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     asked = Asked(mask, key_padding, seed, *ctx.rest)
-    dq, dk, dv, dbias = call(grad_out, grad_lse, q, k, v, bias, out, lse, *asked)
-    return dq, dk, dv, dbias if asked.bias_grad else None
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    if inputs[4] is not None and any(ctx.needs_input_grad[:6]):
-        raise NotImplementedError(
-            "longattn::attend has no gradient through a prior; call longattn.kernels.attend, which merges"
-        )
-    save(ctx, (*inputs[:4], *inputs[6:]), output)
-
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (
-        *gradients(ctx, grad_out, grad_lse, torch.ops.longattn.attend_backward),
-        *(None,) * (2 + len(Asked._fields)),
-    )
+    backward = torch.ops.longattn.attend_backward
+    dq, dk, dv, dbias = backward(grad_out, grad_lse, q, k, v, bias, out, lse, *asked)
+    return (dq, dk, dv, dbias if asked.bias_grad else None, *(None,) * (2 + len(Asked._fields)))
 
 
 def no_second_order(ctx: Any, *grads: Any) -> NoReturn:

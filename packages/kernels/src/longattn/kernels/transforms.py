@@ -26,13 +26,20 @@ class Attend(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keep q, k, v, out, lse."""
-        op.save(ctx, inputs, output)
+        """Keep q, k, v, bias, out, lse and what is asked. torch.compile wants ctx used here, not handed on."""
+        q, k, v, bias, mask, key_padding, seed, *rest = inputs
+        ctx.rest = rest
+        ctx.save_for_backward(q, k, v, bias, *output, mask, key_padding, seed)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:  # type: ignore[override]
         """The backward op, itself a Function, so that transforms nest."""
-        return (*op.gradients(ctx, *grads, call=AttendBackward.apply), *(None,) * len(op.Asked._fields))
+        q, k, v, bias, out, lse, mask, key_padding, seed = ctx.saved_tensors
+        asked = op.Asked(mask, key_padding, seed, *ctx.rest)
+        # torch.compile does not trace a Function inside a Function's backward; there the op itself will do.
+        backward = torch.ops.longattn.attend_backward if torch.compiler.is_compiling() else AttendBackward.apply
+        dq, dk, dv, dbias = backward(grad_out, grad_lse, q, k, v, bias, out, lse, *asked)
+        return (dq, dk, dv, dbias if asked.bias_grad else None, *(None,) * len(op.Asked._fields))
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *inputs: Any) -> Any:  # type: ignore[override]
@@ -87,8 +94,8 @@ def _batch_of(x: Tensor, dim: int | None) -> int:
     return x.shape[0] if dim is None else x.movedim(dim, 0).shape[1]
 
 
-def _select(x: Any, dim: int | None, n: int) -> Any:
-    return x if dim is None else x.select(dim, n)
+def _select(x: Any, dim: Any, n: int) -> Any:
+    return x.select(dim, n) if isinstance(x, Tensor) and dim is not None else x
 
 
 def _fold(x: Tensor | None, dim: int | None, size: int, batch: int) -> Tensor | None:
