@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ImprovedMultiheadDilatedAttention,
         MultiheadDilatedAttention,
     )
+    from longattn.attention.ring import Ring
     from longattn.attention.schedule import Local, Schedule
     from longattn.attention.weights import attention_weights
 
@@ -26,6 +27,7 @@ _HOME = {
     "MultiheadDilatedAttention": "presets",
     "MultiheadPatternAttention": "modules",
     "PatternAttention": "modules",
+    "Ring": "ring",
     "Schedule": "schedule",
     "attention_weights": "weights",
     "pattern_attention": "functional",
@@ -39,6 +41,7 @@ __all__ = [
     "MultiheadDilatedAttention",
     "MultiheadPatternAttention",
     "PatternAttention",
+    "Ring",
     "Schedule",
     "attention_weights",
     "pattern_attention",

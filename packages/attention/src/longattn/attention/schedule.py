@@ -25,13 +25,13 @@ class Step:
     Attributes:
         k, v: (batch, keys, kv_heads, head_dim).
         spans: their positions; None: 0 .. keys.
-        rows: which rows of the caller's keys they are, for masks; None: all.
+        rows: which rows of the caller's keys they are, as spans of row numbers, for masks; None: all.
     """
 
     k: Tensor
     v: Tensor
     spans: Spans | None = None
-    rows: Tensor | None = None
+    rows: Spans | None = None
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Shard:
     Attributes:
         q: (batch, queries, heads, head_dim).
         spans: their positions; None: the last of the keys'.
-        rows: which rows of the caller's queries they are, for masks; None: all.
+        rows: which rows of the caller's queries they are, as spans of row numbers, for masks; None: all.
         steps: what arrives, in order.
     """
 
     q: Tensor
     steps: Iterator[Step]
     spans: Spans | None = None
-    rows: Tensor | None = None
+    rows: Spans | None = None
 
 
 class Schedule(Protocol):

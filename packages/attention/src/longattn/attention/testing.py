@@ -32,13 +32,38 @@ def check_final(cls: type[nn.Module]) -> None:
 
 
 def check_schedule(
-    schedule: Schedule, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor, tolerance: float = 1e-10
+    schedule: Schedule,
+    pattern: Pattern,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tolerance: float = 1e-10,
+    *,
+    is_causal: bool | None = None,
+    softmax_scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    backend: str | None = None,
+    q_start: int | None = None,
 ) -> None:
-    """Assert that a schedule gives what `Local` gives on float64 inputs: out, lse and gradients."""
+    """Assert that a schedule gives what `Local` gives on float64 inputs: out, lse and gradients. Options as in `pattern_attention`."""
 
     def run(chosen: Schedule) -> list[Tensor]:
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out, lse = pattern_attention(inputs[0], inputs[1], inputs[2], pattern, schedule=chosen, return_lse=True)
+        out, lse = pattern_attention(
+            inputs[0],
+            inputs[1],
+            inputs[2],
+            pattern,
+            is_causal=is_causal,
+            softmax_scale=softmax_scale,
+            key_padding_mask=key_padding_mask,
+            attention_mask=attention_mask,
+            backend=backend,
+            q_start=q_start,
+            schedule=chosen,
+            return_lse=True,
+        )
         loss = out.square().sum() + lse.masked_fill(lse == -torch.inf, 0).sum()
         return [out, lse, *torch.autograd.grad(loss, inputs)]
 
