@@ -173,7 +173,10 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in autocast's dtype where it is on for their device (float64 stays), as torch does for its own attention."""
-    if not isinstance(q, Tensor) or not torch.is_autocast_enabled(q.device.type):
+    # torch refuses the question itself on devices such as "meta".
+    if not isinstance(q, Tensor) or not torch.amp.is_autocast_available(q.device.type):
+        return q, k, v
+    if not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     cast = [x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in (q, k, v)]
