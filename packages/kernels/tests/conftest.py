@@ -1,8 +1,9 @@
-"""Memory is poisoned in every test of this package."""
+"""In every test of this package: memory is poisoned, and torch computes in one thread."""
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from longattn.kernels.testing import poisoned_memory
 
@@ -11,3 +12,12 @@ from longattn.kernels.testing import poisoned_memory
 def poison() -> Iterator[None]:
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tensors here are small: more threads would only wait for one another."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(kept)

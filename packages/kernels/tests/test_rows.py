@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from longattn.kernels import backends
 from longattn.kernels.dispatch import row
 from longattn.kernels.testing import LAYOUTS, MASKS, Case, cases, check_backend
-from longattn.patterncache import Dilated, Full, Restrict, Span, Window
+from longattn.patterncache import Dilated, Full, Pattern, Restrict, Span, Window
 
 LONGNET = Dilated((8, 16), (1, 2), causal=True)
 LISTED = Restrict(Window(9), Dilated((4,), (2,)))
@@ -82,7 +82,7 @@ def test_any_mask(name: str, mask: str | None, padding: bool):
     ],
     ids=str,
 )
-def test_longer_than_a_strip(name: str, pattern):
+def test_longer_than_a_strip(name: str, pattern: Pattern):
     """Several strips, pieces and tiles."""
     check_backend(name, Case(pattern, (700, 700), batch=1, kv_heads=1, group=2, head_dim=4))
 
@@ -95,6 +95,14 @@ def test_nothing_is_fine(name: str, lengths: tuple[int, int], batch: int):
     pattern = Full() if lengths[0] > lengths[1] else LONGNET
     check_backend(name, Case(pattern, lengths, batch=batch, prior=True))
     check_backend(name, Case(pattern, lengths, batch=batch, mask="bhqk", padding=True))
+
+
+@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("pattern", [Full(causal=True), LONGNET, Window(3)], ids=str)
+def test_any_scale(name: str, scale: float, pattern: Pattern):
+    """Zero and negative scales too: what is hidden stays hidden."""
+    check_backend(name, Case(pattern, (20, 20), softmax_scale=scale))
 
 
 @pytest.mark.parametrize("name", backends())

@@ -93,7 +93,7 @@ def in_parts(data: Tensors, parts: int, name: str, prior: bool) -> AttentionStat
 @pytest.mark.parametrize("name", backends())
 def test_error_does_not_grow_with_the_number_of_parts(parts: int, prior: bool, name: str):
     """After 3, 16 and 256 parts, finalized to bf16, the error is within 1.2x of rounding the oracle once."""
-    for seed in range(3):
+    for seed in range(3 if parts < 256 else 1):
         data = Case(Full(), (64, 1024), batch=1, head_dim=16, seed=seed).tensors()
         merged = in_parts(data, parts, name, prior)
         whole = reference_attention(data.q, data.k, data.v, torch.ones(2, 64, 1024))

@@ -1,0 +1,139 @@
+"""Bad input at the edge: every message names the parameter, what was expected and what came."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longattn.kernels import AttentionState, attend, explain
+from longattn.patterncache import Dilated, Full, Span
+
+Q, K = torch.zeros(2, 6, 4, 8), torch.zeros(2, 9, 2, 8)
+STATE = AttentionState(torch.zeros(2, 6, 4, 8), torch.zeros(2, 6, 4))
+TRUE = torch.ones(2, 9, dtype=torch.bool)
+
+
+def swap(**changes: Any) -> dict[str, Any]:
+    return {"q": Q, "k": K, "v": K, "pattern": Full(), **changes}
+
+
+BAD = [
+    # q, k, v: type and dtype
+    (swap(q=np.zeros((2, 6, 4, 8))), TypeError, r"q must be a torch\.Tensor.*got ndarray"),
+    (swap(k=[[1.0]]), TypeError, r"k must be a torch\.Tensor.*got list"),
+    (swap(v=None), TypeError, r"v must be a torch\.Tensor.*got NoneType"),
+    (swap(q=Q.int()), TypeError, r"q must have one of the dtypes float16.*got int32"),
+    (swap(v=K.bool()), TypeError, r"v must have one of the dtypes.*got bool"),
+    (swap(k=K.to(torch.complex64)), TypeError, r"k must have one of the dtypes.*got complex64"),
+    (swap(q=Q.to(torch.float8_e4m3fn)), TypeError, r"q must have one of the dtypes.*got float8_e4m3fn"),
+    (swap(k=K.half()), TypeError, r"k must have the dtype of q, float32, got float16"),
+    (swap(v=K.double()), TypeError, r"v must have the dtype of q, float32, got float64"),
+    # q, k, v: shape and device
+    (swap(q=Q[0]), ValueError, r"q must have shape \(batch, seq, heads, head_dim\), got \(6, 4, 8\)"),
+    (swap(v=K[None]), ValueError, r"v must have shape \(batch, seq, heads, head_dim\), got \(1, 2, 9, 2, 8\)"),
+    (swap(k=K[:1]), ValueError, r"k must have the batch size of q, 2, got 1"),
+    (swap(k=K[..., :7]), ValueError, r"k must have the head_dim of q, 8, got 7"),
+    (swap(v=K[..., :7]), ValueError, r"v must have the head_dim of q, 8, got 7"),
+    (swap(v=K[:, :8]), ValueError, r"v must have the length and heads of k, \(9, 2\), got \(8, 2\)"),
+    (swap(v=K[:, :, :1]), ValueError, r"v must have the length and heads of k, \(9, 2\), got \(9, 1\)"),
+    (swap(q=Q[:, :, :3]), ValueError, r"k must have a number of heads that divides that of q, 3, got 2"),
+    (swap(k=K[:, :, :0], v=K[:, :, :0]), ValueError, r"k must have a number of heads that divides that of q, 4, got 0"),
+    (swap(q=Q[:, :, :0]), ValueError, r"q must have at least one head.*got shape \(2, 6, 0, 8\)"),
+    (swap(q=Q[..., :0], k=K[..., :0], v=K[..., :0]), ValueError, r"q must have at least one head and head_dim >= 1"),
+    (swap(k=K.to("meta")), ValueError, r"k must be on the device of q, cpu, got meta"),
+    (swap(v=K.to("meta")), ValueError, r"v must be on the device of q, cpu, got meta"),
+    # pattern and its causal field
+    (swap(pattern="full"), TypeError, r"pattern must be a Pattern.*got 'full' \(str\)"),
+    (swap(pattern=Full), TypeError, r"pattern must be a Pattern.*ABCMeta"),
+    (swap(pattern=None), TypeError, r"pattern must be a Pattern.*NoneType"),
+    (swap(pattern=Dilated((4,) * 5, (1,) * 5, "split")), ValueError, r"at most one branch per head, got 5 branches"),
+    (swap(is_causal=1), TypeError, r"is_causal must be None, True or False, got 1 \(int\)"),
+    # attention_mask
+    (
+        swap(attention_mask=np.ones((6, 9), bool)),
+        TypeError,
+        r"attention_mask must be a bool or floating torch\.Tensor, got ndarray",
+    ),
+    (swap(attention_mask=torch.ones(6, 9).int()), TypeError, r"attention_mask must be bool.*got int32"),
+    (swap(attention_mask=torch.ones(9, 6).bool()), ValueError, r"attention_mask.*\(2, 4, 6, 9\), got \(9, 6\)"),
+    (swap(attention_mask=torch.ones(2, 2, 6, 9).bool()), ValueError, r"attention_mask.*got \(2, 2, 6, 9\)"),
+    (swap(attention_mask=torch.ones(1, 1, 1, 6, 9).bool()), ValueError, r"attention_mask.*got \(1, 1, 1, 6, 9\)"),
+    (swap(attention_mask=torch.ones(6, 9).bool().to("meta")), ValueError, r"attention_mask must be on the device of q"),
+    # key_padding_mask
+    (swap(key_padding_mask=[True]), TypeError, r"key_padding_mask must be a bool torch\.Tensor.*got list"),
+    (swap(key_padding_mask=TRUE.float()), TypeError, r"key_padding_mask must be bool, True = padding, got float32"),
+    (swap(key_padding_mask=TRUE[:, :6]), ValueError, r"key_padding_mask.*\(batch, Nk\) = \(2, 9\), got \(2, 6\)"),
+    (swap(key_padding_mask=TRUE[0]), ValueError, r"key_padding_mask.*got \(9,\)"),
+    (swap(key_padding_mask=TRUE.to("meta")), ValueError, r"key_padding_mask must be on the device of q, cpu, got meta"),
+    # scale, flags, backend, out_dtype
+    (swap(softmax_scale="1"), TypeError, r"softmax_scale must be None or a number, got '1' \(str\)"),
+    (swap(softmax_scale=True), TypeError, r"softmax_scale must be None or a number, got True \(bool\)"),
+    (swap(softmax_scale=torch.tensor(1.0)), TypeError, r"softmax_scale must be None or a number.*Tensor"),
+    (swap(softmax_scale=float("nan")), ValueError, r"softmax_scale must be None or a finite number, got nan"),
+    (swap(softmax_scale=float("inf")), ValueError, r"softmax_scale must be None or a finite number, got inf"),
+    (swap(deterministic="yes"), TypeError, r"deterministic must be None, True or False, got 'yes' \(str\)"),
+    (swap(backend="fast"), ValueError, r"backend must be None or one of \('sdpa'.*got 'fast'"),
+    (swap(backend=3), TypeError, r"backend must be None or one of .*got 3 \(int\)"),
+    (swap(out_dtype="float32"), TypeError, r"out_dtype must be None or one of the torch dtypes.*got 'float32'"),
+    (swap(out_dtype=torch.int64), TypeError, r"out_dtype must be None or one of the torch dtypes.*got torch\.int64"),
+    # prior
+    (swap(prior=(STATE.out, STATE.lse)), TypeError, r"prior must be None or an AttentionState, got tuple"),
+    (swap(prior=AttentionState(STATE.out[:1], STATE.lse)), ValueError, r"prior.*\(2, 6, 4, 8\).*got.*\(1, 6, 4, 8\)"),
+    (swap(prior=AttentionState(STATE.out, STATE.lse[:, :5])), ValueError, r"prior.*\(2, 6, 4\).*got.*\(2, 5, 4\)"),
+    (
+        swap(prior=AttentionState(STATE.out.bfloat16(), STATE.lse)),
+        TypeError,
+        r"prior\.out must be float32.*got bfloat16",
+    ),
+    (swap(prior=AttentionState(STATE.out, STATE.lse.double())), TypeError, r"prior\.lse must be float32.*got float64"),
+    (swap(prior=AttentionState(STATE.out.to("meta"), STATE.lse)), ValueError, r"prior\.out must be on the device of q"),
+    # spans and heads
+    (swap(q_spans=Span(0, 5)), ValueError, r"q_spans must cover 6 positions.*got 5"),
+    (swap(k_spans=(Span(0, 5), Span(9, 5))), ValueError, r"k_spans must cover 9 positions.*got 10"),
+    (swap(q_spans=()), ValueError, r"q_spans must cover 6 positions.*got 0"),
+    (swap(q_spans=(0, 6)), TypeError, r"q_spans must be None, a Span or a tuple of Spans, got \(0, 6\)"),
+    (swap(k_spans="all"), TypeError, r"k_spans must be None, a Span or a tuple of Spans, got 'all'"),
+    (swap(heads=Span(0, 3)), ValueError, r"heads must be None or a Span of 4 neighbouring heads.*got Span"),
+    (swap(heads=Span(0, 4, 2)), ValueError, r"heads must be None or a Span of 4 neighbouring heads.*step=2"),
+    (swap(heads=(0, 4)), ValueError, r"heads must be None or a Span of 4 neighbouring heads.*got \(0, 4\)"),
+    (swap(heads=Span(2, 4), num_heads=5), ValueError, r"num_heads must be an integer >= 6.*got 5"),
+    (swap(num_heads=4.0), ValueError, r"num_heads must be an integer >= 4.*got 4\.0"),
+    (swap(num_heads=True), ValueError, r"num_heads must be an integer >= 4.*got True"),
+    (swap(colour="red"), TypeError, r"unexpected keyword argument 'colour'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), BAD, ids=[words for _, _, words in BAD])
+def test_attend_names_what_is_wrong(arguments: dict[str, Any], error: type[Exception], words: str):
+    with pytest.raises(error, match=words):
+        attend(**arguments)
+
+
+BAD_EXPLAIN = [
+    ({"pattern": "full"}, TypeError, r"pattern must be a Pattern"),
+    (
+        {"q_shape": (1, 8, 8)},
+        ValueError,
+        r"q_shape must be \(batch, seq, heads, head_dim\), integers >= 0, got \(1, 8, 8\)",
+    ),
+    ({"q_shape": Q}, ValueError, r"q_shape must be"),
+    ({"k_shape": (1, -8, 2, 4)}, ValueError, r"k_shape must be .*got \(1, -8, 2, 4\)"),
+    ({"k_shape": (1, 8, 2, 4.0)}, ValueError, r"k_shape must be .*got \(1, 8, 2, 4\.0\)"),
+    ({"q_shape": (1, 8, 0, 4)}, ValueError, r"q_shape must have at least one head"),
+    ({"k_shape": (1, 8, 3, 4)}, ValueError, r"k_shape must have .* heads that divides"),
+    ({"k_shape": (1, 8, 2, 5)}, ValueError, r"k_shape must have the batch and head_dim of q_shape"),
+    ({"dtype": "float32"}, TypeError, r"dtype must be None or one of the torch dtypes.*got 'float32'"),
+    ({"dtype": torch.int32}, TypeError, r"dtype must be None or one of the torch dtypes.*got torch\.int32"),
+    ({"device": "banana"}, ValueError, r"device must name a device that torch knows.*got 'banana'"),
+    ({"device": 3.5}, TypeError, r"device must be None, a torch\.device or a string.*got 3\.5 \(float\)"),
+    ({"is_causal": "no"}, TypeError, r"is_causal must be None, True or False, got 'no' \(str\)"),
+    ({"attention_mask": TRUE}, TypeError, r"attention_mask must be None, True or False"),
+    ({"backend": "fast"}, ValueError, r"backend must be None or one of"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), BAD_EXPLAIN, ids=[words for _, _, words in BAD_EXPLAIN])
+def test_explain_names_what_is_wrong(changes: dict[str, Any], error: type[Exception], words: str):
+    with pytest.raises(error, match=words):
+        explain(**{"pattern": Full(), "q_shape": (1, 8, 2, 4), **changes})

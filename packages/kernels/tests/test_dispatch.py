@@ -1,0 +1,193 @@
+"""The table: what rows declare, why they refuse, and `explain`, which needs neither data nor device."""
+
+import sys
+import time
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import longattn.kernels
+from longattn.kernels import Capability, attend, backends, dispatch, explain
+from longattn.kernels.capability import FLOATS
+from longattn.kernels.dispatch import row
+from longattn.patterncache import Dilated, Full, Pattern, Restrict, Window
+
+LONGNET = Dilated((2048, 4096, 8192), (1, 2, 4), causal=True)
+LISTED = Restrict(Window(4), Dilated((4,), (2,)))
+SHAPE = (2, 64, 8, 16)
+
+
+def test_public_names():
+    """A new export shows in review."""
+    expected = {
+        "AttentionProblem", "AttentionState", "Capability", "Explanation", "attend", "backends", "explain", "merge",
+        "reference_attention",
+    }  # fmt: skip
+    assert expected <= set(longattn.kernels.__all__) <= set(dir(longattn.kernels))
+    assert all(getattr(longattn.kernels, name) for name in longattn.kernels.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'atend'"):
+        longattn.kernels.atend  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("name", backends())
+def test_every_row_declares_what_it_says(name: str):
+    """A tolerance for each dtype, and only dtypes that the door lets in."""
+    capability = row(name).capability
+    dtypes = {d for listed in capability.dtypes.values() for d in listed}
+    assert dtypes <= set(FLOATS) and dtypes <= set(capability.tolerance)
+    assert all(0 < bound < 0.1 for pair in capability.tolerance.values() for bound in pair)
+
+
+class NoTensors(TorchDispatchMode):
+    """Fails where a tensor is made."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"explain called {func}")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "cuda:3", torch.device("xpu"), None])
+@pytest.mark.parametrize(
+    "pattern", [Full(causal=True), Window(512, sinks=4), LONGNET, Restrict(LONGNET, Window(64))], ids=str
+)
+def test_explain_is_pure(device: Any, pattern: Pattern):
+    """Ten million tokens on devices that are not here: no tensor, no time, every row with its reasons."""
+    begin = time.perf_counter()
+    with NoTensors():
+        found = explain(pattern, (1, 10_000_000, 8, 64), dtype=torch.bfloat16, device=device, requires_grad=True)
+    assert time.perf_counter() - begin < 2
+    assert [name for name, _ in found.rows] == list(backends())
+    assert found.backend == next(name for name, reasons in found.rows if not reasons)
+    lines = str(found).splitlines()
+    assert len(lines) == 1 + len(backends())
+    assert all(f"{name}: " in line for name, line in zip(backends(), lines[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "mps", "dtype": torch.float64}, "dtype=float64 is not in {float16, bfloat16, float32} on mps"),
+        ({"device": "cuda"}, "device=cuda is not in {cpu}"),
+        ({"device": "cuda", "deterministic": True}, "deterministic=True is not supported on cuda"),
+    ],
+)
+def test_explain_gives_reasons(options: dict[str, Any], words: str):
+    assert words in str(explain(Full(), SHAPE, **options))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": torch.bfloat16}, {"attention_mask": True}, {"key_padding_mask": True}]
+)
+@pytest.mark.parametrize("pattern", [Full(), LISTED], ids=str)
+def test_explain_names_the_row_that_attend_uses(
+    options: dict[str, Any], pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+):
+    """The same choice, seen from both doors."""
+    served: list[str] = []
+    chosen = dispatch.select
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        found = chosen(*args, **kwargs)
+        served.append(found.name)
+        return found
+
+    monkeypatch.setattr("longattn.kernels.op.select", watch)
+    q = torch.randn(1, 8, 2, 4).to(options.get("dtype", torch.float32))
+    masks = {
+        "attention_mask": torch.ones(8, 8, dtype=torch.bool) if "attention_mask" in options else None,
+        "key_padding_mask": torch.zeros(1, 8, dtype=torch.bool) if "key_padding_mask" in options else None,
+    }
+    attend(q, q, q, pattern, **masks)
+    assert served == [explain(pattern, (1, 8, 2, 4), **options).backend]
+
+
+NARROW = Capability(
+    devices=("cpu",),
+    dtypes={"cpu": (torch.float32,)},
+    tolerance={torch.float32: (1e-5, 1e-5)},
+    max_head_dim=8,
+    listed=False,
+    attention_mask=False,
+    key_padding=False,
+    gqa=False,
+    backward=False,
+    deterministic=("cuda",),
+)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A row that can do next to nothing, first in the table."""
+    module = ModuleType("narrow_row")
+    vars(module).update(CAPABILITY=NARROW, forward=row("gather").forward, backward=row("gather").backward)
+    monkeypatch.setitem(sys.modules, "narrow_row", module)
+    monkeypatch.setattr(dispatch, "TABLE", {"narrow": "narrow_row", **dispatch.TABLE})
+    dispatch.explain_problem.cache_clear()
+    yield
+    dispatch.explain_problem.cache_clear()
+    dispatch.row.cache_clear()
+
+
+REFUSALS = [
+    ({"dtype": torch.float64}, "dtype=float64 is not in {float32} on cpu"),
+    ({"device": "cuda"}, "device=cuda is not in {cpu}"),
+    ({"q_shape": (1, 8, 2, 9)}, "head_dim=9 is over 8"),
+    ({"k_shape": (1, 8, 1, 8)}, "kv_heads=1 differs from heads=2 and grouped kv heads are not supported"),
+    ({"pattern": LISTED}, "lists rows and only strided rows are supported"),
+    ({"attention_mask": True}, "attention_mask is not supported"),
+    ({"key_padding_mask": True}, "key_padding_mask is not supported"),
+    ({"requires_grad": True}, "gradients are not supported"),
+    ({"deterministic": True}, "deterministic=True is not supported on cpu"),
+]
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(("options", "words"), REFUSALS, ids=[words for _, words in REFUSALS])
+def test_a_declared_no_is_a_refusal_with_that_reason(options: dict[str, Any], words: str):
+    """The next row serves, and the first says why it does not."""
+    asked = {"pattern": Full(), "q_shape": (1, 8, 2, 8), "dtype": torch.float32, "device": "cpu", **options}
+    found = explain(asked.pop("pattern"), asked.pop("q_shape"), asked.pop("k_shape", None), **asked)
+    assert any(words in reason for reason in dict(found.rows)["narrow"])
+    assert found.backend in backends()[1:]
+    assert explain(Full(), (1, 8, 2, 8), dtype=torch.float32).backend == "narrow"
+
+
+@pytest.mark.usefixtures("narrow")
+def test_an_explicit_backend_serves_or_raises_with_all_reasons():
+    """No silent change to another row; every reason, and every row, is in the message."""
+    q = torch.randn(1, 8, 2, 16)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match="backend='narrow' cannot serve this problem") as caught:
+        attend(q, q[:, :, :1], q[:, :, :1], LISTED, attention_mask=mask, backend="narrow", deterministic=True)
+    words = ("head_dim=16", "kv_heads=1", "lists rows", "attention_mask is not", "deterministic=True", *backends())
+    assert all(word in str(caught.value) for word in words)
+    assert explain(Full(), SHAPE, backend="narrow").backend is None
+    small = q[..., :8]
+    assert attend(small, small, small, Full(), backend="narrow").out.isfinite().all()
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_forward_that_will_want_gradients_is_not_given_to_a_row_without():
+    """What explain says of requires_grad, attend does."""
+    q = torch.randn(1, 8, 2, 8, requires_grad=True)
+    attend(q, q, q, Full()).out.sum().backward()
+    assert q.grad is not None
+    with pytest.raises(ValueError, match="gradients are not supported"):
+        attend(q, q, q, Full(), backend="narrow")
+
+
+@pytest.mark.usefixtures("narrow")
+def test_no_row_at_all(monkeypatch: pytest.MonkeyPatch):
+    """Where nothing fits, the message lists the table."""
+    monkeypatch.setattr(dispatch, "TABLE", {"narrow": "narrow_row"})
+    q = torch.randn(1, 8, 2, 16)
+    with pytest.raises(ValueError, match=r"no backend fits this problem: (?s:.*)narrow: head_dim=16 is over 8"):
+        attend(q, q, q, Full())
+
+
+def test_capabilities_are_replaced_not_changed():
+    """Frozen: a row cannot be talked into more."""
+    assert replace(NARROW, gqa=True).gqa and not NARROW.gqa
