@@ -108,6 +108,7 @@ def test_causal_says_that_the_future_is_hidden():
     """A union and a sum are causal where all parts are, an intersection where one is."""
     past, both = Window(3), Window(3, causal=False)
     assert [(past | both).causal, (past + both).causal, (past & both).causal] == [False, False, True]
+    assert (past | both).with_causal(False) == (past | both) != (past | both).with_causal(True)
     assert (past | Full(causal=True)).causal and not (past & both).with_causal(False).causal
 
 

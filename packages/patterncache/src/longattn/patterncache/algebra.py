@@ -124,7 +124,9 @@ class _Combination(Pattern):
             part.check_rectangle(rectangle)
 
     def with_causal(self, causal: bool) -> Self:
-        """All parts with their causal field replaced."""
+        """All parts with their causal field replaced; itself where that says nothing new, parts that differ included."""
+        if causal == self.causal:
+            return self
         return type(self)(tuple(part.with_causal(causal) for part in self.parts))
 
     def to_spec(self) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def with_causal(self, causal: bool) -> Self:
-        """The same pattern with its causal field replaced."""
+        """The same pattern with its causal field replaced; its own value changes nothing."""
 
     @abstractmethod
     def to_spec(self) -> dict[str, Any]:

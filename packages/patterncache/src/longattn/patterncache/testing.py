@@ -97,8 +97,8 @@ def check_plan(plan: Plan, pattern: Pattern) -> None:
 def check_pattern(pattern: Pattern, rectangle: Rectangle) -> None:
     """Assert everything a pattern promises, on one rectangle.
 
-    Its plan counts what it counts; its canonical string reads back equal; a binary pattern counts no pair twice; counts are not negative; causal hides the future; and the
-    counts of a rectangle split in two add up.
+    Its plan counts what it counts; its canonical string reads back equal; counts are not negative, and a binary pattern's not above 1;
+    causal hides the future, and `with_causal` of what it is changes nothing; and the counts of a rectangle split in two add up.
     """
     counts = pattern.counts(rectangle)
     assert counts.shape == rectangle.shape and counts.dtype == np.int64 and (counts >= 0).all()
@@ -106,6 +106,7 @@ def check_pattern(pattern: Pattern, rectangle: Rectangle) -> None:
     read_back = parse_pattern(pattern.canonical())
     assert read_back == pattern and hash(read_back) == hash(pattern) and read_back.canonical() == pattern.canonical()
     assert not pattern.binary or not (counts > 1).any()
+    np.testing.assert_array_equal(pattern.with_causal(pattern.causal).counts(rectangle), counts)
     future = rectangle.key_positions()[None, :] > rectangle.query_positions()[:, None]
     assert not (pattern.with_causal(True).counts(rectangle) * future).any()
     for side in ("queries", "keys"):
