@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.attention import Local, PatternAttention, Ring, pattern_attention
 from longattn.attention.ring import LAYOUTS, take
@@ -14,7 +15,6 @@ from longattn.attention.testing import check_schedule
 from longattn.kernels import reference_attention
 from longattn.patterncache import Dilated, Full, Pattern, Rectangle, Restrict, Span, Window
 from longattn.patterncache.testing import patterns, spans
-from torch.utils._python_dispatch import TorchDispatchMode
 
 RINGS = st.builds(Ring, size=st.integers(1, 16), layout=st.sampled_from(list(LAYOUTS)))
 LONGNET = Dilated((6, 12, 24), (1, 2, 4), causal=True)
@@ -61,7 +61,7 @@ def test_a_layout_covers_every_row_once(layout, length, size):
     """Shards partition the rows, differ by one row at most, hold what their spans say, and join into what was cut."""
     placed = LAYOUTS[layout](length, size)
     held = [[int(p) for span in rows for p in span.positions()] for rows in placed.rows()]
-    assert len(held) == size and sorted(sum(held, [])) == list(range(length))
+    assert len(held) == size and sorted(row for rows in held for row in rows) == list(range(length))
     assert max(map(len, held)) - min(map(len, held)) <= 1
     x = torch.arange(length)[None, :, None]
     shards = placed.cut(x)
