@@ -28,6 +28,18 @@ def narrow(branch: Branch, q: tuple[int, int], k: tuple[int, int], band: Band | 
     return replace(branch, q=branch.q.narrow(*q), k=branch.k.narrow(*k), band=band)
 
 
+def narrow_tile(branch: Branch, q: tuple[int, int], k: tuple[int, int]) -> Branch | None:
+    """`narrow`, with no band where the part is dense, and None where it shows nothing: a tile to skip."""
+    if branch.band is None or not branch.uniform:
+        return narrow(branch, q, k, branch.band)
+    q_step, k_step = branch.steps
+    offset = branch.offset + q[0] * q_step - k[0] * k_step
+    nearest, farthest = offset - (k[1] - 1) * k_step, offset + (q[1] - 1) * q_step
+    if branch.band.misses(nearest, farthest):
+        return None
+    return narrow(branch, q, k, None if branch.band.covers(nearest, farthest) else branch.band)
+
+
 def split_band(branch: Branch, strip: int) -> Iterator[Branch]:
     """Pieces of `branch` whose counts add up to its own. Pieces that see nothing are left out."""
     band = branch.band

@@ -26,7 +26,7 @@ _GATHERED_CELLS = 1 << 18
 """Mask cells of small tiles that are looked up in one go."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class BlockSparse(Pattern, name="block_sparse"):
     """Query block a sees key block b iff mask[a, b]; position i is in block i // block_size. The last block may be short.
 
@@ -43,14 +43,14 @@ class BlockSparse(Pattern, name="block_sparse"):
 
     block_size: int
     mask: Mask
-    causal: bool = False
+    causal: bool
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "block_size", check_int("block_size", self.block_size, minimum=1))
-        mask = _check_mask(self.mask)
+    def __init__(self, block_size: int, mask: npt.ArrayLike, causal: bool = False) -> None:
+        object.__setattr__(self, "block_size", check_int("block_size", block_size, minimum=1))
+        own = _check_mask(mask)
         # An array over bytes can never be made writable again, which one that owns its memory can.
-        object.__setattr__(self, "mask", np.frombuffer(mask.tobytes(), bool).reshape(mask.shape))
-        check_causal(self.causal)
+        object.__setattr__(self, "mask", np.frombuffer(own.tobytes(), bool).reshape(own.shape))
+        object.__setattr__(self, "causal", check_causal(causal))
 
     @property
     def binary(self) -> bool:
