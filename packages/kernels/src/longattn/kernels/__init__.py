@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from longattn.kernels.entry import attend
     from longattn.kernels.environment import Environment
     from longattn.kernels.explaining import explain
+    from longattn.kernels.fused import fused_attention
     from longattn.kernels.problem import AttentionProblem
     from longattn.kernels.reference import reference_attention
     from longattn.kernels.state import AttentionState, merge
@@ -25,6 +26,7 @@ _HOME = {
     "attend": "entry",
     "backends": "dispatch",
     "explain": "explaining",
+    "fused_attention": "fused",
     "merge": "state",
     "reference_attention": "reference",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "attend",
     "backends",
     "explain",
+    "fused_attention",
     "merge",
     "reference_attention",
 ]

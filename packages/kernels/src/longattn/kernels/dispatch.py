@@ -21,6 +21,8 @@ from longattn.kernels.problem import AttentionProblem
 TABLE: dict[str, str] = {
     "sdpa": "longattn.kernels.torch_sdpa",
     "gather": "longattn.kernels.torch_gather",
+    "tiled": "longattn.kernels.torch_tiled:Q_MAJOR",
+    "tiled_k_major": "longattn.kernels.torch_tiled:K_MAJOR",
 }
 
 logger = logging.getLogger("longattn.kernels")
@@ -44,8 +46,9 @@ class Row:
 @lru_cache
 def row(name: str) -> Row:
     """The row of that name."""
-    module = import_module(TABLE[name])
-    return Row(name, module.CAPABILITY, module.forward, module.backward)
+    module, _, member = TABLE[name].partition(":")
+    home = getattr(import_module(module), member) if member else import_module(module)
+    return Row(name, home.CAPABILITY, home.forward, home.backward)
 
 
 def backends() -> tuple[str, ...]:

@@ -28,6 +28,7 @@ class Tile:
         causal: row a sees exactly keys 0 .. a, and `seen` is None.
         seen: (tiles or 1, heads or 1, q count or 1, k count) bool, or None: all (or causal).
         bias: (tiles or 1, heads or 1, q count or 1, k count or 1), or None.
+        first: which of the branch's tiles is the first here.
         keep: (tiles, heads, q count, k count), what dropout multiplies each weight with, or None.
         fresh: no earlier tile wrote these query rows of these heads.
     """
@@ -42,6 +43,7 @@ class Tile:
     fresh: bool
     bias: Tensor | None = None
     keep: Tensor | None = None
+    first: int = 0
 
     def queries(self, x: Tensor) -> Tensor:
         """Query rows of x (batch, Nq, heads, ...) as (tiles, heads, q count, ...)."""
@@ -107,8 +109,20 @@ def _index_tensor(index: Index, device: torch.device) -> Tensor:
     return torch.from_numpy(index.rows().reshape(-1)).to(device)
 
 
-def head_groups(heads: Span, group: int) -> Iterator[tuple[Span, Span]]:
-    """Split query heads into (heads, kv_heads) pairs, both strided, where `group` neighbouring query heads share a kv head."""
+def head_groups(heads: Span, group: int, most: int) -> Iterator[tuple[Span, Span]]:
+    """Split query heads into (heads, kv_heads) pairs, both strided, where `group` neighbouring query heads share a kv head.
+
+    No pair has more than `most` query heads, unless a kv head by itself does.
+    """
+    for some, kv_heads in _kv_groups(heads, group):
+        shared = some.length // kv_heads.length
+        step = max(1, most // shared)
+        for first in range(0, kv_heads.length, step):
+            count = min(step, kv_heads.length - first)
+            yield some.take(first * shared, count * shared), kv_heads.take(first, count)
+
+
+def _kv_groups(heads: Span, group: int) -> Iterator[tuple[Span, Span]]:
     if group == 1:
         yield heads, heads
     elif heads.step == 1 and heads.start % group == 0 and heads.length % group == 0:

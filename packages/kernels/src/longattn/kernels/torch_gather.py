@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longattn.kernels.call import Call
 from longattn.kernels.capability import FLOATS, Capability
+from longattn.kernels.grouping import dropped, group_rows, masked_scores, ungroup_rows
 from longattn.kernels.masks import tile_picks
 from longattn.kernels.state import state_dtype
 from longattn.kernels.tiles import Tile
@@ -41,16 +42,15 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     out, lse = new_state(call, triangles=False)
     for tile in walk(call, triangles=False, cells=_CELLS):
         q, k, v = _operands(call, tile)
-        scores = _scores(q, k, tile, call.scale)
+        scores = masked_scores(q, k, tile, call.scale)
         # Finite where every key is hidden, so that -inf - -inf does not arise.
         pivot = scores.amax(-1, keepdim=True)
         pivot = pivot.masked_fill(pivot == -torch.inf, 0)
         weights = (scores - pivot).exp_()
         total = weights.sum(-1, keepdim=True)
-        kept = weights if tile.keep is None else weights * _group(tile.keep, tile)
-        tile_out = (kept @ v) / total.masked_fill(total == 0, 1)
         tile_lse = (pivot + total.log()).squeeze(-1)
-        tile.merge(out, lse, _ungroup(tile_out, tile), _ungroup(tile_lse, tile))
+        tile_out = dropped(weights, tile) @ v / total.masked_fill(total == 0, 1)
+        tile.merge(out, lse, ungroup_rows(tile_out, tile), ungroup_rows(tile_lse, tile))
     return finish(call, out), lse
 
 
@@ -66,22 +66,20 @@ def backward(
     others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
     for tile in walk(call, triangles=False, cells=_CELLS, others=others):
         q, k, v = _operands(call, tile)
-        grad = _group(tile.queries(grad_out).to(dtype), tile)
-        delta = (grad * _group(tile.queries(out).to(dtype), tile)).sum(-1, keepdim=True)
+        grad = group_rows(tile.queries(grad_out).to(dtype), tile)
+        delta = (grad * group_rows(tile.queries(out).to(dtype), tile)).sum(-1, keepdim=True)
         if grad_lse is not None:
-            delta = delta - _group(tile.queries(grad_lse).to(dtype).unsqueeze(-1), tile)
-        pivot = _group(tile.queries(lse).unsqueeze(-1), tile)
-        weights = (_scores(q, k, tile, call.scale) - pivot.masked_fill(pivot == -torch.inf, 0)).exp_()
-        keep = None if tile.keep is None else _group(tile.keep, tile)
-        grad_weights = grad @ v.transpose(-1, -2)
-        grad_scores = (grad_weights if keep is None else grad_weights.mul_(keep)).sub_(delta).mul_(weights)
+            delta = delta - group_rows(tile.queries(grad_lse).to(dtype).unsqueeze(-1), tile)
+        pivot = group_rows(tile.queries(lse).unsqueeze(-1), tile)
+        weights = (masked_scores(q, k, tile, call.scale) - pivot.masked_fill(pivot == -torch.inf, 0)).exp_()
+        grad_scores = dropped(grad @ v.transpose(-1, -2), tile).sub_(delta).mul_(weights)
         if dbias is not None:
             at = tile_picks(dbias, tile)
-            dbias.index_put_(at, _to_shape(_ungroup(grad_scores, tile), at), accumulate=True)
+            dbias.index_put_(at, _to_shape(ungroup_rows(grad_scores, tile), at), accumulate=True)
         grad_scores.mul_(call.scale)
-        tile.add_queries(dq, _ungroup(grad_scores @ k, tile))
+        tile.add_queries(dq, ungroup_rows(grad_scores @ k, tile))
         tile.add_keys(dk, grad_scores.transpose(-1, -2) @ q)
-        tile.add_keys(dv, (weights if keep is None else weights.mul_(keep)).transpose(-1, -2) @ grad)
+        tile.add_keys(dv, dropped(weights, tile).transpose(-1, -2) @ grad)
     final = None if dbias is None or call.bias is None else dbias.to(call.bias.dtype)
     return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), final
 
@@ -94,23 +92,4 @@ def _to_shape(x: Tensor, at: tuple[Tensor, ...]) -> Tensor:
 
 def _operands(call: Call, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
     dtype = state_dtype(call.q.dtype)
-    return _group(tile.queries(call.q).to(dtype), tile), tile.keys(call.k).to(dtype), tile.keys(call.v).to(dtype)
-
-
-def _group(x: Tensor, tile: Tile) -> Tensor:
-    """(tiles, heads, n, ...) to (tiles, kv_heads, heads per kv head * n, ...): heads that share a kv head become rows."""
-    return x.unflatten(1, (tile.kv_heads.length, -1)).flatten(2, 3)
-
-
-def _ungroup(x: Tensor, tile: Tile) -> Tensor:
-    return x.unflatten(2, (tile.heads.length // tile.kv_heads.length, tile.q.count)).flatten(1, 2)
-
-
-def _scores(q: Tensor, k: Tensor, tile: Tile, scale: float) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)).mul_(scale)
-    if tile.bias is not None:
-        scores += _group(tile.bias.expand(-1, tile.heads.length, tile.q.count, tile.k.count), tile)
-    if tile.seen is not None:
-        seen = tile.seen.expand(-1, tile.heads.length, tile.q.count, -1)
-        scores.masked_fill_(~_group(seen, tile), -torch.inf)
-    return scores
+    return group_rows(tile.queries(call.q).to(dtype), tile), tile.keys(call.k).to(dtype), tile.keys(call.v).to(dtype)

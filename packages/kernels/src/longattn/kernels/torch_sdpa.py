@@ -26,8 +26,8 @@ CAPABILITY = Capability(
     },
 )
 
-_CELLS = 1 << 21
-"""Output numbers (or, under a mask, scores) that one call of torch's kernel may make: 8 MiB in float32."""
+_CELLS = 1 << 18
+"""Output numbers (or, under a mask, scores) that one call of torch's kernel may make: 1 MiB in float32."""
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,9 @@ def backward(
     # A finite pivot for rows that saw nothing: their scores are all -inf, so P stays 0.
     lse = lse.masked_fill(lse == -torch.inf, 0)
     others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
-    for tile in walk(call, triangles=True, cells=_CELLS, others=others):
+    # torch's backward spreads over heads and tiles alone.
+    threads = torch.get_num_threads()
+    for tile in walk(call, triangles=True, cells=_CELLS, others=others, at_once=2 * threads):
         parts = (tile.queries(grad_out), tile.queries(call.q), tile.keys(call.k), tile.keys(call.v), tile.queries(out))
         if grad_lse is not None:
             parts = _with_lse_column(*parts, tile.queries(grad_lse))

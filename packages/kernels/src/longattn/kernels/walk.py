@@ -22,7 +22,9 @@ from longattn.patterncache.band import pieces, strips
 from longattn.patterncache.index import Affine, Index
 
 
-def walk(call: Call, *, triangles: bool, cells: int, others: tuple[Tensor, ...] = ()) -> Iterator[Tile]:
+def walk(
+    call: Call, *, triangles: bool, cells: int, others: tuple[Tensor, ...] = (), at_once: int = 1
+) -> Iterator[Tile]:
     """Tiles whose counts add up to the plan's.
 
     Args:
@@ -30,6 +32,7 @@ def walk(call: Call, *, triangles: bool, cells: int, others: tuple[Tensor, ...] 
         triangles: whether the row does causal tiles and keeps no scores. Then only masked work is cut into strips of query rows;
             else everything is.
         cells: how many numbers a tile may need at a time, outputs for a row that does triangles, else scores.
+        at_once: heads x tiles that a `Tile` should have at least, where there are so many: what a kernel may spread over threads.
         others: tensors beside q, k, v whose query rows will be read, strided as they please.
     """
     group = call.q.shape[2] // call.k.shape[2]
@@ -37,11 +40,22 @@ def walk(call: Call, *, triangles: bool, cells: int, others: tuple[Tensor, ...] 
     for branch, fresh in zip(source, writes(call.plan, triangles)[0], strict=True):
         strip = _strip_rows(call, branch, triangles, cells)
         for part in (branch,) if strip is None else strips(branch, strip):
-            for heads, kv_heads in head_groups(part.heads, group):
+            width = call.q.shape[-1] if triangles and strip is None else part.k.count
+            most = max(at_once, cells // (part.q.count * width))
+            for heads, kv_heads in head_groups(part.heads, group, most):
                 tile = Tile(heads, kv_heads, 0, part.q, part.k, False, None, fresh and call.prior is None)
-                width = call.q.shape[-1] if triangles and strip is None else part.k.count
-                most = max(1, cells // (heads.length * part.q.count * width))
-                yield from _batches(call, part, tile, most, triangles, others)
+                yield from _batches(call, part, tile, max(1, most // heads.length), triangles, others)
+
+
+def blocks(call: Call) -> Iterator[tuple[Branch, Tile]]:
+    """Every branch with each of its tiles whole, one at a time and without masks, for rows that cut tiles themselves."""
+    group = call.q.shape[2] // call.k.shape[2]
+    for branch in call.plan.branches:
+        for heads, kv_heads in head_groups(branch.heads, group, branch.heads.length):
+            for batch in range(call.q.shape[0]):
+                for first in range(branch.q.tiles):
+                    q, k = branch.q.tile_range(first, 1), branch.k.tile_range(first, 1)
+                    yield branch, Tile(heads, kv_heads, batch, q, k, False, None, False, first=first)
 
 
 def _strip_rows(call: Call, branch: Branch, triangles: bool, cells: int) -> int | None:
@@ -112,10 +126,10 @@ def _foldable(index: Index, length: int, tensors: tuple[Tensor, ...]) -> bool:
     )
 
 
-def new_state(call: Call, *, triangles: bool) -> tuple[Tensor, Tensor]:
+def new_state(call: Call, *, triangles: bool, filled: bool = False) -> tuple[Tensor, Tensor]:
     """(out, lse) to merge tiles into: the prior's copy, or unwritten where every row will be written, or empty.
 
-    out is in out_dtype at once where no row is written twice, else in the state's float32 (float64).
+    filled: start from the empty state even so. out is in out_dtype at once where no row is written twice, else in the state's float32 (float64).
     """
     dtype = state_dtype(call.q.dtype)
     if call.prior is not None:
@@ -125,10 +139,10 @@ def new_state(call: Call, *, triangles: bool) -> tuple[Tensor, Tensor]:
     fresh, complete = writes(call.plan, triangles)
     batch, length, heads, _ = call.q.shape
     out_shape = (batch, length, heads, call.v.shape[-1])
-    out_type = call.out_dtype if all(fresh) else dtype
+    out_type = call.out_dtype if all(fresh) and not filled else dtype
     out = call.allocator.empty(out_shape, out_type, call.q.device, "output" if out_type == call.out_dtype else "temp")
     lse = call.q.new_empty(out_shape[:-1], dtype=dtype)
-    return (out, lse) if complete else (out.zero_(), lse.fill_(-torch.inf))
+    return (out, lse) if complete and not filled else (out.zero_(), lse.fill_(-torch.inf))
 
 
 def finish(call: Call, out: Tensor) -> Tensor:

@@ -1,0 +1,30 @@
+"""`fused_attention`: dense attention in the (batch, heads, seq, head_dim) layout of the Triton tutorial."""
+
+from __future__ import annotations
+
+from longattn.patterncache import Full
+from torch import Tensor
+
+from longattn.kernels.check import check_flag
+from longattn.kernels.entry import attend
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, sm_scale: float | None = None) -> Tensor:
+    """softmax(sm_scale * q k^T) v, without the scores ever standing in memory whole.
+
+    Args:
+        q: (batch, heads, Nq, head_dim). k, v: (batch, kv_heads, Nk, head_dim), kv_heads dividing heads.
+        causal: query i of Nq sees keys up to i + Nk - Nq (bottom-right). Default False.
+        sm_scale: default head_dim ** -0.5.
+
+    Returns:
+        (batch, heads, Nq, head_dim) in q's dtype, a view of (batch, Nq, heads, head_dim) memory.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; shapes are named in the (batch, seq, heads, head_dim) order of `attend`.
+    """
+    if check_flag("causal", causal) is None:
+        raise TypeError("causal must be True or False, got None")
+    q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x for x in (q, k, v))
+    dtype = q.dtype if isinstance(q, Tensor) else None
+    return attend(q, k, v, Full(causal=causal), softmax_scale=sm_scale, out_dtype=dtype).out.transpose(1, 2)
