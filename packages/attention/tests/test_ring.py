@@ -186,6 +186,18 @@ def test_functional_gradients_pass_through(layout):
     torch.testing.assert_close(found, expected)
 
 
+def test_a_compiled_ring_is_right():
+    """torch.compile(fullgraph=True) at a second, dynamic length gives the eager numbers."""
+    attention = PatternAttention(LONGNET, schedule=Ring(size=2, layout="striped"))
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    for length in (20, 23):
+        x = randn(1, length, 2, 4).requires_grad_()
+        found, expected = compiled(x, x, x), attention(x, x, x)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y in (found, expected)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(dtype):
     """Half-precision inputs: states merge in float32, and out is the rounding of what a wider call gives."""

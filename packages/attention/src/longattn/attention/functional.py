@@ -101,7 +101,8 @@ def pattern_attention(
         raise ValueError(f"dropout_p must be 0: no backend supports dropout, got {dropout_p}")
     if is_causal is not None and check_bool("is_causal", is_causal) != pattern.causal:
         pattern = pattern.with_causal(is_causal)
-    spans = None if check_start("q_start", q_start) is None else (Span(q_start, q.shape[1]),)
+    start = check_start("q_start", q_start)
+    spans = None if start is None else (Span(start, q.shape[1]),)
     schedule = Local() if schedule is None else schedule
     states: list[AttentionState] = []
     for shard in schedule.shards(q, k, v, spans):

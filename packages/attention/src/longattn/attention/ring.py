@@ -79,15 +79,19 @@ class Stripes:
     length: int
     size: int
 
+    def _shares(self) -> tuple[int, int]:
+        """Rows that every rank holds, and how many ranks hold one more. torch.compile does not trace divmod."""
+        return self.length // self.size, self.length % self.size
+
     def rows(self) -> tuple[Spans, ...]:
         """One span with step `size` for each rank."""
-        whole, rest = divmod(self.length, self.size)
+        whole, rest = self._shares()
         counts = [whole + (rank < rest) for rank in range(self.size)]
         return tuple((Span(rank if n else 0, n, self.size),) for rank, n in enumerate(counts))
 
     def cut(self, x: Tensor) -> list[Tensor]:
         """Views; copies for the ranks that hold a row more."""
-        whole, rest = divmod(self.length, self.size)
+        whole, rest = self._shares()
         # One split and one unbind: n slices would each write a gradient as long as x.
         body, tail = x.split([self.length - rest, rest], 1)
         stripes = body.unflatten(1, (whole, self.size)).unbind(2)
@@ -97,7 +101,7 @@ class Stripes:
 
     def join(self, shards: Sequence[Tensor]) -> Tensor:
         """Row by row, round the ranks."""
-        whole, rest = divmod(self.length, self.size)
+        whole, rest = self._shares()
         body = torch.stack([shard[:, :whole] for shard in shards], 2).flatten(1, 2)
         return _concatenated([body, *(shard[:, whole:] for shard in shards[:rest])])
 
@@ -173,8 +177,8 @@ class Ring:
         # Queries that outnumber keys without positions: the forward lets them pass only where positions do not matter.
         spans = (Span(max(nk - nq, 0), nq),) if spans is None else spans
         queries, keys = self.placed(nq), self.placed(nk)
-        held = keys.rows()
-        steps = [Step(*kv, rows, rows) for *kv, rows in zip(keys.cut(k), keys.cut(v), held, strict=True)]
+        cut = zip(keys.cut(k), keys.cut(v), keys.rows(), strict=True)
+        steps = [Step(key, value, rows, rows) for key, value, rows in cut]
         for rank, (shard, rows) in enumerate(zip(queries.cut(q), queries.rows(), strict=True)):
             arriving = (steps[(rank - distance) % self.size] for distance in range(self.size))
             yield Shard(shard, arriving, take(spans, rows), rows)
