@@ -20,7 +20,7 @@ EXPECTED = {
         PatternCache get_global_pattern_cache reset_global_pattern_cache
         """,
     "kernels": """
-        attend AttentionState merge reference_attention
+        attend AttentionState merge reference_attention fused_attention Environment
         explain Explanation AttentionProblem backends Capability
         """,
     "attention": """

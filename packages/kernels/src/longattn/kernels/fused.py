@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from longattn.patterncache import Full
 from torch import Tensor
 
 from longattn.kernels.check import check_flag
 from longattn.kernels.entry import attend
+from longattn.patterncache import Full
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, sm_scale: float | None = None) -> Tensor:

@@ -44,6 +44,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
             # torch reports 0 where every key is hidden.
             tile_lse = tile_lse.masked_fill(~tile.seen.any(-1), -torch.inf)
         tile.merge(out, lse, tile_out, tile_lse)
+        del tile_out  # before the next call makes its own: one at a time in memory
     return finish(call, out), lse
 
 
@@ -74,6 +75,7 @@ def backward(
         tile.add_queries(dq, grads[0][..., :d])
         tile.add_keys(dk, grads[1][..., :d])
         tile.add_keys(dv, grads[2][..., :d])
+        del grads  # before the next call makes its own: one set at a time in memory
     return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), None
 
 

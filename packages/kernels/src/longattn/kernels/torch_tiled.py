@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from longattn.patterncache import Branch
-from longattn.patterncache.band import narrow_tile
 from torch import Tensor
 
 from longattn.kernels.call import Call
@@ -23,6 +21,8 @@ from longattn.kernels.masks import dress
 from longattn.kernels.state import state_dtype
 from longattn.kernels.tiles import Tile
 from longattn.kernels.walk import blocks, finish, new_state
+from longattn.patterncache import Branch
+from longattn.patterncache.band import narrow_tile
 
 TILE = 256
 """Rows of q, and of k, in a tile: large enough that a torch call is mostly arithmetic."""
