@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Literal, Never, overload
+from typing import Any, Literal, Never, overload
 
 import torch
 from torch import Tensor
 
 from longattn.attention.schedule import Local, Schedule, Shard, Spans, Step
-from longattn.attention.validate import check_bool, check_dropout, check_pattern_argument, check_start, refuse_unknown
+from longattn.attention.validate import check_bool, check_pattern_argument, check_start, refuse_unknown
 from longattn.kernels import AttentionState, attend, merge
-from longattn.kernels.check import check_attention_mask, check_key_padding
+from longattn.kernels.check import check_attention_mask, check_dropout, check_key_padding, check_sinks
+from longattn.kernels.environment import Environment
+from longattn.kernels.philox import as_seed
+from longattn.kernels.state import add_sink
 from longattn.patterncache import Pattern, Rectangle, Span, get_global_pattern_cache
 
 
@@ -31,6 +34,10 @@ def pattern_attention(
     backend: str | None = None,
     schedule: Schedule | None = None,
     q_start: int | None = None,
+    seed: Tensor | int | None = None,
+    sink_logits: Tensor | None = None,
+    deterministic: bool | None = None,
+    environment: Environment | None = None,
 ) -> Tensor: ...
 
 
@@ -50,6 +57,10 @@ def pattern_attention(
     backend: str | None = None,
     schedule: Schedule | None = None,
     q_start: int | None = None,
+    seed: Tensor | int | None = None,
+    sink_logits: Tensor | None = None,
+    deterministic: bool | None = None,
+    environment: Environment | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -68,6 +79,10 @@ def pattern_attention(
     backend: str | None = None,
     schedule: Schedule | None = None,
     q_start: int | None = None,
+    seed: Tensor | int | None = None,
+    sink_logits: Tensor | None = None,
+    deterministic: bool | None = None,
+    environment: Environment | None = None,
     **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T + log counts) v, where counts[h, i, j] says how often the pattern lets query i see key j.
@@ -79,12 +94,18 @@ def pattern_attention(
         is_causal: replaces the pattern's causal field. Default None takes it.
         softmax_scale: default head_dim ** -0.5.
         key_padding_mask: (batch, Nk) bool, True = padding, as in torch.nn.MultiheadAttention. Hides; never shifts positions.
-        attention_mask: bool, True = may see, broadcastable to (batch, heads, Nq, Nk).
-        dropout_p: probability in [0, 1) of dropping a (query, key) pair. Default 0.
+        attention_mask: bool, True = may see, or floating, added to the scaled scores, with gradient; broadcastable to
+            (batch, heads, Nq, Nk).
+        dropout_p: probability in [0, 1) of dropping a (query, key) pair. Default 0. lse is undropped.
         return_lse: also return lse. Default False.
         backend: name of the row of longattn.kernels that must serve; None picks, and `longattn.kernels.explain` says which.
         schedule: in which order keys arrive. Default Local().
         q_start: position of the first query. Default: queries are the last Nq positions of the keys.
+        seed: 0-dim int64 CPU tensor or integer that decides what is dropped, the same under any schedule. Default: drawn from torch's
+            generator, once a call.
+        sink_logits: (heads,), a learned sink per head, with gradient: joins the softmax once, as a key of that score and value zero.
+        deterministic: equal inputs give equal bits. Default: torch.are_deterministic_algorithms_enabled().
+        environment: where plans are cached and memory comes from. Default: the global cache, plain torch; always so in traced code.
 
     Returns:
         (batch, Nq, heads, head_dim) in q's dtype, zero where a query sees nothing; with return_lse also lse (batch, Nq, heads) in
@@ -97,13 +118,20 @@ def pattern_attention(
     check_pattern_argument(pattern)
     check_dropout("dropout_p", dropout_p)
     check_bool("return_lse", return_lse)
-    if dropout_p:
-        raise ValueError(f"dropout_p must be 0: no backend supports dropout, got {dropout_p}")
     if is_causal is not None and check_bool("is_causal", is_causal) != pattern.causal:
         pattern = pattern.with_causal(is_causal)
     start = check_start("q_start", q_start)
     spans = None if start is None else (Span(start, q.shape[1]),)
     schedule = Local() if schedule is None else schedule
+    options: dict[str, Any] = {
+        "softmax_scale": softmax_scale,
+        "dropout_p": dropout_p,
+        # Drawn here: shards and steps drop the same pairs.
+        "seed": as_seed(seed) if dropout_p else None,
+        "backend": backend,
+        "deterministic": deterministic,
+        "environment": environment,
+    }
     states: list[AttentionState] = []
     for shard in schedule.shards(q, k, v, spans):
         if shard.rows is not None:
@@ -111,27 +139,41 @@ def pattern_attention(
         parts = _Parts()
         for step in shard.steps:
             # The first step always runs: it checks the other arguments and ties the output to q, k and v.
-            if parts.waiting and _sees_nothing(pattern, q.shape[2], shard, step):
+            if parts.waiting and _sees_nothing(pattern, q.shape[2], shard, step, environment):
                 continue
-            parts.add(
-                attend(
-                    shard.q,
-                    step.k,
-                    step.v,
-                    pattern,
-                    q_spans=shard.spans,
-                    k_spans=step.spans,
-                    softmax_scale=softmax_scale,
-                    attention_mask=_mask_rows(attention_mask, shard.rows, step.rows),
-                    key_padding_mask=_rows(key_padding_mask, 1, step.rows),
-                    backend=backend,
-                    out_dtype=q.dtype if shard.rows is None and step.rows is None else None,
-                )
-            )
+            whole = shard.rows is None and step.rows is None and sink_logits is None
+            masks = (_mask_rows(attention_mask, shard.rows, step.rows), _rows(key_padding_mask, 1, step.rows))
+            parts.add(_attend(pattern, shard, step, masks, q.dtype if whole else None, options))
         states.append(parts.merged() or AttentionState.empty(shard.q))
     state = schedule.join(states)
+    if sink_logits is not None:
+        check_sinks(sink_logits, q)
+        state = add_sink(state, sink_logits)
     out = state.finalize(q.dtype)
     return (out, state.lse) if return_lse else out
+
+
+def _attend(
+    pattern: Pattern,
+    shard: Shard,
+    step: Step,
+    masks: tuple[Tensor | None, Tensor | None],
+    out_dtype: torch.dtype | None,
+    options: dict[str, Any],
+) -> AttentionState:
+    """One rectangle. out_dtype: of a state that nothing will be merged onto; None for the others."""
+    return attend(
+        shard.q,
+        step.k,
+        step.v,
+        pattern,
+        q_spans=shard.spans,
+        k_spans=step.spans,
+        attention_mask=masks[0],
+        key_padding_mask=masks[1],
+        out_dtype=out_dtype,
+        **options,
+    )
 
 
 class _Parts:
@@ -168,20 +210,16 @@ def _check_whole(
         )
 
 
-def _sees_nothing(pattern: Pattern, heads: int, shard: Shard, step: Step) -> bool:
+def _sees_nothing(pattern: Pattern, heads: int, shard: Shard, step: Step, environment: Environment | None) -> bool:
     """Whether the rectangle of a shard and a step is known to be empty. Traced code never knows: it reads no cache."""
     if shard.spans is None or step.spans is None or torch.compiler.is_compiling():
         return False
     queries, keys = shard.spans, step.spans
     # The op's own key: what is found here is what the op finds.
     flat = (tuple(n for s in side for n in (s.start, s.length, s.step)) for side in (queries, keys))
-    return (
-        get_global_pattern_cache()
-        .get_or_build(
-            (pattern.canonical(), *flat, (heads, 0, heads)), lambda: pattern.plan(Rectangle(heads, queries, keys))
-        )
-        .empty
-    )
+    cache = get_global_pattern_cache() if environment is None else environment.cache
+    key = (pattern.canonical(), *flat, (heads, 0, heads))
+    return cache.get_or_build(key, lambda: pattern.plan(Rectangle(heads, queries, keys))).empty
 
 
 def _mask_rows(mask: Tensor | None, queries: Spans | None, keys: Spans | None) -> Tensor | None:

@@ -9,14 +9,13 @@ from longattn.attention.functional import pattern_attention
 from longattn.attention.schedule import Local, Schedule
 from longattn.attention.validate import (
     check_bool,
-    check_dropout,
     check_embedded,
     check_pattern_argument,
     check_positive,
     check_size,
 )
 from longattn.attention.weights import attention_weights
-from longattn.kernels.check import check_qkv
+from longattn.kernels.check import check_dropout, check_qkv
 from longattn.kernels.dispatch import check_backend_name
 from longattn.patterncache import Pattern
 

@@ -38,15 +38,6 @@ def check_pattern_argument(pattern: object) -> Pattern:
     return pattern
 
 
-def check_dropout(name: str, value: object) -> float:
-    """A probability in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number in [0, 1), got {value!r} ({type(value).__name__})")
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
-    return float(value)
-
-
 def check_size(name: str, value: object) -> int:
     """An integer >= 1."""
     if isinstance(value, bool) or not isinstance(value, int):

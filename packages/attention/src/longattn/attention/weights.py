@@ -22,7 +22,7 @@ def attention_weights(
         q: (batch, Nq, heads, head_dim); the last Nq positions. k: (batch, Nk, kv_heads, head_dim).
         pattern: who sees whom; a key that counts twice has the weight of both.
         softmax_scale: default head_dim ** -0.5.
-        attention_mask: bool, True = may see, broadcastable to (batch, heads, Nq, Nk).
+        attention_mask: bool, True = may see, or floating, added to the scaled scores; broadcastable to (batch, heads, Nq, Nk).
         key_padding_mask: (batch, Nk) bool, True = padding.
 
     Returns:
@@ -32,13 +32,17 @@ def attention_weights(
     counts = pattern.counts(Rectangle(heads, Span(max(0, nk - nq), nq), Span(0, nk)))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     times = torch.from_numpy(counts).to(q.device, dtype)
+    floating = attention_mask is not None and attention_mask.dtype != torch.bool
     if attention_mask is not None:
-        times = times * attention_mask
+        times = times * (attention_mask != -torch.inf if floating else attention_mask)
     if key_padding_mask is not None:
         times = times * ~key_padding_mask[:, None, None, :]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     keys = k.repeat_interleave(heads // k.shape[2], 2).permute(0, 2, 3, 1).to(dtype)
     scores = q.transpose(1, 2).to(dtype) @ keys * scale
+    if attention_mask is not None and floating:
+        # Hidden pairs carry -inf from log(0) already; another -inf has no gradient.
+        scores = scores + attention_mask.to(dtype).masked_fill(attention_mask == -torch.inf, 0)
     blind = (times == 0).all(-1, keepdim=True)
     scores = torch.where(blind, 0.0, scores + times.log())
     return torch.where(blind, 0.0, torch.softmax(scores, -1)).to(q.dtype)
