@@ -14,7 +14,7 @@ EXPECTED = {
         Allocator TensorAllocator Block SystemAllocator StatisticsAllocator LimitingAllocator Statistics
         """,
     "patterncache": """
-        Full Window Dilated BlockSparse Restrict Union Intersection Sum Pattern parse_pattern
+        Full Window Dilated BlockSparse BlockLayout Restrict Union Intersection Sum Pattern parse_pattern
         Span Rectangle Affine Listed
         Plan Branch Band pieces
         PatternCache get_global_pattern_cache reset_global_pattern_cache

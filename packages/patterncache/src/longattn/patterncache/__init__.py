@@ -9,6 +9,7 @@ logging.getLogger("longattn").addHandler(logging.NullHandler())
 if TYPE_CHECKING:
     from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
     from longattn.patterncache.band import pieces
+    from longattn.patterncache.block_layout import BlockLayout
     from longattn.patterncache.block_sparse import BlockSparse
     from longattn.patterncache.cache import PatternCache, get_global_pattern_cache, reset_global_pattern_cache
     from longattn.patterncache.dilated import Dilated
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Affine": "index",
     "Band": "plan",
+    "BlockLayout": "block_layout",
     "BlockSparse": "block_sparse",
     "Branch": "plan",
     "Dilated": "dilated",
@@ -44,6 +46,7 @@ _HOME = {
 __all__ = [
     "Affine",
     "Band",
+    "BlockLayout",
     "BlockSparse",
     "Branch",
     "Dilated",

@@ -22,6 +22,7 @@ from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
 _REGISTRY: dict[str, type[Pattern]] = {}
 
 _HOME = {
+    "block_layout": "block_layout",
     "block_sparse": "block_sparse",
     "dilated": "dilated",
     "full": "window",

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
 from longattn.patterncache.band import pieces, strips
+from longattn.patterncache.block_layout import LAYOUTS, BlockLayout
 from longattn.patterncache.block_sparse import BlockSparse
 from longattn.patterncache.dilated import HEADS, QUERIES, Dilated
 from longattn.patterncache.index import Rectangle, Span
@@ -55,6 +56,13 @@ def block_sparse(draw: st.DrawFn, num_heads: int | None = None) -> BlockSparse:
     return BlockSparse(size, mask, draw(st.booleans()))
 
 
+def block_layout() -> st.SearchStrategy[BlockLayout]:
+    """Any rule for block masks, of small blocks."""
+    ratio = st.sampled_from([0.05, 0.3, 1.0])
+    few = st.integers(0, 40)
+    return st.builds(BlockLayout, st.sampled_from(LAYOUTS), st.integers(1, 20), ratio, few, few, few, st.booleans())
+
+
 def patterns(depth: int = 1) -> st.SearchStrategy[Pattern]:
     """Any pattern of this package. "split" needs a head per branch, so those have one branch only."""
     single = st.one_of(
@@ -64,6 +72,7 @@ def patterns(depth: int = 1) -> st.SearchStrategy[Pattern]:
         dilated(heads="blocks"),
         dilated(most_branches=1, heads="split"),
         block_sparse(),
+        block_layout(),
     )
     if depth == 0:
         return single
