@@ -70,8 +70,11 @@ _ENVIRONMENTS: WeakValueDictionary[str, Environment] = WeakValueDictionary()
 _DEFAULT = Environment()
 
 
-def find_environment(name: str) -> Environment:
+def find_environment(name: str, *, may_be_gone: bool = False) -> Environment:
     """The environment of that name; '' is the default one.
+
+    Args:
+        may_be_gone: take the default one where nobody holds that name any more. A backward may come after its module is gone.
 
     Raises:
         ValueError: nobody holds an environment of that name any more.
@@ -79,6 +82,8 @@ def find_environment(name: str) -> Environment:
     if not name:
         return _DEFAULT
     found = _ENVIRONMENTS.get(name)
-    if found is None:
-        raise ValueError(f"env must name a living environment, got {name!r}: the module that held it is gone")
-    return found
+    if found is not None:
+        return found
+    if may_be_gone:
+        return _DEFAULT
+    raise ValueError(f"env must name a living environment, got {name!r}: the module that held it is gone")

@@ -10,7 +10,7 @@ from torch import Tensor
 from longattn.kernels.call import Call
 from longattn.kernels.philox import keep_scale
 from longattn.kernels.state import state_dtype
-from longattn.kernels.tiles import Tile
+from longattn.kernels.tiles import Tile, index_tensor
 from longattn.patterncache import Branch
 
 
@@ -22,7 +22,7 @@ def dress(call: Call, branch: Branch, tile: Tile, first: int) -> Tile:
 
 
 def _keep(call: Call, branch: Branch, tile: Tile) -> Tensor:
-    q_rows, k_rows = (torch.from_numpy(i.rows()).to(call.q.device) for i in (tile.q, tile.k))
+    q_rows, k_rows = (index_tensor(i, call.q.device, tile.kept).view(-1, i.count) for i in (tile.q, tile.k))
     heads = torch.from_numpy(tile.heads.positions()).to(call.q.device) + call.plan.rectangle.heads.start
     return keep_scale(
         call.seed,
@@ -45,7 +45,7 @@ def _seen(call: Call, branch: Branch, tile: Tile, bias: Tensor | None, first: in
         band = torch.tensor(shown, device=device)[:, None]
         seen = band if seen is None else seen & band
     if call.key_padding is not None:
-        rows = torch.from_numpy(tile.k.rows()).to(device)
+        rows = index_tensor(tile.k, device, tile.kept).view(tile.k.tiles, tile.k.count)
         kept = ~call.key_padding[tile.batch][rows][:, None, None]
         seen = kept if seen is None else seen & kept
     if call.mask is not None:
@@ -59,8 +59,8 @@ def tile_picks(mask: Tensor, tile: Tile) -> tuple[Tensor, ...]:
     picks = (
         torch.tensor([[[[tile.batch]]]]),
         torch.from_numpy(tile.heads.positions())[None, :, None, None],
-        torch.from_numpy(tile.q.rows())[:, None, :, None],
-        torch.from_numpy(tile.k.rows())[:, None, None, :],
+        index_tensor(tile.q, mask.device, tile.kept).view(-1, 1, tile.q.count, 1),
+        index_tensor(tile.k, mask.device, tile.kept).view(-1, 1, 1, tile.k.count),
     )
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=mask.device)
     return tuple(p.to(mask.device) if n > 1 else zero for p, n in zip(picks, mask.shape, strict=True))

@@ -76,9 +76,14 @@ def _build_plan(pattern: str, q_spans: tuple[int, ...], k_spans: tuple[int, ...]
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, prior: tuple[Tensor, Tensor] | None, asked: Asked
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    prior: tuple[Tensor, Tensor] | None,
+    asked: Asked,
+    environment: Environment,
 ) -> tuple[Row, Call]:
-    environment = find_environment(asked.env)
     plan = find_plan(asked, environment)
     problem = AttentionProblem(
         device=q.device.type,
@@ -99,8 +104,7 @@ def _prepare(
     row = select(problem, asked.backend or None)
     if asked.key_padding is not None:
         # 0 * NaN is NaN: what padding holds must not meet a product at all.
-        hidden = asked.key_padding[:, :, None, None]
-        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+        k, v = (_without_padding(x, asked.key_padding, environment) for x in (k, v))
     call = Call(
         q,
         k,
@@ -120,6 +124,12 @@ def _prepare(
     return row, call
 
 
+def _without_padding(x: Tensor, key_padding: Tensor, environment: Environment) -> Tensor:
+    """A leased copy of k or v, zero in padded rows. Its memory goes back with the call's last reference."""
+    own = environment.allocator.empty(x.shape, x.dtype, x.device, "temp")
+    return own.copy_(x).masked_fill_(key_padding[:, :, None, None], 0)
+
+
 def _four_axes(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
 
@@ -134,7 +144,8 @@ def _attend(
     *asked: Any,
 ) -> tuple[Tensor, Tensor]:
     prior = None if prior_out is None or prior_lse is None else (prior_out, prior_lse)
-    row, call = _prepare(q, k, v, bias, prior, Asked(*asked))
+    shared = Asked(*asked)
+    row, call = _prepare(q, k, v, bias, prior, shared, find_environment(shared.env))
     return row.forward(call)
 
 
@@ -150,7 +161,7 @@ def _attend_backward(
     *asked: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shared = Asked(*asked)
-    row, call = _prepare(q, k, v, bias, None, shared)
+    row, call = _prepare(q, k, v, bias, None, shared, find_environment(shared.env, may_be_gone=True))
     dq, dk, dv, dbias = row.backward(call, grad_out, grad_lse, out, lse, shared.bias_grad)
     return dq, dk, dv, q.new_empty(0) if dbias is None or bias is None else dbias.reshape(bias.shape)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from longattn.kernels.call import Call
 from longattn.kernels.masks import dress
 from longattn.kernels.state import state_dtype
-from longattn.kernels.tiles import Tile, head_groups
+from longattn.kernels.tiles import Tile, head_groups, kept_tensors
 from longattn.patterncache import Branch, Plan
 from longattn.patterncache.band import pieces, strips
 from longattn.patterncache.index import Affine, Index
@@ -35,7 +35,7 @@ def walk(
         at_once: heads x tiles that a `Tile` should have at least, where there are so many: what a kernel may spread over threads.
         others: tensors beside q, k, v whose query rows will be read, strided as they please.
     """
-    group = call.q.shape[2] // call.k.shape[2]
+    group, kept = call.q.shape[2] // call.k.shape[2], kept_tensors(call.plan)
     source = source_branches(call.plan, triangles)
     for branch, fresh in zip(source, writes(call.plan, triangles)[0], strict=True):
         strip = _strip_rows(call, branch, triangles, cells)
@@ -43,19 +43,19 @@ def walk(
             width = call.q.shape[-1] if triangles and strip is None else part.k.count
             most = max(at_once, cells // (part.q.count * width))
             for heads, kv_heads in head_groups(part.heads, group, most):
-                tile = Tile(heads, kv_heads, 0, part.q, part.k, False, None, fresh and call.prior is None)
+                tile = Tile(heads, kv_heads, 0, part.q, part.k, False, None, fresh and call.prior is None, kept=kept)
                 yield from _batches(call, part, tile, max(1, most // heads.length), triangles, others)
 
 
 def blocks(call: Call) -> Iterator[tuple[Branch, Tile]]:
     """Every branch with each of its tiles whole, one at a time and without masks, for rows that cut tiles themselves."""
-    group = call.q.shape[2] // call.k.shape[2]
+    group, kept = call.q.shape[2] // call.k.shape[2], kept_tensors(call.plan)
     for branch in call.plan.branches:
         for heads, kv_heads in head_groups(branch.heads, group, branch.heads.length):
             for batch in range(call.q.shape[0]):
                 for first in range(branch.q.tiles):
                     q, k = branch.q.tile_range(first, 1), branch.k.tile_range(first, 1)
-                    yield branch, Tile(heads, kv_heads, batch, q, k, False, None, False, first=first)
+                    yield branch, Tile(heads, kv_heads, batch, q, k, False, None, False, first=first, kept=kept)
 
 
 def _strip_rows(call: Call, branch: Branch, triangles: bool, cells: int) -> int | None:
@@ -141,7 +141,7 @@ def new_state(call: Call, *, triangles: bool, filled: bool = False) -> tuple[Ten
     out_shape = (batch, length, heads, call.v.shape[-1])
     out_type = call.out_dtype if all(fresh) and not filled else dtype
     out = call.allocator.empty(out_shape, out_type, call.q.device, "output" if out_type == call.out_dtype else "temp")
-    lse = call.q.new_empty(out_shape[:-1], dtype=dtype)
+    lse = call.allocator.empty(out_shape[:-1], dtype, call.q.device, "temp")
     return (out, lse) if complete and not filled else (out.zero_(), lse.fill_(-torch.inf))
 
 
