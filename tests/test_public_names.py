@@ -25,8 +25,11 @@ EXPECTED = {
         """,
     "attention": """
         pattern_attention PatternAttention MultiheadPatternAttention attention_weights
-        Schedule Local Ring
-        DilatedAttention ImprovedDilatedAttention MultiheadDilatedAttention ImprovedMultiheadDilatedAttention
+        Schedule Local Ring SparsePatternConfig Wiring
+        DilatedAttention ImprovedDilatedAttention ImprovedDilatedAttentionV2
+        RingDilatedAttentionV2 RingDilatedAttentionV3 BlockSparseRingDilatedAttention
+        MultiheadDilatedAttention ImprovedMultiheadDilatedAttention ImprovedMultiheadDilatedAttentionV2
+        RingMultiheadDilatedAttentionV2 RingMultiheadDilatedAttentionV3 BlockSparseRingMultiheadDilatedAttention
         """,
 }
 

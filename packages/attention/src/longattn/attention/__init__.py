@@ -7,42 +7,90 @@ from typing import TYPE_CHECKING
 logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
-    from longattn.attention.functional import pattern_attention
-    from longattn.attention.modules import MultiheadPatternAttention, PatternAttention
+    from longattn.attention.functional import (
+        pattern_attention,
+    )
+    from longattn.attention.modules import (
+        MultiheadPatternAttention,
+        PatternAttention,
+    )
+    from longattn.attention.multihead_presets import (
+        BlockSparseRingMultiheadDilatedAttention,
+        ImprovedMultiheadDilatedAttention,
+        ImprovedMultiheadDilatedAttentionV2,
+        MultiheadDilatedAttention,
+        RingMultiheadDilatedAttentionV2,
+        RingMultiheadDilatedAttentionV3,
+    )
     from longattn.attention.presets import (
+        BlockSparseRingDilatedAttention,
         DilatedAttention,
         ImprovedDilatedAttention,
-        ImprovedMultiheadDilatedAttention,
-        MultiheadDilatedAttention,
+        ImprovedDilatedAttentionV2,
+        RingDilatedAttentionV2,
+        RingDilatedAttentionV3,
     )
-    from longattn.attention.ring import Ring
-    from longattn.attention.schedule import Local, Schedule
-    from longattn.attention.weights import attention_weights
+    from longattn.attention.ring import (
+        Ring,
+    )
+    from longattn.attention.schedule import (
+        Local,
+        Schedule,
+    )
+    from longattn.attention.sparse_config import (
+        SparsePatternConfig,
+    )
+    from longattn.attention.weights import (
+        attention_weights,
+    )
+    from longattn.attention.wiring import (
+        Wiring,
+    )
 
 _HOME = {
+    "BlockSparseRingDilatedAttention": "presets",
+    "BlockSparseRingMultiheadDilatedAttention": "multihead_presets",
     "DilatedAttention": "presets",
     "ImprovedDilatedAttention": "presets",
-    "ImprovedMultiheadDilatedAttention": "presets",
+    "ImprovedDilatedAttentionV2": "presets",
+    "ImprovedMultiheadDilatedAttention": "multihead_presets",
+    "ImprovedMultiheadDilatedAttentionV2": "multihead_presets",
     "Local": "schedule",
-    "MultiheadDilatedAttention": "presets",
+    "MultiheadDilatedAttention": "multihead_presets",
     "MultiheadPatternAttention": "modules",
     "PatternAttention": "modules",
     "Ring": "ring",
+    "RingDilatedAttentionV2": "presets",
+    "RingDilatedAttentionV3": "presets",
+    "RingMultiheadDilatedAttentionV2": "multihead_presets",
+    "RingMultiheadDilatedAttentionV3": "multihead_presets",
     "Schedule": "schedule",
+    "SparsePatternConfig": "sparse_config",
+    "Wiring": "wiring",
     "attention_weights": "weights",
     "pattern_attention": "functional",
 }
 
 __all__ = [
+    "BlockSparseRingDilatedAttention",
+    "BlockSparseRingMultiheadDilatedAttention",
     "DilatedAttention",
     "ImprovedDilatedAttention",
+    "ImprovedDilatedAttentionV2",
     "ImprovedMultiheadDilatedAttention",
+    "ImprovedMultiheadDilatedAttentionV2",
     "Local",
     "MultiheadDilatedAttention",
     "MultiheadPatternAttention",
     "PatternAttention",
     "Ring",
+    "RingDilatedAttentionV2",
+    "RingDilatedAttentionV3",
+    "RingMultiheadDilatedAttentionV2",
+    "RingMultiheadDilatedAttentionV3",
     "Schedule",
+    "SparsePatternConfig",
+    "Wiring",
     "attention_weights",
     "pattern_attention",
 ]

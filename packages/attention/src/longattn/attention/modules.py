@@ -15,12 +15,13 @@ from longattn.attention.validate import (
     check_size,
 )
 from longattn.attention.weights import attention_weights
+from longattn.attention.wiring import Resources, WiredModule, Wiring
 from longattn.kernels.check import check_dropout, check_qkv
 from longattn.kernels.dispatch import check_backend_name
 from longattn.patterncache import Pattern
 
 
-class PatternAttention(nn.Module):
+class PatternAttention(WiredModule):
     """softmax(scale * q k^T + log counts) v, with the counts of a pattern. No parameters.
 
     | tensor | shape |
@@ -34,6 +35,7 @@ class PatternAttention(nn.Module):
         dropout: probability in [0, 1) of dropping a (query, key) pair in training. Default 0.
         backend: row of longattn.kernels that must serve. Default: the first that fits.
         schedule: in which order keys arrive. Default Local().
+        wiring: which memory and which cache. Default: plain torch and the global cache.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -53,8 +55,10 @@ class PatternAttention(nn.Module):
         dropout: float = 0.0,
         backend: str | None = None,
         schedule: Schedule | None = None,
+        wiring: Wiring | None = None,
     ) -> None:
         super().__init__()
+        self._resources = Resources(Wiring() if wiring is None else wiring)
         self.pattern = check_pattern_argument(pattern)
         # Both forms are made here, canonical strings included, so that traced code only picks one.
         self._causal_forms = (pattern.with_causal(False), pattern.with_causal(True))
@@ -91,6 +95,7 @@ class PatternAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
             schedule=self.schedule,
+            environment=self._resources.environment,
         )
 
     def extra_repr(self) -> str:
@@ -100,7 +105,7 @@ class PatternAttention(nn.Module):
         return ", ".join([*shown, *([f"dropout={self.dropout}"] if self.dropout else [])])
 
 
-class MultiheadPatternAttention(nn.Module):
+class MultiheadPatternAttention(WiredModule):
     """Project, attend by a pattern, merge heads, LayerNorm, project (MAGNETO, Wang et al. 2022, arXiv:2210.06423).
 
     | tensor | shape |
@@ -113,7 +118,7 @@ class MultiheadPatternAttention(nn.Module):
         embed_dim, num_heads: num_heads divides embed_dim.
         pattern: who sees whom.
         kv_heads: heads of keys and values, dividing num_heads (GQA). Default num_heads.
-        softmax_scale, dropout, backend, schedule: as in `PatternAttention`.
+        softmax_scale, dropout, backend, schedule, wiring: as in `PatternAttention`.
         bias: of the four projections. Default True.
         layer_norm: normalise the merged heads before the output projection. Default True.
         layer_norm_eps: default 1e-5.
@@ -139,6 +144,7 @@ class MultiheadPatternAttention(nn.Module):
         gamma_init: float = 1.0,
         backend: str | None = None,
         schedule: Schedule | None = None,
+        wiring: Wiring | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -162,8 +168,9 @@ class MultiheadPatternAttention(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=eps, **place) if use_norm else nn.Identity()
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=has_bias, **place)
         self.attention = PatternAttention(
-            pattern, softmax_scale=softmax_scale, dropout=dropout, backend=backend, schedule=schedule
+            pattern, softmax_scale=softmax_scale, dropout=dropout, backend=backend, schedule=schedule, wiring=wiring
         )
+        self._resources = self.attention._resources
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -138,7 +138,7 @@ def _draw(a: Rows, b: Rows, seed: int) -> npt.NDArray[np.float64]:
             word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             word = word ^ (word >> np.uint64(31))
-    return (word >> np.uint64(11)) * 2.0**-53
+    return (word >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _check_ratio(value: object) -> float:

@@ -1,0 +1,88 @@
+"""A module's own view of the global pattern cache, and the profile that all views keep."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+from longattn.kernels.tiles import keep_tensors, kept_tensors
+from longattn.patterncache import Plan, get_global_pattern_cache
+
+T = TypeVar("T")
+
+
+class Profile:
+    """Count, bytes and seconds per key. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[float]] = {}
+        self._lock = threading.Lock()
+
+    def note(self, key: str, nbytes: int, seconds: float) -> None:
+        """One more of `key`."""
+        with self._lock:
+            row = self._rows.setdefault(key, [0, 0, 0.0])
+            row[0] += 1
+            row[1] += nbytes
+            row[2] += seconds
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        """{key: {count, bytes, time}}."""
+        with self._lock:
+            return {key: {"count": row[0], "bytes": row[1], "time": row[2]} for key, row in self._rows.items()}
+
+
+class PatternCacheView:
+    """The global pattern cache, with hits and misses of its own. A reset of the global cache leaves it working and counting.
+
+    Args:
+        profile: keep count, bytes and time per key.
+        resident: index tensors stay with the plans that come this way.
+    """
+
+    def __init__(self, *, profile: bool = False, resident: bool = False) -> None:
+        self._upstream = get_global_pattern_cache()
+        self._profile = Profile() if profile else None
+        self.resident = resident
+        self._hits = self._misses = 0
+        self._lock = threading.Lock()
+
+    @property
+    def _cache(self) -> Mapping[Hashable, Any]:
+        """The global cache's entries, for those who ask how many there are."""
+        return self._upstream._cache
+
+    def __len__(self) -> int:
+        return len(self._upstream)
+
+    def get_or_build(self, key: Hashable, build: Callable[[], T]) -> T:
+        """The value of `key` from the global cache, built where it is missing."""
+        built: list[bool] = []
+        started = time.perf_counter() if self._profile is not None else 0.0
+        value = self._upstream.get_or_build(key, lambda: (built.append(True), build())[1])
+        with self._lock:
+            self._hits += not built
+            self._misses += bool(built)
+        if isinstance(value, Plan):
+            if self.resident:
+                keep_tensors(value)
+            if self._profile is not None:
+                self._profile.note(str(key), value.nbytes if built else 0, time.perf_counter() - started)
+        return value
+
+    def get_stats(self) -> dict[str, Any]:
+        """`hits misses hit_rate` of this view; `evictions size max_size` of the global cache.
+
+        With `resident` also `resident_bytes`: index tensors kept with plans in the cache. With profiling also `profile`:
+        {key: {count, bytes, time}}, asked for so often, bytes of index built, seconds in the cache.
+        """
+        asked = self._hits + self._misses
+        own = {"hits": self._hits, "misses": self._misses, "hit_rate": self._hits / asked if asked else 0.0}
+        stats = self._upstream.get_stats() | own
+        if self.resident:
+            plans = [value for value in list(self._cache.values()) if isinstance(value, Plan)]
+            kept = [list((kept_tensors(plan) or {}).values()) for plan in plans]
+            stats["resident_bytes"] = sum(tensor.nbytes for tensors in kept for tensor in tensors)
+        return stats if self._profile is None else stats | {"profile": self._profile.as_dict()}

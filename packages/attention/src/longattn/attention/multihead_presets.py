@@ -1,0 +1,187 @@
+"""The multihead forms of the presets: projections, LayerNorm and the same pattern, schedule and wiring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack
+
+import torch
+
+from longattn.attention.modules import MultiheadPatternAttention
+from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS, RingLayout, block_sparse_of, ring_of, wiring_of
+from longattn.attention.sparse_config import SparsePatternConfig
+from longattn.attention.wiring import CacheFlags, ManagerFlags, PoolFlags, ResidentFlags, split_flags
+from longattn.patterncache import Dilated
+
+
+class MultiheadOptions(TypedDict, total=False):
+    """What all of them take, as in `MultiheadPatternAttention`."""
+
+    dropout: float
+    bias: bool
+    layer_norm: bool
+    layer_norm_eps: float
+    gamma_init: float
+    kv_heads: int | None
+    softmax_scale: float | None
+    backend: str | None
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class ManagerOptions(MultiheadOptions, ManagerFlags, total=False):
+    """And the flags of ImprovedDilatedAttentionV2."""
+
+
+class CacheOptions(MultiheadOptions, CacheFlags, total=False):
+    """And the flags of RingDilatedAttentionV2."""
+
+
+class ResidentOptions(MultiheadOptions, ResidentFlags, total=False):
+    """And the flags of RingDilatedAttentionV3."""
+
+
+def options_of(preset: type, kind: Any, options: Any) -> dict[str, Any]:
+    """What `MultiheadPatternAttention` takes, from the options of a preset that takes those of TypedDict `kind`."""
+    wiring, others = split_flags(f"{preset.__name__}()", kind.__optional_keys__, options)
+    return {**others, "wiring": wiring}
+
+
+class MultiheadDilatedAttention(MultiheadPatternAttention):
+    """Multihead LongNet attention with MAGNETO's LayerNorm. = projections + Dilated + Local.
+
+    Args:
+        embed_dim, num_heads: num_heads divides embed_dim.
+        segment_lengths: default (2048, 4096, 8192). dilation_rates: default (1, 2, 4).
+        dropout, bias, layer_norm, layer_norm_eps, gamma_init, kv_heads, softmax_scale, backend, device, dtype: as in
+            `MultiheadPatternAttention`.
+        heads, causal: as in `Dilated`.
+        flags: enable_memory_pool, lightweight_pool, enable_profiling, as in `Wiring`.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
+        dilation_rates: Sequence[int] = DILATION_RATES,
+        dropout: float = 0.0,
+        bias: bool = True,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        heads: str = "shared",
+        causal: bool = False,
+        kv_heads: int | None = None,
+        softmax_scale: float | None = None,
+        backend: str | None = None,
+        **flags: Unpack[PoolFlags],
+    ) -> None:
+        options: dict[str, Any] = {"dropout": dropout, "bias": bias, "layer_norm": layer_norm, "kv_heads": kv_heads}
+        options |= {"layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, "device": device, "dtype": dtype}
+        options |= {"softmax_scale": softmax_scale, "backend": backend}
+        wiring = wiring_of(type(self), PoolFlags, flags)
+        pattern = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
+        super().__init__(embed_dim, num_heads, pattern, wiring=wiring, **options)
+
+
+class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
+    """= MultiheadDilatedAttention. The seeds' second name for it; state dicts load into each other."""
+
+
+class ImprovedMultiheadDilatedAttentionV2(MultiheadPatternAttention):
+    """= projections + what ImprovedDilatedAttentionV2 is.
+
+    Args:
+        embed_dim, num_heads, segment_lengths, dilation_rates, heads, causal: as in `MultiheadDilatedAttention`.
+        options: the others of `MultiheadDilatedAttention`, and the flags of `ImprovedDilatedAttentionV2`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
+        dilation_rates: Sequence[int] = DILATION_RATES,
+        *,
+        heads: str = "shared",
+        causal: bool = False,
+        **options: Unpack[ManagerOptions],
+    ) -> None:
+        pattern = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
+        super().__init__(embed_dim, num_heads, pattern, **options_of(type(self), ManagerOptions, options))
+
+
+class RingMultiheadDilatedAttentionV2(MultiheadPatternAttention):
+    """= projections + what RingDilatedAttentionV2 is.
+
+    Args:
+        ring_size, layout: as in `RingDilatedAttentionV2`.
+        options: the others of `MultiheadDilatedAttention`, and the flags of `RingDilatedAttentionV2`.
+        others: as in `MultiheadDilatedAttention`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
+        dilation_rates: Sequence[int] = DILATION_RATES,
+        *,
+        ring_size: int = 1,
+        layout: RingLayout = "contiguous",
+        heads: str = "shared",
+        causal: bool = False,
+        **options: Unpack[CacheOptions],
+    ) -> None:
+        pattern, ring = Dilated(segment_lengths, dilation_rates, heads, causal=causal), ring_of(ring_size, layout)
+        super().__init__(embed_dim, num_heads, pattern, schedule=ring, **options_of(type(self), CacheOptions, options))
+
+
+class RingMultiheadDilatedAttentionV3(MultiheadPatternAttention):
+    """= projections + what RingDilatedAttentionV3 is. Arguments as in `RingMultiheadDilatedAttentionV2`, and cache_on_gpu."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
+        dilation_rates: Sequence[int] = DILATION_RATES,
+        *,
+        ring_size: int = 1,
+        layout: RingLayout = "contiguous",
+        heads: str = "shared",
+        causal: bool = False,
+        **options: Unpack[ResidentOptions],
+    ) -> None:
+        pattern, ring = Dilated(segment_lengths, dilation_rates, heads, causal=causal), ring_of(ring_size, layout)
+        given = options_of(type(self), ResidentOptions, options)
+        super().__init__(embed_dim, num_heads, pattern, schedule=ring, **given)
+
+
+class BlockSparseRingMultiheadDilatedAttention(MultiheadPatternAttention):
+    """= projections + what BlockSparseRingDilatedAttention is. Arguments as in `RingMultiheadDilatedAttentionV2`, and sparse_config."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
+        dilation_rates: Sequence[int] = DILATION_RATES,
+        *,
+        sparse_config: SparsePatternConfig | None = None,
+        ring_size: int = 1,
+        layout: RingLayout = "contiguous",
+        heads: str = "shared",
+        causal: bool = False,
+        **options: Unpack[CacheOptions],
+    ) -> None:
+        dilated, ring = Dilated(segment_lengths, dilation_rates, heads, causal=causal), ring_of(ring_size, layout)
+        pattern = block_sparse_of(dilated, sparse_config)
+        super().__init__(embed_dim, num_heads, pattern, schedule=ring, **options_of(type(self), CacheOptions, options))
