@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,7 @@ from longattn.attention import multihead_presets, presets
 from longattn.attention.functional import pattern_attention
 from longattn.attention.modules import MultiheadPatternAttention, PatternAttention
 from longattn.attention.schedule import Local, Schedule
+from longattn.attention.sparse_config import SparsePatternConfig
 from longattn.patterncache import Pattern
 
 _FLAGS: dict[str, tuple[str, ...]] = {
@@ -46,6 +49,27 @@ PRESET_FLAGS: dict[str, tuple[str, ...]] = {
 
 FINAL = {PatternAttention: "forward", MultiheadPatternAttention: "forward"}
 """The forwards that nothing overrides."""
+
+
+_SPARSE = SparsePatternConfig("bigbird", 0.3, block_size=4, local_window_size=4, num_global_tokens=1)
+
+
+def small_preset(name: str, **options: Any) -> PatternAttention | MultiheadPatternAttention:
+    """The preset of that name over segments 8, 16 at rates 1, 2, with any options.
+
+    Multihead ones have 16 features in 2 heads; block-sparse ones blocks of 4, so that they hide something.
+    """
+    options = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)} | options
+    if name.startswith("BlockSparse"):
+        options = {"sparse_config": _SPARSE} | options
+    return MULTIHEAD_PRESETS[name](16, 2, **options) if name in MULTIHEAD_PRESETS else PRESETS[name](**options)
+
+
+def small_inputs(name: str, length: int = 21, **options: Any) -> tuple[Tensor, ...]:
+    """What `small_preset(name)` is called with: (1, length, 16) once, or (1, length, 2, 8) three times. Options of torch.randn."""
+    if name in MULTIHEAD_PRESETS:
+        return (torch.randn(1, length, 16, **options),)
+    return tuple(torch.randn(1, length, 2, 8, **options) for _ in range(3))
 
 
 def check_final(cls: type[nn.Module]) -> None:
