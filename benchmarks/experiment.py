@@ -11,10 +11,13 @@ from typing import Literal, Protocol
 
 Side = Literal["ours", "peer"]
 Direction = Literal["forward", "forward+backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
 
 # The cases, in the order in which they run: name and module.
 CASES: dict[str, str] = {
     "attention": "benchmarks.cases.attention",
+    "presets": "benchmarks.cases.presets",
+    "patterns": "benchmarks.cases.patterns",
 }
 
 

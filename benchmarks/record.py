@@ -1,6 +1,7 @@
 """A measured experiment as a row of CSV: what was compared, the figures, the targets, and where and when."""
 
 import csv
+import io
 import os
 import platform
 import subprocess
@@ -140,15 +141,37 @@ def make_row(labels: Labels, targets: Targets, outcome: Outcome, where: Surround
     )
 
 
-def append(rows: list[Row], path: Path) -> None:
-    """Append rows to a CSV file, with a header if the file is new; an empty list writes nothing."""
-    if not rows:
-        return
+def append(row: Row, path: Path) -> None:
+    """Append one row to a CSV file, under a header if the file is new.
+
+    The line reaches the file in one write and is on disk when this returns, so that a run which is stopped keeps every
+    row it has shown, and two runs do not mix theirs.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
+    columns = list(asdict(row))
+    with path.open("a+b", buffering=0) as file:
+        file.seek(0)
+        header = file.readline().decode().rstrip("\n")
+        if header and header.split(",") != columns:
+            raise ValueError(f"{path.name} must have the columns {','.join(columns)}, got {header}")
+        text = io.StringIO()
         # Unix line ends: the file is read in reviews.
-        writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])), lineterminator="\n")
-        if new:
+        writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+        if not header:
             writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerow(asdict(row))
+        # Opened for appending: the position of the write is the end, whatever was read.
+        file.write(text.getvalue().encode())
+        os.fsync(file.fileno())
+
+
+def is_recorded(labels: Labels, where: Surroundings, path: Path) -> bool:
+    """Whether the file holds a row of this experiment from this commit, processor, torch and number of threads."""
+    if not path.exists():
+        return False
+    wanted = {key: str(value) for key, value in {**asdict(labels), **asdict(where)}.items() if key != "date"}
+    rows = csv.DictReader(path.read_text().splitlines())
+    return any(wanted.items() <= row.items() for row in rows)

@@ -1,5 +1,6 @@
 """`python -m benchmarks.run [case ...]`: measure the cases and append their rows to `benchmarks/results/*.csv`.
 
+A row is on disk as soon as it is shown, so a run may be stopped at any time; `--resume` goes on with what it left out.
 `--quick` is a smoke test on tiny sizes: it writes to standard output only and judges nothing but correctness. A red
 correctness gate writes no row for its experiment and ends the run with exit status 1; a missed target is a row like any
 other, marked `missed`.
@@ -7,7 +8,7 @@ other, marked `missed`.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure longattn beside its peers.")
     parser.add_argument("cases", nargs="*", metavar="case", help=f"any of: {', '.join(CASES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, standard output only")
-    parser.add_argument("--only", default="", metavar="TEXT", help="experiments whose key contains TEXT")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="experiments whose key contains TEXT; every one given",
+    )
+    parser.add_argument("--resume", action="store_true", help="leave out what this commit has recorded on this machine")
     parser.add_argument("--list", action="store_true", help="print the experiments' keys and stop")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--pairs", type=int, default=9, help="at most so many interleaved pairs (default 9)")
@@ -60,9 +68,25 @@ def show(row: record.Row) -> str:
     if row.peer_growth is not None:
         memory += f" against {row.peer_growth:.2f}x"
     return (
-        f"{row.case} {row.seq_len} {row.dtype} {mask} {row.direction} / {row.peer}: "
+        f"{row.case} {row.variant} {row.seq_len} {row.dtype} {mask} {row.direction} / {row.peer}: "
         f"{row.our_cpu_ms:.1f} against {row.peer_cpu_ms:.1f} CPU ms, {row.ratio_cpu:.2f}x{memory}  {row.verdict}"
     ).rstrip()
+
+
+def csv_of(experiment: Experiment, arguments: argparse.Namespace) -> Path:
+    """The file of an experiment's row: one for each case."""
+    return arguments.results / f"{experiment.labels.case}.csv"
+
+
+def chosen(arguments: argparse.Namespace, where: record.Surroundings) -> Iterator[Experiment]:
+    """The experiments that the command line asks for, in order."""
+    for case in arguments.cases or CASES:
+        for experiment in experiments(case, quick=arguments.quick):
+            if not all(text in experiment.key for text in arguments.only):
+                continue
+            if arguments.resume and record.is_recorded(experiment.labels, where, csv_of(experiment, arguments)):
+                continue
+            yield experiment
 
 
 def run_one(experiment: Experiment, arguments: argparse.Namespace, where: record.Surroundings, first: bool) -> bool:
@@ -75,7 +99,7 @@ def run_one(experiment: Experiment, arguments: argparse.Namespace, where: record
     row = record.make_row(experiment.labels, experiment.targets, outcome, where)
     print(show(row), flush=True)
     if not arguments.quick:
-        record.append([row], arguments.results / f"{row.case}.csv")
+        record.append(row, csv_of(experiment, arguments))
     return True
 
 
@@ -91,15 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("# " + ", ".join(f"{name}: {value}" for name, value in asdict(where).items()), flush=True)
     green = True
     first = True
-    for case in arguments.cases or CASES:
-        for experiment in experiments(case, quick=arguments.quick):
-            if arguments.only not in experiment.key:
-                continue
-            if arguments.list:
-                print(f"{case} {experiment.key}")
-                continue
-            green = run_one(experiment, arguments, where, first) and green
-            first = False
+    for experiment in chosen(arguments, where):
+        if arguments.list:
+            print(f"{experiment.labels.case} {experiment.key}")
+            continue
+        green = run_one(experiment, arguments, where, first) and green
+        first = False
     return 0 if green else 1
 
 

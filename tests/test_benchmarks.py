@@ -5,17 +5,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import experiment as experiment_module
 from benchmarks import gate, record, run
+from benchmarks.cases.patterns import random_blocks
 from benchmarks.experiment import Labels, Side, Targets, experiments, find
 from benchmarks.harness import Effort, Outcome, RedGateError, Sample, Summary, measure, summarize
 from benchmarks.memory import ResidentPeak
 from benchmarks.peers.dense import dense_attention
+from benchmarks.peers.fkodom_style import fkodom_style_attention
+from benchmarks.peers.gathered_blocks import GatheredBlocks
 from benchmarks.peers.torchscale_style import HeadAssignment, torchscale_style_attention
-from longattn.patterncache import Dilated, Full
+from longattn.attention.testing import MULTIHEAD_PRESETS, PRESETS
+from longattn.patterncache import BlockSparse, Dilated, Full
 
 QUICK = Effort(warmups=1, min_pairs=2, max_pairs=2, seconds=0.0, growth=False)
 
@@ -79,7 +84,7 @@ def test_rows_append_under_one_header(tmp_path: Path) -> None:
     outcome = Outcome(summary, Summary(4.0, 3.0, 5.0, 2.0, 2), our_growth=0.5, peer_growth=None)
     row = record.make_row(Toy().labels, Targets(ratio=2.0, growth=0.6), outcome, record.surroundings())
     for _ in range(2):
-        record.append([row], tmp_path / "new" / "toy.csv")
+        record.append(row, tmp_path / "new" / "toy.csv")
     lines = (tmp_path / "new" / "toy.csv").read_text().splitlines()
     assert (len(lines), lines[1]) == (3, lines[2])
     assert (row.ratio_cpu, row.our_cpu_p20, row.our_cpu_p80, row.verdict) == (2.0, 1.4, 2.6, "met")
@@ -149,18 +154,97 @@ def test_sampled_rows_hold_both_sides_of_every_border() -> None:
     assert (rows, len(rows)) == (sorted(set(rows)), 20)
 
 
-def test_every_experiment_is_found_again_by_its_key() -> None:
-    """Keys are unique within a case, so a fresh process measures the same experiment."""
-    for quick in (False, True):
-        every = list(experiments("attention", quick=quick))
-        assert len({one.key for one in every}) == len(every)
-        assert find("attention", every[-1].key, quick=quick) == every[-1]
+@pytest.mark.parametrize("case", experiment_module.CASES)
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_experiment_is_found_again_by_its_key(case: str, quick: bool) -> None:
+    """Keys are unique within a case, so a fresh process measures the same experiment; rows tell experiments apart."""
+    every = list(experiments(case, quick=quick))
+    assert len({one.key for one in every}) == len({one.labels for one in every}) == len(every)
+    assert {one.labels.case for one in every} == {case}
+    assert find(case, every[-1].key, quick=quick) == every[-1]
+
+
+def test_every_preset_has_its_rows() -> None:
+    """The case reads the table of presets, so a new one is measured without a word here."""
+    named = {one.key.split("-")[0] for one in experiments("presets", quick=True)}
+    assert named == {*PRESETS, *MULTIHEAD_PRESETS}
 
 
 def test_unknown_case_is_named() -> None:
     """The message lists what there is."""
-    with pytest.raises(ValueError, match="case must be one of attention, got 'nope'"):
+    with pytest.raises(ValueError, match="case must be one of attention, presets, patterns, got 'nope'"):
         experiments("nope", quick=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("num_heads", "segments", "rates"),
+    [(8, (16, 32, 64), (1, 2, 4)), (3, (8, 128), (3, 2)), (2, (64,), (1,))],
+)
+def test_fkodom_style_is_split_dilated_attention(
+    causal: bool, num_heads: int, segments: tuple[int, ...], rates: tuple[int, ...]
+) -> None:
+    """Without its divisions outputs and gradients are the oracle's; the divisions are by sums and by the branches."""
+    pattern = Dilated(segments, rates, heads="split", causal=causal)
+    q, k, v, grad = normal(2, 64, num_heads, 8)
+
+    def peer(normalize: bool) -> gate.Attention:
+        return lambda q, k, v: fkodom_style_attention(q, k, v, segments, rates, causal=causal, normalize=normalize)
+
+    truth = gate.oracle(q, k, v, grad, pattern, range(64))
+    found = gate.errors(peer(normalize=False), q, k, v, grad, truth)
+    assert gate.red("fkodom-style", found, q.dtype) == []
+    plain, divided = peer(normalize=False)(q, k, v), peer(normalize=True)(q, k, v)
+    expected = plain / plain.sum(1, keepdim=True) / len(rates)
+    torch.testing.assert_close(divided, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_gathered_blocks_is_block_sparse_attention(per_head: bool) -> None:
+    """Outputs and gradients equal the oracle's, for one mask and for a mask per head, and a block that sees nothing."""
+    mask = np.stack([random_blocks(8, seed) for seed in range(3)]) if per_head else random_blocks(8)
+    mask[..., 5, :] = False
+    q, k, v, grad = normal(2, 64, 3, 8)
+    truth = gate.oracle(q, k, v, grad, BlockSparse(8, mask), range(64))
+    found = gate.errors(GatheredBlocks(8, mask), q, k, v, grad, truth)
+    assert gate.red("gathered", found, q.dtype) == []
+    q, k, v, grad = q[:, :48], k[:, :48], v[:, :48], grad[:, :48]
+    truth = gate.oracle(q, k, v, grad, BlockSparse(8, mask), range(48))
+    assert gate.red("shorter", gate.errors(GatheredBlocks(8, mask), q, k, v, grad, truth), q.dtype) == []
+
+
+@pytest.mark.parametrize("count", [8, 64])
+def test_random_blocks_hide_nine_in_ten(count: int) -> None:
+    """The diagonal and at least a tenth of all blocks are seen, always the same ones for a seed."""
+    mask = random_blocks(count)
+    assert mask.diagonal().all()
+    assert mask.sum() == max(-(-count * count // 10), count)
+    assert (mask == random_blocks(count)).all()
+    assert count == 8 or (mask != random_blocks(count, seed=1)).any()
+
+
+def test_resume_leaves_out_what_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped run keeps its rows, and the next one does only the rest."""
+    toys = [Toy(key=name, labels=Labels("toy", name, "other", "float32", 8, False, "forward")) for name in "ab"]
+    monkeypatch.setattr(run, "CASES", {"toy": "nowhere"})
+    monkeypatch.setattr(run, "experiments", lambda case, quick: toys)
+    options = ["--no-growth", "--pairs", "1", "--results", str(tmp_path), "--threads", str(torch.get_num_threads())]
+    assert run.main(["--only", "a", *options]) == 0
+    toys[0].calls.clear()
+    assert run.main(["--resume", *options]) == 0
+    assert (toys[0].calls, toys[1].calls) == ([], ["ours", "peer"] * 2)
+    assert [row["variant"] for row in csv.DictReader((tmp_path / "toy.csv").read_text().splitlines())] == ["a", "b"]
+
+
+def test_rows_under_other_columns_are_refused(tmp_path: Path) -> None:
+    """A file of another shape is left as it is."""
+    path = tmp_path / "toy.csv"
+    path.write_text("case,peer\n")
+    summary = summarize([Sample(1.0, 1.0)])
+    row = record.make_row(Toy().labels, Targets(), Outcome(summary, summary, None, None), record.surroundings())
+    with pytest.raises(ValueError, match="toy.csv must have the columns case,variant,.*got case,peer"):
+        record.append(row, path)
+    assert path.read_text() == "case,peer\n"
 
 
 def test_resident_peak_sees_a_large_allocation() -> None:
@@ -180,11 +264,12 @@ def test_quick_run_is_green(capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(record.RESULTS.glob("*")) if record.RESULTS.exists() else []
     threads = torch.get_num_threads()
     try:
-        assert run.main(["--quick"]) == 0
+        assert run.main(["--quick", "--threads", "1"]) == 0
     finally:
         torch.set_num_threads(threads)
     assert (sorted(record.RESULTS.glob("*")) if record.RESULTS.exists() else []) == before
-    assert "torchscale-style" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(f"/ {peer}:" in shown for peer in ("torchscale-style", "fkodom-style", "functional", "local", "dense"))
 
 
 def normal(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,63 @@
+"""The sides that cases put against each other: longattn in its forms, and the peers. Each carries its oracle."""
+
+import functools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from benchmarks import gate
+from benchmarks.comparison import Contender, pattern_oracle
+from benchmarks.peers.dense import dense_attention
+from benchmarks.peers.fkodom_style import fkodom_style_attention
+from benchmarks.peers.gathered_blocks import GatheredBlocks
+from benchmarks.peers.torchscale_style import torchscale_style_attention
+from longattn.attention import pattern_attention
+from longattn.attention.schedule import Schedule
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern
+
+
+def ours(pattern: Pattern, *, schedule: Schedule | None = None, backend: str | None = None) -> Contender:
+    """`pattern_attention`, the functional call."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return pattern_attention(q, k, v, pattern, schedule=schedule, backend=backend)
+
+    return Contender(attention, pattern_oracle(pattern))
+
+
+def dense(causal: bool) -> Contender:
+    """torch's SDPA over the whole sequence."""
+    return Contender(functools.partial(dense_attention, causal=causal), pattern_oracle(Full(causal=causal)))
+
+
+def torchscale_style(segments: Sequence[int], rates: Sequence[int], causal: bool) -> Contender:
+    """The torchscale-style pipeline on the heads of `Dilated(heads="shared")`; checked with its merge differentiable."""
+
+    def attention(merge_grad: bool) -> gate.Attention:
+        return functools.partial(
+            torchscale_style_attention,
+            segment_lengths=segments,
+            dilation_rates=rates,
+            causal=causal,
+            merge_grad=merge_grad,
+        )
+
+    pattern = Dilated(segments, rates, heads="shared", causal=causal)
+    return Contender(attention(merge_grad=False), pattern_oracle(pattern), checked=attention(merge_grad=True))
+
+
+def fkodom_style(segments: Sequence[int], rates: Sequence[int], causal: bool) -> Contender:
+    """The fkodom-style pipeline; checked without its two divisions, which are no part of attention."""
+
+    def attention(normalize: bool) -> gate.Attention:
+        return functools.partial(
+            fkodom_style_attention, segment_lengths=segments, dilation_rates=rates, causal=causal, normalize=normalize
+        )
+
+    pattern = Dilated(segments, rates, heads="split", causal=causal)
+    return Contender(attention(normalize=True), pattern_oracle(pattern), checked=attention(normalize=False))
+
+
+def gathered_blocks(pattern: BlockSparse) -> Contender:
+    """Gather and SDPA by hand, for block masks without causality."""
+    return Contender(GatheredBlocks(pattern.block_size, pattern.mask), pattern_oracle(pattern))
