@@ -96,10 +96,30 @@ BAD = [
     (swap(k_spans="all"), TypeError, r"k_spans must be None, a Span or a tuple of Spans, got 'all'"),
     (swap(heads=Span(0, 3)), ValueError, r"heads must be None or a Span of 4 neighbouring heads.*got Span"),
     (swap(heads=Span(0, 4, 2)), ValueError, r"heads must be None or a Span of 4 neighbouring heads.*step=2"),
-    (swap(heads=(0, 4)), ValueError, r"heads must be None or a Span of 4 neighbouring heads.*got \(0, 4\)"),
+    (swap(heads=(0, 4)), TypeError, r"heads must be None or a Span of 4 neighbouring heads.*got \(0, 4\) \(tuple\)"),
+    (swap(heads=4), TypeError, r"heads must be None or a Span of 4 neighbouring heads.*got 4 \(int\)"),
     (swap(heads=Span(2, 4), num_heads=5), ValueError, r"num_heads must be an integer >= 6.*got 5"),
-    (swap(num_heads=4.0), ValueError, r"num_heads must be an integer >= 4.*got 4\.0"),
-    (swap(num_heads=True), ValueError, r"num_heads must be an integer >= 4.*got True"),
+    (swap(num_heads=3), ValueError, r"num_heads must be an integer >= 4.*got 3"),
+    (swap(num_heads=4.0), TypeError, r"num_heads must be an integer >= 4.*got 4\.0 \(float\)"),
+    (swap(num_heads="8"), TypeError, r"num_heads must be an integer >= 4.*got '8' \(str\)"),
+    (swap(num_heads=True), TypeError, r"num_heads must be an integer >= 4.*got True \(bool\)"),
+    # dropout and seed
+    (swap(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1\.0"),
+    (swap(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\), got -0\.1"),
+    (swap(dropout_p=float("nan")), ValueError, r"dropout_p must be in \[0, 1\), got nan"),
+    (swap(dropout_p="0.1"), TypeError, r"dropout_p must be a number in \[0, 1\), got '0\.1' \(str\)"),
+    (swap(dropout_p=True), TypeError, r"dropout_p must be a number in \[0, 1\), got True \(bool\)"),
+    (
+        swap(dropout_p=0.1, seed=1.5),
+        TypeError,
+        r"seed must be None, an integer or a 0-dim int64 tensor, got 1\.5 \(float\)",
+    ),
+    (swap(dropout_p=0.1, seed=True), TypeError, r"seed must be None, an integer .*got True \(bool\)"),
+    (swap(dropout_p=0.1, seed=torch.tensor([1])), ValueError, r"seed must be a 0-dim int64 tensor.*got shape \(1,\)"),
+    (swap(dropout_p=0.1, seed=torch.tensor(1.0)), ValueError, r"seed must be a 0-dim int64 tensor.*float32"),
+    (swap(dropout_p=0.1, seed=2**64), ValueError, r"seed must fit 64 bits.*got 18446744073709551616"),
+    (swap(seed="now"), TypeError, r"seed must be None, an integer .*got 'now' \(str\)"),
+    (swap(environment="global"), TypeError, r"environment must be None or an Environment, got 'global' \(str\)"),
     (swap(colour="red"), TypeError, r"unexpected keyword argument 'colour'"),
 ]
 
@@ -130,6 +150,8 @@ BAD_EXPLAIN = [
     ({"is_causal": "no"}, TypeError, r"is_causal must be None, True or False, got 'no' \(str\)"),
     ({"attention_mask": TRUE}, TypeError, r"attention_mask must be None, True or False"),
     ({"backend": "fast"}, ValueError, r"backend must be None or one of"),
+    ({"pattern": Full(causal=True), "k_shape": (1, 5, 2, 4)}, ValueError, r"q_start.*must be given.*Nq=8, Nk=5"),
+    ({"is_causal": True, "k_shape": (1, 5, 2, 4)}, ValueError, r"q_start.*must be given.*Nq=8, Nk=5"),
 ]
 
 

@@ -14,7 +14,7 @@ import longattn.kernels
 from longattn.kernels import Capability, attend, backends, dispatch, explain
 from longattn.kernels.capability import FLOATS
 from longattn.kernels.dispatch import row
-from longattn.patterncache import Dilated, Full, Pattern, Restrict, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Window
 
 LONGNET = Dilated((2048, 4096, 8192), (1, 2, 4), causal=True)
 LISTED = Restrict(Window(4), Dilated((4,), (2,)))
@@ -51,7 +51,18 @@ class NoTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "cuda:3", torch.device("xpu"), None])
 @pytest.mark.parametrize(
-    "pattern", [Full(causal=True), Window(512, sinks=4), LONGNET, Restrict(LONGNET, Window(64))], ids=str
+    "pattern",
+    [
+        Full(causal=True),
+        Window(512, sinks=4),
+        LONGNET,
+        Restrict(LONGNET, Window(64)),
+        LISTED,
+        LONGNET | Window(9),
+        LONGNET + LISTED,
+        LONGNET & Dilated((4, 8), (1, 2)),
+    ],
+    ids=str,
 )
 def test_explain_is_pure(device: Any, pattern: Pattern):
     """Ten million tokens on devices that are not here: no tensor, no time, every row with its reasons."""
@@ -64,6 +75,20 @@ def test_explain_is_pure(device: Any, pattern: Pattern):
     lines = str(found).splitlines()
     assert len(lines) == 1 + len(backends())
     assert all(f"{name}: " in line for name, line in zip(backends(), lines[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Full(), Window(8, sinks=2), LONGNET, Dilated((5,), (3,)), LISTED, LONGNET | Window(4), Restrict(LONGNET, Window(4)),
+     LONGNET + LISTED, LONGNET + Window(4), LONGNET & Window(4), BlockSparse(4, [[True] * 32] * 32), Restrict(LISTED, LONGNET)],
+    ids=str,
+)  # fmt: skip
+def test_explain_knows_which_plans_list_rows(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
+    """What a pattern says of itself, which a long rectangle goes by, is what its plan says."""
+    short = explain(pattern, (1, 128, 2, 4)).problem.listed
+    assert pattern.listing <= short
+    monkeypatch.setattr("longattn.kernels.explaining._PLANNED_PAIRS", 0)
+    assert explain(pattern, (1, 128, 2, 4)).problem.listed == short
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.capability import FLOATS, dtype_name
+from longattn.kernels.environment import Environment
 from longattn.kernels.state import AttentionState, state_dtype
 
 Names = tuple[str, str, str]
@@ -140,6 +141,14 @@ def check_dtype(name: str, dtype: object) -> None:
     if dtype is not None and dtype not in FLOATS:
         names = ", ".join(dtype_name(d) for d in FLOATS)
         raise TypeError(f"{name} must be None or one of the torch dtypes {names}, got {dtype!r}")
+
+
+def check_environment(environment: object) -> None:
+    """None, or an Environment."""
+    if environment is not None and not isinstance(environment, Environment):
+        raise TypeError(
+            f"environment must be None or an Environment, got {environment!r} ({type(environment).__name__})"
+        )
 
 
 def check_device_type(device: object) -> str:

@@ -11,6 +11,7 @@ from longattn.kernels.check import (
     check_attention_mask,
     check_dropout,
     check_dtype,
+    check_environment,
     check_flag,
     check_key_padding,
     check_prior,
@@ -99,14 +100,13 @@ def attend(
     check_backend_name(backend)
     check_prior(prior, q)
     check_dtype("out_dtype", out_dtype)
+    check_environment(environment)
     if is_causal is not None and is_causal != pattern.causal:
         pattern = pattern.with_causal(is_causal)
-    if q_spans is None and q.shape[1] > k.shape[1] and pattern.positional:
-        raise ValueError(
-            f"q_start (or q_spans) must be given where queries outnumber keys and positions matter, got Nq={q.shape[1]}, Nk={k.shape[1]}"
-        )
     rectangle = (
-        last_positions(q.shape[1], k.shape[1]) if q_spans is None else flat_spans("q_spans", q_spans, q.shape[1]),
+        last_positions(q.shape[1], k.shape[1], pattern.positional)
+        if q_spans is None
+        else flat_spans("q_spans", q_spans, q.shape[1]),
         [0, k.shape[1], 1] if k_spans is None else flat_spans("k_spans", k_spans, k.shape[1]),
         flat_heads(q.shape[2], heads, num_heads),
     )
@@ -118,7 +118,7 @@ def attend(
     asked = op.Asked(
         None if floating else attention_mask,
         key_padding_mask,
-        as_seed(seed) if dropout_p else None,
+        as_seed(seed) if dropout_p or seed is not None else None,
         pattern.canonical(),
         *rectangle,
         scale=softmax_scale,
@@ -141,7 +141,7 @@ def run(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, prior: AttentionState | None, asked: op.Asked
 ) -> AttentionState:
     """`attend` without its checks, on the op's own arguments; fills in what wants a gradient."""
-    refuse_tangents(q, k, v, bias)
+    refuse_tangents(q, k, v, bias, *(() if prior is None else (prior.out, prior.lse)))
     transformed = torch._C._are_functorch_transforms_active()
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, bias)]
     # Inside a transform requires_grad says little: any tensor may be differentiated.

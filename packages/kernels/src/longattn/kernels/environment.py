@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -63,6 +63,10 @@ class Environment:
         self.allocator: Allocator = TorchAllocator() if allocator is None else allocator
         self.name = f"environment {next(_COUNTER)}"
         _ENVIRONMENTS[self.name] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy, also one in another process, has a name of its own.
+        return Environment, (self.cache, self.allocator)
 
 
 _COUNTER = itertools.count(1)

@@ -10,6 +10,9 @@ from longattn.kernels.positions import last_positions
 from longattn.kernels.problem import AttentionProblem
 from longattn.patterncache import Pattern, Rectangle, Span
 
+_PLANNED_PAIRS = 1 << 24
+"""Query-key pairs up to which a pattern that lists rows is planned, to see whether anything is listed."""
+
 
 def explain(
     pattern: Pattern,
@@ -28,6 +31,8 @@ def explain(
     backend: str | None = None,
 ) -> Explanation:
     """Which row would serve, and every other row's reasons, without data and without the device.
+
+    A long plan that lists rows is not built: beyond 2^24 query-key pairs, a pattern that has to look at all of them counts as listed.
 
     Args:
         pattern: who sees whom.
@@ -64,15 +69,15 @@ def explain(
     check_backend_name(backend)
     if is_causal is not None and check_flag("is_causal", is_causal) != pattern.causal:
         pattern = pattern.with_causal(is_causal)
-    q_start, nq, step = last_positions(q_shape[1], k_shape[1])
-    rectangle = Rectangle(q_shape[2], (Span(q_start, nq, step),), (Span(0, k_shape[1]),))
+    queries = Span(*last_positions(q_shape[1], k_shape[1], pattern.positional))
+    rectangle = Rectangle(q_shape[2], (queries,), (Span(0, k_shape[1]),))
     problem = AttentionProblem(
         device=check_device_type(device),
         dtype=torch.get_default_dtype() if dtype is None else dtype,
         heads=q_shape[2],
         kv_heads=k_shape[2],
         head_dim=q_shape[3],
-        listed=pattern.plan(rectangle).listed,
+        listed=_lists(pattern, rectangle),
         attention_mask=attention_mask,
         bias=bias,
         bias_grad=bias and requires_grad,
@@ -82,3 +87,12 @@ def explain(
         deterministic=deterministic,
     )
     return explain_problem(problem, backend)
+
+
+def _lists(pattern: Pattern, rectangle: Rectangle) -> bool:
+    """Whether the plan lists rows; of a long rectangle, whose lists would take hours to make, what the pattern says of itself."""
+    long = rectangle.shape[1] * rectangle.shape[2] > _PLANNED_PAIRS
+    if long and pattern.listing:
+        pattern.check_rectangle(rectangle)
+        return True
+    return pattern.plan(rectangle).listed

@@ -56,6 +56,8 @@ def as_seed(seed: Tensor | int | None) -> Tensor:
         return draw_seed()
     if isinstance(seed, bool) or not isinstance(seed, (int, Tensor)):
         raise TypeError(f"seed must be None, an integer or a 0-dim int64 tensor, got {seed!r} ({type(seed).__name__})")
+    if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit 64 bits, -2^63 <= seed < 2^63, got {seed}")
     if isinstance(seed, Tensor) and (seed.dim() or seed.dtype != torch.int64 or seed.device.type != "cpu"):
         raise ValueError(
             f"seed must be a 0-dim int64 tensor on the CPU, got shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device}"

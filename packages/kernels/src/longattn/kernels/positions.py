@@ -18,22 +18,35 @@ def flat_spans(name: str, spans: object, length: int) -> list[int]:
     return [n for s in listed for n in (s.start, s.length, s.step)]
 
 
-def last_positions(nq: int, nk: int) -> list[int]:
-    """Queries are the last Nq positions of the keys; where positions do not matter and they outnumber keys, any will do."""
+def last_positions(nq: int, nk: int, positional: bool) -> list[int]:
+    """Queries are the last Nq positions of the keys; where positions do not matter and they outnumber keys, any will do.
+
+    Raises:
+        ValueError: queries outnumber keys and positions matter.
+    """
+    if nq > nk and positional:
+        raise ValueError(
+            f"q_start (or q_spans) must be given where queries outnumber keys and positions matter, got Nq={nq}, Nk={nk}"
+        )
     return [nk - nq if nq <= nk else 0, nq, 1]
 
 
 def flat_heads(local: int, heads: Span | None, num_heads: int | None) -> list[int]:
-    """(total, first, count) of the `local` heads that q has."""
-    if heads is None:
-        first = 0
-    elif not isinstance(heads, Span) or heads.length != local or heads.step != 1:
-        raise ValueError(f"heads must be None or a Span of {local} neighbouring heads, as many as q has, got {heads!r}")
-    else:
-        first = heads.start
+    """(total, first, count) of the `local` heads that q has.
+
+    Raises:
+        TypeError, ValueError: heads is not a Span of as many neighbouring heads, or num_heads no integer that reaches the last of them.
+    """
+    wanted = f"heads must be None or a Span of {local} neighbouring heads, as many as q has"
+    if heads is not None and not isinstance(heads, Span):
+        raise TypeError(f"{wanted}, got {heads!r} ({type(heads).__name__})")
+    if heads is not None and (heads.length != local or heads.step != 1):
+        raise ValueError(f"{wanted}, got {heads!r}")
+    first = 0 if heads is None else heads.start
     total = local if num_heads is None else num_heads
-    if isinstance(total, bool) or not isinstance(total, int) or total < first + local:
-        raise ValueError(
-            f"num_heads must be an integer >= {first + local}, the heads up to the last of q, got {num_heads!r}"
-        )
+    wanted = f"num_heads must be an integer >= {first + local}, the heads up to the last of q"
+    if isinstance(total, bool) or not isinstance(total, int):
+        raise TypeError(f"{wanted}, got {num_heads!r} ({type(num_heads).__name__})")
+    if total < first + local:
+        raise ValueError(f"{wanted}, got {total}")
     return [total, first, local]

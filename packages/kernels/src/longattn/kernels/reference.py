@@ -18,6 +18,7 @@ def reference_attention(
     *,
     bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> AttentionState:
     """Attention by its definition, in float64, differentiable by autograd. O(heads * Nq * Nk) memory.
 
@@ -25,8 +26,9 @@ def reference_attention(
         q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim), kv_heads dividing heads. Any floating dtype.
         counts: (heads, Nq, Nk) or (batch, heads, Nq, Nk), how many times each query sees each key; 0 hides it.
         softmax_scale: default head_dim ** -0.5.
-        bias: broadcastable to (batch, heads, Nq, Nk), added to the scores.
+        bias: broadcastable to (batch, heads, Nq, Nk), added to the scores; -inf hides a key.
         key_padding_mask: (batch, Nk) bool, True = padding.
+        keep: broadcastable to (batch, heads, Nq, Nk), multiplied with the weights: dropout. lse is undropped.
 
     Returns:
         AttentionState in float64: out (batch, Nq, heads, head_dim), lse (batch, Nq, heads), natural log, -inf = saw no key.
@@ -44,12 +46,14 @@ def reference_attention(
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * scale
     if bias is not None:
-        scores = scores + bias.to(torch.float64)
+        hidden = bias == -torch.inf
+        times = times * ~hidden
+        scores = scores + bias.to(torch.float64).masked_fill(hidden, 0)
     # log 0 = -inf hides a key. Rows that see nothing get finite scores first, and are cleared afterwards: no NaN in any gradient.
     blind = (times == 0).all(-1, keepdim=True)
     scores = torch.where(blind, 0.0, scores + times.log())
     lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.sum(-1)
     weights = torch.where(blind, 0.0, (scores - lse.unsqueeze(-1)).exp())
-    out = weights @ v
+    out = (weights if keep is None else weights * keep) @ v
     lse = torch.where(blind.squeeze(-1), -torch.inf, lse)
     return AttentionState(out.transpose(1, 2), lse.transpose(1, 2))

@@ -85,8 +85,11 @@ def add_sink(state: AttentionState, sink_logits: Tensor) -> AttentionState:
 
     Args:
         state: out (batch, seq, heads, head_dim), lse (batch, seq, heads).
-        sink_logits: (heads,), natural log.
+        sink_logits: (heads,), natural log; -inf is no sink.
     """
     logits = sink_logits.to(state.lse.dtype)
-    out = state.out * torch.sigmoid(state.lse - logits).unsqueeze(-1)
-    return AttentionState(out, torch.logaddexp(state.lse, logits))
+    # -inf - -inf is NaN: a row without keys and without a sink is left as it is, and out of every gradient.
+    blind = (state.lse == -torch.inf) & (logits == -torch.inf)
+    lse = state.lse.masked_fill(blind, 0)
+    out = state.out * torch.sigmoid(lse - logits).unsqueeze(-1)
+    return AttentionState(out, torch.logaddexp(lse, logits).masked_fill(blind, -torch.inf))

@@ -5,10 +5,8 @@ Needs the extra `longattn-kernels[testing]`. Nothing that ships imports this mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import wraps
 from typing import Any
 
 import torch
@@ -17,6 +15,8 @@ from torch import Tensor
 
 from longattn.kernels.dispatch import row
 from longattn.kernels.entry import attend
+from longattn.kernels.philox import keep_scale
+from longattn.kernels.poison import poisoned_memory as poisoned_memory
 from longattn.kernels.reference import reference_attention
 from longattn.kernels.state import AttentionState, merge, state_dtype
 from longattn.patterncache import Pattern, Rectangle, Span
@@ -28,6 +28,9 @@ LAYOUTS = ("plain", "heads_first", "sliced", "expanded_batch", "expanded_heads",
 MASKS = (None, "", "k", "qk", "hqk", "bk", "hq", "bhqk")
 """Axes that attention_mask varies along; see `random_mask`."""
 
+BIASES = tuple(f"+{axes}" for axes in MASKS if axes is not None)
+"""The same for a floating attention_mask."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -38,7 +41,7 @@ class Case:
         lengths: (Nq, Nk).
         batch, kv_heads, group, head_dim: sizes; kv_heads * group query heads.
         shard: (first head, heads of the whole module), or None: all.
-        mask: one of MASKS. prior: whether to merge onto a state.
+        mask: one of MASKS or BIASES. prior: whether to merge onto a state. dropout_p: as in `attend`, with `seed`.
         padding: whether keys are padded; padded rows of k and v then hold NaN and Inf.
         layouts: of q, k, v, the prior and the cotangents, from LAYOUTS.
     """
@@ -57,6 +60,7 @@ class Case:
     mask: str | None = None
     padding: bool = False
     prior: bool = False
+    dropout_p: float = 0.0
     layouts: tuple[str, ...] = ("plain",) * 5
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -72,6 +76,18 @@ class Case:
         pattern = self.pattern if self.is_causal is None else self.pattern.with_causal(self.is_causal)
         return torch.from_numpy(pattern.counts(Rectangle(total, queries, keys, Span(first, heads))))
 
+    def keep(self) -> Tensor | None:
+        """(batch, heads, Nq, Nk) float64, what dropout multiplies each weight with, from positions alone; None without dropout."""
+        if not self.dropout_p:
+            return None
+        nq, nk = self.lengths
+        queries = (Span(max(0, nk - nq), nq),) if self.q_spans is None else self.q_spans
+        keys = (Span(0, nk),) if self.k_spans is None else self.k_spans
+        i, j = (torch.tensor([n for s in side for n in s.positions()], dtype=torch.int64) for side in (queries, keys))
+        h = torch.arange(self.kv_heads * self.group) + (self.shard or (0, 0))[0]
+        at = (torch.arange(self.batch)[:, None, None, None], h[:, None, None], i[:, None], j)
+        return keep_scale(self.seed, self.dropout_p, *at, torch.float64).to(self.device)
+
     def tensors(self) -> Tensors:
         """The data, on the case's device."""
         random = torch.Generator().manual_seed(self.seed)
@@ -84,6 +100,8 @@ class Case:
         q = normal(wide, self.layouts[0], self.dtype)
         k, v = (normal((batch, nk, self.kv_heads, self.head_dim), how, self.dtype) for how in self.layouts[1:3])
         mask = None if self.mask is None else random_mask(self.mask, (batch, heads, nq, nk), random).to(self.device)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to((self.dtype, torch.float32)[self.seed % 2])
         padding = None
         if self.padding:
             padding = (torch.rand(batch, nk, generator=random) < 0.4).to(self.device)
@@ -127,10 +145,14 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 
 def random_mask(axes: str, shape: tuple[int, int, int, int], random: torch.Generator) -> Tensor:
-    """A bool attention mask for (batch, heads, Nq, Nk) that varies along `axes`, one of MASKS; leading axes of size 1 are left out."""
+    """An attention mask for (batch, heads, Nq, Nk) that varies along `axes`, one of MASKS (bool) or BIASES (float32, some -inf).
+
+    Leading axes of size 1 are left out.
+    """
     sizes = [n if axis in axes else 1 for axis, n in zip("bhqk", shape, strict=True)]
-    leading = min(("bhqk".index(axis) for axis in axes), default=4)
-    return torch.rand(sizes[leading:], generator=random) < 0.7
+    leading = min(("bhqk".index(axis) for axis in axes.lstrip("+")), default=4)
+    seen = torch.rand(sizes[leading:], generator=random) < 0.7
+    return torch.randn(seen.shape, generator=random).masked_fill(~seen, -torch.inf) if axes.startswith("+") else seen
 
 
 @st.composite
@@ -151,9 +173,10 @@ def cases(
         shard=draw(st.sampled_from([None, (first, first + heads + draw(st.integers(0, 3)))])),
         is_causal=draw(st.sampled_from([None, None, True, False])),
         softmax_scale=draw(st.sampled_from([None, None, 0.0, -0.5, 1.5])),
-        mask=draw(st.sampled_from(MASKS)),
+        mask=draw(st.sampled_from([*MASKS, *BIASES])),
         padding=draw(st.booleans()),
         prior=draw(st.booleans()),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.3])),
         layouts=draw(st.tuples(*[st.sampled_from(LAYOUTS)] * 5)),
         dtype=dtype,
         seed=draw(st.integers(0, 1000)),
@@ -178,25 +201,31 @@ def run_case(case: Case, data: Tensors, **options: Any) -> AttentionState:
     options |= {"is_causal": case.is_causal, "softmax_scale": case.softmax_scale, "prior": data.prior}
     options |= {"q_spans": case.q_spans, "k_spans": case.k_spans, "heads": Span(first, heads), "num_heads": total}
     options |= {"attention_mask": data.mask, "key_padding_mask": data.padding}
+    options |= {"dropout_p": case.dropout_p, "seed": case.seed}
     return attend(data.q, data.k, data.v, case.pattern, **options)
 
 
 def expect_case(case: Case, data: Tensors) -> AttentionState:
     """The oracle on the data of a case, in float64."""
     counts = case.counts().to(case.device).expand(case.batch, -1, -1, -1)
-    if data.mask is not None:
+    bias = data.mask if data.mask is not None and data.mask.is_floating_point() else None
+    if data.mask is not None and bias is None:
         counts = counts * data.mask
-    state = reference_attention(data.q, data.k, data.v, counts, case.softmax_scale, key_padding_mask=data.padding)
+    options: dict[str, Any] = {"bias": bias, "key_padding_mask": data.padding, "keep": case.keep()}
+    state = reference_attention(data.q, data.k, data.v, counts, case.softmax_scale, **options)
     if data.prior is None:
         return state
     return merge(AttentionState(data.prior.out.double(), data.prior.lse.double()), state)
 
 
 def check_backend(name: str, case: Case) -> None:
-    """Assert that a row agrees with the oracle on a case: out, lse, and the gradients of q, k, v and prior, an lse cotangent included.
+    """Assert that a row agrees with the oracle on a case: out, lse, and the gradients of q, k, v, prior and, where declared, bias.
 
-    Also: no input is written, the same input gives the same bits, rows that saw nothing are zero, and nothing is NaN.
+    Also: no input is written, the same input gives the same bits, rows that saw nothing are zero, and nothing is NaN. A row without
+    dropout is asked without.
     """
+    capability = row(name).capability
+    case = case if capability.dropout else replace(case, dropout_p=0.0)
     data = case.tensors()
     inputs = [x for x in (data.q, data.k, data.v, data.mask, data.padding) if x is not None]
     inputs += [] if data.prior is None else [data.prior.out, data.prior.lse]
@@ -206,14 +235,16 @@ def check_backend(name: str, case: Case) -> None:
     assert torch.equal(got.out, again.out) and torch.equal(got.lse, again.lse), f"{name}: other bits for {case}"
     atol, rtol = tolerance(name, case.dtype)
     # Rounding a score of size s moves its weight by the share s * eps.
-    slack = max(1.0, _largest_score(case, data) / 8)
+    slack = max(1.0, _largest_score(case, data) / 8) / (1 - case.dropout_p)
     assert_near(got.out, expected.out, atol * slack, rtol * slack, f"{name}: out of {case}")
     assert_near(got.lse, expected.lse, atol * slack, rtol * slack, f"{name}: lse of {case}")
     assert not got.out[got.lse == -torch.inf].any()
-    if row(name).capability.backward:
-        for index, (mine, true) in enumerate(
-            zip(_gradients(run_case, case, name), _gradients(expect_case, case), strict=True)
-        ):
+    if capability.backward:
+        graded = (
+            _gradients(run_case, case, capability.bias_grad, name),
+            _gradients(expect_case, case, capability.bias_grad),
+        )
+        for index, (mine, true) in enumerate(zip(*graded, strict=True)):
             size = 4 * slack * max(1.0, float(true.abs().max()) if true.numel() else 0.0)
             assert_near(mine, true, atol * size, rtol * size, f"{name}: gradient {index} of {case}")
     for x, (values, version) in zip(inputs, before, strict=True):
@@ -237,15 +268,18 @@ def _largest_score(case: Case, data: Tensors) -> float:
     return float(scale * q.norm(dim=-1).max() * k.norm(dim=-1).max())
 
 
-def _gradients(compute: Callable[..., AttentionState], case: Case, backend: str | None = None) -> tuple[Tensor, ...]:
+def _gradients(
+    compute: Callable[..., AttentionState], case: Case, bias_grad: bool, backend: str | None = None
+) -> tuple[Tensor, ...]:
     data = case.tensors()
     q, k, v = (x.detach().requires_grad_() for x in (data.q, data.k, data.v))
     prior = data.prior and AttentionState(
         data.prior.out.detach().requires_grad_(), data.prior.lse.detach().requires_grad_()
     )
+    bias = data.mask.requires_grad_() if bias_grad and data.mask is not None and data.mask.is_floating_point() else None
     graded = replace(data, q=q, k=k, v=v, prior=prior)
     state = compute(case, graded, **({} if backend is None else {"backend": backend}))
-    wanted = [q, k, v] + ([] if prior is None else [prior.out, prior.lse])
+    wanted = [q, k, v] + ([] if prior is None else [prior.out, prior.lse]) + ([] if bias is None else [bias])
     # A cotangent at lse = -inf has no meaning.
     grad_lse = data.grad_lse.masked_fill(state.lse == -torch.inf, 0)
     cotangents = [data.grad_out.to(state.out.dtype), grad_lse.to(state.lse.dtype)]
@@ -262,28 +296,3 @@ def check_merge_laws(a: AttentionState, b: AttentionState, c: AttentionState, *,
     ):
         assert_near(left.out, right.out, atol, atol, "out")
         assert_near(left.lse, right.lse, atol, atol, "lse")
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """While it is open, torch.empty and its kin give NaN: whoever reads floating memory before writing it gets caught."""
-    names = {torch: ("empty", "empty_like", "empty_strided"), torch.Tensor: ("new_empty", "new_empty_strided")}
-    kept = [(owner, name, getattr(owner, name)) for owner in names for name in names[owner]]
-    for owner, name, allocate in kept:
-        setattr(owner, name, _poisoned(allocate))
-    try:
-        yield
-    finally:
-        for owner, name, allocate in kept:
-            setattr(owner, name, allocate)
-
-
-def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @wraps(allocate)
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        fresh = allocate(*args, **kwargs)
-        return (
-            fresh.detach().fill_(torch.nan).requires_grad_(fresh.requires_grad) if fresh.is_floating_point() else fresh
-        )
-
-    return call

@@ -87,7 +87,8 @@ def _dense(x: Tensor) -> Tensor:
 def _additive(tile: Tile, dtype: torch.dtype) -> Tensor | None:
     if tile.seen is None:
         return None
-    bias = torch.zeros((), dtype=dtype) if tile.bias is None else tile.bias.to(dtype)
+    # A float32 bias of a bfloat16 q stays float32: -100 is not the same as -100.5.
+    bias = torch.zeros((), dtype=dtype) if tile.bias is None else tile.bias.to(state_dtype(dtype))
     return torch.where(tile.seen, bias, -torch.inf)
 
 

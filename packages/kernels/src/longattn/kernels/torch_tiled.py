@@ -67,9 +67,11 @@ class TiledRow:
         """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32 (float64)."""
         dtype = state_dtype(call.q.dtype)
         dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
-        # delta = rowsum(dO * O) - dlse: one number a row, read by every tile of that row.
-        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)
-        delta = delta if grad_lse is None else delta - grad_lse
+        # delta = rowsum(dO * O) - dlse: one number a row, read by every tile of that row. Made strip by strip: no product stands whole.
+        delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse.to(dtype)
+        for rows in _ranges(lse.shape[1]):
+            mine = (x.narrow(1, *rows).to(dtype) for x in (grad_out, out))
+            delta.narrow(1, *rows).add_(torch.mul(*mine).sum(-1))
         pivot = lse.masked_fill(lse == -torch.inf, 0)
         for branch, block in blocks(call):
             for tile in self._tiles(call, branch, block):

@@ -1,6 +1,7 @@
 """The ops as torch.func's transforms want them: `autograd.Function`s with setup_context, and vmap rules.
 
-vmap folds the mapped axis into the batch. A bias gradient is summed per mapped element, so those calls run one by one.
+vmap folds the mapped axis into the batch. A bias gradient is summed per mapped element, and dropout counts batch elements within one,
+so those calls run one by one.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ class AttendBackward(torch.autograd.Function):
 
 
 def _map_forward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    if op.Asked(*inputs[4:]).dropout_p:
+        return _one_by_one(call, size, in_dims, inputs), (0, 0)
     batch = _batch_of(inputs[0], in_dims[0])
     qkv = [_fold(x, dim, size, batch) for x, dim in zip(inputs[:3], in_dims[:3], strict=True)]
     asked = _fold_asked(op.Asked(*inputs[4:]), in_dims[4:], size, batch)
@@ -80,14 +83,18 @@ def _map_forward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tup
 
 def _map_backward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     asked = op.Asked(*inputs[8:])
-    if asked.bias_grad:
-        each = [call(*(_select(x, dim, n) for x, dim in zip(inputs, in_dims, strict=True))) for n in range(size)]
-        return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0, 0, 0)
+    if asked.bias_grad or asked.dropout_p:
+        return _one_by_one(call, size, in_dims, inputs), (0, 0, 0, 0)
     batch = _batch_of(inputs[2], in_dims[2])
     folded = [_fold(x, dim, size, batch) for x, dim in zip(inputs[:8], in_dims[:8], strict=True)]
     folded[5] = _fold_mask(inputs[5], in_dims[5], size, batch)
     *grads, dbias = call(*folded, *_fold_asked(asked, in_dims[8:], size, batch))
     return (*(x.unflatten(0, (size, batch)) for x in grads), dbias), (0, 0, 0, None)
+
+
+def _one_by_one(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    each = [call(*(_select(x, dim, n) for x, dim in zip(inputs, in_dims, strict=True))) for n in range(size)]
+    return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
 
 
 def _batch_of(x: Tensor, dim: int | None) -> int:
@@ -116,8 +123,6 @@ def _fold_mask(x: Tensor | None, dim: int | None, size: int, batch: int) -> Tens
 
 
 def _fold_asked(asked: op.Asked, dims: Dims, size: int, batch: int) -> op.Asked:
-    if dims[2] is not None:
-        raise ValueError('seed must be one for all mapped elements: use vmap(..., randomness="same")')
     return asked._replace(
         mask=_fold_mask(asked.mask, dims[0], size, batch), key_padding=_fold(asked.key_padding, dims[1], size, batch)
     )

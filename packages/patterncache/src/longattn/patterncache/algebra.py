@@ -55,6 +55,11 @@ class Restrict(Pattern, name="restrict"):
         """Whether both parts do."""
         return self.a.filters and self.b.filters
 
+    @property
+    def listing(self) -> bool:
+        """Where b cannot filter, or either part lists."""
+        return not self.b.filters or self.a.listing or self.b.listing
+
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within a, then within b."""
         return _through(self.b, self.a.within(branch, rectangle), rectangle)
@@ -163,6 +168,11 @@ class Union(_Combination, name="union"):
         """Whether every part is."""
         return all(part.binary for part in self.parts)
 
+    @property
+    def listing(self) -> bool:
+        """Unless there is one part only, that does not."""
+        return len(self.parts) > 1 or self.parts[0].listing
+
     def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
         return _joined(list(dict.fromkeys(parts)), np.logical_or, same_causal=True)
 
@@ -217,15 +227,27 @@ class Intersection(_Combination, name="intersection"):
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
         """The branches of a part that counts at most once, within the others; or listed rows."""
+        base = self._base()
+        if base is None:
+            return super().branches(rectangle)
+        found = self.parts[base].branches(rectangle)
+        for part in (*self.parts[:base], *self.parts[base + 1 :]):
+            found = _through(part, found, rectangle)
+        return found
+
+    @property
+    def listing(self) -> bool:
+        """Where no part can be filtered by the others, or any part lists."""
+        return self._base() is None or any(part.listing for part in self.parts)
+
+    def _base(self) -> int | None:
+        """Which part's branches the others filter, or None."""
         for at, base in enumerate(self.parts):
             others = (*self.parts[:at], *self.parts[at + 1 :])
             # The smallest of counts is not the base's where the base counts twice and another part once.
             if (base.binary or not others) and all(part.filters for part in others):
-                found = base.branches(rectangle)
-                for part in others:
-                    found = _through(part, found, rectangle)
-                return found
-        return super().branches(rectangle)
+                return at
+        return None
 
 
 @dataclass(frozen=True)
@@ -243,6 +265,11 @@ class Sum(_Combination, name="sum"):
     def causal(self) -> bool:  # type: ignore[override]
         """Whether every part is causal."""
         return all(part.causal for part in self.parts)
+
+    @property
+    def listing(self) -> bool:
+        """Where any part does."""
+        return any(part.listing for part in self.parts)
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """Elementwise sum."""

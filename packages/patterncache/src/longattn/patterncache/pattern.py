@@ -73,6 +73,14 @@ class Pattern(ABC):
         """Whether `within` works, so that others can be restricted to this pattern in strides. Default False."""
         return False
 
+    @property
+    def listing(self) -> bool:
+        """Whether planning looks at every pair of rows (or of blocks) to list what is seen. Default: where `branches` is ours.
+
+        `explain` takes the plan of a long rectangle to list rows where this is True, instead of making it.
+        """
+        return type(self).branches is Pattern.branches
+
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """Branches of the pairs of `branch` that this pattern sees, where `filters` is True."""
         raise NotImplementedError(f"{type(self).__name__} does not filter branches")

@@ -1,0 +1,36 @@
+"""Poisoned memory, for tests: whoever reads floating memory before writing it gets NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """While it is open, torch.empty and its kin give NaN: whoever reads floating memory before writing it gets caught."""
+    names = {torch: ("empty", "empty_like", "empty_strided"), torch.Tensor: ("new_empty", "new_empty_strided")}
+    kept = [(owner, name, getattr(owner, name)) for owner in names for name in names[owner]]
+    for owner, name, allocate in kept:
+        setattr(owner, name, _poisoned(allocate))
+    try:
+        yield
+    finally:
+        for owner, name, allocate in kept:
+            setattr(owner, name, allocate)
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(allocate)
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        fresh = allocate(*args, **kwargs)
+        return (
+            fresh.detach().fill_(torch.nan).requires_grad_(fresh.requires_grad) if fresh.is_floating_point() else fresh
+        )
+
+    return call
