@@ -119,6 +119,9 @@ def show(options: Options, source: str, ready: dict[str, Any], results: dict[str
         f"torch {ready['torch']}, {ready['threads']} threads",
         soft_wrap=True,
     )
+    assert options.seq_len is not None, "the text decided the length"
+    # Said as text: a line of figures that rich must not wrap or colour.
+    console.print(options.pattern.lint(options.seq_len, options.heads).line, markup=False, soft_wrap=True)
     console.print(f"backend: [bold]{escape(str(ready['backend']))}[/bold], because", soft_wrap=True)
     for line in str(ready["explain"]).splitlines():
         console.print("  " + line, markup=False, soft_wrap=True)

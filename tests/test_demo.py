@@ -46,7 +46,17 @@ def test_small_run_prints_everything_and_writes_the_picture(tmp_path: Path) -> N
     text.write_text("long context attention " * 50)
     done = demo([*SMALL, "--file", str(text), "--dtype", "bfloat16"], tmp_path)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
-    for wanted in (str(text), "backend:", "longattn", "gather-scatter", "dense SDPA", "forward", "oracle", "Picture"):
+    for wanted in (
+        str(text),
+        "lint: Dilated",
+        "backend:",
+        "longattn",
+        "gather-scatter",
+        "dense SDPA",
+        "forward",
+        "oracle",
+        "Picture",
+    ):
         assert wanted in done.stdout
     assert "1/13" in done.stderr
     assert (tmp_path / "who_sees_whom.png").read_bytes().startswith(b"\x89PNG")

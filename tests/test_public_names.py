@@ -17,7 +17,8 @@ EXPECTED = {
         Full Window Dilated BlockSparse BlockLayout Restrict Union Intersection Sum Pattern parse_pattern
         Span Rectangle Affine Listed
         Plan Branch Band pieces
-        PatternCache get_global_pattern_cache reset_global_pattern_cache
+        Lint Gap Reach
+        PatternCache CacheView get_global_pattern_cache reset_global_pattern_cache
         """,
     "kernels": """
         attend AttentionState merge reference_attention fused_attention Environment

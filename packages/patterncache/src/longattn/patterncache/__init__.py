@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from longattn.patterncache.cache import PatternCache, get_global_pattern_cache, reset_global_pattern_cache
     from longattn.patterncache.dilated import Dilated
     from longattn.patterncache.index import Affine, Listed, Rectangle, Span
+    from longattn.patterncache.lint import Gap, Lint
     from longattn.patterncache.pattern import Pattern, parse_pattern
     from longattn.patterncache.plan import Band, Branch, Plan
+    from longattn.patterncache.view import CacheView
+    from longattn.patterncache.reach import Reach
     from longattn.patterncache.window import Full, Window
 
 _HOME = {
@@ -24,13 +27,17 @@ _HOME = {
     "BlockLayout": "block_layout",
     "BlockSparse": "block_sparse",
     "Branch": "plan",
+    "CacheView": "view",
     "Dilated": "dilated",
     "Full": "window",
+    "Gap": "lint",
     "Intersection": "algebra",
+    "Lint": "lint",
     "Listed": "index",
     "Pattern": "pattern",
     "PatternCache": "cache",
     "Plan": "plan",
+    "Reach": "reach",
     "Rectangle": "index",
     "Restrict": "algebra",
     "Span": "index",
@@ -49,13 +56,17 @@ __all__ = [
     "BlockLayout",
     "BlockSparse",
     "Branch",
+    "CacheView",
     "Dilated",
     "Full",
+    "Gap",
     "Intersection",
+    "Lint",
     "Listed",
     "Pattern",
     "PatternCache",
     "Plan",
+    "Reach",
     "Rectangle",
     "Restrict",
     "Span",

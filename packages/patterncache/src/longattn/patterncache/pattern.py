@@ -11,13 +11,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from longattn.patterncache.index import Rectangle, Rows
 from longattn.patterncache.listed import listed_branches
 from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
+
+if TYPE_CHECKING:
+    from longattn.patterncache.lint import Lint
+    from longattn.patterncache.reach import Reach
 
 _REGISTRY: dict[str, type[Pattern]] = {}
 
@@ -123,6 +127,18 @@ class Pattern(ABC):
         """This pattern in strides, for one rectangle. `plan.counts() == pattern.counts(rectangle)`, always."""
         self.check_rectangle(rectangle)
         return make_plan(rectangle, self.branches(rectangle))
+
+    def reach(self, layers: int, N: int, num_heads: int = 8) -> Reach:
+        """How many of `N` tokens a token has heard of after `layers` layers, exactly; see `longattn.patterncache.reach`."""
+        return import_module("longattn.patterncache.reach").reach(self, layers, N, num_heads)
+
+    def lint(self, N: int, num_heads: int = 8, *, head_dim: int = 64, dtype: str = "float32") -> Lint:
+        """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work. `str()` of it is for reading."""
+        return import_module("longattn.patterncache.lint").lint(self, N, num_heads, head_dim=head_dim, dtype=dtype)
+
+    def describe(self, N: int = 32, num_heads: int = 8, head: int = 0) -> str:
+        """`lint` of `N` tokens as text, below a map of what each of them sees in one head, for small N."""
+        return import_module("longattn.patterncache.lint").describe(self, N, num_heads, head)
 
     def canonical(self) -> str:
         """The canonical string: equal for equal patterns, and `parse_pattern` reads it back. Kept with the pattern."""

@@ -128,11 +128,11 @@ class Branch:
         """(q count,) bool: rows that see a key in every tile. True throughout where there is no band, or tiles differ."""
         if self.band is None or not self.uniform:
             return np.ones(self.q.count, bool)
-        begin, end = self._key_range()
+        begin, end = self.key_range()
         return begin <= end
 
-    def _key_range(self) -> tuple[Rows, Rows]:
-        """First and last key row that each query row of a uniform, banded tile sees; last < first where it sees none."""
+    def key_range(self) -> tuple[Rows, Rows]:
+        """First and last key row of its tile that each query row of a uniform, banded branch sees; last < first: none."""
         assert self.band is not None and self.uniform
         q_step, k_step = self.steps
         nearest = self.offset + np.arange(self.q.count, dtype=np.int64) * q_step
@@ -151,7 +151,7 @@ class Branch:
         if not self.uniform:
             assert self.visible is not None
             return int(self.visible.sum())
-        begin, end = self._key_range()
+        begin, end = self.key_range()
         return self.q.tiles * int(np.maximum(end - begin + 1, 0).sum())
 
     @cached_property

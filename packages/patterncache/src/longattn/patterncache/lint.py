@@ -1,0 +1,230 @@
+"""`Lint`: what a pattern does to a sequence, in figures that are exact: islands, gaps, starvation, depth, keys, work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
+from longattn.patterncache.dilated import Dilated
+from longattn.patterncache.index import Rows, Span, check_int
+from longattn.patterncache.pattern import Pattern
+from longattn.patterncache.plan import Plan
+from longattn.patterncache.reach import count_islands, layers_needed
+from longattn.patterncache.walks import Walk, square, stretches
+
+_MOST_NODES = 1 << 14
+"""Tokens of a stretch that `lint` follows one by one; `reach` is more patient."""
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Residues of one dilated branch that no head serves: tokens there are not seen through it.
+
+    Attributes:
+        segment, rate: of the branch.
+        residues: of the position in its segment modulo the rate, below the segment's length.
+    """
+
+    segment: int
+    rate: int
+    residues: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Lint:
+    """What a pattern does to `length` tokens in `num_heads` heads.
+
+    Attributes:
+        pattern: its class name.
+        length, num_heads: what was asked about.
+        islands: groups of tokens that no depth joins; 1 is healthy.
+        layers: layers until every token has heard of all that it may (of all before it where causal); None: it never has.
+        layers_known: False where the walk was too long to follow here and `layers` says nothing; `reach` goes further.
+        gaps: residues of dilated branches that no head covers.
+        blind: tokens that see nothing in any head.
+        starved: tokens after the first that see no token but themselves, in any head.
+        first_starved: the first few of them.
+        fewest_keys, mean_keys, most_keys: keys per query and head; a key that counts twice is two.
+        pairs: (head, query, key) triples, with multiplicity.
+        flops_forward, flops_backward: 4 and 10 per pair and head dimension: two and five matrix products.
+        bytes_moved: q, k, v and out once, and lse in float32: the least that a forward moves.
+        plan_bytes: index data of the plan of the stretches that differ; 0 where everything is strided.
+    """
+
+    pattern: str
+    length: int
+    num_heads: int
+    islands: int
+    layers: int | None
+    layers_known: bool
+    gaps: tuple[Gap, ...]
+    blind: int
+    starved: int
+    first_starved: tuple[int, ...]
+    fewest_keys: int
+    mean_keys: float
+    most_keys: int
+    pairs: int
+    flops_forward: int
+    flops_backward: int
+    bytes_moved: int
+    plan_bytes: int
+
+    @property
+    def line(self) -> str:
+        """The verdict in one line."""
+        depth = "depth not followed" if not self.layers_known else f"all joined after {self.layers} layers"
+        if self.layers_known and self.layers is None:
+            depth = "no depth joins all tokens"
+        found = [f"{self.islands} island{'s' * (self.islands != 1)}", depth]
+        found += [f"{len(self.gaps)} branch(es) with uncovered residues"] * bool(self.gaps)
+        found += [f"{self.starved} tokens see only themselves"] * bool(self.starved)
+        found += [f"{self.blind} tokens see nothing"] * bool(self.blind)
+        found += [f"{self.fewest_keys} to {self.most_keys} keys per query, mean {self.mean_keys:.1f}"]
+        return f"lint: {self.pattern}, {self.length} tokens, {self.num_heads} heads: " + "; ".join(found)
+
+    def __str__(self) -> str:
+        lines = [self.line]
+        lines += [
+            f"  segment {gap.segment}, rate {gap.rate}: no head covers residues {_few(gap.residues)}"
+            for gap in self.gaps
+        ]
+        lines += [f"  only themselves: positions {_few(self.first_starved, self.starved)}"] * bool(self.starved)
+        lines.append(
+            f"  {self.pairs} pairs: {self.flops_forward:.3e} FLOPs forward, {self.flops_backward:.3e} backward"
+        )
+        lines.append(f"  {self.bytes_moved} bytes moved at least, {self.plan_bytes} bytes of index data")
+        return "\n".join(lines)
+
+
+def _few(values: tuple[int, ...], of: int | None = None) -> str:
+    many = len(values) if of is None else of
+    return ", ".join(str(value) for value in values[:8]) + (f", ... ({many})" if many > 8 else "")
+
+
+def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 64, dtype: str = "float32") -> Lint:
+    """Judge `pattern` over `length` tokens. Exact; patterns of closed segments, `Dilated` above all, cost one period only.
+
+    Args:
+        pattern: who sees whom.
+        length: tokens, at least 0.
+        num_heads: query heads, at least 1. Default 8.
+        head_dim: elements of a head, at least 1, for FLOPs and bytes. Default 64.
+        dtype: of q, k, v and out: "float64", "float32" (default), "bfloat16" or "float16".
+
+    Raises:
+        TypeError, ValueError: an argument is not such a value, by name.
+    """
+    length = check_int("N", length, minimum=0)
+    num_heads, head_dim = check_int("num_heads", num_heads, minimum=1), check_int("head_dim", head_dim, minimum=1)
+    if dtype not in _BYTES:
+        raise ValueError(f"dtype must be one of {tuple(_BYTES)}, got {dtype!r}")
+    parts = stretches(pattern, length, num_heads)
+    walks = [Walk(part.plan, pattern.causal) for part in parts]
+    known = all(len(walk.nodes.token) <= _MOST_NODES for walk in walks)
+    apart = sum(part.times * count_islands(part) for part in parts)
+    known = known or apart > 1
+    starved, blind, at = _Tally(), _Tally(), 0
+    fewest, most, pairs = [], [], 0
+    for part in parts:
+        keys = keys_per_query(part.plan)
+        own = np.arange(part.length, dtype=np.int64)[None]
+        itself = pattern.count(np.arange(num_heads, dtype=np.int64)[:, None], own, own, num_heads)
+        blind.add(keys.max(axis=0) == 0, at, part.times)
+        starved.add((keys - itself).max(axis=0) == 0, at, part.times)
+        fewest += [int(keys.min())] if keys.size else []
+        most += [int(keys.max())] if keys.size else []
+        pairs += part.times * int(keys.sum())
+        at += part.times * part.length
+    rows = length * num_heads
+    return Lint(
+        pattern=type(pattern).__name__,
+        length=length,
+        num_heads=num_heads,
+        islands=apart,
+        layers=layers_needed(pattern, parts) if known else None,
+        layers_known=known,
+        gaps=tuple(_gaps(pattern, num_heads)),
+        blind=blind.count,
+        starved=starved.count - (0 in starved.first),
+        first_starved=tuple(position for position in starved.first if position)[:8],
+        fewest_keys=min(fewest, default=0),
+        mean_keys=pairs / max(1, rows),
+        most_keys=max(most, default=0),
+        pairs=pairs,
+        flops_forward=4 * head_dim * pairs,
+        flops_backward=10 * head_dim * pairs,
+        bytes_moved=rows * (4 * head_dim * _BYTES[dtype] + 4),
+        plan_bytes=sum(part.plan.nbytes for part in parts),
+    )
+
+
+def describe(pattern: Pattern, length: int = 32, num_heads: int = 8, head: int = 0) -> str:
+    """A map of up to 64 tokens (rows see columns; "." is none, "+" more than nine times) and the lint text below it.
+
+    Raises:
+        TypeError, ValueError: as `lint`; or length is above 64, or head not below num_heads.
+    """
+    verdict = lint(pattern, length, num_heads)
+    head = check_int("head", head, minimum=0)
+    if length > 64 or head >= num_heads:
+        raise ValueError(f"N must be at most 64 and head below num_heads={num_heads}, got N={length} and head={head}")
+    seen = pattern.counts(replace(square(length, num_heads), heads=Span(head, 1)))[0]
+    rows = ["".join("." if not n else str(n) if n < 10 else "+" for n in row) for row in seen.tolist()]
+    return "\n".join([*rows, str(verdict)])
+
+
+def keys_per_query(plan: Plan) -> Rows:
+    """(heads, queries) int64: keys that each query sees, with multiplicity, without the dense counts."""
+    heads, queries, _ = plan.rectangle.shape
+    total = np.zeros((heads, queries), np.int64)
+    for branch in plan.branches:
+        rows = branch.q.rows()
+        if branch.band is None:
+            seen = np.full(rows.shape, branch.k.count, np.int64)
+        elif branch.uniform:
+            begin, end = branch.key_range()
+            seen = np.broadcast_to(np.maximum(end - begin + 1, 0), rows.shape)
+        else:
+            assert branch.visible is not None
+            seen = branch.visible.sum(axis=2)
+        # No query row stands twice in a branch, so nothing is added to itself.
+        total[branch.heads.positions()[:, None], rows.ravel()[None]] += seen.reshape(1, -1)
+    return total
+
+
+class _Tally:
+    """Positions of a kind: how many, and the first nine, over repeated stretches."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[int] = []
+
+    def add(self, flags: npt.NDArray[np.bool_], start: int, times: int) -> None:
+        found = np.flatnonzero(flags)
+        self.count += times * len(found)
+        for turn in range(min(times, 9) if len(found) else 0):
+            self.first += (found[:9] + start + turn * len(flags)).tolist()
+        self.first = sorted(self.first)[:9]
+
+
+def _gaps(pattern: Pattern, num_heads: int) -> Iterator[Gap]:
+    """Uncovered residues of every dilated branch in a pattern, its parts included."""
+    if isinstance(pattern, Restrict):
+        parts: tuple[Pattern, ...] = (pattern.a, pattern.b)
+    else:
+        parts = tuple(pattern.parts) if isinstance(pattern, (Union, Intersection, Sum)) else ()
+    for part in parts:
+        yield from _gaps(part, num_heads)
+    if isinstance(pattern, Dilated):
+        for b, (segment, rate) in enumerate(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True)):
+            covered = {offset for heads, offset in pattern.head_classes(b, square(0, num_heads)) if heads.length}
+            missing = tuple(residue for residue in range(min(rate, segment)) if residue not in covered)
+            if missing:
+                yield Gap(segment, rate, missing)

@@ -1,0 +1,132 @@
+"""`lint` and `reach` beside brute force: dense counts, and powers of a dense matrix."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from longattn.patterncache import BlockSparse, Dilated, Full, Gap, Pattern, Rectangle, Restrict, Span, Window
+from longattn.patterncache.lint import lint
+from longattn.patterncache.reach import reach
+from longattn.patterncache.testing import dilated, patterns
+
+LONGNET = ((2048, 4096, 8192), (1, 2, 4))
+
+
+def dense(pattern: Pattern, length: int, num_heads: int):
+    """Counts, and (layers until done or None, what is known after every number of layers, islands), the slow way."""
+    counts = pattern.counts(Rectangle(num_heads, Span(0, length), Span(0, length)))
+    hop = (counts.sum(axis=0) > 0) | np.eye(length, dtype=bool)
+    known = [np.eye(length, dtype=bool)]
+    for _ in range(length):
+        known.append((hop.astype(int) @ known[-1].astype(int)) > 0)
+    joined = np.eye(length, dtype=bool)
+    for _ in range(length):
+        joined = ((hop | hop.T).astype(int) @ joined.astype(int)) > 0
+    goal = np.tri(length, dtype=bool) if pattern.causal else np.ones((length, length), bool)
+    needed = next((layers for layers, bits in enumerate(known) if bits[goal].all()), None)
+    return counts, needed, known, len({tuple(row) for row in joined.tolist()})
+
+
+@given(patterns(), st.integers(0, 40), st.integers(1, 4), st.integers(0, 5))
+@example(Dilated((4, 6), (2, 3), causal=True), 31, 2, 2)
+@example(Dilated((4, 8), (1, 2)), 8, 1, 2)
+@example(Window(3, causal=False), 20, 1, 3)
+@example(Full(), 0, 1, 1)
+@example(Restrict(Dilated((6,), (2,)), Window(3)), 20, 2, 2)
+@settings(max_examples=150)
+def test_figures_are_those_of_brute_force(pattern, length, num_heads, layers):
+    """Islands, depth, keys, starvation, and what is heard of after some layers."""
+    counts, needed, known, groups = dense(pattern, length, num_heads)
+    found = lint(pattern, length, num_heads, head_dim=8)
+    keys = counts.sum(axis=2)
+    others = keys - np.diagonal(counts, axis1=1, axis2=2)
+    alone = [int(at) for at in np.flatnonzero(~others.any(axis=0)) if at]
+    assert (found.islands, found.layers, found.layers_known) == (groups, needed, True)
+    assert (found.starved, found.first_starved) == (len(alone), tuple(alone[:8]))
+    assert found.blind == (~keys.any(axis=0)).sum()
+    assert (found.fewest_keys, found.most_keys) == (keys.min(initial=10**9) % 10**9, keys.max(initial=0))
+    assert found.pairs == keys.sum() and found.mean_keys == pytest.approx(keys.mean() if keys.size else 0)
+    assert (found.flops_forward, found.flops_backward) == (32 * keys.sum(), 80 * keys.sum())
+    said = reach(pattern, layers, length, num_heads)
+    heard = known[min(layers, length)].sum(axis=1)
+    assert (said.fewest, said.most) == (heard.min(initial=10**9) % 10**9, heard.max(initial=0))
+    assert said.mean == pytest.approx(heard.mean() if length else 0)
+    assert (said.needed, said.islands, said.complete) == (needed, groups, needed is not None and needed <= layers)
+
+
+@given(dilated(most_branches=3), st.integers(3, 5))
+def test_gaps_are_residues_that_no_head_shows(pattern, num_heads):
+    """Branch by branch, beside the counts of that branch's own diagonal over one segment."""
+    heads = np.arange(num_heads)[:, None]
+    expected = []
+    for b, (segment, rate) in enumerate(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True)):
+        # Which offset a head has is what `count` asks too, one head at a time.
+        shown = (np.arange(segment)[None] % rate == pattern._offset(b, heads, num_heads)).any(axis=0)
+        missing = tuple(np.flatnonzero(~shown[: min(rate, segment)]).tolist())
+        expected += [Gap(segment, rate, missing)] if missing else []
+    assert list(lint(pattern, 7, num_heads).gaps) == expected
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_longnet_segments_leave_four_islands(causal):
+    """2048/4096/8192 over 32K tokens: four islands at any depth, and the first token of the later ones sees only itself."""
+    found = lint(Dilated(*LONGNET, causal=causal), 32768)
+    assert (found.islands, found.layers, found.gaps) == (4, None, ())
+    assert found.first_starved == ((8192, 16384, 24576) if causal else ())
+    assert "4 islands; no depth joins all tokens" in found.line and str(found).startswith(found.line)
+    assert lint(Dilated(*LONGNET, causal=causal), 8192).islands == 1
+
+
+def test_split_heads_leave_residues_uncovered():
+    """Every group of heads has one offset only."""
+    assert lint(Dilated((8, 16), (1, 4), heads="split"), 16).gaps == (Gap(16, 4, (0, 2, 3)),)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_million_tokens_cost_one_period(causal):
+    """The work does not grow with the length: the figures of a million tokens within ten times the target of 100 ms."""
+    pattern = Dilated(*LONGNET, causal=causal)
+    began = time.process_time()
+    found = lint(pattern, 1 << 20)
+    assert time.process_time() - began < 1.0 and found.islands == 128
+    assert found.pairs == 128 * lint(pattern, 8192).pairs
+
+
+def test_a_long_walk_is_not_guessed():
+    """Where a walk is too long, lint says so and reach refuses; islands and keys are exact all the same."""
+    found = lint(Window(512), 40_000)
+    assert (found.layers, found.layers_known, found.islands, found.most_keys) == (None, False, 1, 512)
+    assert "depth not followed" in found.line
+    with pytest.raises(ValueError, match="N must leave at most 131072 tokens .*got 200000"):
+        reach(Window(512), 2, 200_000)
+
+
+def test_patterns_answer_themselves_and_draw_a_small_map():
+    """The methods, and the map: rows see columns, a key seen twice is 2."""
+    pattern = Dilated((2, 4), (1, 2), causal=True)
+    assert (pattern.lint(64), pattern.reach(3, 64)) == (lint(pattern, 64), reach(pattern, 3, 64))
+    assert str(pattern.reach(3, 64)).startswith("reach: 64 tokens, 3 layers: 1 to 4 tokens")
+    assert pattern.describe(4).splitlines()[:5] == ["2...", "11..", "1.2.", "..11", lint(pattern, 4).line]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: lint(Full(), -1), ValueError, "N must be an integer >= 0, got -1"),
+        (lambda: lint(Full(), 8, 0), ValueError, "num_heads"),
+        (lambda: lint(Full(), 8, head_dim=0), ValueError, "head_dim"),
+        (lambda: lint(Full(), 8, dtype="int8"), ValueError, "dtype must be one of"),
+        (lambda: reach(Full(), -1, 8), ValueError, "layers"),
+        (lambda: reach(Full(), 1, 8.0), TypeError, "N must be an integer"),
+        (lambda: Full().describe(65), ValueError, "N must be at most 64"),
+        (lambda: Full().describe(4, 2, 2), ValueError, "head below num_heads=2"),
+        (lambda: lint(BlockSparse(4, [[True]]), 5), ValueError, "queries must lie below 4"),
+    ],
+)
+def test_a_bad_value_is_named(call, error, words):
+    """The message names the parameter, what was expected and what came."""
+    with pytest.raises(error, match=words):
+        call()
