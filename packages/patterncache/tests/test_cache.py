@@ -1,37 +1,53 @@
 """The cache: a bounded map, one build per key, under threads."""
 
+import logging
 import threading
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from longattn.patterncache import PatternCache, get_global_pattern_cache, reset_global_pattern_cache
+from longattn.patterncache import Dilated, PatternCache, Rectangle, Span
+from longattn.patterncache.freeze import ENTRY_BYTES
+
+KEYS = st.integers(0, 9)
 
 
-class CacheMachine(RuleBasedStateMachine):
-    """Any sequence of look-ups and clears behaves as an OrderedDict that is cut to size."""
+def value_of(key: int) -> np.ndarray:
+    """What the tests' builds make: its size depends on the key."""
+    return np.full(8 * key, key)
 
-    @initialize(max_size=st.integers(0, 4))
-    def start(self, max_size: int):
-        self.cache = PatternCache(max_size)
-        self.model: OrderedDict[int, str] = OrderedDict()
-        self.hits = self.misses = 0
 
-    @rule(key=st.integers(0, 6))
+class LRUMachine(RuleBasedStateMachine):
+    """Any sequence of look-ups, failing builds and clears, with policy "lru", behaves as an OrderedDict that is cut to size."""
+
+    @initialize(max_size=st.integers(0, 5), max_bytes=st.none() | st.integers(0, 4000))
+    def start(self, max_size: int, max_bytes: int | None):
+        self.cache = PatternCache(max_size, "lru", max_bytes)
+        self.model: OrderedDict[int, int] = OrderedDict()
+        self.hits = self.misses = self.evictions = 0
+
+    def fits(self, nbytes: int, entries: int) -> bool:
+        return entries <= self.cache.max_size and (self.cache.max_bytes is None or nbytes <= self.cache.max_bytes)
+
+    @rule(key=KEYS)
     def look_up(self, key: int):
         built = []
-        value = self.cache.get_or_build(key, lambda: built.append(key) or f"plan {key}")
-        assert value == f"plan {key}"
+        value = self.cache.get_or_build(key, lambda: built.append(key) or value_of(key))
+        np.testing.assert_array_equal(value, value_of(key))
         assert bool(built) == (key not in self.model)
         self.hits, self.misses = self.hits + (not built), self.misses + bool(built)
-        self.model[key] = value
+        if built and not self.fits(value.nbytes + ENTRY_BYTES, 1):
+            return
+        self.model[key] = value.nbytes + ENTRY_BYTES
         self.model.move_to_end(key)
-        while len(self.model) > self.cache.max_size:
+        while not self.fits(sum(self.model.values()), len(self.model)):
             self.model.popitem(last=False)
+            self.evictions += 1
 
-    @rule(key=st.integers(0, 6))
+    @rule(key=KEYS)
     def a_build_fails(self, key: int):
         def build():
             raise KeyError(key)
@@ -46,7 +62,7 @@ class CacheMachine(RuleBasedStateMachine):
     def clear(self):
         self.cache.clear()
         self.model.clear()
-        self.hits = self.misses = 0
+        self.hits = self.misses = self.evictions = 0
 
     @invariant()
     def agrees_with_the_model(self):
@@ -54,53 +70,140 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.cache.check_valid()
         stats = self.cache.get_stats()
-        assert (stats["hits"], stats["misses"], stats["size"]) == (self.hits, self.misses, len(self.model))
-        assert list(self.cache._cache) == list(self.model)
+        assert (stats["hits"], stats["misses"], stats["evictions"]) == (self.hits, self.misses, self.evictions)
+        assert (stats["size"], stats["bytes"]) == (len(self.model), sum(self.model.values()))
+        assert set(self.cache._cache) == set(self.model)
 
 
-TestCacheMachine = CacheMachine.TestCase
+class ThreadMachine(RuleBasedStateMachine):
+    """Threads that ask, at any size and with any policy, get what belongs to their key, and every ask is a hit or a miss."""
+
+    @initialize(max_size=st.integers(0, 12), policy=st.sampled_from(["s3fifo", "lru"]))
+    def start(self, max_size: int, policy: str):
+        self.cache = PatternCache(max_size, policy)
+        self.asked = self.built = 0
+        self.ever: set[int] = set()
+
+    @rule(work=st.lists(st.lists(KEYS, min_size=1, max_size=20), min_size=2, max_size=4))
+    def ask_at_once(self, work: list[list[int]]):
+        barrier, built, wrong = threading.Barrier(len(work)), [], []
+
+        def ask(keys: list[int]):
+            barrier.wait()
+            for key in keys:
+                value = self.cache.get_or_build(key, lambda key=key: built.append(key) or value_of(key))
+                if not np.array_equal(value, value_of(key)):
+                    wrong.append(key)
+
+        threads = [threading.Thread(target=ask, args=(keys,)) for keys in work]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert wrong == []
+        self.asked += sum(map(len, work))
+        self.built += len(built)
+        self.ever |= set().union(*work)
+
+    @rule()
+    def clear(self):
+        self.cache.clear()
+        self.asked = self.built = 0
+        self.ever = set()
+
+    @invariant()
+    def adds_up(self):
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check_valid()
+        stats = self.cache.get_stats()
+        assert stats["hits"] + stats["misses"] == self.asked
+        assert (
+            stats["misses"]
+            >= self.built
+            == stats["size"] + stats["evictions"] + (0 if stats["max_size"] else self.built)
+        )
+        if stats["max_size"] >= 10:
+            assert self.built == len(self.ever)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_threads_share_one_build(fails):
-    """16 threads ask at once: one builds, all get its value, or its exception."""
-    cache, barrier, builds, seen = PatternCache(), threading.Barrier(16), [], []
-    building = threading.Event()
+TestLRUMachine = LRUMachine.TestCase
+TestThreadMachine = ThreadMachine.TestCase
 
-    def build():
-        builds.append(1)
-        building.wait(0.2)
-        if fails:
-            raise OSError("no")
-        return "plan"
+
+def test_hits_are_counted_exactly_under_threads():
+    """No lock, and no hit is lost."""
+    cache = PatternCache()
 
     def ask():
-        barrier.wait()
-        try:
-            seen.append(cache.get_or_build("key", build))
-        except OSError as error:
-            seen.append(str(error))
+        for i in range(20_000):
+            cache.get_or_build(i % 7, int)
 
-    threads = [threading.Thread(target=ask) for _ in range(16)]
+    threads = [threading.Thread(target=ask) for _ in range(8)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert builds == [1] and seen == (["no"] if fails else ["plan"]) * 16
-    assert len(cache) == (0 if fails else 1)
-    cache.check_valid()
+    stats = cache.get_stats()
+    assert stats["hits"] + stats["misses"] == 160_000 and stats["size"] == 7
 
 
-def test_a_reset_empties_the_object_that_others_hold():
-    """The global cache stays the same object."""
-    held = get_global_pattern_cache()
-    held.get_or_build("a test's key", lambda: 1)
-    reset_global_pattern_cache()
-    assert get_global_pattern_cache() is held and len(held) == 0 and held.get_stats()["misses"] == 0
+def test_values_cannot_be_changed():
+    """Arrays, in tuples too, are read-only for good; a view is copied, so that its base cannot change it."""
+    base = np.arange(6)
+    arrays = PatternCache().get_or_build("key", lambda: (np.arange(3), base[1:4]))
+    base[:] = 7
+    for array in arrays:
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 9
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            array.flags.writeable = True
+    np.testing.assert_array_equal(arrays[1], [1, 2, 3])
 
 
-@pytest.mark.parametrize(("arguments", "error"), [((-1,), ValueError), ((1.5,), TypeError), ((3, "fifo"), ValueError)])
-def test_a_bad_limit_is_named(arguments, error):
-    """max_size and policy are checked."""
-    with pytest.raises(error, match="max_size|policy"):
-        PatternCache(*arguments)
+def test_bytes_of_a_plan_are_its_own():
+    """A plan is taken at its `nbytes` and the constant."""
+    cache, pattern = PatternCache(), Dilated((4, 8), (1, 2))
+    plan = cache.get_or_build("plan", lambda: pattern.plan(Rectangle(2, Span(0, 8), Span(0, 8))))
+    assert cache.get_stats()["bytes"] == plan.nbytes + ENTRY_BYTES
+
+
+def test_profiling_counts_keys():
+    """count, bytes and time per key, of those that were evicted too."""
+    cache = PatternCache(1, enable_profiling=True)
+    for key in ("a", "a", "a", "b", "a"):
+        cache.get_or_build(key, lambda: np.zeros(2))
+    profile = cache.get_stats()["profile"]
+    assert {key: row["count"] for key, row in profile.items()} == {"a": 4, "b": 1}
+    assert profile["a"]["bytes"] == 16 + ENTRY_BYTES and profile["a"]["time"] > 0
+
+
+def test_builds_and_evictions_are_logged(caplog):
+    """At DEBUG, by key."""
+    cache = PatternCache(1)
+    with caplog.at_level(logging.DEBUG, "longattn.patterncache"):
+        cache.get_or_build(("first", 1), int)
+        cache.get_or_build("second", int)
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == [
+        "build ('first', 1)",
+        "build second",
+        "evict ('first', 1)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"max_size": -1}, ValueError),
+        ({"max_size": 1.5}, TypeError),
+        ({"max_size": True}, TypeError),
+        ({"policy": "fifo"}, ValueError),
+        ({"max_bytes": -1}, ValueError),
+        ({"max_bytes": "1 MB"}, TypeError),
+        ({"enable_profiling": 1}, TypeError),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error):
+    """Every argument is checked."""
+    with pytest.raises(error, match=next(iter(arguments))):
+        PatternCache(**arguments)

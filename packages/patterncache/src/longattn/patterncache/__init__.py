@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from longattn.patterncache.band import pieces
     from longattn.patterncache.block_layout import BlockLayout
     from longattn.patterncache.block_sparse import BlockSparse
-    from longattn.patterncache.cache import PatternCache, get_global_pattern_cache, reset_global_pattern_cache
+    from longattn.patterncache.cache import PatternCache
     from longattn.patterncache.dilated import Dilated
+    from longattn.patterncache.global_cache import get_global_pattern_cache, reset_global_pattern_cache
     from longattn.patterncache.index import Affine, Listed, Rectangle, Span
     from longattn.patterncache.lint import Gap, Lint
     from longattn.patterncache.pattern import Pattern, parse_pattern
     from longattn.patterncache.plan import Band, Branch, Plan
-    from longattn.patterncache.view import CacheView
     from longattn.patterncache.reach import Reach
+    from longattn.patterncache.view import CacheView
     from longattn.patterncache.window import Full, Window
 
 _HOME = {
@@ -44,10 +45,10 @@ _HOME = {
     "Sum": "algebra",
     "Union": "algebra",
     "Window": "window",
-    "get_global_pattern_cache": "cache",
+    "get_global_pattern_cache": "global_cache",
     "parse_pattern": "pattern",
     "pieces": "band",
-    "reset_global_pattern_cache": "cache",
+    "reset_global_pattern_cache": "global_cache",
 }
 
 __all__ = [

@@ -135,6 +135,9 @@ class Listed:
 
     def __post_init__(self) -> None:
         starts = np.ascontiguousarray(self.starts, dtype=np.int64)
+        # A plan is shared: it must not change with an array that somebody else can write to.
+        if starts.flags.writeable and np.may_share_memory(starts, self.starts):
+            starts = starts.copy()
         starts.flags.writeable = False
         object.__setattr__(self, "starts", starts)
 

@@ -1,0 +1,131 @@
+"""Which entries stay: S3-FIFO beside LRU and Belady on seeded traces, and the hit curve beside larger caches."""
+
+import heapq
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longattn.patterncache import PatternCache
+
+
+def zipf_and_scan(seed, keys=2000, length=40_000):
+    """Zipf 0.9 over `keys` keys; every fourth ask, by chance, is for a key that is asked for once."""
+    rng = np.random.default_rng(seed)
+    weight = np.arange(1, keys + 1) ** -0.9
+    trace = rng.choice(keys, length, p=weight / weight.sum())
+    scan = rng.random(length) < 0.25
+    trace[scan] = keys + np.arange(scan.sum())
+    return trace.tolist()
+
+
+def attention_lengths(seed, length=20_000):
+    """Batches of log-normal length in steps of 16, each asked for by four layers of two patterns."""
+    rng = np.random.default_rng(seed)
+    lengths = np.exp(rng.normal(6.5, 0.8, length // 4)).astype(int) // 16 * 16
+    return [(int(n), layer % 2) for n in lengths for layer in range(4)]
+
+
+def decode_lengths(seed, sequences=600):
+    """A prompt, then tens of steps, each one key longer."""
+    rng = np.random.default_rng(seed)
+    prompts = np.exp(rng.normal(4.5, 0.7, sequences)).astype(int)
+    return [int(p + step) for p in prompts for step in range(rng.integers(10, 60))]
+
+
+def belady(trace, size):
+    """Hit rate of whoever knows the future and evicts what is asked for last."""
+    later, seen = [0] * len(trace), {}
+    for i in reversed(range(len(trace))):
+        later[i] = seen.get(trace[i], len(trace))
+        seen[trace[i]] = i
+    kept, farthest, hits = {}, [], 0
+    for i, key in enumerate(trace):
+        hits += key in kept
+        if key not in kept and len(kept) >= size:
+            while kept.get(farthest[0][2]) != -farthest[0][0]:
+                heapq.heappop(farthest)
+            del kept[heapq.heappop(farthest)[2]]
+        kept[key] = later[i]
+        heapq.heappush(farthest, (-later[i], i, key))
+    return hits / len(trace)
+
+
+def played(trace, size, policy):
+    """The cache after the trace."""
+    cache = PatternCache(size, policy)
+    for key in trace:
+        cache.get_or_build(key, int)
+    cache.check_valid()
+    return cache
+
+
+TRACES = {"zipf and scan": zipf_and_scan, "attention lengths": attention_lengths, "decode lengths": decode_lengths}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("size", [20, 100, 400])
+@pytest.mark.parametrize("name", TRACES)
+def test_s3fifo_is_never_below_lru(name, size, seed):
+    """On every committed trace."""
+    trace = TRACES[name](seed)
+    rates = [played(trace, size, policy).get_stats()["hit_rate"] for policy in ("s3fifo", "lru")]
+    assert rates[0] >= rates[1]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "size"), [("zipf and scan", 400), ("attention lengths", 200), ("decode lengths", 200)]
+)
+def test_s3fifo_is_near_belady(name, size, seed):
+    """At least 0.85 of the best, with room for a fifth to a third of what comes again."""
+    trace = TRACES[name](seed)
+    assert played(trace, size, "s3fifo").get_stats()["hit_rate"] >= 0.85 * belady(trace, size)
+
+
+def test_a_scan_does_not_flush_s3fifo():
+    """Ten entries in use survive a thousand that are asked for once."""
+    cache = played([*list(range(10)) * 4, *range(100, 1100), *range(10)], 50, "s3fifo")
+    assert cache.get_stats()["hits"] == 40
+
+
+@given(st.lists(st.integers(0, 15), max_size=200), st.integers(1, 6))
+def test_the_hit_curve_of_lru_is_exact(trace, size):
+    """What it says of size + j is what a cache of that size has."""
+    curve = played(trace, size, "lru").hit_curve()
+    assert curve.exact and len(curve.hits) == size + 1
+    assert list(curve.hits) == [played(trace, size + j, "lru").get_stats()["hits"] for j in range(size + 1)]
+
+
+@given(st.lists(st.integers(0, 15), max_size=200), st.integers(1, 12), st.integers(0, 1))
+def test_the_hit_curve_of_s3fifo_says_that_it_is_an_estimate(trace, size, limited):
+    """Its first point is exact in any case, and it does not fall."""
+    cache = played(trace, size, "s3fifo")
+    curve = cache.hit_curve()
+    assert not curve.exact and curve.hits[0] == cache.get_stats()["hits"] and list(curve.hits) == sorted(curve.hits)
+
+
+def test_a_suggested_size():
+    """A loop of 15 keys needs 15; one that fits needs what it has; none needs less than it has once something was evicted."""
+    assert played(list(range(15)) * 9, 10, "lru").suggest_size() == 15
+    assert played(list(range(15)) * 9, 1000, "s3fifo").suggest_size() == 15
+    assert played(list(range(1000)), 10, "lru").suggest_size() == 10
+    assert PatternCache(0).suggest_size() == 0
+
+
+@pytest.mark.parametrize(("gain", "error"), [(-0.1, ValueError), (2, ValueError), ("1%", TypeError), (True, TypeError)])
+def test_a_bad_gain_is_named(gain, error):
+    """gain is a number from 0 to 1."""
+    with pytest.raises(error, match="gain"):
+        PatternCache().suggest_size(gain)
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 900)), max_size=150), st.integers(0, 6000))
+def test_bytes_are_bounded_and_equal_a_recount(asks, max_bytes):
+    """With either policy, whatever the sizes; `check_valid` recounts."""
+    for policy in ("s3fifo", "lru"):
+        cache = PatternCache(20, policy, max_bytes)
+        for key, size in asks:
+            cache.get_or_build(key, lambda size=size: np.zeros(size, np.uint8))
+            cache.check_valid()
