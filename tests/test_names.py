@@ -18,6 +18,7 @@ SEED_NAMES = {
     "ImprovedDilatedAttention",
     "ImprovedDilatedAttentionV2",
     "ImprovedMultiheadDilatedAttention",
+    "ImprovedMultiheadDilatedAttentionV2",
     "RingDilatedAttentionV2",
     "RingDilatedAttentionV3",
     "RingMultiheadDilatedAttentionV2",
