@@ -169,7 +169,10 @@ def append(row: Row, path: Path) -> None:
 
 
 def is_recorded(labels: Labels, where: Surroundings, path: Path) -> bool:
-    """Whether the file holds a row of this experiment from this commit, processor, torch and number of threads."""
+    """Whether the file holds a row of this experiment from this commit, processor, torch and number of threads.
+
+    Changes that are not committed all look alike: after an edit in a dirty checkout, old rows count as recorded.
+    """
     if not path.exists():
         return False
     wanted = {key: str(value) for key, value in {**asdict(labels), **asdict(where)}.items() if key != "date"}
