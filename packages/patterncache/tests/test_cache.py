@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from longattn.patterncache import Dilated, PatternCache, Rectangle, Span
+from longattn.patterncache import Dilated, Full, Listed, PatternCache, Rectangle, Span
 from longattn.patterncache.freeze import ENTRY_BYTES
 
 KEYS = st.integers(0, 9)
@@ -159,6 +159,16 @@ def test_values_cannot_be_changed():
         with pytest.raises(ValueError, match="WRITEABLE"):
             array.flags.writeable = True
     np.testing.assert_array_equal(arrays[1], [1, 2, 3])
+
+
+def test_arrays_of_a_plan_are_read_only():
+    """Those that it lists, whatever becomes of the array they came from, and those that it keeps once computed."""
+    source = np.arange(4)[:, None]
+    listed = Listed(source, 1, 1)
+    source[:] = 9
+    np.testing.assert_array_equal(listed.starts[:, 0], range(4))
+    branch = Full(causal=True).plan(Rectangle(1, Span(0, 8), Span(0, 8))).branches[0]
+    assert not any(array.flags.writeable for array in (listed.starts, branch.seeing, branch.visible))
 
 
 def test_bytes_of_a_plan_are_its_own():

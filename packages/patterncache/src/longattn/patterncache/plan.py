@@ -125,11 +125,14 @@ class Branch:
 
     @cached_property
     def seeing(self) -> npt.NDArray[np.bool_]:
-        """(q count,) bool: rows that see a key in every tile. True throughout where there is no band, or tiles differ."""
+        """(q count,) bool, read-only: rows that see a key in every tile. All True where there is no band, or tiles differ."""
         if self.band is None or not self.uniform:
-            return np.ones(self.q.count, bool)
-        begin, end = self.key_range()
-        return begin <= end
+            seeing = np.ones(self.q.count, bool)
+        else:
+            begin, end = self.key_range()
+            seeing = begin <= end
+        seeing.flags.writeable = False
+        return seeing
 
     def key_range(self) -> tuple[Rows, Rows]:
         """First and last key row of its tile that each query row of a uniform, banded branch sees; last < first: none."""
