@@ -14,7 +14,8 @@ EXPECTED = {
         Allocator TensorAllocator Block SystemAllocator StatisticsAllocator LimitingAllocator Statistics
         """,
     "patterncache": """
-        Full Window Dilated BlockSparse BlockLayout Restrict Union Intersection Sum Pattern parse_pattern
+        Full Window Dilated Strided HierarchicalBlocks Documents BlockSparse BlockLayout
+        Restrict Union Intersection Sum Pattern parse_pattern
         Span Rectangle Affine Listed
         Plan Branch Band pieces
         Lint Gap Reach

@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from longattn.patterncache.block_sparse import BlockSparse
     from longattn.patterncache.cache import PatternCache
     from longattn.patterncache.dilated import Dilated
+    from longattn.patterncache.documents import Documents
     from longattn.patterncache.global_cache import get_global_pattern_cache, reset_global_pattern_cache
+    from longattn.patterncache.hierarchical import HierarchicalBlocks
     from longattn.patterncache.index import Affine, Listed, Rectangle, Span
     from longattn.patterncache.lint import Gap, Lint
     from longattn.patterncache.pattern import Pattern, parse_pattern
     from longattn.patterncache.plan import Band, Branch, Plan
     from longattn.patterncache.reach import Reach
+    from longattn.patterncache.strided import Strided
     from longattn.patterncache.view import CacheView
     from longattn.patterncache.window import Full, Window
 
@@ -30,8 +33,10 @@ _HOME = {
     "Branch": "plan",
     "CacheView": "view",
     "Dilated": "dilated",
+    "Documents": "documents",
     "Full": "window",
     "Gap": "lint",
+    "HierarchicalBlocks": "hierarchical",
     "Intersection": "algebra",
     "Lint": "lint",
     "Listed": "index",
@@ -42,6 +47,7 @@ _HOME = {
     "Rectangle": "index",
     "Restrict": "algebra",
     "Span": "index",
+    "Strided": "strided",
     "Sum": "algebra",
     "Union": "algebra",
     "Window": "window",
@@ -59,8 +65,10 @@ __all__ = [
     "Branch",
     "CacheView",
     "Dilated",
+    "Documents",
     "Full",
     "Gap",
+    "HierarchicalBlocks",
     "Intersection",
     "Lint",
     "Listed",
@@ -71,6 +79,7 @@ __all__ = [
     "Rectangle",
     "Restrict",
     "Span",
+    "Strided",
     "Sum",
     "Union",
     "Window",

@@ -10,9 +10,13 @@ from longattn.patterncache.band import pieces, strips
 from longattn.patterncache.block_layout import LAYOUTS, BlockLayout
 from longattn.patterncache.block_sparse import BlockSparse
 from longattn.patterncache.dilated import HEADS, QUERIES, Dilated
+from longattn.patterncache.documents import Documents
+from longattn.patterncache.hierarchical import HierarchicalBlocks
 from longattn.patterncache.index import Rectangle, Span
 from longattn.patterncache.pattern import Pattern, parse_pattern
 from longattn.patterncache.plan import Plan, add_branch_counts
+from longattn.patterncache.strided import HEADS as STRIDED_HEADS
+from longattn.patterncache.strided import Strided
 from longattn.patterncache.window import Full, Window
 
 COVERED = 256
@@ -63,6 +67,24 @@ def block_layout() -> st.SearchStrategy[BlockLayout]:
     return st.builds(BlockLayout, st.sampled_from(LAYOUTS), st.integers(1, 20), ratio, few, few, few, st.booleans())
 
 
+def strided() -> st.SearchStrategy[Strided]:
+    """Any strided + local pattern."""
+    local = st.one_of(st.none(), st.integers(1, 20))
+    return st.builds(Strided, st.integers(1, 12), local, st.sampled_from(STRIDED_HEADS), st.booleans())
+
+
+def hierarchical_blocks() -> st.SearchStrategy[HierarchicalBlocks]:
+    """Any tree of small blocks."""
+    return st.builds(HierarchicalBlocks, st.integers(1, 9), st.integers(1, 4), st.integers(2, 4), st.booleans())
+
+
+@st.composite
+def documents(draw: st.DrawFn, inner: st.SearchStrategy[Pattern]) -> Documents:
+    """Documents up to at least `COVERED` positions, empty ones included, with a pattern in each."""
+    lengths = draw(st.lists(st.integers(0, 60), min_size=1, max_size=8))
+    return Documents([0, *np.cumsum([*lengths, COVERED]).tolist()], draw(inner))
+
+
 def patterns(depth: int = 1) -> st.SearchStrategy[Pattern]:
     """Any pattern of this package. "split" needs a head per branch, so those have one branch only."""
     single = st.one_of(
@@ -73,12 +95,14 @@ def patterns(depth: int = 1) -> st.SearchStrategy[Pattern]:
         dilated(most_branches=1, heads="split"),
         block_sparse(),
         block_layout(),
+        strided(),
+        hierarchical_blocks(),
     )
     if depth == 0:
         return single
     pair = st.tuples(patterns(depth - 1), patterns(depth - 1))
     combined = st.one_of(*[st.builds(how, pair) for how in (Union, Intersection, Sum)])
-    return st.one_of(single, pair.map(lambda parts: Restrict(*parts)), combined)
+    return st.one_of(single, documents(patterns(depth - 1)), pair.map(lambda parts: Restrict(*parts)), combined)
 
 
 def check_plan(plan: Plan, pattern: Pattern) -> None:

@@ -1,0 +1,95 @@
+"""Strided + local, hierarchical blocks, and documents."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from longattn.patterncache import Dilated, Documents, Full, HierarchicalBlocks, Rectangle, Span, Strided, Window
+from longattn.patterncache.testing import check_pattern, documents, hierarchical_blocks, patterns, rectangles, strided
+
+
+def square(length, num_heads=2):
+    return Rectangle(num_heads, Span(0, length), Span(0, length))
+
+
+@given(st.one_of(strided(), hierarchical_blocks(), documents(patterns(1))), rectangles())
+@example(Strided(3, 2), Rectangle(1, Span(1, 9, 3), (Span(0, 6), Span(20, 7, 2))))
+@example(Strided(4, heads="split", causal=False), square(13, 3))
+@example(HierarchicalBlocks(2, 3, 2, causal=True), square(19))
+@example(Documents([0, 3, 3, 10, 256], Window(2, sinks=1)), Rectangle(1, (Span(1, 5, 2), Span(4, 9)), Span(0, 12)))
+def test_they_keep_every_promise_of_a_pattern(pattern, rectangle):
+    """Plans count what the rule counts, canonical strings read back, causal hides the future, parts add up."""
+    check_pattern(pattern, rectangle)
+
+
+def test_strided_is_the_papers_set():
+    """Child et al., section 4.2: A1 = {max(0, i - l), ..., i} and A2 = {j: (i - j) mod l = 0}, merged."""
+    counts, stride = Strided(4).counts(square(23))[0], 4
+    for i in range(23):
+        first = set(range(max(0, i - stride), i + 1))
+        second = {j for j in range(i + 1) if (i - j) % stride == 0}
+        assert set(np.flatnonzero(counts[i]).tolist()) == first | second
+
+
+def test_strided_by_hand_and_by_head():
+    """Query 5 with stride 3 and local 2: head 0 is local, head 1 strided."""
+    counts = Strided(3, 2, heads="split").counts(square(7))
+    assert counts[:, 5].tolist() == [[0, 0, 0, 0, 1, 1, 0], [0, 0, 1, 0, 0, 1, 0]]
+
+
+def test_hierarchical_blocks_by_hand():
+    """Blocks of 2, of 4 and of 8: query 5 sees its block 4-5, the end 7 beside it, and the end 3 of the other half."""
+    counts = HierarchicalBlocks(2, levels=3, fanout=2).counts(square(16))[0]
+    assert np.flatnonzero(counts[5]).tolist() == [3, 4, 5, 7]
+    assert np.flatnonzero(HierarchicalBlocks(2, 3, 2, causal=True).counts(square(16))[0, 5]).tolist() == [3, 4, 5]
+
+
+def test_three_layers_of_a_tree_reach_everything():
+    """Up to the last token of one's own part, across, and down again: as many layers as that takes, no island left."""
+    found = HierarchicalBlocks(4, levels=3, fanout=4).lint(64, 1)
+    assert found.islands == 1 and found.layers is not None and found.most_keys <= 4 + 2 * 4
+
+
+def test_documents_are_the_pattern_on_each_alone():
+    """Dilated segments restart with every document."""
+    pattern, borders = Dilated((4, 8), (1, 2), causal=True), [0, 5, 5, 18, 20]
+    counts = Documents(np.array(borders), pattern).counts(square(20))
+    expected = np.zeros_like(counts)
+    for begin, end in pairwise(borders):
+        expected[:, begin:end, begin:end] = pattern.counts(square(end - begin))
+    np.testing.assert_array_equal(counts, expected)
+    assert Documents(borders).lint(20).islands == 3
+
+
+def test_a_long_plan_holds_strides_only():
+    """A million tokens: no index data, and few branches."""
+    for pattern, most in ((Strided(1024), 3), (HierarchicalBlocks(128, 4, 8, causal=True), 23)):
+        plan = pattern.plan(square(1 << 20))
+        assert plan.nbytes == 0 and len(plan.branches) <= most
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "words"),
+    [
+        (lambda: Strided(0), ValueError, "stride must be an integer >= 1, got 0"),
+        (lambda: Strided(2, local=0), ValueError, "local"),
+        (lambda: Strided(2, heads="both"), ValueError, "heads must be one of"),
+        (lambda: HierarchicalBlocks(4, fanout=1), ValueError, "fanout must be an integer >= 2"),
+        (lambda: HierarchicalBlocks(4, levels=1.0), TypeError, "levels"),
+        (lambda: HierarchicalBlocks(4, levels=64, fanout=2), ValueError, "levels must keep the outermost block"),
+        (lambda: Documents([0]), ValueError, "cu_seqlens must begin with 0, .*at least two"),
+        (lambda: Documents([1, 4]), ValueError, "cu_seqlens must begin with 0"),
+        (lambda: Documents([0, 4, 3]), ValueError, "never fall"),
+        (lambda: Documents([0, 4.0]), TypeError, r"cu_seqlens\[1\]"),
+        (lambda: Documents(4), TypeError, "cu_seqlens must be a sequence"),
+        (lambda: Documents([0, 4], "full"), TypeError, "pattern must be a Pattern"),
+        (lambda: Documents([0, 4], Full()).plan(square(5)), ValueError, r"queries must lie below cu_seqlens\[-1\] = 4"),
+    ],
+)
+def test_a_bad_value_is_named(build, error, words):
+    """The message names the parameter, what was expected and what came."""
+    with pytest.raises(error, match=words):
+        build()
