@@ -91,13 +91,21 @@ class PatternCache:
         """
         entry = self._entries.get(key)
         if entry is None or FREE_THREADED:
-            return self.ask(key, build)[0]
+            return self._ask_locked(key, build)[0]
         self._clock = entry.used = self._clock + 1
         entry.hits += 1
         return entry.value
 
     def ask(self, key: Hashable, build: Callable[[], T]) -> tuple[T, bool]:
         """As `get_or_build`, and whether it was there. Waiting for another thread's build is a miss."""
+        entry = self._entries.get(key)
+        if entry is None or FREE_THREADED:
+            return self._ask_locked(key, build)
+        self._clock = entry.used = self._clock + 1
+        entry.hits += 1
+        return entry.value, True
+
+    def _ask_locked(self, key: Hashable, build: Callable[[], T]) -> tuple[T, bool]:
         missed = False
         while True:
             with self._lock:
