@@ -15,7 +15,7 @@ EXPECTED = {
         """,
     "patterncache": """
         Full Window Dilated Strided HierarchicalBlocks Documents BlockSparse BlockLayout
-        Restrict Union Intersection Sum Pattern parse_pattern
+        Restrict Union Intersection Sum Pattern parse_pattern from_mask_mod from_block_mask
         Span Rectangle Affine Listed
         Plan Branch Band pieces
         Lint Gap Reach

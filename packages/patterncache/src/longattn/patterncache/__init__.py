@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from longattn.patterncache.cache import PatternCache
     from longattn.patterncache.dilated import Dilated
     from longattn.patterncache.documents import Documents
+    from longattn.patterncache.foreign import from_block_mask, from_mask_mod
     from longattn.patterncache.global_cache import get_global_pattern_cache, reset_global_pattern_cache
     from longattn.patterncache.hierarchical import HierarchicalBlocks
     from longattn.patterncache.index import Affine, Listed, Rectangle, Span
@@ -51,6 +52,8 @@ _HOME = {
     "Sum": "algebra",
     "Union": "algebra",
     "Window": "window",
+    "from_block_mask": "foreign",
+    "from_mask_mod": "foreign",
     "get_global_pattern_cache": "global_cache",
     "parse_pattern": "pattern",
     "pieces": "band",
@@ -83,6 +86,8 @@ __all__ = [
     "Sum",
     "Union",
     "Window",
+    "from_block_mask",
+    "from_mask_mod",
     "get_global_pattern_cache",
     "parse_pattern",
     "pieces",

@@ -1,0 +1,75 @@
+"""Masks of other libraries become patterns that show exactly the same, or are refused."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longattn.patterncache import Rectangle, Span, from_block_mask, from_mask_mod
+from longattn.patterncache.testing import check_pattern
+
+
+@given(st.integers(1, 70), st.integers(1, 3), st.sampled_from([1, 2, 8, 16]), st.integers(0, 20), st.booleans())
+def test_a_mask_mod_is_imported_exactly(length, heads, block, window, causal):
+    """Whatever it shows, in any blocks, differing by head, causal or not."""
+
+    def mask_mod(b, h, q, k):
+        near = (abs(q // block - k // block) * block <= window + h) & (b == 0)
+        return near & (q >= k) if causal else near
+
+    h, q, k = (np.arange(n).reshape(shape) for n, shape in ((heads, (-1, 1, 1)), (length, (-1, 1)), (length, -1)))
+    rectangle = Rectangle(heads, Span(0, length), Span(0, length))
+    pattern = from_mask_mod(mask_mod, length, heads)
+    np.testing.assert_array_equal(pattern.counts(rectangle), mask_mod(0, h, q, k))
+    check_pattern(pattern, rectangle)
+
+
+def test_blocks_are_as_large_as_they_can_be():
+    """A causal mask is one triangle; a document mask of 64s is blocks of 64; a window is single cells."""
+    assert from_mask_mod(lambda b, h, q, k: q >= k, 100).block_size == 128
+    found = from_mask_mod(lambda b, h, q, k: (q // 64 == k // 64) & (q >= k), 256)
+    assert (found.block_size, found.causal, found.mask.tolist()) == (64, True, np.eye(4, dtype=bool).tolist())
+    assert from_mask_mod(lambda b, h, q, k: abs(q - k) < 3, 100).block_size == 1
+
+
+@pytest.mark.parametrize("heads", [None, 2])
+@pytest.mark.parametrize("length", [96, 50])
+def test_a_flex_block_mask_is_imported_exactly(heads, length):
+    """Full blocks, partial blocks through the mask_mod, and a short last block."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+
+    def mask_mod(b, h, q, k):
+        return ((q - k).abs() < 37 + h) & (q >= k) | (k < 16)
+
+    mask = flex.create_block_mask(mask_mod, None, heads, length, length, device="cpu", BLOCK_SIZE=16)
+    pattern = from_block_mask(mask)
+    h, q, k = (np.arange(n).reshape(s) for n, s in ((heads or 1, (-1, 1, 1)), (length, (-1, 1)), (length, -1)))
+    expected = (abs(q - k) < 37 + h) & (q >= k) | (k < 16)
+    np.testing.assert_array_equal(pattern.counts(Rectangle(heads or 1, Span(0, length), Span(0, length))), expected)
+
+
+def test_a_block_that_the_lists_leave_out_is_hidden():
+    """The lists of a BlockMask decide, not its mask_mod alone."""
+    torch = pytest.importorskip("torch")
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    number, indices = torch.tensor([[[1, 1]]], dtype=torch.int32), torch.tensor([[[[0, 1], [1, 0]]]], dtype=torch.int32)
+    mask = flex.BlockMask.from_kv_blocks(number, indices, BLOCK_SIZE=4)
+    assert from_block_mask(mask).mask.tolist() == [[True, False], [False, True]]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: from_mask_mod(3, 8), TypeError, "mask_mod must be callable"),
+        (lambda: from_mask_mod(lambda b, h, q, k: q - k, 8), TypeError, "mask_mod must return booleans, got int64"),
+        (lambda: from_mask_mod(lambda b, h, q, k: np.ones(3, bool), 8), ValueError, "broadcasts"),
+        (lambda: from_mask_mod(lambda b, h, q, k: q >= k + b, 8, batch=2), ValueError, "another mask for entry 1"),
+        (lambda: from_mask_mod(lambda b, h, q, k: q >= k, 1 << 15), ValueError, "at most 268435456"),
+        (lambda: from_mask_mod(lambda b, h, q, k: q >= k, 0), ValueError, "N must be an integer >= 1"),
+        (lambda: from_block_mask(np.ones(3)), TypeError, "must be a FlexAttention BlockMask, got ndarray"),
+    ],
+)
+def test_a_bad_value_is_named(call, error, words):
+    """The message names the parameter, what was expected and what came."""
+    with pytest.raises(error, match=words):
+        call()
