@@ -14,7 +14,7 @@ from longattn.patterncache.index import Rows, Span, check_int
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.plan import Plan
 from longattn.patterncache.reach import count_islands, layers_needed
-from longattn.patterncache.walks import Walk, square, stretches
+from longattn.patterncache.walks import nodes_of, square, stretches
 
 _MOST_NODES = 1 << 14
 """Tokens of a stretch that `lint` follows one by one; `reach` is more patient."""
@@ -126,10 +126,8 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
     if dtype not in _BYTES:
         raise ValueError(f"dtype must be one of {tuple(_BYTES)}, got {dtype!r}")
     parts = stretches(pattern, length, num_heads)
-    walks = [Walk(part.plan, pattern.causal) for part in parts]
-    known = all(len(walk.nodes.token) <= _MOST_NODES for walk in walks)
     apart = sum(part.times * count_islands(part) for part in parts)
-    known = known or apart > 1
+    known = apart > 1 or all(len(nodes_of(part.plan, pattern.causal).token) <= _MOST_NODES for part in parts)
     starved, blind, at = _Tally(), _Tally(), 0
     fewest, most, pairs = [], [], 0
     for part in parts:

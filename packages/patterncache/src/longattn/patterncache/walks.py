@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +139,8 @@ def nodes_of(plan: Plan, causal: bool) -> Nodes:
         return Nodes(every, every, np.ones_like(every), np.ones_like(every))
     kind = np.zeros(length, np.int64)
     for branch in plan.branches:
-        for index in (branch.q, branch.k):
+        # Queries and keys of the same tiles tell tokens apart once.
+        for index in (branch.q,) if branch.q == branch.k else (branch.q, branch.k):
             rows, tile = index.rows(), np.zeros(length, np.int64)
             tile[rows] = np.arange(1, index.tiles + 1)[:, None]
             kind = np.unique(kind * (index.tiles + 1) + tile, return_inverse=True)[1].reshape(-1)
@@ -159,7 +161,12 @@ class Walk:
     def __init__(self, plan: Plan, causal: bool) -> None:
         self.nodes = nodes_of(plan, causal)
         self._causal = causal
-        self._hops = [_Hop(branch, self.nodes) for branch in plan.branches]
+        self._plan = plan
+
+    @cached_property
+    def _hops(self) -> list[_Hop]:
+        # Late: a walk that is too long to follow is only asked for its nodes.
+        return [_Hop(branch, self.nodes) for branch in self._plan.branches]
 
     def columns(self) -> Iterator[Span]:
         """Blocks of columns, 64 nodes to a word, few enough to stand at once."""
