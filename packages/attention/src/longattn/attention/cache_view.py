@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 from longattn.kernels.tiles import keep_tensors, kept_tensors
-from longattn.patterncache import Plan, get_global_pattern_cache
+from longattn.patterncache import CacheView, Plan
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Profile:
 
 
 class PatternCacheView:
-    """The global pattern cache, with hits and misses of its own. A reset of the global cache leaves it working and counting.
+    """A `CacheView` of the global pattern cache that can keep index tensors with the plans, and profile each key.
 
     Args:
         profile: keep count, bytes and time per key.
@@ -43,11 +43,9 @@ class PatternCacheView:
     """
 
     def __init__(self, *, profile: bool = False, resident: bool = False) -> None:
-        self._upstream = get_global_pattern_cache()
+        self._upstream = CacheView()
         self._profile = Profile() if profile else None
         self.resident = resident
-        self._hits = self._misses = 0
-        self._lock = threading.Lock()
 
     @property
     def _cache(self) -> Mapping[Hashable, Any]:
@@ -59,17 +57,13 @@ class PatternCacheView:
 
     def get_or_build(self, key: Hashable, build: Callable[[], T]) -> T:
         """The value of `key` from the global cache, built where it is missing."""
-        built: list[bool] = []
         started = time.perf_counter() if self._profile is not None else 0.0
-        value = self._upstream.get_or_build(key, lambda: (built.append(True), build())[1])
-        with self._lock:
-            self._hits += not built
-            self._misses += bool(built)
+        value, hit = self._upstream.ask(key, build)
         if isinstance(value, Plan):
             if self.resident:
                 keep_tensors(value)
             if self._profile is not None:
-                self._profile.note(str(key), value.nbytes if built else 0, time.perf_counter() - started)
+                self._profile.note(str(key), 0 if hit else value.nbytes, time.perf_counter() - started)
         return value
 
     def get_stats(self) -> dict[str, Any]:
@@ -78,9 +72,7 @@ class PatternCacheView:
         With `resident` also `resident_bytes`: index tensors kept with plans in the cache. With profiling also `profile`:
         {key: {count, bytes, time}}, asked for so often, bytes of index built, seconds in the cache.
         """
-        asked = self._hits + self._misses
-        own = {"hits": self._hits, "misses": self._misses, "hit_rate": self._hits / asked if asked else 0.0}
-        stats = self._upstream.get_stats() | own
+        stats = self._upstream.get_stats()
         if self.resident:
             plans = [value for value in list(self._cache.values()) if isinstance(value, Plan)]
             kept = [list((kept_tensors(plan) or {}).values()) for plan in plans]

@@ -41,10 +41,14 @@ class CacheView:
 
     def get_or_build(self, key: Hashable, build: Callable[[], T]) -> T:
         """The value of `key` from the cache, built where it is missing. Whatever `build` raises, this raises, and counts as a miss."""
+        return self.ask(key, build)[0]
+
+    def ask(self, key: Hashable, build: Callable[[], T]) -> tuple[T, bool]:
+        """`get_or_build`, and whether it was a hit."""
         hit = False
         try:
             value, hit = self._upstream.ask(key, build)
-            return value
+            return value, hit
         finally:
             # Plain additions, uninterrupted as in the cache; without a GIL they need a lock.
             if FREE_THREADED:
