@@ -152,7 +152,10 @@ def run(
         # The op reads a prior without a gradient; `merge` has one.
         merged = merge(prior, run(q, k, v, bias, None, asked._replace(out_dtype=prior.out.dtype)))
         return AttentionState(merged.finalize(asked.out_dtype), merged.lse)
-    if transformed:
+    # torch.compile traces a Function under grad, but not under vmap alone; there the op has a rule of its own.
+    if transformed and not (
+        torch.compiler.is_compiling() and any(map(torch._C._functorch.is_batchedtensor, (q, k, v)))
+    ):
         # torch.compile refuses one tensor in two places of an autograd.Function.
         k = k.view_as(k) if k is q else k
         v = v.view_as(v) if v is q or v is k else v

@@ -134,6 +134,7 @@ def _four_axes(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
 
 
+# Inside the ops autocast is off: a row's float32 products must stay float32. `entry.autocast` has cast q, k and v before.
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -146,7 +147,8 @@ def _attend(
     prior = None if prior_out is None or prior_lse is None else (prior_out, prior_lse)
     shared = Asked(*asked)
     row, call = _prepare(q, k, v, bias, prior, shared, find_environment(shared.env))
-    return row.forward(call)
+    with torch._C._DisableAutocast():
+        return row.forward(call)
 
 
 def _attend_backward(
@@ -162,7 +164,8 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shared = Asked(*asked)
     row, call = _prepare(q, k, v, bias, None, shared, find_environment(shared.env, may_be_gone=True))
-    dq, dk, dv, dbias = row.backward(call, grad_out, grad_lse, out, lse, shared.bias_grad)
+    with torch._C._DisableAutocast():
+        dq, dk, dv, dbias = row.backward(call, grad_out, grad_lse, out, lse, shared.bias_grad)
     return dq, dk, dv, q.new_empty(0) if dbias is None or bias is None else dbias.reshape(bias.shape)
 
 

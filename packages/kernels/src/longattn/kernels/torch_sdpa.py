@@ -33,7 +33,7 @@ _CELLS = 1 << 18
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
     out, lse = new_state(call, triangles=True)
-    for tile in walk(call, triangles=True, cells=_CELLS):
+    for tile in walk(call, triangles=True, cells=_CELLS, at_once=_at_once()):
         tile_out, tile_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *map(_dense, (tile.queries(call.q), tile.keys(call.k), tile.keys(call.v))),
             is_causal=tile.causal,
@@ -58,9 +58,7 @@ def backward(
     # A finite pivot for rows that saw nothing: their scores are all -inf, so P stays 0.
     lse = lse.masked_fill(lse == -torch.inf, 0)
     others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
-    # torch's backward spreads over heads and tiles alone.
-    threads = torch.get_num_threads()
-    for tile in walk(call, triangles=True, cells=_CELLS, others=others, at_once=2 * threads):
+    for tile in walk(call, triangles=True, cells=_CELLS, others=others, at_once=_at_once()):
         parts = (tile.queries(grad_out), tile.queries(call.q), tile.keys(call.k), tile.keys(call.v), tile.queries(out))
         if grad_lse is not None:
             parts = _with_lse_column(*parts, tile.queries(grad_lse))
@@ -77,6 +75,11 @@ def backward(
         tile.add_keys(dv, grads[2][..., :d])
         del grads  # before the next call makes its own: one set at a time in memory
     return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), None
+
+
+def _at_once() -> int:
+    """Heads x tiles of a call: torch's backward spreads over these alone, and four a thread keep the last one from waiting long."""
+    return 4 * torch.get_num_threads()
 
 
 def _dense(x: Tensor) -> Tensor:

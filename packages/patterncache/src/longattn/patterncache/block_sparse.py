@@ -7,7 +7,6 @@ from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,28 @@ _GATHERED_CELLS = 1 << 18
 """Mask cells of small tiles that are looked up in one go."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Bits:
+    """A mask, beside what torch.compile reads when it traces `canonical` or `with_causal`: it can read text, but no such array.
+
+    Attributes:
+        mask: bool. An array over bytes can never be made writable again, which one that owns its memory can.
+        shape: its shape.
+        packed: its bits packed, deflated and in base64.
+    """
+
+    mask: Mask
+    shape: tuple[int, ...]
+    packed: str
+
+    @classmethod
+    def of(cls, mask: Mask) -> _Bits:
+        """A copy of a mask."""
+        packed = zlib.compress(np.packbits(mask.reshape(-1)).tobytes(), 1)
+        own = np.frombuffer(mask.tobytes(), bool).reshape(mask.shape)
+        return cls(own, own.shape, b64encode(packed).decode("ascii"))
+
+
 @dataclass(frozen=True, init=False, eq=False, repr=False)
 class BlockSparse(Pattern, name="block_sparse"):
     """Query block a sees key block b iff mask[a, b]; position i is in block i // block_size. The last block may be short.
@@ -42,15 +63,18 @@ class BlockSparse(Pattern, name="block_sparse"):
     """
 
     block_size: int
-    mask: Mask
     causal: bool
+    _bits: _Bits
 
     def __init__(self, block_size: int, mask: npt.ArrayLike, causal: bool = False) -> None:
         object.__setattr__(self, "block_size", check_int("block_size", block_size, minimum=1))
-        own = _check_mask(mask)
-        # An array over bytes can never be made writable again, which one that owns its memory can.
-        object.__setattr__(self, "mask", np.frombuffer(own.tobytes(), bool).reshape(own.shape))
+        object.__setattr__(self, "_bits", _Bits.of(_check_mask(mask)))
         object.__setattr__(self, "causal", check_causal(causal))
+
+    @property
+    def mask(self) -> Mask:
+        """(q_blocks, k_blocks) or (heads, q_blocks, k_blocks), read-only."""
+        return self._bits.mask
 
     @property
     def binary(self) -> bool:
@@ -126,20 +150,14 @@ class BlockSparse(Pattern, name="block_sparse"):
     def with_causal(self, causal: bool) -> BlockSparse:
         """The same with `causal` replaced; the mask and its packed text are shared."""
         twin: BlockSparse = object.__new__(BlockSparse)
-        shared = {"block_size": self.block_size, "mask": self.mask, "_packed": self._packed}
-        for name, value in (*shared.items(), ("causal", check_causal(causal))):
+        for name, value in (("block_size", self.block_size), ("_bits", self._bits), ("causal", check_causal(causal))):
             object.__setattr__(twin, name, value)
         return twin
 
     def to_spec(self) -> dict[str, Any]:
         """block_size, causal, and the mask: its shape, and its bits packed, deflated and in base64."""
-        shape = list(self.mask.shape)
-        return {"block_size": self.block_size, "causal": self.causal, "shape": shape, "mask": self._packed}
-
-    @cached_property
-    def _packed(self) -> str:
-        bits = np.packbits(self.mask.reshape(-1)).tobytes()
-        return b64encode(zlib.compress(bits, 1)).decode("ascii")
+        bits = self._bits
+        return {"block_size": self.block_size, "causal": self.causal, "shape": list(bits.shape), "mask": bits.packed}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> BlockSparse:
@@ -166,7 +184,7 @@ class BlockSparse(Pattern, name="block_sparse"):
         return same and (self.mask is other.mask or np.array_equal(self.mask, other.mask))
 
     def __hash__(self) -> int:
-        return hash((self.block_size, self.causal, self.mask.shape, self._packed))
+        return hash((self.block_size, self.causal, self._bits.shape, self._bits.packed))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BlockSparse.from_spec, (self.to_spec(),)

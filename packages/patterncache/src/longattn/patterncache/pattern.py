@@ -176,9 +176,9 @@ def spec_text(value: object) -> str:
         return "[" + ",".join([spec_text(entry) for entry in value]) + "]"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str) and value.isidentifier():
+    if isinstance(value, str) and value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
         return f'"{value}"'
-    return str(value) if isinstance(value, int) else json.dumps(value)
+    return str(value) if isinstance(value, (int, float)) else json.dumps(value)
 
 
 _KEPT_TEXT = 4096
