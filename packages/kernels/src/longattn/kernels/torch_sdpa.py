@@ -33,7 +33,7 @@ _CELLS = 1 << 18
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
     out, lse = new_state(call, triangles=True)
-    for tile in walk(call, triangles=True, cells=_CELLS, at_once=_at_once()):
+    for tile in walk(call, triangles=True, cells=_CELLS):
         tile_out, tile_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *map(_dense, (tile.queries(call.q), tile.keys(call.k), tile.keys(call.v))),
             is_causal=tile.causal,
