@@ -14,7 +14,7 @@ import longattn.kernels
 from longattn.kernels import Capability, attend, backends, dispatch, explain
 from longattn.kernels.capability import FLOATS
 from longattn.kernels.dispatch import row
-from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Window
+from longattn.patterncache import BlockLayout, BlockSparse, Dilated, Full, Pattern, Restrict, Window
 
 LONGNET = Dilated((2048, 4096, 8192), (1, 2, 4), causal=True)
 LISTED = Restrict(Window(4), Dilated((4,), (2,)))
@@ -61,6 +61,7 @@ class NoTensors(TorchDispatchMode):
         LONGNET | Window(9),
         LONGNET + LISTED,
         LONGNET & Dilated((4, 8), (1, 2)),
+        Restrict(LONGNET, BlockLayout("bigbird")),
     ],
     ids=str,
 )

@@ -3,14 +3,16 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.kernels import AttentionState, attend, backends
+from longattn.kernels.dispatch import row
 from longattn.kernels.testing import Case
-from longattn.patterncache import Dilated, Full, Pattern, Restrict, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Window
 
 LONGNET = Dilated((4, 8), (1, 2), causal=True)
 ROWS = pytest.mark.parametrize("name", backends())
@@ -18,6 +20,13 @@ CASES = [
     Case(LONGNET, (9, 12), batch=2, kv_heads=1, group=2, head_dim=4),
     Case(Restrict(Window(5), Dilated((4,), (2,))), (9, 9), batch=1, mask="bhqk", padding=True, head_dim=4),
     Case(Full(), (5, 3), batch=1, layouts=("heads_first",) * 5, head_dim=4),
+]
+VARIANTS = [
+    Case(LONGNET, (9, 9), batch=1, group=2, head_dim=4, mask="+hqk"),
+    Case(LONGNET, (9, 9), batch=2, head_dim=4, mask="+k", padding=True, dtype=torch.bfloat16),
+    Case(Window(4), (9, 9), batch=2, head_dim=4, dropout_p=0.4),
+    Case(BlockSparse(4, np.eye(3, dtype=bool)), (9, 9), batch=1, head_dim=4, mask="bk", dropout_p=0.2),
+    Case(LONGNET, (9, 9), batch=1, head_dim=4, prior=True),
 ]
 
 
@@ -46,15 +55,20 @@ class Recorder(TorchDispatchMode):
 def record(case: Case, name: str | None, backward: bool = True) -> Recorder:
     data = case.tensors()
     q, k, v = (x.detach().requires_grad_(backward) for x in (data.q, data.k, data.v))
+    mask = data.mask
+    if backward and mask is not None and mask.is_floating_point() and (name is None or row(name).capability.bias_grad):
+        mask.requires_grad_()
     with Recorder() as seen:
         state = attend(
             q,
             k,
             v,
             case.pattern,
-            attention_mask=data.mask,
+            attention_mask=mask,
             key_padding_mask=data.padding,
             prior=data.prior,
+            dropout_p=case.dropout_p,
+            seed=case.seed,
             backend=name,
         )
         if backward:
@@ -63,16 +77,24 @@ def record(case: Case, name: str | None, backward: bool = True) -> Recorder:
 
 
 @ROWS
-@pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.pattern))
+@pytest.mark.parametrize(
+    "case", [*CASES, *VARIANTS], ids=lambda case: f"{case.pattern} {case.mask} {case.dropout_p} {case.prior}"
+)
 def test_opcheck(name: str, case: Case):
-    """Schema, fakes and autograd registration of both ops hold on real calls."""
+    """Schema, fakes and autograd registration of both ops hold on real calls: masks, bias, dropout, padding, a prior."""
+    if case.dropout_p and not row(name).capability.dropout:
+        pytest.skip("dropout is not supported")
     calls = record(case, name).calls
+    if case.prior:
+        calls += record(case, name, backward=False).calls
+        assert calls[-1][1][4] is not None, "no prior reached the op"
     assert {str(func) for func, _ in calls} == {"longattn.attend.default", "longattn.attend_backward.default"}
     for func, args in calls:
-        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip([argument.name for argument in func._schema.arguments], args, strict=False))
+        # The raw op has no gradient through a prior.
+        graded = () if given.get("prior_out") is not None else ("q", "k", "v")
         fresh = [
-            x.detach().requires_grad_(name in ("q", "k", "v")) if isinstance(x, torch.Tensor) else x
-            for name, x in zip(names, args, strict=False)
+            x.detach().requires_grad_(name in graded) if isinstance(x, torch.Tensor) else x for name, x in given.items()
         ]
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(func, tuple(fresh), test_utils=tests)

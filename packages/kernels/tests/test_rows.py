@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from longattn.kernels import backends
 from longattn.kernels.dispatch import row
-from longattn.kernels.testing import LAYOUTS, MASKS, Case, cases, check_backend
+from longattn.kernels.testing import LAYOUTS, MASKS, Case, cases, check_backend, run_case
 from longattn.patterncache import Dilated, Full, Pattern, Restrict, Span, Window
 
 LONGNET = Dilated((8, 16), (1, 2), causal=True)
@@ -37,7 +37,7 @@ def test_any_head_dim(name: str, dtype: torch.dtype, head_dim: int):
 
 
 @pytest.mark.parametrize(("name", "dtype"), ON_CPU)
-@pytest.mark.parametrize("feature", ["listed", "attention_mask", "key_padding", "gqa"])
+@pytest.mark.parametrize("feature", ["listed", "attention_mask", "key_padding", "gqa", "bias", "dropout"])
 def test_declared_features(name: str, dtype: torch.dtype, feature: str):
     case = Case(LONGNET, (19, 23), dtype=dtype, prior=True)
     case = {
@@ -45,10 +45,12 @@ def test_declared_features(name: str, dtype: torch.dtype, feature: str):
         "attention_mask": replace(case, mask="bhqk"),
         "key_padding": replace(case, padding=True),
         "gqa": replace(case, group=3),
+        "bias": replace(case, mask="+bhqk"),
+        "dropout": replace(case, dropout_p=0.3),
     }[feature]
     if not getattr(row(name).capability, feature):
         with pytest.raises(ValueError, match="is not supported|are not supported|only strided rows"):
-            check_backend(name, case)
+            run_case(case, case.tensors(), backend=name)
         return
     check_backend(name, case)
 

@@ -38,7 +38,7 @@ def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, A
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-@pytest.mark.parametrize("name", ["sdpa", "gather", "tiled"])
+@pytest.mark.parametrize("name", ["sdpa", "gather"])
 @pytest.mark.parametrize("mapped", [(0, 0, 0), (0, None, None), (None, 0, 0)], ids=["all", "queries", "keys"])
 def test_vmap_is_a_loop(kind: str, name: str, mapped: tuple[int | None, ...]):
     """Values, and per-sample gradients, whatever else is mapped. A row that cannot says so both ways."""

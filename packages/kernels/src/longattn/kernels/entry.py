@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
 
 from longattn.kernels import op
@@ -153,9 +154,7 @@ def run(
         merged = merge(prior, run(q, k, v, bias, None, asked._replace(out_dtype=prior.out.dtype)))
         return AttentionState(merged.finalize(asked.out_dtype), merged.lse)
     # torch.compile traces a Function under grad, but not under vmap alone; there the op has a rule of its own.
-    if transformed and not (
-        torch.compiler.is_compiling() and any(map(torch._C._functorch.is_batchedtensor, (q, k, v)))
-    ):
+    if transformed and not (torch.compiler.is_compiling() and any(map(is_batchedtensor, (q, k, v)))):
         # torch.compile refuses one tensor in two places of an autograd.Function.
         k = k.view_as(k) if k is q else k
         v = v.view_as(v) if v is q or v is k else v

@@ -74,6 +74,11 @@ class BlockLayout(Pattern, name="block_layout"):
         """Always: any branch can be cut into blocks."""
         return True
 
+    @property
+    def listing(self) -> bool:
+        """Always: the mask of a long rectangle has blocks x blocks cells."""
+        return True
+
     def shown(self, a: Rows, b: Rows) -> Shown:
         """Whether query blocks a see key blocks b, elementwise, before `causal`."""
         if self.layout == "dilated_sparse":
