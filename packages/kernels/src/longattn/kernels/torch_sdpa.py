@@ -26,14 +26,14 @@ CAPABILITY = Capability(
     },
 )
 
-_CELLS = 1 << 18
-"""Output numbers (or, under a mask, scores) that one call of torch's kernel may make: 1 MiB in float32."""
+_CELLS = (1 << 18, 1 << 22)
+"""Least and most output numbers (or, under a mask, scores) that one call of torch's kernel may make: 1 to 16 MiB in float32."""
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
     out, lse = new_state(call, triangles=True)
-    for tile in walk(call, triangles=True, cells=_CELLS):
+    for tile in walk(call, triangles=True, cells=_cells(call)):
         tile_out, tile_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *map(_dense, (tile.queries(call.q), tile.keys(call.k), tile.keys(call.v))),
             is_causal=tile.causal,
@@ -58,7 +58,7 @@ def backward(
     # A finite pivot for rows that saw nothing: their scores are all -inf, so P stays 0.
     lse = lse.masked_fill(lse == -torch.inf, 0)
     others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
-    for tile in walk(call, triangles=True, cells=_CELLS, others=others, at_once=_at_once()):
+    for tile in walk(call, triangles=True, cells=_cells(call), others=others, at_once=_at_once()):
         parts = (tile.queries(grad_out), tile.queries(call.q), tile.keys(call.k), tile.keys(call.v), tile.queries(out))
         if grad_lse is not None:
             parts = _with_lse_column(*parts, tile.queries(grad_lse))
@@ -75,6 +75,12 @@ def backward(
         tile.add_keys(dv, grads[2][..., :d])
         del grads  # before the next call makes its own: one set at a time in memory
     return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), None
+
+
+def _cells(call: Call) -> int:
+    """A sixteenth of q, within bounds: larger calls spread better over threads, and what they make stays small beside the result."""
+    least, most = _CELLS
+    return max(least, min(most, call.q.numel() // 16))
 
 
 def _at_once() -> int:
