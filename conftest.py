@@ -37,12 +37,3 @@ def poison() -> Iterator[None]:
 
     with poisoned_memory():
         yield
-
-
-_FRESH = ("test_readme_examples.py", "test_seed_code.py")
-"""Pages are promises about a fresh process: their blocks run before any other test has compiled, forked or traced."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Examples first; the order is otherwise as collected."""
-    items.sort(key=lambda item: item.path.name not in _FRESH)

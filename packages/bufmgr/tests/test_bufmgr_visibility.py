@@ -238,6 +238,21 @@ def test_a_guard_that_cannot_count_empties_nothing(monkeypatch: pytest.MonkeyPat
     assert outstanding(manager) == 0
 
 
+def test_a_frame_evaluator_changes_neither_answer():
+    """torch.compile sets a PEP 523 evaluator, under which every call holds its arguments once more."""
+    set_eval_frame = torch._C._dynamo.eval_frame.set_eval_frame
+    manager = AttentionBufferManager()
+    alone, seen = manager.allocate(TEMP, SHAPE), manager.allocate(TEMP, SHAPE)
+    alias = seen
+    previous = set_eval_frame(False)  # set, and no frame is compiled
+    try:
+        manager.deallocate(alone, TEMP)
+        manager.deallocate(seen, TEMP)
+    finally:
+        set_eval_frame(previous)
+    assert (alone.shape, alias.shape) == ((0,), SHAPE)
+
+
 def test_calibration_steps_aside(monkeypatch: pytest.MonkeyPatch):
     """Without a GIL, without torch's counters, or with counters that see nothing, there are no counts to trust."""
     calibrate = fresh_counts.__wrapped__

@@ -30,7 +30,7 @@ class SeenBy(NamedTuple):
     storage_references: int
 
 
-def count_references(tensor: torch.Tensor) -> int:
+def count_references(tensor: object) -> int:
     """Return the Python references to the caller's argument; deallocate() reads its own in the same way."""
     return sys.getrefcount(tensor)
 
@@ -45,7 +45,16 @@ def seen_by(tensor: torch.Tensor, tensor_references: int) -> SeenBy:
 def only_handle_sees(tensor: torch.Tensor, tensor_references: int) -> bool:
     """Return True only when nothing but one reference of the caller's sees the tensor's storage."""
     fresh = fresh_counts()
-    return fresh is not None and seen_by(tensor, tensor_references) == fresh
+    if fresh is None:
+        return False
+    seen = seen_by(tensor, tensor_references)
+    if seen == fresh:
+        return True
+    # Calls hold their arguments once more while a frame evaluator (PEP 523: torch.compile's, a debugger's) is set.
+    # What that is right now is read off an object that nobody else sees, held on the stack as seen_by's tensor was.
+    probe = object()
+    _, probe_references = probe, count_references(probe)
+    return seen == fresh._replace(tensor_references=probe_references)
 
 
 @functools.cache
