@@ -174,7 +174,7 @@ for _version in OTHER_PYTHONS:
 
 @nox.session
 def install(session: nox.Session) -> None:
-    """Run the README's install command of each package as it stands, in an environment with nothing else."""
+    """Run the README's install command of each package in an empty environment, then the blocks of the package's README."""
     commands = re.findall(r"`pip (install(?: \./packages/\w+)+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
     if len(commands) != len(PACKAGES):
         session.error(f"README.md must name one install command per package, got {commands}")
@@ -182,6 +182,7 @@ def install(session: nox.Session) -> None:
         session.run_install("uv", "venv", "--clear", "--quiet", session.virtualenv.location, external=True)
         session.run_install("uv", "pip", "--quiet", *command.split(), *constraints(session), external=True)
         check_floors(session, package, "wheel")
+        session.run("python", "-P", "tests/readme_blocks.py", f"packages/{package}/README.md")
 
 
 @nox.session

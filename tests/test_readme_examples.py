@@ -2,33 +2,24 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.readme_blocks import BLOCK, blocks, run_block
 from tests.workspace import PACKAGES, ROOT
 
 PAGES = ("README.md", "CONTRIBUTING.md", "GLOSSARY.md", *(f"packages/{package}/README.md" for package in PACKAGES))
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INSTALL = re.compile(r"`pip install((?: \./packages/\w+)+)`")
 
 
-def blocks() -> list[Any]:
-    """Return (page, text) of each block; blank lines keep the page's own line numbers in a traceback."""
-    found = []
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for match in BLOCK.finditer(text):
-            line = text.count("\n", 0, match.start(1))
-            found.append(pytest.param(page, "\n" * line + match.group(1), id=f"{page}:{line + 1}"))
-    return found
+EXAMPLES = [pytest.param(page, text, id=f"{page}:{line}") for page in PAGES for line, text in blocks(ROOT / page)]
 
 
-@pytest.mark.parametrize(("page", "text"), blocks())
+@pytest.mark.parametrize(("page", "text"), EXAMPLES)
 def test_block_runs(page: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The block runs in a fresh namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(text, str(ROOT / page), "exec"), {"__name__": "example"})
+    run_block(ROOT / page, text)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

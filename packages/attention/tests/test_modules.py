@@ -1,6 +1,8 @@
 """Modules and presets: configurations over two final forwards."""
 
+import ast
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -25,6 +27,18 @@ SHAPE = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
 def test_no_preset_overrides_a_forward(name):
     """Presets configure."""
     check_final(ALL[name])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_preset_is_a_configuration(name):
+    """It defines a constructor and nothing else, whose body builds a pattern, a schedule and flags in under 25 lines."""
+    (preset,) = ast.parse(inspect.getsource(ALL[name])).body
+    assert isinstance(preset, ast.ClassDef)
+    functions = [node for node in preset.body if not isinstance(node, ast.Expr)]
+    assert [getattr(node, "name", None) for node in functions] in ([], ["__init__"])
+    for function in functions:
+        assert isinstance(function, ast.FunctionDef)
+        assert 1 + (function.end_lineno or 0) - function.body[0].lineno < 25
 
 
 def test_the_check_of_final_forwards_can_fail():
