@@ -10,6 +10,10 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Workers of pytest-xdist share the cores: threads of their own would only wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # deadline=None: on a shared machine the first call of an operator is slow, and that is no failure.
 # too_slow is about data generation on a busy machine, not about the code under test.
 settings.register_profile("dev", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])

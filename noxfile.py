@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent
 WORKSPACE: dict[str, Any] = nox.project.load_toml(ROOT / "pyproject.toml")
 PACKAGES = ("bufmgr", "patterncache", "kernels", "attention")  # bottom up
 OTHER_PYTHONS = ("3.12", "3.13", "3.14")
+WORKERS = ("--numprocesses=auto", "--dist=loadfile")  # of pytest-xdist: one a core, a file's tests together
 
 
 def metadata(package: str) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def check_floors(session: nox.Session, package: str, kind: str) -> None:
 
 def run_tests(session: nox.Session, package: str) -> None:
     """Run one package's tests; arguments after `--` go to pytest."""
-    session.run("pytest", f"packages/{package}/tests", *session.posargs)
+    session.run("pytest", *WORKERS, f"packages/{package}/tests", *session.posargs)
 
 
 def test(session: nox.Session, package: str) -> None:
@@ -169,7 +170,7 @@ for _version in OTHER_PYTHONS:
         """Test every package on another Python, where it and wheels for it are to be had."""
         editable = [word for name in PACKAGES for word in ("--editable", f"packages/{name}[testing]")]
         install_or_skip(session, *constraints(session), *editable, *group("test"))
-        session.run("pytest", *(f"packages/{name}/tests" for name in PACKAGES), *session.posargs)
+        session.run("pytest", *WORKERS, *(f"packages/{name}/tests" for name in PACKAGES), *session.posargs)
 
 
 @nox.session
