@@ -20,6 +20,7 @@ EXPECTED = {
         Plan Branch Band pieces
         Lint Gap Reach
         PatternCache CacheView get_global_pattern_cache reset_global_pattern_cache
+        FlexMask IndexArrays ScoredBlocks index_arrays
         """,
     "kernels": """
         attend AttentionState merge reference_attention fused_attention Environment

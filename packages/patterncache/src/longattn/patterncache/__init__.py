@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from longattn.patterncache.block_layout import BlockLayout
     from longattn.patterncache.block_sparse import BlockSparse
     from longattn.patterncache.cache import PatternCache
+    from longattn.patterncache.compressed_rows import IndexArrays, index_arrays
     from longattn.patterncache.dilated import Dilated
     from longattn.patterncache.documents import Documents
+    from longattn.patterncache.flex_export import FlexMask
     from longattn.patterncache.foreign import from_block_mask, from_mask_mod
     from longattn.patterncache.global_cache import get_global_pattern_cache, reset_global_pattern_cache
     from longattn.patterncache.hierarchical import HierarchicalBlocks
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from longattn.patterncache.pattern import Pattern, parse_pattern
     from longattn.patterncache.plan import Band, Branch, Plan
     from longattn.patterncache.reach import Reach
+    from longattn.patterncache.scored import ScoredBlocks
     from longattn.patterncache.strided import Strided
     from longattn.patterncache.view import CacheView
     from longattn.patterncache.window import Full, Window
@@ -35,9 +38,11 @@ _HOME = {
     "CacheView": "view",
     "Dilated": "dilated",
     "Documents": "documents",
+    "FlexMask": "flex_export",
     "Full": "window",
     "Gap": "lint",
     "HierarchicalBlocks": "hierarchical",
+    "IndexArrays": "compressed_rows",
     "Intersection": "algebra",
     "Lint": "lint",
     "Listed": "index",
@@ -47,6 +52,7 @@ _HOME = {
     "Reach": "reach",
     "Rectangle": "index",
     "Restrict": "algebra",
+    "ScoredBlocks": "scored",
     "Span": "index",
     "Strided": "strided",
     "Sum": "algebra",
@@ -55,6 +61,7 @@ _HOME = {
     "from_block_mask": "foreign",
     "from_mask_mod": "foreign",
     "get_global_pattern_cache": "global_cache",
+    "index_arrays": "compressed_rows",
     "parse_pattern": "pattern",
     "pieces": "band",
     "reset_global_pattern_cache": "global_cache",
@@ -69,9 +76,11 @@ __all__ = [
     "CacheView",
     "Dilated",
     "Documents",
+    "FlexMask",
     "Full",
     "Gap",
     "HierarchicalBlocks",
+    "IndexArrays",
     "Intersection",
     "Lint",
     "Listed",
@@ -81,6 +90,7 @@ __all__ = [
     "Reach",
     "Rectangle",
     "Restrict",
+    "ScoredBlocks",
     "Span",
     "Strided",
     "Sum",
@@ -89,6 +99,7 @@ __all__ = [
     "from_block_mask",
     "from_mask_mod",
     "get_global_pattern_cache",
+    "index_arrays",
     "parse_pattern",
     "pieces",
     "reset_global_pattern_cache",

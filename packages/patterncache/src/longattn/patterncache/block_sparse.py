@@ -7,7 +7,8 @@ from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.runs import Runs, cut_runs, made_of_runs, regroup
 from longattn.patterncache.window import whole_branches
+
+if TYPE_CHECKING:
+    from longattn.patterncache.scored import ScoredBlocks
 
 Mask = npt.NDArray[np.bool_]
 
@@ -70,6 +74,33 @@ class BlockSparse(Pattern, name="block_sparse"):
         object.__setattr__(self, "block_size", check_int("block_size", block_size, minimum=1))
         object.__setattr__(self, "_bits", _Bits.of(_check_mask(mask)))
         object.__setattr__(self, "causal", check_causal(causal))
+
+    @staticmethod
+    def from_scores(
+        scores: Any,
+        block_size: int,
+        *,
+        topk: int | None = None,
+        topp: float | None = None,
+        causal: bool = False,
+        keep_diagonal: bool = True,
+    ) -> ScoredBlocks:
+        """Block masks chosen by data: forward and transposed lists on the device of the scores, without a wait; cached nowhere.
+
+        Args:
+            scores: floating tensor (heads, q_blocks, k_blocks) or (q_blocks, k_blocks); -inf is never chosen. No gradient flows.
+            block_size: positions of a block, >= 1.
+            topk: key blocks per query block, >= 1; fewer where fewer are legal.
+            topp: in (0, 1]: the fewest best key blocks whose softmax over the row adds up to at least this.
+            causal: only blocks up to the query's own are legal, and j > i is hidden. Default False.
+            keep_diagonal: a query block sees its own in any case. Default True.
+
+        Raises:
+            TypeError, ValueError: an argument is not such a value, or not exactly one of topk and topp is given.
+        """
+        return import_module("longattn.patterncache.scored").choose_blocks(
+            scores, block_size, topk, topp, causal, keep_diagonal
+        )
 
     @property
     def mask(self) -> Mask:

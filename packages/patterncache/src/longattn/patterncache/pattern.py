@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from longattn.patterncache.index import Rectangle, Rows
+from longattn.patterncache.index import Rectangle, Rows, Span, check_int
 from longattn.patterncache.listed import listed_branches
 from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
 
 if TYPE_CHECKING:
+    from longattn.patterncache.flex_export import FlexMask
     from longattn.patterncache.lint import Lint
     from longattn.patterncache.reach import Reach
 
@@ -142,6 +143,16 @@ class Pattern(ABC):
     def describe(self, N: int = 32, num_heads: int = 8, head: int = 0) -> str:
         """`lint` of `N` tokens as text, below a map of what each of them sees in one head, for small N."""
         return import_module("longattn.patterncache.lint").describe(self, N, num_heads, head)
+
+    def to_dense(self, N: int, num_heads: int = 8) -> Counts:
+        """(num_heads, N, N) int64: the counts of all of `N` tokens. For small N."""
+        length = check_int("N", N, minimum=0)
+        return self.counts(Rectangle(num_heads, Span(0, length), Span(0, length)))
+
+    def to_block_mask(self, N: int, num_heads: int = 8, *, block_size: int = 128, device: Any = "cpu") -> FlexMask:
+        """FlexAttention's BlockMask and score_mod of `N` tokens, from strides; see `longattn.patterncache.flex_export`. Needs torch."""
+        export = import_module("longattn.patterncache.flex_export").to_block_mask
+        return export(self, N, num_heads, block_size=block_size, device=device)
 
     def canonical(self) -> str:
         """The canonical string: equal for equal patterns, and `parse_pattern` reads it back. Kept with the pattern."""

@@ -9,12 +9,13 @@ from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
 from longattn.patterncache.band import pieces, strips
 from longattn.patterncache.block_layout import LAYOUTS, BlockLayout
 from longattn.patterncache.block_sparse import BlockSparse
+from longattn.patterncache.compressed_rows import IndexArrays
 from longattn.patterncache.dilated import HEADS, QUERIES, Dilated
 from longattn.patterncache.documents import Documents
 from longattn.patterncache.hierarchical import HierarchicalBlocks
 from longattn.patterncache.index import Rectangle, Span
 from longattn.patterncache.pattern import Pattern, parse_pattern
-from longattn.patterncache.plan import Plan, add_branch_counts
+from longattn.patterncache.plan import Counts, Plan, add_branch_counts
 from longattn.patterncache.strided import HEADS as STRIDED_HEADS
 from longattn.patterncache.strided import Strided
 from longattn.patterncache.window import Full, Window
@@ -103,6 +104,16 @@ def patterns(depth: int = 1) -> st.SearchStrategy[Pattern]:
     pair = st.tuples(patterns(depth - 1), patterns(depth - 1))
     combined = st.one_of(*[st.builds(how, pair) for how in (Union, Intersection, Sum)])
     return st.one_of(single, documents(patterns(depth - 1)), pair.map(lambda parts: Restrict(*parts)), combined)
+
+
+def dense_counts(arrays: IndexArrays, shape: tuple[int, int, int]) -> Counts:
+    """The (heads, queries, keys) counts that index arrays of such a rectangle hold, read entry by entry."""
+    heads, queries, keys = shape
+    total = np.zeros((heads, keys, queries) if arrays.transposed else shape, np.int64)
+    for head, c in enumerate(arrays.head_class):
+        for row, (begin, end) in enumerate(zip(arrays.indptr[c, :-1], arrays.indptr[c, 1:], strict=True)):
+            total[head, row, arrays.indices[begin:end]] += arrays.counts[begin:end]
+    return total.swapaxes(1, 2) if arrays.transposed else total
 
 
 def check_plan(plan: Plan, pattern: Pattern) -> None:
