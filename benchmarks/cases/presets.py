@@ -49,10 +49,9 @@ def multihead_sides(preset: MultiheadPatternAttention) -> tuple[Contender, Conte
     shape = (preset.num_heads, preset.head_dim)
 
     def functional(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        layers = (preset.q_proj, preset.k_proj, preset.v_proj)
         q, k, v = (
-            F.linear(x, layer.weight, layer.bias).unflatten(-1, shape)
-            for x, layer in zip((query, key, value), layers, strict=True)
+            F.linear(x, weight, bias).unflatten(-1, shape)
+            for x, (weight, bias) in zip((query, key, value), preset.qkv_parameters(), strict=True)
         )
         return preset.out_proj(preset.norm(pattern_attention(q, k, v, pattern, schedule=schedule).flatten(2)))
 
@@ -68,8 +67,10 @@ def multihead_truth(preset: MultiheadPatternAttention, inputs: Inputs, rows: tup
     query, key, value = (x.double().requires_grad_() for x in tensors)
     shape = (preset.num_heads, preset.head_dim)
     wanted = list(rows)
-    q = exact.q_proj(query[:, wanted]).unflatten(-1, shape)
-    k, v = exact.k_proj(key).unflatten(-1, shape), exact.v_proj(value).unflatten(-1, shape)
+    q, k, v = (
+        F.linear(x, weight, bias).unflatten(-1, shape)
+        for x, (weight, bias) in zip((query[:, wanted], key, value), exact.qkv_parameters(), strict=True)
+    )
     rectangle = Rectangle(
         num_heads=preset.num_heads, queries=tuple(Span(row, 1) for row in rows), keys=(Span(0, inputs.seq_len),)
     )

@@ -80,6 +80,8 @@ def test_multihead_shapes_and_weights(name):
     x = torch.randn(2, 20, 32)
     out = module(x)
     same, weights = module(x, need_weights=True)
+    assert weights.is_sparse == name.startswith("BlockSparse")
+    weights = weights.to_dense()
     assert out.shape == x.shape and torch.equal(out, same) and weights.shape == (2, 4, 20, 20)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 20))
     assert not weights.triu(1).any()

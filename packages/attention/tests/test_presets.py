@@ -44,7 +44,8 @@ def test_one_pattern_one_answer(name, causal):
 def test_multihead_forms_are_projections_around_the_same(name):
     """With the parameters of MultiheadPatternAttention over the same pattern and schedule: the same bits; flags change nothing."""
     module = small_preset(name)
-    plain = attention.MultiheadPatternAttention(16, 2, module.attention.pattern, schedule=module.attention.schedule)
+    options = {"schedule": module.attention.schedule, "fused_qkv": module.fused_qkv}
+    plain = attention.MultiheadPatternAttention(16, 2, module.attention.pattern, **options)
     plain.load_state_dict(module.state_dict())
     wired = small_preset(name, **everything(name))
     wired.load_state_dict(module.state_dict())

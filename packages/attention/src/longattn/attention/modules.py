@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from longattn.attention.functional import pattern_attention
+from longattn.attention.projections import ProjectedModule
 from longattn.attention.schedule import Local, Schedule
 from longattn.attention.validate import (
     check_bool,
@@ -14,7 +17,7 @@ from longattn.attention.validate import (
     check_positive,
     check_size,
 )
-from longattn.attention.weights import attention_weights
+from longattn.attention.weights import attention_weights, sparse_attention_weights
 from longattn.attention.wiring import Resources, WiredModule, Wiring
 from longattn.kernels.check import check_dropout, check_qkv
 from longattn.kernels.dispatch import check_backend_name
@@ -28,6 +31,7 @@ class PatternAttention(WiredModule):
     | --- | --- |
     | query, output | (batch, Nq, heads, head_dim) |
     | key, value | (batch, Nk, kv_heads, head_dim) |
+    | weights | (batch, heads, Nq, Nk), only with need_weights=True |
 
     Args:
         pattern: who sees whom.
@@ -36,6 +40,7 @@ class PatternAttention(WiredModule):
         backend: row of longattn.kernels that must serve. Default: the first that fits.
         schedule: in which order keys arrive. Default Local().
         wiring: which memory and which cache. Default: plain torch and the global cache.
+        sparse_weights: weights come as sparse COO tensors. Default False: dense, O(Nq * Nk) memory.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -56,6 +61,7 @@ class PatternAttention(WiredModule):
         backend: str | None = None,
         schedule: Schedule | None = None,
         wiring: Wiring | None = None,
+        sparse_weights: bool = False,
     ) -> None:
         super().__init__()
         self._resources = Resources(Wiring() if wiring is None else wiring)
@@ -68,6 +74,7 @@ class PatternAttention(WiredModule):
         self.dropout = check_dropout("dropout", dropout)
         self.backend = check_backend_name(backend)
         self.schedule: Schedule = Local() if schedule is None else schedule
+        self.sparse_weights = check_bool("sparse_weights", sparse_weights)
 
     def pattern_for(self, is_causal: bool | None) -> Pattern:
         """The pattern of a call: its own, or with its causal field replaced."""
@@ -81,10 +88,15 @@ class PatternAttention(WiredModule):
         is_causal: bool | None = None,
         attention_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Attend. `is_causal=None` takes the constructor's; masks as in `pattern_attention`. Returns query's shape and dtype."""
+        need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend. `is_causal=None` takes the constructor's; masks as in `pattern_attention`.
+
+        Returns:
+            query's shape and dtype; with need_weights also the weights, without dropout.
+        """
         check_qkv(query, key, value, ("query", "key", "value"))
-        return pattern_attention(
+        out = pattern_attention(
             query,
             key,
             value,
@@ -97,6 +109,21 @@ class PatternAttention(WiredModule):
             schedule=self.schedule,
             environment=self._resources.environment,
         )
+        if not check_bool("need_weights", need_weights):
+            return out
+        return out, self.weights(query, key, is_causal, attention_mask, key_padding_mask)
+
+    def weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        is_causal: bool | None = None,
+        attention_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The weights of such a call, (batch, heads, Nq, Nk) in query's dtype: dense, or sparse COO with `sparse_weights`."""
+        weigh = sparse_attention_weights if self.sparse_weights else attention_weights
+        return weigh(query, key, self.pattern_for(is_causal), self.softmax_scale, attention_mask, key_padding_mask)
 
     def extra_repr(self) -> str:
         """The pattern, and what differs from the defaults."""
@@ -105,21 +132,22 @@ class PatternAttention(WiredModule):
         return ", ".join([*shown, *([f"dropout={self.dropout}"] if self.dropout else [])])
 
 
-class MultiheadPatternAttention(WiredModule):
+class MultiheadPatternAttention(ProjectedModule):
     """Project, attend by a pattern, merge heads, LayerNorm, project (MAGNETO, Wang et al. 2022, arXiv:2210.06423).
 
     | tensor | shape |
     | --- | --- |
     | query, output | (batch, Nq, embed_dim) |
     | key, value | (batch, Nk, embed_dim); default: query, and key |
-    | weights | (batch, heads, Nq, Nk), only with need_weights=True; O(Nq * Nk) memory |
+    | weights | (batch, heads, Nq, Nk), only with need_weights=True |
 
     Args:
         embed_dim, num_heads: num_heads divides embed_dim.
         pattern: who sees whom.
         kv_heads: heads of keys and values, dividing num_heads (GQA). Default num_heads.
-        softmax_scale, dropout, backend, schedule, wiring: as in `PatternAttention`.
-        bias: of the four projections. Default True.
+        softmax_scale, dropout, backend, schedule, wiring, sparse_weights: as in `PatternAttention`.
+        bias: of the projections. Default True.
+        fused_qkv: one projection instead of three. Default False. State dicts load into each other.
         layer_norm: normalise the merged heads before the output projection. Default True.
         layer_norm_eps: default 1e-5.
         gamma_init: gain of the value and output projections' initialisation (MAGNETO's gamma). Default 1.0.
@@ -139,12 +167,14 @@ class MultiheadPatternAttention(WiredModule):
         softmax_scale: float | None = None,
         dropout: float = 0.0,
         bias: bool = True,
+        fused_qkv: bool = False,
         layer_norm: bool = True,
         layer_norm_eps: float = 1e-5,
         gamma_init: float = 1.0,
         backend: str | None = None,
         schedule: Schedule | None = None,
         wiring: Wiring | None = None,
+        sparse_weights: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -158,32 +188,33 @@ class MultiheadPatternAttention(WiredModule):
             raise ValueError(f"kv_heads must divide num_heads={num_heads}, got {kv_heads}")
         self.head_dim = embed_dim // num_heads
         self.gamma_init = check_positive("gamma_init", gamma_init)
-        place = {"device": device, "dtype": dtype}
-        has_bias, kv_dim = check_bool("bias", bias), self.kv_heads * self.head_dim
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=has_bias, **place)
-        self.k_proj = nn.Linear(embed_dim, kv_dim, bias=has_bias, **place)
-        self.v_proj = nn.Linear(embed_dim, kv_dim, bias=has_bias, **place)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        has_bias = check_bool("bias", bias)
+        self._make_projections(check_bool("fused_qkv", fused_qkv), has_bias, place)
         eps = check_positive("layer_norm_eps", layer_norm_eps)
         use_norm = check_bool("layer_norm", layer_norm)
         self.norm = nn.LayerNorm(embed_dim, eps=eps, **place) if use_norm else nn.Identity()
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=has_bias, **place)
         self.attention = PatternAttention(
-            pattern, softmax_scale=softmax_scale, dropout=dropout, backend=backend, schedule=schedule, wiring=wiring
+            pattern,
+            softmax_scale=softmax_scale,
+            dropout=dropout,
+            backend=backend,
+            schedule=schedule,
+            wiring=wiring,
+            sparse_weights=sparse_weights,
         )
         self._resources = self.attention._resources
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier normal; value and output projections with gain gamma_init; biases zero."""
-        for layer, gain in (
-            (self.q_proj, 1.0),
-            (self.k_proj, 1.0),
-            (self.v_proj, self.gamma_init),
-            (self.out_proj, self.gamma_init),
-        ):
-            nn.init.xavier_normal_(layer.weight, gain=gain)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        """Xavier normal; value and output projections with gain gamma_init; biases zero; LayerNorm one and zero."""
+        self._reset_projections(self.gamma_init)
+        nn.init.xavier_normal_(self.out_proj.weight, gain=self.gamma_init)
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
+        if isinstance(self.norm, nn.LayerNorm):
+            self.norm.reset_parameters()
 
     def forward(
         self,
@@ -200,7 +231,7 @@ class MultiheadPatternAttention(WiredModule):
         Args:
             query: (batch, Nq, embed_dim). key: default query. value: default key.
             is_causal, attention_mask, key_padding_mask: as in `pattern_attention`.
-            need_weights: also return the attention weights, dense.
+            need_weights: also return the attention weights, without dropout.
 
         Returns:
             (batch, Nq, embed_dim), or that and weights (batch, heads, Nq, Nk) in the module's dtype.
@@ -208,17 +239,14 @@ class MultiheadPatternAttention(WiredModule):
         key = query if key is None else key
         value = key if value is None else value
         for name, x in (("query", query), ("key", key), ("value", value)):
-            check_embedded(name, x, self.embed_dim, self.q_proj.weight.dtype)
+            check_embedded(name, x, self.embed_dim, self.out_proj.weight.dtype)
         query, key, value = _zero_padded(query, key, value, key_padding_mask)
-        q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(key).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.v_proj(value).unflatten(-1, (self.kv_heads, self.head_dim))
+        q, k, v = self._project(query, key, value)
         out = self.attention(q, k, v, is_causal, attention_mask, key_padding_mask)
         out = self.out_proj(self.norm(out.flatten(2)))
         if not check_bool("need_weights", need_weights):
             return out
-        pattern, scale = self.attention.pattern_for(is_causal), self.attention.softmax_scale
-        return out, attention_weights(q, k, pattern, scale, attention_mask, key_padding_mask)
+        return out, self.attention.weights(q, k, is_causal, attention_mask, key_padding_mask)
 
 
 def _zero_padded(

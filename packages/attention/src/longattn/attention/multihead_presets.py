@@ -19,6 +19,7 @@ class MultiheadOptions(TypedDict, total=False):
 
     dropout: float
     bias: bool
+    fused_qkv: bool
     layer_norm: bool
     layer_norm_eps: float
     gamma_init: float
@@ -27,6 +28,16 @@ class MultiheadOptions(TypedDict, total=False):
     backend: str | None
     device: torch.device | str | None
     dtype: torch.dtype | None
+
+
+class DilatedOptions(PoolFlags, total=False):
+    """What multihead forms without a ring take by name alone."""
+
+    heads: str
+    causal: bool
+    kv_heads: int | None
+    softmax_scale: float | None
+    backend: str | None
 
 
 class ManagerOptions(MultiheadOptions, ManagerFlags, total=False):
@@ -53,7 +64,7 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
     Args:
         embed_dim, num_heads: num_heads divides embed_dim.
         segment_lengths: default (2048, 4096, 8192). dilation_rates: default (1, 2, 4).
-        dropout, bias, layer_norm, layer_norm_eps, gamma_init, kv_heads, softmax_scale, backend, device, dtype: as in
+        dropout, bias, layer_norm, layer_norm_eps, gamma_init, kv_heads, fused_qkv, softmax_scale, backend, device, dtype: as in
             `MultiheadPatternAttention`.
         heads, causal: as in `Dilated`.
         flags: enable_memory_pool, lightweight_pool, enable_profiling, as in `Wiring`.
@@ -79,11 +90,13 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
         heads: str = "shared",
         causal: bool = False,
         kv_heads: int | None = None,
+        fused_qkv: bool = False,
         softmax_scale: float | None = None,
         backend: str | None = None,
         **flags: Unpack[PoolFlags],
     ) -> None:
         options: dict[str, Any] = {"dropout": dropout, "bias": bias, "layer_norm": layer_norm, "kv_heads": kv_heads}
+        options["fused_qkv"] = fused_qkv
         options |= {"layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, "device": device, "dtype": dtype}
         options |= {"softmax_scale": softmax_scale, "backend": backend}
         wiring = wiring_of(type(self), PoolFlags, flags)
@@ -92,11 +105,38 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
 
 
 class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
-    """= MultiheadDilatedAttention. The seeds' second name for it; state dicts load into each other."""
+    """= MultiheadDilatedAttention + fused_qkv. State dicts of the two load into each other.
+
+    Args:
+        fused_qkv: default True.
+        others: as in `MultiheadDilatedAttention`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
+        dilation_rates: Sequence[int] = DILATION_RATES,
+        dropout: float = 0.0,
+        bias: bool = True,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        fused_qkv: bool = True,
+        **options: Unpack[DilatedOptions],
+    ) -> None:
+        place: dict[str, Any] = {"device": device, "dtype": dtype, "fused_qkv": fused_qkv}
+        branches = (segment_lengths, dilation_rates)
+        norm = {"layer_norm": layer_norm, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init}
+        super().__init__(embed_dim, num_heads, *branches, dropout, bias, **norm, **place, **options)
 
 
 class ImprovedMultiheadDilatedAttentionV2(MultiheadPatternAttention):
-    """= projections + what ImprovedDilatedAttentionV2 is.
+    """= one fused projection + what ImprovedDilatedAttentionV2 is.
 
     Args:
         embed_dim, num_heads, segment_lengths, dilation_rates, heads, causal: as in `MultiheadDilatedAttention`.
@@ -115,7 +155,8 @@ class ImprovedMultiheadDilatedAttentionV2(MultiheadPatternAttention):
         **options: Unpack[ManagerOptions],
     ) -> None:
         pattern = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
-        super().__init__(embed_dim, num_heads, pattern, **options_of(type(self), ManagerOptions, options))
+        given: dict[str, Any] = {"fused_qkv": True} | options_of(type(self), ManagerOptions, options)
+        super().__init__(embed_dim, num_heads, pattern, **given)
 
 
 class RingMultiheadDilatedAttentionV2(MultiheadPatternAttention):
@@ -166,7 +207,10 @@ class RingMultiheadDilatedAttentionV3(MultiheadPatternAttention):
 
 
 class BlockSparseRingMultiheadDilatedAttention(MultiheadPatternAttention):
-    """= projections + what BlockSparseRingDilatedAttention is. Arguments as in `RingMultiheadDilatedAttentionV2`, and sparse_config."""
+    """= projections + what BlockSparseRingDilatedAttention is: weights come as sparse COO.
+
+    Arguments as in `RingMultiheadDilatedAttentionV2`, and sparse_config.
+    """
 
     def __init__(
         self,
@@ -183,5 +227,5 @@ class BlockSparseRingMultiheadDilatedAttention(MultiheadPatternAttention):
         **options: Unpack[CacheOptions],
     ) -> None:
         dilated, ring = Dilated(segment_lengths, dilation_rates, heads, causal=causal), ring_of(ring_size, layout)
-        pattern = block_sparse_of(dilated, sparse_config)
-        super().__init__(embed_dim, num_heads, pattern, schedule=ring, **options_of(type(self), CacheOptions, options))
+        given = options_of(type(self), CacheOptions, options) | {"schedule": ring, "sparse_weights": True}
+        super().__init__(embed_dim, num_heads, block_sparse_of(dilated, sparse_config), **given)

@@ -166,7 +166,8 @@ class RingDilatedAttentionV3(PatternAttention):
 
 
 class BlockSparseRingDilatedAttention(PatternAttention):
-    """= Restrict(Dilated, BlockLayout) + Ring: dilated attention within the blocks that `sparse_config` keeps. One softmax over them.
+    """= Restrict(Dilated, BlockLayout) + Ring: dilated attention within the blocks that `sparse_config` keeps. One softmax over them;
+    weights come as sparse COO.
 
     Args:
         sparse_config: default SparsePatternConfig().
@@ -191,4 +192,5 @@ class BlockSparseRingDilatedAttention(PatternAttention):
         options: dict[str, Any] = {"softmax_scale": softmax_scale, "dropout": dropout, "backend": backend}
         wiring, ring = wiring_of(type(self), CacheFlags, flags), ring_of(ring_size, layout)
         dilated = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
-        super().__init__(block_sparse_of(dilated, sparse_config), schedule=ring, wiring=wiring, **options)
+        options |= {"schedule": ring, "wiring": wiring, "sparse_weights": True}
+        super().__init__(block_sparse_of(dilated, sparse_config), **options)

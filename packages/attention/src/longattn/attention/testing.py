@@ -7,45 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longattn.attention import multihead_presets, presets
+from longattn.attention.catalog import MULTIHEAD_PRESETS, PRESET_FLAGS, PRESETS
 from longattn.attention.functional import pattern_attention
 from longattn.attention.modules import MultiheadPatternAttention, PatternAttention
 from longattn.attention.schedule import Local, Schedule
 from longattn.attention.sparse_config import SparsePatternConfig
 from longattn.patterncache import Pattern
 
-_FLAGS: dict[str, tuple[str, ...]] = {
-    "pool": ("enable_memory_pool", "lightweight_pool", "enable_profiling"),
-    "manager": ("enable_buffer_manager", "enable_buffer_reuse", "enable_preallocation"),
-    "cache": ("use_pattern_cache",),
-    "resident": ("cache_on_gpu",),
-}
-
-_TABLE: tuple[tuple[type[PatternAttention], type[MultiheadPatternAttention], str], ...] = (
-    (presets.DilatedAttention, multihead_presets.MultiheadDilatedAttention, "pool"),
-    (presets.ImprovedDilatedAttention, multihead_presets.ImprovedMultiheadDilatedAttention, "pool"),
-    (presets.ImprovedDilatedAttentionV2, multihead_presets.ImprovedMultiheadDilatedAttentionV2, "pool manager"),
-    (presets.RingDilatedAttentionV2, multihead_presets.RingMultiheadDilatedAttentionV2, "pool cache"),
-    (presets.RingDilatedAttentionV3, multihead_presets.RingMultiheadDilatedAttentionV3, "pool cache resident"),
-    (
-        presets.BlockSparseRingDilatedAttention,
-        multihead_presets.BlockSparseRingMultiheadDilatedAttention,
-        "pool cache",
-    ),
-)
-
-PRESETS: dict[str, type[PatternAttention]] = {single.__name__: single for single, _, _ in _TABLE}
-"""Presets called as (query, key, value)."""
-
-MULTIHEAD_PRESETS: dict[str, type[MultiheadPatternAttention]] = {multi.__name__: multi for _, multi, _ in _TABLE}
-"""Presets called as (query) with an embedding."""
-
-PRESET_FLAGS: dict[str, tuple[str, ...]] = {
-    cls.__name__: tuple(flag for group in groups.split() for flag in _FLAGS[group])
-    for *pair, groups in _TABLE
-    for cls in pair
-}
-"""The flags that each preset takes."""
+__all__ = [
+    "FINAL",
+    "MULTIHEAD_PRESETS",
+    "PRESETS",
+    "PRESET_FLAGS",
+    "check_final",
+    "check_schedule",
+    "small_inputs",
+    "small_preset",
+]
 
 FINAL = {PatternAttention: "forward", MultiheadPatternAttention: "forward"}
 """The forwards that nothing overrides."""

@@ -1,0 +1,82 @@
+"""Queries, keys and values from embeddings: three layers, or one with `fused_qkv`. State dicts of either load into the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from longattn.attention.wiring import WiredModule
+
+
+class ProjectedModule(WiredModule):
+    """A module with q_proj, k_proj and v_proj, or, fused, with one qkv_proj whose rows are theirs, one below the other.
+
+    Fused, self-attention is one product instead of three; queries, keys and values of different tensors take slices of its weight.
+    """
+
+    embed_dim: int
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    fused_qkv: bool
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    qkv_proj: nn.Linear
+
+    def _make_projections(self, fused_qkv: bool, bias: bool, place: dict[str, Any]) -> None:
+        self.fused_qkv = fused_qkv
+        if fused_qkv:
+            self.qkv_proj = nn.Linear(self.embed_dim, sum(self._widths()), bias=bias, **place)
+        else:
+            for name, width in zip("qkv", self._widths(), strict=True):
+                self.add_module(f"{name}_proj", nn.Linear(self.embed_dim, width, bias=bias, **place))
+        self.register_load_state_dict_pre_hook(_match_layout)
+
+    def _widths(self) -> tuple[int, int, int]:
+        kv_dim = self.kv_heads * self.head_dim
+        return self.num_heads * self.head_dim, kv_dim, kv_dim
+
+    def qkv_parameters(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """(weight, bias) of queries, keys and values; views of the one layer's where they are fused."""
+        if not self.fused_qkv:
+            layers = [getattr(self, f"{name}_proj") for name in "qkv"]
+            return tuple((layer.weight, layer.bias) for layer in layers)
+        weights = self.qkv_proj.weight.split(self._widths())
+        bias = self.qkv_proj.bias
+        biases = (None, None, None) if bias is None else bias.split(self._widths())
+        return tuple(zip(weights, biases, strict=True))
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(batch, seq, heads or kv_heads, head_dim) of each."""
+        if not self.fused_qkv:
+            # Called as layers: hooks on them, and layers put in their place, keep working.
+            flat = [getattr(self, f"{name}_proj")(x) for name, x in zip("qkv", (query, key, value), strict=True)]
+        elif query is key and key is value:
+            flat = self.qkv_proj(query).split(self._widths(), -1)
+        else:
+            pairs = zip((query, key, value), self.qkv_parameters(), strict=True)
+            flat = [linear(x, weight, bias) for x, (weight, bias) in pairs]
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in flat)
+        return q, k, v
+
+    def _reset_projections(self, value_gain: float) -> None:
+        """Xavier normal, values with that gain, biases zero: the same draws fused or not."""
+        with torch.no_grad():
+            for (weight, bias), gain in zip(self.qkv_parameters(), (1.0, 1.0, value_gain), strict=True):
+                nn.init.xavier_normal_(weight, gain=gain)
+                if bias is not None:
+                    nn.init.zeros_(bias)
+
+
+def _match_layout(module: ProjectedModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before loading: three layers' entries become one's, or one's three, as this module has them."""
+    for kind in ("weight", "bias"):
+        whole, parts = f"{prefix}qkv_proj.{kind}", [f"{prefix}{name}_proj.{kind}" for name in "qkv"]
+        if module.fused_qkv and all(part in state_dict for part in parts):
+            state_dict[whole] = torch.cat([state_dict.pop(part) for part in parts])
+        elif not module.fused_qkv and whole in state_dict and len(state_dict[whole]) == sum(module._widths()):
+            state_dict.update(zip(parts, state_dict.pop(whole).split(module._widths()), strict=True))
