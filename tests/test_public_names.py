@@ -21,6 +21,7 @@ EXPECTED = {
         Lint Gap Reach
         PatternCache CacheView get_global_pattern_cache reset_global_pattern_cache
         FlexMask IndexArrays ScoredBlocks index_arrays
+        from_bigbird from_hf from_natten
         """,
     "kernels": """
         attend AttentionState merge reference_attention fused_attention Environment

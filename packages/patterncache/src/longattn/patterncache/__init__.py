@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from longattn.patterncache.hierarchical import HierarchicalBlocks
     from longattn.patterncache.index import Affine, Listed, Rectangle, Span
     from longattn.patterncache.lint import Gap, Lint
+    from longattn.patterncache.model_configs import from_bigbird, from_hf, from_natten
     from longattn.patterncache.pattern import Pattern, parse_pattern
     from longattn.patterncache.plan import Band, Branch, Plan
     from longattn.patterncache.reach import Reach
@@ -58,8 +59,11 @@ _HOME = {
     "Sum": "algebra",
     "Union": "algebra",
     "Window": "window",
+    "from_bigbird": "model_configs",
     "from_block_mask": "foreign",
+    "from_hf": "model_configs",
     "from_mask_mod": "foreign",
+    "from_natten": "model_configs",
     "get_global_pattern_cache": "global_cache",
     "index_arrays": "compressed_rows",
     "parse_pattern": "pattern",
@@ -96,8 +100,11 @@ __all__ = [
     "Sum",
     "Union",
     "Window",
+    "from_bigbird",
     "from_block_mask",
+    "from_hf",
     "from_mask_mod",
+    "from_natten",
     "get_global_pattern_cache",
     "index_arrays",
     "parse_pattern",
