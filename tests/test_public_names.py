@@ -34,6 +34,9 @@ EXPECTED = {
         RingDilatedAttentionV2 RingDilatedAttentionV3 BlockSparseRingDilatedAttention
         MultiheadDilatedAttention ImprovedMultiheadDilatedAttention ImprovedMultiheadDilatedAttentionV2
         RingMultiheadDilatedAttentionV2 RingMultiheadDilatedAttentionV3 BlockSparseRingMultiheadDilatedAttention
+        DilatedTransformerEncoderLayer
+        DilatedTransformerDecoderLayer
+        LongNet
         """,
 }
 

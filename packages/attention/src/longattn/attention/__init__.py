@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from longattn.attention.functional import (
         pattern_attention,
     )
+    from longattn.attention.layers import (
+        DilatedTransformerDecoderLayer,
+        DilatedTransformerEncoderLayer,
+    )
+    from longattn.attention.longnet import (
+        LongNet,
+    )
     from longattn.attention.modules import (
         MultiheadPatternAttention,
         PatternAttention,
@@ -51,11 +58,14 @@ _HOME = {
     "BlockSparseRingDilatedAttention": "presets",
     "BlockSparseRingMultiheadDilatedAttention": "multihead_presets",
     "DilatedAttention": "presets",
+    "DilatedTransformerDecoderLayer": "layers",
+    "DilatedTransformerEncoderLayer": "layers",
     "ImprovedDilatedAttention": "presets",
     "ImprovedDilatedAttentionV2": "presets",
     "ImprovedMultiheadDilatedAttention": "multihead_presets",
     "ImprovedMultiheadDilatedAttentionV2": "multihead_presets",
     "Local": "schedule",
+    "LongNet": "longnet",
     "MultiheadDilatedAttention": "multihead_presets",
     "MultiheadPatternAttention": "modules",
     "PatternAttention": "modules",
@@ -75,11 +85,14 @@ __all__ = [
     "BlockSparseRingDilatedAttention",
     "BlockSparseRingMultiheadDilatedAttention",
     "DilatedAttention",
+    "DilatedTransformerDecoderLayer",
+    "DilatedTransformerEncoderLayer",
     "ImprovedDilatedAttention",
     "ImprovedDilatedAttentionV2",
     "ImprovedMultiheadDilatedAttention",
     "ImprovedMultiheadDilatedAttentionV2",
     "Local",
+    "LongNet",
     "MultiheadDilatedAttention",
     "MultiheadPatternAttention",
     "PatternAttention",

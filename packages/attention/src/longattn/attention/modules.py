@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longattn.attention.functional import pattern_attention
 from longattn.attention.projections import ProjectedModule
+from longattn.attention.rotary import rotate
 from longattn.attention.schedule import Local, Schedule
 from longattn.attention.validate import (
     check_bool,
@@ -148,6 +149,7 @@ class MultiheadPatternAttention(ProjectedModule):
         softmax_scale, dropout, backend, schedule, wiring, sparse_weights: as in `PatternAttention`.
         bias: of the projections. Default True.
         fused_qkv: one projection instead of three. Default False. State dicts load into each other.
+        rotary_base: turn queries and keys by their positions, with angles of this base (see `rotary`). Default None: do not.
         layer_norm: normalise the merged heads before the output projection. Default True.
         layer_norm_eps: default 1e-5.
         gamma_init: gain of the value and output projections' initialisation (MAGNETO's gamma). Default 1.0.
@@ -168,6 +170,7 @@ class MultiheadPatternAttention(ProjectedModule):
         dropout: float = 0.0,
         bias: bool = True,
         fused_qkv: bool = False,
+        rotary_base: float | None = None,
         layer_norm: bool = True,
         layer_norm_eps: float = 1e-5,
         gamma_init: float = 1.0,
@@ -188,6 +191,9 @@ class MultiheadPatternAttention(ProjectedModule):
             raise ValueError(f"kv_heads must divide num_heads={num_heads}, got {kv_heads}")
         self.head_dim = embed_dim // num_heads
         self.gamma_init = check_positive("gamma_init", gamma_init)
+        self.rotary_base = None if rotary_base is None else check_positive("rotary_base", rotary_base)
+        if rotary_base is not None and self.head_dim % 2:
+            raise ValueError(f"rotary_base must be None for an odd head_dim, got head_dim={self.head_dim}")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         has_bias = check_bool("bias", bias)
         self._make_projections(check_bool("fused_qkv", fused_qkv), has_bias, place)
@@ -242,6 +248,11 @@ class MultiheadPatternAttention(ProjectedModule):
             check_embedded(name, x, self.embed_dim, self.out_proj.weight.dtype)
         query, key, value = _zero_padded(query, key, value, key_padding_mask)
         q, k, v = self._project(query, key, value)
+        if self.rotary_base is not None:
+            nq, nk = q.shape[1], k.shape[1]
+            # Queries are the last of the positions, as everywhere.
+            q = rotate(q, torch.arange(nk - nq, nk, device=q.device), self.rotary_base)
+            k = rotate(k, torch.arange(nk, device=k.device), self.rotary_base)
         out = self.attention(q, k, v, is_causal, attention_mask, key_padding_mask)
         out = self.out_proj(self.norm(out.flatten(2)))
         if not check_bool("need_weights", need_weights):
