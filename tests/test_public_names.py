@@ -22,10 +22,11 @@ EXPECTED = {
         PatternCache CacheView get_global_pattern_cache reset_global_pattern_cache
         FlexMask IndexArrays ScoredBlocks index_arrays
         from_bigbird from_hf from_natten
+        build_on_one check_same_plan plan_digest plan_from_bytes plan_to_bytes
         """,
     "kernels": """
         attend AttentionState merge reference_attention fused_attention Environment
-        explain Explanation AttentionProblem backends Capability
+        explain Explanation AttentionProblem backends Capability build_native
         """,
     "attention": """
         pattern_attention PatternAttention MultiheadPatternAttention attention_weights

@@ -16,8 +16,8 @@ from longattn.patterncache import CacheView, PatternCache, get_global_pattern_ca
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """A global cache of the default settings before and after each test."""
-    monkeypatch.delenv("PATTERN_CACHE_MAX_SIZE", raising=False)
-    monkeypatch.delenv("PATTERN_CACHE_ENABLE_PROFILING", raising=False)
+    for name in ("MAX_SIZE", "MAX_BYTES", "GROW_TO", "ENABLE_PROFILING"):
+        monkeypatch.delenv(f"PATTERN_CACHE_{name}", raising=False)
     reset_global_pattern_cache()
     with monkeypatch.context() as context:
         yield context
@@ -35,6 +35,10 @@ def test_a_reset_empties_the_object_that_others_hold(fresh):
     assert get_global_pattern_cache() is held and len(held) == 0
     stats = held.get_stats()
     assert (stats["misses"], stats["max_size"], stats["profile"]) == (0, 7, {})
+    fresh.setenv("PATTERN_CACHE_MAX_BYTES", "5000")
+    fresh.setenv("PATTERN_CACHE_GROW_TO", "9")
+    reset_global_pattern_cache()
+    assert held.get_stats()["max_bytes"] == 5000 and held._settings[-1] == 9
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,9 @@ def test_a_reset_empties_the_object_that_others_hold(fresh):
         ("PATTERN_CACHE_MAX_SIZE", "-1"),
         ("PATTERN_CACHE_MAX_SIZE", "1e3"),
         ("PATTERN_CACHE_ENABLE_PROFILING", "maybe"),
+        ("PATTERN_CACHE_MAX_BYTES", "1 MB"),
+        ("PATTERN_CACHE_GROW_TO", "-5"),
+        ("PATTERN_CACHE_GROW_TO", "999"),
     ],
 )
 def test_garbage_in_a_variable_is_named(fresh, name, text):
@@ -85,10 +92,11 @@ def test_a_build_that_fails_is_a_miss_of_the_view():
 @pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.copy, copy.deepcopy])
 def test_a_copy_is_empty_with_the_same_settings(copied):
     """Of a cache, of a view of it; a view of the global cache is one of the global cache again."""
-    cache = PatternCache(7, "lru", 5000, enable_profiling=True)
+    cache = PatternCache(7, "lru", 5000, enable_profiling=True, grow_to=9)
     cache.get_or_build("key", int)
     other = copied(cache)
     assert (other.max_size, other.policy, other.max_bytes, other.enable_profiling) == (7, "lru", 5000, True)
+    assert other._settings == cache._settings
     assert len(other) == 0
     view = copied(CacheView(cache))
     view.get_or_build("key", int)

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from longattn.patterncache.model_configs import from_bigbird, from_hf, from_natten
     from longattn.patterncache.pattern import Pattern, parse_pattern
     from longattn.patterncache.plan import Band, Branch, Plan
+    from longattn.patterncache.ranks import build_on_one, check_same_plan
     from longattn.patterncache.reach import Reach
     from longattn.patterncache.scored import ScoredBlocks
     from longattn.patterncache.strided import Strided
     from longattn.patterncache.view import CacheView
     from longattn.patterncache.window import Full, Window
+    from longattn.patterncache.wire import plan_digest, plan_from_bytes, plan_to_bytes
 
 _HOME = {
     "Affine": "index",
@@ -59,6 +61,8 @@ _HOME = {
     "Sum": "algebra",
     "Union": "algebra",
     "Window": "window",
+    "build_on_one": "ranks",
+    "check_same_plan": "ranks",
     "from_bigbird": "model_configs",
     "from_block_mask": "foreign",
     "from_hf": "model_configs",
@@ -68,6 +72,9 @@ _HOME = {
     "index_arrays": "compressed_rows",
     "parse_pattern": "pattern",
     "pieces": "band",
+    "plan_digest": "wire",
+    "plan_from_bytes": "wire",
+    "plan_to_bytes": "wire",
     "reset_global_pattern_cache": "global_cache",
 }
 
@@ -100,6 +107,8 @@ __all__ = [
     "Sum",
     "Union",
     "Window",
+    "build_on_one",
+    "check_same_plan",
     "from_bigbird",
     "from_block_mask",
     "from_hf",
@@ -109,6 +118,9 @@ __all__ = [
     "index_arrays",
     "parse_pattern",
     "pieces",
+    "plan_digest",
+    "plan_from_bytes",
+    "plan_to_bytes",
     "reset_global_pattern_cache",
 ]
 

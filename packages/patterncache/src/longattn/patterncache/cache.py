@@ -25,6 +25,7 @@ from longattn.patterncache.hit_curve import HitCurve
 from longattn.patterncache.index import check_int
 from longattn.patterncache.policy import POLICIES, Entry
 from longattn.patterncache.profile import BuildProfile
+from longattn.patterncache.store import Store
 
 logger = logging.getLogger("longattn.patterncache")
 
@@ -35,7 +36,7 @@ FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 class PatternCache:
-    """A bounded map from keys to built values: plans, arrays, numbers, tuples of those. Arrays are handed out read-only.
+    """A bounded map from keys to built values: plans, arrays, numbers, tuples of those. Arrays are handed out read-only, plans packed.
 
     Keys are hashable, and their `__hash__` and `__eq__` do not use the cache. A copy, pickled ones included, is an empty cache of the
     same settings; a forked child has the parent's entries.
@@ -46,6 +47,8 @@ class PatternCache:
         max_bytes: bytes kept at most: each value's `nbytes` as it is when built, and `ENTRY_BYTES` an entry. A value beyond that by
             itself is not kept; 0 keeps nothing. Default None: no limit.
         enable_profiling: statistics get a `profile` entry. Default False.
+        grow_to: entries that the cache may allow itself: when it has evicted as many as it holds, `max_size` becomes what the hit curve
+            since then asks for, up to this. It never shrinks by itself. Default None: `max_size` stays.
 
     Raises:
         TypeError, ValueError: a limit is not an integer >= 0, the policy is unknown, or enable_profiling not a bool.
@@ -57,6 +60,7 @@ class PatternCache:
         policy: str = "s3fifo",
         max_bytes: int | None = None,
         enable_profiling: bool = False,
+        grow_to: int | None = None,
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
@@ -64,24 +68,51 @@ class PatternCache:
         self._lock = threading.Lock()
         self._flights: dict[Hashable, Flight] = {}
         self._waiting: dict[int, Flight] = {}
-        self.configure(max_size, max_bytes, enable_profiling)
+        self.configure(max_size, max_bytes, enable_profiling, grow_to)
         survive_forks(self)
 
-    def configure(self, max_size: int, max_bytes: int | None = None, enable_profiling: bool = False) -> None:
+    def configure(
+        self,
+        max_size: int,
+        max_bytes: int | None = None,
+        enable_profiling: bool = False,
+        grow_to: int | None = None,
+    ) -> None:
         """Start anew with other limits: as after `clear`, and as the constructor checks them."""
         size = check_int("max_size", max_size, minimum=0)
         limit = None if max_bytes is None else check_int("max_bytes", max_bytes, minimum=0)
+        most = None if grow_to is None else check_int("grow_to", grow_to, minimum=size)
         if not isinstance(enable_profiling, bool):
             raise TypeError(f"enable_profiling must be a bool, got {enable_profiling!r}")
         with self._lock:
-            self.max_size, self.max_bytes, self.enable_profiling = size, limit, enable_profiling
+            # A growing cache begins anew from here.
+            self._settings = (size, self.policy, limit, enable_profiling, most)
             # Rebound, not emptied: whoever reads the old ones without the lock reads something whole.
-            self._entries: dict[Hashable, Entry] = {}
+            self._store = Store(self.policy, size, limit, most)
+            self._entries = self._store.entries
             self._flights = {}
-            self._order = POLICIES[self.policy](size, limit)
             self._profile = BuildProfile() if enable_profiling else None
             # The clock ticks at each hit and each insertion; hits are its ticks less the insertions.
-            self._clock = self._inserted = self._misses = self._evictions = self._bytes = 0
+            self._clock = self._misses = 0
+
+    @property
+    def max_size(self) -> int:
+        """Entries kept at most, as of now."""
+        return self._store.max_size
+
+    @property
+    def max_bytes(self) -> int | None:
+        """Bytes kept at most, or None."""
+        return self._store.max_bytes
+
+    @property
+    def enable_profiling(self) -> bool:
+        """Whether statistics have a `profile` entry."""
+        return self._profile is not None
+
+    @property
+    def _hits(self) -> int:
+        return self._clock - self._store.inserted
 
     def get_or_build(self, key: Hashable, build: Callable[[], T]) -> T:
         """The value of `key`; `build()` makes it where it is missing. Whatever `build` raises, this raises.
@@ -163,42 +194,46 @@ class PatternCache:
 
     def _keep(self, key: Hashable, value: Any, nbytes: int, seconds: float, flight: Flight) -> None:
         """Take a built value in, unless the cache was cleared since the build began or has no room for it at all."""
-        evicted: list[Entry] = []
         with self._lock:
             if self._flights.get(key) is not flight:
                 return
             if self._profile is not None:
                 self._profile.note_build(key, nbytes, seconds)
-            if not self.max_size or (self.max_bytes is not None and nbytes > self.max_bytes):
-                return
-            recalled = self._order.recall(key)
-            while not self._fits(nbytes):
-                evicted.append(self._evict())
-            self._inserted += 1
-            self._clock += 1
-            entry = self._entries[key] = Entry(key, value, nbytes, self._clock)
-            self._bytes += nbytes
-            self._order.insert(entry, recalled)
-        # Logged, and let go, outside the lock: handlers and finalizers are other people's code.
+            size, hits, before = self.max_size, self._hits, self._store.inserted
+            evicted = self._store.take(Entry(key, value, nbytes, self._clock + 1), hits, hits + self._misses)
+            self._clock += self._store.inserted - before
+            self._note_evicted(evicted)
+        self._log(evicted, size)
+
+    def _note_evicted(self, evicted: list[Entry]) -> None:
+        if self._profile is not None:
+            for entry in evicted:
+                self._profile.note_hits(entry)
+
+    def _log(self, evicted: list[Entry], size: int) -> None:
+        """Logged, and let go, outside the lock: handlers and finalizers are other people's code."""
         for entry in evicted:
             logger.debug("evict %s", entry.key)
+        if self.max_size != size:
+            logger.debug("resize from %d to %d entries", size, self.max_size)
 
-    def _fits(self, nbytes: int) -> bool:
-        in_bytes = self.max_bytes is None or self._bytes + nbytes <= self.max_bytes
-        return in_bytes and len(self._entries) < self.max_size
+    def resize(self, max_size: int) -> None:
+        """Allow so many entries from now on. Entries and statistics stay, but for what has no room any more, and the hit curve.
 
-    def _evict(self) -> Entry:
-        entry = self._order.evict()
-        del self._entries[entry.key]
-        self._bytes -= entry.nbytes
-        self._evictions += 1
-        if self._profile is not None:
-            self._profile.note_hits(entry)
-        return entry
+        Raises:
+            TypeError, ValueError: max_size is not an integer >= 0.
+        """
+        size = check_int("max_size", max_size, minimum=0)
+        with self._lock:
+            before = self.max_size
+            evicted = self._store.resize(size, self._hits, self._hits + self._misses)
+            self._note_evicted(evicted)
+        self._log(evicted, before)
 
     def clear(self) -> None:
         """Forget every entry; statistics start at zero. Builds under way go to those who asked for them, and are not kept."""
-        self.configure(self.max_size, self.max_bytes, self.enable_profiling)
+        size, _, max_bytes, enable_profiling, grow_to = self._settings
+        self.configure(size, max_bytes, enable_profiling, grow_to)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -210,33 +245,33 @@ class PatternCache:
             return MappingProxyType({key: entry.value for key, entry in self._entries.items()})
 
     def get_stats(self) -> dict[str, Any]:
-        """`hits misses hit_rate evictions size max_size bytes max_bytes`, since the cache was made, cleared or reset.
+        """`hits misses hit_rate evictions size max_size bytes max_bytes compression`, since the cache was made, cleared or reset.
 
-        With profiling also `profile`: {str(key): {count, bytes, time}}, asked for and served so often, bytes when last built, seconds
-        spent building; for the keys built last.
+        `compression`: the bytes that the values kept would take unpacked, over those that they take; 1.0 without any. With profiling also
+        `profile`: {str(key): {count, bytes, time}}, asked for and served so often, bytes when last built, seconds spent building; for the
+        keys built last.
         """
         with self._lock:
-            hits, misses = self._clock - self._inserted, self._misses
-            stats = {
+            hits, misses, store = self._hits, self._misses, self._store
+            stats: dict[str, Any] = {
                 "hits": hits,
                 "misses": misses,
                 "hit_rate": hits / (hits + misses) if hits + misses else 0.0,
-                "evictions": self._evictions,
+                "evictions": store.evictions,
                 "size": len(self._entries),
-                "max_size": self.max_size,
-                "bytes": self._bytes,
-                "max_bytes": self.max_bytes,
+                "max_size": store.max_size,
+                "bytes": store.nbytes,
+                "max_bytes": store.max_bytes,
+                "compression": store.compression,
             }
-            return (
-                stats if self._profile is None else stats | {"profile": self._profile.as_dict(self._entries.values())}
-            )
+            if self._profile is not None:
+                stats["profile"] = self._profile.as_dict(self._entries.values())
+            return stats
 
     def hit_curve(self) -> HitCurve:
-        """How many hits there would have been with more room, from the evicted keys that came back."""
+        """How many hits more room would have brought since the size last changed, from the evicted keys that came back."""
         with self._lock:
-            hits, ghosts = self._clock - self._inserted, self._order.ghosts
-            exact = self.policy == "lru" and self.max_bytes is None
-            return HitCurve.of_returns(self.max_size, ghosts.capacity, hits, hits + self._misses, ghosts.returns, exact)
+            return self._store.curve(self._hits, self._hits + self._misses)
 
     def suggest_size(self, gain: float = 0.01) -> int:
         """A `max_size` for what was asked so far: the least whose hit rate is within `gain` of the best of `hit_curve`.
@@ -248,19 +283,15 @@ class PatternCache:
         """
         curve = self.hit_curve()
         best = curve.least_within(gain)
-        return best if self._evictions or not self.max_size else len(self)
+        return best if self._store.evictions or not self.max_size else len(self)
 
     def check_valid(self) -> None:
-        """Assert the invariants, for tests: bounded; bytes equal a recount; nothing is pending that is also kept; no entry is lost."""
+        """Assert the invariants, for tests: those of the store; nothing is pending that is also kept; counts are not negative."""
         with self._lock:
-            assert len(self._entries) <= self.max_size
-            assert self._bytes == sum(entry.nbytes for entry in self._entries.values())
-            assert self.max_bytes is None or self._bytes <= self.max_bytes
+            self._store.check_valid()
+            assert self._entries is self._store.entries
             assert not (self._flights.keys() & self._entries.keys())
-            assert min(self._clock - self._inserted, self._misses, self._evictions) >= 0
-            assert self._inserted == self._evictions + len(self._entries)
-            assert sorted(map(id, self._order)) == sorted(map(id, self._entries.values()))
-            assert len(self._order.ghosts) <= self._order.ghosts.capacity
+            assert min(self._hits, self._misses) >= 0
 
     def _after_fork_in_child(self) -> None:
         self._lock = threading.Lock()
@@ -272,4 +303,4 @@ class PatternCache:
         self._waiting = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PatternCache, (self.max_size, self.policy, self.max_bytes, self.enable_profiling)
+        return PatternCache, self._settings

@@ -6,6 +6,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from longattn.patterncache.narrow import pack_plan
+from longattn.patterncache.plan import Plan
+
 T = TypeVar("T")
 
 ENTRY_BYTES = 512
@@ -13,7 +16,7 @@ ENTRY_BYTES = 512
 
 
 def freeze(value: T) -> T:
-    """The same value, with arrays read-only, those in tuples too.
+    """The same value, with arrays read-only and plans packed, those in tuples too.
 
     An array that has its own memory becomes read-only, and a view of it is handed out, which nobody can make writeable again. One
     that looks into another's memory is copied. Plans are immutable already. Lists, dicts and other objects are left as they are:
@@ -26,6 +29,8 @@ def freeze(value: T) -> T:
         owned = value if value.base is None else value.copy()
         owned.flags.writeable = False
         frozen = owned.view()
+    elif type(value) is Plan:
+        frozen = pack_plan(value)
     return frozen
 
 
@@ -35,3 +40,10 @@ def size_of(value: object) -> int:
         return sum(size_of(part) for part in value)
     nbytes = getattr(value, "nbytes", 0)
     return int(nbytes) if isinstance(nbytes, (int, np.integer)) else 0
+
+
+def wide_size_of(value: object) -> int:
+    """As `size_of`, with the index data of plans as if it were not packed."""
+    if type(value) is tuple:
+        return sum(wide_size_of(part) for part in value)
+    return value.wide_nbytes if type(value) is Plan else size_of(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import Any
 
 from longattn.patterncache.cache import PatternCache
 
@@ -12,10 +13,12 @@ _GLOBAL_LOCK = threading.Lock()
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
-def _size_from_environment() -> int:
-    text = os.environ.get("PATTERN_CACHE_MAX_SIZE", "").strip() or "1000"
+def _number_from_environment(name: str, default: int | None) -> int | None:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
     if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"PATTERN_CACHE_MAX_SIZE must be an integer >= 0, got {text!r}")
+        raise ValueError(f"{name} must be an integer >= 0, got {text!r}")
     return int(text)
 
 
@@ -26,21 +29,34 @@ def _profiling_from_environment() -> bool:
     return _SWITCH[text.lower()]
 
 
+def _settings_from_environment() -> dict[str, Any]:
+    size = _number_from_environment("PATTERN_CACHE_MAX_SIZE", 1000)
+    most = _number_from_environment("PATTERN_CACHE_GROW_TO", None)
+    assert size is not None
+    if most is not None and most < size:
+        raise ValueError(f"PATTERN_CACHE_GROW_TO must be at least PATTERN_CACHE_MAX_SIZE, {size}, got {most}")
+    return {
+        "max_size": size,
+        "max_bytes": _number_from_environment("PATTERN_CACHE_MAX_BYTES", None),
+        "enable_profiling": _profiling_from_environment(),
+        "grow_to": most,
+    }
+
+
 def get_global_pattern_cache() -> PatternCache:
     """The process-wide cache that every forward uses unless told otherwise.
 
-    Made when first asked for, with `PATTERN_CACHE_MAX_SIZE` (default 1000) and `PATTERN_CACHE_ENABLE_PROFILING` (default 0) from the
-    environment.
+    Made when first asked for, with `PATTERN_CACHE_MAX_SIZE` (default 1000), `PATTERN_CACHE_MAX_BYTES` (no limit), `PATTERN_CACHE_GROW_TO`
+    (it does not grow) and `PATTERN_CACHE_ENABLE_PROFILING` (0) from the environment.
 
     Raises:
-        ValueError: a variable is no integer >= 0, or no yes or no; it is named.
+        ValueError: a variable is no integer >= 0, or no yes or no, or less than it must be; it is named.
     """
     global _GLOBAL
     if _GLOBAL is None:
         with _GLOBAL_LOCK:
             if _GLOBAL is None:
-                settings = {"max_size": _size_from_environment(), "enable_profiling": _profiling_from_environment()}
-                _GLOBAL = PatternCache(**settings)
+                _GLOBAL = PatternCache(**_settings_from_environment())
     return _GLOBAL
 
 
@@ -50,5 +66,5 @@ def reset_global_pattern_cache() -> None:
     Raises:
         ValueError: a variable is garbage; it is named, and the cache stays as it was.
     """
-    size, profiling = _size_from_environment(), _profiling_from_environment()
-    get_global_pattern_cache().configure(size, None, profiling)
+    settings = _settings_from_environment()
+    get_global_pattern_cache().configure(**settings)

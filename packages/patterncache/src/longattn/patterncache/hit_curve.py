@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class HitCurve:
-    """Hits by size, from the size of the cache up to twice that.
+    """Hits by size, from the size of the cache up to eleven times that.
 
     Attributes:
         size: the cache's `max_size`, where the curve begins. Smaller sizes are not known: a hit does not say how close it was.

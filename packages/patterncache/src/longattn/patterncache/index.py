@@ -121,6 +121,11 @@ class Affine:
         """Bytes of index data held: none."""
         return 0
 
+    @property
+    def wide_nbytes(self) -> int:
+        """None either."""
+        return 0
+
 
 @dataclass(frozen=True, eq=False)
 class Listed:
@@ -178,6 +183,11 @@ class Listed:
     def nbytes(self) -> int:
         """Bytes of index data held."""
         return self.starts.nbytes
+
+    @property
+    def wide_nbytes(self) -> int:
+        """Bytes that the starts take unpacked."""
+        return self.nbytes
 
 
 Index = Affine | Listed

@@ -64,7 +64,9 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
     if named:
         return _of_kind(config, named[layer], causal)
     if kind in _SLIDING_DECODERS:
-        slides = getattr(config, "use_sliding_window", True) and layer >= getattr(config, "max_window_layers", 0)
+        # Others have the attribute too, and do not read it.
+        first = getattr(config, "max_window_layers", 0) if kind in ("qwen2", "qwen2_moe", "qwen3") else 0
+        slides = getattr(config, "use_sliding_window", True) and layer >= first
         size = getattr(config, "sliding_window", None)
         return Window(size) if slides and size is not None else Full(causal=True)
     if kind in _DENSE_DECODERS or kind in _ENCODERS:

@@ -198,6 +198,11 @@ class Plan:
         """Bytes of index data held: 0 for affine plans."""
         return sum(b.nbytes for b in self.branches)
 
+    @property
+    def wide_nbytes(self) -> int:
+        """Bytes of the same index data unpacked, 8 a number; over `nbytes`, that is the ratio of compression."""
+        return sum(i.wide_nbytes for b in self.branches for i in (b.q, b.k))
+
     def counts(self) -> Counts:
         """(heads, queries, keys) int64: how many times each query sees each key. Dense, for tests and small sizes."""
         total = np.zeros(self.rectangle.shape, np.int64)
