@@ -31,6 +31,7 @@ EXPECTED = {
     "attention": """
         pattern_attention PatternAttention MultiheadPatternAttention attention_weights
         Schedule Local Ring SparsePatternConfig Wiring
+        RingBufferAttention RingBufferConfig RingBufferState TileOrder TileType
         DilatedAttention ImprovedDilatedAttention ImprovedDilatedAttentionV2
         RingDilatedAttentionV2 RingDilatedAttentionV3 BlockSparseRingDilatedAttention
         MultiheadDilatedAttention ImprovedMultiheadDilatedAttention ImprovedMultiheadDilatedAttentionV2

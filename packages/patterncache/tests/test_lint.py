@@ -7,10 +7,24 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longattn.patterncache import BlockSparse, Dilated, Full, Gap, Pattern, Rectangle, Restrict, Span, Window
+from longattn.patterncache import (
+    BlockSparse,
+    Dilated,
+    Documents,
+    Full,
+    Gap,
+    HierarchicalBlocks,
+    Pattern,
+    Rectangle,
+    Restrict,
+    Span,
+    Strided,
+    Window,
+)
 from longattn.patterncache.lint import lint
-from longattn.patterncache.reach import reach
+from longattn.patterncache.reach import direct_depth, layers_needed, reach
 from longattn.patterncache.testing import dilated, patterns
+from longattn.patterncache.walks import stretches
 
 LONGNET = ((2048, 4096, 8192), (1, 2, 4))
 
@@ -36,6 +50,9 @@ def dense(pattern: Pattern, length: int, num_heads: int):
 @example(Window(3, causal=False), 20, 1, 3)
 @example(Full(), 0, 1, 1)
 @example(Restrict(Dilated((6,), (2,)), Window(3)), 20, 2, 2)
+@example(Documents([0, 3, 3, 9, 256], Window(3, sinks=1)), 20, 2, 2)
+@example(Documents([0, 256], Full(causal=True)), 12, 1, 2)
+@example(HierarchicalBlocks(2, levels=3, fanout=2), 23, 1, 2)
 @settings(max_examples=150)
 def test_figures_are_those_of_brute_force(pattern, length, num_heads, layers):
     """Islands, depth, keys, starvation, and what is heard of after some layers."""
@@ -85,6 +102,15 @@ def test_split_heads_leave_residues_uncovered():
     assert lint(Dilated((8, 16), (1, 4), heads="split"), 16).gaps == (Gap(16, 4, (0, 2, 3)),)
 
 
+@given(st.integers(0, 40), st.integers(1, 9), st.integers(0, 9), st.booleans())
+def test_the_depth_of_a_window_is_that_of_a_walk(length, size, sinks, causal):
+    """Said from its figures where they say it, and so known at any length."""
+    pattern = Window(size, sinks, causal)
+    said = direct_depth(pattern, length)
+    assert said is None or said == layers_needed(pattern, stretches(pattern, length, 1))
+    assert lint(Window(512), 1 << 20).layers == -(-((1 << 20) - 1) // 511)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_million_tokens_cost_one_period(causal):
     """The work does not grow with the length: the figures of a million tokens within ten times the target of 100 ms."""
@@ -97,8 +123,8 @@ def test_a_million_tokens_cost_one_period(causal):
 
 def test_a_long_walk_is_not_guessed():
     """Where a walk is too long, lint says so and reach refuses; islands and keys are exact all the same."""
-    found = lint(Window(512), 40_000)
-    assert (found.layers, found.layers_known, found.islands, found.most_keys) == (None, False, 1, 512)
+    found = lint(Strided(512), 40_000)
+    assert (found.layers, found.layers_known, found.islands, found.most_keys) == (None, False, 1, 590)
     assert "depth not followed" in found.line
     with pytest.raises(ValueError, match="N must leave at most 131072 tokens .*got 200000"):
         reach(Window(512), 2, 200_000)

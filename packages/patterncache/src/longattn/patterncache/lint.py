@@ -9,11 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
+from longattn.patterncache.compressed_rows import head_classes
 from longattn.patterncache.dilated import Dilated
-from longattn.patterncache.index import Rows, Span, check_int
+from longattn.patterncache.index import Affine, Rows, Span, check_int
 from longattn.patterncache.pattern import Pattern
-from longattn.patterncache.plan import Plan
-from longattn.patterncache.reach import count_islands, layers_needed
+from longattn.patterncache.plan import Branch, Plan
+from longattn.patterncache.reach import count_islands, direct_depth, layers_needed
 from longattn.patterncache.walks import nodes_of, square, stretches
 
 _MOST_NODES = 1 << 14
@@ -127,18 +128,27 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
         raise ValueError(f"dtype must be one of {tuple(_BYTES)}, got {dtype!r}")
     parts = stretches(pattern, length, num_heads)
     apart = sum(part.times * count_islands(part) for part in parts)
-    known = apart > 1 or all(len(nodes_of(part.plan, pattern.causal).token) <= _MOST_NODES for part in parts)
+    depth = None if apart > 1 else direct_depth(pattern, length)
+    known = (
+        apart > 1
+        or depth is not None
+        or all(len(nodes_of(part.plan, pattern.causal).token) <= _MOST_NODES for part in parts)
+    )
+    if known and depth is None:
+        depth = layers_needed(pattern, parts)
     starved, blind, at = _Tally(), _Tally(), 0
     fewest, most, pairs = [], [], 0
     for part in parts:
-        keys = keys_per_query(part.plan)
+        heads, keys = keys_per_query(part.plan)
         own = np.arange(part.length, dtype=np.int64)[None]
-        itself = pattern.count(np.arange(num_heads, dtype=np.int64)[:, None], own, own, num_heads)
-        blind.add(keys.max(axis=0) == 0, at, part.times)
-        starved.add((keys - itself).max(axis=0) == 0, at, part.times)
+        # Which heads are alike, and one of each kind.
+        _, first, times = np.unique(heads, return_index=True, return_counts=True)
+        itself = pattern.count(first[:, None], own, own, num_heads)
+        blind.add((keys == 0).all(axis=0), at, part.times)
+        starved.add((keys <= itself).all(axis=0), at, part.times)
         fewest += [int(keys.min())] if keys.size else []
         most += [int(keys.max())] if keys.size else []
-        pairs += part.times * int(keys.sum())
+        pairs += part.times * int(keys.sum(axis=1) @ times)
         at += part.times * part.length
     rows = length * num_heads
     return Lint(
@@ -146,7 +156,7 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
         length=length,
         num_heads=num_heads,
         islands=apart,
-        layers=layers_needed(pattern, parts) if known else None,
+        layers=depth,
         layers_known=known,
         gaps=tuple(_gaps(pattern, num_heads)),
         blind=blind.count,
@@ -178,23 +188,31 @@ def describe(pattern: Pattern, length: int = 32, num_heads: int = 8, head: int =
     return "\n".join([*rows, str(verdict)])
 
 
-def keys_per_query(plan: Plan) -> Rows:
-    """(heads, queries) int64: keys that each query sees, with multiplicity, without the dense counts."""
-    heads, queries, _ = plan.rectangle.shape
-    total = np.zeros((heads, queries), np.int64)
-    for branch in plan.branches:
-        rows = branch.q.rows()
-        if branch.band is None:
-            seen = np.full(rows.shape, branch.k.count, np.int64)
-        elif branch.uniform:
-            begin, end = branch.key_range()
-            seen = np.broadcast_to(np.maximum(end - begin + 1, 0), rows.shape)
-        else:
-            assert branch.visible is not None
-            seen = branch.visible.sum(axis=2)
-        # No query row stands twice in a branch, so nothing is added to itself.
-        total[branch.heads.positions()[:, None], rows.ravel()[None]] += seen.reshape(1, -1)
-    return total
+def keys_per_query(plan: Plan) -> tuple[Rows, Rows]:
+    """((heads,) class of each head, (classes, queries) int64 keys that each query sees), with multiplicity, without dense counts."""
+    classes, members = head_classes(plan)
+    total = np.zeros((len(members), plan.rectangle.shape[1]), np.int64)
+    for b, branch in enumerate(plan.branches):
+        seen = _keys_of_tiles(branch)
+        for c, some in enumerate(members):
+            # No query row stands twice in a branch, so nothing is added to itself.
+            if b in some and isinstance(branch.q, Affine) and branch.q.tiles == 1:
+                end = branch.q.start + branch.q.count * branch.q.step
+                total[c, branch.q.start : end : branch.q.step] += np.broadcast_to(seen, (1, branch.q.count))[0]
+            elif b in some:
+                total[c, branch.q.rows()] += seen
+    return classes, total
+
+
+def _keys_of_tiles(branch: Branch) -> Rows:
+    """(tiles or 1, q count or 1): how many keys each query row of each tile sees."""
+    if branch.band is None:
+        return np.array([[branch.k.count]])
+    if branch.uniform:
+        begin, end = branch.key_range()
+        return np.maximum(end - begin + 1, 0)[None]
+    assert branch.visible is not None
+    return branch.visible.sum(axis=2)
 
 
 class _Tally:

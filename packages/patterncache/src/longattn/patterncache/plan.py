@@ -141,9 +141,9 @@ class Branch:
         nearest = self.offset + np.arange(self.q.count, dtype=np.int64) * q_step
         begin, end = np.zeros_like(nearest), np.full_like(nearest, self.k.count - 1)
         if self.band.high is not None:
-            begin = np.maximum(begin, -((self.band.high - nearest) // k_step))
+            begin = np.maximum(begin, -_quotient(self.band.high - nearest, k_step))
         if self.band.low is not None:
-            end = np.minimum(end, (nearest - self.band.low) // k_step)
+            end = np.minimum(end, _quotient(nearest - self.band.low, k_step))
         return begin, end
 
     @cached_property
@@ -214,6 +214,11 @@ class Plan:
     def derived(self) -> dict[str, Any]:
         """What rows compute once from this plan and keep beside it, by name. Values are never part of the plan's meaning."""
         return {}
+
+
+def _quotient(distance: Rows, step: int) -> Rows:
+    # A division by one is still a division, of a million numbers.
+    return distance if step == 1 else distance // step
 
 
 def add_branch_counts(total: Counts, branch: Branch) -> None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from longattn.patterncache.index import Span, check_int
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.walks import Stretch, Walk, islands, stretches
+from longattn.patterncache.window import Full, Window
 
 MOST_NODES = 1 << 17
 """Tokens of a stretch that `reach` follows one by one: beyond, a layer is gigabytes of bits."""
@@ -89,7 +90,25 @@ def _heard(walk: Walk, layers: int) -> npt.NDArray[np.int64]:
 
 def count_islands(part: Stretch) -> int:
     """Islands of one such stretch."""
-    return len(np.unique(islands(part.plan)))
+    label = islands(part.plan)
+    # An island is named after its first token.
+    return int((label == np.arange(len(label))).sum())
+
+
+def direct_depth(pattern: Pattern, length: int) -> int | None:
+    """`layers_needed` where it follows from the pattern's figures; None where it has to be followed."""
+    if length <= 1 or isinstance(pattern, Full):
+        return int(length > 1)
+    if not isinstance(pattern, Window) or pattern.size < 2:
+        return None
+    # A layer hands on over size - 1 tokens. Where the future is hidden, sinks know nothing but themselves, so the way back need only end
+    # next to them; else whoever hears of the last sink goes on from there.
+    far, step = length - 1, pattern.size - 1
+    if not pattern.sinks:
+        return -(-far // step)
+    if pattern.causal:
+        return max(1, -(-max(0, far - pattern.sinks) // step))
+    return min(-(-far // step), 1 - (-max(0, far - pattern.sinks + 1) // step))
 
 
 def layers_needed(pattern: Pattern, parts: list[Stretch]) -> int | None:

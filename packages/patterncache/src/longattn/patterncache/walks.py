@@ -10,13 +10,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
 from longattn.patterncache.dilated import Dilated
-from longattn.patterncache.index import Rectangle, Rows, Span
+from longattn.patterncache.documents import Documents
+from longattn.patterncache.hierarchical import HierarchicalBlocks
+from longattn.patterncache.index import Affine, Index, Rectangle, Rows, Span
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.plan import Branch, Plan
 from longattn.patterncache.window import Full, Window
@@ -25,6 +28,9 @@ Bits = npt.NDArray[np.uint64]
 
 _BLOCK_BYTES = 1 << 23
 """Bytes of the bit columns that stand at once."""
+
+_MOST_DOCUMENTS = 64
+"""Borders of documents up to which each is a stretch of its own: short ones are quicker together."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,11 @@ class Stretch:
 
 def stretches(pattern: Pattern, length: int, num_heads: int) -> list[Stretch]:
     """`length` tokens as repeated stretches: one period and a rest where the pattern is closed under one, else one."""
+    if isinstance(pattern, Documents) and len(pattern.cu_seqlens) <= _MOST_DOCUMENTS:
+        pattern.check_rectangle(square(length, num_heads))
+        borders = [min(border, length) for border in pattern.cu_seqlens]
+        inside = (stretches(pattern.pattern, b - a, num_heads) for a, b in pairwise(borders) if a < b)
+        return [part for parts in inside for part in parts] or stretches(pattern.pattern, 0, num_heads)
     period, closed = _period(pattern)
     parts = [(length, 1)]
     if closed and period is not None and period < length:
@@ -58,6 +69,8 @@ def _period(pattern: Pattern) -> tuple[int | None, bool]:
     """(period, closed): shifting positions by the period changes nothing; closed: no pair crosses a multiple of it."""
     if isinstance(pattern, Dilated):
         return math.lcm(*pattern.segment_lengths), True
+    if isinstance(pattern, HierarchicalBlocks):
+        return pattern.size(pattern.levels - 1), True
     if isinstance(pattern, Full) or (isinstance(pattern, Window) and not pattern.sinks):
         return 1, False
     if isinstance(pattern, (Restrict, Intersection, Sum, Union)):
@@ -74,7 +87,10 @@ def _period(pattern: Pattern) -> tuple[int | None, bool]:
 
 def islands(plan: Plan) -> Rows:
     """(tokens,) int64: the first token of each one's island. No walk of any length, in any direction, leaves an island."""
-    label = np.arange(plan.rectangle.shape[1], dtype=np.int64)
+    length = plan.rectangle.shape[1]
+    if any(_is_chain(branch, length) for branch in plan.branches):
+        return np.zeros(length, np.int64)
+    label = np.arange(length, dtype=np.int64)
     ends = [np.stack([a.ravel(), b.ravel()]) for branch in plan.branches for a, b in _links(branch)]
     links = np.concatenate(ends, 1) if ends else np.empty((2, 0), np.int64)
     while links.size:
@@ -85,6 +101,17 @@ def islands(plan: Plan) -> Rows:
         while (label != (shorter := label[label])).any():
             label = shorter
     return label
+
+
+def _is_chain(branch: Branch, length: int) -> bool:
+    """Whether a branch joins every token to the next, by itself."""
+    every = Affine(0, 1, 0, length, 1)
+    shown = branch.band is None or branch.band.sees(np.array([1, -1])).any()
+    return shown and branch.steps == (1, 1) and all(_same_rows(index, every) for index in (branch.q, branch.k))
+
+
+def _same_rows(index: Index, one: Affine) -> bool:
+    return isinstance(index, Affine) and (index.start, index.tiles, index.count) == (one.start, one.tiles, one.count)
 
 
 def _links(branch: Branch) -> Iterator[tuple[Rows, Rows]]:
@@ -137,22 +164,34 @@ def nodes_of(plan: Plan, causal: bool) -> Nodes:
     every = np.arange(length, dtype=np.int64)
     if causal or any(branch.band is not None or not branch.k.distinct for branch in plan.branches):
         return Nodes(every, every, np.ones_like(every), np.ones_like(every))
-    kind = np.zeros(length, np.int64)
+    kind, kinds = np.zeros(length, np.int64), 1
     for branch in plan.branches:
         # Queries and keys of the same tiles tell tokens apart once.
         for index in (branch.q,) if branch.q == branch.k else (branch.q, branch.k):
             rows, tile = index.rows(), np.zeros(length, np.int64)
             tile[rows] = np.arange(1, index.tiles + 1)[:, None]
-            kind = np.unique(kind * (index.tiles + 1) + tile, return_inverse=True)[1].reshape(-1)
-    order = np.argsort(kind, kind="stable")
-    first = np.flatnonzero(np.diff(kind[order], prepend=-1))
-    size = np.diff(first, append=length)
-    second = first[size > 1] + 1
-    token = np.concatenate([order[first], order[second]])
+            kind, kinds = _renumbered(kind * (index.tiles + 1) + tile, kinds * (index.tiles + 1))
+    size = np.bincount(kind, minlength=kinds if length else 0)
+    # Assigned backwards, so that the first of each kind is what stays; then the first of what is left.
+    first, second = np.empty(len(size), np.int64), np.empty(len(size), np.int64)
+    first[kind[::-1]] = every[::-1]
+    left = np.delete(every, first)
+    second[kind[left][::-1]] = left[::-1]
+    token = np.concatenate([first, second[size > 1]])
     number = np.full(length, -1, np.int64)
     number[token] = np.arange(len(token))
     weight = np.concatenate([np.ones_like(first), size[size > 1] - 1])
-    return Nodes(token, number, weight, np.concatenate([size, np.zeros_like(second)]))
+    return Nodes(token, number, weight, np.concatenate([size, np.zeros(len(token) - len(first), np.int64)]))
+
+
+def _renumbered(kind: Rows, below: int) -> tuple[Rows, int]:
+    """The same kinds numbered without gaps, and how many there are; sorted only where counting would take more room than that."""
+    if below > 8 * len(kind):
+        kinds, number = np.unique(kind, return_inverse=True)
+        return number.reshape(-1), len(kinds)
+    there = np.bincount(kind, minlength=below) > 0
+    number = np.cumsum(there) - 1
+    return number[kind], int(there.sum())
 
 
 class Walk:
