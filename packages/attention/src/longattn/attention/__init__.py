@@ -40,6 +40,17 @@ if TYPE_CHECKING:
     from longattn.attention.ring import (
         Ring,
     )
+    from longattn.attention.ring_buffer.config import (
+        RingBufferConfig,
+        TileOrder,
+        TileType,
+    )
+    from longattn.attention.ring_buffer.module import (
+        RingBufferAttention,
+    )
+    from longattn.attention.ring_buffer.state import (
+        RingBufferState,
+    )
     from longattn.attention.schedule import (
         Local,
         Schedule,
@@ -70,12 +81,17 @@ _HOME = {
     "MultiheadPatternAttention": "modules",
     "PatternAttention": "modules",
     "Ring": "ring",
+    "RingBufferAttention": "ring_buffer.module",
+    "RingBufferConfig": "ring_buffer.config",
+    "RingBufferState": "ring_buffer.state",
     "RingDilatedAttentionV2": "presets",
     "RingDilatedAttentionV3": "presets",
     "RingMultiheadDilatedAttentionV2": "multihead_presets",
     "RingMultiheadDilatedAttentionV3": "multihead_presets",
     "Schedule": "schedule",
     "SparsePatternConfig": "sparse_config",
+    "TileOrder": "ring_buffer.config",
+    "TileType": "ring_buffer.config",
     "Wiring": "wiring",
     "attention_weights": "weights",
     "pattern_attention": "functional",
@@ -97,12 +113,17 @@ __all__ = [
     "MultiheadPatternAttention",
     "PatternAttention",
     "Ring",
+    "RingBufferAttention",
+    "RingBufferConfig",
+    "RingBufferState",
     "RingDilatedAttentionV2",
     "RingDilatedAttentionV3",
     "RingMultiheadDilatedAttentionV2",
     "RingMultiheadDilatedAttentionV3",
     "Schedule",
     "SparsePatternConfig",
+    "TileOrder",
+    "TileType",
     "Wiring",
     "attention_weights",
     "pattern_attention",

@@ -1,0 +1,82 @@
+"""`BackwardRing`: keys and values that still carry gradients."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The keys and values of one call, (batch, n, kv_heads, head_dim), in their graph; `start` is the first one's position."""
+
+    start: int
+    k: Tensor
+    v: Tensor
+
+    @property
+    def stop(self) -> int:
+        """The position after the last."""
+        return self.start + self.k.shape[1]
+
+    def part(self, start: int, stop: int) -> Segment:
+        """The positions start .. stop of it, as views."""
+        first = max(start, self.start)
+        count = max(0, min(stop, self.stop) - first)
+        return Segment(first, self.k.narrow(1, first - self.start, count), self.v.narrow(1, first - self.start, count))
+
+
+class BackwardRing:
+    """The last tokens of calls that wanted gradients: `capacity` tokens and `calls` calls at most, one after the other.
+
+    Out of place, because autograd must find what it saved: writing to a ring that a graph has seen is an error. What is here is in the
+    forward ring too, without its graph.
+    """
+
+    def __init__(self, capacity: int, calls: int) -> None:
+        self.capacity, self.calls = capacity, calls
+        self.segments: deque[Segment] = deque()
+
+    @property
+    def start(self) -> int | None:
+        """The position from which gradients flow; None: nowhere."""
+        return self.segments[0].start if self.segments else None
+
+    def append(self, segment: Segment) -> None:
+        """The next call. What is too old leaves; a call that does not follow the last one starts anew."""
+        if self.segments and self.segments[-1].stop != segment.start:
+            self.segments.clear()
+        self.segments.append(segment)
+        while len(self.segments) > self.calls:
+            self.segments.popleft()
+        self._keep(segment.stop - self.capacity, segment.stop)
+
+    def rewind(self, position: int) -> None:
+        """Forget the tokens from `position`."""
+        self._keep(0, position)
+
+    def between(self, start: int, stop: int) -> list[Segment]:
+        """What is here of the positions start .. stop, oldest first."""
+        parts = (
+            segment.part(start, stop) for segment in self.segments if segment.start < stop and segment.stop > start
+        )
+        return [part for part in parts if part.k.shape[1]]
+
+    def taken(self, index: Tensor) -> BackwardRing:
+        """The rows `index` of the batch, in the same graph."""
+        chosen = BackwardRing(self.capacity, self.calls)
+        chosen.segments.extend(Segment(s.start, s.k[index], s.v[index]) for s in self.segments)
+        return chosen
+
+    def clone(self) -> BackwardRing:
+        """A ring of its own over the same graph."""
+        copy = BackwardRing(self.capacity, self.calls)
+        copy.segments.extend(self.segments)
+        return copy
+
+    def _keep(self, start: int, stop: int) -> None:
+        kept = self.between(start, stop)
+        self.segments.clear()
+        self.segments.extend(kept)

@@ -1,0 +1,197 @@
+"""`RingBufferAttention`: attention over the last `buffer_size` tokens of a stream, in constant memory."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, Never
+
+import torch
+from torch import Tensor, nn
+
+from longattn.attention.ring_buffer.advance import Options, advance, is_step, step
+from longattn.attention.ring_buffer.config import RingBufferConfig
+from longattn.attention.ring_buffer.requests import (
+    check_fit,
+    check_position,
+    check_state,
+    check_tensors,
+    geometry_of,
+)
+from longattn.attention.ring_buffer.state import RingBufferState
+from longattn.attention.ring_buffer.tiles import TilingProcessor
+from longattn.attention.validate import check_bool, refuse_unknown
+from longattn.kernels.entry import autocast
+
+
+class RingBufferAttention(nn.Module):
+    """softmax(scale * q k^T) v over the last `buffer_size` tokens of a stream (and its first `sinks`). No parameters.
+
+    | tensor | shape |
+    | --- | --- |
+    | q, output | (batch, Nq, num_heads, head_dim) |
+    | k, v | (batch, n, kv_heads, head_dim) |
+    | weights | (batch, num_heads, Nq, Nk); Nk counts the attended keys in position order, oldest first |
+
+    An encoder call takes any number of tokens, and continues a state if it is given one. A decoder call appends its tokens (one, as a
+    rule), attends, and keeps its outputs in the feedback ring. One module serves any number of threads, each with states of its own.
+
+    Args:
+        config: what it is. Default RingBufferConfig().
+
+    Raises:
+        TypeError: config is no RingBufferConfig.
+
+    Example:
+        >>> attention = RingBufferAttention(RingBufferConfig(num_heads=2, head_dim=16, buffer_size=8)).eval()
+        >>> prompt, token = torch.randn(1, 20, 2, 16), torch.randn(1, 1, 2, 16)
+        >>> out, state = attention(prompt, prompt, prompt)
+        >>> attention(token, token, token, position=20, is_decoder=True, buffer_state=state).shape
+        torch.Size([1, 1, 2, 16])
+    """
+
+    def __init__(self, config: RingBufferConfig | None = None) -> None:
+        super().__init__()
+        if config is not None and not isinstance(config, RingBufferConfig):
+            raise TypeError(f"config must be a RingBufferConfig, got {config!r} ({type(config).__name__})")
+        self.config = RingBufferConfig() if config is None else config
+        self.tiling_processor = TilingProcessor(self.config)
+        self._name = uuid.uuid4().hex
+        self._latest: RingBufferState | None = None
+
+    def new_state(
+        self,
+        batch_size: int,
+        *,
+        kv_heads: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> RingBufferState:
+        """A state at position 0, for a stream that begins with a decoder call.
+
+        Args:
+            kv_heads: default the config's, else num_heads. dtype: default torch's. device: default the current one.
+        """
+        heads = kv_heads or self.config.kv_heads or self.config.num_heads
+        place = torch.empty(0, dtype=dtype, device=device)
+        return self._new_state(batch_size, heads, place)
+
+    def reset(self) -> None:
+        """Forget the latest state: a decoder call without one then begins at position 0."""
+        self._latest = None
+
+    def forward(
+        self,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        requires_grad: bool | None = None,
+        position: int | Tensor | list[int] | None = None,
+        is_decoder: bool = False,
+        buffer_state: RingBufferState | None = None,
+        att_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        needs_weights: bool = False,
+        output_attentions: bool = False,
+        *,
+        attention_mask: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+        seed: Tensor | int | None = None,
+        **unknown: Never,
+    ) -> Any:
+        """Attend, and put the call's tokens into the ring.
+
+        Args:
+            q: None in a decoder call: the latest output in the feedback ring; then k and v may be None too, and are q.
+            k, v: the call's tokens. q may be shorter in an encoder call: its queries are the last ones.
+            requires_grad: False: no gradient. Default None, and True: as autograd says.
+            position: tokens written so far, for all rows of the batch or for each. Default None: whatever it is.
+            is_decoder: default False.
+            buffer_state: what to continue. Default: an encoder call begins anew, a decoder call continues the module's latest state.
+            att_mask, attention_mask: one thing by two names. bool, True = may see, or floating, added to the scaled scores; broadcastable
+                to (batch, num_heads, Nq, Nk). In an encoder call it may be as wide as the call's own tokens: earlier ones are then seen.
+            key_padding_mask: (batch, Nk) bool, True = padding; stays with its tokens. In an encoder call it may cover the call's own only.
+            needs_weights, output_attentions: either returns weights as well. O(Nq * Nk) memory.
+            sink_logits: (num_heads,), a learned sink per head, with gradient.
+            seed: decides what is dropped in training. Default: drawn from torch's generator.
+
+        Returns:
+            Encoder: (output, state), with weights (output, state, weights). Decoder: output, with weights (output, weights).
+
+        Raises:
+            TypeError, ValueError: a bad argument, by name. The state is as it was.
+        """
+        dropout_p = self.config.dropout if self.training else 0.0
+        unasked = att_mask is None and attention_mask is None and key_padding_mask is None and sink_logits is None
+        unasked = unasked and not (dropout_p or needs_weights or output_attentions or unknown)
+        if is_decoder is True and unasked and seed is None and requires_grad is None:
+            state = self._latest if buffer_state is None else buffer_state
+            if is_step(state, q, k, v, position, self._name):
+                if self._latest is not state:
+                    self._latest = state
+                return step(self.config, state, q, k, v)  # type: ignore[arg-type]
+        refuse_unknown("RingBufferAttention()", unknown)
+        if att_mask is not None and attention_mask is not None:
+            raise TypeError("att_mask and attention_mask are one thing: give one of them")
+        weights = check_bool("needs_weights", needs_weights) | check_bool("output_attentions", output_attentions)
+        if requires_grad is not None:
+            check_bool("requires_grad", requires_grad)
+        mask = attention_mask if att_mask is None else att_mask
+        options = Options(mask, key_padding_mask, weights, dropout_p, seed, sink_logits)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and requires_grad is not False):
+            if check_bool("is_decoder", is_decoder):
+                return self._decode(buffer_state, position, q, k, v, options)
+            return self._encode(buffer_state, position, q, k, v, options)
+
+    def _encode(
+        self, state: RingBufferState | None, position: object, q: Any, k: Any, v: Any, options: Options
+    ) -> tuple[Tensor, RingBufferState] | tuple[Tensor, RingBufferState, Tensor]:
+        q, k, v = autocast(q, k, v)
+        check_tensors(self.config, q, k, v, decode=False)
+        state = self._ready(state, k, position)
+        out, weights = advance(self.config, self.tiling_processor, state, (q, k, v), False, options)
+        self._latest = state
+        return (out, state) if weights is None else (out, state, weights)
+
+    def _decode(
+        self, state: RingBufferState | None, position: object, q: Any, k: Any, v: Any, options: Options
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        state = self._latest if state is None else state
+        if q is None:
+            if not isinstance(state, RingBufferState):
+                raise ValueError("q must be given in the first decoder call: there is no feedback yet")
+            if not state.feedback_held:
+                raise ValueError(
+                    "q must be given while the feedback ring is empty: it holds the outputs of decoder calls"
+                )
+            q = state.feedback(1)
+            k, v = (q, q) if k is None and v is None else (k, v)
+        q, k, v = autocast(q, k, v)
+        check_tensors(self.config, q, k, v, decode=True)
+        state = self._ready(state, k, position)
+        out, weights = advance(self.config, self.tiling_processor, state, (q, k, v), True, options)
+        self._latest = state
+        return out if weights is None else (out, weights)
+
+    def _ready(self, state: RingBufferState | None, k: Tensor, position: object) -> RingBufferState:
+        """The state of the call, checked, or a new one."""
+        geometry = geometry_of(self.config, k.shape[2])
+        if state is None:
+            check_position(position, [0] * k.shape[0], "to a new state")
+            return self._new_state(k.shape[0], k.shape[2], k)
+        state = check_state(state, self._name, geometry)
+        check_fit(state, k)
+        check_position(position, state.positions, "so far")
+        return state
+
+    def _new_state(self, batch_size: int, kv_heads: int, like: Tensor) -> RingBufferState:
+        state = RingBufferState(geometry_of(self.config, kv_heads), batch_size, like.dtype, like.device)
+        state.owner = self._name
+        return state
+
+    def extra_repr(self) -> str:
+        """The config."""
+        return str(self.config)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a file holds the module, not the stream that it last served.
+        return {**self.__dict__, "_latest": None}

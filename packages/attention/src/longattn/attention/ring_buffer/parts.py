@@ -1,0 +1,100 @@
+"""`Part`: keys and values at neighbouring positions, and where a call finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longattn.attention.ring_buffer.rings import Rings
+from longattn.patterncache import Band
+
+
+class Part(NamedTuple):
+    """Some of the keys that a call attends to.
+
+    Attributes:
+        k, v: (batch, n, kv_heads, head_dim).
+        start: position of the first.
+        column: which of the attended keys the first is, in position order.
+        band: which distances, query position - key position, are seen.
+        sink: whether these are sinks.
+    """
+
+    k: Tensor
+    v: Tensor
+    start: int
+    column: int
+    band: Band
+    sink: bool
+
+    @property
+    def length(self) -> int:
+        """How many keys."""
+        return self.k.shape[1]
+
+
+def earlier_keys(rings: Rings, causal: bool) -> list[tuple[int, int]]:
+    """[start, stop) of the positions before the call that one of its queries sees: sinks, then the window. Uniform rings only."""
+    position, g = rings.clocks[0].position, rings.geometry
+    oldest = max(g.sinks, position - g.buffer_size + (1 if causal else 0))
+    return [(0, min(g.sinks, position)), (oldest, max(oldest, position))]
+
+
+def attended_before(rings: Rings, causal: bool) -> int:
+    """How many keys from before the call its queries attend to."""
+    return sum(stop - start for start, stop in earlier_keys(rings, causal))
+
+
+def gather_parts(rings: Rings, k: Tensor, v: Tensor, causal: bool, grad: bool) -> list[Part]:
+    """The keys of a call in position order: those that the rings hold, as they lie, then its own.
+
+    Args:
+        rings: uniform, before the call's tokens are appended.
+        k, v: (batch, n, kv_heads, head_dim), the call's own.
+        grad: whether autograd will look at the parts; then they are copies, or tensors of the backward ring, and the window is one part.
+    """
+    position, sinks = rings.clocks[0].position, rings.geometry.sinks
+    band = Band(0, rings.geometry.buffer_size - 1) if causal else Band()
+    found: list[tuple[Tensor, Tensor, int]] = []
+    for start, stop in earlier_keys(rings, causal):
+        found += _with_graph(rings, start, stop) if grad else _as_they_lie(rings, start, stop)
+    border = min(max(0, sinks - position), k.shape[1])
+    if border:
+        found.append((k[:, :border], v[:, :border], position))
+    found.append((k[:, border:], v[:, border:], position + border))
+    if grad:
+        found = _joined([one for one in found if one[2] < sinks]) + _joined([one for one in found if one[2] >= sinks])
+    parts, column = [], 0
+    for keys, values, start in found:
+        if keys.shape[1]:
+            sink = start < sinks
+            parts.append(Part(keys, values, start, column, Band(0, None) if sink and causal else band, sink))
+            column += keys.shape[1]
+    return parts
+
+
+def _as_they_lie(rings: Rings, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    main = rings.kv.main
+    for run in main.runs(start, stop):
+        keys, values = (x.transpose(1, 2) for x in main.read(run))
+        yield keys, values, run.position
+
+
+def _with_graph(rings: Rings, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    flows = rings.backward.start
+    border = stop if flows is None else min(max(flows, start), stop)
+    for keys, values, position in _as_they_lie(rings, start, border):
+        # The ring is written in place before backward looks.
+        yield keys.clone(), values.clone(), position
+    for segment in rings.backward.between(border, stop):
+        yield segment.k, segment.v, segment.start
+
+
+def _joined(found: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor, int]]:
+    if len(found) < 2:
+        return found
+    keys, values, starts = zip(*found, strict=True)
+    return [(torch.cat(keys, 1), torch.cat(values, 1), starts[0])]

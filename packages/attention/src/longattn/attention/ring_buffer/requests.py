@@ -1,0 +1,171 @@
+"""What a call of `RingBufferAttention` asks, checked once against its config and state. A refused call has changed nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longattn.attention.ring_buffer.config import RingBufferConfig
+from longattn.attention.ring_buffer.parts import attended_before
+from longattn.attention.ring_buffer.rings import Geometry
+from longattn.attention.ring_buffer.state import RingBufferState
+from longattn.kernels.capability import FLOATS, dtype_name
+from longattn.kernels.check import check_qkv
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call, for rows of the batch at one position.
+
+    Attributes:
+        q: (batch, Nq, heads, head_dim). k, v: (batch, n, kv_heads, head_dim), zero where hidden.
+        hidden: (batch, n) bool, True = padding, or None. mask: broadcastable to (batch, heads, Nq, Nk), or None.
+        causal: whether queries see a window, or everything.
+        grad: whether gradients are wanted. weights: whether weights are.
+        dropout_p, seed: as in `attend`. sink_logits: (heads,) or None.
+        lead: rows of a batch that this call's first row stands behind, for dropout.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    hidden: Tensor | None
+    mask: Tensor | None
+    causal: bool
+    grad: bool
+    weights: bool
+    dropout_p: float
+    seed: Tensor | None
+    sink_logits: Tensor | None
+    lead: int = 0
+
+
+def check_tensors(config: RingBufferConfig, q: Tensor, k: Tensor, v: Tensor, decode: bool) -> None:
+    """q, k and v fit each other and the config."""
+    check_qkv(q, k, v)
+    if q.shape[2:] != (config.num_heads, config.head_dim):
+        raise ValueError(
+            f"q must have (heads, head_dim) = {(config.num_heads, config.head_dim)} of the config, got {tuple(q.shape[2:])}"
+        )
+    if config.kv_heads is not None and k.shape[2] != config.kv_heads:
+        raise ValueError(f"k must have kv_heads={config.kv_heads} of the config, got {k.shape[2]}")
+    if decode and q.shape[1] != k.shape[1]:
+        raise ValueError(f"q must have the length of k in decode, {k.shape[1]}, got {q.shape[1]}")
+    if config.causal and q.shape[1] > k.shape[1]:
+        raise ValueError(f"q must not be longer than k where causal, {k.shape[1]}, got {q.shape[1]}")
+
+
+def geometry_of(config: RingBufferConfig, kv_heads: int) -> Geometry:
+    """The sizes of a state for this config."""
+    return Geometry(
+        config.num_heads,
+        kv_heads,
+        config.head_dim,
+        config.buffer_size,
+        config.sinks,
+        config.max_rewind,
+        config.bptt_calls,
+    )
+
+
+def check_state(state: object, owner: str, geometry: Geometry) -> RingBufferState:
+    """A state of this module, or of none yet."""
+    if not isinstance(state, RingBufferState):
+        raise TypeError(f"buffer_state must be None or a RingBufferState, got {type(state).__name__}")
+    if state.owner is not None and state.owner != owner:
+        raise ValueError("buffer_state must be a state of this module, got one that another module has used")
+    for name in ("num_heads", "head_dim", "buffer_size", "sinks", "max_rewind", "bptt_calls", "kv_heads"):
+        expected, got = getattr(geometry, name), getattr(state.geometry, name)
+        if expected != got:
+            source = "k" if name == "kv_heads" else "this module"
+            raise ValueError(f"buffer_state must have {name}={expected} of {source}, got {name}={got}")
+    return state
+
+
+def check_fit(state: RingBufferState, k: Tensor) -> None:
+    """The tensors of the call fit the state: batch size, dtype and device do not change mid-stream."""
+    for name, expected, got in (
+        ("batch size", state.batch_size, k.shape[0]),
+        ("dtype", dtype_name(state.dtype), dtype_name(k.dtype)),
+        ("device", state.device, k.device),
+    ):
+        if expected != got:
+            raise ValueError(f"q, k and v must have the {name} of buffer_state, {expected}, got {got}")
+
+
+def check_position(position: object, positions: list[int], what: str) -> None:
+    """None, or the number of tokens written so far: one for all rows of the batch, or one for each."""
+    if position is None:
+        return
+    if isinstance(position, Tensor):
+        position = position.tolist() if not position.is_floating_point() else position
+    listed = position if isinstance(position, (list, tuple)) else [position] * max(1, len(positions))
+    if any(isinstance(p, bool) or not isinstance(p, int) for p in listed):
+        raise TypeError(f"position must be None, an integer, or one for each row of the batch, got {position!r}")
+    if positions and list(listed) != positions:
+        same = len(set(positions)) == 1
+        raise ValueError(
+            f"position must be {positions[0] if same else positions}, the number of tokens written {what}, got {position!r}"
+        )
+
+
+def whole_mask(mask: object, q: Tensor, own: int, before: int, decode: bool) -> Tensor | None:
+    """An attention mask over all attended keys: Nk = before + own wide, or 1.
+
+    In an encoder call a mask may be `own` wide: earlier keys are then seen.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"att_mask must be a bool or floating torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and mask.dtype not in FLOATS:
+        raise TypeError(
+            f"att_mask must be bool, True = may see, or floating, added to the scores, got {dtype_name(mask.dtype)}"
+        )
+    if mask.device != q.device:
+        raise ValueError(f"att_mask must be on the device of q, {q.device}, got {mask.device}")
+    width = before + own
+    narrow = not decode and mask.dim() > 0 and mask.shape[-1] == own and own not in (1, width)
+    full = (q.shape[0], q.shape[2], q.shape[1], own if narrow else width)
+    if mask.dim() > 4 or not all(n in (1, m) for n, m in zip(mask.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(
+            f"att_mask must be broadcastable to (batch, heads, Nq, Nk) = {(*full[:3], width)}, where Nk counts the attended keys in "
+            f"position order, got {tuple(mask.shape)}"
+        )
+    if narrow:
+        seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
+        mask = torch.cat([seen((*mask.shape[:-1], before)), mask], -1)
+    return mask
+
+
+def split_padding(mask: object, k: Tensor, before: int, decode: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(padding of earlier attended keys, padding of the call's own), each (batch, n) bool or None.
+
+    In decode the mask covers all attended keys; in an encoder call it may cover the call's own keys only.
+    """
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"key_padding_mask must be a bool torch.Tensor (batch, Nk), got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask must be bool, True = padding, got {dtype_name(mask.dtype)}")
+    if mask.device != k.device:
+        raise ValueError(f"key_padding_mask must be on the device of k, {k.device}, got {mask.device}")
+    batch, own = k.shape[:2]
+    if tuple(mask.shape) == (batch, before + own):
+        return mask[:, :before], mask[:, before:]
+    if not decode and tuple(mask.shape) == (batch, own):
+        return None, mask
+    raise ValueError(
+        f"key_padding_mask must have shape (batch, Nk) = {(batch, before + own)}, where Nk counts the attended keys in position order, "
+        f"got {tuple(mask.shape)}"
+    )
+
+
+def columns_before(state: RingBufferState, causal: bool) -> int:
+    """Attended keys from before the call, in the row of the batch that has most."""
+    if state.uniform:
+        return attended_before(state, causal)
+    return max(attended_before(state.row(b), causal) for b in range(state.batch_size))

@@ -1,0 +1,179 @@
+"""`Rings`: the three rings of a ring-buffer attention, their clocks, and what calls do to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from longattn.attention.ring_buffer.backward_ring import BackwardRing, Segment
+from longattn.attention.ring_buffer.clock import Clock
+from longattn.attention.ring_buffer.linear_ring import LinearRing, Run
+from longattn.attention.ring_buffer.window_ring import WindowRing
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that a state and its module share."""
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    buffer_size: int
+    sinks: int
+    max_rewind: int
+    bptt_calls: int
+
+
+class Rings:
+    """Keys and values, keys and values that carry gradients, and outputs; and how far each row of the batch is.
+
+    Invariants: there is one clock, or one for each row of the batch. Slots of a row that hold nothing are zero where another row's
+    slots of that number hold something. Keys and values of padding are zero.
+
+    Args:
+        geometry: sizes. batch_size: rows of the batch. dtype, device: of all rings.
+
+    Attributes:
+        kv: the forward ring, planes keys and values. hidden: which tokens are padding, or None: none was ever given.
+        outputs: the feedback ring, or None: nothing was decoded. backward: the backward ring.
+        clocks: one for each row of the batch, or one for all.
+    """
+
+    def __init__(self, geometry: Geometry, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.geometry, self.dtype, self.device = geometry, dtype, device
+        g = geometry
+        sizes = (g.kv_heads, g.buffer_size, g.head_dim, dtype, device)
+        self.kv = WindowRing.make(2, batch_size, *sizes, g.sinks, g.max_rewind)
+        self.hidden: WindowRing | None = None
+        self.outputs: LinearRing | None = None
+        self.backward = BackwardRing(g.buffer_size, g.bptt_calls)
+        self.clocks = [Clock()]
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return self.kv.main.batch
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows of the batch stand at one position."""
+        return len(self.clocks) == 1
+
+    @property
+    def held(self) -> int:
+        """Slots of the forward ring in use, in the row that uses most: the first so many."""
+        return max(self.kv.main.held(c.position) for c in self.clocks)
+
+    @torch.no_grad()
+    def append(self, k: Tensor, v: Tensor, hidden: Tensor | None, grad: bool = False) -> None:
+        """Put the next tokens into the forward ring, and into the backward ring where gradients are wanted.
+
+        Args:
+            k, v: (batch, n, kv_heads, head_dim), zero where hidden.
+            hidden: (batch, n) bool, True = padding; None: none.
+        """
+        if not grad:
+            self.backward.segments.clear()
+        elif self.uniform and self.backward.calls:
+            self.backward.append(Segment(self.clocks[0].position, k, v))
+        rows = [x.detach().transpose(1, 2) for x in (k, v)]
+        if hidden is None and self.hidden is not None:
+            hidden = torch.zeros(k.shape[:2], dtype=torch.bool, device=k.device)
+        n = k.shape[1]
+        if not self.uniform:
+            # Slots that only some rows hold are zero in the others: 0 * NaN is NaN.
+            ahead = max(self.kv.main.held(c.position + n) for c in self.clocks)
+            self.kv.main.clear(self.held, ahead)
+        for index, clock in enumerate(self.clocks):
+            part = slice(None) if self.uniform else slice(index, index + 1)
+            self.kv.of(part).append(clock.position, [x[part] for x in rows])
+            if self.hidden is not None and hidden is not None:
+                self.hidden.of(part).append(clock.position, [hidden[part, None, :, None]])
+            clock.position += n
+
+    def track_hidden(self) -> None:
+        """From now on which tokens are padding is kept beside them."""
+        if self.hidden is None:
+            g = self.geometry
+            sizes = (1, self.batch_size, 1, g.buffer_size, 1, torch.bool, self.device, g.sinks, g.max_rewind)
+            self.hidden = WindowRing.make(*sizes)
+            for ring in (self.hidden.main, self.hidden.evicted):
+                if ring is not None:
+                    ring.clear(0, ring.slots)
+
+    @torch.no_grad()
+    def hide(self, run: Run, padding: Tensor) -> None:
+        """Mark tokens that are held, (batch, count) bool, as padding from now on."""
+        self.track_hidden()
+        assert self.hidden is not None
+        self.hidden.main.read(run)[0][:, 0, :, 0].logical_or_(padding)
+        self.kv.main.storage.narrow(3, run.slot, run.length).masked_fill_(padding[:, None, :, None], 0)
+        # What its graph holds may be NaN.
+        self.backward.segments.clear()
+
+    @torch.no_grad()
+    def feed(self, out: Tensor) -> None:
+        """Put the outputs (batch, n, num_heads, head_dim) of the last tokens into the feedback ring; comes after `append`."""
+        outputs = self.ready_outputs()
+        for index, clock in enumerate(self.clocks):
+            part = slice(None) if self.uniform else slice(index, index + 1)
+            outputs.of(part).write(clock.fed, [out[part].detach().transpose(1, 2)])
+            clock.decode(out.shape[1], self.geometry.buffer_size)
+
+    def ready_outputs(self) -> LinearRing:
+        """The feedback ring, made if there is none."""
+        if self.outputs is None:
+            g = self.geometry
+            self.outputs = LinearRing(
+                1, self.batch_size, g.num_heads, g.buffer_size, g.head_dim, self.dtype, self.device
+            )
+        return self.outputs
+
+    def row(self, index: int) -> Self:
+        """One row of the batch, in the same memory and with the same clock. Gradients do not flow into earlier calls.
+
+        Only where there is a clock for each row, and rings that the row may need are there.
+        """
+        assert not self.uniform
+        part = self.alias()
+        at = slice(index, index + 1)
+        part.kv, part.clocks = self.kv.of(at), [self.clocks[index]]
+        part.hidden = None if self.hidden is None else self.hidden.of(at)
+        part.outputs = None if self.outputs is None else self.outputs.of(at)
+        part.backward = BackwardRing(self.geometry.buffer_size, 0)
+        return part
+
+    def alias(self) -> Self:
+        """The same rings and clocks under a second name."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def settle(self) -> None:
+        """One clock for all, where the clocks of all rows agree."""
+        first, *others = self.clocks
+        if all((c.position, c.fed, c.decoded) == (first.position, first.fed, first.decoded) for c in others):
+            first.restorable = max(c.restorable for c in self.clocks)
+            first.fed_restorable = max(c.fed_restorable for c in self.clocks)
+            self.clocks = [first]
+
+    def check_valid(self) -> None:
+        """Assert the invariants; for tests."""
+        assert len(self.clocks) in (1, self.batch_size)
+        for index, clock in enumerate(self.clocks):
+            own = slice(None) if self.uniform else slice(index, index + 1)
+            assert clock.position >= 0 and clock.fed >= 0
+            held = self.kv.main.held(clock.position)
+            assert not self.kv.main.storage[:, own, :, held : self.held, : self.geometry.head_dim].any()
+            if self.hidden is not None:
+                padding = self.hidden.main.planes[0][own, 0, :held, 0]
+                assert (
+                    not self.kv.main.storage[:, own, :, :held]
+                    .transpose(2, 3)[:, padding][..., : self.geometry.head_dim]
+                    .any()
+                )
+        if self.backward.segments:
+            assert self.backward.segments[-1].stop == self.clocks[0].position

@@ -1,0 +1,230 @@
+"""The two ways through a call: one query row for each head straight over the ring, and parts under the scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn.attention.ring_buffer.config import RingBufferConfig, TileOrder
+from longattn.attention.ring_buffer.parts import Part, gather_parts
+from longattn.attention.ring_buffer.positions import for_sinks, turn
+from longattn.attention.ring_buffer.requests import Request
+from longattn.attention.ring_buffer.rings import Rings
+from longattn.attention.ring_buffer.tiles import TilingProcessor, Work
+from longattn.attention.weights import attention_weights
+from longattn.kernels import AttentionState, attend, merge
+from longattn.kernels.decode import decode_attention, decode_scores
+from longattn.kernels.state import add_sink
+from longattn.patterncache import Band, Full, Pattern, Span, Window
+
+_EVERYTHING = Full()
+
+
+def straight(config: RingBufferConfig, rings: Rings, q: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """Attend with the query of the last token that was written, (batch, 1, heads, head_dim), to all slots in use, as they lie."""
+    main, held = rings.kv.main, rings.held
+    keys, values = main.flat
+    full = held == main.slots
+    if not full:
+        keys, values = keys.narrow(1, 0, held), values.narrow(1, 0, held)
+    kv_heads = rings.geometry.kv_heads
+    group = config.num_heads // kv_heads
+    rows = q.reshape(q.shape[0] * kv_heads, group, config.head_dim)
+    first = None
+    if config.positions == "cache" and config.sinks and held > config.sinks:
+        at = torch.tensor([[c.position - 1] for c in rings.clocks], device=q.device)
+        turned = for_sinks(q, at, config).reshape(rows.shape)
+        first = decode_scores(turned, keys[:, : config.sinks], config.scale)
+    out = decode_attention(
+        rows,
+        keys,
+        values,
+        config.scale,
+        hidden=_not_held(rings, held, kv_heads),
+        first=first,
+        sink_logits=None if sink_logits is None else sink_logits.view(kv_heads, group, 1).repeat(q.shape[0], 1, 1),
+        bags=main.bags if full and group == 1 else None,
+    )
+    return out.reshape(q.shape)
+
+
+def _not_held(rings: Rings, held: int, kv_heads: int) -> Tensor | None:
+    """(batch * kv_heads, 1, held) bool: slots that are padding, or empty in some rows of the batch; None: none."""
+    hidden = None if rings.hidden is None else rings.hidden.main.planes[0][:, 0, :held, 0]
+    if not rings.uniform:
+        used = torch.tensor([[rings.kv.main.held(c.position)] for c in rings.clocks], device=rings.device)
+        empty = torch.arange(held, device=rings.device) >= used
+        hidden = empty if hidden is None else hidden | empty
+    return None if hidden is None else hidden.repeat_interleave(kv_heads, 0).unsqueeze(1)
+
+
+def by_parts(
+    config: RingBufferConfig, tiling: TilingProcessor, rings: Rings, request: Request
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with the queries of a call, whose own tokens are not in the rings yet; rings are uniform.
+
+    Returns:
+        out (batch, Nq, heads, head_dim) in q's dtype, and weights (batch, heads, Nq, Nk) if asked.
+    """
+    q, position = request.q, rings.clocks[0].position + request.k.shape[1] - request.q.shape[1]
+    parts = gather_parts(rings, request.k, request.v, request.causal, request.grad)
+    turned = q
+    if config.positions == "cache" and config.sinks:
+        turned = for_sinks(q, position + torch.arange(q.shape[1], device=q.device), config)
+    mask = _with_padding(rings, request, parts)
+    calls = _Calls(config, tiling, request, position, turned, mask)
+    if not parts or not q.shape[1]:
+        state = AttentionState.empty(q)
+    elif request.grad:
+        state = calls.whole(parts[0])
+        for part in parts[1:]:
+            state = merge(state, calls.whole(part))
+    else:
+        state = AttentionState(*tiling.run(q, position, parts, calls.attend))
+    if request.sink_logits is not None:
+        state = add_sink(state, request.sink_logits)
+    return state.finalize(q.dtype), calls.weights(parts) if request.weights else None
+
+
+def _with_padding(rings: Rings, request: Request, parts: list[Part]) -> Tensor | None:
+    """The call's mask with padding in it, over all attended keys."""
+    before = sum(p.length for p in parts) - request.k.shape[1]
+    hidden = []
+    if rings.hidden is not None:
+        position = rings.clocks[0].position
+        for part in parts:
+            if part.start < position:
+                runs = rings.hidden.main.runs(part.start, min(position, part.start + part.length))
+                hidden += [rings.hidden.main.read(run)[0][:, 0, :, 0] for run in runs]
+    if request.hidden is None and not hidden:
+        return request.mask
+    own = (
+        torch.zeros(request.k.shape[:2], dtype=torch.bool, device=request.k.device)
+        if request.hidden is None
+        else request.hidden
+    )
+    if not hidden:
+        hidden = [own.new_zeros(own.shape[0], before)]
+    seen = ~torch.cat([*hidden, own], 1)[:, None, None, :]
+    if request.mask is None:
+        return seen
+    if request.mask.dtype == torch.bool:
+        return request.mask & seen
+    return torch.where(seen, request.mask, -torch.inf)
+
+
+class _Calls:
+    """Calls of `attend` on behalf of one request."""
+
+    def __init__(
+        self,
+        config: RingBufferConfig,
+        tiling: TilingProcessor,
+        request: Request,
+        position: int,
+        turned: Tensor,
+        mask: Tensor | None,
+    ) -> None:
+        self.config, self.request, self.position, self.turned, self.mask = config, request, position, turned, mask
+        # "tiled" names the row of the order.
+        k_major = tiling.tile_order is TileOrder.K_MAJOR
+        self.backend = "tiled_k_major" if k_major and config.backend == "tiled" else config.backend
+
+    def whole(self, part: Part) -> AttentionState:
+        """All queries and a whole part, differentiable."""
+        q = self.turned if part.sink else self.request.q
+        group = (0, self.config.num_heads)
+        return self.attend(Work((0, q.shape[1]), part, (0, part.length), group, (0, part.k.shape[2]), False))
+
+    def attend(self, work: Work) -> AttentionState:
+        """One rectangle, differentiable."""
+        request, part = self.request, work.part
+        q = (self.turned if part.sink else request.q).narrow(1, *work.queries).narrow(2, *work.heads)
+        k, v = (x.narrow(1, *work.keys).narrow(2, *work.kv_heads) for x in (part.k, part.v))
+        at = (self.position + work.queries[0], part.start + work.keys[0])
+        if not request.dropout_p:
+            # Only distances matter: the same distances find the same plan.
+            at = (at[0] - min(at), at[1] - min(at))
+        options: dict[str, Any] = {"seed": request.seed} if request.dropout_p else {}
+        lead = request.lead if request.dropout_p else 0
+        if lead:
+            # Dropout counts rows of the batch.
+            q, k, v = (x.expand(lead + 1, -1, -1, -1) for x in (q, k, v))
+        state = attend(
+            q,
+            k,
+            v,
+            _EVERYTHING if work.dense else _pattern(part.band),
+            q_spans=Span(at[0], q.shape[1]),
+            k_spans=Span(at[1], k.shape[1]),
+            heads=Span(*work.heads),
+            num_heads=self.config.num_heads,
+            softmax_scale=self.config.scale,
+            attention_mask=self._mask_of(work),
+            dropout_p=request.dropout_p,
+            backend=self.backend,
+            **options,
+        )
+        return AttentionState(state.out[lead:], state.lse[lead:])
+
+    def _mask_of(self, work: Work) -> Tensor | None:
+        mask = self.mask
+        if mask is None or mask.dim() == 0:
+            return mask
+        if mask.shape[-1] > 1:
+            mask = mask.narrow(-1, work.part.column + work.keys[0], work.keys[1])
+        if mask.dim() > 1 and mask.shape[-2] > 1:
+            mask = mask.narrow(-2, *work.queries)
+        if mask.dim() > 2 and mask.shape[-3] > 1:
+            mask = mask.narrow(-3, *work.heads)
+        return mask
+
+    def weights(self, parts: list[Part]) -> Tensor:
+        """(batch, heads, Nq, Nk), columns in position order; dense."""
+        q, config = self.request.q, self.config
+        keys = torch.cat([part.k for part in parts], 1)
+        pattern = Window(config.buffer_size, config.sinks) if self.request.causal else _EVERYTHING
+        # Columns are positions without the gap behind the sinks, which no window reaches across.
+        if self.turned is q:
+            weights = attention_weights(q, keys, pattern, config.scale, self.mask)
+        else:
+            weights = self._turned_weights(keys, pattern)
+        if self.request.sink_logits is None:
+            return weights
+        return weights * self._share_of_keys(parts).to(weights.dtype)
+
+    def _turned_weights(self, keys: Tensor, pattern: Pattern) -> Tensor:
+        """The same where sinks stand at their place in the cache, which differs from query to query."""
+        config, request, rows = self.config, self.request, []
+        for i in range(request.q.shape[1]):
+            width = keys.shape[1] - request.q.shape[1] + i + 1
+            evicted = max(0, self.position + i - (config.sinks + config.buffer_size - 1))
+            sinks = min(config.sinks, width)
+            at = torch.full((sinks,), evicted, device=keys.device)
+            first = turn(keys[:, :sinks], at, config)
+            own = torch.cat([first, keys[:, sinks:width]], 1)
+            mask = self.mask
+            if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+                mask = mask.narrow(-2, i, 1)
+            if mask is not None and mask.dim() and mask.shape[-1] > 1:
+                mask = mask[..., :width]
+            row = attention_weights(request.q[:, i : i + 1], own, pattern, config.scale, mask)
+            rows.append(torch.nn.functional.pad(row, (0, keys.shape[1] - width)))
+        return torch.cat(rows, 2)
+
+    def _share_of_keys(self, parts: list[Part]) -> Tensor:
+        """(batch, heads, Nq, 1): what a learned sink leaves of the softmax."""
+        assert self.request.sink_logits is not None
+        state = self.whole(parts[0])
+        for part in parts[1:]:
+            state = merge(state, self.whole(part))
+        share = torch.sigmoid(state.lse - self.request.sink_logits.to(state.lse.dtype))
+        return share.nan_to_num(nan=0.0).transpose(1, 2).unsqueeze(-1)
+
+
+def _pattern(band: Band) -> Pattern:
+    if band.high is not None:
+        return Window(band.high + 1)
+    return _EVERYTHING if band.low is None else Full(causal=True)

@@ -1,0 +1,248 @@
+"""`RingBufferState`: what a ring-buffer attention remembers, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from longattn.attention.ring_buffer import plain
+from longattn.attention.ring_buffer.clock import Clock
+from longattn.attention.ring_buffer.rings import Geometry, Rings
+
+File = str | IO[bytes]
+
+
+class RingBufferState(Rings):
+    """What a ring-buffer attention remembers: three rings of constant size, and how far each row of the batch is.
+
+    1. A module makes it at position 0, or `load` brings one back. It belongs to the module that first uses it.
+    2. Calls with it advance it in place. A call that is refused leaves it as it was. Memory does not grow with the number of calls.
+    3. `rewind` steps back; `reorder` picks rows of the batch; both in place, and both return the state.
+    4. `clone`, `fork`, `cat`, `to`, pickle and `save` make copies that share nothing. Gradients reach earlier calls through `clone`
+       and `reorder` only. A copy from pickle or `load` belongs to the module that first uses it.
+
+    Rows of the batch may stand at different positions, after a `rewind` by row or a `cat`.
+
+    Attributes:
+        owner: the name of the module it belongs to, or None.
+    """
+
+    def __init__(self, geometry: Geometry, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(geometry, batch_size, dtype, device)
+        self.owner: str | None = None
+
+    @property
+    def positions(self) -> list[int]:
+        """Tokens written so far, for each row of the batch."""
+        return [c.position for c in self.clocks] * (self.batch_size if self.uniform else 1)
+
+    @property
+    def position(self) -> int | list[int]:
+        """Tokens written so far: one number where all rows of the batch agree, else one for each."""
+        return self.clocks[0].position if self.uniform else self.positions
+
+    @property
+    def write_pointers(self) -> list[int]:
+        """The slot of the next token, for each row of the batch; the first slots are those of the sinks."""
+        return [self.kv.main.slot(p) for p in self.positions]
+
+    @property
+    def read_pointers(self) -> list[int]:
+        """The slot of the oldest token past the sinks, for each row of the batch."""
+        return [self.kv.main.slot(self.kv.needs(p)) for p in self.positions]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rings but the backward one."""
+        rings = [self.kv.main, self.kv.evicted, self.outputs]
+        rings += [] if self.hidden is None else [self.hidden.main, self.hidden.evicted]
+        return sum(ring.storage.nbytes for ring in rings if ring is not None)
+
+    def __repr__(self) -> str:
+        return f"RingBufferState(position={self.position}, batch_size={self.batch_size}, dtype={self.dtype}, device='{self.device}')"
+
+    @property
+    def feedback_held(self) -> int:
+        """How many of the last outputs `feedback` can return, in the row of the batch that has fewest."""
+        capacity = self.geometry.buffer_size
+        return min(max(0, c.fed - max(c.fed_restorable, c.fed - capacity)) for c in self.clocks)
+
+    def feedback(self, n: int = 1) -> Tensor:
+        """The last n decoded outputs (batch, n, num_heads, head_dim), oldest first.
+
+        Raises:
+            ValueError: the feedback ring does not hold so many.
+        """
+        most, g = self.feedback_held, self.geometry
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= most:
+            raise ValueError(
+                f"n must be an integer from 0 to {most}, the outputs that the feedback ring holds, got {n!r}"
+            )
+        if self.outputs is None:
+            return torch.empty(self.batch_size, 0, g.num_heads, g.head_dim, dtype=self.dtype, device=self.device)
+        rows = []
+        for index, clock in enumerate(self.clocks):
+            ring = self.outputs if self.uniform else self.outputs.of(slice(index, index + 1))
+            parts = [ring.read(run)[0] for run in ring.runs(clock.fed - n, clock.fed)]
+            rows.append(torch.cat(parts or [ring.planes[0][:, :, :0]], 2))
+        return torch.cat(rows).transpose(1, 2)
+
+    @torch.no_grad()
+    def rewind(self, tokens: int | Sequence[int] | Tensor) -> RingBufferState:
+        """Forget the last tokens, as if they had never come: speculative decoding. In place; returns the state.
+
+        Outputs decoded for them leave the feedback ring. Padding that calls gave to older tokens stays.
+
+        Args:
+            tokens: how many, for all rows of the batch or for each.
+
+        Raises:
+            TypeError, ValueError: no such number, more than were written, or more than `max_rewind` lets come back.
+        """
+        wanted = self._amounts(tokens)
+        for index, n in enumerate(wanted):
+            self._check_rewind(self.clocks[0 if self.uniform else index], n)
+        if len(set(wanted)) == 1 and self.uniform:
+            wanted = wanted[:1]
+        elif self.uniform:
+            self.clocks = [self.clocks[0].clone() for _ in wanted]
+        for index, (clock, n) in enumerate(zip(self.clocks, wanted, strict=True)):
+            part = slice(None) if self.uniform else slice(index, index + 1)
+            for ring in (self.kv, self.hidden):
+                if ring is not None:
+                    ring.of(part).rewind(clock.position, clock.position - n)
+            clock.rewind(n, self.geometry.buffer_size, self.geometry.max_rewind)
+        self.settle()
+        if self.uniform:
+            self.backward.rewind(self.clocks[0].position)
+        else:
+            self.backward.segments.clear()
+        return self
+
+    def reorder(self, index: Tensor | Sequence[int]) -> RingBufferState:
+        """Row b becomes what row index[b] was: beam search. In place, and the batch may change its size; returns the state.
+
+        Raises:
+            TypeError, ValueError: index is not a list of rows of the batch.
+        """
+        rows = _integers("index", index)
+        if any(not 0 <= row < self.batch_size for row in rows):
+            raise ValueError(f"index must name rows from 0 to {self.batch_size - 1}, got {rows}")
+        size = self.batch_size
+        at = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        with torch.no_grad():
+            self.kv = self.kv.map(lambda ring: ring.taken(at))
+            self.hidden = None if self.hidden is None else self.hidden.map(lambda ring: ring.taken(at))
+            self.outputs = None if self.outputs is None else self.outputs.taken(at)
+        same = rows == list(range(size))
+        self.backward = self.backward.clone() if same else self.backward.taken(at)
+        if not self.uniform and rows:
+            self.clocks = [self.clocks[row].clone() for row in rows]
+            self.settle()
+        return self
+
+    def fork(self, copies: int = 1) -> RingBufferState:
+        """A state of its own with each row of the batch `copies` times, neighbours alike: the beams of each prompt.
+
+        Raises:
+            ValueError: copies is not an integer >= 1.
+        """
+        if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+            raise ValueError(f"copies must be an integer >= 1, got {copies!r}")
+        other = self.alias()
+        other.clocks = [clock.clone() for clock in self.clocks]
+        return other.reorder([row for row in range(self.batch_size) for _ in range(copies)])
+
+    def clone(self) -> RingBufferState:
+        """A copy that shares nothing but the graph of earlier calls."""
+        return self.fork()
+
+    def detach(self) -> RingBufferState:
+        """Let no gradient flow into calls before now. In place; returns the state."""
+        self.backward.segments.clear()
+        return self
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RingBufferState:
+        """A copy on another device, or in another floating dtype; the state itself where nothing changes."""
+        place = self.device if device is None else torch.empty(0, device=device).device
+        kind = self.dtype if dtype is None else dtype
+        if (place, kind) == (self.device, self.dtype):
+            return self
+        moved = plain.from_plain(RingBufferState, plain.to_plain(self), place, kind)
+        moved.owner = self.owner
+        return moved
+
+    @staticmethod
+    def cat(states: Sequence[RingBufferState]) -> RingBufferState:
+        """The rows of several states as one batch, each row at its own position: continuous batching. A copy.
+
+        Raises:
+            TypeError, ValueError: no states, or states of different modules, dtypes or devices.
+        """
+        return plain.cat(states)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but gradients, as tensors, numbers and lists: what torch.load takes with weights_only=True."""
+        return plain.to_plain(self)
+
+    @classmethod
+    def from_state_dict(cls, saved: dict[str, Any]) -> RingBufferState:
+        """A state from `state_dict`. It belongs to the module that first uses it.
+
+        Raises:
+            ValueError: something is missing or does not fit.
+        """
+        return plain.from_plain(cls, saved)
+
+    def save(self, file: File) -> None:
+        """Write the state to a file, without gradients."""
+        torch.save(self.state_dict(), file)
+
+    @classmethod
+    def load(cls, file: File, map_location: torch.device | str | None = None) -> RingBufferState:
+        """A state that `save` wrote, on its device or on `map_location`."""
+        return cls.from_state_dict(torch.load(file, map_location=map_location, weights_only=True))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return plain.from_plain, (RingBufferState, self.state_dict())
+
+    def __copy__(self) -> RingBufferState:
+        return self.clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RingBufferState:
+        return self.clone()
+
+    def _amounts(self, tokens: object) -> list[int]:
+        if isinstance(tokens, int) and not isinstance(tokens, bool):
+            return [tokens] * self.batch_size
+        amounts = _integers("tokens", tokens)
+        if len(amounts) == 1:
+            amounts *= self.batch_size
+        if len(amounts) != self.batch_size:
+            raise ValueError(
+                f"tokens must be one number or {self.batch_size}, one for each row of the batch, got {len(amounts)}"
+            )
+        return amounts
+
+    def _check_rewind(self, clock: Clock, n: int) -> None:
+        if not 0 <= n <= clock.position:
+            raise ValueError(f"tokens must be from 0 to {clock.position}, the tokens written so far, got {n}")
+        g = self.geometry
+        restorable = max(clock.restorable, clock.position - g.buffer_size - g.max_rewind)
+        earlier, moved_on = clock.position - n, clock.position - g.buffer_size
+        if self.kv.needs(earlier) < min(restorable, moved_on, earlier):
+            most = clock.position - g.buffer_size - restorable
+            raise ValueError(
+                f"tokens must be at most {most} here, because tokens that older ones left the window for cannot all come back "
+                f"(max_rewind={g.max_rewind}), got {n}"
+            )
+
+
+def _integers(name: str, value: object) -> list[int]:
+    listed: Any = value.flatten().tolist() if isinstance(value, Tensor) else value
+    if not isinstance(listed, (list, tuple)) or any(isinstance(n, bool) or not isinstance(n, int) for n in listed):
+        raise TypeError(f"{name} must be integers, got {value!r}")
+    return list(listed)

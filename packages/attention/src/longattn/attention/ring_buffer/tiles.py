@@ -1,0 +1,205 @@
+"""`TilingProcessor`: in which order, and in what pieces, a call with several queries meets its keys.
+
+Two levels. A block of `block_size` rows meets at once all keys that each of its rows sees: a run of DENSE tiles, without a mask. What is
+left at the edges of the window is met by tiles of `tile_size` rows, whose runs end in a TRIANGLE. SKIP tiles are neither read nor
+computed. Rows are queries when Q-major, keys when K-major. The work itself is done by a row of longattn.kernels, and the states merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longattn.attention.ring_buffer.config import RingBufferConfig, TileOrder, TileType
+from longattn.attention.ring_buffer.parts import Part
+from longattn.attention.validate import check_size
+from longattn.kernels import AttentionState
+from longattn.kernels.state import merge_into
+
+Range = tuple[int, int]
+"""First and count."""
+
+
+class Work(NamedTuple):
+    """A rectangle for one call of a row.
+
+    Attributes:
+        queries: rows of the call's q. part: which keys, `keys` of them. heads, kv_heads: of q, and of k and v.
+        dense: every pair is seen.
+    """
+
+    queries: Range
+    part: Part
+    keys: Range
+    heads: Range
+    kv_heads: Range
+    dense: bool
+
+
+Attend = Callable[[Work], AttentionState]
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Row x of an outer axis sees the inner range [x + low, x + high), within 0 .. count; None is no bound."""
+
+    low: int | None
+    high: int | None
+    count: int
+
+    def sees(self, first: int, last: int) -> Range:
+        """[start, stop) that some row of first .. last sees."""
+        return self._start(first), max(self._start(first), self._stop(last - 1))
+
+    def shares(self, first: int, last: int) -> Range:
+        """[start, stop) that every row of first .. last sees."""
+        start = self._start(last - 1)
+        return start, max(start, self._stop(first))
+
+    def _start(self, x: int) -> int:
+        return 0 if self.low is None else min(self.count, max(0, x + self.low))
+
+    def _stop(self, x: int) -> int:
+        return self.count if self.high is None else min(self.count, max(0, x + self.high))
+
+
+def slope(position: int, part: Part, q_major: bool, count: int) -> Slope:
+    """What rows of queries from `position` see of a part (Q-major), or what rows of it see of `count` queries."""
+    band, ahead = part.band, position - part.start
+    if q_major:
+        low = None if band.high is None else ahead - band.high
+        return Slope(low, None if band.low is None else ahead - band.low + 1, part.length)
+    low = None if band.low is None else band.low - ahead
+    return Slope(low, None if band.high is None else band.high - ahead + 1, count)
+
+
+class TilingProcessor:
+    """The scheduler of a `RingBufferAttention`. Its settings may be changed at any time; results do not depend on them.
+
+    Attributes:
+        tile_order, tile_size, block_size, head_tile_size, prefill_size: as in `RingBufferConfig`.
+        counts: tiles of each type in the last call with several queries and without gradients: tile_size x tile_size, for each
+            group of heads.
+    """
+
+    def __init__(self, config: RingBufferConfig) -> None:
+        self.tile_size, self.block_size = config.tile_size, config.block_size
+        self.head_tile_size, self.prefill_size = config.head_tile_size, config.prefill_size
+        self._order = TileOrder.Q_MAJOR
+        self.counts = dict.fromkeys(TileType, 0)
+
+    @property
+    def tile_order(self) -> TileOrder:
+        """Which tile stays. Default TileOrder.Q_MAJOR.
+
+        Raises:
+            TypeError: set to something else than a TileOrder.
+        """
+        return self._order
+
+    @tile_order.setter
+    def tile_order(self, order: TileOrder) -> None:
+        if not isinstance(order, TileOrder):
+            raise TypeError(f"tile_order must be a TileOrder, got {order!r} ({type(order).__name__})")
+        self._order = order
+
+    def run(self, q: Tensor, position: int, parts: Sequence[Part], attend: Attend) -> tuple[Tensor, Tensor]:
+        """Attend with queries from `position` to parts.
+
+        Args:
+            q: (batch, n, heads, head_dim). attend: does one rectangle.
+
+        Returns:
+            out (batch, n, heads, head_dim) in q's dtype, lse (batch, n, heads).
+        """
+        for name in ("tile_size", "block_size", "head_tile_size", "prefill_size"):
+            check_size(name, getattr(self, name))
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse, counts = [], dict.fromkeys(TileType, 0)
+        for first in range(0, q.shape[1], self.prefill_size):
+            count = min(self.prefill_size, q.shape[1] - first)
+            # Partial states stand for one pass at a time.
+            state = AttentionState.empty(q[:, first : first + count])
+            for work in self.schedule((first, count), q.shape[2], position, parts, counts):
+                rows, heads = (work.queries[0] - first, work.queries[1]), work.heads
+                part = attend(work)
+                whole, sums = (x.narrow(1, *rows).narrow(2, *heads) for x in (state.out, state.lse))
+                merge_into(whole, sums, part.out, part.lse)
+            out[:, first : first + count] = state.out
+            lse.append(state.lse)
+        self.counts = counts
+        return out, torch.cat(lse, 1)
+
+    def schedule(
+        self, rows: Range, heads: int, position: int, parts: Sequence[Part], counts: dict[TileType, int]
+    ) -> Iterator[Work]:
+        """The work of one pass over the queries `rows`, in order; adds its tiles to `counts`."""
+        for mine, kv_heads in _head_tiles(heads, parts, self.head_tile_size):
+            for part in parts:
+                # Keys that no query of this pass sees are out before tiles are looked at.
+                start, stop = slope(position + rows[0], part, True, rows[1]).sees(0, rows[1])
+                seen = part._replace(
+                    k=part.k[:, start:stop],
+                    v=part.v[:, start:stop],
+                    start=part.start + start,
+                    column=part.column + start,
+                )
+                self._count(rows[1], position + rows[0], part, counts)
+                if seen.length:
+                    yield from self._blocks(rows, position, seen, mine, kv_heads)
+
+    def _blocks(self, rows: Range, position: int, part: Part, heads: Range, kv_heads: Range) -> Iterator[Work]:
+        q_major = self._order is TileOrder.Q_MAJOR
+        sees = slope(position + rows[0], part, q_major, rows[1])
+        outer = rows[1] if q_major else part.length
+
+        def work(own: Range, other: Range, dense: bool) -> Work:
+            queries, keys = (own, other) if q_major else (other, own)
+            return Work((rows[0] + queries[0], queries[1]), part, keys, heads, kv_heads, dense)
+
+        for first in range(0, outer, self.block_size):
+            last = min(first + self.block_size, outer)
+            start, stop = sees.shares(first, last)
+            if start < stop:
+                yield work((first, last - first), (start, stop - start), True)
+            for tile in range(first, last, self.tile_size):
+                end = min(tile + self.tile_size, last)
+                begin, finish = sees.sees(tile, end)
+                edges = (
+                    ((begin, min(start, finish)), (max(stop, begin), finish)) if start < stop else ((begin, finish),)
+                )
+                for low, high in edges:
+                    if low < high:
+                        yield work((tile, end - tile), (low, high - low), False)
+
+    def _count(self, queries: int, position: int, part: Part, counts: dict[TileType, int]) -> None:
+        size, sees = self.tile_size, slope(position, part, True, queries)
+        across = -(-part.length // size)
+        for first in range(0, queries, size):
+            last = min(first + size, queries)
+            start, stop = sees.sees(first, last)
+            touched = -(-stop // size) - start // size if start < stop else 0
+            start, stop = sees.shares(first, last)
+            # The last tile is dense when all that there is of it is seen.
+            dense = max(0, (across if stop == part.length else stop // size) - -(-start // size)) if start < stop else 0
+            counts[TileType.DENSE] += dense
+            counts[TileType.TRIANGLE] += touched - dense
+            counts[TileType.SKIP] += across - touched
+
+
+def _head_tiles(heads: int, parts: Sequence[Part], most: int) -> Iterator[tuple[Range, Range]]:
+    """(heads, kv_heads) of each group: at most `most` query heads, but whole kv heads where they are shared by fewer."""
+    group = heads // parts[0].k.shape[2] if parts else 1
+    if most < group:
+        for kv in range(heads // group):
+            for first in range(0, group, most):
+                yield (kv * group + first, min(most, group - first)), (kv, 1)
+        return
+    step = most // group
+    for kv in range(0, heads // group, step):
+        count = min(step, heads // group - kv)
+        yield (kv * group, count * group), (kv, count)
