@@ -208,8 +208,9 @@ def test_half_precision_is_rounded_once(dtype):
         ({"size": "4"}, TypeError, "size must be an integer >= 1, got '4'"),
         ({"size": 2, "layout": "spiral"}, ValueError, "layout must be one of .*zigzag.*got 'spiral'"),
         ({"size": 2, "layout": None}, TypeError, "layout must be one of"),
-        ({"group": object()}, ValueError, "group must be None: .*supports no process groups, got object"),
-        ({"group": object(), "size": 2}, ValueError, "group must be None"),
+        ({"group": object()}, TypeError, "group must be a ProcessGroup or a DeviceMesh of one dimension, got object"),
+        ({"group": 3, "size": 2}, TypeError, "group must be a ProcessGroup"),
+        ({"size": 2, "lengths": 8}, ValueError, "lengths must be None without a group, got 8"),
     ],
 )
 def test_a_bad_ring_is_named(options, error, words):

@@ -9,29 +9,36 @@ Ring attention: Liu et al. 2023, arXiv:2310.01889.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from longattn.attention.layouts import LAYOUTS, LayoutName, check_layout, take
+from longattn.attention.group import Members
+from longattn.attention.layouts import LAYOUTS, LayoutName, Spans, check_layout, take
+from longattn.attention.ring_group import GroupRun
 from longattn.attention.schedule import GradientSum, Run, Schedule, Shard, Step, Work, query_spans
 from longattn.attention.validate import check_size
 
 
 @dataclass(frozen=True, init=False)
 class Ring(Schedule, name="ring"):
-    """A ring of `size` ranks, played in this process. Gives what `Local` gives: out, lse and gradients, at any length and size.
+    """A ring of ranks. Gives what `Local` gives on the whole sequence: out, lse and gradients, at any length and size.
 
-    Shards differ by at most one row; where there are more ranks than rows, some hold none. Where Nq != Nk, queries and keys are
-    each cut by the same layout.
+    With a group, q, k and v are this rank's shards, and so are the outputs; masks have this rank's rows and the whole sequence's columns.
+    Without one, `size` ranks are played in this process on whole tensors. By default shards differ by one row at most; where there
+    are more ranks than rows, some hold none. Where Nq != Nk, queries and keys are each cut by the same layout.
 
     Args:
-        group: process groups are not supported by this version; None.
-        size: number of ranks, >= 1.
-        layout: "contiguous" (default), "zigzag" or "striped".
+        group: a ProcessGroup, or a DeviceMesh of one dimension such as mesh["ring"]. Default None: in this process.
+        size: number of ranks, >= 1; with a group it is the group's.
+        layout: "contiguous" (default), "zigzag" or "striped", as in `layouts`.
+        lengths: with a group: the whole sequence's length, or, contiguous, that of every rank's shard. Default None: the ranks
+            exchange their lengths at every call, and contiguous shards may have any.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -44,29 +51,63 @@ class Ring(Schedule, name="ring"):
 
     size: int
     layout: LayoutName
+    members: Members | None = field(repr=False)
 
-    def __init__(self, group: None = None, size: int | None = None, layout: LayoutName = "contiguous") -> None:
-        if group is not None:
-            raise ValueError(
-                f"group must be None: this version plays the ring in one process, as Ring(size=n), "
-                f"and supports no process groups, got {type(group).__name__}"
-            )
+    def __init__(
+        self,
+        group: ProcessGroup | DeviceMesh | None = None,
+        size: int | None = None,
+        layout: LayoutName = "contiguous",
+        lengths: int | Sequence[int] | None = None,
+    ) -> None:
+        members = None
         check_layout(layout)
+        if group is not None:
+            members = Members.of(group, layout, lengths)
+            if size not in (None, members.place.size):
+                raise ValueError(f"size must be None or the group's, {members.place.size}, got {size!r}")
+            size = members.place.size
+        elif lengths is not None:
+            raise ValueError(f"lengths must be None without a group, got {lengths!r}")
         object.__setattr__(self, "size", check_size("size", size))
         object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "members", members)
+
+    @property
+    def distributed(self) -> bool:
+        """Whether q, k and v are one rank's shards."""
+        return self.members is not None
 
     def start(self, work: Work) -> Run:
-        """A run with the shards of all ranks."""
-        return _PlayedRun(self, work)
+        """A run of this rank, or of all ranks."""
+        return _PlayedRun(self, work) if self.members is None else GroupRun(self.members, work)
 
     def to_spec(self) -> dict[str, Any]:
-        """Size and layout."""
-        return {"size": self.size, "layout": self.layout}
+        """Size and layout, or what says the group."""
+        return {"size": self.size, "layout": self.layout} | ({} if self.members is None else self.members.to_spec())
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Self:
-        """The ring of that size and layout."""
-        return cls(None, **spec)
+        """The ring of that group, or of that size."""
+        return cls(**spec)
+
+    def held(self, length: int) -> Spans:
+        """This rank's rows; all of them where all ranks are played here."""
+        return super().held(length) if self.members is None else self.members.held(length)
+
+    def agree(self, nq: int, nk: int, padded: bool, seed: Tensor | None) -> Tensor | None:
+        """With a group, the roll: lengths, and rank 0's seed."""
+        return seed if self.members is None else self.members.agree(self.canonical(), nq, nk, padded, seed)
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the group."""
+        return self.size
+
+    def call_roll(self, nq: int, nk: int, padded: bool, seed: int) -> Tensor:
+        """(ranks, 4) int64."""
+        assert self.members is not None
+        return self.members.call(nq, nk, padded, seed)
 
 
 class _PlayedRun(Run):

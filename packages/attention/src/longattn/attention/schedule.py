@@ -166,6 +166,15 @@ class Schedule(ABC):
         """What `Work.asked.seed` is to be. Default: the seed. Process groups exchange lengths and take rank 0's seed."""
         return seed
 
+    @property
+    def ranks(self) -> int:
+        """Rows of what `call_roll` returns."""
+        return 0
+
+    def call_roll(self, nq: int, nk: int, padded: bool, seed: int) -> Tensor:
+        """What `longattn::roll_call` is for this schedule: (ranks, 4) int64."""
+        raise NotImplementedError(f"{type(self).__name__} has no process group")
+
     def canonical(self) -> str:
         """The canonical string: equal for equal schedules. Kept with the schedule."""
         kept = self.__dict__.get("_canonical")
@@ -216,9 +225,17 @@ class GradientSum:
         if self.sum is None:
             self.sum = part
             return
+        self.wide().add_(part)
+
+    def wide(self) -> Tensor:
+        """The sum so far in float32 (float64), contiguous, to be added to in place."""
         if not self._own:
-            self.sum, self._own = self.sum.to(state_dtype(self.sum.dtype), copy=True), True
-        self.sum += part
+            sum_so_far = self.total()
+            dtype = state_dtype(sum_so_far.dtype)
+            self.sum = sum_so_far.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            self._own = True
+        assert self.sum is not None
+        return self.sum
 
     def total(self) -> Tensor:
         """The sum; zeros without any part."""

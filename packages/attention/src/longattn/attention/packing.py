@@ -1,0 +1,94 @@
+"""`Packing`: of one rank's keys, what another rank's queries see, and how it travels.
+
+What travels is exactly the (key row, kv head) pairs that some query sees: a plan says which. Packed rows stand head by head within a
+row, in one contiguous tensor; where everything is seen, the tensor itself travels and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from longattn.patterncache import Branch, Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Which pairs of `rows` x `heads` travel.
+
+    Attributes:
+        rows, heads: of the tensor (batch, rows, heads, head_dim) that they are taken from.
+        pairs: row * heads + head of each, ascending, int64; None: all.
+        count: how many.
+    """
+
+    rows: int
+    heads: int
+    pairs: Tensor | None
+    count: int
+
+    def shape(self, batch: int, head_dim: int) -> tuple[int, int, int]:
+        """(batch, count, head_dim) of the packed tensor."""
+        return batch, self.count, head_dim
+
+    def pack(self, x: Tensor, into: Tensor) -> Tensor:
+        """The pairs of x (batch, rows, heads, head_dim), contiguous: written to `into`, or x itself where that is all of it."""
+        flat = x.contiguous().flatten(1, 2)
+        return flat if self.pairs is None else torch.index_select(flat, 1, self.pairs.to(x.device), out=into)
+
+    def unpack(self, packed: Tensor, into: Tensor) -> Tensor:
+        """(batch, rows, heads, head_dim): what was packed, at its place, and zero elsewhere: a kernel may read what nobody sees."""
+        if self.pairs is None:
+            return packed.unflatten(1, (self.rows, self.heads))
+        into.zero_().flatten(1, 2).index_copy_(1, self.pairs.to(packed.device), packed)
+        return into
+
+    def add(self, total: Tensor, packed: Tensor) -> None:
+        """Add packed rows to `total` (batch, rows, heads, head_dim), contiguous, in place."""
+        flat = total.flatten(1, 2)
+        if self.pairs is None:
+            flat += packed
+        else:
+            flat.index_add_(1, self.pairs.to(total.device), packed)
+
+
+def packing_of(plan: Plan, kv_heads: int) -> Packing:
+    """What of the plan's key rows its queries see, for keys of that many heads. Kept with the plan."""
+    key = f"packing for {kv_heads} kv heads"
+    found: Packing | None = plan.derived.get(key)
+    if found is None:
+        seen = seen_pairs(plan, kv_heads)
+        pairs = None if seen.all() else torch.from_numpy(np.flatnonzero(seen))
+        found = plan.derived[key] = Packing(seen.shape[0], seen.shape[1], pairs, int(seen.sum()))
+    return found
+
+
+def seen_pairs(plan: Plan, kv_heads: int) -> npt.NDArray[np.bool_]:
+    """(key rows, kv heads) bool: whether some query of some head of the group sees it."""
+    heads, _, rows = plan.rectangle.shape
+    seen = np.zeros((rows, kv_heads), bool)
+    for branch in plan.branches:
+        served = np.unique(branch.heads.positions() * kv_heads // heads)
+        seen[_seen_rows(branch)[:, None], served] = True
+    return seen
+
+
+def _seen_rows(branch: Branch) -> npt.NDArray[np.int64]:
+    """Key rows that some query of the branch sees."""
+    rows = branch.k.rows()
+    if branch.band is None:
+        return rows.ravel()
+    if not branch.uniform:
+        assert branch.visible is not None
+        return rows[np.broadcast_to(branch.visible.any(1), rows.shape)]
+    # Every tile shows the same: the union of the query rows' ranges, as a running count of those that are open.
+    begin, end = branch.key_range()
+    some = begin <= end
+    opened = np.zeros(branch.k.count + 1, np.int64)
+    np.add.at(opened, begin[some], 1)
+    np.add.at(opened, end[some] + 1, -1)
+    return rows[:, np.cumsum(opened)[:-1] > 0].ravel()
