@@ -18,6 +18,8 @@ CASES: dict[str, str] = {
     "attention": "benchmarks.cases.attention",
     "presets": "benchmarks.cases.presets",
     "patterns": "benchmarks.cases.patterns",
+    "cache": "benchmarks.cases.cache",
+    "planning": "benchmarks.cases.planning",
 }
 
 
@@ -42,11 +44,13 @@ class Labels:
 class Targets:
     """What the row should reach; None where nothing was promised.
 
-    `ratio`: the peer's median CPU time over ours, at least. `growth`: our peak growth over q+k+v, at most.
+    `ratio`: the peer's median CPU time over ours, at least. `growth`: our peak growth over q+k+v, at most. `most_ms`: our
+    median CPU time, at most.
     """
 
     ratio: float | None = None
     growth: float | None = None
+    most_ms: float | None = None
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,15 @@ def verdict(outcome: Outcome, targets: Targets) -> str:
         missed.append(f"ratio {outcome.ratio:.2f} < {targets.ratio:g}")
     if targets.growth is not None and outcome.our_growth is not None and outcome.our_growth > targets.growth:
         missed.append(f"growth {outcome.our_growth:.2f} > {targets.growth:g}")
+    if targets.most_ms is not None and outcome.ours.cpu > targets.most_ms:
+        missed.append(f"{outcome.ours.cpu:.2f} ms > {targets.most_ms:g}")
     if missed:
         return "missed: " + ", ".join(missed)
-    measured = targets.ratio is not None or (targets.growth is not None and outcome.our_growth is not None)
+    measured = (
+        targets.ratio is not None
+        or targets.most_ms is not None
+        or (targets.growth is not None and outcome.our_growth is not None)
+    )
     return "met" if measured else ""
 
 

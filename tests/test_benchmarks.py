@@ -13,6 +13,7 @@ from benchmarks import experiment as experiment_module
 from benchmarks import gate, record, run
 from benchmarks.cases.patterns import random_blocks
 from benchmarks.experiment import Labels, Side, Targets, experiments, find
+from benchmarks.figures import Figure, builds, hit_ratios, plan_bytes
 from benchmarks.harness import Effort, Outcome, RedGateError, Sample, Summary, measure, summarize
 from benchmarks.memory import ResidentPeak
 from benchmarks.peers.dense import dense_attention
@@ -170,9 +171,16 @@ def test_every_preset_has_its_rows() -> None:
     assert named == {*PRESETS, *MULTIHEAD_PRESETS}
 
 
+@pytest.mark.parametrize(("most_ms", "said"), [(2.0, "met"), (1.5, "missed: 2.00 ms > 1.5"), (None, "")])
+def test_a_time_of_its_own_can_be_a_target(most_ms: float | None, said: str) -> None:
+    """The row says by how much it was missed."""
+    summary = summarize([Sample(2.0, 1.0)])
+    assert record.verdict(Outcome(summary, summary, None, None), Targets(most_ms=most_ms)) == said
+
+
 def test_unknown_case_is_named() -> None:
     """The message lists what there is."""
-    with pytest.raises(ValueError, match="case must be one of attention, presets, patterns, got 'nope'"):
+    with pytest.raises(ValueError, match="case must be one of attention, presets, patterns, .*got 'nope'"):
         experiments("nope", quick=True)
 
 
@@ -277,3 +285,17 @@ def normal(*shape: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(shape, generator=generator) for _ in range(4))
     return q, k, v, grad
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "said"), [(None, None, ""), (0.5, None, "met"), (None, 0.4, "missed"), (0.6, 1.0, "missed")]
+)
+def test_a_figure_says_whether_it_is_within_its_bounds(least: float | None, most: float | None, said: str) -> None:
+    """Where it has any."""
+    assert Figure("hits", "any", "ratio", 0.5, least=least, most=most).verdict == said
+
+
+def test_figures_of_the_cache_are_what_is_promised() -> None:
+    """One build per key under threads; a small plan; a small cache's hits are counted for every trace."""
+    found = [*builds(), *plan_bytes(), *hit_ratios((200,))]
+    assert {figure.verdict for figure in found} <= {"met", ""} and len(found) == 1 + 2 + 6

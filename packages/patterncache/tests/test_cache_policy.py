@@ -1,55 +1,12 @@
 """Which entries stay: S3-FIFO beside LRU and Belady on seeded traces, and the hit curve beside larger caches."""
 
-import heapq
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longattn.patterncache import PatternCache
-
-
-def zipf_and_scan(seed, keys=2000, length=40_000):
-    """Zipf 0.9 over `keys` keys; every fourth ask, by chance, is for a key that is asked for once."""
-    rng = np.random.default_rng(seed)
-    weight = np.arange(1, keys + 1) ** -0.9
-    trace = rng.choice(keys, length, p=weight / weight.sum())
-    scan = rng.random(length) < 0.25
-    trace[scan] = keys + np.arange(scan.sum())
-    return trace.tolist()
-
-
-def attention_lengths(seed, length=20_000):
-    """Batches of log-normal length in steps of 16, each asked for by four layers of two patterns."""
-    rng = np.random.default_rng(seed)
-    lengths = np.exp(rng.normal(6.5, 0.8, length // 4)).astype(int) // 16 * 16
-    return [(int(n), layer % 2) for n in lengths for layer in range(4)]
-
-
-def decode_lengths(seed, sequences=600):
-    """A prompt, then tens of steps, each one key longer."""
-    rng = np.random.default_rng(seed)
-    prompts = np.exp(rng.normal(4.5, 0.7, sequences)).astype(int)
-    return [int(p + step) for p in prompts for step in range(rng.integers(10, 60))]
-
-
-def belady(trace, size):
-    """Hit rate of whoever knows the future and evicts what is asked for last."""
-    later, seen = [0] * len(trace), {}
-    for i in reversed(range(len(trace))):
-        later[i] = seen.get(trace[i], len(trace))
-        seen[trace[i]] = i
-    kept, farthest, hits = {}, [], 0
-    for i, key in enumerate(trace):
-        hits += key in kept
-        if key not in kept and len(kept) >= size:
-            while kept.get(farthest[0][2]) != -farthest[0][0]:
-                heapq.heappop(farthest)
-            del kept[heapq.heappop(farthest)[2]]
-        kept[key] = later[i]
-        heapq.heappush(farthest, (-later[i], i, key))
-    return hits / len(trace)
+from longattn.patterncache.testing import TRACES, belady
 
 
 def played(trace, size, policy):
@@ -59,9 +16,6 @@ def played(trace, size, policy):
         cache.get_or_build(key, int)
     cache.check_valid()
     return cache
-
-
-TRACES = {"zipf and scan": zipf_and_scan, "attention lengths": attention_lengths, "decode lengths": decode_lengths}
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -1,6 +1,9 @@
-"""For tests of patterns, ours and yours: Hypothesis strategies, and `check_pattern`, the conformance test."""
+"""For tests of patterns and caches, ours and yours: Hypothesis strategies, `check_pattern`, the conformance test, and traces of keys."""
 
 from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from hypothesis import strategies as st
@@ -171,3 +174,55 @@ def check_pattern(pattern: Pattern, rectangle: Rectangle) -> None:
             for part in parts
         ]
         np.testing.assert_array_equal(np.concatenate(sides, axis), counts)
+
+
+def zipf_and_scan(seed: int, keys: int = 2000, length: int = 40_000) -> list[int]:
+    """Zipf 0.9 over `keys` keys; every fourth ask, by chance, is for a key that is asked for once."""
+    rng = np.random.default_rng(seed)
+    weight = np.arange(1, keys + 1) ** -0.9
+    trace = rng.choice(keys, length, p=weight / weight.sum())
+    scan = rng.random(length) < 0.25
+    trace[scan] = keys + np.arange(scan.sum())
+    return trace.tolist()
+
+
+def attention_lengths(seed: int, length: int = 20_000) -> list[tuple[int, int]]:
+    """Batches of log-normal length in steps of 16, each asked for by four layers of two patterns."""
+    rng = np.random.default_rng(seed)
+    lengths = np.exp(rng.normal(6.5, 0.8, length // 4)).astype(int) // 16 * 16
+    return [(int(n), layer % 2) for n in lengths for layer in range(4)]
+
+
+def decode_lengths(seed: int, sequences: int = 600) -> list[int]:
+    """A prompt, then tens of steps, each one key longer."""
+    rng = np.random.default_rng(seed)
+    prompts = np.exp(rng.normal(4.5, 0.7, sequences)).astype(int)
+    return [int(p + step) for p in prompts for step in range(rng.integers(10, 60))]
+
+
+TRACES: dict[str, Callable[[int], Sequence[Hashable]]] = {
+    "zipf and scan": zipf_and_scan,
+    "attention lengths": attention_lengths,
+    "decode lengths": decode_lengths,
+}
+"""Seeded sequences of keys that caches are asked for: each takes a seed."""
+
+
+def belady(trace: Sequence[Hashable], size: int) -> float:
+    """Hit rate of whoever knows the future, and evicts what is asked for last."""
+    later, seen = [0] * len(trace), {}
+    for i in reversed(range(len(trace))):
+        later[i] = seen.get(trace[i], len(trace))
+        seen[trace[i]] = i
+    kept: dict[Hashable, int] = {}
+    farthest: list[tuple[int, int, Hashable]] = []
+    hits = 0
+    for i, key in enumerate(trace):
+        hits += key in kept
+        if key not in kept and len(kept) >= size:
+            while kept.get(farthest[0][2]) != -farthest[0][0]:
+                heapq.heappop(farthest)
+            del kept[heapq.heappop(farthest)[2]]
+        kept[key] = later[i]
+        heapq.heappush(farthest, (-later[i], i, key))
+    return hits / len(trace)
