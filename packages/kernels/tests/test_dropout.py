@@ -73,7 +73,9 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.pattern))
 def test_against_the_oracle_under_the_same_mask(name: str, case: Case):
     """Out, undropped lse and gradients: keys and queries in parts, shards of heads, grouped heads, batches, more than a tile."""
-    check_backend(name, replace(case, dropout_p=0.4, seed=5))
+    # A row without float64 is asked in float32.
+    dtype = case.dtype if case.dtype in row(name).capability.dtypes_on("cpu") else torch.float32
+    check_backend(name, replace(case, dropout_p=0.4, seed=5, dtype=dtype))
 
 
 def test_the_oracle_drops_something():
@@ -144,7 +146,7 @@ def test_keys_in_parts(name: str, pattern: Pattern):
         assert_near(got, expected, 1e-4, 1e-4, "gradient")
 
 
-@ROWS
+@pytest.mark.parametrize("name", [n for n in DROPPING if torch.float64 in row(n).capability.dtypes_on("cpu")])
 def test_gradcheck(name: str):
     leaves = [torch.randn(1, 5, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 

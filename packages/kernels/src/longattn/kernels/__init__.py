@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from longattn.kernels.environment import Environment
     from longattn.kernels.explaining import explain
     from longattn.kernels.fused import fused_attention
+    from longattn.kernels.native.building import build_native
     from longattn.kernels.problem import AttentionProblem
     from longattn.kernels.reference import reference_attention
     from longattn.kernels.state import AttentionState, merge
@@ -25,6 +26,7 @@ _HOME = {
     "Explanation": "dispatch",
     "attend": "entry",
     "backends": "dispatch",
+    "build_native": "native.building",
     "explain": "explaining",
     "fused_attention": "fused",
     "merge": "state",
@@ -39,6 +41,7 @@ __all__ = [
     "Explanation",
     "attend",
     "backends",
+    "build_native",
     "explain",
     "fused_attention",
     "merge",

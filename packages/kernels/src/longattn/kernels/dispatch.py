@@ -1,7 +1,8 @@
 """The dispatch table: which row computes, and why not the others.
 
 The order of `TABLE` is the preference. A row's module is imported when the table is first read for it; rows with heavy imports keep
-their capability in a light module. Legality is declared (`Capability`), never found out by trying.
+their capability in a light module. Legality is declared (`Capability`), never found out by trying. A row that needs something of the machine,
+such as a compiler, also has a `refusal`, which says without trying why that is not there, and a `prepare`, which tries once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from longattn.kernels.capability import Capability
 from longattn.kernels.problem import AttentionProblem
 
 TABLE: dict[str, str] = {
+    "native": "longattn.kernels.native.row",
     "sdpa": "longattn.kernels.torch_sdpa",
     "gather": "longattn.kernels.torch_gather",
     "tiled": "longattn.kernels.torch_tiled:Q_MAJOR",
@@ -35,12 +37,19 @@ Backward = Callable[
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One backend: its name, what it declares, and its two functions."""
+    """One backend: its name, what it declares, and its two functions.
+
+    Attributes:
+        refusal: why this machine cannot run the row, as far as that is known without trying, or None.
+        prepare: makes what the row needs of the machine, before its first call; the reason why that failed, or None.
+    """
 
     name: str
     capability: Capability
     forward: Forward
     backward: Backward
+    refusal: Callable[[], str | None] | None = None
+    prepare: Callable[[], str | None] | None = None
 
 
 @lru_cache
@@ -48,7 +57,8 @@ def row(name: str) -> Row:
     """The row of that name."""
     module, _, member = TABLE[name].partition(":")
     home = getattr(import_module(module), member) if member else import_module(module)
-    return Row(name, home.CAPABILITY, home.forward, home.backward)
+    machine = [getattr(home, need, None) for need in ("refusal", "prepare")]
+    return Row(name, home.CAPABILITY, home.forward, home.backward, *machine)
 
 
 def backends() -> tuple[str, ...]:
@@ -87,10 +97,23 @@ class Explanation:
         return "\n".join(lines)
 
 
+Refusals = tuple[tuple[str, str], ...]
+
+
+def refusals() -> Refusals:
+    """(row, reason) of the rows that this machine, as far as is known now, cannot run."""
+    asked = ((name, row(name).refusal) for name in TABLE)
+    return tuple((name, reason) for name, ask in asked if ask is not None and (reason := ask()) is not None)
+
+
 @lru_cache(maxsize=4096)
-def explain_problem(problem: AttentionProblem, backend: str | None = None) -> Explanation:
-    """The table read for one problem; with `backend`, only that row may be chosen."""
-    rows = tuple((name, tuple(row(name).capability.reasons(problem))) for name in TABLE)
+def explain_problem(problem: AttentionProblem, backend: str | None = None, refused: Refusals = ()) -> Explanation:
+    """The table read for one problem; with `backend`, only that row may be chosen, and none that is `refused`."""
+    machine = dict(refused)
+    rows = tuple(
+        (name, (*([machine[name]] if name in machine else []), *row(name).capability.reasons(problem)))
+        for name in TABLE
+    )
     fitting = [name for name, reasons in rows if not reasons and backend in (None, name)]
     chosen = fitting[0] if fitting else None
     found = Explanation(problem, rows, chosen)
@@ -104,8 +127,11 @@ def select(problem: AttentionProblem, backend: str | None = None) -> Row:
     Raises:
         ValueError: no row fits, or the named one does not; the message gives each row's reasons.
     """
-    found = explain_problem(problem, backend)
-    if found.backend is None:
-        wanted = "no backend" if backend is None else f"backend={backend!r} cannot"
-        raise ValueError(f"{wanted} {'fits' if backend is None else 'serve'} this problem: {found}")
-    return row(found.backend)
+    found = explain_problem(problem, backend, refusals())
+    while found.backend is not None:
+        chosen = row(found.backend)
+        if chosen.prepare is None or chosen.prepare() is None:
+            return chosen
+        found = explain_problem(problem, backend, refusals())  # now the row has one more reason
+    wanted = "no backend" if backend is None else f"backend={backend!r} cannot"
+    raise ValueError(f"{wanted} {'fits' if backend is None else 'serve'} this problem: {found}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from longattn.kernels.check import check_device_type, check_dtype, check_flag, check_shapes
-from longattn.kernels.dispatch import Explanation, check_backend_name, explain_problem
+from longattn.kernels.dispatch import Explanation, check_backend_name, explain_problem, refusals
 from longattn.kernels.positions import last_positions
 from longattn.kernels.problem import AttentionProblem
 from longattn.patterncache import Pattern, Rectangle, Span
@@ -32,7 +32,7 @@ def explain(
 ) -> Explanation:
     """Which row would serve, and every other row's reasons, without data and without the device.
 
-    A long plan that lists rows is not built: beyond 2^24 query-key pairs, a pattern that has to look at all of them counts as listed.
+    A row that compiles something counts as able where there is a compiler: nothing is compiled here. A long plan that lists rows is not built: beyond 2^24 query-key pairs, a pattern that has to look at all of them counts as listed.
 
     Args:
         pattern: who sees whom.
@@ -86,7 +86,7 @@ def explain(
         backward=requires_grad,
         deterministic=deterministic,
     )
-    return explain_problem(problem, backend)
+    return explain_problem(problem, backend, refusals())
 
 
 def _lists(pattern: Pattern, rectangle: Rectangle) -> bool:

@@ -1,0 +1,102 @@
+// Attention on CPUs, called through ctypes: no torch and no Python in here, and no memory but what the caller brings.
+#include "backward.h"
+#include "pool.h"
+
+// Tasks of one call in one row of numbers: job by job, then batch element, head, tile, part of the tile's query rows.
+class Tasks {
+    const Call& call;
+    int64_t total = 0;
+
+    static int64_t parts(const Call& call, const Job& job) { return (job.queries.count + call.rows - 1) / call.rows; }
+    int64_t of(const Job& job) const { return call.batch * job.heads * job.tiles * parts(call, job); }
+
+public:
+    explicit Tasks(const Call& call) : call(call) {
+        for (int64_t j = 0; j < call.job_count; j++) total += of(call.jobs[j]);
+    }
+    int64_t count() const { return total; }
+
+    // visit(job, batch, head, tile, first row, rows) of task i.
+    template <class Visit>
+    void at(int64_t i, Visit visit) const {
+        const Job* job = call.jobs;
+        for (; i >= of(*job); job++) i -= of(*job);
+        int64_t many = parts(call, *job), part = i % many, tile = i / many % job->tiles;
+        int64_t head = i / many / job->tiles % job->heads, b = i / many / job->tiles / job->heads;
+        int64_t rows = job->queries.count, first = rows * part / many;
+        visit(*job, b, job->head + head * job->head_step, tile, first, rows * (part + 1) / many - first);
+    }
+};
+
+// Rows of dk and dv that a task sums in scratch.
+static int64_t scratch_rows(const Call& call) {
+    return call.dk.type == FLOAT32 || !call.key_parts ? 0 : (call.keys + call.key_parts - 1) / call.key_parts;
+}
+
+template <class Op>
+static void attend(const Call& call) {
+    Tasks tasks(call);
+    int64_t each = Forward<Op>(call, nullptr).floats;
+    Pool::of_process().run(call.threads, tasks.count(), [&](int64_t thread, int64_t i) {
+        Forward<Op> forward(call, call.scratch + thread * each);
+        tasks.at(i, [&](const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t rows) {
+            forward.run(job, b, h, t, first, rows);
+        });
+    });
+}
+
+// key_parts: 0 makes dq only, job by job in parallel; 1 everything, a kv head to a task; more: dk and dv only, of as many ranges of rows.
+template <class Op>
+static void attend_backward(const Call& call) {
+    const int64_t parts = call.key_parts, key_rows = scratch_rows(call), each = Backward<Op>(call, nullptr, key_rows).floats;
+    auto own = [&](int64_t thread) { return Backward<Op>(call, call.scratch + thread * each, key_rows); };
+    Tasks tasks(call);
+    if (!parts) {
+        Pool::of_process().run(call.threads, tasks.count(), [&](int64_t thread, int64_t i) {
+            Backward<Op> backward = own(thread);
+            tasks.at(i, [&](const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t rows) {
+                backward.run(job, b, h, t, first, rows, Share{true, false, 0, call.keys}, nullptr);
+            });
+        });
+        return;
+    }
+    Pool::of_process().run(call.threads, call.batch * call.kv_heads * parts, [&](int64_t thread, int64_t i) {
+        const int64_t part = i % parts, head = i / parts % call.kv_heads, b = i / parts / call.kv_heads;
+        own(thread).keys(b, head, Share{parts == 1, true, call.keys * part / parts, call.keys * (part + 1) / parts});
+    });
+}
+
+template <class Op>
+static int64_t floats_of(const Call& call) {
+    return call.dk.data ? Backward<Op>(call, nullptr, scratch_rows(call)).floats : Forward<Op>(call, nullptr).floats;
+}
+
+extern "C" {
+
+int64_t longattn_sizes(int64_t which) {
+    const int64_t sizes[] = {sizeof(Call), sizeof(Job), sizeof(RowSet), ROWS};
+    return sizes[which];
+}
+
+// Floats of scratch for each thread; a call with a dk is a backward.
+int64_t longattn_scratch(const Call* call) {
+#if defined(__AVX512BF16__)
+    if (call->half) return floats_of<BFloat16>(*call);
+#endif
+    return floats_of<Float32>(*call);
+}
+
+void longattn_attend(const Call* call) {
+#if defined(__AVX512BF16__)
+    if (call->half) return attend<BFloat16>(*call);
+#endif
+    attend<Float32>(*call);
+}
+
+void longattn_attend_backward(const Call* call) {
+#if defined(__AVX512BF16__)
+    if (call->half) return attend_backward<BFloat16>(*call);
+#endif
+    attend_backward<Float32>(*call);
+}
+}

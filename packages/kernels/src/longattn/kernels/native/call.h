@@ -1,0 +1,100 @@
+// What one call is handed, mirrored field by field by arguments.py, and rows named by strides or by lists.
+//
+// Everything here was checked by the caller: pointers live, rows lie within their tensors, types are equal where they must be. All
+// fields are 8 bytes wide, so that there is no padding to agree on.
+#pragma once
+#include "vectors.h"
+
+constexpr int64_t KEYS = 256;    // keys of a tile: K^T, V and a strip of scores stay in L2
+constexpr int64_t STRIP = 96;    // query rows whose scores stand at a time
+constexpr int64_t ROWS = 768;    // most query rows that share one packing of a tile of keys
+
+struct Tensor {
+    char* data;
+    int64_t batch, row, head;  // strides in elements; head_dim is contiguous
+    int64_t type;
+
+    INLINE char* at(int64_t b, int64_t n, int64_t h) const { return data + (b * batch + n * row + h * head) * size_of(type); }
+};
+
+// A number for each (batch, head, query, key), where strides may be 0: a bias, or a mask of bytes.
+struct Lookup {
+    const char* data;
+    int64_t batch, head, row, key;  // strides in elements
+    int64_t type;
+};
+
+// Rows of tile t, in order: member i is at starts[t][i / block], or start + t * tile_step + i / block * period, plus
+// offsets[i % block], or i % block * step.
+struct RowSet {
+    const int64_t* starts;   // (tiles, tile_step), or null
+    int64_t start, tile_step, period, block;
+    const int64_t* offsets;  // (block), ascending, or null
+    int64_t step;
+    const float* log2_count; // (block): log2 of how often a key counts, or null: once
+    int64_t count;
+    int64_t origin, position_step;  // position = origin + position_step * row
+    int64_t low, high;              // keys: visible iff low <= query position - key position <= high
+
+    INLINE int64_t row(int64_t t, int64_t i) const {
+        int64_t b = i / block, j = i - b * block;
+        int64_t base = starts ? starts[t * tile_step + b] : start + t * tile_step + b * period;
+        return base + (offsets ? offsets[j] : j * step);
+    }
+    INLINE int64_t position(int64_t row) const { return origin + position_step * row; }
+};
+
+// Query rows that see the same keys: `tiles` equal tiles, for some heads.
+struct Job {
+    int64_t head, head_step, heads, tiles;
+    RowSet queries;
+    const RowSet* keys;
+    int64_t key_sets;
+    int64_t fresh;  // no earlier phase wrote these rows
+};
+
+struct Call {
+    Tensor q, k, v, out, grad_out, dq, dk, dv;
+    Tensor lse, grad_lse;      // float32, (batch, row, head)
+    Lookup mask, bias;         // 0 hides; added to the scaled scores, -inf hides
+    const uint8_t* padding;    // (batch, keys), 1 hides, or null
+    int64_t padding_batch, padding_row;
+    const Job* jobs;
+    int64_t job_count;
+    int64_t batch, queries, keys, heads, kv_heads, dim;
+    double scale;
+    double drop;               // probability, and what philox counts with
+    uint64_t seed;
+    int64_t first_head;
+    int64_t half;              // 1: products of bfloat16
+    int64_t threads;
+    int64_t rows;              // most query rows of a task, at most ROWS
+    int64_t key_parts;         // backward: in how many parts the keys are owned; 1: one pass makes all gradients
+    float* scratch;            // `scratch_floats` for each thread
+    int64_t merges;            // 1: rows are merged onto what stands in out and lse
+};
+
+static INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Query rows of one task.
+struct Queries {
+    int64_t n;
+    int64_t rows[ROWS], positions[ROWS];
+
+    void take(const RowSet& set, int64_t t, int64_t first, int64_t count) {
+        n = count;
+        for (int64_t i = 0; i < n; i++) {
+            rows[i] = set.row(t, first + i);
+            positions[i] = set.position(rows[i]);
+        }
+    }
+    void range(int64_t first, int64_t count, int64_t& nearest, int64_t& farthest) const {
+        nearest = farthest = positions[first];
+        for (int64_t i = first + 1; i < first + count; i++) {
+            nearest = least(nearest, positions[i]);
+            farthest = most(farthest, positions[i]);
+        }
+    }
+};

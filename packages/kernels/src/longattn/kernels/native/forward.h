@@ -1,0 +1,169 @@
+// Forward: out = softmax(scale * q k^T + log counts) v and its lse, for the query rows of one task (FlashAttention, Dao et al. 2022).
+//
+// One task owns some rows of one tile of a job, for one head and batch element. Q and the running m, l, acc stay in L2 for all keys; a
+// tile of keys is packed once and stays for all rows of the task; scores of one strip stand at a time. Scores are in units in which
+// exp is 2^(unit * score): q is scaled by what is left of scale * log2 e.
+#pragma once
+#include "philox.h"
+#include "strip.h"
+
+constexpr double LOG2_E = 1.4426950408889634074, LN_2 = 0.69314718055994530942;
+
+// scale * log2 e = q_factor * unit. Products of bfloat16 need a power of two for q, products of float32 take everything.
+struct Units {
+    float q_factor, unit;
+
+    Units(double scale, bool half) {
+        double whole = scale * LOG2_E;
+        if (!half || whole == 0) {
+            q_factor = float(whole), unit = 1;
+            return;
+        }
+        int exponent;
+        double mantissa = std::frexp(std::fabs(whole), &exponent);
+        q_factor = float(std::ldexp(whole < 0 ? -1.0 : 1.0, exponent - 1)), unit = float(mantissa * 2);
+    }
+};
+
+template <class Op>
+class Forward {
+    const Call& call;
+    const Shape<Op> shape;
+    const Units units;
+    const Veil veil;
+    float *Q, *acc, *m, *l, *Kt, *V, *stage, *scores, *top, *factor, *keep;
+    uint32_t* halves;
+    Queries* queries;
+    KeyTile* tile;
+
+public:
+    // Lays out the scratch of one thread from `from` on; `floats` is how much of it there must be.
+    Forward(const Call& call, float* from)
+        : call(call), shape(call.dim), units(call.scale, Op::PAIR == 2), veil(call, float(LOG2_E / units.unit)) {
+        float* at = from;
+        auto take = [&](int64_t n) { float* mine = at; at += round_up(n, 16); return mine; };
+        Q = take(ROWS * shape.wide);
+        acc = take(ROWS * shape.columns);
+        m = take(ROWS);
+        l = take(ROWS * VL);
+        Kt = take(KEYS * shape.wide);
+        V = take(KEYS / Op::PAIR * shape.columns);
+        stage = take(most(VL * shape.wide, shape.columns));
+        scores = take(STRIP * KEYS);
+        top = take(STRIP * VL);
+        factor = take(STRIP);
+        keep = take(KEYS);
+        halves = (uint32_t*)take(Op::PAIR == 2 ? STRIP * KEYS / 2 : 0);
+        queries = (Queries*)take(sizeof(Queries) / 4 + 1);
+        tile = (KeyTile*)take(sizeof(KeyTile) / 4 + 1);
+        floats = at - from;
+    }
+    int64_t floats;
+
+    void run(const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t count) {
+        int64_t rows = begin(job, b, h, t, first, count), nearest, farthest;
+        queries->range(0, count, nearest, farthest);
+        KeyStream stream(call, job, t, b, nearest, farthest, 0, call.keys);
+        const int64_t kv_head = h / (call.heads / call.kv_heads);
+        while (stream.next(*tile)) {
+            for (int64_t j = 0; j < tile->n; j++) tile->bias[j] /= units.unit;
+            bool packed = false;
+            for (int64_t r = 0; r < rows; r += STRIP) {
+                int64_t height = least(STRIP, rows - r), real = least(height, count - r);
+                queries->range(r, real, nearest, farthest);
+                Sight sight = tile->seen(nearest, farthest);
+                if (sight == NOTHING) continue;
+                if (!packed) pack(b, kv_head), packed = true;
+                scores_of<Op>(Q + r * shape.wide, height, Kt, shape, *tile, scores, top);
+                if (veil.needed(sight)) veil.hide(*tile, sight, b, h, *queries, r, real, scores, top);
+                for (int64_t i = 0; i < height; i++) softmax(r, i, b, h);
+                accumulate<Op>(
+                    height, tile->padded / Op::PAIR, Op::PAIR == 2 ? (const float*)halves : scores, KEYS / Op::PAIR, 1, V,
+                    shape.columns, acc + r * shape.columns, [&](int64_t i) { return splat(factor[i]); });
+            }
+        }
+        for (int64_t r = 0; r < count; r++) finish(job, b, h, r);
+    }
+
+private:
+    // Q: memory -> L2, stays for all keys. Returns the rows, padded to whole register tiles.
+    int64_t begin(const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t count) {
+        queries->take(job.queries, t, first, count);
+        int64_t rows = round_up(count, MR);
+        for (int64_t r = 0; r < rows; r++) {
+            float* row = Q + r * shape.wide;
+            if (r < count) load_words<Op>(row, call.q.at(b, queries->rows[r], h), call.q.type, shape.dim, shape.wide, units.q_factor);
+            else memset(row, 0, shape.wide * 4);
+            m[r] = NONE;
+        }
+        memset(acc, 0, rows * shape.columns * 4);
+        memset(l, 0, rows * VL * 4);
+        return rows;
+    }
+
+    // K^T and V: memory -> L2, replaced every tile of keys.
+    void pack(int64_t b, int64_t kv_head) {
+        const KeyTile& keys = *tile;
+        pack_transposed<Op>(Kt, stage, call.k, shape, b, kv_head, keys.rows, keys.n, keys.padded);
+        pack_rows<Op>(V, stage, shape, call.v.type, keys.padded, 1, [&](int64_t i) -> const char* {
+            return i < keys.n ? call.v.at(b, keys.rows[i], kv_head) : nullptr;
+        });
+    }
+
+    // One row: the running max moves, scores become weights, and what stood before is to be scaled by `factor`.
+    void softmax(int64_t r, int64_t i, int64_t b, int64_t h) {
+        float* row = scores + i * KEYS;
+        float before = m[r + i], now = std::fmax(before, largest(load(top + i * VL)));
+        // Finite where nothing was seen yet, so that -inf - -inf does not arise.
+        float pivot = now == NONE ? 0.f : now * units.unit;
+        Floats scaled = exp2<5>(splat(before == NONE ? NONE : before * units.unit - pivot));
+        m[r + i] = now;
+        factor[i] = scaled[0];
+        Floats total = load(l + (r + i) * VL) * scaled;
+        const Floats unit = splat(units.unit), less = splat(pivot);
+        if (call.drop > 0) keep_row(call, *tile, b, h, queries->positions[least(r + i, queries->n - 1)], keep);
+        for (int64_t j = 0; j < tile->padded; j += VL * Op::PAIR) {
+            Floats p[2];
+            for (int n = 0; n < Op::PAIR; n++) {
+                p[n] = exp2<Op::DEGREE>(load(row + j + n * VL) * unit - less);
+                total += p[n];
+                if (call.drop > 0) p[n] *= load(keep + j + n * VL);
+            }
+            put(i, j, p);
+        }
+        store(l + (r + i) * VL, total);
+    }
+
+    INLINE void put(int64_t i, int64_t j, const Floats* p) {
+#if defined(__AVX512BF16__)
+        if (Op::PAIR == 2) {
+            store((float*)halves + (i * KEYS + j) / 2, in_order(p[0], p[1]));
+            return;
+        }
+#endif
+        store(scores + i * KEYS + j, p[0]);
+    }
+
+    // out and lse: L2 -> memory, once a task; onto what stands there where the row was written before.
+    void finish(const Job& job, int64_t b, int64_t h, int64_t r) {
+        float total = sum(load(l + r * VL)), *row = acc + r * shape.columns;
+        float lse = total > 0 ? float((double(m[r]) * units.unit + std::log2(double(total))) * LN_2) : NONE;
+        if (total != total) lse = total;
+        char* out = call.out.at(b, queries->rows[r], h);
+        float* lse_at = (float*)call.lse.at(b, queries->rows[r], h);
+        float mine = total > 0 || total != total ? 1 / total : 0;
+        if (call.merges || !job.fresh) {
+            float other = *lse_at, top = std::fmax(lse, other), theirs = 0;
+            if (top != NONE) {
+                double a = std::exp(double(lse) - top), c = std::exp(double(other) - top);
+                mine *= float(a / (a + c)), theirs = float(c / (a + c));
+                lse = float(top + std::log(a + c));
+            } else theirs = 1;
+            const float* old = (const float*)out;
+            for (int64_t i = 0; i < shape.dim; i++) row[i] = row[i] * mine + old[i] * theirs;
+        } else
+            for (int64_t i = 0; i < shape.dim; i++) row[i] *= mine;
+        store_floats(out, row, call.out.type, shape.dim);
+        *lse_at = lse;
+    }
+};

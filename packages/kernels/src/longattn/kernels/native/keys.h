@@ -1,0 +1,98 @@
+// From row sets to tiles of at most KEYS keys, in order; what no query of a task can see, and what is padding, is left out.
+#pragma once
+#include "call.h"
+
+enum Sight { NOTHING, SOME, ALL };
+
+struct KeyTile {
+    int64_t n, padded;              // keys, and the same rounded up to whole register tiles
+    int64_t low, high;              // the band, the same for all
+    int64_t first, last;            // smallest and largest position
+    bool neighbours;                // rows follow one another in memory
+    int64_t rows[KEYS], positions[KEYS];
+    float bias[KEYS];               // log2 of the count, -inf beyond n
+
+    // What queries at positions from `nearest` to `farthest` see of it.
+    Sight seen(int64_t nearest, int64_t farthest) const {
+        if (farthest - first < low || nearest - last > high) return NOTHING;
+        return nearest - last >= low && farthest - first <= high ? ALL : SOME;
+    }
+};
+
+class KeyStream {
+    const Call& call;
+    const Job& job;
+    int64_t t, batch, nearest, farthest, row_begin, row_end;
+    int64_t at = -1, i = 0, end = 0;
+
+    // Members of a set without a list ascend: the first one whose row is not below `row`.
+    int64_t search(const RowSet& set, int64_t row) const {
+        int64_t lo = 0, hi = set.count;
+        while (lo < hi) {
+            int64_t mid = (lo + hi) / 2;
+            if (set.row(t, mid) < row) lo = mid + 1;
+            else hi = mid;
+        }
+        return lo;
+    }
+
+    static int64_t divide_up(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
+    void enter(const RowSet& set) {
+        i = 0, end = set.count;
+        if (set.starts) return;
+        // Rows at positions that some query can see, and that the task owns.
+        int64_t begin = most(row_begin, divide_up(nearest - set.high - set.origin, set.position_step));
+        int64_t beyond = least(row_end, divide_up(farthest - set.low + 1 - set.origin, set.position_step));
+        i = search(set, begin);
+        end = most(i, search(set, beyond));
+    }
+
+    bool wanted(const RowSet& set, int64_t row, int64_t position) const {
+        if (call.padding && call.padding[batch * call.padding_batch + row * call.padding_row]) return false;
+        if (!set.starts) return true;
+        return row >= row_begin && row < row_end && farthest - position >= set.low && nearest - position <= set.high;
+    }
+
+public:
+    KeyStream(const Call& call, const Job& job, int64_t t, int64_t batch, int64_t nearest, int64_t farthest, int64_t row_begin,
+              int64_t row_end)
+        : call(call), job(job), t(t), batch(batch), nearest(nearest), farthest(farthest), row_begin(row_begin), row_end(row_end) {}
+
+    // The next tile; false where there is none. Keys of sets with different bands never share a tile.
+    bool next(KeyTile& tile) {
+        tile.n = 0;
+        while (tile.n < KEYS) {
+            if (at < 0 || i >= end) {
+                if (at + 1 >= job.key_sets) break;
+                const RowSet& coming = job.keys[at + 1];
+                if (tile.n && (coming.low != tile.low || coming.high != tile.high)) break;
+                enter(job.keys[++at]);
+                continue;
+            }
+            const RowSet& set = job.keys[at];
+            tile.low = set.low, tile.high = set.high;
+            for (; i < end && tile.n < KEYS; i++) {
+                int64_t row = set.row(t, i), position = set.position(row);
+                if (!wanted(set, row, position)) continue;
+                tile.rows[tile.n] = row;
+                tile.positions[tile.n] = position;
+                tile.bias[tile.n++] = set.log2_count ? set.log2_count[i % set.block] : 0.f;
+            }
+        }
+        if (!tile.n) return false;
+        tile.first = tile.last = tile.positions[0];
+        tile.neighbours = true;
+        for (int64_t j = 1; j < tile.n; j++) {
+            tile.neighbours &= tile.rows[j] == tile.rows[0] + j;
+            tile.first = least(tile.first, tile.positions[j]);
+            tile.last = most(tile.last, tile.positions[j]);
+        }
+        tile.padded = round_up(tile.n, PW);
+        for (int64_t j = tile.n; j < tile.padded; j++) {
+            tile.positions[j] = tile.positions[0];
+            tile.bias[j] = NONE;
+        }
+        return true;
+    }
+};

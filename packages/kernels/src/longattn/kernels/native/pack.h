@@ -1,0 +1,112 @@
+// Rows of q, k, v from memory into the layouts that register tiles read, and results back. Each row is converted once.
+#pragma once
+#include "call.h"
+#include "product.h"
+
+// How wide rows are in words (one float32, or two bfloat16): as an A operand, and as columns of a B operand.
+template <class Op>
+struct Shape {
+    int64_t dim, words, wide, columns;
+    explicit Shape(int64_t dim)
+        : dim(dim), words((dim + Op::PAIR - 1) / Op::PAIR), wide(round_up(words, VL)), columns(round_up(dim, VL)) {}
+};
+
+static INLINE void load_floats(float* to, const char* from, int64_t type, int64_t n, float factor) {
+    const uint16_t* halves = (const uint16_t*)from;
+    if (type == FLOAT32)
+        for (int64_t i = 0; i < n; i++) to[i] = ((const float*)from)[i] * factor;
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < n; i++) to[i] = from_bfloat16(halves[i]) * factor;
+    else
+        for (int64_t i = 0; i < n; i++) to[i] = from_float16(halves[i]) * factor;
+}
+
+static INLINE void store_floats(char* to, const float* from, int64_t type, int64_t n) {
+    uint16_t* halves = (uint16_t*)to;
+    if (type == FLOAT32)
+        for (int64_t i = 0; i < n; i++) ((float*)to)[i] = from[i];
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < n; i++) halves[i] = to_bfloat16(from[i]);
+    else
+        for (int64_t i = 0; i < n; i++) halves[i] = to_float16(from[i]);
+}
+
+// A row of `width` words, zero beyond `dim` numbers; `factor` is a power of two where words are bfloat16.
+template <class Op>
+static INLINE void load_words(float* to, const char* from, int64_t type, int64_t dim, int64_t width, float factor) {
+    if (Op::PAIR == 1) {
+        load_floats(to, from, type, dim, factor);
+        for (int64_t i = dim; i < width; i++) to[i] = 0;
+        return;
+    }
+    uint16_t* halves = (uint16_t*)to;
+    if (type == BFLOAT16 && factor == 1) memcpy(halves, from, dim * 2);
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < dim; i++) halves[i] = to_bfloat16(from_bfloat16(((const uint16_t*)from)[i]) * factor);
+    else
+        for (int64_t i = 0; i < dim; i++) halves[i] = to_bfloat16(((const float*)from)[i] * factor);
+    for (int64_t i = dim; i < width * 2; i++) halves[i] = 0;
+}
+
+// VL x VL words, transposed in registers: log2(VL) rounds of exchanging halves.
+static INLINE void transpose(const float* from, int64_t ldf, float* to, int64_t ldt) {
+    Ints x[VL], y[VL];
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) x[i] = *(const LooseInts*)(from + i * ldf);
+    Ints lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+#pragma GCC unroll 4
+    for (int width = 1; width < VL; width *= 2) {
+        // Lanes with the bit `width` clear keep row i and take from row i + width, shifted; the others the other way round.
+        Ints upper = (lane & width) != 0;
+        Ints low = upper ? (lane - width) + VL : lane;
+        Ints high = upper ? lane + VL : lane + width;
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++) {
+            if (i & width) continue;
+            y[i] = __builtin_shuffle(x[i], x[i + width], low);
+            y[i + width] = __builtin_shuffle(x[i], x[i + width], high);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++) x[i] = y[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) *(LooseInts*)(to + i * ldt) = x[i];
+}
+
+// Rows of k (or v) as panels of PW keys, (panels, wide, PW) words, transposed; `stage` holds VL rows.
+template <class Op>
+static void pack_transposed(float* to, float* stage, const Tensor& x, const Shape<Op>& shape, int64_t b, int64_t h,
+                            const int64_t* rows, int64_t n, int64_t padded) {
+    for (int64_t first = 0; first < padded; first += VL) {
+        for (int64_t i = 0; i < VL; i++) {
+            float* row = stage + i * shape.wide;
+            if (first + i < n) load_words<Op>(row, x.at(b, rows[first + i], h), x.type, shape.dim, shape.wide, 1);
+            else memset(row, 0, shape.wide * 4);
+        }
+        float* panel = to + first / PW * PW * shape.wide + first % PW;
+        for (int64_t w = 0; w < shape.wide; w += VL) transpose(stage + w, shape.wide, panel + w * PW, PW);
+    }
+}
+
+// Rows as a B operand whose K is the rows: (rows / PAIR, columns) words. `row(i)` is the i-th source, null beyond the last: zeros.
+template <class Op, class Row>
+static INLINE void pack_rows(float* to, float* stage, const Shape<Op>& shape, int64_t type, int64_t padded, float factor, Row row) {
+    for (int64_t i = 0; i < padded; i += Op::PAIR) {
+        float* line = to + i / Op::PAIR * shape.columns;
+        if (Op::PAIR == 1) {
+            if (const char* from = row(i)) load_words<Op>(line, from, type, shape.dim, shape.columns, factor);
+            else memset(line, 0, shape.columns * 4);
+            continue;
+        }
+        uint16_t* even = (uint16_t*)stage;
+        uint16_t* odd = even + shape.columns;
+        for (int64_t j = 0; j < 2; j++) {
+            uint16_t* half = j ? odd : even;
+            if (const char* from = row(i + j)) load_words<Op>((float*)half, from, type, shape.dim, shape.columns / 2, factor);
+            else memset(half, 0, shape.columns * 2);
+        }
+        uint32_t* words = (uint32_t*)line;
+        for (int64_t j = 0; j < shape.columns; j++) words[j] = even[j] | uint32_t(odd[j]) << 16;
+    }
+}

@@ -1,0 +1,167 @@
+"""Row "native": the plan's jobs through the C++ library, forward and backward."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.call import Call
+from longattn.kernels.capability import Capability
+from longattn.kernels.native import building
+from longattn.kernels.native.arguments import SIZES, TYPES, CallArgument, PackedJobs, packed
+from longattn.kernels.native.lowering import Lowered, lower
+from longattn.kernels.walk import finish
+
+CAPABILITY = Capability(
+    devices=("cpu",),
+    dtypes={"cpu": (torch.float16, torch.bfloat16, torch.float32)},
+    tolerance={torch.float32: (2e-5, 2e-5), torch.float16: (2e-3, 2e-3), torch.bfloat16: (1.6e-2, 1.6e-2)},
+    max_head_dim=256,
+    dropout=True,
+)
+
+_TASKS_A_THREAD = 4
+"""Tasks for each thread, where there are rows enough: so many that the last one keeps nobody waiting long."""
+
+_LEAST_ROWS, _MOST_ROWS = 96, 768
+
+
+_FIVE_OF_SEVEN = 5 / 7
+"""What one pass over the keys saves in products, and so how idle its threads may be before two passes are faster."""
+
+
+refusal = building.refusal
+
+
+def prepare() -> str | None:
+    """Compile or load the library; why that failed, or None."""
+    try:
+        building.library()
+    except building.NativeBuildError as problem:
+        return str(problem)
+    return None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads) float32."""
+    lowered = lower(call.plan)
+    out, lse = _new_state(call, lowered)
+    asked = _argument(call, out, lse)
+    asked.merges = call.prior is not None
+    for phase in range(len(lowered.phases)):
+        _run(call, "longattn_attend", asked, packed(lowered, phase))
+    return finish(call, out), lse
+
+
+def backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32."""
+    lowered = lower(call.plan)
+    asked = _argument(call, *(_readable(x, call.q.dtype) for x in (out, lse)))
+    asked.point_to("grad_out", _readable(grad_out, call.q.dtype), tuple(call.q.shape))
+    if grad_lse is not None:
+        asked.point_to("grad_lse", grad_lse.to(torch.float32), tuple(lse.shape))
+    one_phase = len(lowered.phases) == 1
+    dq = _unwritten(call.q, call.q.dtype if one_phase else torch.float32, lowered.complete)
+    # Sums that are float32 anyway are made where they are wanted; others in scratch, and every row is written.
+    dk, dv = (_unwritten(x, x.dtype, x.dtype != torch.float32 and bool(lowered.phases)) for x in (call.k, call.v))
+    for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
+        asked.point_to(name, x, tuple(x.shape))
+    asked.key_parts = parts = _key_parts(asked)
+    if lowered.phases:
+        _run(call, "longattn_attend_backward", asked, packed(lowered, None))
+    asked.key_parts = 0
+    for phase in range(len(lowered.phases) if parts > 1 else 0):
+        _run(call, "longattn_attend_backward", asked, packed(lowered, phase))
+    return dq.to(call.q.dtype), dk, dv, None
+
+
+def _key_parts(asked: CallArgument) -> int:
+    """1: whoever owns a kv head makes all three gradients of it; more: dk and dv in so many ranges of rows, dq apart."""
+    owners = asked.batch * asked.kv_heads
+    rounds = -(-owners // asked.threads)
+    if owners == 0 or owners >= _FIVE_OF_SEVEN * rounds * asked.threads:
+        return 1
+    return min(-(-_TASKS_A_THREAD * asked.threads // owners), max(1, asked.keys))
+
+
+def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as the library reads it beside q of `dtype`: float32 unless it is of that type."""
+    return x if x.dtype == dtype else x.to(torch.float32)
+
+
+def _in_known_type(x: Tensor) -> Tensor:
+    return x if x.dtype in TYPES or x.dtype == torch.bool else x.to(torch.float32)
+
+
+def _unwritten(like: Tensor, dtype: torch.dtype, complete: bool) -> Tensor:
+    make = torch.empty if complete else torch.zeros
+    return make(like.shape, dtype=dtype, device=like.device)
+
+
+def _new_state(call: Call, lowered: Lowered) -> tuple[Tensor, Tensor]:
+    """(out, lse) to write: the prior's copy; unwritten where every row will be, or empty. In out_dtype where nothing merges."""
+    if call.prior is not None:
+        out, lse = (x.to(torch.float32, copy=True, memory_format=torch.contiguous_format) for x in call.prior)
+        return out, lse
+    direct = len(lowered.phases) == 1 and call.out_dtype in TYPES
+    dtype = call.out_dtype if direct else torch.float32
+    batch, length, heads, _ = call.q.shape
+    shape = (batch, length, heads, call.v.shape[-1])
+    out = call.allocator.empty(shape, dtype, call.q.device, "output" if dtype == call.out_dtype else "temp")
+    lse = call.allocator.empty(shape[:-1], torch.float32, call.q.device, "temp")
+    return (out, lse) if lowered.complete else (out.zero_(), lse.fill_(-torch.inf))
+
+
+def _argument(call: Call, out: Tensor, lse: Tensor) -> CallArgument:
+    """What forward and backward both say."""
+    batch, nq, heads, dim = call.q.shape
+    _, nk, kv_heads, _ = call.k.shape
+    if (heads, nq, nk) != call.plan.rectangle.shape or not kv_heads or heads % kv_heads or not 0 < dim <= 256:
+        raise ValueError(
+            f"q and k must fit the plan's {call.plan.rectangle.shape}, got {call.q.shape} and {call.k.shape}"
+        )
+    asked = CallArgument(batch=batch, queries=nq, keys=nk, heads=heads, kv_heads=kv_heads, dim=dim)
+    asked.point_to("q", call.q, (batch, nq, heads, dim))
+    asked.point_to("k", call.k, (batch, nk, kv_heads, dim))
+    asked.point_to("v", call.v, (batch, nk, kv_heads, dim))
+    asked.point_to("out", out, (batch, nq, heads, dim))
+    asked.point_to("lse", lse, (batch, nq, heads))
+    if call.key_padding is not None:
+        if tuple(call.key_padding.shape) != (batch, nk) or call.key_padding.dtype != torch.bool:
+            raise ValueError(
+                f"key_padding must be bool {(batch, nk)}, got {call.key_padding.dtype} {call.key_padding.shape}"
+            )
+        asked.padding = call.key_padding.data_ptr()
+        asked.padding_batch, asked.padding_row = call.key_padding.stride()
+    for name, x in (("mask", call.mask), ("bias", call.bias)):
+        if x is not None:
+            asked.look_up(name, _in_known_type(x), (batch, heads, nq, nk))
+    asked.scale, asked.drop, asked.seed = call.scale, call.dropout_p, call.seed & (2**64 - 1)
+    asked.first_head = call.plan.rectangle.heads.start
+    asked.half = call.q.dtype == torch.bfloat16 and building.current().level == "avx512bf16"
+    asked.threads = torch.get_num_threads()
+    return asked
+
+
+def _run(call: Call, entry: str, asked: CallArgument, jobs: PackedJobs) -> None:
+    """The library's `entry` on some jobs, with scratch of the call's allocator."""
+    if not asked.batch:
+        return
+    library = building.library()
+    found = tuple(library.longattn_sizes(ctypes.c_int64(i)) for i in range(3))
+    if found != SIZES:
+        raise RuntimeError(f"the native library's structures have sizes {found}, expected {SIZES}")
+    asked.jobs, asked.job_count = jobs.address, jobs.count
+    rows = jobs.rows * asked.batch // (asked.threads * _TASKS_A_THREAD)
+    asked.rows = max(_LEAST_ROWS, min(_MOST_ROWS, rows))
+    scratch_of = library.longattn_scratch
+    scratch_of.restype = ctypes.c_int64
+    floats = scratch_of(ctypes.byref(asked))
+    scratch = call.allocator.empty((asked.threads * floats,), torch.float32, call.q.device, "temp")
+    asked.scratch = scratch.data_ptr()
+    getattr(library, entry)(ctypes.byref(asked))
+    call.allocator.release(scratch, "temp")

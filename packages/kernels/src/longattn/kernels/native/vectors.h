@@ -1,0 +1,129 @@
+// Vectors of VL floats for whatever the compiler is told to build for, and the few operations on them that attention needs.
+//
+// GCC's and Clang's vector extension says almost everything once; what it has no word for (rounding to bfloat16, scaling by a power of
+// two) is an intrinsic where AVX-512 has it and arithmetic elsewhere.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int VL = 16, NV = 4;  // 32 registers: a tile of 6 x 4 sums, 4 of B, 1 of A
+#elif defined(__AVX2__)
+constexpr int VL = 8, NV = 2;  // 16 registers: 6 x 2, 2, 1
+#elif defined(__aarch64__)
+constexpr int VL = 4, NV = 4;
+#else
+constexpr int VL = 4, NV = 2;
+#endif
+constexpr int MR = 6;         // rows of a register tile
+constexpr int PW = NV * VL;   // columns of a register tile
+
+typedef float Floats __attribute__((vector_size(VL * 4)));
+typedef int32_t Ints __attribute__((vector_size(VL * 4)));
+typedef float LooseFloats __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t LooseInts __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t Word __attribute__((may_alias));
+
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+
+static INLINE Floats load(const float* p) { return *(const LooseFloats*)p; }
+static INLINE void store(float* p, Floats x) { *(LooseFloats*)p = x; }
+// x - 0 is x for every x, so that this is one broadcast; for a word of two bfloat16 it must be integer arithmetic.
+static INLINE Floats splat(float x) { return x - Floats{}; }
+static INLINE Floats splat_word(const float* p) { return (Floats)(*(const Word*)p - Ints{}); }
+static INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+static INLINE float sum(Floats x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float total = x[0];
+    for (int i = 1; i < VL; i++) total += x[i];
+    return total;
+#endif
+}
+
+static INLINE float largest(Floats x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float most = x[0];
+    for (int i = 1; i < VL; i++) most = x[i] > most ? x[i] : most;
+    return most;
+#endif
+}
+
+// 2^x for x <= 127; 0 where the result would be below 2^-126, -inf included. Relative error 7.5e-8 (DEGREE 5) or 7.5e-5 (DEGREE 3, for
+// probabilities that are rounded to bfloat16 next): minimax polynomials of the fraction.
+template <int DEGREE>
+static INLINE Floats exp2(Floats x) {
+#if defined(__AVX512DQ__)
+    x = (Floats)_mm512_max_ps((__m512)x, _mm512_set1_ps(-200.f));
+    Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#else
+    x = x > -126.f ? x : splat(-127.f);
+    x = x < 127.f ? x : splat(127.f);
+    Ints whole = __builtin_convertvector(x + 128.f, Ints) - 128;  // truncation of a positive number is its floor
+    Floats f = x - __builtin_convertvector(whole, Floats);
+#endif
+    Floats p;
+    if (DEGREE == 3) {
+        p = f * 0.07802452147006989f + 0.2260671705007553f;
+        p = p * f + 0.6958335041999817f;
+        p = p * f + 0.9999251961708069f;
+    } else {
+        p = f * 0.0018775766948238015f + 0.008989340625703335f;
+        p = p * f + 0.05582631751894951f;
+        p = p * f + 0.24015361070632935f;
+        p = p * f + 0.6931530833244324f;
+        p = p * f + 0.9999999403953552f;
+    }
+#if defined(__AVX512DQ__)
+    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+    return p * (Floats)((whole + 127) << 23);  // exponent field 0 is the number 0
+#endif
+}
+
+// Storage types. Numbers in memory are float32, bfloat16 or float16; arithmetic is float32, or bfloat16 products summed in float32.
+enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+static INLINE int64_t size_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }
+
+static INLINE float from_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+static INLINE uint32_t to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+static INLINE float from_bfloat16(uint16_t x) { return from_bits(uint32_t(x) << 16); }
+static INLINE uint16_t to_bfloat16(float x) {
+    uint32_t bits = to_bits(x);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+// Multiplying by 2^112 moves float16's exponent, denormals included, to float32's.
+static INLINE float from_float16(uint16_t x) {
+    uint32_t shifted = uint32_t(x & 0x7fff) << 13;
+    uint32_t special = (x & 0x7c00) == 0x7c00 ? 0x7f800000u | shifted : to_bits(from_bits(shifted) * 0x1p112f);
+    return from_bits(special | uint32_t(x & 0x8000) << 16);
+}
+static INLINE uint16_t to_float16(float x) {
+    uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    // Below 2^-14 the sum with 0.5 rounds to float16's denormals by itself; above, round the mantissa and move the exponent.
+    uint32_t small = to_bits(from_bits(bits) + 0.5f) - 0x3f000000u;
+    uint32_t normal = (bits + 0xfff + (bits >> 13 & 1) - 0x38000000u) >> 13;
+    uint32_t half = bits < 0x38800000u ? small : bits >= 0x477ff000u ? 0x7c00u : normal;
+    return uint16_t(sign | (bits > 0x7f800000u ? 0x7e00u : half));
+}
