@@ -39,6 +39,13 @@ EXPECTED = {
         DilatedTransformerEncoderLayer
         DilatedTransformerDecoderLayer
         LongNet
+        create_attention
+        build_attention
+        register_attention
+        AttentionConfig
+        register_with_transformers
+        register_with_xformers
+        sparse_attention_weights
         """,
 }
 

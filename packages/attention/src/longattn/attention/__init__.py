@@ -7,8 +7,19 @@ from typing import TYPE_CHECKING
 logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
+    from longattn.attention.attention_config import (
+        AttentionConfig,
+    )
+    from longattn.attention.factory import (
+        build_attention,
+        create_attention,
+        register_attention,
+    )
     from longattn.attention.functional import (
         pattern_attention,
+    )
+    from longattn.attention.huggingface import (
+        register_with_transformers,
     )
     from longattn.attention.layers import (
         DilatedTransformerDecoderLayer,
@@ -60,12 +71,17 @@ if TYPE_CHECKING:
     )
     from longattn.attention.weights import (
         attention_weights,
+        sparse_attention_weights,
     )
     from longattn.attention.wiring import (
         Wiring,
     )
+    from longattn.attention.xformers_registry import (
+        register_with_xformers,
+    )
 
 _HOME = {
+    "AttentionConfig": "attention_config",
     "BlockSparseRingDilatedAttention": "presets",
     "BlockSparseRingMultiheadDilatedAttention": "multihead_presets",
     "DilatedAttention": "presets",
@@ -94,10 +110,17 @@ _HOME = {
     "TileType": "ring_buffer.config",
     "Wiring": "wiring",
     "attention_weights": "weights",
+    "build_attention": "factory",
+    "create_attention": "factory",
     "pattern_attention": "functional",
+    "register_attention": "factory",
+    "register_with_transformers": "huggingface",
+    "register_with_xformers": "xformers_registry",
+    "sparse_attention_weights": "weights",
 }
 
 __all__ = [
+    "AttentionConfig",
     "BlockSparseRingDilatedAttention",
     "BlockSparseRingMultiheadDilatedAttention",
     "DilatedAttention",
@@ -126,7 +149,13 @@ __all__ = [
     "TileType",
     "Wiring",
     "attention_weights",
+    "build_attention",
+    "create_attention",
     "pattern_attention",
+    "register_attention",
+    "register_with_transformers",
+    "register_with_xformers",
+    "sparse_attention_weights",
 ]
 
 if not TYPE_CHECKING:

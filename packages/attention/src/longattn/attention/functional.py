@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Never, overload
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, Never, overload
 
 import torch
 from torch import Tensor
 
 from longattn.attention import scheduled_op
-from longattn.attention.schedule import Schedule, check_schedule_argument
+from longattn.attention.packed import packed_call, ragged_attention
+from longattn.attention.schedule import Local, Schedule, check_schedule_argument
 from longattn.attention.validate import check_bool, check_pattern_argument, check_start, refuse_unknown
+from longattn.kernels import entry
 from longattn.kernels.check import (
     check_attention_mask,
     check_dropout,
@@ -21,7 +25,6 @@ from longattn.kernels.check import (
     check_sinks,
 )
 from longattn.kernels.dispatch import check_backend_name
-from longattn.kernels.entry import autocast
 from longattn.kernels.environment import Environment
 from longattn.kernels.op import Asked
 from longattn.kernels.philox import as_seed
@@ -49,6 +52,9 @@ def pattern_attention(
     sink_logits: Tensor | None = None,
     deterministic: bool | None = None,
     environment: Environment | None = None,
+    positions_start: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    cu_seqlens_q: Tensor | Sequence[int] | None = None,
 ) -> Tensor: ...
 
 
@@ -72,6 +78,9 @@ def pattern_attention(
     sink_logits: Tensor | None = None,
     deterministic: bool | None = None,
     environment: Environment | None = None,
+    positions_start: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    cu_seqlens_q: Tensor | Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -94,6 +103,9 @@ def pattern_attention(
     sink_logits: Tensor | None = None,
     deterministic: bool | None = None,
     environment: Environment | None = None,
+    positions_start: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    cu_seqlens_q: Tensor | Sequence[int] | None = None,
     **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T + log counts) v, where counts[h, i, j] says how often the pattern lets query i see key j.
@@ -117,6 +129,12 @@ def pattern_attention(
         sink_logits: (heads,), a learned sink per head, with gradient: joins the softmax once, as a key of that score and value zero.
         deterministic: equal inputs give equal bits. Default: torch.are_deterministic_algorithms_enabled().
         environment: where plans are cached and memory comes from. Default: the global cache, plain torch; always so in traced code.
+        positions_start: (batch,) integers: so many first keys of each element are padding on the left, and positions begin after them.
+        cu_seqlens: cumulative lengths from 0 of documents packed as (1, total, heads, head_dim); positions restart in each, and none
+            sees another.
+        cu_seqlens_q: those of the queries, where they are others: in each document the last of its keys. Default cu_seqlens.
+
+    q, k and v may be jagged nested tensors (batch, lengths, heads, head_dim); then so are out and lse.
 
     Returns:
         (batch, Nq, heads, head_dim) in q's dtype, zero where a query sees nothing; with return_lse also lse (batch, Nq, heads) in
@@ -126,16 +144,41 @@ def pattern_attention(
         TypeError, ValueError: a bad argument, by name; or no row fits, with each one's reasons.
     """
     refuse_unknown("pattern_attention()", unknown)
+    if positions_start is not None or (isinstance(q, Tensor) and q.is_nested):
+        options: dict[str, Any] = {
+            "is_causal": is_causal,
+            "softmax_scale": softmax_scale,
+            "key_padding_mask": key_padding_mask,
+            "attention_mask": attention_mask,
+            "dropout_p": dropout_p,
+            "backend": backend,
+            "schedule": schedule,
+            "q_start": q_start,
+            "seed": seed,
+            "sink_logits": sink_logits,
+            "deterministic": deterministic,
+            "environment": environment,
+            "cu_seqlens": cu_seqlens,
+            "cu_seqlens_q": cu_seqlens_q,
+        }
+        whole = functools.partial(pattern_attention, pattern=pattern, return_lse=True)
+        found = ragged_attention(whole, q, k, v, positions_start, options)
+        return found if check_bool("return_lse", return_lse) else found[0]
     schedule = check_schedule_argument(schedule)
     check_pattern_argument(pattern)
     if is_causal is not None and check_bool("is_causal", is_causal) != pattern.causal:
         pattern = pattern.with_causal(is_causal)
-    q, k, v = autocast(q, k, v)
+    q, k, v = entry.autocast(q, k, v)
     check_qkv(q, k, v)
     start = check_start("q_start", q_start)
+    q_spans = [] if start is None else [start, q.shape[1], 1]
+    if cu_seqlens is not None or cu_seqlens_q is not None:
+        pattern, q_spans = packed_call(q, k, pattern, start, cu_seqlens, cu_seqlens_q)
+        if len(q_spans) > 3 and not isinstance(schedule, Local):
+            raise ValueError(f"schedule must be Local() where cu_seqlens_q differs from cu_seqlens, got {schedule}")
     check_key_padding(key_padding_mask, q, k)
     if not schedule.distributed:
-        check_whole(q, k, pattern, start, attention_mask)
+        check_whole(q, k, pattern, q_spans, attention_mask)
     check_bool("return_lse", return_lse)
     check_scale(softmax_scale)
     check_flag("deterministic", deterministic)
@@ -149,7 +192,7 @@ def pattern_attention(
         # Drawn once a call: shards and steps drop the same pairs.
         schedule.agree(q.shape[1], k.shape[1], key_padding_mask is not None, seed),
         pattern.canonical(),
-        [] if start is None else [start, q.shape[1], 1],
+        q_spans,
         [],
         [q.shape[2], 0, q.shape[2]],
         scale=softmax_scale,
@@ -161,17 +204,21 @@ def pattern_attention(
         out_dtype=q.dtype if sink_logits is None else state_dtype(q.dtype),
         env="" if environment is None or torch.compiler.is_compiling() else environment.name,
     )
-    state = scheduled_op.run(q, k, v, attention_mask if floating else None, schedule.canonical(), asked)
+    bias = attention_mask if floating else None
+    if len(q_spans) > 3:  # schedules know one run of queries
+        state = entry.run(q, k, v, bias, None, asked._replace(k_spans=[0, k.shape[1], 1]))
+    else:
+        state = scheduled_op.run(q, k, v, bias, schedule.canonical(), asked)
     if sink_logits is not None:
         state = add_sink(state, sink_logits)
     out = state.finalize(q.dtype)
     return (out, state.lse) if return_lse else out
 
 
-def check_whole(q: Tensor, k: Tensor, pattern: Pattern, start: int | None, mask: object) -> None:
+def check_whole(q: Tensor, k: Tensor, pattern: Pattern, q_spans: list[int], mask: object) -> None:
     """What only the whole sequence can show: the mask's shape, and that positions of queries are known."""
     check_attention_mask(mask, q, k)
-    if start is None and q.shape[1] > k.shape[1] and pattern.positional:
+    if not q_spans and q.shape[1] > k.shape[1] and pattern.positional:
         raise ValueError(
             f"q_start must be given where queries outnumber keys and positions matter, got Nq={q.shape[1]}, Nk={k.shape[1]}"
         )

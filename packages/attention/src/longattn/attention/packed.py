@@ -1,0 +1,185 @@
+"""Sequences of different lengths: packed by `cu_seqlens`, as jagged nested tensors, or padded on the left (`positions_start`).
+
+Each becomes a plain call: documents are a pattern with positions of its own in each, and batch elements whose padding is equally long
+are one call without it. Lengths are read on the host, so traced code cannot do this in one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.philox import as_seed
+from longattn.patterncache import Documents, Pattern, Span
+
+Attention = Callable[..., tuple[Tensor, Tensor]]
+"""(q, k, v, **options) to (out, lse)."""
+
+
+def documents_of(pattern: Pattern, cu_seqlens: Any, total: int, name: str = "cu_seqlens") -> Documents:
+    """The pattern within each document of a packed tensor of `total` tokens.
+
+    Raises:
+        TypeError, ValueError: cu_seqlens is no rising sequence of integers from 0 to `total`.
+    """
+    found = Documents(cu_seqlens, pattern)
+    if found.cu_seqlens[-1] != total:
+        raise ValueError(f"{name} must end with the packed length {total}, got {found.cu_seqlens[-1]}")
+    return found
+
+
+def query_spans(cu_q: Sequence[int], cu_k: Sequence[int]) -> tuple[Span, ...]:
+    """Positions of packed queries: in each document, the last of its keys'.
+
+    Raises:
+        ValueError: another number of documents, or one with more queries than keys.
+    """
+    if len(cu_q) != len(cu_k):
+        raise ValueError(
+            f"cu_seqlens_q must have as many entries as cu_seqlens, got {len(cu_q)} and {len(cu_k)} entries"
+        )
+    spans = []
+    for document, ((q_low, q_high), (k_low, k_high)) in enumerate(zip(pairwise(cu_q), pairwise(cu_k), strict=True)):
+        if q_high - q_low > k_high - k_low:
+            raise ValueError(
+                f"cu_seqlens_q must give no document more queries than keys, got {q_high - q_low} and {k_high - k_low} "
+                f"in document {document}"
+            )
+        spans.append(Span(k_high - (q_high - q_low), q_high - q_low))
+    return tuple(spans)
+
+
+def packed_call(
+    q: Tensor, k: Tensor, pattern: Pattern, start: int | None, cu_seqlens: Any, cu_seqlens_q: Any
+) -> tuple[Documents, list[int]]:
+    """(the pattern within each document, positions of the queries as flat spans, empty for the default ones).
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
+    if cu_seqlens is None:
+        raise ValueError("cu_seqlens must be given with cu_seqlens_q: it is that of the keys")
+    if start is not None:
+        raise ValueError(f"q_start must be None where cu_seqlens says where queries are, got {start}")
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[0] != 1:
+            raise ValueError(
+                f"{name} must be packed as (1, total, heads, head_dim) where cu_seqlens is given, got {tuple(x.shape)}"
+            )
+    found = documents_of(pattern, cu_seqlens, k.shape[1])
+    queries = documents_of(
+        pattern, found.cu_seqlens if cu_seqlens_q is None else cu_seqlens_q, q.shape[1], "cu_seqlens_q"
+    )
+    if queries.cu_seqlens == found.cu_seqlens:
+        return found, []
+    spans = [span for span in query_spans(queries.cu_seqlens, found.cu_seqlens) if span.length]
+    return found, [number for span in spans for number in (span.start, span.length, span.step)]
+
+
+def ragged_attention(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, positions_start: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """`attention` where lengths differ by element: jagged, or padded on the left."""
+    if q.is_nested:
+        return jagged_attention(attention, q, k, v, positions_start=positions_start, **options)
+    if options.pop("cu_seqlens") is not None or options.pop("cu_seqlens_q") is not None:
+        raise ValueError("positions_start must be None where cu_seqlens is given: packed documents have no padding")
+    assert positions_start is not None
+    return aligned_attention(attention, q, k, v, positions_start, **options)
+
+
+def jagged_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`attention` on jagged nested tensors (batch, lengths, heads, head_dim): packed, and out and lse jagged like q.
+
+    Raises:
+        TypeError: one of the three is not nested, or not jagged.
+        ValueError: an option that has no meaning here.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not x.is_nested or x.layout is not torch.jagged:
+            raise TypeError(
+                f"{name} must be a jagged nested tensor like the others, got {x.layout} of {type(x).__name__}"
+            )
+    for name in ("attention_mask", "key_padding_mask", "q_start", "positions_start", "cu_seqlens", "cu_seqlens_q"):
+        if options.pop(name, None) is not None:
+            raise ValueError(
+                f"{name} must be None for jagged nested tensors: they hold no padding and know their lengths"
+            )
+    packed = [x.values().unsqueeze(0) for x in (q, k, v)]
+    offsets, key_offsets = (getattr(x, "offsets")() for x in (q, k))  # noqa: B009
+    ends = {"cu_seqlens": key_offsets}
+    if offsets is not key_offsets:
+        ends["cu_seqlens_q"] = offsets
+    out, lse = attention(*packed, **options, **ends)
+    like = {"offsets": offsets, "min_seqlen": q._get_min_seqlen(), "max_seqlen": q._get_max_seqlen()}  # type: ignore[attr-defined]
+    jagged = torch.nested.nested_tensor_from_jagged
+    return jagged(out.squeeze(0), **like), jagged(lse.squeeze(0), **like)
+
+
+def aligned_attention(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, positions_start: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`attention` where element b's first `positions_start[b]` keys are padding and positions begin after them.
+
+    Elements with equally much padding are one call on what they have without it. Padded queries see nothing: zero, lse -inf.
+    Raises TypeError or ValueError unless positions_start is (batch,) integers within the keys.
+    """
+    starts = check_positions_start(positions_start, k)
+    batch, nq, nk = q.shape[0], q.shape[1], k.shape[1]
+    given = options.pop("q_start", None)
+    q_row = nk - nq if given is None else int(given)
+    if q_row < 0:
+        raise ValueError(
+            f"q_start must be given where queries outnumber keys and positions matter, got Nq={nq}, Nk={nk}"
+        )
+    mask, padding = options.pop("attention_mask", None), options.pop("key_padding_mask", None)
+    mask = None if mask is None else mask.expand(*mask.shape[:-2], nq, nk) if mask.dim() > 1 else mask.expand(nq, nk)
+    outs: list[tuple[Tensor, Tensor]] = []
+    seed = as_seed(options.get("seed")) if options.get("dropout_p") else None
+    order: list[int] = []
+    for start in sorted(set(starts)):
+        members = [b for b in range(batch) if starts[b] == start]
+        if options.get("dropout_p") and seed is not None:
+            options["seed"] = seed + start  # else elements of two groups would drop alike
+        at = slice(None) if len(members) == batch else torch.tensor(members, device=q.device)
+        hidden = min(nq, max(0, start - q_row))
+        part = {"q_start": max(0, q_row - start)}
+        if mask is not None:
+            per_element = mask[at] if mask.dim() == 4 and mask.shape[0] > 1 else mask
+            part["attention_mask"] = per_element[..., hidden:, start:]
+        if padding is not None:
+            part["key_padding_mask"] = padding[at][:, start:]
+        out, lse = attention(q[at][:, hidden:], k[at][:, start:], v[at][:, start:], **(options | part))
+        outs.append((_above(out, hidden, 0.0), _above(lse, hidden, -torch.inf)))
+        order += members
+    return _in_order([pair[0] for pair in outs], order), _in_order([pair[1] for pair in outs], order)
+
+
+def check_positions_start(value: object, k: Tensor) -> list[int]:
+    """(batch,) integers in [0, Nk], as a list."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+        raise TypeError(f"positions_start must be an integer tensor (batch,), got {value!r} ({type(value).__name__})")
+    if value.shape != k.shape[:1]:
+        raise ValueError(f"positions_start must have shape ({k.shape[0]},), got {tuple(value.shape)}")
+    starts = value.tolist()
+    if any(not 0 <= start <= k.shape[1] for start in starts):
+        raise ValueError(f"positions_start must lie in [0, {k.shape[1]}], the keys there are, got {starts}")
+    return starts
+
+
+def _above(x: Tensor, rows: int, value: float) -> Tensor:
+    """x below so many rows of a value."""
+    return torch.cat((x.new_full((x.shape[0], rows, *x.shape[2:]), value), x), 1) if rows else x
+
+
+def _in_order(parts: list[Tensor], order: list[int]) -> Tensor:
+    """The parts' elements as the batch has them."""
+    if len(parts) == 1:
+        return parts[0]
+    back = torch.empty(len(order), dtype=torch.int64)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    return torch.cat(parts)[back.to(parts[0].device)]
