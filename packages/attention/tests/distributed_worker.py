@@ -1,62 +1,60 @@
-"""One rank of a distributed test: `distributed_worker.py CASES WORLD RANK FOLDER`, started once per rank by `test_distributed.py`.
+"""One rank of `test_distributed.py`: python distributed_worker.py RANK WORLD FILE. Prints "ok" when all of it is right."""
 
-Runs every function of the module file CASES whose name starts with "case_", in order, and writes what went wrong to
-FOLDER/RANK.json: {case: traceback or ""}. Ranks meet in a file, not at a port.
-"""
-
-import importlib.util
-import json
-import os
+import copy
 import sys
-import traceback
-import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from longattn.kernels.testing import poisoned_memory
+from longattn.attention import LongNet
 
-
-def main() -> None:
-    """Meet, run, report."""
-    cases, world, rank, folder = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    warnings.simplefilter("error")
-    # torch's own deprecations of what its DDP, FSDP and checkpoint code calls.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    spec = importlib.util.spec_from_file_location("cases", cases)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(cases.parent))
-    spec.loader.exec_module(module)
-    found = {}
-    for name, case in vars(module).items():
-        if name.startswith("case_"):
-            found[name] = attempt(case)
-            # Written as it goes: a hang in the next case leaves what was found so far.
-            (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+rank, world, rendezvous = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group(
+    "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+)
+torch.manual_seed(0)
+options = {"segment_lengths": (8, 16), "dilation_rates": (1, 2), "dim_feedforward": 32}
+model = LongNet(50, 16, 2, 2, **options, fused_qkv=True, dtype=torch.float64)
+tokens = torch.randint(50, (2 * world, 21))
 
 
-def attempt(case) -> str:
-    """The traceback of a case, or ""."""
-    try:
-        with poisoned_memory():
-            case()
-    except Exception:  # noqa: BLE001 - whatever a case raises is its result
-        return traceback.format_exc()
-    finally:
-        dist.barrier()
-    return ""
+def loss_of(network, batch):
+    """Mean cross-entropy of the next token."""
+    return torch.nn.functional.cross_entropy(network(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
 
-if __name__ == "__main__":
-    main()
+def step(network, batch):
+    """One step of SGD."""
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(network, batch).backward()
+        optimizer.step()
+
+
+alone = copy.deepcopy(model)
+step(alone, tokens)
+mine = tokens[rank * 2 : rank * 2 + 2]
+
+replicated = DistributedDataParallel(copy.deepcopy(model))
+step(replicated, mine)
+for found, expected in zip(replicated.module.parameters(), alone.parameters(), strict=True):
+    torch.testing.assert_close(found, expected)
+
+sharded = copy.deepcopy(model)
+mesh = init_device_mesh("cpu", (world,))
+for layer in sharded.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
+step(sharded, mine)
+for found, expected in zip(sharded.parameters(), alone.parameters(), strict=True):
+    assert found.to_local().numel() < expected.numel()
+    torch.testing.assert_close(found.full_tensor(), expected.detach())
+
+dist.destroy_process_group()
+print("ok")
