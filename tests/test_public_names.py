@@ -23,6 +23,7 @@ EXPECTED = {
         FlexMask IndexArrays ScoredBlocks index_arrays
         from_bigbird from_hf from_natten
         build_on_one check_same_plan plan_digest plan_from_bytes plan_to_bytes
+        DeviceTier IndexTensors get_global_device_tier
         """,
     "kernels": """
         attend AttentionState merge reference_attention fused_attention Environment

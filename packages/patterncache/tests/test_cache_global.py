@@ -10,13 +10,19 @@ import warnings
 
 import pytest
 
-from longattn.patterncache import CacheView, PatternCache, get_global_pattern_cache, reset_global_pattern_cache
+from longattn.patterncache import (
+    CacheView,
+    PatternCache,
+    get_global_device_tier,
+    get_global_pattern_cache,
+    reset_global_pattern_cache,
+)
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """A global cache of the default settings before and after each test."""
-    for name in ("MAX_SIZE", "MAX_BYTES", "GROW_TO", "ENABLE_PROFILING"):
+    for name in ("MAX_SIZE", "MAX_BYTES", "DEVICE_MAX_BYTES", "GROW_TO", "ENABLE_PROFILING"):
         monkeypatch.delenv(f"PATTERN_CACHE_{name}", raising=False)
     reset_global_pattern_cache()
     with monkeypatch.context() as context:
@@ -37,8 +43,10 @@ def test_a_reset_empties_the_object_that_others_hold(fresh):
     assert (stats["misses"], stats["max_size"], stats["profile"]) == (0, 7, {})
     fresh.setenv("PATTERN_CACHE_MAX_BYTES", "5000")
     fresh.setenv("PATTERN_CACHE_GROW_TO", "9")
+    fresh.setenv("PATTERN_CACHE_DEVICE_MAX_BYTES", "400")
     reset_global_pattern_cache()
     assert held.get_stats()["max_bytes"] == 5000 and held._settings[-1] == 9
+    assert get_global_device_tier().max_bytes == 400
 
 
 @pytest.mark.parametrize(
@@ -49,6 +57,7 @@ def test_a_reset_empties_the_object_that_others_hold(fresh):
         ("PATTERN_CACHE_MAX_SIZE", "1e3"),
         ("PATTERN_CACHE_ENABLE_PROFILING", "maybe"),
         ("PATTERN_CACHE_MAX_BYTES", "1 MB"),
+        ("PATTERN_CACHE_DEVICE_MAX_BYTES", "-1"),
         ("PATTERN_CACHE_GROW_TO", "-5"),
         ("PATTERN_CACHE_GROW_TO", "999"),
     ],

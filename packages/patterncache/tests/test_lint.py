@@ -139,6 +139,19 @@ def test_patterns_answer_themselves_and_draw_a_small_map():
 
 
 @pytest.mark.parametrize(
+    ("pattern", "length"), [(Dilated((8, 16), (1, 2), causal=True), 40), (Full(), 100), (Full(), 0)]
+)
+def test_a_picture_is_drawn_where_matplotlib_is(pattern, length, tmp_path):
+    """A PNG of some size, beside the text."""
+    image = pytest.importorskip("matplotlib.image")
+    path = tmp_path / "pattern.png"
+    text = pattern.describe(length, 4, head=1, png=path)
+    assert image.imread(path).shape[0] > 300 and str(lint(pattern, length, 4)) in text
+    with pytest.raises(ValueError, match="N must be at most 2048 for a picture"):
+        Full().describe(4000, png=path)
+
+
+@pytest.mark.parametrize(
     ("call", "error", "words"),
     [
         (lambda: lint(Full(), -1), ValueError, "N must be an integer >= 0, got -1"),
@@ -147,7 +160,7 @@ def test_patterns_answer_themselves_and_draw_a_small_map():
         (lambda: lint(Full(), 8, dtype="int8"), ValueError, "dtype must be one of"),
         (lambda: reach(Full(), -1, 8), ValueError, "layers"),
         (lambda: reach(Full(), 1, 8.0), TypeError, "N must be an integer"),
-        (lambda: Full().describe(65), ValueError, "N must be at most 64"),
+        (lambda: Full().describe(65), ValueError, "N must be at most 64 without"),
         (lambda: Full().describe(4, 2, 2), ValueError, "head below num_heads=2"),
         (lambda: lint(BlockSparse(4, [[True]]), 5), ValueError, "queries must lie below 4"),
     ],

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 from longattn.kernels.tiles import keep_tensors, kept_tensors
-from longattn.patterncache import CacheView, Plan
+from longattn.patterncache import CacheView, Plan, get_global_device_tier
 
 T = TypeVar("T")
 
@@ -62,6 +62,7 @@ class PatternCacheView:
         if isinstance(value, Plan):
             if self.resident:
                 keep_tensors(value)
+                get_global_device_tier().hold(value, kept_tensors)
             if self._profile is not None:
                 self._profile.note(str(key), 0 if hit else value.nbytes, time.perf_counter() - started)
         return value
@@ -69,12 +70,10 @@ class PatternCacheView:
     def get_stats(self) -> dict[str, Any]:
         """`hits misses hit_rate` of this view; `evictions size max_size` of the global cache.
 
-        With `resident` also `resident_bytes`: index tensors kept with plans in the cache. With profiling also `profile`:
-        {key: {count, bytes, time}}, asked for so often, bytes of index built, seconds in the cache.
+        With `resident` also the global device tier's `resident_bytes`, of index tensors kept with plans, and its limit and evictions.
+        With profiling also `profile`: {key: {count, bytes, time}}, asked for so often, bytes of index built, seconds in the cache.
         """
         stats = self._upstream.get_stats()
         if self.resident:
-            plans = [value for value in list(self._cache.values()) if isinstance(value, Plan)]
-            kept = [list((kept_tensors(plan) or {}).values()) for plan in plans]
-            stats["resident_bytes"] = sum(tensor.nbytes for tensors in kept for tensor in tensors)
+            stats |= get_global_device_tier().get_stats()
         return stats if self._profile is None else stats | {"profile": self._profile.as_dict()}

@@ -13,11 +13,29 @@ if TYPE_CHECKING:
     from longattn.patterncache.block_sparse import BlockSparse
     from longattn.patterncache.cache import PatternCache
     from longattn.patterncache.compressed_rows import IndexArrays, index_arrays
+    from longattn.patterncache.device_tier import DeviceTier, IndexTensors
     from longattn.patterncache.dilated import Dilated
     from longattn.patterncache.documents import Documents
     from longattn.patterncache.flex_export import FlexMask
     from longattn.patterncache.foreign import from_block_mask, from_mask_mod
-    from longattn.patterncache.global_cache import get_global_pattern_cache, reset_global_pattern_cache
+    from longattn.patterncache.global_cache import get_global_device_tier, get_global_pattern_cache, reset_global_pattern_cache
+    from longattn.patterncache.hierarchical import HierarchicalBlocks
+    from longattn.patterncache.index import Affine, Listed, Rectangle, Span
+    from longattn.patterncache.lint import Gap, Lint
+    from longattn.patterncache.model_configs import from_bigbird, from_hf, from_natten
+    from longattn.patterncache.pattern import Pattern, parse_pattern
+    from longattn.patterncache.plan import Band, Branch, Plan
+    from longattn.patterncache.ranks import build_on_one, check_same_plan
+    from longattn.patterncache.reach import Reach
+    from longattn.patterncache.scored import ScoredBlocks
+    from longattn.patterncache.strided import Strided
+    from longattn.patterncache.view import CacheView
+    from longattn.patterncache.window import Full, Window
+    from longattn.patterncache.wire import plan_digest, plan_from_bytes, plan_to_bytes
+        get_global_device_tier,
+        get_global_pattern_cache,
+        reset_global_pattern_cache,
+    )
     from longattn.patterncache.hierarchical import HierarchicalBlocks
     from longattn.patterncache.index import Affine, Listed, Rectangle, Span
     from longattn.patterncache.lint import Gap, Lint
@@ -39,6 +57,7 @@ _HOME = {
     "BlockSparse": "block_sparse",
     "Branch": "plan",
     "CacheView": "view",
+    "DeviceTier": "device_tier",
     "Dilated": "dilated",
     "Documents": "documents",
     "FlexMask": "flex_export",
@@ -46,6 +65,7 @@ _HOME = {
     "Gap": "lint",
     "HierarchicalBlocks": "hierarchical",
     "IndexArrays": "compressed_rows",
+    "IndexTensors": "device_tier",
     "Intersection": "algebra",
     "Lint": "lint",
     "Listed": "index",
@@ -68,6 +88,7 @@ _HOME = {
     "from_hf": "model_configs",
     "from_mask_mod": "foreign",
     "from_natten": "model_configs",
+    "get_global_device_tier": "global_cache",
     "get_global_pattern_cache": "global_cache",
     "index_arrays": "compressed_rows",
     "parse_pattern": "pattern",
@@ -85,6 +106,7 @@ __all__ = [
     "BlockSparse",
     "Branch",
     "CacheView",
+    "DeviceTier",
     "Dilated",
     "Documents",
     "FlexMask",
@@ -92,6 +114,7 @@ __all__ = [
     "Gap",
     "HierarchicalBlocks",
     "IndexArrays",
+    "IndexTensors",
     "Intersection",
     "Lint",
     "Listed",
@@ -114,6 +137,7 @@ __all__ = [
     "from_hf",
     "from_mask_mod",
     "from_natten",
+    "get_global_device_tier",
     "get_global_pattern_cache",
     "index_arrays",
     "parse_pattern",

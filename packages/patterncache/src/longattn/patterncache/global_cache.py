@@ -7,8 +7,10 @@ import threading
 from typing import Any
 
 from longattn.patterncache.cache import PatternCache
+from longattn.patterncache.device_tier import DeviceTier
 
 _GLOBAL: PatternCache | None = None
+_TIER = DeviceTier()
 _GLOBAL_LOCK = threading.Lock()
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -43,6 +45,10 @@ def _settings_from_environment() -> dict[str, Any]:
     }
 
 
+def _device_bytes_from_environment() -> int | None:
+    return _number_from_environment("PATTERN_CACHE_DEVICE_MAX_BYTES", None)
+
+
 def get_global_pattern_cache() -> PatternCache:
     """The process-wide cache that every forward uses unless told otherwise.
 
@@ -56,8 +62,20 @@ def get_global_pattern_cache() -> PatternCache:
     if _GLOBAL is None:
         with _GLOBAL_LOCK:
             if _GLOBAL is None:
-                _GLOBAL = PatternCache(**_settings_from_environment())
+                settings, device_bytes = _settings_from_environment(), _device_bytes_from_environment()
+                _TIER.configure(device_bytes)
+                _GLOBAL = PatternCache(**settings)
     return _GLOBAL
+
+
+def get_global_device_tier() -> DeviceTier:
+    """The process-wide tier of device tensors. `PATTERN_CACHE_DEVICE_MAX_BYTES` (no limit) is read as the variables of the cache are.
+
+    Raises:
+        ValueError: a variable is garbage; it is named.
+    """
+    get_global_pattern_cache()
+    return _TIER
 
 
 def reset_global_pattern_cache() -> None:
@@ -66,5 +84,6 @@ def reset_global_pattern_cache() -> None:
     Raises:
         ValueError: a variable is garbage; it is named, and the cache stays as it was.
     """
-    settings = _settings_from_environment()
+    settings, device_bytes = _settings_from_environment(), _device_bytes_from_environment()
     get_global_pattern_cache().configure(**settings)
+    _TIER.configure(device_bytes)

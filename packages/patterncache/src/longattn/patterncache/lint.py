@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
+from os import PathLike
 
 import numpy as np
 import numpy.typing as npt
@@ -173,16 +175,30 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
     )
 
 
-def describe(pattern: Pattern, length: int = 32, num_heads: int = 8, head: int = 0) -> str:
-    """A map of up to 64 tokens (rows see columns; "." is none, "+" more than nine times) and the lint text below it.
+def describe(
+    pattern: Pattern, length: int = 32, num_heads: int = 8, head: int = 0, png: str | PathLike[str] | None = None
+) -> str:
+    """The lint text, below a map of up to 64 tokens (rows see columns; "." is none, "+" more than nine times).
+
+    Args:
+        pattern: who sees whom.
+        length: tokens: up to 64, or up to 2048 with a picture, and then without a map in the text above 64.
+        num_heads, head: how many heads, and whose map.
+        png: where to draw a picture. Needs matplotlib, the extra `png`. Default None: nowhere.
 
     Raises:
-        TypeError, ValueError: as `lint`; or length is above 64, or head not below num_heads.
+        TypeError, ValueError: as `lint`; or length is above that, or head not below num_heads.
     """
     verdict = lint(pattern, length, num_heads)
     head = check_int("head", head, minimum=0)
-    if length > 64 or head >= num_heads:
-        raise ValueError(f"N must be at most 64 and head below num_heads={num_heads}, got N={length} and head={head}")
+    if (length > 64 and png is None) or head >= num_heads:
+        raise ValueError(
+            f"N must be at most 64 without a picture, and head below num_heads={num_heads}, got N={length} and head={head}"
+        )
+    if png is not None:
+        import_module("longattn.patterncache.picture").draw(pattern, verdict, head, png)
+    if length > 64:
+        return str(verdict)
     seen = pattern.counts(replace(square(length, num_heads), heads=Span(head, 1)))[0]
     rows = ["".join("." if not n else str(n) if n < 10 else "+" for n in row) for row in seen.tolist()]
     return "\n".join([*rows, str(verdict)])

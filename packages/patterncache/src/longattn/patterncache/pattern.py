@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
 from importlib import import_module
+from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -140,9 +141,9 @@ class Pattern(ABC):
         """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work. `str()` of it is for reading."""
         return import_module("longattn.patterncache.lint").lint(self, N, num_heads, head_dim=head_dim, dtype=dtype)
 
-    def describe(self, N: int = 32, num_heads: int = 8, head: int = 0) -> str:
-        """`lint` of `N` tokens as text, below a map of what each of them sees in one head, for small N."""
-        return import_module("longattn.patterncache.lint").describe(self, N, num_heads, head)
+    def describe(self, N: int = 32, num_heads: int = 8, head: int = 0, png: str | PathLike[str] | None = None) -> str:
+        """`lint` of `N` tokens as text, below a map of what each of them sees in one head, for small N; and as a picture at `png`."""
+        return import_module("longattn.patterncache.lint").describe(self, N, num_heads, head, png)
 
     def to_dense(self, N: int, num_heads: int = 8) -> Counts:
         """(num_heads, N, N) int64: the counts of all of `N` tokens. For small N."""
