@@ -1,0 +1,197 @@
+"""The native row beyond what every row is held to: its narrower forms, its specialised sizes, its two ways back, its bits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longattn.kernels import Environment, attend
+from longattn.kernels.dispatch import row
+from longattn.kernels.native.building import refusal
+from longattn.kernels.native.cpu import levels
+from longattn.kernels.native.row import _key_parts
+from longattn.kernels.poison import poisoned_memory
+from longattn.kernels.testing import Case, Tensors, cases, check_backend, run_case
+from longattn.patterncache import BlockSparse, Dilated, Full, Restrict, Window
+
+pytestmark = pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
+
+LONGNET = Dilated((8, 16, 32), (1, 2, 4), causal=True)
+LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+DTYPES = row("native").capability.dtypes_on("cpu")
+NARROWER = levels()[1:]
+
+
+@pytest.fixture(params=NARROWER)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each form of the library that this machine would not choose by itself."""
+    monkeypatch.setenv("LONGATTN_NATIVE", request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads() -> object:
+    """Sets the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [1, 7, 32, 64, 72, 96, 128, 200, 256])
+def test_a_forced_level_on_any_head_dim(dtype: torch.dtype, head_dim: int):
+    check_backend("native", Case(LONGNET, (41, 45), group=2, head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=12)
+@given(data=st.data())
+def test_a_forced_level_on_any_call(dtype: torch.dtype, data: st.DataObject):
+    check_backend("native", data.draw(cases(dtype)))
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(LONGNET, (300, 300), batch=1, dropout_p=0.3),
+        Case(LISTED, (40, 40), padding=True, mask="+bhqk", prior=True),
+        Case(Full(causal=True), (130, 700), batch=1, softmax_scale=40.0),
+    ],
+    ids=lambda case: str(case.pattern),
+)
+def test_a_forced_level_with_everything(case: Case):
+    check_backend("native", case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 31, 32, 33, 64, 96, 100, 128, 192, 256])
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 95, 97, 255, 257])
+def test_lengths_beside_the_tiles(dtype: torch.dtype, head_dim: int, length: int):
+    """One more and one fewer than rows of a register tile, of a strip, keys of a tile."""
+    check_backend("native", Case(Full(causal=length % 2 == 0), (length, 300), batch=1, head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("many", [1, 2, 3, 8])
+@pytest.mark.parametrize("pattern", [Full(causal=True), LONGNET, LISTED, LISTED + LONGNET, Window(7, sinks=3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_ways_back(many: int, pattern, dtype: torch.dtype, threads):
+    """One owner for everything of a kv head, or ranges of keys where there are more threads than heads; then dq apart."""
+    threads(many)
+    check_backend("native", Case(pattern, (90, 100), batch=1, kv_heads=1, group=2, dtype=dtype, prior=True))
+    check_backend("native", Case(pattern, (60, 60), batch=2, kv_heads=3, dtype=dtype, padding=True, dropout_p=0.2))
+
+
+@pytest.mark.parametrize(
+    ("owners", "many", "one"), [(8, 2, True), (1, 2, False), (3, 2, True), (5, 4, False), (16, 5, True)]
+)
+def test_which_way_back(owners: int, many: int, one: bool):
+    """Two passes make 7 / 5 of the products: worth it where more than 2 / 7 of the threads would wait."""
+
+    class Asked:
+        batch, kv_heads, threads, keys = 1, owners, many, 1000
+
+    assert (_key_parts(Asked) == 1) == one  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_denormals(dtype: torch.dtype):
+    """Numbers at the lower end neither trap nor become NaN; scores of them are zero, and v comes through."""
+    tiny = torch.finfo(dtype).tiny / 4
+    q = torch.full((1, 40, 2, 8), tiny, dtype=dtype)
+    v = torch.linspace(0, 1, 40, dtype=dtype)[None, :, None, None].expand(1, 40, 2, 8)
+    state = attend(q, q, v, Full(), backend="native")
+    assert torch.allclose(state.out, v.float().mean(1, keepdim=True).expand_as(state.out), atol=1e-2)
+    small = attend(q, q, q, Full(), backend="native").out
+    assert small.isfinite().all() and (small >= 0).all() and (small <= 4 * tiny).all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 3.0, 40.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_from_nothing_to_huge(scale: float, dtype: torch.dtype):
+    """What is a power of two of the scale moves into q, exactly."""
+    for sign in (1, -1):
+        check_backend("native", Case(LONGNET, (40, 40), softmax_scale=sign * scale, dtype=dtype, mask="+k"))
+
+
+@pytest.mark.parametrize("pattern", [Full(), LONGNET, LISTED + LONGNET, BlockSparse(16, torch.eye(20).bool())], ids=str)
+@pytest.mark.parametrize("many", [1, 2, 3])
+def test_same_input_and_threads_same_bits(pattern, many: int, threads):
+    """Forward and backward, over and over, whoever else is busy; and forward for any number of threads."""
+    threads(many)
+    case = Case(pattern, (320, 320), batch=1, kv_heads=2, group=2, head_dim=32)
+    outs = []
+    for _ in range(4):
+        data = case.tensors()
+        inputs = [x.requires_grad_() for x in (data.q, data.k, data.v)]
+        state = run_case(case, replace(data, q=inputs[0], k=inputs[1], v=inputs[2]), backend="native")
+        outs.append((state.out, state.lse, *torch.autograd.grad(state.out, inputs, data.grad_out)))
+    assert all(torch.equal(a, b) for other in outs[1:] for a, b in zip(outs[0], other, strict=True))
+    threads(1)
+    alone = run_case(case, case.tensors(), backend="native")
+    assert torch.equal(alone.out, outs[0][0]) and torch.equal(alone.lse, outs[0][1])
+
+
+def poisoned(data: Tensors) -> Tensors:
+    """k and v whose rows lie in memory full of NaN: whoever reads beyond a row meets one."""
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        room = torch.full((x.shape[0], x.shape[1] + 2, x.shape[2] + 2, x.shape[3] + 3), torch.nan, dtype=x.dtype)
+        room[:, 1:-1, 1:-1, 1:-2] = x
+        return room[:, 1:-1, 1:-1, 1:-2]
+
+    return replace(data, q=inside(data.q), k=inside(data.k), v=inside(data.v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [5, 64, 100])
+def test_nothing_beside_a_row_is_read_as_a_number(dtype: torch.dtype, head_dim: int):
+    """Rows surrounded by NaN, and scratch full of NaN: same bits."""
+    case = Case(LONGNET, (50, 70), head_dim=head_dim, dtype=dtype)
+    data = case.tensors()
+    with poisoned_memory():
+        state = run_case(case, poisoned(data), backend="native")
+    plain = run_case(case, data, backend="native")
+    assert torch.equal(state.out, plain.out) and torch.equal(state.lse, plain.lse)
+
+
+class Counting:
+    """Hands out memory full of NaN, and keeps what for."""
+
+    def __init__(self) -> None:
+        self.bytes: list[tuple[str, int]] = []
+
+    def empty(self, shape, dtype, device, role):
+        found = torch.full(tuple(shape), torch.nan, dtype=dtype, device=device)
+        self.bytes.append((role, found.nbytes))
+        return found
+
+    def release(self, tensor, role):
+        self.bytes.append((f"back {role}", tensor.nbytes))
+
+
+@pytest.mark.parametrize("pattern", [Full(causal=True), Dilated((512, 1024), (1, 2))], ids=str)
+def test_working_memory_is_a_tile(pattern, threads):
+    """However long the sequence: beside out and lse the allocator is asked for a fixed amount a thread, and gets it back."""
+    threads(1)
+    asked = []
+    for n in (2048, 8192):
+        allocator = Counting()
+        q = torch.randn(1, n, 1, 64)
+        attend(q, q, q, pattern, backend="native", environment=Environment(allocator=allocator))
+        (scratch,) = [size for role, size in allocator.bytes if role == "back temp"]
+        assert sorted(size for _, size in allocator.bytes) == sorted([n * 256, n * 4, scratch, scratch])
+        asked.append(scratch)
+    assert asked[0] == asked[1] <= 2 << 20
+
+
+def test_a_single_rounding_where_nothing_merges():
+    """bfloat16 results are stored as such: the same as rounding the float32 state."""
+    q, k, v = torch.randn(3, 1, 70, 2, 64).bfloat16()
+    state = attend(q, k, v, LONGNET, backend="native")
+    direct = attend(q, k, v, LONGNET, backend="native", out_dtype=torch.bfloat16)
+    assert torch.equal(direct.out, state.out.bfloat16()) and torch.equal(direct.lse, state.lse)
