@@ -18,20 +18,7 @@ if TYPE_CHECKING:
     from longattn.patterncache.documents import Documents
     from longattn.patterncache.flex_export import FlexMask
     from longattn.patterncache.foreign import from_block_mask, from_mask_mod
-    from longattn.patterncache.global_cache import get_global_device_tier, get_global_pattern_cache, reset_global_pattern_cache
-    from longattn.patterncache.hierarchical import HierarchicalBlocks
-    from longattn.patterncache.index import Affine, Listed, Rectangle, Span
-    from longattn.patterncache.lint import Gap, Lint
-    from longattn.patterncache.model_configs import from_bigbird, from_hf, from_natten
-    from longattn.patterncache.pattern import Pattern, parse_pattern
-    from longattn.patterncache.plan import Band, Branch, Plan
-    from longattn.patterncache.ranks import build_on_one, check_same_plan
-    from longattn.patterncache.reach import Reach
-    from longattn.patterncache.scored import ScoredBlocks
-    from longattn.patterncache.strided import Strided
-    from longattn.patterncache.view import CacheView
-    from longattn.patterncache.window import Full, Window
-    from longattn.patterncache.wire import plan_digest, plan_from_bytes, plan_to_bytes
+    from longattn.patterncache.global_cache import (
         get_global_device_tier,
         get_global_pattern_cache,
         reset_global_pattern_cache,

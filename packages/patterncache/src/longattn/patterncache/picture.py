@@ -28,12 +28,12 @@ def draw(pattern: Pattern, verdict: Lint, head: int, path: str | PathLike[str]) 
         path: of the file, whatever its ending.
 
     Raises:
-        ValueError: more than 2048 tokens.
+        ValueError: no token, or more than 2048.
         ModuleNotFoundError: matplotlib is not installed.
     """
     length, num_heads = verdict.length, verdict.num_heads
-    if length > MOST_TOKENS:
-        raise ValueError(f"N must be at most {MOST_TOKENS} for a picture, got {length}")
+    if not 1 <= length <= MOST_TOKENS:
+        raise ValueError(f"N must be 1 to {MOST_TOKENS} for a picture, got {length}")
     figure = import_module("matplotlib.figure").Figure(figsize=(9.0, 6.4), layout="constrained")
     agg = import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     grid, keys = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
