@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from longattn.patterncache.index import Rectangle, Rows, Span, check_int, congruent_indices, index_of
+from longattn.patterncache.index import Affine, Rectangle, Rows, Span, check_int, congruent_indices, index_of
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
 
@@ -153,6 +153,14 @@ class Dilated(Pattern, name="dilated"):
     ) -> Iterator[Branch]:
         s, r = self.segment_lengths[b], self.dilation_rates[b]
         (q, q_row), (k, k_row) = q_side, k_side
+        tiles = q.length // s if self._is_regular(b, q, k) else 0
+        if tiles:
+            # The usual case needs no arrays: whole segments, all alike. What is left of a short last one is below.
+            yield self._whole_segments(b, heads, offset, tiles, q_side, k_side)
+            left = q.take(tiles * s, q.length - tiles * s)
+            if left.length:
+                yield from self._segments(b, heads, offset, (left, q_row + tiles * s), (left, k_row + tiles * s))
+            return
         low = np.arange(max(q.start, k.start) // s, min(q.last, k.last) // s + 1, dtype=np.int64) * s
         # Where r does not divide s the residue of a segment's members moves from segment to segment.
         residue = low + offset
@@ -180,6 +188,19 @@ class Dilated(Pattern, name="dilated"):
                 k_at,
                 Band(0, None) if banded[at] else None,
             )
+
+    def _is_regular(self, b: int, q: Span, k: Span) -> bool:
+        """Whether tiles follow from figures alone: the same contiguous positions, from a border on, the same residues in each segment."""
+        s, r = self.segment_lengths[b], self.dilation_rates[b]
+        return q == k and q.step == 1 and q.start % s == 0 and s % r == 0 and self.queries == "dilated"
+
+    def _whole_segments(
+        self, b: int, heads: Span, offset: int, tiles: int, q_side: tuple[Span, int], k_side: tuple[Span, int]
+    ) -> Branch:
+        s, r = self.segment_lengths[b], self.dilation_rates[b]
+        q, k = (Affine(row + offset, tiles, s if tiles > 1 else 0, s // r, r) for _, row in (q_side, k_side))
+        q_at, k_at = ((span.start - row, 1) for span, row in (q_side, k_side))
+        return Branch(heads, q, k, q_at, k_at, Band(0, None) if self.causal and s > r else None)
 
 
 def _equal_columns(kind: Rows, members: Rows) -> Iterator[Rows]:
