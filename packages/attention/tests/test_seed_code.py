@@ -94,6 +94,32 @@ from longattn.kernels.environment import Environment
 from longattn.patterncache import Dilated
 """
 
+RING_BUFFER = """
+from longattn.attention import RingBufferAttention, RingBufferConfig, TileOrder
+model = RingBufferAttention(RingBufferConfig())
+"""
+PROMPT = "query, key, value = torch.randn(3, 2, 40, 8, 64).requires_grad_()"
+STEP = """
+current_pos, (decoder_query, decoder_key, decoder_value) = 40, torch.randn(3, 2, 1, 8, 64)
+attention_mask, padding_mask = torch.ones(1, 41, dtype=torch.bool), torch.zeros(2, 41, dtype=torch.bool)
+encoder_output, buffer_state = model(query, key, value)
+"""
+FED = """
+pos, (dec_query, dec_key, dec_value) = 40, torch.randn(3, 2, 1, 8, 64)
+output, state = model(query, key, value)
+"""
+
+
+def streams(order: str) -> Callable[[Names], object]:
+    """The model that a block left attends in that order of tiles."""
+
+    def check(names: Names) -> bool:
+        x = torch.randn(3, 1, 9, 8, 64)
+        return names["model"].tiling_processor.tile_order.name == order and names["model"](*x)[0].shape == x[0].shape
+
+    return check
+
+
 BLOCKS = [
     Block(
         "000", 1, "", lambda n: n["manager"].get_stats()["cache_hits"] == 1 and n["query2"].shape == (2, 1024, 8, 64)
@@ -169,6 +195,34 @@ BLOCKS = [
         lambda n: logging.getLogger("longattn").level == logging.DEBUG,
         (('getLogger("dilated_attention_pytorch")', 'getLogger("longattn")'),),
     ),
+    Block("003", 1, RING_BUFFER, lambda n: (n["config"].prefill_size, n["config"].causal) == (512, True)),
+    Block("003", 2, f"{RING_BUFFER}\nconfig = RingBufferConfig()", streams("Q_MAJOR"), ((".cuda()", ""),)),
+    Block("003", 3, RING_BUFFER, streams("Q_MAJOR")),
+    Block(
+        "003",
+        4,
+        f"{RING_BUFFER}\n{PROMPT}",
+        lambda n: n["encoder_output"].requires_grad and n["buffer_state"].position == 40,
+    ),
+    Block(
+        "003",
+        5,
+        f"{RING_BUFFER}\n{PROMPT}\n{STEP}",
+        lambda n: n["decoder_output"].shape == (2, 1, 8, 64) and n["buffer_state"].position == 41,
+    ),
+    Block("003", 6, RING_BUFFER, streams("Q_MAJOR")),
+    Block("003", 7, RING_BUFFER, streams("K_MAJOR")),
+    Block("003", 8, RING_BUFFER, lambda n: n["config"] == n["RingBufferConfig"]()),
+    Block("003", 9, RING_BUFFER, lambda n: n["model"].training and streams("Q_MAJOR")(n)),
+    Block("003", 10, f"{RING_BUFFER}\n{PROMPT}", lambda n: n["output"].requires_grad and n["state"].position == 40),
+    Block("003", 11, f"{RING_BUFFER}\n{PROMPT}", lambda n: not n["output"].requires_grad),
+    Block(
+        "003",
+        12,
+        f"{RING_BUFFER}\n{PROMPT}\n{FED}",
+        lambda n: torch.equal(n["state"].feedback(1), n["decoder_output"]) and n["state"].position == 41,
+    ),
+    Block("003", 13, RING_BUFFER, lambda n: not n["model"].training and streams("Q_MAJOR")(n)),
 ]
 
 
@@ -219,7 +273,7 @@ def test_the_block_runs_and_does_what_it_says(block):
 def test_every_block_is_run():
     """None is left out, and nothing but mapped imports still names the old package."""
     assert [(b.page, b.number) for b in BLOCKS] == [
-        (page, number + 1) for page in ("000", "001", "002") for number in range(len(written(page)))
+        (page, number + 1) for page in ("000", "001", "002", "003") for number in range(len(written(page)))
     ]
     assert not any("dilated_attention_pytorch" in ready(block) for block in BLOCKS)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BAG_BYTES = 8 << 20
-"""Values that are summed as bags have so many bytes at least; what is smaller stays in a processor's cache, and a product is quicker there."""
+STREAM_BYTES = 8 << 20
+"""Keys, or values, of so many bytes are streamed from memory; what is smaller stays in a processor's cache, and a plain product is quicker."""
 
 
 class Bags:
@@ -34,7 +34,7 @@ class Bags:
     @staticmethod
     def serve(values: Tensor) -> bool:
         """Whether bags are the quicker way for these values (rows, slots, row), with one query head to each row."""
-        if values.device.type != "cpu" or values.nbytes < BAG_BYTES or not values.is_contiguous():
+        if values.device.type != "cpu" or values.nbytes < STREAM_BYTES or not values.is_contiguous():
             return False
         # On one thread in float32 the product streams as well.
         return values.dtype == torch.bfloat16 or (values.dtype == torch.float32 and torch.get_num_threads() > 1)
@@ -48,12 +48,24 @@ class Bags:
 
 def decode_scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     """scale * q k^T for q (rows, group, head_dim) and keys (rows, n, head_dim): (rows, group, n), in their dtype."""
-    # beta=0: what the first argument holds is not read.
-    unread = q.new_empty(1)
-    if q.shape[1] == 1 and q.dtype == torch.float32:
+    unread = _UNREAD.get((q.dtype, q.device))
+    if unread is None:
+        unread = _UNREAD[q.dtype, q.device] = _never_read(q)
+    rows, group, width = q.shape
+    if group == 1 and q.dtype == torch.float32 and keys.nbytes >= STREAM_BYTES:
         # Rows of keys as the left factor: torch's product streams them better than their transpose.
-        return torch.baddbmm(unread, keys, q.transpose(1, 2), beta=0, alpha=scale).view(q.shape[0], 1, keys.shape[1])
+        scores = torch.baddbmm(unread, keys, q.view(rows, width, 1), beta=0, alpha=scale)
+        return scores.view(rows, 1, keys.shape[1])
     return torch.baddbmm(unread, q, keys.transpose(1, 2), beta=0, alpha=scale)
+
+
+_UNREAD: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+"""What beta=0 multiplies, and torch does not read, for each dtype and device."""
+
+
+def _never_read(q: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(1, dtype=q.dtype, device=q.device)
 
 
 def decode_attention(
@@ -72,7 +84,7 @@ def decode_attention(
     Differentiable where `bags` is None.
 
     Args:
-        q: (rows, group, head_dim). keys, values: (rows, n, head_dim), same dtype and device. Not checked: this is inside a public edge.
+        q: (rows, group, head_dim), contiguous. keys, values: (rows, n, head_dim), same dtype and device. Not checked: this is inside a public edge.
         hidden: bool, broadcastable to (rows, group, n), True = not seen. Values there must be finite. A row that sees nothing gives zero.
         first: (rows, group, m), scaled scores that replace those of the first m keys.
         sink_logits: (rows, group, 1), a learned sink: joins the softmax as a key of that score and value zero.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -25,6 +26,8 @@ class Segment:
         """The positions start .. stop of it, as views."""
         first = max(start, self.start)
         count = max(0, min(stop, self.stop) - first)
+        if count == self.k.shape[1]:
+            return self
         return Segment(first, self.k.narrow(1, first - self.start, count), self.v.narrow(1, first - self.start, count))
 
 
@@ -77,6 +80,8 @@ class BackwardRing:
         return copy
 
     def _keep(self, start: int, stop: int) -> None:
-        kept = self.between(start, stop)
+        # Part of a segment stays in its graph, whatever mode the caller is in.
+        with torch.enable_grad():
+            kept = self.between(start, stop)
         self.segments.clear()
         self.segments.extend(kept)

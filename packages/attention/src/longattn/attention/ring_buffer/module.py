@@ -19,7 +19,8 @@ from longattn.attention.ring_buffer.requests import (
 )
 from longattn.attention.ring_buffer.state import RingBufferState
 from longattn.attention.ring_buffer.tiles import TilingProcessor
-from longattn.attention.validate import check_bool, refuse_unknown
+from longattn.attention.ring_buffer.tuning import quickest
+from longattn.attention.validate import check_bool, check_size, refuse_unknown
 from longattn.kernels.entry import autocast
 
 
@@ -74,6 +75,32 @@ class RingBufferAttention(nn.Module):
         heads = kv_heads or self.config.kv_heads or self.config.num_heads
         place = torch.empty(0, dtype=dtype, device=device)
         return self._new_state(batch_size, heads, place)
+
+    def tune(
+        self,
+        length: int,
+        *,
+        batch_size: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> dict[str, Any]:
+        """Try tile sizes and orders on calls of `length` random tokens, keep the quickest in `tiling_processor`, and return them.
+
+        Results do not depend on them. Takes as long as some dozens of such calls.
+
+        Args:
+            dtype, device: default torch's default dtype, the current device.
+        """
+        heads, dim = self.config.num_heads, self.config.head_dim
+        shapes = [
+            (batch_size, check_size("length", length), h, dim) for h in (heads, *[self.config.kv_heads or heads] * 2)
+        ]
+        q, k, v = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+        latest = self._latest
+        with torch.no_grad():
+            chosen = quickest(self.tiling_processor, heads, length, lambda: self(q, k, v))
+        self._latest = latest
+        return chosen
 
     def reset(self) -> None:
         """Forget the latest state: a decoder call without one then begins at position 0."""
@@ -181,6 +208,7 @@ class RingBufferAttention(nn.Module):
         state = check_state(state, self._name, geometry)
         check_fit(state, k)
         check_position(position, state.positions, "so far")
+        state.owner = self._name
         return state
 
     def _new_state(self, batch_size: int, kv_heads: int, like: Tensor) -> RingBufferState:
