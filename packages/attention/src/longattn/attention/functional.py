@@ -190,7 +190,7 @@ def pattern_attention(
         None if floating else attention_mask,
         key_padding_mask,
         # Drawn once a call: shards and steps drop the same pairs.
-        schedule.agree(q.shape[1], k.shape[1], key_padding_mask is not None, seed),
+        schedule.agree(q.shape[1], k.shape[1], _flags(key_padding_mask, attention_mask), seed),
         pattern.canonical(),
         q_spans,
         [],
@@ -213,6 +213,12 @@ def pattern_attention(
         state = add_sink(state, sink_logits)
     out = state.finalize(q.dtype)
     return (out, state.lse) if return_lse else out
+
+
+def _flags(key_padding: Tensor | None, mask: Tensor | None) -> int:
+    """What ranks must know of one another's masks, as `Schedule.agree` takes it."""
+    has_rows = mask is not None and mask.dim() > 1 and mask.shape[-2] > 1
+    return (key_padding is not None) + 2 * has_rows
 
 
 def check_whole(q: Tensor, k: Tensor, pattern: Pattern, q_spans: list[int], mask: object) -> None:

@@ -18,15 +18,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from longattn.attention.group import Members
+from longattn.attention.group import Members, OverGroup
 from longattn.attention.layouts import LAYOUTS, LayoutName, Spans, check_layout, take
 from longattn.attention.ring_group import GroupRun
-from longattn.attention.schedule import GradientSum, Run, Schedule, Shard, Step, Work, query_spans
+from longattn.attention.schedule import GradientSum, Run, Shard, Step, Work, query_spans
 from longattn.attention.validate import check_size
+from longattn.patterncache import Span
 
 
 @dataclass(frozen=True, init=False)
-class Ring(Schedule, name="ring"):
+class Ring(OverGroup, name="ring"):
     """A ring of ranks. Gives what `Local` gives on the whole sequence: out, lse and gradients, at any length and size.
 
     With a group, q, k and v are this rank's shards, and so are the outputs; masks have this rank's rows and the whole sequence's columns.
@@ -51,7 +52,7 @@ class Ring(Schedule, name="ring"):
 
     size: int
     layout: LayoutName
-    members: Members | None = field(repr=False)
+    members: Members | None = field(repr=False)  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -93,21 +94,16 @@ class Ring(Schedule, name="ring"):
 
     def held(self, length: int) -> Spans:
         """This rank's rows; all of them where all ranks are played here."""
-        return super().held(length) if self.members is None else self.members.held(length)
-
-    def agree(self, nq: int, nk: int, padded: bool, seed: Tensor | None) -> Tensor | None:
-        """With a group, the roll: lengths, and rank 0's seed."""
-        return seed if self.members is None else self.members.agree(self.canonical(), nq, nk, padded, seed)
+        return (Span(0, length),) if self.members is None else super().held(length)
 
     @property
-    def ranks(self) -> int:
-        """Ranks of the group."""
-        return self.size
+    def silent(self) -> bool:
+        """Whether lengths are known without a roll call."""
+        return self.members is None or self.members.silent
 
-    def call_roll(self, nq: int, nk: int, padded: bool, seed: int) -> Tensor:
-        """(ranks, 4) int64."""
-        assert self.members is not None
-        return self.members.call(nq, nk, padded, seed)
+    def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
+        """With a group, the roll: lengths, and rank 0's seed."""
+        return seed if self.members is None else super().agree(nq, nk, flags, seed)
 
 
 class _PlayedRun(Run):

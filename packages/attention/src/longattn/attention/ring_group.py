@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longattn.attention.group import Members, Whole
+from longattn.attention.group import Members, Whole, check_masks
 from longattn.attention.layouts import Spans
 from longattn.attention.packing import Packing, packing_of
 from longattn.attention.schedule import GradientSum, Run, Shard, Step, Work
@@ -43,6 +43,7 @@ class GroupRun(Run):
     def __init__(self, members: Members, work: Work) -> None:
         self.members, self.work = members, work
         self.whole = Whole(members, work)
+        check_masks(work, self.whole.nq, self.whole.nk)
         self.seed, self.mask, self.bias = self.whole.seed, work.mask, work.bias
         self.size = members.place.size
         self.k_rows = self.whole.keys.rows()

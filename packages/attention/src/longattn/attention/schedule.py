@@ -135,10 +135,11 @@ class Schedule(ABC):
 
     name: ClassVar[str]
 
-    def __init_subclass__(cls, name: str, **kwargs: Any) -> None:
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = name
-        _REGISTRY[name] = cls
+        if name is not None:
+            cls.name = name
+            _REGISTRY[name] = cls
 
     @abstractmethod
     def start(self, work: Work) -> Run:
@@ -162,8 +163,11 @@ class Schedule(ABC):
         """The rows of a sequence of `length` that this process hands to the forward."""
         return (Span(0, length),)
 
-    def agree(self, nq: int, nk: int, padded: bool, seed: Tensor | None) -> Tensor | None:
-        """What `Work.asked.seed` is to be. Default: the seed. Process groups exchange lengths and take rank 0's seed."""
+    def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
+        """What `Work.asked.seed` is to be. Default: the seed. Process groups call the roll, and take rank 0's seed.
+
+        flags: 1 where there is key padding, 2 where a mask has rows of its own for each query.
+        """
         return seed
 
     @property
@@ -171,7 +175,7 @@ class Schedule(ABC):
         """Rows of what `call_roll` returns."""
         return 0
 
-    def call_roll(self, nq: int, nk: int, padded: bool, seed: int) -> Tensor:
+    def call_roll(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
         """What `longattn::roll_call` is for this schedule: (ranks, 4) int64."""
         raise NotImplementedError(f"{type(self).__name__} has no process group")
 
@@ -191,7 +195,11 @@ def parse_schedule(text: str) -> Schedule:
     Raises:
         ValueError: no schedule of that name is registered in this process.
     """
-    name, spec = json.loads(text)
+    return build_schedule(*json.loads(text))
+
+
+def build_schedule(name: str, spec: dict[str, Any]) -> Schedule:
+    """The schedule registered under `name`, from its spec."""
     if name in _HOME:
         import_module(f"longattn.attention.{_HOME[name]}")
     if name not in _REGISTRY:

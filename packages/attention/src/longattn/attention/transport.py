@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from longattn.kernels.environment import Allocator
+
 Parcel = tuple[int, Tensor]
 """(rank in the group, what goes there or is filled from there)."""
 
@@ -130,3 +132,19 @@ def call_roll(place: Place, row: Sequence[int]) -> Tensor:
     rows = [torch.empty_like(mine) for _ in range(place.size)]
     dist.all_gather(rows, mine, group)
     return torch.stack(rows).cpu()
+
+
+def swap(
+    place: Place, label: str, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], allocator: Allocator
+) -> list[Tensor]:
+    """parts[r] goes to rank r; what comes from rank r has shapes[r]. Waits. This rank's own part is itself, made contiguous.
+
+    An all-to-all of any sizes; where every part is the same tensor, an all-gather.
+    """
+    me = place.rank
+    own = parts[me].contiguous()
+    shared = {id(x): own for x in parts if x is parts[me]}
+    sends = [(r, shared.get(id(x), x).contiguous()) for r, x in enumerate(parts) if r != me]
+    came = [own if r == me else allocator.empty(s, own.dtype, own.device, "comm") for r, s in enumerate(shapes)]
+    Exchange(place, label, sends, [(r, x) for r, x in enumerate(came) if r != me]).wait()
+    return came

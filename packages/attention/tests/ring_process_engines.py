@@ -6,10 +6,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from longattn.attention import Local, Ring, pattern_attention
+from longattn.attention.all_gather import AllGather
 from longattn.attention.layouts import LAYOUTS, count_rows, select_rows
 from longattn.attention.schedule import Schedule
+from longattn.attention.ulysses import Ulysses
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Window
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
@@ -42,6 +45,13 @@ def engines() -> Iterator[Schedule]:
     group = dist.group.WORLD
     for layout in LAYOUTS:
         yield Ring(group, layout=layout)
+        yield AllGather(group, layout=layout)
+        yield Ulysses(group, layout=layout)
+    if dist.get_world_size() == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "heads"))
+        for layout in LAYOUTS:
+            yield Ulysses(mesh["heads"], inner=Ring(mesh["ring"], layout=layout))
+            yield Ulysses(mesh["ring"], layout="striped", inner=AllGather(mesh["heads"], layout=layout))
 
 
 def mine(schedule: Schedule, x: torch.Tensor, axis: int = 1) -> torch.Tensor:
@@ -54,8 +64,8 @@ def check(
     pattern: Pattern,
     length: int,
     tolerance: float = 1e-10,
-    heads: int = 4,
-    kv_heads: int = 2,
+    heads: int = 8,
+    kv_heads: int = 4,
     **options,
 ) -> None:
     """out, lse and gradients equal Local's on this rank's rows. Options as in `pattern_attention`, for the whole sequence."""
@@ -111,8 +121,8 @@ def case_options() -> None:
         for pattern in PATTERNS[:2]:
             check(schedule, pattern, 37, key_padding_mask=padding)
             check(schedule, pattern, 37, attention_mask=mask)
-            check(schedule, pattern, 37, attention_mask=randn(4, 37, 37, seed=9))
-            check(schedule, pattern, 37, sink_logits=randn(4, seed=8), attention_mask=randn(1, 37, seed=7))
+            check(schedule, pattern, 37, attention_mask=randn(8, 37, 37, seed=9))
+            check(schedule, pattern, 37, sink_logits=randn(8, seed=8), attention_mask=randn(1, 37, seed=7))
             check(schedule, pattern, 37, q_start=5)
 
 
@@ -120,7 +130,7 @@ def case_dropout_is_the_same_everywhere() -> None:
     """Given a seed, and drawn: then it is rank 0's, whatever the others draw."""
     for schedule in engines():
         check(schedule, PATTERNS[0], 37, dropout_p=0.3, seed=5)
-        rank, x = dist.get_rank(), randn(1, 37, 2, 4)
+        rank, x = dist.get_rank(), randn(1, 37, 4, 4)
         torch.manual_seed(0)
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
         expected = pattern_attention(x, x, x, Full(), dropout_p=0.5, seed=seed)

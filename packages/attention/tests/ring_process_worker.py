@@ -1,0 +1,62 @@
+"""One rank of a distributed test: `ring_process_worker.py CASES WORLD RANK FOLDER`, started once per rank by `test_ring_processes.py`.
+
+Runs every function of the module file CASES whose name starts with "case_", in order, and writes what went wrong to
+FOLDER/RANK.json: {case: traceback or ""}. Ranks meet in a file, not at a port.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from longattn.kernels.testing import poisoned_memory
+
+
+def main() -> None:
+    """Meet, run, report."""
+    cases, world, rank, folder = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    warnings.simplefilter("error")
+    # torch's own deprecations of what its DDP, FSDP and checkpoint code calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    spec = importlib.util.spec_from_file_location("cases", cases)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(cases.parent))
+    spec.loader.exec_module(module)
+    found = {}
+    for name, case in vars(module).items():
+        if name.startswith("case_"):
+            found[name] = attempt(case)
+            # Written as it goes: a hang in the next case leaves what was found so far.
+            (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def attempt(case) -> str:
+    """The traceback of a case, or ""."""
+    try:
+        with poisoned_memory():
+            case()
+    except Exception:  # noqa: BLE001 - whatever a case raises is its result
+        return traceback.format_exc()
+    finally:
+        dist.barrier()
+    return ""
+
+
+if __name__ == "__main__":
+    main()
