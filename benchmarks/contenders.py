@@ -9,6 +9,8 @@ from benchmarks import gate
 from benchmarks.comparison import Contender, pattern_oracle
 from benchmarks.peers.dense import dense_attention
 from benchmarks.peers.fkodom_style import fkodom_style_attention
+from benchmarks.peers.flex_permuted import flex_permuted_attention
+from benchmarks.peers.fma_peak import multiply_adds_of_attention
 from benchmarks.peers.gathered_blocks import GatheredBlocks
 from benchmarks.peers.torchscale_style import torchscale_style_attention
 from longattn.attention import pattern_attention
@@ -56,6 +58,22 @@ def fkodom_style(segments: Sequence[int], rates: Sequence[int], causal: bool) ->
 
     pattern = Dilated(segments, rates, heads="split", causal=causal)
     return Contender(attention(normalize=True), pattern_oracle(pattern), checked=attention(normalize=False))
+
+
+def flex_permuted(segments: Sequence[int], rates: Sequence[int], causal: bool) -> Contender:
+    """FlexAttention on tokens sorted by residue."""
+    attention = functools.partial(
+        flex_permuted_attention, segment_lengths=segments, dilation_rates=rates, causal=causal
+    )
+    return Contender(attention, pattern_oracle(Dilated(segments, rates, heads="shared", causal=causal)))
+
+
+def fma_peak(causal: bool) -> Contender:
+    """As many multiply-adds as dense attention has, and nothing else; what the gate checks in its place is SDPA."""
+    spin = functools.partial(multiply_adds_of_attention, causal=causal)
+    return Contender(
+        spin, pattern_oracle(Full(causal=causal)), checked=functools.partial(dense_attention, causal=causal)
+    )
 
 
 def gathered_blocks(pattern: BlockSparse) -> Contender:

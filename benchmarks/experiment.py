@@ -18,8 +18,10 @@ CASES: dict[str, str] = {
     "attention": "benchmarks.cases.attention",
     "presets": "benchmarks.cases.presets",
     "patterns": "benchmarks.cases.patterns",
+    "native": "benchmarks.cases.native",
     "cache": "benchmarks.cases.cache",
     "planning": "benchmarks.cases.planning",
+    "decode": "benchmarks.cases.decode",
 }
 
 

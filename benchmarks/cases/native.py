@@ -1,0 +1,109 @@
+"""The native CPU row beside torch's kernels and the peers: promised figures are issue 6's, for two threads of the machine they name.
+
+B=1, H=8, D=64, segments 2048/4096/8192 with rates 1/2/4, normal inputs; the row is asked for by name.
+
+    longnet  every head in every branch, beside the torchscale-style pipeline, dense SDPA and FlexAttention on permuted tokens
+    split    heads divided over branches, beside the fkodom-style pipeline
+    dense    no pattern at all, beside SDPA and, as "fma-peak", a loop of as many multiply-adds: its ratio is the share of the peak
+"""
+
+import itertools
+from collections.abc import Iterator
+
+from benchmarks.cases.attention import RATES, SEGMENTS, branch_names
+from benchmarks.comparison import Comparison, Contender, Inputs
+from benchmarks.contenders import dense, fkodom_style, flex_permuted, fma_peak, ours, torchscale_style
+from benchmarks.experiment import DIRECTIONS, Direction, Labels, Targets
+from longattn.patterncache import Dilated, Full
+
+_TINY_SEGMENTS = (64, 128, 256)
+_DTYPES = ("float32", "bfloat16")
+_GROWTH = {"forward": 0.4, "forward+backward": 1.6}
+
+# (dtype, length, causal, direction) -> the peer's CPU time over ours, at least.
+_TORCHSCALE: dict[tuple[str, int, bool, str], float] = {
+    ("float32", 32768, False, "forward"): 1.6,
+    ("bfloat16", 32768, False, "forward"): 2.7,
+    ("float32", 8192, True, "forward"): 1.75,
+    ("bfloat16", 8192, True, "forward"): 2.8,
+    ("float32", 8192, False, "forward+backward"): 1.35,
+    ("bfloat16", 8192, False, "forward+backward"): 1.8,
+    ("float32", 32768, False, "forward+backward"): 1.35,
+    ("bfloat16", 32768, False, "forward+backward"): 1.8,
+}
+_SPLIT = {"float32": 1.3, "bfloat16": 2.1}
+_DENSE = {"float32": 1.15, "bfloat16": 2.0}
+_PEAK = {"float32": 0.76, "bfloat16": 0.66}
+
+
+def _row(
+    name: str,
+    variant: str,
+    peer: tuple[str, Contender],
+    mine: Contender,
+    inputs: Inputs,
+    causal: bool,
+    direction: Direction,
+    ratio: float | None,
+    borders: tuple[int, ...] = (),
+) -> Comparison:
+    heads, head_dim = inputs.per_token
+    labels = Labels(
+        "native", f"{variant} h{heads} d{head_dim}", peer[0], inputs.dtype, inputs.seq_len, causal, direction
+    )
+    growth = _GROWTH[direction] if inputs.dtype == "float32" and inputs.seq_len >= 2048 else None
+    return Comparison(labels, inputs, mine, peer[1], Targets(ratio=ratio, growth=growth), name=name, borders=borders)
+
+
+def longnet(quick: bool) -> Iterator[Comparison]:
+    """The headline: LongNet's dilated attention."""
+    segments = _TINY_SEGMENTS if quick else SEGMENTS
+    for seq_len, dtype, causal, direction in itertools.product((8192, 32768), _DTYPES, (False, True), DIRECTIONS):
+        if quick and seq_len > 8192:
+            return
+        inputs = Inputs(256, dtype, (4, 16)) if quick else Inputs(seq_len, dtype)
+        mine = ours(Dilated(segments, RATES, causal=causal), backend="native")
+        peers = {"torchscale-style": torchscale_style(segments, RATES, causal)}
+        if direction == "forward" and dtype == "float32" and not causal:
+            peers["dense"] = dense(causal)
+        if direction == "forward" and dtype == "float32" and seq_len == 8192 and not quick:
+            peers["flex-permuted"] = flex_permuted(segments, RATES, causal)
+        for peer in peers.items():
+            ratio = _TORCHSCALE.get((dtype, seq_len, causal, direction))
+            if peer[0] != "torchscale-style":
+                ratio = 13.0 if (peer[0], seq_len) == ("dense", 32768) else None
+            variant = f"dilated {branch_names(segments, RATES)}"
+            yield _row("longnet", variant, peer, mine, inputs, causal, direction, None if quick else ratio, segments)
+
+
+def split(quick: bool) -> Iterator[Comparison]:
+    """Heads divided over branches."""
+    segments = _TINY_SEGMENTS if quick else SEGMENTS
+    for seq_len, dtype in itertools.product((8192, 32768), _DTYPES):
+        if quick and seq_len > 8192:
+            return
+        inputs = Inputs(256, dtype, (4, 16)) if quick else Inputs(seq_len, dtype)
+        mine = ours(Dilated(segments, RATES, heads="split"), backend="native")
+        peer = ("fkodom-style", fkodom_style(segments, RATES, causal=False))
+        ratio = None if quick else _SPLIT[dtype]
+        variant = f"dilated {branch_names(segments, RATES)} split"
+        yield _row("split", variant, peer, mine, inputs, False, "forward", ratio, segments)
+
+
+def plain(quick: bool) -> Iterator[Comparison]:
+    """Dense attention: the kernel itself."""
+    for dtype, causal, direction in itertools.product(_DTYPES, (False, True), DIRECTIONS):
+        inputs = Inputs(256, dtype, (4, 16)) if quick else Inputs(2048, dtype)
+        mine = ours(Full(causal=causal), backend="native")
+        promised = not quick and direction == "forward" and not causal
+        ratio = _DENSE[dtype] if promised else None
+        yield _row("dense", "full", ("dense", dense(causal)), mine, inputs, causal, direction, ratio)
+        if direction == "forward":
+            ratio = _PEAK[dtype] if promised else None
+            yield _row("dense", "full", ("fma-peak", fma_peak(causal)), mine, inputs, causal, direction, ratio)
+
+
+def experiments(quick: bool) -> Iterator[Comparison]:
+    """Every row of the case; `quick` gives tiny ones without targets."""
+    for group in (longnet, split, plain):
+        yield from group(quick)
