@@ -59,6 +59,11 @@ class RingBufferAttention(nn.Module):
         self._name = uuid.uuid4().hex
         self._latest: RingBufferState | None = None
 
+    @classmethod
+    def from_config(cls, config: RingBufferConfig) -> RingBufferAttention:
+        """The module of a config, as xFormers' factory asks for it: the constructor by another name."""
+        return cls(config)
+
     def new_state(
         self,
         batch_size: int,
@@ -154,6 +159,7 @@ class RingBufferAttention(nn.Module):
             state = self._latest if buffer_state is None else buffer_state
             if is_step(state, q, k, v, position, self._name):
                 if self._latest is not state:
+                    # Module.__setattr__ takes as long as an operation.
                     self._latest = state
                 return step(self.config, state, q, k, v)  # type: ignore[arg-type]
         refuse_unknown("RingBufferAttention()", unknown)
@@ -176,7 +182,7 @@ class RingBufferAttention(nn.Module):
         check_tensors(self.config, q, k, v, decode=False)
         state = self._ready(state, k, position)
         out, weights = advance(self.config, self.tiling_processor, state, (q, k, v), False, options)
-        self._latest = state
+        self._keep(state)
         return (out, state) if weights is None else (out, state, weights)
 
     def _decode(
@@ -196,7 +202,7 @@ class RingBufferAttention(nn.Module):
         check_tensors(self.config, q, k, v, decode=True)
         state = self._ready(state, k, position)
         out, weights = advance(self.config, self.tiling_processor, state, (q, k, v), True, options)
-        self._latest = state
+        self._keep(state)
         return out if weights is None else (out, weights)
 
     def _ready(self, state: RingBufferState | None, k: Tensor, position: object) -> RingBufferState:
@@ -208,8 +214,12 @@ class RingBufferAttention(nn.Module):
         state = check_state(state, self._name, geometry)
         check_fit(state, k)
         check_position(position, state.positions, "so far")
-        state.owner = self._name
         return state
+
+    def _keep(self, state: RingBufferState) -> None:
+        """After a call: the state is this module's, and its latest."""
+        state.owner = self._name
+        self._latest = state
 
     def _new_state(self, batch_size: int, kv_heads: int, like: Tensor) -> RingBufferState:
         state = RingBufferState(geometry_of(self.config, kv_heads), batch_size, like.dtype, like.device)

@@ -65,7 +65,8 @@ class Rings:
     @property
     def held(self) -> int:
         """Slots of the forward ring in use, in the row that uses most: the first so many."""
-        return max(self.kv.main.held(c.position) for c in self.clocks)
+        slots = self.kv.main.slots
+        return min(slots, self.clocks[0].position if len(self.clocks) == 1 else max(c.position for c in self.clocks))
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, hidden: Tensor | None, grad: bool = False) -> None:
@@ -87,11 +88,17 @@ class Rings:
             # Slots that only some rows hold are zero in the others: 0 * NaN is NaN.
             ahead = max(self.kv.main.held(c.position + n) for c in self.clocks)
             self.kv.main.clear(self.held, ahead)
-        for index, clock in enumerate(self.clocks):
-            part = slice(None) if self.uniform else slice(index, index + 1)
-            self.kv.of(part).append(clock.position, [x[part] for x in rows])
-            if self.hidden is not None and hidden is not None:
-                self.hidden.of(part).append(clock.position, [hidden[part, None, :, None]])
+        both = ((self.kv, rows), (self.hidden, None if hidden is None else [hidden[:, None, :, None]]))
+        for ring, new in both:
+            if ring is None or new is None:
+                continue
+            if n == 1 and not self.uniform:
+                ring.append_each([c.position for c in self.clocks], new)
+                continue
+            for index, clock in enumerate(self.clocks):
+                part = slice(None) if self.uniform else slice(index, index + 1)
+                ring.of(part).append(clock.position, [x[part] for x in new])
+        for clock in self.clocks:
             clock.position += n
 
     def track_hidden(self) -> None:

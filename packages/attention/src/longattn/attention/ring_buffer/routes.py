@@ -42,7 +42,7 @@ def straight(config: RingBufferConfig, rings: Rings, q: Tensor, sink_logits: Ten
         keys,
         values,
         config.scale,
-        hidden=_not_held(rings, held, kv_heads),
+        hidden=None if rings.hidden is None and rings.uniform else _not_held(rings, held, kv_heads),
         first=first,
         sink_logits=None if sink_logits is None else sink_logits.view(kv_heads, group, 1).repeat(q.shape[0], 1, 1),
         bags=main.bags if full and group == 1 else None,

@@ -55,6 +55,24 @@ class WindowRing:
                 self.evicted.write(begin, [x.narrow(2, begin - position, last - begin) for x in rows])
         self.main.write(position, rows)
 
+    def append_each(self, positions: Sequence[int], rows: Sequence[Tensor]) -> None:
+        """One token for each row of the batch, rows (batch, heads, 1, head_dim), each at a position of its own. Needs no_grad."""
+        main, evicted = self.main, self.evicted
+        device, batch = main.storage.device, list(range(len(positions)))
+        slots = [main.slot(p) for p in positions]
+        moved = [b for b, p in enumerate(positions) if p - main.capacity >= main.prefix]
+        if evicted is not None and moved:
+            places = (
+                moved,
+                [slots[b] for b in moved],
+                [(positions[b] - main.capacity) % evicted.capacity for b in moved],
+            )
+            at, old, new = (torch.tensor(x, device=device) for x in places)
+            evicted.storage[:, at, :, new] = main.storage[:, at, :, old]
+        at, to = (torch.tensor(x, device=device) for x in (batch, slots))
+        for plane, row in zip(main.planes, rows, strict=True):
+            plane[at, :, to] = row[:, :, 0]
+
     def needs(self, earlier: int) -> int:
         """The oldest position past the prefix that the window up to `earlier` holds."""
         return max(self.main.prefix, earlier - self.main.capacity)
