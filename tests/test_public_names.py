@@ -24,6 +24,7 @@ EXPECTED = {
         from_bigbird from_hf from_natten
         build_on_one check_same_plan plan_digest plan_from_bytes plan_to_bytes
         DeviceTier IndexTensors get_global_device_tier
+        Periodic
         """,
     "kernels": """
         attend AttentionState merge reference_attention fused_attention Environment

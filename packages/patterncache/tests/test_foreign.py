@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longattn.patterncache import Rectangle, Span, from_block_mask, from_mask_mod
+from longattn.patterncache import Periodic, Rectangle, Span, from_block_mask, from_mask_mod
 from longattn.patterncache.testing import check_pattern
 
 
@@ -30,6 +30,30 @@ def test_blocks_are_as_large_as_they_can_be():
     found = from_mask_mod(lambda b, h, q, k: (q // 64 == k // 64) & (q >= k), 256)
     assert (found.block_size, found.causal, found.mask.tolist()) == (64, True, np.eye(4, dtype=bool).tolist())
     assert from_mask_mod(lambda b, h, q, k: abs(q - k) < 3, 100).block_size == 1
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 12), st.integers(1, 4), st.booleans())
+def test_a_periodic_mask_mod_is_imported_compactly(length, stride, window, block, causal):
+    """Exactly, as runs of residues and distances: plans without index data."""
+
+    def mask_mod(b, h, q, k):
+        shown = ((q - k) % stride == 0) | (abs(q // block - k // block) * block < window)
+        return shown & (q >= k) if causal else shown
+
+    # Long enough to see a period come again.
+    length = max(length, 2 * stride * block)
+    i = np.arange(length)
+    pattern = from_mask_mod(mask_mod, length, compact=True)
+    np.testing.assert_array_equal(pattern.to_dense(length, 1)[0], mask_mod(0, 0, i[:, None], i))
+    assert pattern.plan(Rectangle(1, Span(0, length), Span(0, length))).nbytes == 0
+    check_pattern(pattern, Rectangle(2, Span(0, length), Span(length // 3, length - length // 3)))
+
+
+def test_a_compact_window_is_one_run():
+    """Of the fewest runs; a stride is one for each residue."""
+    window = from_mask_mod(lambda b, h, q, k: (q - k < 9) & (q >= k), 200, compact=True)
+    assert window == Periodic(1, [(0, 0, 0, 8)], 200)
+    assert len(from_mask_mod(lambda b, h, q, k: (q - k) % 5 == 0, 200, compact=True).runs) == 5
 
 
 @pytest.mark.parametrize("heads", [None, 2])
@@ -66,6 +90,20 @@ def test_a_block_that_the_lists_leave_out_is_hidden():
         (lambda: from_mask_mod(lambda b, h, q, k: q >= k + b, 8, batch=2), ValueError, "another mask for entry 1"),
         (lambda: from_mask_mod(lambda b, h, q, k: q >= k, 1 << 15), ValueError, "at most 268435456"),
         (lambda: from_mask_mod(lambda b, h, q, k: q >= k, 0), ValueError, "N must be an integer >= 1"),
+        (
+            lambda: from_mask_mod(lambda b, h, q, k: k < 3, 40, compact=True),
+            ValueError,
+            "must repeat along its diagonal",
+        ),
+        (lambda: from_mask_mod(lambda b, h, q, k: q * k % 97 < 50, 99, compact=True), ValueError, "must repeat along"),
+        (lambda: from_mask_mod(lambda b, h, q, k: q >= k + h, 40, 2, compact=True), ValueError, "same for all heads"),
+        (lambda: Periodic(2, [(2, 0, None, None)], 9), ValueError, "residues below period=2"),
+        (lambda: Periodic(2, [(0, 0, 1.5, None)], 9), TypeError, "runs"),
+        (
+            lambda: Periodic(1, [], 9).plan(Rectangle(1, Span(0, 10), Span(0, 4))),
+            ValueError,
+            "queries must lie below length=9",
+        ),
         (lambda: from_block_mask(np.ones(3)), TypeError, "must be a FlexAttention BlockMask, got ndarray"),
     ],
 )

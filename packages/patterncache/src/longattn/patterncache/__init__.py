@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from longattn.patterncache.lint import Gap, Lint
     from longattn.patterncache.model_configs import from_bigbird, from_hf, from_natten
     from longattn.patterncache.pattern import Pattern, parse_pattern
+    from longattn.patterncache.periodic import Periodic
     from longattn.patterncache.plan import Band, Branch, Plan
     from longattn.patterncache.ranks import build_on_one, check_same_plan
     from longattn.patterncache.reach import Reach
@@ -58,6 +59,7 @@ _HOME = {
     "Listed": "index",
     "Pattern": "pattern",
     "PatternCache": "cache",
+    "Periodic": "periodic",
     "Plan": "plan",
     "Reach": "reach",
     "Rectangle": "index",
@@ -107,6 +109,7 @@ __all__ = [
     "Listed",
     "Pattern",
     "PatternCache",
+    "Periodic",
     "Plan",
     "Reach",
     "Rectangle",

@@ -11,11 +11,14 @@ import numpy.typing as npt
 
 from longattn.patterncache.block_sparse import BlockSparse
 from longattn.patterncache.index import check_int
+from longattn.patterncache.periodic import Periodic, Run
 
 Shown = npt.NDArray[np.bool_]
 
 MOST_CELLS = 1 << 28
 """(head, query, key) triples of a mask that are looked at one by one: a quarter of a gigabyte of booleans."""
+
+_MOST_PERIOD, _MOST_RUNS = 64, 4096
 
 _BLOCKS = (128, 64, 32, 16, 8, 4, 2, 1)
 
@@ -27,8 +30,11 @@ def from_mask_mod(
     batch: int = 1,
     *,
     as_tensor: Callable[[npt.NDArray[np.int64]], Any] = np.asarray,
-) -> BlockSparse:
+    compact: bool = False,
+) -> BlockSparse | Periodic:
     """The pattern of a FlexAttention mask_mod over `N` tokens: a block mask of the largest blocks, 128 to 1, that say it exactly.
+
+    With `compact`, a `Periodic` whose plans hold no index data: for masks that repeat along their diagonal.
 
     Args:
         mask_mod: (b, h, q, k) -> whether q sees k; elementwise over broadcast int64 arrays, True or False each.
@@ -36,10 +42,12 @@ def from_mask_mod(
         num_heads: heads to ask about, which are the heads of the result; None (default): heads do not differ, and 0 is asked.
         batch: how many batch entries to ask; a pattern has none, so they must agree. Default 1.
         as_tensor: makes what mask_mod takes of an int64 array; `torch.from_numpy` for one written with torch functions.
+        compact: demand a `Periodic`. Default False.
 
     Raises:
         TypeError, ValueError: an argument is not such a value; mask_mod does not return booleans of the broadcast shape; batch
-            entries differ; or num_heads * N * N is above 2 ** 28.
+            entries differ; num_heads * N * N is above 2 ** 28; or `compact` is demanded of a mask that differs by head, or does not
+            repeat with a period of at most 64 in few runs.
     """
     if not callable(mask_mod):
         raise TypeError(f"mask_mod must be callable as mask_mod(b, h, q, k), got {mask_mod!r}")
@@ -49,6 +57,8 @@ def from_mask_mod(
     for entry in range(1, batch):
         if not np.array_equal(shown, _asked(mask_mod, entry, shown.shape, as_tensor)):
             raise ValueError(f"mask_mod must say the same for all of batch={batch}, got another mask for entry {entry}")
+    if compact:
+        return _repeating(shown)
     return _coarsest(shown[0] if num_heads is None else shown)
 
 
@@ -132,6 +142,47 @@ def _coarsest(shown: Shown) -> BlockSparse:
         ):
             return BlockSparse(size, some, causal=True)
     raise AssertionError("blocks of one position say any mask")
+
+
+def _repeating(shown: Shown) -> Periodic:
+    """A mask that is the same one period further on, in the fewest runs."""
+    if (shown[1:] != shown[:1]).any():
+        raise ValueError(
+            "mask_mod must be the same for all heads where a compact plan is demanded, got heads that differ"
+        )
+    mask = shown[0]
+    found = [
+        Periodic(period, runs, len(mask))
+        for period in range(1, min(_MOST_PERIOD, (len(mask) + 1) // 2) + 1)
+        if np.array_equal(mask[period:, period:], mask[:-period, :-period])
+        and (runs := _runs(mask, period)) is not None
+    ]
+    if not found:
+        raise ValueError(
+            f"mask_mod must repeat along its diagonal, with a period of at most {_MOST_PERIOD} in at most {_MOST_RUNS} runs, where a "
+            f"compact plan is demanded, got a mask of {len(mask)} tokens that does not"
+        )
+    return min(found, key=lambda pattern: len(pattern.runs))
+
+
+def _runs(mask: Shown, period: int) -> list[Run] | None:
+    """The runs of a periodic mask; None where they are too many."""
+    runs: list[Run] = []
+    for a in range(period):
+        last = a + (len(mask) - 1 - a) // period * period
+        # The first row of a residue says what lies ahead, the last one what lies behind.
+        shown = np.concatenate([mask[a, :a:-1], mask[last, last::-1]])
+        distance = np.concatenate([np.arange(a + 1 - len(mask), 0), np.arange(last + 1)])
+        for b in range(period):
+            some = np.flatnonzero((a - distance) % period == b)
+            flags = np.concatenate([[False], shown[some], [False]]).astype(np.int8)
+            starts, ends = np.flatnonzero(np.diff(flags) == 1), np.flatnonzero(np.diff(flags) == -1) - 1
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+                low = None if start == 0 else int(distance[some[start]])
+                runs.append((a, b, low, None if end == len(some) - 1 else int(distance[some[end]])))
+            if len(runs) > _MOST_RUNS:
+                return None
+    return runs
 
 
 def _reduced(how: np.ufunc, shown: Shown, corners: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]) -> Shown:

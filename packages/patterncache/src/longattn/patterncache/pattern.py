@@ -35,6 +35,7 @@ _HOME = {
     "full": "window",
     "hierarchical_blocks": "hierarchical",
     "intersection": "algebra",
+    "periodic": "periodic",
     "restrict": "algebra",
     "strided": "strided",
     "sum": "algebra",

@@ -18,6 +18,7 @@ from longattn.patterncache.documents import Documents
 from longattn.patterncache.hierarchical import HierarchicalBlocks
 from longattn.patterncache.index import Rectangle, Span
 from longattn.patterncache.pattern import Pattern, parse_pattern
+from longattn.patterncache.periodic import Periodic
 from longattn.patterncache.plan import Counts, Plan, add_branch_counts
 from longattn.patterncache.strided import HEADS as STRIDED_HEADS
 from longattn.patterncache.strided import Strided
@@ -83,6 +84,15 @@ def hierarchical_blocks() -> st.SearchStrategy[HierarchicalBlocks]:
 
 
 @st.composite
+def periodic(draw: st.DrawFn) -> Periodic:
+    """Any periodic pattern up to at least `COVERED` positions; runs may overlap, and are then counted twice."""
+    period = draw(st.integers(1, 5))
+    bound = st.none() | st.integers(-20, 40)
+    run = st.tuples(st.integers(0, period - 1), st.integers(0, period - 1), bound, bound)
+    return Periodic(period, draw(st.lists(run, max_size=4)), COVERED + draw(st.integers(0, 9)), draw(st.booleans()))
+
+
+@st.composite
 def documents(draw: st.DrawFn, inner: st.SearchStrategy[Pattern]) -> Documents:
     """Documents up to at least `COVERED` positions, empty ones included, with a pattern in each."""
     lengths = draw(st.lists(st.integers(0, 60), min_size=1, max_size=8))
@@ -101,6 +111,7 @@ def patterns(depth: int = 1) -> st.SearchStrategy[Pattern]:
         block_layout(),
         strided(),
         hierarchical_blocks(),
+        periodic(),
     )
     if depth == 0:
         return single
