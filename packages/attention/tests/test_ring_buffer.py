@@ -62,6 +62,7 @@ def test_a_chunked_prefill_is_the_whole_one(cut, causal, order, sizes):
     names = ("tile_size", "block_size", "head_tile_size", "prefill_size")
     module = attention(4, causal=causal, **dict(zip(names, sizes, strict=True)))
     module.tiling_processor.tile_order = type(module.tiling_processor.tile_order)(order)
+    module.tiling_processor.least_rows = 1
     model = StreamModel.begin(module.config, 2, 2)
     state, start = None, 0
     q, k, v = tokens(sum(cut) + 5)

@@ -53,6 +53,7 @@ class Streams(RuleBasedStateMachine):
             prefill_size=tiles[3],
         )
         self.module = RingBufferAttention(self.config)
+        self.module.tiling_processor.least_rows = 1
         state = self.module.new_state(batch, kv_heads=2, dtype=torch.float64)
         self.streams = [(state, StreamModel.begin(self.config, batch, 2))]
 

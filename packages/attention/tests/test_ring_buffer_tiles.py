@@ -33,7 +33,7 @@ def part(start, count, kv_heads, band):
 def test_every_visible_pair_is_scheduled_once(position, queries, start, keys, band, sizes, heads, order):
     """DENSE work sees everything, the rest sees something, and tiles are counted as a look at each of them counts them."""
     tiling = TilingProcessor(RingBufferConfig(**dict(zip(SIZES, sizes, strict=True))))
-    tiling.tile_order = order
+    tiling.tile_order, tiling.least_rows = order, 1
     times = torch.zeros(heads[0], queries, keys, dtype=torch.int64)
     i, j = position + torch.arange(queries)[:, None], start + torch.arange(keys)
     seen = torch.from_numpy(band.sees((i - j).numpy()))
@@ -90,7 +90,7 @@ def test_results_do_not_depend_on_order_sizes_or_backend(order, backend):
         backend=backend,
     )
     module = RingBufferAttention(config)
-    module.tiling_processor.tile_order = order
+    module.tiling_processor.tile_order, module.tiling_processor.least_rows = order, 1
     torch.testing.assert_close(module(*x)[0], plain(*x)[0], atol=2e-5, rtol=2e-5)
     assert min(module.tiling_processor.counts.values()) > 0
 

@@ -2,7 +2,8 @@
 
 softmax(scale * q k^T) v does not care in which order keys lie, so a ring is read as it lies: no rotation, no gather, no plan. Two
 products over contiguous rows are all that there is to read, and a step costs what reading the cache costs. Rows of a cache are
-(batch * kv_heads, slots, head_dim), `group` query heads to each; the last stride of keys and values is 1.
+(batch * kv_heads, slots, head_dim), `group` query heads to each; the last stride of keys and values is 1. In float16 and bfloat16 scores
+and weights are rounded to that type, which is what torch's products of these types on CPU return.
 """
 
 from __future__ import annotations

@@ -75,17 +75,15 @@ def by_parts(
         turned = for_sinks(q, position + torch.arange(q.shape[1], device=q.device), config)
     mask = _with_padding(rings, request, parts)
     calls = _Calls(config, tiling, request, position, turned, mask)
-    if not parts or not q.shape[1]:
-        state = AttentionState.empty(q)
-    elif request.grad:
+    if request.grad and parts:
         state = calls.whole(parts[0])
         for part in parts[1:]:
             state = merge(state, calls.whole(part))
+        state = state if request.sink_logits is None else add_sink(state, request.sink_logits)
+        out = state.finalize(q.dtype)
     else:
-        state = AttentionState(*tiling.run(q, position, parts, calls.attend))
-    if request.sink_logits is not None:
-        state = add_sink(state, request.sink_logits)
-    return state.finalize(q.dtype), calls.weights(parts) if request.weights else None
+        out = tiling.run(q, position, parts, calls.attend, request.sink_logits)
+    return out, calls.weights(parts) if request.weights else None
 
 
 def _with_padding(rings: Rings, request: Request, parts: list[Part]) -> Tensor | None:

@@ -1,8 +1,9 @@
 """`TilingProcessor`: in which order, and in what pieces, a call with several queries meets its keys.
 
 Two levels. A block of `block_size` rows meets at once all keys that each of its rows sees: a run of DENSE tiles, without a mask. What is
-left at the edges of the window is met by tiles of `tile_size` rows, whose runs end in a TRIANGLE. SKIP tiles are neither read nor
-computed. Rows are queries when Q-major, keys when K-major. The work itself is done by a row of longattn.kernels, and the states merge.
+left at the edges of the window is met by tiles of `tile_size` rows, whose runs end in a TRIANGLE. SKIP tiles beyond an edge are neither
+read nor computed. Rows are queries when Q-major, keys when K-major. The work itself is done by a row of longattn.kernels, and the states
+merge. Small tiles go to it together, `least_rows` at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from longattn.attention.ring_buffer.config import RingBufferConfig, TileOrder, T
 from longattn.attention.ring_buffer.parts import Part
 from longattn.attention.validate import check_size
 from longattn.kernels import AttentionState
-from longattn.kernels.state import merge_into
+from longattn.kernels.state import add_sink, merge_into
 
 Range = tuple[int, int]
 """First and count."""
@@ -82,6 +83,8 @@ class TilingProcessor:
 
     Attributes:
         tile_order, tile_size, block_size, head_tile_size, prefill_size: as in `RingBufferConfig`.
+        least_rows: rows that one call of a kernel has at least, where there are so many. Default 128: fewer cost more in calls than
+            they save.
         counts: tiles of each type in the last call with several queries and without gradients: tile_size x tile_size, for each
             group of heads.
     """
@@ -89,6 +92,7 @@ class TilingProcessor:
     def __init__(self, config: RingBufferConfig) -> None:
         self.tile_size, self.block_size = config.tile_size, config.block_size
         self.head_tile_size, self.prefill_size = config.head_tile_size, config.prefill_size
+        self.least_rows = 128
         self._order = TileOrder.Q_MAJOR
         self.counts = dict.fromkeys(TileType, 0)
 
@@ -107,19 +111,21 @@ class TilingProcessor:
             raise TypeError(f"tile_order must be a TileOrder, got {order!r} ({type(order).__name__})")
         self._order = order
 
-    def run(self, q: Tensor, position: int, parts: Sequence[Part], attend: Attend) -> tuple[Tensor, Tensor]:
-        """Attend with queries from `position` to parts.
+    def run(
+        self, q: Tensor, position: int, parts: Sequence[Part], attend: Attend, sink_logits: Tensor | None = None
+    ) -> Tensor:
+        """Attend with queries from `position` to parts, in passes, each rounded once.
 
         Args:
-            q: (batch, n, heads, head_dim). attend: does one rectangle.
+            q: (batch, n, heads, head_dim). attend: does one rectangle. sink_logits: (heads,), a learned sink, or None.
 
         Returns:
-            out (batch, n, heads, head_dim) in q's dtype, lse (batch, n, heads).
+            out (batch, n, heads, head_dim) in q's dtype.
         """
-        for name in ("tile_size", "block_size", "head_tile_size", "prefill_size"):
+        for name in ("tile_size", "block_size", "head_tile_size", "prefill_size", "least_rows"):
             check_size(name, getattr(self, name))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse, counts = [], dict.fromkeys(TileType, 0)
+        counts = dict.fromkeys(TileType, 0)
         for first in range(0, q.shape[1], self.prefill_size):
             count = min(self.prefill_size, q.shape[1] - first)
             # Partial states stand for one pass at a time.
@@ -129,10 +135,11 @@ class TilingProcessor:
                 part = attend(work)
                 whole, sums = (x.narrow(1, *rows).narrow(2, *heads) for x in (state.out, state.lse))
                 merge_into(whole, sums, part.out, part.lse)
+            if sink_logits is not None:
+                state = add_sink(state, sink_logits)
             out[:, first : first + count] = state.out
-            lse.append(state.lse)
         self.counts = counts
-        return out, torch.cat(lse, 1)
+        return out
 
     def schedule(
         self, rows: Range, heads: int, position: int, parts: Sequence[Part], counts: dict[TileType, int]
@@ -161,13 +168,14 @@ class TilingProcessor:
             queries, keys = (own, other) if q_major else (other, own)
             return Work((rows[0] + queries[0], queries[1]), part, keys, heads, kv_heads, dense)
 
-        for first in range(0, outer, self.block_size):
-            last = min(first + self.block_size, outer)
+        size, block = max(self.tile_size, self.least_rows), max(self.block_size, self.least_rows)
+        for first in range(0, outer, block):
+            last = min(first + block, outer)
             start, stop = sees.shares(first, last)
             if start < stop:
                 yield work((first, last - first), (start, stop - start), True)
-            for tile in range(first, last, self.tile_size):
-                end = min(tile + self.tile_size, last)
+            for tile in range(first, last, size):
+                end = min(tile + size, last)
                 begin, finish = sees.sees(tile, end)
                 edges = (
                     ((begin, min(start, finish)), (max(stop, begin), finish)) if start < stop else ((begin, finish),)
