@@ -206,3 +206,23 @@ def bench(session: nox.Session) -> None:
     """Run the shortest benchmark once, to see that it still runs; its figures mean nothing."""
     session.install(*constraints(session), *from_checkout("attention"), *group("test"))
     session.run("python", "-m", "benchmarks.run", "--quick", *session.posargs)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run the native row's tests on a library built with the address and undefined-behaviour sanitizers; a finding ends the run."""
+    session.install(*constraints(session), *from_checkout("kernels"), *group("test"))
+    runtimes = []
+    for name in ("libasan.so", "libubsan.so"):
+        path = str(session.run("c++", f"-print-file-name={name}", external=True, silent=True)).strip()
+        if not Path(path).is_absolute():
+            session.skip(f"the compiler has no {name}")
+        runtimes.append(path)
+    environment = {
+        "LD_PRELOAD": " ".join(runtimes),  # Python itself is not built with them
+        "ASAN_OPTIONS": "detect_leaks=0",  # what Python keeps until it ends is no leak of ours
+        "LONGATTN_CACHE": str(Path(session.create_tmp()).resolve() / "libraries"),
+        "LONGATTN_NATIVE_FLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    }
+    tests = [f"packages/kernels/tests/test_native_{name}.py" for name in ("rows", "bad_input", "lowering")]
+    session.run("pytest", *tests, *session.posargs, env=environment)
