@@ -15,8 +15,8 @@ from longattn.kernels.testing import Case
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Window
 
 LONGNET = Dilated((4, 8), (1, 2), causal=True)
-ROWS = pytest.mark.parametrize("name", backends())
-IN_FLOAT64 = [name for name in backends() if torch.float64 in row(name).capability.dtypes_on("cpu")]
+ROWS = pytest.mark.parametrize("name", backends("cpu"))
+IN_FLOAT64 = [name for name in backends("cpu") if torch.float64 in row(name).capability.dtypes_on("cpu")]
 CASES = [
     Case(LONGNET, (9, 12), batch=2, kv_heads=1, group=2, head_dim=4),
     Case(Restrict(Window(5), Dilated((4,), (2,))), (9, 9), batch=1, mask="bhqk", padding=True, head_dim=4),

@@ -18,7 +18,7 @@ HEAD_DIMS = (1, 5, 8, 64, 72, 200)
 
 ON_CPU = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
-    for name in backends()
+    for name in backends("cpu")
     for dtype in row(name).capability.dtypes_on("cpu")
     if not row(name).capability.devices or "cpu" in row(name).capability.devices
 ]
@@ -55,7 +55,7 @@ def test_declared_features(name: str, dtype: torch.dtype, feature: str):
     check_backend(name, case)
 
 
-@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("name", backends("cpu"))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(name: str, layout: str):
     """Strides of q, k, v, prior and cotangents change no result; the batch has two elements, so that they matter."""
@@ -64,7 +64,7 @@ def test_any_strides(name: str, layout: str):
         check_backend(name, Case(LONGNET, (24, 32), layouts=layouts, prior=which == 3))
 
 
-@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("name", backends("cpu"))
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("padding", [False, True])
 def test_any_mask(name: str, mask: str | None, padding: bool):
@@ -72,7 +72,7 @@ def test_any_mask(name: str, mask: str | None, padding: bool):
         check_backend(name, Case(pattern, (17, 21), group=2, mask=mask, padding=padding))
 
 
-@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("name", backends("cpu"))
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -89,7 +89,7 @@ def test_longer_than_a_strip(name: str, pattern: Pattern):
     check_backend(name, Case(pattern, (700, 700), batch=1, kv_heads=1, group=2, head_dim=4))
 
 
-@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("name", backends("cpu"))
 @pytest.mark.parametrize("lengths", [(0, 0), (0, 5), (1, 1), (1, 40), (3, 0)])
 @pytest.mark.parametrize("batch", [0, 1, 2])
 def test_nothing_is_fine(name: str, lengths: tuple[int, int], batch: int):
@@ -99,7 +99,7 @@ def test_nothing_is_fine(name: str, lengths: tuple[int, int], batch: int):
     check_backend(name, Case(pattern, lengths, batch=batch, mask="bhqk", padding=True))
 
 
-@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("name", backends("cpu"))
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 @pytest.mark.parametrize("pattern", [Full(causal=True), LONGNET, Window(3)], ids=str)
 def test_any_scale(name: str, scale: float, pattern: Pattern):
@@ -107,13 +107,13 @@ def test_any_scale(name: str, scale: float, pattern: Pattern):
     check_backend(name, Case(pattern, (20, 20), softmax_scale=scale))
 
 
-@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("name", backends("cpu"))
 def test_huge_logits(name: str):
     """Scores of several hundred neither overflow nor lose the row."""
     check_backend(name, Case(LONGNET, (40, 40), softmax_scale=40.0))
 
 
-@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("name", backends("cpu"))
 @settings(max_examples=8)
 @given(shift=st.integers(0, 30), keys=st.integers(1, 30))
 @example(shift=4, keys=8)
@@ -121,11 +121,11 @@ def test_rows_out_of_reach(name: str, shift: int, keys: int):
     """Queries before, within and past the keys: whoever sees nothing is zero with lse -inf, also when another row asked first."""
     for pattern in (Full(causal=True), Window(3), Window(3, causal=False), LONGNET):
         case = Case(pattern, (40, keys), q_spans=(Span(0, 40),), k_spans=(Span(shift, keys),), batch=1, head_dim=2)
-        for each in (*backends(), name):
+        for each in (*backends("cpu"), name):
             check_backend(each, case)
 
 
-@pytest.mark.parametrize("name", backends())
+@pytest.mark.parametrize("name", backends("cpu"))
 def test_strips_that_see_nothing_are_written(name: str):
     """Only the first strip of rows reaches the keys, whatever the height of a row's strips."""
     spans = {"q_spans": (Span(2040, 256),), "k_spans": (Span(0, 2048),)}

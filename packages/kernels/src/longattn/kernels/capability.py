@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 import torch
 
@@ -26,6 +27,7 @@ class Capability:
         max_head_dim: largest head_dim; None is any.
         listed, attention_mask, bias, bias_grad, key_padding, dropout, gqa, backward: whether supported.
         deterministic: device types on which equal inputs give equal bits; empty is any.
+        architectures: patterns of the architectures that can run it, such as "sm_9?"; empty is any. Asked only where one is named.
         tolerance: dtype -> (absolute, relative) error of outputs against the oracle on unit normal inputs; gradients get 4x.
     """
 
@@ -42,6 +44,7 @@ class Capability:
     gqa: bool = True
     backward: bool = True
     deterministic: tuple[str, ...] = ()
+    architectures: tuple[str, ...] = ()
 
     def dtypes_on(self, device: str) -> tuple[torch.dtype, ...]:
         """Element types on a device type."""
@@ -55,6 +58,9 @@ class Capability:
         elif problem.dtype not in self.dtypes_on(problem.device):
             names = ", ".join(dtype_name(d) for d in self.dtypes_on(problem.device))
             found.append(f"dtype={dtype_name(problem.dtype)} is not in {{{names}}} on {problem.device}")
+        named = problem.architecture if self.architectures else ""
+        if named and not any(fnmatch(named, pattern) for pattern in self.architectures):
+            found.append(f"architecture={named} is not in {{{', '.join(self.architectures)}}}")
         if self.max_head_dim is not None and problem.head_dim > self.max_head_dim:
             found.append(f"head_dim={problem.head_dim} is over {self.max_head_dim}")
         if problem.kv_heads != problem.heads and not self.gqa:

@@ -20,6 +20,9 @@ from longattn.kernels.capability import Capability
 from longattn.kernels.problem import AttentionProblem
 
 TABLE: dict[str, str] = {
+    "triton": "longattn.kernels.triton.row",
+    "sdpa_views": "longattn.kernels.torch_sdpa_views:FLASH",
+    "sdpa_views_cudnn": "longattn.kernels.torch_sdpa_views:CUDNN",
     "native": "longattn.kernels.native.row",
     "sdpa": "longattn.kernels.torch_sdpa",
     "gather": "longattn.kernels.torch_gather",
@@ -61,9 +64,16 @@ def row(name: str) -> Row:
     return Row(name, home.CAPABILITY, home.forward, home.backward, *machine)
 
 
-def backends() -> tuple[str, ...]:
-    """Names of the rows, in order of preference. Any of them may be given as `backend=`."""
-    return tuple(TABLE)
+def backends(device: str | None = None) -> tuple[str, ...]:
+    """Names of the rows, in order of preference. Any of them may be given as `backend=`.
+
+    device: only rows that declare this device type, such as "cpu". Default: all.
+    """
+    return tuple(name for name in TABLE if device is None or device in (row(name).capability.devices or (device,)))
+
+
+class RowFailure(RuntimeError):
+    """A row that was legal could not be made to run: its compiler failed. The row's `refusal` says so from then on."""
 
 
 def check_backend_name(backend: object) -> str | None:

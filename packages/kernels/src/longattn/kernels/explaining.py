@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from longattn.kernels.check import check_device_type, check_dtype, check_flag, check_shapes
 from longattn.kernels.dispatch import Explanation, check_backend_name, explain_problem, refusals
 from longattn.kernels.positions import last_positions
-from longattn.kernels.problem import AttentionProblem
+from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.patterncache import Pattern, Rectangle, Span
 
 _PLANNED_PAIRS = 1 << 24
@@ -21,6 +23,7 @@ def explain(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    architecture: str | None = None,
     is_causal: bool | None = None,
     attention_mask: bool = False,
     bias: bool = False,
@@ -39,6 +42,8 @@ def explain(
         q_shape, k_shape: (batch, seq, heads, head_dim); k_shape defaults to q_shape.
         dtype: default torch's default dtype.
         device: any device or type, such as "cuda", whether or not this machine has one. Default "cpu".
+        architecture: of that device, such as "sm_80", "sm_90" or "gfx942", whether or not this machine has one. Default: that of the
+            device where it is here, else none, and then no row asks.
         is_causal, backend: as in `attend`.
         attention_mask, bias, key_padding_mask, dropout, requires_grad, deterministic: whether the call would have them; a floating
             attention_mask is a bias, and requires_grad includes its gradient.
@@ -85,8 +90,28 @@ def explain(
         dropout=dropout,
         backward=requires_grad,
         deterministic=deterministic,
+        architecture=_architecture(device) if architecture is None else check_architecture(architecture),
     )
     return explain_problem(problem, backend, refusals())
+
+
+def _architecture(device: torch.device | str | None) -> str:
+    """Of a device that is here, else ""."""
+    found = torch.device("cpu" if device is None else device)
+    if found.type != "cuda" or (found.index or 0) >= torch.cuda.device_count():
+        return ""
+    return architecture_of(found)
+
+
+def check_architecture(architecture: object) -> str:
+    """Such as "sm_90" or "gfx942"."""
+    if not isinstance(architecture, str):
+        raise TypeError(
+            f"architecture must be None or a name such as 'sm_90' or 'gfx942', got {architecture!r} ({type(architecture).__name__})"
+        )
+    if not re.fullmatch(r"sm_\d+[af]?|gfx[0-9a-f]+", architecture):
+        raise ValueError(f"architecture must be None or a name such as 'sm_90' or 'gfx942', got {architecture!r}")
+    return architecture
 
 
 def _lists(pattern: Pattern, rectangle: Rectangle) -> bool:

@@ -7,19 +7,21 @@ autograd and the FLOP formula of the raw ops are registered here; `entry.attend`
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longattn.kernels.call import Call
-from longattn.kernels.dispatch import Row, select
+from longattn.kernels.dispatch import Row, RowFailure, logger, select
 from longattn.kernels.environment import Environment, find_environment
-from longattn.kernels.problem import AttentionProblem
+from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.kernels.state import state_dtype
 from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
 
+T = TypeVar("T")
 LIBRARY = torch.library.Library("longattn", "DEF")
 
 
@@ -100,6 +102,7 @@ def _prepare(
         prior=prior is not None,
         backward=asked.needs_grad,
         deterministic=asked.deterministic,
+        architecture=architecture_of(q.device),
     )
     row = select(problem, asked.backend or None)
     if asked.key_padding is not None:
@@ -134,6 +137,19 @@ def _four_axes(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))
 
 
+def _served(compute: Callable[[Row, Call], T], asked: tuple[Any, ...]) -> T:
+    """What the chosen row computes. One whose compiler fails refuses from then on, and the next serves, unless it was named."""
+    with torch._C._DisableAutocast():
+        while True:
+            row, call = _prepare(*asked)
+            try:
+                return compute(row, call)
+            except RowFailure as failure:
+                if asked[5].backend:
+                    raise
+                logger.warning("row %s: %s", row.name, failure)
+
+
 # Inside the ops autocast is off: a row's float32 products must stay float32. `entry.autocast` has cast q, k and v before.
 def _attend(
     q: Tensor,
@@ -146,9 +162,12 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     prior = None if prior_out is None or prior_lse is None else (prior_out, prior_lse)
     shared = Asked(*asked)
-    row, call = _prepare(q, k, v, bias, prior, shared, find_environment(shared.env))
-    with torch._C._DisableAutocast():
+    environment = find_environment(shared.env)
+
+    def compute(row: Row, call: Call) -> tuple[Tensor, Tensor]:
         return row.forward(call)
+
+    return _served(compute, (q, k, v, bias, prior, shared, environment))
 
 
 def _attend_backward(
@@ -163,9 +182,12 @@ def _attend_backward(
     *asked: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shared = Asked(*asked)
-    row, call = _prepare(q, k, v, bias, None, shared, find_environment(shared.env, may_be_gone=True))
-    with torch._C._DisableAutocast():
-        dq, dk, dv, dbias = row.backward(call, grad_out, grad_lse, out, lse, shared.bias_grad)
+    environment = find_environment(shared.env, may_be_gone=True)
+
+    def compute(row: Row, call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return row.backward(call, grad_out, grad_lse, out, lse, shared.bias_grad)
+
+    dq, dk, dv, dbias = _served(compute, (q, k, v, bias, None, shared, environment))
     return dq, dk, dv, q.new_empty(0) if dbias is None or bias is None else dbias.reshape(bias.shape)
 
 

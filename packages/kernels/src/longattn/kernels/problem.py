@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 
@@ -21,6 +22,7 @@ class AttentionProblem:
         prior: whether a state is merged in.
         backward: whether gradients will be wanted.
         deterministic: whether equal inputs must give equal bits.
+        architecture: of the device, such as "sm_90" or "gfx942"; "" where it has no name or none was given.
     """
 
     device: str
@@ -37,8 +39,19 @@ class AttentionProblem:
     prior: bool = False
     backward: bool = False
     deterministic: bool = False
+    architecture: str = ""
 
     def __str__(self) -> str:
         wanted = [f.name for f in fields(self) if getattr(self, f.name) is True]
+        where = f"{self.device} {self.architecture}".rstrip()
         heads = f"heads={self.heads} kv_heads={self.kv_heads} head_dim={self.head_dim}"
-        return " ".join([f"device={self.device} dtype={str(self.dtype).removeprefix('torch.')} {heads}", *wanted])
+        return " ".join([f"device={where} dtype={str(self.dtype).removeprefix('torch.')} {heads}", *wanted])
+
+
+@lru_cache
+def architecture_of(device: torch.device) -> str:
+    """The architecture of a device that is here: "sm_90" for CUDA, "gfx942" for ROCm, "" elsewhere."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    found = torch.cuda.get_device_properties(device)
+    return found.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"

@@ -6,6 +6,8 @@ and lse, so that its gradient is exact by itself: P = exp(s - lse), and the kern
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,16 +32,45 @@ _CELLS = (1 << 18, 1 << 22)
 """Least and most output numbers (or, under a mask, scores) that one call of torch's kernel may make: 1 to 16 MiB in float32."""
 
 
+Forward = Callable[[Tensor, Tensor, Tensor, bool, "Tensor | None", float], tuple[Tensor, Tensor]]
+"""A kernel of torch: (q, k, v, causal, additive mask, scale) to (out, lse), on (tiles, heads, rows, head_dim) views."""
+
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""Its gradient: (grad_out, q, k, v, out, lse, causal, additive mask, scale) to (dq, dk, dv), given the merged out and lse."""
+
+
+def _cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+
+
+def _cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
+    return forward_through(_cpu_forward, call)
+
+
+def backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32 (float64). torch's kernel has no gradient of a bias."""
+    return backward_through(_cpu_backward, call, grad_out, grad_lse, out, lse)
+
+
+def forward_through(kernel: Forward, call: Call) -> tuple[Tensor, Tensor]:
+    """`forward` tile by tile through one of torch's kernels."""
     out, lse = new_state(call, triangles=True)
     for tile in walk(call, triangles=True, cells=_cells(call)):
-        tile_out, tile_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *map(_dense, (tile.queries(call.q), tile.keys(call.k), tile.keys(call.v))),
-            is_causal=tile.causal,
-            attn_mask=_additive(tile, call.q.dtype),
-            scale=call.scale,
-        )
+        q, k, v = map(_dense, (tile.queries(call.q), tile.keys(call.k), tile.keys(call.v)))
+        tile_out, tile_lse = kernel(q, k, v, tile.causal, _additive(tile, call.q.dtype), call.scale)
         if tile.seen is not None:
             # torch reports 0 where every key is hidden.
             tile_lse = tile_lse.masked_fill(~tile.seen.any(-1), -torch.inf)
@@ -48,10 +79,10 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return finish(call, out), lse
 
 
-def backward(
-    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
+def backward_through(
+    kernel: Backward, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32 (float64). torch's kernel has no gradient of a bias."""
+    """`backward` tile by tile through the gradient of one of torch's kernels."""
     dtype, d = state_dtype(call.q.dtype), call.q.shape[-1]
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
     grad_out, out = grad_out.to(call.q.dtype), out.to(call.q.dtype)
@@ -62,14 +93,8 @@ def backward(
         parts = (tile.queries(grad_out), tile.queries(call.q), tile.keys(call.k), tile.keys(call.v), tile.queries(out))
         if grad_lse is not None:
             parts = _with_lse_column(*parts, tile.queries(grad_lse))
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *map(_dense, parts),
-            tile.queries(lse),
-            0.0,
-            tile.causal,
-            attn_mask=_additive(tile, call.q.dtype),
-            scale=call.scale,
-        )
+        mask = _additive(tile, call.q.dtype)
+        grads = kernel(*map(_dense, parts), tile.queries(lse), tile.causal, mask, call.scale)
         tile.add_queries(dq, grads[0][..., :d])
         tile.add_keys(dk, grads[1][..., :d])
         tile.add_keys(dv, grads[2][..., :d])
@@ -97,7 +122,9 @@ def _additive(tile: Tile, dtype: torch.dtype) -> Tensor | None:
     if tile.seen is None:
         return None
     # A float32 bias of a bfloat16 q stays float32: -100 is not the same as -100.5.
-    bias = torch.zeros((), dtype=dtype) if tile.bias is None else tile.bias.to(state_dtype(dtype))
+    bias = (
+        torch.zeros((), dtype=dtype, device=tile.seen.device) if tile.bias is None else tile.bias.to(state_dtype(dtype))
+    )
     return torch.where(tile.seen, bias, -torch.inf)
 
 

@@ -1,0 +1,215 @@
+# pyright: reportMissingImports=false
+"""Ahead of time: compile every shipped configuration for its target, without a GPU, and see what it needs.
+
+`python -m longattn.kernels.triton.ahead [ARCHITECTURE ...]` prints registers, shared memory, spills and occupancy of each line of
+the table, and fails where a line asks for more SRAM than its target has or keeps registers in memory. triton's own cache
+(TRITON_CACHE_DIR) makes a second run quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from longattn.kernels.triton.backward_kernel import keys_kernel
+from longattn.kernels.triton.configurations import ARCHITECTURES, TABLE, Architecture, Configuration
+from longattn.kernels.triton.forward_kernel import forward_kernel
+from longattn.kernels.triton.query_gradient_kernel import queries_kernel
+
+ELEMENTS = {2: "bf16", 4: "fp32"}
+"""The element type that stands for a size: bfloat16 and float16 need the same."""
+
+_KERNELS: dict[str, Any] = {
+    "forward": forward_kernel,
+    "decode": forward_kernel,
+    "backward_keys": keys_kernel,
+    "backward_queries": queries_kernel,
+}
+
+_FLAGS: dict[str, dict[str, Any]] = {
+    "forward": {"GROUP": 1, "PACK": 1, "FLIP": False},
+    "decode": {"GROUP": 8, "PACK": 8, "FLIP": False},
+    "backward_keys": {"GROUP": 1, "REDUCE": True},
+    "backward_queries": {"GROUP": 1, "ADD": False},
+}
+
+_ABSENT = ("mask", "bias", "padding", "prior_out", "prior_lse")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table, or one of your own, to compile."""
+
+    kernel: str
+    architecture: str
+    head_dim: int
+    element_size: int
+    configuration: Configuration
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a compiled line needs.
+
+    Attributes:
+        shared: bytes of SRAM a program. registers: 32-bit ones a thread. spilled: bytes a thread keeps in memory instead.
+        occupancy: the share of a multiprocessor's threads that fit at once, judged from registers and SRAM.
+    """
+
+    line: Line
+    shared: int
+    registers: int
+    spilled: int
+    occupancy: float
+
+    @property
+    def faults(self) -> list[str]:
+        """Why the line cannot ship, a sentence each."""
+        limit, found = ARCHITECTURES[self.line.architecture].shared, []
+        if self.shared > limit:
+            found.append(f"shared memory of {self.shared} bytes is over the {limit} of {self.line.architecture}")
+        if self.spilled:
+            found.append(f"{self.spilled} bytes a thread are spilled to memory")
+        return found
+
+    def __str__(self) -> str:
+        line, tile = self.line, self.line.configuration
+        said = f"{line.architecture:7} {line.kernel:17} D={line.head_dim:<3} {ELEMENTS[line.element_size]}"
+        said += f" {tile.owned:>3} x {tile.streamed:<3} {tile.warps} warps {tile.stages} stages"
+        said += f"  registers {self.registers:>3}  shared {self.shared:>6}  occupancy {self.occupancy:4.0%}"
+        return "  ".join([said, *self.faults])
+
+
+def lines(architectures: Iterator[str] | list[str]) -> list[Line]:
+    """Every shipped line of these architectures."""
+    return [
+        Line(kernel, arch, dim, size, tile)
+        for (kernel, arch, dim, size), tile in TABLE.items()
+        if arch in architectures
+    ]
+
+
+def source(line: Line, flags: dict[str, Any] | None = None) -> ASTSource:
+    """The kernel as a call with plain, contiguous tensors would specialise it; `flags` replace constants."""
+    kernel, tile = _KERNELS[line.kernel], line.configuration
+    own = "BLOCK_N" if line.kernel == "backward_keys" else "BLOCK_M"
+    other = "BLOCK_M" if line.kernel == "backward_keys" else "BLOCK_N"
+    constants = {
+        "HEAD_DIM": line.head_dim, "BLOCK_D": line.head_dim, own: tile.owned, other: tile.streamed, "LISTED": False,
+        "MASK_ALL": False, "DROPOUT": False, "PRECISION": "ieee", "UPCAST": False, **_FLAGS[line.kernel], **(flags or {}),
+    }  # fmt: skip
+    element, signature, attributes = ELEMENTS[line.element_size], {}, {}
+    values: dict[Any, Any] = dict(constants)
+    for at, name in enumerate(kernel.arg_names):
+        stem = name.removesuffix("_ptr").removesuffix("_strides")
+        if name in constants or stem in _ABSENT:
+            signature[name] = "constexpr"
+            values.setdefault(name, None)
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{_pointed(stem, element)}"
+            attributes[(at,)] = [["tt.divisibility", 16]]
+        elif name == "part_strides":
+            signature[name] = ("i64", "i64")
+        elif name.endswith("_strides"):
+            # The last axis of q, k, v and out is contiguous; the others are whole multiples of a row.
+            width = 3 if stem == "lse" else 4
+            signature[name] = ("i64",) * (width - 1) + (("i64",) if stem == "lse" else ("constexpr",))
+            attributes |= {(at, axis): [["tt.divisibility", 16]] for axis in range(3) if stem != "lse"}
+            if stem != "lse":
+                values[(at, 3)] = 1
+        else:
+            signature[name] = {
+                "scale": "fp32",
+                "sm_scale": "fp32",
+                "rescale": "fp32",
+                "seed": "i64",
+                "threshold": "i64",
+            }.get(name, "i32")
+    return ASTSource(kernel, signature, values, attributes)
+
+
+def _pointed(stem: str, element: str) -> str:
+    fixed = {
+        "lse": "fp32",
+        "delta": "fp32",
+        "pivot": "fp32",
+        "jobs": "i32",
+        "entries": "i32",
+        "rows": "i32",
+        "weights": "fp32",
+    }
+    return fixed.get(stem, "fp32" if stem == "dq" else element)
+
+
+def compile_line(line: Line, flags: dict[str, Any] | None = None) -> Need:
+    """Compile one line for its target and read what it needs."""
+    target = ARCHITECTURES[line.architecture]
+    options = {"num_warps": line.configuration.warps, "num_stages": line.configuration.stages}
+    kernel = triton.compile(
+        source(line, flags), target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
+    )
+    shared = kernel.metadata.shared
+    registers, spilled = _nvidia(kernel.asm["cubin"]) if target.backend == "cuda" else _amd(kernel.asm["amdgcn"])
+    return Need(line, shared, registers, spilled, _occupancy(target, line.configuration.warps, registers, shared))
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int]:
+    tool = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return tuple(int(re.search(rf"{word}:(\d+)", said)[1]) for word in ("REG", "STACK"))  # type: ignore[index, return-value]
+
+
+def _amd(text: str) -> tuple[int, int]:
+    words = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    count, spilled, private = (int(re.search(rf"\.{word}:\s+(\d+)", text)[1]) for word in words)  # type: ignore[index]
+    return count, max(4 * spilled, private)
+
+
+def _occupancy(target: Architecture, warps: int, registers: int, shared: int) -> float:
+    threads = warps * target.warp_size
+    fitting = min(
+        target.registers // (max(1, registers) * threads), target.shared // max(1, shared), target.threads // threads
+    )
+    return fitting * threads / target.threads
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile, print, and return 1 where a line has a fault."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("architectures", nargs="*", default=list(ARCHITECTURES), help=f"of {', '.join(ARCHITECTURES)}")
+    parser.add_argument("--jobs", type=int, default=None, help="processes; default one a core")
+    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    options = parser.parse_args(argv)
+    unknown = set(options.architectures) - set(ARCHITECTURES)
+    if unknown:
+        parser.error(f"architectures must be of {', '.join(ARCHITECTURES)}, got {', '.join(sorted(unknown))}")
+    found = [line for line in lines(options.architectures) if options.only in line.kernel]
+    with ProcessPoolExecutor(options.jobs) as pool:
+        needs = []
+        for need in pool.map(compile_line, found):
+            print(need, flush=True)
+            needs.append(need)
+    faulty = [need for need in needs if need.faults]
+    print(f"{len(needs)} configurations compiled, {len(faulty)} with a fault")
+    return 1 if faulty else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

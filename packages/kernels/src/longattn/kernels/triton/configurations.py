@@ -1,0 +1,157 @@
+"""Tile sizes: one table per architecture and head_dim. `ahead` compiles every line of it for its target and checks what it needs.
+
+A line is (rows of the owned tile, rows of the streamed tile, warps, pipeline stages). Lines are chosen by the element size as well: a
+float32 tile is twice as large, and its products without tf32 do not run on tensor cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEAD_DIMS = (16, 32, 64, 128, 256)
+"""Widths of tiles; a head_dim is padded to the next, in registers and SRAM only."""
+
+KERNELS = ("forward", "decode", "backward_keys", "backward_queries")
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One line of the table: rows of the owned and of the streamed tile, warps and pipeline stages of a program."""
+
+    owned: int
+    streamed: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a program may use there.
+
+    Attributes:
+        name: as `explain` takes it. backend, arch, warp_size: as triton's GPUTarget does.
+        shared: bytes of SRAM a program may have. registers: 32-bit ones of a multiprocessor (vector registers of a SIMD x 4).
+        threads: that a multiprocessor holds.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared: int
+    registers: int = 65536
+    threads: int = 2048
+
+
+ARCHITECTURES = {
+    found.name: found
+    for found in (
+        Architecture("sm_80", "cuda", 80, 32, 166_912),
+        Architecture("sm_90", "cuda", 90, 32, 232_448),
+        Architecture("sm_100", "cuda", 100, 32, 232_448),
+        Architecture("gfx942", "hip", "gfx942", 64, 65_536, registers=131_072),
+    )
+}
+
+
+Tile = tuple[int, int, int, int]
+
+_TILES: dict[str, dict[str, dict[int, tuple[Tile, ...]]]] = {
+    # kernel -> architecture -> element size -> a tile for each of HEAD_DIMS
+    "forward": {
+        "sm_80": {
+            2: ((128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
+            4: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+        },
+        "sm_90": {
+            2: ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+            4: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+        },
+        "sm_100": {
+            2: ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+            4: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+        },
+        "gfx942": {
+            2: ((128, 64, 4, 1), (128, 64, 4, 1), (128, 64, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
+            4: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        },
+    },
+    "backward_keys": {
+        "sm_80": {
+            2: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+            4: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        },
+        "sm_90": {
+            2: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+            4: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        },
+        "sm_100": {
+            2: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+            4: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        },
+        "gfx942": {
+            2: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+            4: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+        },
+    },
+    "backward_queries": {
+        "sm_80": {
+            2: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+            4: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        },
+        "sm_90": {
+            2: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+            4: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        },
+        "sm_100": {
+            2: ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 1)),
+            4: ((32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        },
+        "gfx942": {
+            2: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+            4: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1)),
+        },
+    },
+    "decode": {
+        name: {
+            2: ((64, 64, 4, stages), (64, 64, 4, stages), (64, 64, 4, stages), (64, 64, 4, stages), (64, 32, 4, 1)),
+            4: ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1), (32, 16, 8, 1)),
+        }
+        for name, stages in (("sm_80", 3), ("sm_90", 3), ("sm_100", 3), ("gfx942", 1))
+    },
+}
+
+TABLE: dict[tuple[str, str, int, int], Configuration] = {
+    (kernel, architecture, head_dim, size): Configuration(*tile)
+    for kernel, rows in _TILES.items()
+    for architecture, sizes in rows.items()
+    for size, tiles in sizes.items()
+    for head_dim, tile in zip(HEAD_DIMS, tiles, strict=True)
+}
+"""(kernel, architecture, head_dim, bytes an element) -> tile."""
+
+_INTERPRETED = Configuration(64, 64, 4, 1)
+"""Under the interpreter tiles cost by their number, not by their size."""
+
+
+def table_architecture(name: str) -> str:
+    """The table's architecture that serves the named one: itself, the nearest below, or the one that needs least SRAM.
+
+    sm_86, sm_89 and sm_12x have 99 KiB of SRAM a program: the tiles of gfx942, which has 64, fit there.
+    """
+    if name in ARCHITECTURES:
+        return name
+    if name.startswith("gfx"):
+        return "gfx942"
+    number = int(name.removeprefix("sm_").rstrip("af"))
+    if number // 10 in (10, 11):
+        return "sm_100"
+    return "sm_90" if number // 10 == 9 else "gfx942"
+
+
+def choose(kernel: str, architecture: str, head_dim: int, element_size: int) -> tuple[Configuration, int]:
+    """The tile of a kernel on an architecture ("" is the interpreter), and the width that head_dim is padded to."""
+    width = next(dim for dim in HEAD_DIMS if dim >= head_dim)
+    if not architecture:
+        return _INTERPRETED, width
+    return TABLE[kernel, table_architecture(architecture), width, element_size], width

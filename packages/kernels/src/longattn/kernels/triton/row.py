@@ -1,0 +1,64 @@
+"""Row "triton": the Triton family, for CUDA and ROCm. Light: triton is imported when the row is first used."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.call import Call
+from longattn.kernels.capability import Capability
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether triton, once imported, interprets its kernels on tensors of any device."""
+
+CAPABILITY = Capability(
+    devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
+    dtypes={"": (torch.float16, torch.bfloat16, torch.float32)},
+    tolerance={
+        torch.float32: (2e-5, 2e-5),
+        torch.float16: (4e-3, 4e-3),
+        torch.bfloat16: (3e-2, 3e-2),
+    },
+    max_head_dim=256,
+    dropout=True,
+    architectures=("sm_8?", "sm_9?", "sm_1??", "gfx90a", "gfx94?", "gfx950"),
+)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
+    from longattn.kernels.triton import launch
+
+    return launch.forward(call)
+
+
+def backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """(dq, dk, dv, None) in the dtypes of q, k, v. deterministic: queries own dq, keys own dk and dv; else dq is reduce-added."""
+    from longattn.kernels.triton import launch_backward
+
+    return launch_backward.backward(call, grad_out, grad_lse, out, lse)
+
+
+@lru_cache
+def _installed() -> str | None:
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "triton is not installed: pip install 'longattn-kernels[triton]'"
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return None if (major, minor) >= (3, 6) else f"triton={version} is older than 3.6"
+
+
+FAILURES: list[str] = []
+"""Configurations whose compilation failed in this process, and why."""
+
+
+def refusal() -> str | None:
+    """Why triton cannot serve here, or None. Whether a GPU is here is not asked: `explain` speaks of any device."""
+    return _installed() or (FAILURES[0] if FAILURES else None)

@@ -1,0 +1,111 @@
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
+"""What all kernels of the family share: how rows are found, what hides, biases or drops a score. Device functions only.
+
+Written once for either orientation: a tile of scores is (queries, keys) in the forward pass and (keys, queries) where keys own, and
+every function takes rows and positions that broadcast to its tile.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+JOB_WIDTH = tl.constexpr(10)
+ENTRY_WIDTH = tl.constexpr(8)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """a @ b in float32. UPCAST: the interpreter multiplies bfloat16 wrongly without a word, so it gets float32 of the same values."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def find_rows(rows_ptr, start, step, offs, count, LISTED: tl.constexpr):
+    """Row numbers, int32, of members `offs` of a run; where rows are gathered, the run is one of the table of rows."""
+    if LISTED:
+        # row numbers: HBM -> registers, for one tile
+        return tl.load(rows_ptr + start + offs, mask=offs < count, other=0)
+    return start + offs * step
+
+
+@triton.jit
+def load_tile(
+    ptr,
+    base,
+    rows,
+    row_stride,
+    dims,
+    dim_stride,
+    valid,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(rows, BLOCK_D) of a tensor; columns beyond HEAD_DIM, and with MASKED rows that are not valid, are 0."""
+    at = ptr + base + rows[:, None].to(tl.int64) * row_stride + dims[None, :] * dim_stride
+    if MASKED:
+        return tl.load(at, mask=valid[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    if HEAD_DIM < BLOCK_D:
+        return tl.load(at, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def hide(
+    scores, q_valid, k_valid, distance, low, high, batch, head, q_rows, k_rows,
+    mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
+):  # fmt: skip
+    """Scores (log2 units) plus bias, -inf where a band, a mask, a bias of -inf or padding hides, or where there is no row."""
+    # Rows beyond the last query are never stored, so only reading for them is masked.
+    seen = k_valid & (distance >= low) & (distance <= high)
+    q_rows, k_rows = q_rows.to(tl.int64), k_rows.to(tl.int64)
+    if padding_ptr is not None:
+        at = padding_ptr + batch * padding_strides[0] + k_rows * padding_strides[1]
+        # padding flags of the keys: HBM -> registers, for one tile
+        seen = seen & (tl.load(at, mask=k_valid, other=1) == 0)
+    if mask_ptr is not None:
+        at = (
+            mask_ptr
+            + batch * mask_strides[0]
+            + head * mask_strides[1]
+            + q_rows * mask_strides[2]
+            + k_rows * mask_strides[3]
+        )
+        # mask: HBM -> registers, for one tile
+        seen = seen & (tl.load(at, mask=q_valid & k_valid, other=0) != 0)
+    if bias_ptr is not None:
+        at = (
+            bias_ptr
+            + batch * bias_strides[0]
+            + head * bias_strides[1]
+            + q_rows * bias_strides[2]
+            + k_rows * bias_strides[3]
+        )
+        # bias: HBM -> registers, for one tile
+        bias = tl.load(at, mask=q_valid & k_valid, other=0.0).to(tl.float32)
+        scores += bias * LOG2_E
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def find_positions(origin, unit, rows):
+    """Positions of rows, in 32 bits that wrap: differences are right below 2^31, and dropout reads the low 32 bits."""
+    return origin + unit * rows
+
+
+@triton.jit
+def keep(seed, threshold, batch, head, q_positions, k_positions):
+    """Whether dropout keeps a pair: Philox4x32-10 of (key // 4, query, head, batch), lane key % 4; see longattn.kernels.philox."""
+    # Everything in the tile's shape, from the two positions' own.
+    keys = k_positions.to(tl.uint32, bitcast=True) + tl.zeros_like(q_positions).to(tl.uint32)
+    queries = q_positions.to(tl.uint32, bitcast=True) + tl.zeros_like(k_positions).to(tl.uint32)
+    lane = keys % 4
+    zero = tl.zeros_like(keys)
+    w0, w1, w2, w3 = tl.philox(seed, keys // 4, queries, zero + head.to(tl.uint32), zero + batch.to(tl.uint32))
+    word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
+    return word.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold

@@ -1,0 +1,173 @@
+"""The Triton kernels in triton's interpreter, on CPU tensors, against the oracle: outputs, lse and gradients.
+
+The interpreter is chosen by an environment variable before triton is imported, so the cases run in a process of their own: here, one
+test starts it; there, this same file is the suite. Tiles are 64 x 64, the least at which kernels run as on a device.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from longattn.kernels import AttentionState, attend, explain, merge
+from longattn.kernels.dispatch import row
+from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Window
+
+pytest.importorskip("triton", reason="triton is not installed: the extra longattn-kernels[triton]")
+
+INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
+
+LONGNET = Dilated((64, 128), (1, 2))
+BLOCKS = BlockSparse(32, [[(i + j) % 3 != 0 for j in range(5)] for i in range(5)])
+LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+if not INSIDE:
+
+    def test_in_a_process_of_its_own():
+        """Every case below, where triton was imported to interpret."""
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            str(Path(__file__).resolve()),
+        ]
+        run = subprocess.run(
+            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
+        )
+        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+else:
+    SMALL = Case(LONGNET, (70, 70), batch=1, kv_heads=1, group=2, head_dim=16)
+
+    @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+    @pytest.mark.parametrize(
+        ("pattern", "dtype"),
+        [(Full(), torch.float32), (Full(causal=True), HALF), (Window(40, sinks=5, causal=False), torch.float32),
+         (LONGNET, HALF), (LONGNET.with_causal(True), torch.float32), (BLOCKS, BRAIN)],
+        ids=str,
+    )  # fmt: skip
+    def test_patterns(pattern: Pattern, dtype: torch.dtype, deterministic: bool):
+        """Dense, causal, window with sinks, dilated in one launch and branch by branch, lists of blocks; grouped heads, ragged ends."""
+        torch.use_deterministic_algorithms(deterministic)
+        check_backend(
+            "triton",
+            replace(SMALL, pattern=pattern, dtype=dtype, lengths=(130, 130) if pattern is BLOCKS else (70, 70)),
+        )
+        torch.use_deterministic_algorithms(False)
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            replace(SMALL, prior=True, mask="bhqk", padding=True, head_dim=40),
+            replace(SMALL, pattern=Full(causal=True), mask="+hq", dropout_p=0.3, shard=(3, 8)),
+            replace(SMALL, pattern=Window(30), layouts=("strided_dim", "heads_first", "sliced", "plain", "expanded_dim")),
+            replace(SMALL, softmax_scale=-0.5, batch=2, dtype=HALF, prior=True),
+            replace(SMALL, softmax_scale=0.0, mask="k", pattern=Full(causal=True)),
+            replace(SMALL, softmax_scale=40.0, pattern=Full()),
+            replace(SMALL, pattern=LISTED, lengths=(12, 12), padding=True),
+            replace(SMALL, pattern=Dilated((16,), (1,)), lengths=(20, 12), q_spans=(Span(0, 20),), k_spans=(Span(8, 12),), prior=True),
+            replace(SMALL, lengths=(0, 5), pattern=Full()),
+            replace(SMALL, lengths=(4, 0), pattern=Full(), prior=True),
+            replace(SMALL, batch=0),
+        ],
+        ids=["masks", "bias_dropout", "strides", "negative_scale", "zero_scale", "huge_logits", "listed", "blind_rows",
+             "no_queries", "no_keys", "no_batch"],
+    )  # fmt: skip
+    def test_calls(case: Case):
+        """Masks, bias, padding, dropout, priors, strides, scales, rows that see nothing, and nothing at all."""
+        check_backend("triton", case)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, BRAIN])
+    @pytest.mark.parametrize("queries", [1, 3])
+    def test_decode_splits_keys(dtype: torch.dtype, queries: int):
+        """Few queries, many keys: heads that share a kv head are one tile, keys are split over programs, and partial states merge."""
+        from longattn.kernels.triton import launch
+
+        case = replace(SMALL, lengths=(queries, 400), pattern=Full(causal=True), dtype=dtype, prior=True, padding=True)
+        seen = []
+        merged = launch.merge_states
+        launch.merge_states = lambda *a: (seen.append(a[0].shape[0]), merged(*a))
+        try:
+            with torch.no_grad():
+                check = run_case(case, case.tensors(), backend="triton")
+        finally:
+            launch.merge_states = merged
+        expected = expect_case(case, case.tensors())
+        atol, rtol = row("triton").capability.tolerance[dtype]
+        assert seen == [3]
+        assert_near(check.out, expected.out, atol, rtol, "out")
+        assert_near(check.lse, expected.lse, atol, rtol, "lse")
+
+    def test_a_ring_read_as_it_lies():
+        """A full ring has no order: decoding over rotated slots is the same attention."""
+        q, k, v = (torch.randn(1, n, 2, 16) for n in (1, 300, 300))
+        expected = attend(q, k, v, Full(), backend="triton")
+        got = attend(q, *(x.roll(77, 1) for x in (k, v)), Full(), backend="triton")
+        torch.testing.assert_close(expected.out, got.out)
+
+    def test_equal_bits_when_deterministic():
+        """Gradients too."""
+        data = replace(SMALL, pattern=LONGNET.with_causal(True)).tensors()
+        found = []
+        for _ in range(2):
+            q, k, v = (x.clone().requires_grad_() for x in (data.q, data.k, data.v))
+            attend(
+                q, k, v, LONGNET.with_causal(True), backend="triton", deterministic=True
+            ).out.square().sum().backward()
+            found.append((q.grad, k.grad, v.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+    def test_the_merge_kernel_merges_like_merge():
+        """Any number of parts, and rows that saw nothing, whose memory was never written."""
+        from longattn.kernels.triton.launch import merge_states
+
+        out, lse = torch.randn(3, 1, 5, 2, 24), torch.randn(3, 1, 5, 2)
+        lse[1, :, 2:] = lse[:, :, 4] = -torch.inf
+        expected = AttentionState.empty(out[0])
+        for a, b in zip(out * (lse > -torch.inf).unsqueeze(-1), lse, strict=True):
+            expected = merge(expected, AttentionState(a, b))
+        out[(lse == -torch.inf)] = torch.nan
+        got = torch.full_like(out[0], torch.nan), torch.full_like(lse[0], torch.nan)
+        merge_states(out, lse, None, *got)
+        assert_near(got[0], expected.out, 1e-6, 1e-6, "out")
+        assert_near(got[1], expected.lse, 1e-6, 1e-6, "lse")
+
+    def test_transforms_and_graphs():
+        """opcheck, fullgraph compile, vmap and a checkpoint, as for every row: the op hides the kernels."""
+        q = torch.randn(1, 20, 2, 16, requires_grad=True)
+        k, v = torch.randn(2, 1, 20, 2, 16).unbind()
+
+        def loss(q: torch.Tensor) -> torch.Tensor:
+            return attend(q, k, v, Full(causal=True), backend="triton").out.sum()
+
+        eager = torch.autograd.grad(loss(q), q)[0]
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(torch.autograd.grad(compiled(q), q)[0], eager)
+        again = torch.utils.checkpoint.checkpoint(loss, q, use_reentrant=False)
+        assert isinstance(again, torch.Tensor)
+        torch.testing.assert_close(torch.autograd.grad(again, q)[0], eager)
+        mapped = torch.func.vmap(torch.func.grad(loss))(torch.stack([q.detach(), q.detach() * 2]))
+        torch.testing.assert_close(mapped[0], eager)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert attend(q, k, v, Full(), backend="triton", out_dtype=BRAIN).out.dtype == BRAIN
+
+    def test_the_row_is_first_where_it_can_serve():
+        """On CPU tensors only while interpreting."""
+        assert explain(Full(), (1, 8, 2, 16), dtype=torch.float32).backend == "triton"
+        assert (
+            attend(*torch.randn(3, 1, 8, 1, 4), Full(), backend="triton", sink_logits=torch.zeros(1))
+            .out.isfinite()
+            .all()
+        )
