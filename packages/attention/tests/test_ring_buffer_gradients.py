@@ -124,6 +124,26 @@ def test_a_rewound_token_gets_no_gradient():
     assert grad[1:, 1, :2].all()
 
 
+def test_what_happens_to_the_rings_before_backward_does_not_matter():
+    """Going on, rewinding to the start and writing anew leave gradients as they are, sinks' part included."""
+    module = module_of(sinks=2, bptt_calls=1)
+    grads = []
+    for changed in (False, True):
+        x = torch.randn(
+            3, 1, 12, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        ).requires_grad_()
+        with torch.no_grad():
+            _, state = module(*x[:, :, :9])
+        out, _ = module(*x[:, :, 9:], buffer_state=state)
+        if changed:
+            module(*x[:, :, :9].detach(), buffer_state=state)
+            state.rewind(2)
+            for ring in (state.kv.main, state.kv.evicted):
+                ring.clear(0, ring.slots)
+        grads.append(torch.autograd.grad(out.square().sum(), x)[0])
+    assert torch.equal(*grads)
+
+
 def test_padding_and_stale_slots_give_no_nan_to_any_gradient():
     """What padded tokens hold reaches neither output nor gradient, in this call or a later one."""
     module = module_of(bptt_calls=1)

@@ -87,8 +87,9 @@ def _with_graph(rings: Rings, start: int, stop: int) -> Iterator[tuple[Tensor, T
     flows = rings.backward.start
     border = stop if flows is None else min(max(flows, start), stop)
     for keys, values, position in _as_they_lie(rings, start, border):
-        # The ring is written in place before backward looks.
-        yield keys.clone(), values.clone(), position
+        # The ring is written in place before backward looks. What is joined with other keys is copied there; sinks may stand alone.
+        alone = position < rings.geometry.sinks
+        yield (keys.clone(), values.clone(), position) if alone else (keys, values, position)
     for segment in rings.backward.between(border, stop):
         yield segment.k, segment.v, segment.start
 
