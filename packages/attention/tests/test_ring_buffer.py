@@ -1,9 +1,11 @@
 """What calls of `RingBufferAttention` return: every phase, mask and option, beside the oracle over a list of all tokens."""
 
 import copy
+import gc
 import io
 import pickle
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longattn.attention import RingBufferAttention, RingBufferConfig, RingBufferState
+from longattn.attention.ring_buffer import linear_ring
 from longattn.attention.ring_buffer.testing import StreamModel, stale_slots_hold_nan
+from longattn.bufmgr import get_global_memory_pool
 from longattn.kernels import reference_attention
 
 
@@ -304,7 +308,25 @@ def test_rows_begin_at_a_cache_line(head_dim, dtype):
     for plane in state.kv.main.planes:
         assert plane.data_ptr() % 64 == 0
         assert all(stride * dtype.itemsize % 64 == 0 for stride in plane.stride()[:3])
+    assert len({plane.untyped_storage().data_ptr() for plane in state.kv.main.planes}) == 1
     assert (state.write_pointers, state.read_pointers) == ([2, 2], [2, 2])
+
+
+def test_rings_are_leases_of_the_global_pool():
+    """Keys and values are one buffer of type CACHE, which goes back when the last state that sees it is gone."""
+    module = attention(64, head_dim=16)
+    with mock.patch.object(linear_ring, "get_global_memory_pool") as pool:
+        pool.return_value.empty.side_effect = lambda shape, dtype, device, role: torch.zeros(shape, dtype=dtype)
+        module.new_state(2)
+        roles = [call.args[3] for call in pool.return_value.empty.call_args_list]
+    assert roles == ["cache", "cache"]
+    state = module.new_state(2)
+    held = get_global_memory_pool().get_stats()["total_allocated"]
+    assert held >= state.nbytes
+    again = state.kv.main.storage.data_ptr()
+    del state
+    gc.collect()
+    assert module.new_state(2).kv.main.storage.data_ptr() == again
 
 
 def test_threads_with_states_of_their_own_share_a_module():
