@@ -1,0 +1,85 @@
+// The native row without Python, for machines that only an emulator runs: one call forward and backward beside the definition in double.
+//
+// Two query heads share a kv head; causal; keys at even rows count twice. Exits with 1 where a number differs.
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "attend.cpp"
+
+constexpr int64_t N = 150, HEADS = 2, DIM = 20;
+typedef std::vector<float> Numbers;
+
+static Numbers random_numbers(int64_t n) {
+    Numbers x(n);
+    for (float& y : x) y = float(rand()) / RAND_MAX * 2 - 1;
+    return x;
+}
+
+static Tensor tensor(Numbers& x, int64_t heads, int64_t dim) {
+    return Tensor{(char*)x.data(), N * heads * dim, heads * dim, dim, FLOAT32};
+}
+
+static int failures = 0;
+
+static void near(const char* name, const Numbers& got, const std::vector<double>& expected) {
+    int far = 0;  // NaN is far as well
+    for (size_t i = 0; i < got.size(); i++) far += !(std::fabs(got[i] - expected[i]) < 2e-5);
+    printf("%s: %d of %zu far off\n", name, far, got.size());
+    failures += far;
+}
+
+int main() {
+    const double scale = 0.7;
+    Numbers q = random_numbers(N * HEADS * DIM), k = random_numbers(N * DIM), v = random_numbers(N * DIM);
+    Numbers grad = random_numbers(N * HEADS * DIM), out(q.size(), NAN), lse(N * HEADS, NAN);
+    Numbers dq(q.size(), NAN), dk(k.size(), 0), dv(v.size(), 0);
+    const int64_t offsets[] = {0, 1};
+    const float log2_count[] = {1, 0};
+    const int64_t far = int64_t(1) << 62;
+    RowSet keys{nullptr, 0, 0, 2, 2, offsets, 1, log2_count, N, 0, 1, 0, far};
+    Job job{0, 1, HEADS, 1, {nullptr, 0, 0, 1, 1, nullptr, 1, nullptr, N, 0, 1, -far, far}, &keys, 1, 1};
+    Call call{};
+    call.q = tensor(q, HEADS, DIM), call.k = tensor(k, 1, DIM), call.v = tensor(v, 1, DIM), call.out = tensor(out, HEADS, DIM);
+    call.lse = tensor(lse, HEADS, 1);
+    call.jobs = &job, call.job_count = 1, call.batch = 1, call.queries = call.keys = N, call.heads = HEADS, call.kv_heads = 1;
+    call.dim = DIM, call.scale = scale, call.threads = 2, call.rows = 96, call.key_parts = 1;
+    Numbers scratch(2 * longattn_scratch(&call));
+    call.scratch = scratch.data();
+    longattn_attend(&call);
+    call.grad_out = tensor(grad, HEADS, DIM), call.dq = tensor(dq, HEADS, DIM);
+    call.dk = tensor(dk, 1, DIM), call.dv = tensor(dv, 1, DIM);
+    scratch.resize(2 * longattn_scratch(&call));
+    call.scratch = scratch.data();
+    longattn_attend_backward(&call);
+
+    std::vector<double> o(q.size()), l(lse.size()), eq(q.size()), ek(k.size()), ev(v.size());
+    for (int64_t i = 0; i < N; i++)
+        for (int64_t h = 0; h < HEADS; h++) {
+            const int64_t at = (i * HEADS + h) * DIM;
+            std::vector<double> p(i + 1);
+            double total = 0, delta = 0;
+            for (int64_t j = 0; j <= i; j++) {
+                double s = 0;
+                for (int64_t d = 0; d < DIM; d++) s += scale * q[at + d] * k[j * DIM + d];
+                total += p[j] = std::exp(s) * (j % 2 ? 1 : 2);
+            }
+            l[i * HEADS + h] = std::log(total);
+            for (int64_t j = 0; j <= i; j++)
+                for (int64_t d = 0; d < DIM; d++) o[at + d] += p[j] / total * v[j * DIM + d];
+            for (int64_t d = 0; d < DIM; d++) delta += o[at + d] * grad[at + d];
+            for (int64_t j = 0; j <= i; j++) {
+                double dp = 0;
+                for (int64_t d = 0; d < DIM; d++) dp += grad[at + d] * v[j * DIM + d];
+                const double ds = p[j] / total * (dp - delta) * scale;
+                for (int64_t d = 0; d < DIM; d++) {
+                    eq[at + d] += ds * k[j * DIM + d];
+                    ek[j * DIM + d] += ds * q[at + d];
+                    ev[j * DIM + d] += p[j] / total * grad[at + d];
+                }
+            }
+        }
+    near("out", out, o), near("lse", lse, l), near("dq", dq, eq), near("dk", dk, ek), near("dv", dv, ev);
+    printf("%d floats a vector\n", VL);
+    return failures ? 1 : 0;
+}
