@@ -25,6 +25,7 @@ EXPECTED = {
         build_on_one check_same_plan plan_digest plan_from_bytes plan_to_bytes
         DeviceTier IndexTensors get_global_device_tier
         Periodic
+        ByHead
         """,
     "kernels": """
         attend AttentionState merge reference_attention fused_attention Environment

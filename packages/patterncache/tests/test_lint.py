@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from longattn.patterncache import (
     BlockSparse,
+    ByHead,
     Dilated,
     Documents,
     Full,
@@ -85,6 +86,12 @@ def test_gaps_are_residues_that_no_head_shows(pattern, num_heads):
         missing = tuple(np.flatnonzero(~shown[: min(rate, segment)]).tolist())
         expected += [Gap(segment, rate, missing)] if missing else []
     assert list(lint(pattern, 7, num_heads).gaps) == expected
+
+
+def test_gaps_of_a_group_are_those_of_its_heads():
+    """Two heads of rate 4 cover two residues, whatever the others do."""
+    pattern = ByHead([(Span(0, 2), Dilated((8,), (4,))), (Span(2, 2), Full())])
+    assert lint(pattern, 16, 4).gaps == (Gap(8, 4, (2, 3)),)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from longattn.patterncache import Dilated, Documents, Full, HierarchicalBlocks, Rectangle, Span, Strided, Window
+from longattn.patterncache import ByHead, Dilated, Documents, Full, HierarchicalBlocks, Rectangle, Span, Strided, Window
 from longattn.patterncache.testing import check_pattern, documents, hierarchical_blocks, patterns, rectangles, strided
 
 
@@ -71,6 +71,29 @@ def test_a_long_plan_holds_strides_only():
         assert plan.nbytes == 0 and len(plan.branches) <= most
 
 
+@st.composite
+def by_head(draw, num_heads):
+    """Any groups of some of so many heads."""
+    step = draw(st.integers(1, 2))
+    groups = [Span(first, len(range(first, num_heads, step)), step) for first in range(min(step, num_heads))]
+    return ByHead([(heads, draw(patterns(0))) for heads in groups])
+
+
+@given(st.data(), rectangles())
+def test_groups_of_heads_keep_every_promise_of_a_pattern(data, rectangle):
+    """Evenly spaced heads included, seen from any heads of a rectangle."""
+    check_pattern(data.draw(by_head(rectangle.num_heads)), rectangle)
+
+
+def test_each_head_sees_by_its_own_pattern():
+    """And a head of no group sees nothing; groups have no order."""
+    pattern = ByHead([(Span(2, 1), Window(2)), (Span(0, 1), Full(causal=True))])
+    counts = pattern.counts(square(5, 4))
+    for head, own in ((0, Full(causal=True)), (2, Window(2))):
+        np.testing.assert_array_equal(counts[head], own.counts(square(5, 1))[0])
+    assert not counts[[1, 3]].any() and pattern == ByHead(pattern.parts[::-1])
+
+
 @pytest.mark.parametrize(
     ("build", "error", "words"),
     [
@@ -80,6 +103,14 @@ def test_a_long_plan_holds_strides_only():
         (lambda: HierarchicalBlocks(4, fanout=1), ValueError, "fanout must be an integer >= 2"),
         (lambda: HierarchicalBlocks(4, levels=1.0), TypeError, "levels"),
         (lambda: HierarchicalBlocks(4, levels=64, fanout=2), ValueError, "levels must keep the outermost block"),
+        (
+            lambda: ByHead([(Span(0, 3), Full()), (Span(2, 2), Full())]),
+            ValueError,
+            r"parts\[1\] must not overlap .*\[2\]",
+        ),
+        (lambda: ByHead([(3, Full())]), TypeError, "must be a Span of heads"),
+        (lambda: ByHead([]), TypeError, "parts must be a sequence of at least one"),
+        (lambda: ByHead([(Span(0, 3), Full())]).plan(square(4, 2)), ValueError, "heads must lie below num_heads=2"),
         (lambda: Documents([0]), ValueError, "cu_seqlens must begin with 0, .*at least two"),
         (lambda: Documents([1, 4]), ValueError, "cu_seqlens must begin with 0"),
         (lambda: Documents([0, 4, 3]), ValueError, "never fall"),

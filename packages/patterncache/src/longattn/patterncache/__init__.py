@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from longattn.patterncache.band import pieces
     from longattn.patterncache.block_layout import BlockLayout
     from longattn.patterncache.block_sparse import BlockSparse
+    from longattn.patterncache.by_head import ByHead
     from longattn.patterncache.cache import PatternCache
     from longattn.patterncache.compressed_rows import IndexArrays, index_arrays
     from longattn.patterncache.device_tier import DeviceTier, IndexTensors
@@ -44,6 +45,7 @@ _HOME = {
     "BlockLayout": "block_layout",
     "BlockSparse": "block_sparse",
     "Branch": "plan",
+    "ByHead": "by_head",
     "CacheView": "view",
     "DeviceTier": "device_tier",
     "Dilated": "dilated",
@@ -94,6 +96,7 @@ __all__ = [
     "BlockLayout",
     "BlockSparse",
     "Branch",
+    "ByHead",
     "CacheView",
     "DeviceTier",
     "Dilated",

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
+from longattn.patterncache.by_head import ByHead
 from longattn.patterncache.compressed_rows import head_classes
 from longattn.patterncache.dilated import Dilated
-from longattn.patterncache.index import Affine, Rows, Span, check_int
+from longattn.patterncache.index import Affine, Rectangle, Rows, Span, check_int
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.plan import Branch, Plan
 from longattn.patterncache.reach import count_islands, direct_depth, layers_needed
@@ -160,7 +161,7 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
         islands=apart,
         layers=depth,
         layers_known=known,
-        gaps=tuple(_gaps(pattern, num_heads)),
+        gaps=tuple(_gaps(pattern, square(0, num_heads))),
         blind=blind.count,
         starved=starved.count - (0 in starved.first),
         first_starved=tuple(position for position in starved.first if position)[:8],
@@ -246,17 +247,21 @@ class _Tally:
         self.first = sorted(self.first)[:9]
 
 
-def _gaps(pattern: Pattern, num_heads: int) -> Iterator[Gap]:
-    """Uncovered residues of every dilated branch in a pattern, its parts included."""
+def _gaps(pattern: Pattern, rectangle: Rectangle) -> Iterator[Gap]:
+    """Uncovered residues of every dilated branch in a pattern, its parts included, among the heads of a rectangle."""
+    parts: tuple[Pattern, ...] = ()
     if isinstance(pattern, Restrict):
-        parts: tuple[Pattern, ...] = (pattern.a, pattern.b)
-    else:
-        parts = tuple(pattern.parts) if isinstance(pattern, (Union, Intersection, Sum)) else ()
+        parts = (pattern.a, pattern.b)
+    elif isinstance(pattern, (Union, Intersection, Sum)):
+        parts = tuple(pattern.parts)
+    elif isinstance(pattern, ByHead):
+        for heads, part in pattern.parts:
+            yield from _gaps(part, replace(rectangle, heads=heads))
     for part in parts:
-        yield from _gaps(part, num_heads)
+        yield from _gaps(part, rectangle)
     if isinstance(pattern, Dilated):
         for b, (segment, rate) in enumerate(zip(pattern.segment_lengths, pattern.dilation_rates, strict=True)):
-            covered = {offset for heads, offset in pattern.head_classes(b, square(0, num_heads)) if heads.length}
+            covered = {offset for heads, offset in pattern.head_classes(b, rectangle) if heads.length}
             missing = tuple(residue for residue in range(min(rate, segment)) if residue not in covered)
             if missing:
                 yield Gap(segment, rate, missing)

@@ -30,6 +30,7 @@ _REGISTRY: dict[str, type[Pattern]] = {}
 _HOME = {
     "block_layout": "block_layout",
     "block_sparse": "block_sparse",
+    "by_head": "by_head",
     "dilated": "dilated",
     "documents": "documents",
     "full": "window",
