@@ -12,6 +12,8 @@ EXPECTED = {
         AttentionBufferManager create_attention_buffer_manager
         MemoryPool get_global_memory_pool reset_global_memory_pool
         Allocator TensorAllocator Block SystemAllocator StatisticsAllocator LimitingAllocator Statistics
+        ArenaAllocator LoggingAllocator FailureCallbackAllocator
+        PreparedSlot BufferScope OutstandingBuffer Strategy MemoryReading read_device_memory
         """,
     "patterncache": """
         Full Window Dilated Strided HierarchicalBlocks Documents BlockSparse BlockLayout
@@ -33,7 +35,7 @@ EXPECTED = {
         """,
     "attention": """
         pattern_attention PatternAttention MultiheadPatternAttention attention_weights
-        Schedule Local Ring SparsePatternConfig Wiring
+        Schedule Local Ring AllGather Ulysses choose shard_sequence unshard_sequence SparsePatternConfig Wiring
         RingBufferAttention RingBufferConfig RingBufferState TileOrder TileType
         DilatedAttention ImprovedDilatedAttention ImprovedDilatedAttentionV2
         RingDilatedAttentionV2 RingDilatedAttentionV3 BlockSparseRingDilatedAttention

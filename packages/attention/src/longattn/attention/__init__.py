@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
+    from longattn.attention.all_gather import (
+        AllGather,
+    )
     from longattn.attention.attention_config import (
         AttentionConfig,
     )
@@ -66,8 +69,18 @@ if TYPE_CHECKING:
         Local,
         Schedule,
     )
+    from longattn.attention.sharding import (
+        shard_sequence,
+        unshard_sequence,
+    )
     from longattn.attention.sparse_config import (
         SparsePatternConfig,
+    )
+    from longattn.attention.traffic import (
+        choose,
+    )
+    from longattn.attention.ulysses import (
+        Ulysses,
     )
     from longattn.attention.weights import (
         attention_weights,
@@ -81,6 +94,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "AllGather": "all_gather",
     "AttentionConfig": "attention_config",
     "BlockSparseRingDilatedAttention": "presets",
     "BlockSparseRingMultiheadDilatedAttention": "multihead_presets",
@@ -108,18 +122,23 @@ _HOME = {
     "SparsePatternConfig": "sparse_config",
     "TileOrder": "ring_buffer.config",
     "TileType": "ring_buffer.config",
+    "Ulysses": "ulysses",
     "Wiring": "wiring",
     "attention_weights": "weights",
     "build_attention": "factory",
+    "choose": "traffic",
     "create_attention": "factory",
     "pattern_attention": "functional",
     "register_attention": "factory",
     "register_with_transformers": "huggingface",
     "register_with_xformers": "xformers_registry",
+    "shard_sequence": "sharding",
     "sparse_attention_weights": "weights",
+    "unshard_sequence": "sharding",
 }
 
 __all__ = [
+    "AllGather",
     "AttentionConfig",
     "BlockSparseRingDilatedAttention",
     "BlockSparseRingMultiheadDilatedAttention",
@@ -147,15 +166,19 @@ __all__ = [
     "SparsePatternConfig",
     "TileOrder",
     "TileType",
+    "Ulysses",
     "Wiring",
     "attention_weights",
     "build_attention",
+    "choose",
     "create_attention",
     "pattern_attention",
     "register_attention",
     "register_with_transformers",
     "register_with_xformers",
+    "shard_sequence",
     "sparse_attention_weights",
+    "unshard_sequence",
 ]
 
 if not TYPE_CHECKING:

@@ -1,0 +1,120 @@
+"""`python -m benchmarks.ring_figures [bytes | time | memory]`: rings across processes, as rows of `benchmarks/results/ring.csv`.
+
+Bytes and balance are counted from the plans, and the bytes of a forward held against what the transport of 4 gloo processes really sent.
+Times are wall clock of the slowest of 2 processes with a thread each, side by side in one run. A peer that is not installed has no row;
+ring-attention-pytorch (lucidrains) is found where PYTHONPATH leads to it.
+"""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+
+from benchmarks import record
+from benchmarks.figures import Figure
+from longattn.attention.layouts import LAYOUTS
+from longattn.attention.traffic import Call, full_ring_bytes, ring_traffic
+from longattn.patterncache import Dilated, Full
+
+LENGTH, RANKS = 65536, 4
+LISTS = (((2048, 4096, 8192), (1, 2, 4)), ((2048, 8192, 32768), (1, 4, 16)))
+
+
+def ask(world: int, task: str, size: int) -> object:
+    """The answer of rank 0 of a world of `benchmarks.ring_rank`.
+
+    Raises:
+        RuntimeError: a rank failed; the message ends with what it wrote.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.ring_rank", str(world)]
+        ranks = [
+            subprocess.Popen(
+                [*command, str(rank), folder, task, str(size)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(world)
+        ]
+        answers = [rank.communicate(timeout=600) for rank in ranks]
+    for process, (_, errors) in zip(ranks, answers, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"{task} on {world} ranks: {errors[-1000:]}")
+    return json.loads(answers[0][0].strip().splitlines()[-1])
+
+
+def bytes_sent() -> Iterator[Figure]:
+    """Of a forward at 64K tokens on 4 ranks, bfloat16, H=8, D=64; and the slowest rank's work."""
+    really = ask(RANKS, "sent", LENGTH)
+    assert isinstance(really, list)
+    for segments, rates in LISTS:
+        for causal in (False, True):
+            pattern = Dilated(segments, rates, causal=causal)
+            call = Call(pattern, LENGTH, RANKS, 8, 8)
+            forward, full = ring_traffic(call).forward, full_ring_bytes(call)
+            counted = ring_traffic(Call(pattern, LENGTH, RANKS, 8, 8, 2, dtype=torch.float32)).forward
+            setting = f"{RANKS} ranks, {LENGTH} tokens, {'/'.join(map(str, segments))} x {'/'.join(map(str, rates))}"
+            setting += ", causal" if causal else ""
+            most = 0.0 if rates[-1] == 4 else 0.05
+            beside = f"{forward} of {full} bytes, bfloat16, H=8, D=64"
+            yield Figure("bytes sent, share of a full ring's", setting, "ratio", forward / full, beside, most=most)
+            sent = really.pop(0)
+            yield Figure("bytes the transport sent, less those counted", setting + ", D=2", "bytes", sent - counted, f"{sent} sent", 0, 0)  # fmt: skip
+    for name, pattern in (("full", Full(causal=True)), ("dilated", Dilated(*LISTS[1], causal=True))):
+        found = {layout: ring_traffic(Call(pattern, LENGTH, RANKS, 8, 8), layout).imbalance for layout in LAYOUTS}
+        beside = f"contiguous {found['contiguous']:.3f}; striped {found['striped']:.3f}"
+        yield Figure("work of the slowest rank over the mean, zigzag", f"{RANKS} ranks, {LENGTH} tokens, {name}, causal", "ratio", found["zigzag"], beside, most=1.05)  # fmt: skip
+
+
+def timed() -> Iterator[Figure]:
+    """Forward and backward at 16K tokens on 2 processes, dense causal, float32, zigzag."""
+    found = ask(2, "time", 16384)
+    assert isinstance(found, dict)
+    ring, setting = found.pop("ring"), "2 ranks, 16384 tokens, full causal, forward+backward, H=2, D=64"
+    local = found.pop("local computations")
+    beside = f"ring {ring:.0f} ms; local {local:.0f} ms"
+    yield Figure("ring, over its local computations", setting, "ratio", ring / local, beside, most=1.15)
+    for peer, taken in found.items():
+        yield Figure(f"{peer}, over the ring", setting, "ratio", taken / ring, f"{taken:.0f} ms", least=1.0)
+
+
+def remembered() -> Iterator[Figure]:
+    """Peak memory of a rank beside its own q + k + v."""
+    for world in (1, 2, 4):
+        growth = ask(world, "memory", 16384)
+        assert isinstance(growth, float)
+        yield Figure("peak memory of a rank over its q+k+v", f"{world} ranks, 16384 tokens, full causal, forward+backward, H=2, D=64", "ratio", growth)  # fmt: skip
+
+
+GROUPS = {"bytes": bytes_sent, "time": timed, "memory": remembered}
+
+
+def main() -> int:
+    """Measure what is asked for, print it, and append it to the results."""
+    path = record.RESULTS / "ring.csv"
+    where = asdict(record.surroundings()) | {"threads": 1}
+    for name in sys.argv[1:] or GROUPS:
+        for figure in GROUPS[name]():
+            row = {**asdict(figure), "ours": round(figure.ours, 4), "verdict": figure.verdict, **where}
+            text = io.StringIO()
+            writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
+            if not path.exists():
+                writer.writeheader()
+            writer.writerow(row)
+            with path.open("a") as file:
+                file.write(text.getvalue())
+            print(figure.name, figure.setting, row["ours"], figure.unit, figure.beside, figure.verdict, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""One rank of a ring benchmark: `python -m benchmarks.ring_rank WORLD RANK FOLDER TASK SIZE`. Rank 0 prints the answer as JSON.
+
+TASK "sent": bytes that all ranks' transports send in a forward over dilated attention of SIZE tokens. TASK "time": one forward and
+backward of causal attention over SIZE tokens, interleaved with its peers, in milliseconds of the slowest rank.
+"""
+
+import gc
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.memory import ResidentPeak
+from longattn.attention import Ring, pattern_attention, shard_sequence
+from longattn.attention.layouts import LAYOUTS
+from longattn.attention.transport import watch
+from longattn.kernels import attend
+from longattn.patterncache import Dilated, Full, Pattern
+
+HEADS = 2
+"""Few, so that the slowest peer ends within a minute; ratios do not depend on it."""
+
+
+def sent(segments: list[int], rates: list[int], causal: bool, length: int) -> int:
+    """Bytes of one forward, H=8, D=2, float32, by the transport's own count, over all ranks."""
+    ring = Ring(dist.group.WORLD, lengths=length)
+    x = torch.randn(1, length // dist.get_world_size(), 8, 2)
+    with watch() as events, torch.no_grad():
+        pattern_attention(x, x, x, Dilated(segments, rates, causal=causal), schedule=ring)
+    total = torch.tensor(sum(event.nbytes for event in events))
+    dist.all_reduce(total)
+    return int(total)
+
+
+class _Gathered(torch.autograd.Function):
+    """torch's own all-gather of a shard along the sequence; backward is its reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        stacked = torch.stack(gradient.chunk(dist.get_world_size(), 1))
+        mine = torch.empty_like(stacked[0])
+        dist.reduce_scatter_tensor(mine, stacked)
+        return mine
+
+
+def contenders(pattern: Pattern, length: int) -> dict[str, Callable[[], object]]:
+    """Forward and backward of one rank's share, by name."""
+    ring = Ring(dist.group.WORLD, layout="zigzag", lengths=length)
+    whole = [torch.randn(1, length, HEADS, 64, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+    mine = [shard_sequence(x, ring)[0].requires_grad_() for x in whole]
+    near = [x.chunk(dist.get_world_size(), 1)[dist.get_rank()].contiguous().requires_grad_() for x in whole]
+    zigzag = LAYOUTS["zigzag"](length, dist.get_world_size()).rows()
+    everywhere = tuple(span for rows in zigzag for span in rows)
+    here = [x.clone().requires_grad_() for x in whole[1:]]
+
+    def backward(out: Tensor, leaves: list[Tensor]) -> object:
+        return torch.autograd.grad(out.sum(), leaves)
+
+    def local() -> object:
+        state = attend(mine[0], *here, pattern, q_spans=ring.held(length), out_dtype=torch.float32)
+        return backward(state.out, [mine[0], *here])
+
+    def gathered() -> object:
+        # Zigzag too, so that its ranks are as even as the ring's.
+        k, v = (_Gathered.apply(x) for x in mine[1:])
+        options: dict[str, Any] = {"q_spans": ring.held(length), "k_spans": everywhere, "out_dtype": torch.float32}
+        return backward(attend(mine[0], k, v, pattern, **options).out, mine)
+
+    found: dict[str, Callable[[], object]] = {
+        "ring": lambda: backward(pattern_attention(*mine, pattern, schedule=ring), mine),
+        "local computations": local,
+        "gloo all-gather": gathered,
+    }
+    if importlib.util.find_spec("ring_attention_pytorch") is not None:
+        from ring_attention_pytorch.ring_flash_attention import ring_flash_attn
+
+        found["ring-attention-pytorch"] = lambda: backward(ring_flash_attn(*near, None, True, 1024, True), near)
+    return found
+
+
+def times(length: int, turns: int) -> dict[str, float]:
+    """Median milliseconds of the slowest rank, each contender in turn."""
+    calls = contenders(Full(causal=True), length)
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            gc.collect()
+            dist.barrier()
+            began = time.perf_counter()
+            call()
+            slowest = torch.tensor(time.perf_counter() - began)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            # The first turn loads and plans.
+            if turn:
+                taken[name].append(1e3 * slowest.item())
+    return {name: statistics.median(found) for name, found in taken.items()}
+
+
+def memory(length: int) -> float:
+    """Peak growth of one rank's forward and backward over its q + k + v; the largest of all ranks."""
+    ring = Ring(dist.group.WORLD, layout="zigzag", lengths=length)
+    shape = (1, length // dist.get_world_size(), HEADS, 64)
+    leaves = [torch.randn(*shape, requires_grad=True) for _ in range(3)]
+    small = Ring(dist.group.WORLD, layout="zigzag")
+    tiny = [x[:, :64].detach().requires_grad_() for x in leaves]
+    torch.autograd.grad(pattern_attention(*tiny, Full(causal=True), schedule=small).sum(), tiny)
+    peak = ResidentPeak()
+    peak.start()
+    out = pattern_attention(*leaves, Full(causal=True), schedule=ring)
+    torch.autograd.grad(out.sum(), leaves)
+    growth = torch.tensor(float(peak.growth() or 0) / (3 * leaves[0].numel() * 4))
+    dist.all_reduce(growth, dist.ReduceOp.MAX)
+    return growth.item()
+
+
+def main() -> None:
+    """Meet in FOLDER, do the task."""
+    world, rank, folder, task, size = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
+    torch.set_num_threads(1)
+    meet = f"file://{folder}/meet-{task}-{world}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=300))
+    answer: object
+    if task == "sent":
+        lists = ([2048, 4096, 8192], [1, 2, 4]), ([2048, 8192, 32768], [1, 4, 16])
+        answer = [sent(*pair, causal, size) for pair in lists for causal in (False, True)]
+    elif task == "time":
+        answer = times(size, 3)
+    else:
+        answer = memory(size)
+    if rank == 0:
+        print(json.dumps(answer), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
