@@ -51,7 +51,7 @@ def _row(
     labels = Labels(
         "native", f"{variant} h{heads} d{head_dim}", peer[0], inputs.dtype, inputs.seq_len, causal, direction
     )
-    growth = _GROWTH[direction] if inputs.dtype == "float32" and inputs.seq_len >= 2048 else None
+    growth = _GROWTH[direction] if inputs.dtype == "float32" and inputs.seq_len >= 8192 else None
     return Comparison(labels, inputs, mine, peer[1], Targets(ratio=ratio, growth=growth), name=name, borders=borders)
 
 

@@ -1,6 +1,12 @@
 // Nothing but multiply-adds in registers, as many as asked for: what the arithmetic units can do.
 #include "vectors.h"
 
+#if defined(__x86_64__)
+#define REGISTER(x) "+v"(x)
+#else
+#define REGISTER(x) "+w"(x)
+#endif
+
 #if defined(__AVX512BF16__)
 static INLINE Floats multiply_add(Floats sum, Floats a, Floats b, bool half) {
     return half ? (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b) : sum + a * b;
@@ -11,15 +17,17 @@ static INLINE Floats multiply_add(Floats sum, Floats a, Floats b, bool) { return
 
 template <bool HALF>
 static float spin(int64_t steps) {
-    Floats sums[12], a = splat(0.5f), b = splat(0.25f);
-    for (Floats& sum : sums) sum = splat(1);
+    Floats sums[12], a = splat(0.5f), b = splat(0.25f), total = splat(0);
+#pragma GCC unroll 12
+    for (int n = 0; n < 12; n++) sums[n] = splat(float(n));  // equal sums would be one sum
     for (int64_t i = 0; i < steps; i++) {
-        for (Floats& sum : sums) sum = multiply_add(sum, a, b, HALF);
-        asm volatile("" : : : "memory");
+        asm volatile("" : REGISTER(a));  // as if new each time: the product must not be known beforehand
+#pragma GCC unroll 12
+        for (int n = 0; n < 12; n++) sums[n] = multiply_add(sums[n], a, b, HALF);
     }
-    float total = 0;
-    for (Floats& sum : sums) total += sum[0];
-    return total;
+#pragma GCC unroll 12
+    for (int n = 0; n < 12; n++) total += sums[n];
+    return sum(total);
 }
 
 // Floating-point operations of one step, and `steps` of them.

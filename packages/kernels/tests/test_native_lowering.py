@@ -76,6 +76,7 @@ def test_jobs_say_what_the_plan_says(pattern, heads: int, queries: list[Span], k
 
 @given(patterns(), spans(), spans())
 @example(Restrict(Window(9), Dilated((4,), (2,))) + LONGNET, Span(0, 40), Span(0, 40))
+@example(Restrict(Window(9), Dilated((4,), (2,))) + Full(), Span(0, 20), Span(0, 20))
 def test_jobs_of_a_phase_share_no_row(pattern, queries: Span, keys: Span):
     """Threads may take them in any order; a job is fresh where nobody wrote before, and `complete` says that everybody did."""
     plan = pattern.plan(Rectangle(4, queries, keys))
