@@ -147,8 +147,8 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
         # Which heads are alike, and one of each kind.
         _, first, times = np.unique(heads, return_index=True, return_counts=True)
         itself = pattern.count(first[:, None], own, own, num_heads)
-        blind.add((keys == 0).all(axis=0), at, part.times)
-        starved.add((keys <= itself).all(axis=0), at, part.times)
+        blind.add(keys.sum(axis=0) == 0, at, part.times)
+        starved.add((keys > itself).sum(axis=0) == 0, at, part.times)
         fewest += [int(keys.min())] if keys.size else []
         most += [int(keys.max())] if keys.size else []
         pairs += part.times * int(keys.sum(axis=1) @ times)

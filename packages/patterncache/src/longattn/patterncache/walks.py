@@ -106,7 +106,7 @@ def islands(plan: Plan) -> Rows:
 def _is_chain(branch: Branch, length: int) -> bool:
     """Whether a branch joins every token to the next, by itself."""
     every = Affine(0, 1, 0, length, 1)
-    shown = branch.band is None or branch.band.sees(np.array([1, -1])).any()
+    shown = branch.band is None or bool(branch.band.sees(np.array([1, -1])).any())
     return shown and branch.steps == (1, 1) and all(_same_rows(index, every) for index in (branch.q, branch.k))
 
 

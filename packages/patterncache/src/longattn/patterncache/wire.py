@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from longattn.patterncache.index import Affine, Index, Listed, Rectangle, Span
 from longattn.patterncache.narrow import Narrow, pack_plan
@@ -55,7 +56,8 @@ def plan_from_bytes(data: bytes) -> Plan:
             q, rest = _read_index(q_head, rest)
             k, rest = _read_index(k_head, rest)
             seen = None if band is None else Band(*band)
-            branches.append(Branch(*_read_spans(its_heads), q, k, tuple(q_at), tuple(k_at), seen))
+            (group,) = _read_spans(its_heads)
+            branches.append(Branch(group, q, k, (q_at[0], q_at[1]), (k_at[0], k_at[1]), seen))
         if len(rest):
             raise ValueError(f"{len(rest)} bytes too many")
     except (ValueError, KeyError, TypeError) as error:
@@ -91,5 +93,5 @@ def _read_index(head: list[Any], rest: memoryview) -> tuple[Index, memoryview]:
         return Affine(*head), rest
     run, step, base, unit, axis, kind, shape = head
     nbytes = int(np.prod(shape)) * np.dtype(kind).itemsize
-    values = np.frombuffer(rest[:nbytes], kind).reshape(shape)
+    values: npt.NDArray[np.integer] = np.frombuffer(rest[:nbytes], np.dtype(kind)).reshape(shape)  # type: ignore[assignment]
     return Listed(Narrow(values, base, unit, axis).widen(), run, step), rest[nbytes:]
