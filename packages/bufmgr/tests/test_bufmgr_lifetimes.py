@@ -100,11 +100,13 @@ def test_a_finaliser_may_use_the_manager():
     tensor = manager.allocate(TEMP, (8,))
     assert manager._book._gate.enter(blocking=True)
     manager.deallocate(tensor, TEMP)
-    other = manager.allocate(TEMP, (8,))  # the shelf is out of reach here: new memory
+    other = manager.allocate(TEMP, (8,))  # a slot: needs no gate
+    large = manager.allocate(TEMP, (100,))  # the cache is out of reach here: new memory
     manager._book._gate.leave()
-    assert other.shape == (8,)
+    assert (other.shape, large.shape) == ((8,), (100,))
+    del other, large
     manager.check_valid()
-    assert manager.get_stats()["cached_buffers"] == 1
+    assert manager.get_stats()["cached_buffers"] == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

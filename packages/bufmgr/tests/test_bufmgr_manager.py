@@ -72,7 +72,7 @@ def test_evicts_exactly_the_least_recently_used():
     again = manager.allocate(TEMP, (128,), torch.uint8)  # 2 is used again, so now 1 is the oldest
     manager.deallocate(again, TEMP)
     manager.deallocate(tensors[4], TEMP)
-    assert [block.nbytes // 64 for block in manager._book.shelves[TEMP].blocks()] == [3, 2, 4]
+    assert [block.nbytes // 64 for block in manager._book.caches[TEMP].blocks()] == [3, 2, 4]
     assert upstream.held_bytes == 64 * (3 + 2 + 4)
     assert manager.get_stats()["evictions"] == 1
 

@@ -13,7 +13,9 @@ def test_public_names():
     expected = {
         "BufferType", "BufferConfig", "DEFAULT_CONFIGS", "AttentionBufferManager", "create_attention_buffer_manager",
         "MemoryPool", "get_global_memory_pool", "reset_global_memory_pool", "Allocator", "TensorAllocator", "Block",
-        "SystemAllocator", "StatisticsAllocator", "LimitingAllocator", "Statistics",
+        "SystemAllocator", "StatisticsAllocator", "LimitingAllocator", "Statistics", "PreparedSlot",
+        "BufferScope", "OutstandingBuffer", "Strategy", "ArenaAllocator", "LoggingAllocator", "FailureCallbackAllocator",
+        "MemoryReading", "read_device_memory",
     }  # fmt: skip
     assert set(longattn.bufmgr.__all__) == expected
     assert expected <= set(dir(longattn.bufmgr))

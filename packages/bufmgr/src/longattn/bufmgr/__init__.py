@@ -6,11 +6,23 @@ Nothing here imports torch until a name is used.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from longattn.bufmgr.adaptors import LimitingAllocator, Statistics, StatisticsAllocator
+    from longattn.bufmgr.adaptors import (
+        FailureCallbackAllocator,
+        LimitingAllocator,
+        LoggingAllocator,
+        Statistics,
+        StatisticsAllocator,
+    )
     from longattn.bufmgr.allocator import Allocator, Block, SystemAllocator, TensorAllocator
+    from longattn.bufmgr.arena import ArenaAllocator
+    from longattn.bufmgr.debug import OutstandingBuffer
     from longattn.bufmgr.manager import AttentionBufferManager, create_attention_buffer_manager
     from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool, reset_global_memory_pool
+    from longattn.bufmgr.pressure import MemoryReading, read_device_memory
+    from longattn.bufmgr.scope import BufferScope
+    from longattn.bufmgr.slots import PreparedSlot
     from longattn.bufmgr.spec import DEFAULT_CONFIGS, BufferConfig, BufferType
+    from longattn.bufmgr.strategy import Strategy
 
 __all__ = [
     "BufferType",
@@ -28,6 +40,15 @@ __all__ = [
     "StatisticsAllocator",
     "LimitingAllocator",
     "Statistics",
+    "PreparedSlot",
+    "BufferScope",
+    "OutstandingBuffer",
+    "Strategy",
+    "ArenaAllocator",
+    "LoggingAllocator",
+    "FailureCallbackAllocator",
+    "MemoryReading",
+    "read_device_memory",
 ]
 
 if not TYPE_CHECKING:
@@ -47,6 +68,15 @@ if not TYPE_CHECKING:
         "StatisticsAllocator": "adaptors",
         "LimitingAllocator": "adaptors",
         "Statistics": "adaptors",
+        "PreparedSlot": "slots",
+        "BufferScope": "scope",
+        "OutstandingBuffer": "debug",
+        "Strategy": "strategy",
+        "ArenaAllocator": "arena",
+        "LoggingAllocator": "adaptors",
+        "FailureCallbackAllocator": "adaptors",
+        "MemoryReading": "pressure",
+        "read_device_memory": "pressure",
     }
 
     def __getattr__(name):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from longattn.bufmgr.allocator import Allocator, Block
 from longattn.bufmgr.gate import ForkableLock
+from longattn.bufmgr.log import LOGGER
 
 
 @dataclass
@@ -35,10 +37,23 @@ class Statistics:
         self.current_bytes -= nbytes
         self.current_count -= 1
 
+    def restart_peaks(self) -> None:
+        """Start the peaks again from what is held now."""
+        self.peak_bytes, self.peak_count = self.current_bytes, self.current_count
+
     def restart(self) -> None:
         """Start the peaks again from what is held now, and the totals from nothing."""
-        self.peak_bytes, self.peak_count = self.current_bytes, self.current_count
+        self.restart_peaks()
         self.total_bytes = self.total_count = 0
+
+    def include(self, later: Statistics) -> None:
+        """Count what another began to count, from nothing, at this moment."""
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes + later.peak_bytes)
+        self.peak_count = max(self.peak_count, self.current_count + later.peak_count)
+        self.current_bytes += later.current_bytes
+        self.current_count += later.current_count
+        self.total_bytes += later.total_bytes
+        self.total_count += later.total_count
 
     def as_dict(self) -> dict[str, int]:
         """Return the six fields by name."""
@@ -55,6 +70,7 @@ class StatisticsAllocator:
     def __init__(self, upstream: Allocator) -> None:
         self.upstream = upstream
         self.statistics = Statistics()
+        self._outer: list[Statistics] = []
         self._lock = ForkableLock()
 
     def allocate(self, nbytes: int) -> Block:
@@ -70,6 +86,30 @@ class StatisticsAllocator:
         self.upstream.deallocate(block)
         with self._lock:
             self.statistics.remove(nbytes)
+
+    def restart_peaks(self) -> None:
+        """Start the peaks again from what is held now."""
+        with self._lock:
+            self.statistics.restart_peaks()
+
+    def push_statistics(self) -> None:
+        """Begin counting anew; `pop_statistics` ends that and returns it. Calls nest, as in RMM."""
+        with self._lock:
+            self._outer.append(self.statistics)
+            self.statistics = Statistics()
+
+    def pop_statistics(self) -> Statistics:
+        """Return what was counted since the last `push_statistics`, and count it into what was there before.
+
+        Raises ValueError without a push.
+        """
+        with self._lock:
+            if not self._outer:
+                raise ValueError("pop_statistics: expected an earlier push_statistics, got none")
+            inner, outer = self.statistics, self._outer.pop()
+            outer.include(inner)
+            self.statistics = outer
+        return inner
 
 
 class LimitingAllocator:
@@ -105,3 +145,49 @@ class LimitingAllocator:
         self.upstream.deallocate(block)
         with self._lock:
             self._held -= nbytes
+
+
+class LoggingAllocator:
+    """Tells the package's logger of every block that goes out, comes back or is refused, at DEBUG."""
+
+    def __init__(self, upstream: Allocator) -> None:
+        self.upstream = upstream
+
+    def allocate(self, nbytes: int) -> Block:
+        """Return the upstream's block and log it. Raises the upstream's MemoryError, and logs that."""
+        try:
+            block = self.upstream.allocate(nbytes)
+        except MemoryError as error:
+            LOGGER.debug("upstream: refused %d bytes: %s", nbytes, error)
+            raise
+        LOGGER.debug("upstream: %d bytes out", nbytes)
+        return block
+
+    def deallocate(self, block: Block) -> None:
+        """Give the block to the upstream and log it."""
+        nbytes = block.nbytes
+        self.upstream.deallocate(block)
+        LOGGER.debug("upstream: %d bytes back", nbytes)
+
+
+class FailureCallbackAllocator:
+    """Asks a function what to do when the upstream refuses: `on_refusal(nbytes)` frees something and returns True to try
+    again, or returns False to let the MemoryError through.
+    """
+
+    def __init__(self, upstream: Allocator, on_refusal: Callable[[int], bool]) -> None:
+        self.upstream = upstream
+        self.on_refusal = on_refusal
+
+    def allocate(self, nbytes: int) -> Block:
+        """Return the upstream's block, after as many refusals as the function answers with True."""
+        while True:
+            try:
+                return self.upstream.allocate(nbytes)
+            except MemoryError:
+                if not self.on_refusal(nbytes):
+                    raise
+
+    def deallocate(self, block: Block) -> None:
+        """Give the block to the upstream."""
+        self.upstream.deallocate(block)

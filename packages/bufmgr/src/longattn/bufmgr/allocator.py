@@ -22,15 +22,17 @@ _ALIGNMENT = 64
 class Block:
     """A piece of host memory that can be lent to one tensor at a time.
 
-    nbytes: usable bytes. zeroed: every byte is known to be zero, until the block is lent for the first time.
+    nbytes: usable bytes. zeroed: every byte is known to be zero, until the block is lent for the first time. loans: how
+    often it was lent, as far as somebody counts (see debug.py).
     """
 
-    __slots__ = ("memory", "nbytes", "zeroed")
+    __slots__ = ("loans", "memory", "nbytes", "zeroed")
 
     def __init__(self, memory: memoryview, *, zeroed: bool) -> None:
         self.memory = memory
         self.nbytes = memory.nbytes
         self.zeroed = zeroed
+        self.loans = 0
 
 
 @runtime_checkable
@@ -67,7 +69,7 @@ class SystemAllocator:
         if nbytes < _MAPPED_FROM:
             return Block(_aligned(nbytes), zeroed=True)
         try:
-            return Block(memoryview(_private_mapping(nbytes)), zeroed=True)
+            return Block(memoryview(private_mapping(nbytes)), zeroed=True)
         except (OSError, OverflowError) as error:
             raise MemoryError(f"the system refused {nbytes} bytes ({nbytes / 2**30:.2f} GiB): {error}") from error
 
@@ -76,7 +78,8 @@ class SystemAllocator:
         block.memory = memoryview(b"")
 
 
-def _private_mapping(nbytes: int) -> mmap.mmap:
+def private_mapping(nbytes: int) -> mmap.mmap:
+    """Return zeroed memory of this process alone. Raises OSError or OverflowError when the system refuses."""
     # A plain mmap(-1, n) is shared with forked children: their writes would show in the parent.
     if hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

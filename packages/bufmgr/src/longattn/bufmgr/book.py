@@ -1,14 +1,17 @@
 """The book of leases: which buffers are out, which blocks are free, and what was counted.
 
-Blocks move in one circle: upstream -> leased -> (last owner dies) -> pending -> free shelf -> leased again, or from the
-shelf back to the upstream when a limit or a clear says so. A dying buffer only appends to `pending` and tries the
+Blocks move in one circle: upstream -> leased -> (last owner dies) -> pending -> cache -> leased again, or from the
+cache back to the upstream when a limit or a clear says so. A dying buffer only appends to `pending` and tries the
 gate; it never waits, because it may die inside the collector or inside one of the lines below. Whoever passes the gate
 next moves pending blocks on. The upstream is never called inside the gate.
+
+A lease that the cache admits is kept open as a slot, and is then handed out again and again without the gate.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,16 +20,15 @@ import torch
 
 from longattn.bufmgr.adaptors import Statistics
 from longattn.bufmgr.allocator import Allocator, Block
+from longattn.bufmgr.cache import BlockCache
+from longattn.bufmgr.debug import Inspector
 from longattn.bufmgr.gate import ForkListener, Gate, listen_to_forks
-from longattn.bufmgr.guard import fresh_counts, only_handle_sees
-from longattn.bufmgr.lease import Lease, lend_block, lend_from_torch
+from longattn.bufmgr.guard import fresh_counts
+from longattn.bufmgr.lease import Clock, Lease, lend_block, lend_from_torch
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.lru import LruShelf
+from longattn.bufmgr.release import release_lease
 from longattn.bufmgr.request import BufferRequest
 from longattn.bufmgr.spec import BufferType
-
-_PAGE = 4096
-_LINE = 64
 
 
 @dataclass
@@ -36,87 +38,116 @@ class TypeCounts:
     hits: int = 0
     misses: int = 0
     from_torch: int = 0
-    outstanding: int = 0
-
-
-def block_size(nbytes: int) -> int:
-    """Return the size of the block that serves `nbytes`: whole cache lines, from 64 KiB on whole pages."""
-    step = _LINE if nbytes < 16 * _PAGE else _PAGE
-    return -(-nbytes // step) * step
+    leases: int = 0
 
 
 class LeaseBook(ForkListener):
-    """Leases over an upstream, with free blocks on one shelf per type (types may share a shelf)."""
+    """Leases over an upstream, with free memory in one cache per type (types may share a cache).
 
-    def __init__(self, upstream: Allocator, shelves: Mapping[BufferType, LruShelf]) -> None:
+    `inspector`: what a debugging manager wants to know of each lease; there are no slots then.
+    """
+
+    def __init__(
+        self, upstream: Allocator, caches: Mapping[BufferType, BlockCache], inspector: Inspector | None = None
+    ) -> None:
         self.upstream = upstream
-        self.shelves = shelves
+        self.caches = caches
+        self.inspector = inspector
         self.counts = {kind: TypeCounts() for kind in BufferType}
         self.from_torch: dict[torch.device, Statistics] = {}
+        self.last_miss = 0.0
+        self.leases: dict[int, Lease] = {}  # address of the storage -> lease, until it ended
+        self._torch_clock = Clock()
         self._gate = Gate()
         self._pending: deque[Lease | None] = deque()  # None: the owner of this book is gone
-        self._leased: dict[int, Lease] = {}  # id of the handle -> lease, until released or returned
-        self._released: dict[int, Lease] = {}  # the same, released while somebody else still looks
         self._closed = False
         listen_to_forks(self)
-        if fresh_counts() is None:  # measured here, at start-up, not at the first release
-            LOGGER.debug("guard: reference counts cannot be trusted here; handles are never emptied")
+        self.has_slots = inspector is None and fresh_counts() is not None  # measured at start-up
+        if fresh_counts() is None:
+            LOGGER.debug("guard: reference counts cannot be trusted here; no slots, and handles are never emptied")
 
-    def lease(self, request: BufferRequest, kind: BufferType, *, zero: bool, pinned: bool = False) -> torch.Tensor:
-        """Return a buffer. Raises MemoryError (torch.OutOfMemoryError on an accelerator); then nothing is leased."""
+    def reuse(self, request: BufferRequest, kind: BufferType) -> Lease | None:
+        """Return a slot for exactly this request that is free at this moment; None: there is none."""
+        for slot in reversed(self.caches[kind].slots.copy()):
+            if slot.kind is kind and slot.request == request and slot.is_free():
+                return slot
+        return None
+
+    def lease(
+        self, request: BufferRequest, kind: BufferType, *, bounds: tuple[int, int], zero: bool, pinned: bool = False
+    ) -> tuple[torch.Tensor, Lease]:
+        """Return a buffer and its lease. Raises MemoryError (torch.OutOfMemoryError on an accelerator); then nothing
+        is leased. `bounds`: the size of a new block, and of the largest free one that may serve.
+        """
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # an inference tensor could not be emptied outside that mode
-                return self.lease(request, kind, zero=zero, pinned=pinned)
+                return self.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
         if request.device.type != "cpu" or request.nbytes == 0 or pinned:
-            tensor, zeroed = self._lease_from_torch(request, kind, pinned=pinned), False
+            tensor, lease = self._lease_from_torch(request, kind, pinned=pinned)
+            zeroed = False
         else:
-            tensor, zeroed = self._lease_block(request, kind)
+            tensor, lease, zeroed = self._lease_block(request, kind, bounds)
         if zero and not zeroed:
             tensor.zero_()
-        return tensor
+        return tensor, lease
 
-    def _lease_block(self, request: BufferRequest, kind: BufferType) -> tuple[torch.Tensor, bool]:
-        size = block_size(request.nbytes)
-        shelf = self.shelves[kind]
+    def _lease_block(
+        self, request: BufferRequest, kind: BufferType, bounds: tuple[int, int]
+    ) -> tuple[torch.Tensor, Lease, bool]:
+        cache = self.caches[kind]
         block: Block | None = None
         evicted: list[Block] = []
         if self._gate.enter(blocking=True):
             try:
                 evicted = self._drain()
-                block = shelf.take(size)
+                block = cache.take(*bounds, lambda: evicted.extend(self._drain()))
             finally:
                 self._gate.leave()
         self._to_upstream(evicted)
         hit = block is not None
         if block is None:
+            self.last_miss = time.monotonic()
             if LOGGER.isEnabledFor(logging.DEBUG):
                 LOGGER.debug("miss: %s buffer of %s", kind.name, request.describe())
-            block = self._from_upstream(size, kind, request)
+            block = self._from_upstream(bounds[0], kind, request)
         zeroed, block.zeroed = block.zeroed, False
-        lease = Lease(self, kind, request, block)
+        lease = Lease(self, kind, request, block, cache.clock)
         lent = False
         try:
+            if self.inspector is not None and not zeroed:
+                self.inspector.check_poison(block)
             tensor = lend_block(lease, request)
             lent = True
         finally:
             if not lent:  # torch refused the dtype: no storage was made, so nothing will give the block back
                 self._to_upstream([block])
+        if self.has_slots and cache.admits(block.nbytes):
+            tensor = lease.open_slot(tensor)
         self._record(lease, hit=hit)
-        return tensor, zeroed
+        return tensor, lease, zeroed
 
-    def _lease_from_torch(self, request: BufferRequest, kind: BufferType, *, pinned: bool) -> torch.Tensor:
-        lease = Lease(self, kind, request, None)
-        tensor = lend_from_torch(lease, request, pinned=pinned)
+    def _lease_from_torch(
+        self, request: BufferRequest, kind: BufferType, *, pinned: bool
+    ) -> tuple[torch.Tensor, Lease]:
+        lease = Lease(self, kind, request, None, self._torch_clock)
+        try:
+            tensor = lend_from_torch(lease, request, pinned=pinned)
+        except torch.OutOfMemoryError:
+            # torch has given its own free blocks back already; what is left are those that this book holds.
+            LOGGER.debug("cleanup: %s refused %d bytes; gave back %d", request.device, request.nbytes, self.clear())
+            tensor = lend_from_torch(lease, request, pinned=pinned)
         self._record(lease, hit=False)
-        return tensor
+        return tensor, lease
 
     def _record(self, lease: Lease, *, hit: bool) -> None:
-        self._leased[lease.handle_id] = lease
-        self._released.pop(lease.handle_id, None)  # an older handle with this id is dead
+        self.leases[lease.address] = lease
+        if self.inspector is not None:
+            self.inspector.note(lease)
+        evicted: list[Block] = []
         inside = self._gate.enter(blocking=True)
         try:
             counts = self.counts[lease.kind]
-            counts.outstanding += 1
+            counts.leases += 1
             if hit:
                 counts.hits += 1
             else:
@@ -124,9 +155,16 @@ class LeaseBook(ForkListener):
             if lease.block is None:
                 counts.from_torch += 1
                 self.from_torch.setdefault(lease.device, Statistics()).add(lease.nbytes)
+            elif lease.is_slot and inside:
+                evicted = self.caches[lease.kind].add_slot(lease)
+            elif lease.is_slot:
+                lease.close_slot()
+            if inside:
+                evicted += self._drain()
         finally:
             if inside:
                 self._gate.leave()
+        self._to_upstream(evicted)
 
     def _from_upstream(self, size: int, kind: BufferType, request: BufferRequest) -> Block:
         try:
@@ -147,33 +185,24 @@ class LeaseBook(ForkListener):
         `tensor_references` is sys.getrefcount(tensor) as read in the function that the user called.
         Raises TypeError for no tensor, ValueError for a view, a foreign tensor, a wrong type or a second release.
         """
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"tensor: expected a tensor that allocate returned, got {tensor!r}")
-        lease = self._leased.get(id(tensor))
-        if lease is None or not lease.is_handle(tensor):
-            raise ValueError(f"tensor: expected a buffer leased here, got {self._why_not(tensor)}")
-        if lease.kind is not kind:
-            raise ValueError(f"type: this buffer was leased as {lease.kind.name}, got {kind.name}")
-        if self._leased.pop(id(tensor), None) is None:  # one of two threads won
-            raise ValueError("tensor: expected a buffer leased here, got one that another thread is releasing")
-        if only_handle_sees(tensor, tensor_references):
-            with torch.no_grad():
-                # Drops the storage: the lease ends inside this line. (torch's stubs lack the form without arguments.)
-                tensor.set_()  # pyright: ignore[reportCallIssue]
-        else:
-            self._released[lease.handle_id] = lease
-        self.settle(blocking=False)
+        lease = release_lease(self.leases, tensor, kind, tensor_references)
+        if lease.is_slot:
+            if lease.released:
+                self.close_slot(lease)
+            else:
+                lease.used = self.caches[kind].stamp()
+        if self._pending:
+            self.settle(blocking=False)
 
-    def _why_not(self, tensor: torch.Tensor) -> str:
-        released = self._released.get(id(tensor))
-        if released is not None and released.is_handle(tensor):
-            return "one that was released before and that something else still sees"
-        storage = tensor.untyped_storage()
-        if storage.nbytes() == 0 and tuple(tensor.shape) == (0,):
-            return "an empty tensor: released before, or never from here"
-        if any(lease.covers(storage) for lease in list(Lease.live) if lease.book is self):
-            return "a view, or another tensor over the same memory: release the tensor that allocate returned"
-        return f"a tensor from elsewhere, of shape {tuple(tensor.shape)} on {tensor.device}"
+    def close_slot(self, slot: Lease) -> None:
+        """Let a slot be an ordinary lease."""
+        if self._gate.enter(blocking=True):
+            try:
+                self.caches[slot.kind].close_slot(slot)
+            finally:
+                self._gate.leave()
+        else:  # further up this thread's stack somebody is inside: only the slot's own state may change
+            slot.close_slot()
 
     def take_back(self, lease: Lease) -> None:
         """Note that nothing sees the lease's memory any more. Called by dying buffers: never waits, never logs."""
@@ -181,7 +210,7 @@ class LeaseBook(ForkListener):
         self.settle(blocking=False)
 
     def settle(self, *, blocking: bool) -> None:
-        """Move returned blocks to their shelves, and what is over a limit to the upstream."""
+        """Move returned blocks to their caches, and what is over a limit to the upstream."""
         while self._pending and self._gate.enter(blocking=blocking):
             try:
                 evicted = self._drain()
@@ -195,30 +224,35 @@ class LeaseBook(ForkListener):
             lease = self._pending.popleft()
             if lease is None:
                 self._closed = True
-                evicted += self._clear_shelves(None)
+                for cache in self.caches.values():
+                    evicted += cache.clear(close_all=True)
                 continue
-            for index in (self._leased, self._released):
-                if index.get(lease.handle_id) is lease:
-                    del index[lease.handle_id]
-            self.counts[lease.kind].outstanding -= 1
+            if self.leases.get(lease.address) is lease:
+                del self.leases[lease.address]
+            cache = self.caches[lease.kind]
+            cache.close_slot(lease)
+            self.counts[lease.kind].leases -= 1
             if lease.block is None:
                 self.from_torch[lease.device].remove(lease.nbytes)
-            elif self._closed:
+                continue
+            if self.inspector is not None:
+                self.inspector.poison(lease.block)
+            if self._closed or not lease.keep:
                 evicted.append(lease.block)
             else:
-                evicted += self.shelves[lease.kind].put(lease.block)
+                evicted += cache.put(lease.block)
         return evicted
 
     def put_free(self, kind: BufferType, size: int) -> bool:
-        """Make sure that the shelf of this type has a free block of `size` bytes; return whether it has.
+        """Make sure that the cache of this type has a free block of `size` bytes; return whether it has.
 
         Raises MemoryError when the upstream refuses.
         """
         self.settle(blocking=True)
-        shelf = self.shelves[kind]
-        if shelf.holds(size):
+        cache = self.caches[kind]
+        if cache.holds(size):
             return True
-        if shelf.max_buffers == 0 or size > shelf.max_bytes:
+        if not cache.admits(size):
             return False
         block = self.upstream.allocate(size)
         # Writing every page now is what makes the later hit cheaper than a fresh block; zeros stay zeros.
@@ -227,7 +261,7 @@ class LeaseBook(ForkListener):
         evicted = [block]
         if self._gate.enter(blocking=True):
             try:
-                evicted = shelf.put(block)
+                evicted = cache.put(block) + self._drain()
             finally:
                 self._gate.leave()
         self._to_upstream(evicted)
@@ -235,15 +269,36 @@ class LeaseBook(ForkListener):
 
     def clear(self, kind: BufferType | None = None) -> int:
         """Give the free blocks of one type, or of all, to the upstream; return their bytes. Leased ones stay leased."""
+        return self.give_back(None, kind)
+
+    def give_back(self, nbytes: int | None, kind: BufferType | None = None, *, least: int = 0) -> int:
+        """Give free blocks to the upstream, of the fullest cache first and there the oldest first, until they are
+        `nbytes` or more (None: all); return how many bytes it were. Blocks under `least` bytes stay.
+        """
+        caches = self._distinct_caches() if kind is None else [self.caches[kind]]
         evicted: list[Block] = []
         if self._gate.enter(blocking=True):
             try:
-                evicted = self._drain() + self._clear_shelves(kind)
+                evicted = self._drain()
+                if nbytes is None:
+                    for cache in caches:
+                        evicted += cache.clear()
+                    evicted += self._drain()
+                while nbytes is not None and sum(block.nbytes for block in evicted) < nbytes:
+                    fullest = max(caches, key=lambda cache: cache.free_bytes(least))
+                    left = fullest.evict_oldest(least) + self._drain()
+                    if not left:
+                        break
+                    evicted += left
             finally:
                 self._gate.leave()
         freed = sum(block.nbytes for block in evicted)
         self._to_upstream(evicted)
         return freed
+
+    def free_bytes(self) -> int:
+        """Return the bytes of all free blocks."""
+        return sum(cache.free_bytes() for cache in self._distinct_caches())
 
     def close(self) -> None:
         """Keep no free blocks from now on. Called when the owner dies, perhaps inside the collector: never waits."""
@@ -251,33 +306,37 @@ class LeaseBook(ForkListener):
         self.settle(blocking=False)
 
     def after_fork_in_child(self) -> None:
-        """Start the child with empty shelves: the parent's free blocks are the parent's."""
+        """Start the child with empty caches: the parent's free blocks are the parent's."""
         self._gate.renew_in_child()
         self.clear()
 
-    def _clear_shelves(self, kind: BufferType | None) -> list[Block]:
-        shelves = self.shelves.values() if kind is None else [self.shelves[kind]]
-        return [block for shelf in shelves for block in shelf.clear()]
+    def outstanding(self, kind: BufferType) -> list[Lease]:
+        """Return the leases of a type that somebody still sees."""
+        return [lease for lease in list(self.leases.values()) if lease.kind is kind and not lease.is_free()]
+
+    def _distinct_caches(self) -> list[BlockCache]:
+        return list({id(cache): cache for cache in self.caches.values()}.values())
 
     def _to_upstream(self, blocks: list[Block]) -> None:
         for block in blocks:
             self.upstream.deallocate(block)
 
     def check_valid(self) -> None:
-        """Assert the invariants: shelves are valid, no block is free twice or both free and leased, counts agree."""
+        """Assert the invariants: caches are valid, no block is free twice or both free and leased, counts agree."""
         self.settle(blocking=True)
-        shelves = list({id(shelf): shelf for shelf in self.shelves.values()}.values())
-        for shelf in shelves:
-            shelf.check_valid()
-        leases = [lease for lease in list(Lease.live) if lease.book is self]
-        leased = [id(lease.block) for lease in leases if lease.block is not None]
-        free = [id(block) for shelf in shelves for block in shelf.blocks()]
+        caches = self._distinct_caches()
+        for cache in caches:
+            cache.check_valid()
+        leases = [lease for lease in list(Lease.live) if lease.owner is self]
+        assert set(leases) == set(self.leases.values())
+        assert all(self.leases[lease.address] is lease for lease in leases)
+        leased = [id(lease.block) for lease in leases if lease.block is not None and not lease.is_free()]
+        free = [id(block) for cache in caches for block in cache.blocks()]
         assert len(set(leased + free)) == len(leased) + len(free)
-        indexed = {*self._leased.values(), *self._released.values()}
-        # A lease whose handle is dead may have lost its place to a new handle with the same id: nobody can release it.
-        assert indexed <= set(leases) <= indexed | {lease for lease in leases if lease.handle() is None}
+        slots = {slot for cache in caches for slot in cache.slots}
+        assert slots == {lease for lease in leases if lease.is_slot}
         for kind, counts in self.counts.items():
-            assert counts.outstanding == sum(lease.kind is kind for lease in leases)
+            assert counts.leases == sum(lease.kind is kind for lease in leases)
 
 
 def _out_of_memory(kind: BufferType, request: BufferRequest, freed: int) -> MemoryError:

@@ -1,4 +1,4 @@
-"""Does anything but the caller's own handle see a buffer? Four reference counts, compared with those of a fresh buffer.
+"""Does anything but the caller's own handle see a buffer? Reference counts, compared with those of a fresh buffer.
 
     alias                                            raises the count
     another Python name, a container, a hook's copy  of Python references to the tensor
@@ -6,19 +6,33 @@
     detach(), numpy, an output saved for backward    of owners of the storage
     t.untyped_storage() kept by somebody             of Python references to the storage
 
+The first two matter only while the handle itself is looked at, in `deallocate`. A slot (lease.py) hands out a new
+handle each time and keeps none, so whoever sees the memory owns the storage or holds its Python object: the other two
+answer.
+
 What a fresh buffer's counts are depends on the versions of Python and torch, so they are measured once, and each kind
 of alias is tried. Where that does not come out as in the table, and on a Python without the GIL, whose counts are
-deferred, the guard says "somebody might see it" for ever: buffers then return when their last reference dies. The
-guard decides convenience only. That memory is not recycled under a living tensor does not rest on it (see lease.py).
+deferred, the guard says "somebody might see it" for ever: there are no slots then, no handle is emptied, and buffers
+return when their last reference dies, which rests on no count (see lease.py).
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+FREE = 2
+"""Owners of a slot's storage that nobody sees: the master, and the storage's own Python object."""
+TAKEN = 3
+"""The same with one handle."""
+KEPT = 3
+"""Python references to that object while only the slot's attribute refers to it, as sys.getrefcount counts them."""
+
+_find_address: Callable[[torch.Tensor], int] | None = getattr(torch._C, "_storage_address", None)
 
 
 class SeenBy(NamedTuple):
@@ -35,26 +49,45 @@ def count_references(tensor: object) -> int:
     return sys.getrefcount(tensor)
 
 
+def storage_address(tensor: torch.Tensor) -> int:
+    """Return where the tensor's storage is: a name for it as long as it lives. Makes no Python object of it.
+
+    Raises RuntimeError for a tensor without a storage, such as a sparse one.
+    """
+    if _find_address is None:
+        return tensor.untyped_storage()._cdata
+    return _find_address(tensor)
+
+
+def storage_owners(address: int) -> int:
+    """Return how many own the storage at an address, which must be that of a living one."""
+    return torch._C._storage_Use_Count(address)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def seen_by(tensor: torch.Tensor, tensor_references: int) -> SeenBy:
     """Return the four counts; `tensor_references` was read in the function that the handle's owner called."""
+    # Made here if need be, the storage's Python object owns the storage in every comparison alike.
     storage = tensor.untyped_storage()
-    owners = torch._C._storage_Use_Count(storage._cdata)  # pyright: ignore[reportAttributeAccessIssue]
+    owners = storage_owners(storage._cdata)
     return SeenBy(tensor_references, tensor._use_count(), owners, sys.getrefcount(storage))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def only_handle_sees(tensor: torch.Tensor, tensor_references: int) -> bool:
-    """Return True only when nothing but one reference of the caller's sees the tensor's storage."""
+def only_handle_sees(tensor: torch.Tensor, tensor_references: int, masters: int = 0) -> bool:
+    """Return True only when nothing but one reference of the caller's, and a slot's own if `masters` is 1, sees the storage."""
     fresh = fresh_counts()
     if fresh is None:
         return False
     seen = seen_by(tensor, tensor_references)
-    if seen == fresh:
+    expected = fresh._replace(
+        storage_owners=fresh.storage_owners + masters, storage_references=fresh.storage_references + masters
+    )
+    if seen == expected:
         return True
     # Calls hold their arguments once more while a frame evaluator (PEP 523: torch.compile's, a debugger's) is set.
     # What that is right now is read off an object that nobody else sees, held on the stack as seen_by's tensor was.
     probe = object()
     _, probe_references = probe, count_references(probe)
-    return seen == fresh._replace(tensor_references=probe_references)
+    return seen == expected._replace(tensor_references=probe_references)
 
 
 @functools.cache
@@ -62,10 +95,12 @@ def fresh_counts() -> SeenBy | None:
     """Return the counts of a buffer that nobody else sees, or None where counting cannot be trusted."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
-    if not hasattr(torch._C, "_storage_Use_Count") or not hasattr(torch.Tensor, "_use_count"):
+    if not all(hasattr(torch._C, name) for name in ("_storage_Use_Count", "_storage_address")):
+        return None
+    if not hasattr(torch.Tensor, "_use_count"):
         return None
     with torch.inference_mode(False):
-        return _calibrate()
+        return _calibrate() if _slots_can_count() else None
 
 
 def _calibrate() -> SeenBy | None:
@@ -87,3 +122,35 @@ def _calibrate() -> SeenBy | None:
         and with_storage.storage_references > fresh.storage_references
     )
     return fresh if told_apart and seen_by(tensor, count_references(tensor)) == fresh else None
+
+
+def _slots_can_count() -> bool:
+    """Return whether the counts of a slot are FREE, TAKEN and KEPT, and others with every kind of alias."""
+    slot = _Slot(torch.frombuffer(memoryview(bytearray(64)), dtype=torch.float32))
+    if not slot.is_free():
+        return False
+    for look in (lambda t: t[1:], lambda t: t.detach(), lambda t: t.data, lambda t: t.__dlpack__(), lambda t: t):
+        handle = slot.master.data
+        if storage_owners(slot.address) != TAKEN or sys.getrefcount(slot.storage) != KEPT:
+            return False
+        alias = look(handle)
+        del handle
+        if slot.is_free():
+            return False
+        del alias
+        if not slot.is_free():
+            return False
+    kept = slot.master.data.untyped_storage()
+    seen = not slot.is_free()
+    del kept
+    return seen and slot.is_free()
+
+
+class _Slot:
+    def __init__(self, master: torch.Tensor) -> None:
+        self.master = master
+        self.storage = master.untyped_storage()
+        self.address = storage_address(master)
+
+    def is_free(self) -> bool:
+        return storage_owners(self.address) == FREE and sys.getrefcount(self.storage) == KEPT

@@ -9,61 +9,152 @@ The life of a lease:
 
 Step 3 is torch's and Python's own reference counting. No count is read or guessed, so no living tensor is ever over a
 block that is lent again.
+
+A lease may be a slot: then the tensor of step 1 is its `master`, which never leaves, and each handle is a new tensor
+over the same storage. While nobody but the master and the slot own the storage, the slot is free: `take` makes the next handle
+first and looks at the count second, so of two threads that try at once at most one wins (the other's handle, still
+alive, is counted). A slot that is closed drops its master and is from then on a lease like any other.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Hashable
+from sys import getrefcount
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 
+from longattn.bufmgr.guard import FREE, KEPT, TAKEN, storage_address, storage_owners
+
 if TYPE_CHECKING:
     from longattn.bufmgr.allocator import Block
-    from longattn.bufmgr.book import LeaseBook
     from longattn.bufmgr.request import BufferRequest
     from longattn.bufmgr.spec import BufferType
+
+
+# What closed slots have for a master: a tensor with more owners than any slot that is free or has one handle.
+NOBODY = torch.empty(0, device="cpu")
+_OWNERS = [NOBODY.data for _ in range(8)]
+_NOBODYS_ADDRESS = storage_address(NOBODY)
+_NOBODYS_STORAGE = NOBODY.untyped_storage()
+
+
+_SERIALS = itertools.count(1)
+
+
+class LeaseOwner(Protocol):
+    """Who is told when a lease ends."""
+
+    def take_back(self, lease: Lease) -> None:
+        """Nothing sees the lease's memory any more. Called by dying buffers: must not wait."""
+        ...
+
+
+class Clock:
+    """Counts uses: `now` is the stamp of the latest. A slot's hit moves it by plain addition, without a lock."""
+
+    __slots__ = ("now",)
+
+    def __init__(self) -> None:
+        self.now = 0
 
 
 class Lease:
     """What is known of one buffer between `allocate` and the end of its memory's use.
 
-    `block` is None where torch made the memory. `handle` is the tensor that was handed out, as long as it lives.
+    block: None where torch made the memory. address: names the storage. counted: the address whose owners the slot's
+    hot path counts. handle_id: id of the tensor that was handed out last, 0 once it was released. used: the clock's
+    stamp of the last use. keep: the block is wanted back for reuse. note: what a debugging manager knows of it.
     """
 
-    __slots__ = ("block", "book", "device", "handle", "handle_id", "kind", "nbytes", "watch")
+    __slots__ = (
+        "address", "block", "clock", "counted", "device", "ended", "handle_id", "keep", "keys", "kind", "master", "nbytes",
+        "note", "owner", "released", "request", "seen_shape", "serial", "storage", "used", "watch", "zeroes",
+    )  # fmt: skip
 
     # The root that keeps leases, and through them a book whose manager is gone, until the buffer itself dies.
     live: ClassVar[set[Lease]] = set()
 
-    block: Block | None
-    handle: weakref.ref[torch.Tensor]
-    handle_id: int
+    address: int
+    counted: int
     watch: _Watch
 
-    def __init__(self, book: LeaseBook, kind: BufferType, request: BufferRequest, block: Block | None) -> None:
-        self.book = book
+    def __init__(
+        self, owner: LeaseOwner, kind: BufferType, request: BufferRequest, block: Block | None, clock: Clock
+    ) -> None:
+        self.owner = owner
         self.kind = kind
+        self.request = request
         self.device = request.device
         self.nbytes = request.nbytes
         self.block = block
+        self.clock = clock
+        self.master: torch.Tensor = NOBODY
+        self.counted = _NOBODYS_ADDRESS
+        self.storage = _NOBODYS_STORAGE
+        self.keys: list[tuple[dict[Hashable, Lease], Hashable]] = []  # the tables of slots that have it, and where
+        self.handle_id = 0
+        self.used = 0
+        self.zeroes = False  # what `allocate` does to a new handle, unless it is told otherwise
+        self.seen_shape: object = request.shape  # the shape object of the last hit
+        self.released = self.ended = False
+        self.keep = True
+        self.note: object = None
+        self.serial = next(_SERIALS)
 
     def start(self, watched: object, tensor: torch.Tensor) -> None:
         """Begin: the lease ends when `watched` dies."""
-        self.handle = weakref.ref(tensor)
+        self.address = storage_address(tensor)
         self.handle_id = id(tensor)
         self.watch = _Watch(watched, _end_lease)
         self.watch.lease = self
         self.live.add(self)
 
-    def is_handle(self, tensor: torch.Tensor) -> bool:
-        """Return whether this is the tensor that was handed out; its id has been compared already."""
-        handle = self.handle()
-        if handle is not None:
-            return handle is tensor
-        # The collector clears weak references before it calls an owner's __del__, and that may release the buffer.
-        return not tensor._is_view() and self.covers(tensor.untyped_storage())
+    @property
+    def is_slot(self) -> bool:
+        """Whether it may be taken again and again."""
+        return self.master is not NOBODY
+
+    def open_slot(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Keep the tensor as the master of a slot; return the first handle."""
+        self.master = tensor
+        self.counted = self.address
+        self.storage = tensor.untyped_storage()
+        handle = tensor.data
+        self.handle_id = id(handle)
+        return handle
+
+    def take(self) -> torch.Tensor | None:
+        """Return a new handle if this is a slot that nobody sees, else None. Takes no lock."""
+        if not self.is_free():
+            return None
+        handle = self.master.data
+        # Another thread may have been as fast, or have closed the slot.
+        if storage_owners(self.counted) != TAKEN or getrefcount(self.storage) != KEPT:
+            return None
+        self.handle_id = id(handle)
+        clock = self.clock
+        clock.now = self.used = clock.now + 1
+        return handle
+
+    def is_free(self) -> bool:
+        """Return whether this is a slot that nobody sees now."""
+        master = self.master  # held here, so that what is counted lives
+        return master is not NOBODY and storage_owners(self.counted) == FREE and getrefcount(self.storage) == KEPT
+
+    def close_slot(self) -> None:
+        """Be no slot any more. A free one ends here; one in use ends with its last owner."""
+        # In this order: a thread that got hold of the old master must not compare with the count of memory that is gone.
+        self.counted = _NOBODYS_ADDRESS
+        self.master = NOBODY
+        self.storage = _NOBODYS_STORAGE
+        for table, key in self.keys:
+            if table.get(key) is self:
+                table.pop(key, None)
+        self.keys.clear()
 
     def covers(self, storage: torch.UntypedStorage) -> bool:
         """Return whether the storage lies over this lease's memory."""
@@ -72,6 +163,11 @@ class Lease:
             return watched is None or watched is storage
         start = torch.frombuffer(self.block.memory, dtype=torch.uint8).data_ptr()
         return start <= storage.data_ptr() < start + self.block.nbytes
+
+
+NO_SLOT = Lease.__new__(Lease)
+"""A slot that is closed for ever."""
+NO_SLOT.master, NO_SLOT.counted, NO_SLOT.storage = NOBODY, _NOBODYS_ADDRESS, _NOBODYS_STORAGE
 
 
 class _Watch(weakref.ref):
@@ -83,8 +179,9 @@ def _end_lease(watch: _Watch) -> None:
     # Runs wherever the last owner died: any thread, inside the collector, at interpreter exit. It uses only what hangs
     # on the lease, because module globals may be gone by then.
     lease = watch.lease
+    lease.ended = True
     lease.live.discard(lease)
-    lease.book.take_back(lease)
+    lease.owner.take_back(lease)
 
 
 def lend_block(lease: Lease, request: BufferRequest) -> torch.Tensor:

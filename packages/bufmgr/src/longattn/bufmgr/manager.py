@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-import sys
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from sys import getrefcount
 from typing import Any
 
 import torch
+from torch import compiler, get_default_dtype
+from torch.compiler import is_dynamo_compiling
 
+from longattn.bufmgr.adaptors import StatisticsAllocator
 from longattn.bufmgr.allocator import Allocator
-from longattn.bufmgr.book import LeaseBook, block_size
-from longattn.bufmgr.gate import ForkableLock
+from longattn.bufmgr.book import LeaseBook
+from longattn.bufmgr.cache import BlockCache
+from longattn.bufmgr.debug import Inspector, OutstandingBuffer, describe_lease
+from longattn.bufmgr.guard import KEPT, TAKEN
+from longattn.bufmgr.lease import Lease
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.lru import LruShelf
-from longattn.bufmgr.pool import get_global_memory_pool
-from longattn.bufmgr.request import BufferRequest, resolve_request
+from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
+from longattn.bufmgr.pressure import Cleanup, PressureGauge, check_cleanup
+from longattn.bufmgr.profile import Event, Profile
+from longattn.bufmgr.report import manager_stats, summary, torch_style_stats
+from longattn.bufmgr.request import BufferRequest, function_modes, resolve_request
+from longattn.bufmgr.scope import BufferScope, innermost_scope
+from longattn.bufmgr.slots import PreparedSlot, SlotTable, count_owners, is_plain
 from longattn.bufmgr.spec import BufferConfig, BufferType, merge_configs, parse_type
+from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy, numa_nodes
 
 _PREPARED = (BufferType.QUERY, BufferType.KEY, BufferType.VALUE, BufferType.OUTPUT)
 
 
-class AttentionBufferManager:
+class AttentionBufferManager(SlotTable):
     """Leases buffers by type and reuses their memory when nothing can see it any more.
 
     custom_configs: rows that replace those of DEFAULT_CONFIGS. Default none.
@@ -30,12 +41,15 @@ class AttentionBufferManager:
     enable_preallocation: the first QUERY buffer of a (batch, seq, heads, head_dim) also readies KEY, VALUE and OUTPUT
         of that shape. Default False.
     enable_profiling: get_stats() has a `profile` entry. Default False.
-    lightweight: keep safety and plain counters only. Default True. (Call sites and slower strategies, which False
-        adds, are not there yet: today both are the same.)
+    lightweight: safety, plain counters and the two fast strategies (strategy.py). Default True. False adds call sites
+        (`outstanding`), a timeline and the other strategies, and has no slots: about 20 us more for each buffer.
     upstream: where blocks come from. Default: the global memory pool.
+    cleanup: how soon free memory goes back when memory gets short, "adaptive" (default) or "aggressive" (pressure.py).
+    debug: call sites, and poison over memory that came back (debug.py). Slow. Default False.
 
     Host memory is recycled here. On an accelerator torch's caching allocator recycles; there, on "meta" and for size
-    zero the manager adds types, checks and counts. Inside torch.compile it steps aside. Safe to use from any thread.
+    zero the manager adds types, checks and counts. Inside torch.compile and CUDA-graph capture it steps aside. Safe to
+    use from any thread.
 
         manager = AttentionBufferManager()
         scores = manager.allocate(BufferType.SCORES, (8, 128, 128))
@@ -51,12 +65,15 @@ class AttentionBufferManager:
         lightweight: bool = True,
         *,
         upstream: Allocator | None = None,
+        cleanup: Cleanup = "adaptive",
+        debug: bool = False,
     ) -> None:
         flags = {
             "enable_reuse": enable_reuse,
             "enable_preallocation": enable_preallocation,
             "enable_profiling": enable_profiling,
             "lightweight": lightweight,
+            "debug": debug,
         }
         for name, value in flags.items():
             if not isinstance(value, bool):
@@ -68,16 +85,28 @@ class AttentionBufferManager:
         self.enable_preallocation = enable_preallocation
         self.enable_profiling = enable_profiling
         self.lightweight = lightweight
-        shelves = {
-            kind: LruShelf(config.max_cached_buffers if enable_reuse else 0, config.max_cached_bytes)
+        self.debug = debug
+        self._gauge = PressureGauge(check_cleanup(cleanup))
+        caches = {
+            kind: BlockCache(config.max_cached_buffers if enable_reuse else 0, config.max_cached_bytes)
             for kind, config in self.configs.items()
         }
-        self._book = LeaseBook(get_global_memory_pool() if upstream is None else upstream, shelves)
-        self._profile = {kind: [0, 0, 0] for kind in BufferType}  # count, bytes, nanoseconds
-        self._profile_lock = ForkableLock()
+        source = get_global_memory_pool() if upstream is None else upstream
+        self._host = StatisticsAllocator(source)
+        inspector = Inspector(poison=debug) if debug or not lightweight else None
+        super().__init__(LeaseBook(self._host, caches, inspector), long_way=enable_profiling)
+        if isinstance(source, MemoryPool):
+            source.add_borrower(self._book)
+        self._profile = Profile(timeline=not lightweight) if enable_profiling else None
+        self._strategies = dict.fromkeys(Strategy, 0)
         self._prepared_shapes: set[BufferRequest] = set()
         # Buffers may outlive the manager; the book then gives their memory back as they die.
         weakref.finalize(self, self._book.close).atexit = False
+
+    @property
+    def cleanup(self) -> Cleanup:
+        """How soon free memory goes back when memory gets short."""
+        return self._gauge.cleanup
 
     def allocate(
         self,
@@ -96,12 +125,50 @@ class AttentionBufferManager:
         Raises TypeError or ValueError naming the parameter, MemoryError for sizes that cannot be had (the accelerator's
         own torch.OutOfMemoryError there). After an error nothing is leased.
         """
+        if is_dynamo_compiling() or compiler._is_compiling_flag:  # a graph owns its memory
+            zero = self.configs[parse_type(type)].zero_init if zero_init is None else zero_init
+            return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
+        if zero_init is None:  # the short way of SlotTable.empty, and zeros where the type wants them
+            try:
+                slot = self._slots.get((type, shape, get_default_dtype() if dtype is None else dtype, device))
+            except TypeError:  # a list, or what is no shape at all
+                slot = None
+            if (
+                slot is not None
+                and (shape is slot.seen_shape or is_plain(shape, slot))
+                and (device is not None or not function_modes())
+            ):
+                handle = slot.master.data
+                if count_owners(slot.counted) == TAKEN and getrefcount(slot.storage) == KEPT:
+                    slot.handle_id = id(handle)
+                    clock = slot.clock
+                    clock.now = slot.used = clock.now + 1
+                    if slot.zeroes:
+                        handle.zero_()
+                    return handle
         kind = parse_type(type)
         if zero_init is None:
             zero_init = self.configs[kind].zero_init
         elif not isinstance(zero_init, bool):
             raise TypeError(f"zero_init: expected True, False or None, got {zero_init!r}")
-        return self._lease(kind, shape, dtype, device, zero_init)
+        return self._serve(kind, type, shape, dtype, device, zero_init)
+
+    def allocate_like(
+        self,
+        type: BufferType | str,  # noqa: A002
+        tensor: torch.Tensor,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        zero_init: bool | None = None,
+    ) -> torch.Tensor:
+        """Return a contiguous buffer of a tensor's shape; dtype and device are the tensor's unless given.
+
+        Raises what `allocate` raises, and TypeError for what is no tensor.
+        """
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"tensor: expected a tensor, got {tensor!r}")
+        dtype, device = dtype or tensor.dtype, tensor.device if device is None else device
+        return self.allocate(type, tensor.shape, dtype, device, zero_init)
 
     def deallocate(self, tensor: torch.Tensor, type: BufferType | str) -> None:  # noqa: A002
         """Give a buffer back under the type it was allocated as.
@@ -112,49 +179,65 @@ class AttentionBufferManager:
 
         Raises ValueError for a view, a tensor from elsewhere, another type and a second release; TypeError for no tensor.
         """
-        if torch.compiler.is_compiling():
+        if is_dynamo_compiling() or compiler._is_compiling_flag:
             return
-        self._book.release(tensor, parse_type(type), sys.getrefcount(tensor))
+        kind = type if isinstance(type, BufferType) else parse_type(type)
+        self._book.release(tensor, kind, getrefcount(tensor))
 
-    def empty(
-        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None, role: str = "temp"
-    ) -> torch.Tensor:
-        """Return an uninitialised buffer for a kernel: `allocate` with zero_init=False; `role` names the type."""
-        return self._lease(parse_type(role, "role"), shape, dtype, device, False)
-
-    def release(self, tensor: torch.Tensor, role: str = "temp") -> None:
-        """Give back what `empty` returned for this role: `deallocate` under a kernel's name for it."""
-        if torch.compiler.is_compiling():
-            return
-        self._book.release(tensor, parse_type(role, "role"), sys.getrefcount(tensor))
-
-    def _lease(
+    def prepare(
         self,
-        kind: BufferType,
+        type: BufferType | str,  # noqa: A002
         shape: Sequence[int],
-        dtype: torch.dtype | None,
-        device: torch.device | str | int | None,
-        zero: bool,
-    ) -> torch.Tensor:
-        if torch.compiler.is_compiling():  # a graph owns its memory
-            make = torch.zeros if zero else torch.empty
-            return make(shape, dtype=dtype, device=device)
-        started = time.perf_counter_ns() if self.enable_profiling else 0
-        request = resolve_request(shape, dtype, device)
-        pinned = self.configs[kind].pinned and request.device.type == "cpu" and torch.cuda.is_available()
-        tensor = self._book.lease(request, kind, zero=zero, pinned=pinned)
-        if self.enable_profiling:
-            self._note(kind, request.nbytes, time.perf_counter_ns() - started)
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        zero_init: bool | None = None,
+    ) -> PreparedSlot:
+        """Check a request now and return a place that hands out its buffers: `allocate` in a loop, for less.
+
+        The arguments are those of `allocate`, and so are the errors; dtype and device are settled here.
+        """
+        kind = parse_type(type)
+        zero = self.configs[kind].zero_init if zero_init is None else zero_init
+        return PreparedSlot(self, resolve_request(shape, dtype, device), kind, zero)
+
+    def scope(self) -> BufferScope:
+        """Return a context: what is allocated inside is deallocated at its end (see BufferScope)."""
+        return BufferScope(self)
+
+    def strategy(self, type: BufferType | str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Strategy:  # noqa: A002
+        """Return how a request for host memory would be served; see strategy.py."""
+        return self._strategy(parse_type(type), resolve_request(shape, dtype, "cpu"))
+
+    def _strategy(self, kind: BufferType, request: BufferRequest) -> Strategy:
+        config = self.configs[kind]
+        return choose_strategy(config, request.nbytes, lightweight=self.lightweight, nodes=numa_nodes())
+
+    def _serve_request(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease | None]:
+        started = time.perf_counter_ns() if self._profile is not None else 0
+        tensor, slot = super()._serve_request(request, kind, zero)
+        scope = innermost_scope(self) if self.open_scopes else None
+        if scope is not None and slot is not None:
+            scope.add(tensor, slot)
+        if self._profile is not None:
+            self._profile.note(kind, request.nbytes, time.perf_counter_ns() - started)
         if self.enable_preallocation and kind is BufferType.QUERY and len(request.shape) == 4:
             self._prepare_once(request)
-        return tensor
+        return tensor, slot
 
-    def _note(self, kind: BufferType, nbytes: int, nanoseconds: int) -> None:
-        with self._profile_lock:
-            row = self._profile[kind]
-            row[0] += 1
-            row[1] += nbytes
-            row[2] += nanoseconds
+    def _make(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease]:
+        config = self.configs[kind]
+        pinned = config.pinned and request.device.type == "cpu" and torch.cuda.is_available()
+        strategy = self._strategy(kind, request)
+        if request.device.type == "cpu" and request.nbytes and not pinned:
+            self._strategies[strategy] += 1
+            share = self._gauge.share_to_give_back()
+            if share:
+                freed = self._book.give_back(int(self._book.free_bytes() * share))
+                LOGGER.debug("cleanup: memory is short; gave back %d bytes", freed)
+        bounds = block_bounds(strategy, request.nbytes)
+        tensor, lease = self._book.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
+        lease.zeroes = config.zero_init
+        return tensor, lease
 
     def _prepare_once(self, request: BufferRequest) -> None:
         if request not in self._prepared_shapes:
@@ -188,7 +271,9 @@ class AttentionBufferManager:
     def _prepare(self, request: BufferRequest, kinds: Sequence[BufferType]) -> int:
         ready = 0
         if request.device.type == "cpu" and request.nbytes > 0:
-            ready = sum(self._book.put_free(kind, block_size(request.nbytes)) for kind in kinds)
+            for kind in kinds:
+                size, _ = block_bounds(self._strategy(kind, request), request.nbytes)
+                ready += self._book.put_free(kind, size)
         LOGGER.debug("preallocation: %d of %d buffers of %s are ready", ready, len(kinds), request.describe())
         return ready
 
@@ -198,49 +283,46 @@ class AttentionBufferManager:
         freed = self._book.clear(kind)
         LOGGER.debug("cleanup: %s gave back %d bytes", "all types" if kind is None else kind.name, freed)
 
+    def outstanding(self) -> list[OutstandingBuffer]:
+        """Return what somebody still sees, the oldest first; with `debug` or without `lightweight`, from which line."""
+        leases = [lease for kind in BufferType for lease in self._book.outstanding(kind)]
+        return [describe_lease(lease) for lease in sorted(leases, key=lambda lease: lease.serial)]
+
+    def timeline(self) -> list[Event]:
+        """Return the last 1000 allocations, the oldest first: with enable_profiling, and without lightweight."""
+        return [] if self._profile is None else self._profile.timeline()
+
     def get_stats(self) -> dict[str, Any]:
         """Return the counters.
 
         cache_hits, cache_misses: requests served with and without reuse; together all that succeeded.
         cache_hit_rate: 0 to 1. evictions: blocks that left because of a limit. outstanding: buffers in use.
         cached_buffers, cached_bytes: free now. types: the same for each type, by its name in lower case, and
-        `from_torch`, the misses that torch served itself. With enable_profiling also profile: for each type `count`,
-        `bytes` and `time` (seconds spent in allocate).
+        `from_torch`, the misses that torch served itself. strategies: how often each was chosen (slots' hits choose
+        none). With enable_profiling also profile: for each type `count`, `bytes` and `time` (seconds in allocate).
         """
-        self._book.settle(blocking=True)
-        types = {kind.value: self._type_stats(kind) for kind in BufferType}
-        names = ("cache_hits", "cache_misses", "evictions", "outstanding", "cached_buffers", "cached_bytes")
-        stats: dict[str, Any] = {name: sum(entry[name] for entry in types.values()) for name in names}
-        stats["cache_hit_rate"] = _rate(stats["cache_hits"], stats["cache_misses"])
-        stats["types"] = types
-        if self.enable_profiling:
-            with self._profile_lock:
-                stats["profile"] = {
-                    kind.value: {"count": row[0], "bytes": row[1], "time": row[2] * 1e-9}
-                    for kind, row in self._profile.items()
-                }
+        stats = manager_stats(self._book)
+        stats["strategies"] = {strategy.value: count for strategy, count in self._strategies.items()}
+        if self._profile is not None:
+            stats["profile"] = self._profile.as_dict()
         return stats
 
-    def _type_stats(self, kind: BufferType) -> dict[str, Any]:
-        counts, shelf = self._book.counts[kind], self._book.shelves[kind]
-        return {
-            "cache_hits": counts.hits,
-            "cache_misses": counts.misses,
-            "cache_hit_rate": _rate(counts.hits, counts.misses),
-            "from_torch": counts.from_torch,
-            "evictions": shelf.evictions,
-            "outstanding": counts.outstanding,
-            "cached_buffers": len(shelf),
-            "cached_bytes": shelf.nbytes,
-        }
+    def memory_stats(self) -> dict[str, int]:
+        """Return host memory in the keys of torch.cuda.memory_stats."""
+        stats = self.get_stats()
+        return torch_style_stats(self._host.statistics, stats["cached_bytes"], stats["cached_buffers"])
+
+    def memory_summary(self) -> str:
+        """Return a table of host memory for people."""
+        return summary("manager", {"cpu": self._host.statistics})
+
+    def reset_peak_memory_stats(self) -> None:
+        """Start the peaks of memory_stats again from what is held now."""
+        self._host.restart_peaks()
 
     def check_valid(self) -> None:
-        """Assert the invariants of shelves, leases and counters; for tests."""
+        """Assert the invariants of caches, leases and counters; for tests."""
         self._book.check_valid()
-
-
-def _rate(hits: int, misses: int) -> float:
-    return hits / (hits + misses) if hits + misses else 0.0
 
 
 def create_attention_buffer_manager(
@@ -251,8 +333,17 @@ def create_attention_buffer_manager(
     custom_configs: Mapping[BufferType, BufferConfig] | None = None,
     *,
     upstream: Allocator | None = None,
+    cleanup: Cleanup = "adaptive",
+    debug: bool = False,
 ) -> AttentionBufferManager:
     """Return a manager; the arguments are those of AttentionBufferManager."""
     return AttentionBufferManager(
-        custom_configs, enable_reuse, enable_preallocation, enable_profiling, lightweight, upstream=upstream
+        custom_configs,
+        enable_reuse,
+        enable_preallocation,
+        enable_profiling,
+        lightweight,
+        upstream=upstream,
+        cleanup=cleanup,
+        debug=debug,
     )

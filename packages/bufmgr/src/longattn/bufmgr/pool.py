@@ -2,81 +2,126 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import weakref
 from typing import Any
 
 import torch
 
-from longattn.bufmgr.adaptors import StatisticsAllocator
-from longattn.bufmgr.allocator import Allocator, Block, SystemAllocator
+from longattn.bufmgr.adaptors import Statistics, StatisticsAllocator
+from longattn.bufmgr.allocator import Allocator, Block
+from longattn.bufmgr.arena import LARGE_BYTES, ArenaAllocator
 from longattn.bufmgr.book import LeaseBook
+from longattn.bufmgr.cache import BlockCache
 from longattn.bufmgr.gate import ForkableLock
+from longattn.bufmgr.lease import Lease
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.lru import LruShelf
-from longattn.bufmgr.request import resolve_request
-from longattn.bufmgr.spec import MIB, BufferType, parse_type
+from longattn.bufmgr.pressure import Cleanup, PressureGauge, check_cleanup
+from longattn.bufmgr.report import summary, torch_style_stats
+from longattn.bufmgr.request import BufferRequest
+from longattn.bufmgr.slots import SlotTable
+from longattn.bufmgr.spec import MIB, BufferType
+from longattn.bufmgr.strategy import block_size
 
 
-class MemoryPool:
+class MemoryPool(SlotTable):
     """Untyped reuse over an upstream, and the upstream of every manager.
 
-    As a tensor allocator (`empty`, `release`) it keeps what comes back, in one shelf for all roles. As an Allocator
+    As a tensor allocator (`empty`, `release`: see SlotTable) it keeps what comes back, in one cache for all roles. As an Allocator
     (`allocate`, `deallocate`) it serves managers from the upstream and gives their blocks straight back to it: their
-    own shelves keep, so nothing is kept twice and clearing a manager frees memory.
+    own caches keep, so nothing is kept twice and clearing a manager frees memory. Before it takes new pages from the
+    system, it asks the caches of all its managers for large blocks that nobody uses.
 
-    upstream: default SystemAllocator(). max_cached_buffers: most free blocks kept, default 32. max_cached_mb: most MiB
-    of them, default 512.
+    upstream: default an ArenaAllocator. max_cached_buffers: most free blocks kept, default 32. max_cached_mb: most MiB
+    of them, default 512. cleanup: how soon free memory goes back when memory gets short, "adaptive" (default) or
+    "aggressive"; see pressure.py.
     """
 
     def __init__(
-        self, upstream: Allocator | None = None, *, max_cached_buffers: int = 32, max_cached_mb: float = 512.0
+        self,
+        upstream: Allocator | None = None,
+        *,
+        max_cached_buffers: int = 32,
+        max_cached_mb: float = 512.0,
+        cleanup: Cleanup = "adaptive",
     ) -> None:
-        self._host = StatisticsAllocator(SystemAllocator() if upstream is None else upstream)
-        self._shelf = LruShelf(max_cached_buffers, int(max_cached_mb * MIB))
-        self._book = LeaseBook(self._host, dict.fromkeys(BufferType, self._shelf))
+        self._gauge = PressureGauge(check_cleanup(cleanup))
+        self._arena = ArenaAllocator() if upstream is None else upstream
+        self._host = StatisticsAllocator(self._arena)
+        self._cache = BlockCache(max_cached_buffers, int(max_cached_mb * MIB))
+        super().__init__(LeaseBook(self, dict.fromkeys(BufferType, self._cache)))
+        self._borrowers: weakref.WeakSet[LeaseBook] = weakref.WeakSet([self._book])
+        self._reset_hits = 0
+        if isinstance(self._arena, ArenaAllocator):
+            # Not a bound method: arena and pool would keep each other.
+            this = weakref.ref(self)
+            self._arena.reclaim = lambda nbytes: 0 if (pool := this()) is None else pool.reclaim(nbytes, LARGE_BYTES)
+
+    def add_borrower(self, book: LeaseBook) -> None:
+        """Remember a book whose upstream is this pool, and whose free blocks may be asked back."""
+        self._borrowers.add(book)
 
     def allocate(self, nbytes: int) -> Block:
-        """Return a block for a manager. Raises MemoryError when the system and the pool's own cache have none."""
+        """Return a block for a manager. Raises MemoryError when the system and all caches have none."""
+        share = self._gauge.share_to_give_back()
+        if share:
+            self.relieve(share)
         try:
             return self._host.allocate(nbytes)
         except MemoryError:
-            freed = self._book.clear()
-            LOGGER.debug("cleanup: a manager was refused %d bytes; the pool gave back %d", nbytes, freed)
+            freed = self.relieve(1.0)
+            LOGGER.debug("cleanup: %d bytes were refused; the pool gave back %d", nbytes, freed)
             if not freed:
                 raise
             return self._host.allocate(nbytes)
 
     def deallocate(self, block: Block) -> None:
-        """Take back a manager's block, and give its memory back to the system."""
+        """Take back a manager's block."""
         self._host.deallocate(block)
 
-    def empty(
-        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str | None = None, role: str = "temp"
-    ) -> torch.Tensor:
-        """Return an uninitialised contiguous buffer of `shape`; `role` is a BufferType's name in lower case.
-
-        Raises TypeError or ValueError that names the parameter, and MemoryError.
+    def reclaim(self, nbytes: int, least: int = 0) -> int:
+        """Take free blocks of `least` bytes or more out of the caches over this pool, of the cache that missed longest
+        ago first, until they are `nbytes` or more; return how many bytes it were.
         """
-        if torch.compiler.is_compiling():  # a graph owns its memory
-            return torch.empty(shape, dtype=dtype, device=device)
-        return self._book.lease(resolve_request(shape, dtype, device), parse_type(role, "role"), zero=False)
+        freed = 0
+        for book in sorted(self._borrowers, key=lambda book: book.last_miss):
+            if freed < nbytes:
+                freed += book.give_back(nbytes - freed, least=least)
+        return freed
 
-    def release(self, tensor: torch.Tensor, role: str = "temp") -> None:
-        """Give back what `empty` returned for this role; see AttentionBufferManager.deallocate, whose rules hold."""
-        if torch.compiler.is_compiling():
-            return
-        self._book.release(tensor, parse_type(role, "role"), sys.getrefcount(tensor))
+    def relieve(self, share: float = 1.0) -> int:
+        """Give a share (0 to 1) of all free memory back to the system; return the bytes that caches gave up."""
+        free = sum(book.free_bytes() for book in list(self._borrowers))
+        freed = self.reclaim(int(free * share))
+        trimmed = self._arena.trim() if isinstance(self._arena, ArenaAllocator) else 0
+        LOGGER.debug("cleanup: caches gave back %d bytes, %d of them and others to the system", freed, trimmed)
+        return freed
+
+    def _make(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease]:
+        size = block_size(request.nbytes)
+        return self._book.lease(request, kind, bounds=(size, size), zero=zero)
 
     def reset(self) -> None:
-        """Give every free block back and start the counters again. Leased buffers stay as they are."""
+        """Give every free block of the pool back to the system and start the counters again.
+
+        Leased buffers stay as they are, and so do the caches of managers.
+        """
         freed = self._book.clear()
+        if isinstance(self._arena, ArenaAllocator):
+            self._arena.trim()
         self._host.statistics.restart()
         for counts in self._book.counts.values():
             counts.hits = counts.misses = counts.from_torch = 0
+        self._reset_hits = self._cache.slot_hits
         for statistics in self._book.from_torch.values():
             statistics.restart()
         LOGGER.debug("cleanup: the pool was reset and gave back %d bytes", freed)
+
+    def _statistics(self) -> dict[str, Statistics]:
+        devices = {"cpu": self._host.statistics}
+        for device, statistics in list(self._book.from_torch.items()):
+            # Zero-size host buffers come from torch: they hold nothing, but they are requests.
+            devices["cpu (torch)" if device.type == "cpu" else str(device)] = statistics
+        return devices
 
     def get_stats(self) -> dict[str, Any]:
         """Return the pool's counters; all sizes are bytes.
@@ -84,29 +129,72 @@ class MemoryPool:
         total_allocated: held now, leased and free, managers' blocks included. peak_allocated: the most of that at once
         (with several devices the sum of each one's). allocation_count: requests served so far, managers' included.
         reuse_rate: the part of them served without new memory, 0 to 1. cached_bytes, cached_buffers: free now.
-        devices: the six Statistics fields of each device.
+        devices: the six Statistics fields of each device. With an arena also arena: in_use, dirty (free pages still
+        held), mapped (address space), peak_in_use.
         """
         self._book.settle(blocking=True)
-        devices = {"cpu": self._host.statistics}
-        for device, statistics in list(self._book.from_torch.items()):
-            # Zero-size host buffers come from torch: they hold nothing, but they are requests.
-            devices["cpu (torch)" if device.type == "cpu" else str(device)] = statistics
+        devices = self._statistics()
         served = devices.values()
-        hits = sum(counts.hits for counts in self._book.counts.values())
+        hits = sum(counts.hits for counts in self._book.counts.values()) + self._cache.slot_hits - self._reset_hits
         requests = hits + sum(statistics.total_count for statistics in served)
-        return {
+        free = self._cache.blocks()
+        stats = {
             "total_allocated": sum(statistics.current_bytes for statistics in served),
             "peak_allocated": sum(statistics.peak_bytes for statistics in served),
             "allocation_count": requests,
             "reuse_rate": hits / requests if requests else 0.0,
-            "cached_bytes": self._shelf.nbytes,
-            "cached_buffers": len(self._shelf),
+            "cached_bytes": sum(block.nbytes for block in free),
+            "cached_buffers": len(free),
             "devices": {device: statistics.as_dict() for device, statistics in devices.items()},
         }
+        if isinstance(self._arena, ArenaAllocator):
+            arena = self._arena
+            names = ("in_use", "dirty_bytes", "mapped_bytes", "peak_in_use")
+            stats["arena"] = {name.removesuffix("_bytes"): getattr(arena, name) for name in names}
+        return stats
+
+    def memory_stats(self, device: str = "cpu") -> dict[str, int]:
+        """Return one device's memory in the keys of torch.cuda.memory_stats; devices are those of `get_stats`.
+
+        Raises ValueError for a device that was never asked for.
+        """
+        devices = self._statistics()
+        if device not in devices:
+            raise ValueError(f"device: expected one of {', '.join(devices)}, got {device!r}")
+        free = self._cache.blocks() if device == "cpu" else []
+        return torch_style_stats(devices[device], sum(block.nbytes for block in free), len(free))
+
+    def memory_summary(self) -> str:
+        """Return a table of all devices for people."""
+        return summary("pool", self._statistics())
+
+    def memory_snapshot(self) -> list[dict[str, Any]]:
+        """Return the arena's segments as torch.cuda.memory_snapshot does: sizes, and blocks by offset and state."""
+        return self._arena.snapshot() if isinstance(self._arena, ArenaAllocator) else []
+
+    def reset_peak_memory_stats(self) -> None:
+        """Start the peaks again from what is held now."""
+        self._host.restart_peaks()
+        for statistics in list(self._book.from_torch.values()):
+            statistics.restart_peaks()
+
+    def empty_cache(self) -> None:
+        """Give all free memory, that of managers over this pool included, back to the system."""
+        self.relieve(1.0)
+
+    def push_statistics(self) -> None:
+        """Begin counting host memory anew, until `pop_statistics`."""
+        self._host.push_statistics()
+
+    def pop_statistics(self) -> Statistics:
+        """Return what was counted since the last `push_statistics`. Raises ValueError without one."""
+        return self._host.pop_statistics()
 
     def check_valid(self) -> None:
-        """Assert the invariants of shelf and leases."""
+        """Assert the invariants of cache, leases and arena."""
         self._book.check_valid()
+        if isinstance(self._arena, ArenaAllocator):
+            self._arena.check_valid()
 
 
 _global_pool: MemoryPool | None = None

@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,9 @@ _META = torch.device("meta")
 _QUANTIZED = frozenset(
     getattr(torch, name) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4") if hasattr(torch, name)
 )
+
+function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+"""Number of torch-function modes (device contexts are such) active in this thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,11 @@ def _check_shape(shape: object) -> tuple[int, ...]:
 
 def resolve_device(device: torch.device | str | int | None) -> torch.device:
     """Return the one name of a device. Raises TypeError or ValueError for what is no device or is not here."""
-    found = torch.get_default_device() if device is None else _parse_device(device)
+    if device is None:
+        # A device context is a mode; looking for it costs microseconds, seeing that there is no mode at all does not.
+        found = torch.get_default_device() if function_modes() else _CPU
+    else:
+        found = _parse_device(device)
     if found.type == "cpu":
         return _CPU
     if found.type == "meta":

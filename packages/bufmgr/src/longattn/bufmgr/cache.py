@@ -1,0 +1,175 @@
+"""Free memory kept for reuse, bounded in count and bytes, evicting exactly the least recently used.
+
+The life of a block here:
+1. `put` stamps it as the latest used; `take` removes and returns one of the wanted size (the latest: the warmest).
+2. A lease may be kept open as a slot (`add_slot`): it keeps its block, in use or free, until it is closed.
+3. Over a limit, first the oldest slots in use are closed: they become ordinary leases, and cost no memory. Then the
+   free block or slot whose use is longest ago is evicted. A slot's last use is when it was handed out or released.
+Slots in use count for the limits, because they may become free without telling anybody. So what is free is bounded at
+every moment, without a call. Nothing here takes a lock or calls an upstream: the owner does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from longattn.bufmgr.allocator import Block
+from longattn.bufmgr.lease import Clock, Lease
+
+
+class BlockCache:
+    """Free blocks and slots of one type (or of all types, in a pool).
+
+    max_buffers: most blocks and slots kept. max_bytes: most bytes of them; a larger block is evicted as it comes.
+    """
+
+    def __init__(self, max_buffers: int, max_bytes: int) -> None:
+        self.max_buffers = max_buffers
+        self.max_bytes = max_bytes
+        self.evictions = 0
+        self.slots: list[Lease] = []
+        self.nbytes = 0
+        self.clock = Clock()
+        self._own_stamps = 0
+        self._blocks: dict[int, Block] = {}  # stamp -> block, least recently used first
+
+    def stamp(self) -> int:
+        """Move the clock for something else than a slot's hit."""
+        self._own_stamps += 1
+        self.clock.now += 1
+        return self.clock.now
+
+    @property
+    def slot_hits(self) -> int:
+        """How often slots were handed out again so far."""
+        return self.clock.now - self._own_stamps
+
+    def free_slots(self) -> list[Lease]:
+        """Return the slots that nobody sees now, the least recently used first."""
+        return sorted((slot for slot in self.slots if slot.is_free()), key=_used)
+
+    def blocks(self) -> list[Block]:
+        """Return what is free, slots included, the least recently used first."""
+        stamped = [(slot.used, slot.block) for slot in self.free_slots()] + list(self._blocks.items())
+        return [block for _, block in sorted(stamped, key=lambda pair: pair[0]) if block is not None]
+
+    def free_bytes(self, least: int = 0) -> int:
+        """Return the bytes of what is free, slots included, in blocks of `least` bytes or more."""
+        return sum(block.nbytes for block in self.blocks() if block.nbytes >= least)
+
+    def admits(self, size: int) -> bool:
+        """Return whether a block of `size` bytes would be kept at all."""
+        return self.max_buffers > 0 and size <= self.max_bytes
+
+    def holds(self, size: int) -> bool:
+        """Return whether a free block of exactly `size` bytes is here."""
+        return any(block.nbytes == size for block in self.blocks())
+
+    def take(self, size: int, most: int, settle: Callable[[], None]) -> Block | None:
+        """Remove and return the latest used free block of `size` bytes, else the smallest of up to `most`, or None.
+
+        A free slot gives its block up if no bare block fits; `settle` must then bring the ended lease's block to `put`.
+        """
+        block = self._take_bare(size, most)
+        if block is None:
+            fitting = [slot for slot in self.slots if slot.block is not None and size <= slot.block.nbytes <= most]
+            for slot in sorted(fitting, key=_used, reverse=True):
+                if slot.is_free():
+                    self.close_slot(slot)
+                    settle()
+                    block = self._take_bare(size, most)
+                    if block is not None:
+                        break
+        return block
+
+    def _take_bare(self, size: int, most: int) -> Block | None:
+        fitting = [(block.nbytes, -stamp) for stamp, block in self._blocks.items() if size <= block.nbytes <= most]
+        if not fitting:
+            return None
+        return self._remove(-min(fitting)[1])
+
+    def put(self, block: Block) -> list[Block]:
+        """Keep a free block; return the blocks that had to leave."""
+        if self.max_buffers == 0:  # nothing is ever kept here, so nothing was evicted
+            return [block]
+        if block.nbytes > self.max_bytes:
+            self.evictions += 1
+            return [block]
+        self._blocks[self.stamp()] = block
+        self.nbytes += block.nbytes
+        return self.trim()
+
+    def add_slot(self, lease: Lease) -> list[Block]:
+        """Keep a lease open as a slot; return the blocks that had to leave."""
+        assert lease.block is not None
+        lease.used = self.stamp()
+        self.slots.append(lease)
+        self.nbytes += lease.block.nbytes
+        return self.trim()
+
+    def close_slot(self, slot: Lease) -> None:
+        """Let a slot be an ordinary lease. If it was free, it ends now."""
+        if slot in self.slots:
+            assert slot.block is not None
+            self.slots.remove(slot)
+            self.nbytes -= slot.block.nbytes
+        slot.close_slot()
+
+    def trim(self) -> list[Block]:
+        """Bring what is kept under the limits; return the bare blocks that left. (Slots' blocks leave as they end.)"""
+        evicted: list[Block] = []
+        while len(self._blocks) + len(self.slots) > self.max_buffers or self.nbytes > self.max_bytes:
+            in_use = [slot for slot in self.slots if not slot.is_free()]
+            if in_use:
+                self.close_slot(min(in_use, key=_used))
+            else:
+                evicted += self.evict_oldest()
+                self.evictions += 1
+        return evicted
+
+    def evict_oldest(self, least: int = 0) -> list[Block]:
+        """Let go of the least recently used free block or slot of `least` bytes or more; return it if it is a block.
+
+        A slot's block leaves as the lease ends.
+        """
+        slots = (slot for slot in self.free_slots() if slot.block is not None and slot.block.nbytes >= least)
+        slot = next(slots, None)
+        oldest = next((stamp for stamp, block in self._blocks.items() if block.nbytes >= least), None)
+        if slot is not None and (oldest is None or slot.used < oldest):
+            slot.keep = False
+            self.close_slot(slot)
+        elif oldest is not None:
+            return [self._remove(oldest)]
+        return []
+
+    def clear(self, *, close_all: bool = False) -> list[Block]:
+        """Let go of everything that is free; with `close_all` no slot in use stays a slot either."""
+        blocks = list(self._blocks.values())
+        self.nbytes -= sum(block.nbytes for block in blocks)
+        self._blocks.clear()
+        for slot in list(self.slots):
+            free = slot.is_free()
+            if free or close_all:
+                slot.keep = slot.keep and not free
+                self.close_slot(slot)
+        return blocks
+
+    def _remove(self, stamp: int) -> Block:
+        block = self._blocks.pop(stamp)
+        self.nbytes -= block.nbytes
+        return block
+
+    def check_valid(self) -> None:
+        """Assert the invariants: the sum is right, the limits hold, stamps are in order and of the past."""
+        blocks = list(self._blocks.values())
+        assert len(blocks) + len(self.slots) <= self.max_buffers
+        slotted = [slot.block for slot in self.slots if slot.block is not None]
+        assert self.nbytes == sum(block.nbytes for block in blocks + slotted) <= self.max_bytes
+        assert list(self._blocks) == sorted(self._blocks)
+        assert all(slot.is_slot and not slot.ended for slot in self.slots)
+        assert all(stamp <= self.clock.now for stamp in [*self._blocks, *(slot.used for slot in self.slots)])
+        assert len({id(block) for block in blocks + slotted}) == len(blocks) + len(slotted)
+
+
+def _used(slot: Lease) -> int:
+    return slot.used

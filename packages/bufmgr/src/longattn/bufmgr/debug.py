@@ -1,0 +1,99 @@
+"""What a debugging manager adds: who allocated each buffer, how often its memory was lent, and poison where it was.
+
+Poison is a block of 0xFF: NaN for every floating dtype, -1 for integers, True for bool. It is written when the memory
+comes back, and looked at before the memory is lent again: whoever wrote in between, through a raw pointer, is found out
+then. Not for speed: both touch every byte.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import PurePath
+
+import torch
+
+from longattn.bufmgr.allocator import Block
+from longattn.bufmgr.lease import Lease
+
+_POISON = 0xFF
+_HERE = str(PurePath(__file__).parent)
+
+
+@dataclass(frozen=True)
+class LeaseNote:
+    """One loan: `serial` counts all of a manager's, `generation` those of this piece of memory, from 1; `site` is
+    "file:line in function" of the call.
+    """
+
+    serial: int
+    generation: int
+    site: str
+
+    def __str__(self) -> str:
+        return f"lease {self.serial}, generation {self.generation} of its memory, from {self.site}"
+
+
+@dataclass(frozen=True)
+class OutstandingBuffer:
+    """A buffer that somebody still sees. `note` is there with `debug`; `released`: it was given back while seen."""
+
+    type: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    nbytes: int
+    released: bool
+    note: LeaseNote | None
+
+
+def describe_lease(lease: Lease) -> OutstandingBuffer:
+    """Return what is known of a lease."""
+    request = lease.request
+    note = lease.note if isinstance(lease.note, LeaseNote) else None
+    return OutstandingBuffer(
+        lease.kind.value, request.shape, request.dtype, request.device, request.nbytes, lease.released, note
+    )
+
+
+class Inspector:
+    """Notes loans, poisons memory that comes back, and checks the poison of memory that goes out again.
+
+    poison: whether to do the latter two.
+    """
+
+    def __init__(self, *, poison: bool) -> None:
+        self._poison = poison
+        self._serials = itertools.count(1)
+
+    def note(self, lease: Lease) -> None:
+        """Note the caller of the manager, and the generation of the memory."""
+        generation = 1
+        if lease.block is not None:
+            lease.block.loans += 1
+            generation = lease.block.loans
+        lease.note = LeaseNote(next(self._serials), generation, _call_site())
+
+    def poison(self, block: Block) -> None:
+        """Write over memory that came back."""
+        if self._poison:
+            _bytes_of(block).fill_(_POISON)
+
+    def check_poison(self, block: Block) -> None:
+        """Raise RuntimeError if memory that came back was written to since. Fresh memory has no loans yet."""
+        if self._poison and block.loans and not bool((_bytes_of(block) == _POISON).all()):
+            raise RuntimeError(
+                f"a block of {block.nbytes} bytes was written to after it came back from its loan number {block.loans}"
+            )
+
+
+def _bytes_of(block: Block) -> torch.Tensor:
+    return torch.frombuffer(memoryview(block.memory), dtype=torch.uint8)
+
+
+def _call_site() -> str:
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"

@@ -1,0 +1,62 @@
+"""The end of a lease on request: who may release what, and what happens to the handle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from longattn.bufmgr.guard import only_handle_sees, storage_address
+from longattn.bufmgr.lease import Lease
+from longattn.bufmgr.spec import BufferType
+
+
+def release_lease(leases: Mapping[int, Lease], tensor: torch.Tensor, kind: BufferType, tensor_references: int) -> Lease:
+    """Release the lease of a handle: empty the handle if nothing else sees it, else only note it as `released`.
+
+    leases: by storage address. tensor_references: sys.getrefcount(tensor) as read in the function that the user called.
+    Returns the lease. Raises TypeError for no tensor, ValueError for a view, a foreign tensor, a wrong type or a second
+    release; then nothing has changed.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"tensor: expected a tensor that allocate returned, got {tensor!r}")
+    try:
+        lease = leases.get(storage_address(tensor))
+    except RuntimeError:  # a tensor without a storage, such as a sparse one
+        lease = None
+    handle_id = id(tensor)
+    if lease is None or lease.ended or lease.handle_id != handle_id:
+        raise ValueError(f"tensor: expected a buffer leased here, got {_why_not(lease, tensor)}")
+    if lease.kind is not kind:
+        raise ValueError(f"type: this buffer was leased as {lease.kind.name}, got {kind.name}")
+    # Nothing is called between these two lines, so with a GIL no other thread comes between; without one the loser of
+    # a race finds the handle seen by the winner's call and at worst notes the release twice.
+    won = lease.handle_id == handle_id
+    lease.handle_id = 0
+    if not won:
+        raise ValueError("tensor: expected a buffer leased here, got one that another thread is releasing")
+    if only_handle_sees(tensor, tensor_references, masters=lease.is_slot):
+        # Drops the storage; of an ordinary lease this is the last owner, which ends inside this line.
+        if tensor.requires_grad:
+            with torch.no_grad():
+                tensor.set_()  # pyright: ignore[reportCallIssue]
+        else:
+            tensor.set_()  # pyright: ignore[reportCallIssue]
+    else:
+        lease.released = True
+        lease.handle_id = -handle_id  # who asks again is told that it was released before
+    return lease
+
+
+def _why_not(lease: Lease | None, tensor: torch.Tensor) -> str:
+    if lease is not None and not lease.ended:
+        if lease.released and lease.handle_id == -id(tensor):
+            return f"one that was released before and that something else still sees{_history(lease)}"
+        return "a view, or another tensor over the same memory: release the tensor that allocate returned"
+    if tensor.layout is torch.strided and tuple(tensor.shape) == (0,):
+        return "an empty tensor: released before, or never from here"
+    return f"a tensor from elsewhere, of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _history(lease: Lease) -> str:
+    return "" if lease.note is None else f" ({lease.note})"

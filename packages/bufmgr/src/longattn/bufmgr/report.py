@@ -1,0 +1,66 @@
+"""What a manager tells of itself: plain counters, and the same figures in the words of torch's and RMM's allocators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from longattn.bufmgr.adaptors import Statistics
+from longattn.bufmgr.book import LeaseBook
+from longattn.bufmgr.spec import MIB, BufferType
+
+
+def manager_stats(book: LeaseBook) -> dict[str, Any]:
+    """Return the counters of every type and their sums; see AttentionBufferManager.get_stats."""
+    book.settle(blocking=True)
+    types = {kind.value: _type_stats(book, kind) for kind in BufferType}
+    names = ("cache_hits", "cache_misses", "evictions", "outstanding", "cached_buffers", "cached_bytes")
+    stats: dict[str, Any] = {name: sum(entry[name] for entry in types.values()) for name in names}
+    stats["cache_hit_rate"] = _rate(stats["cache_hits"], stats["cache_misses"])
+    stats["types"] = types
+    return stats
+
+
+def _type_stats(book: LeaseBook, kind: BufferType) -> dict[str, Any]:
+    counts, cache = book.counts[kind], book.caches[kind]
+    free = cache.blocks()
+    hits = counts.hits + cache.slot_hits
+    return {
+        "cache_hits": hits,
+        "cache_misses": counts.misses,
+        "cache_hit_rate": _rate(hits, counts.misses),
+        "from_torch": counts.from_torch,
+        "evictions": cache.evictions,
+        "outstanding": counts.leases - len(cache.free_slots()),
+        "cached_buffers": len(free),
+        "cached_bytes": sum(block.nbytes for block in free),
+    }
+
+
+def _rate(hits: int, misses: int) -> float:
+    return hits / (hits + misses) if hits + misses else 0.0
+
+
+def torch_style_stats(statistics: Statistics, free_bytes: int, free_count: int) -> dict[str, int]:
+    """Return the figures of one device in the keys of torch.cuda.memory_stats.
+
+    reserved_bytes, segment: memory taken from the upstream, and in how many blocks. allocated_bytes, allocation: what
+    of that somebody uses; current only, because buffers are dropped without telling anybody. All are "...all...".
+    """
+    stats: dict[str, int] = {}
+    for name, unit in (("reserved_bytes", "bytes"), ("segment", "count")):
+        current, peak, total = (getattr(statistics, f"{kind}_{unit}") for kind in ("current", "peak", "total"))
+        figures = {"current": current, "peak": peak, "allocated": total, "freed": total - current}
+        stats |= {f"{name}.all.{key}": value for key, value in figures.items()}
+    stats["allocated_bytes.all.current"] = statistics.current_bytes - free_bytes
+    stats["allocation.all.current"] = statistics.current_count - free_count
+    return stats
+
+
+def summary(title: str, devices: Mapping[str, Statistics]) -> str:
+    """Return a table for people: a line for each device, in MiB and blocks."""
+    lines = [f"{title:<14}{'now MiB':>12}{'peak MiB':>12}{'total MiB':>12}{'blocks':>9}"]
+    for name, s in devices.items():
+        mib = [value / MIB for value in (s.current_bytes, s.peak_bytes, s.total_bytes)]
+        lines.append(f"{name:<14}{mib[0]:>12.2f}{mib[1]:>12.2f}{mib[2]:>12.2f}{s.current_count:>9}")
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""Which way a request is served: four strategies as one table, read from the top; the first row that fits is taken.
+
+    strategy        when                                                        what
+    bucketed        under 1 MiB, reuse "high", prefer_bucketed                  size classes, 8 to a doubling
+    numa_aware      over 16 MiB, prefer_numa, more than one node                a block that may be placed on a node
+    fragment_aware  more than twice the type's typical size                     the tightest free block up to 1/8 larger
+    direct          everything else                                             a block of the size asked for
+
+numa_aware is a decision so far: the block is an ordinary one, counted under this name. The two rows in the middle are
+what `lightweight` leaves out.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from longattn.bufmgr.spec import MIB, BufferConfig
+
+_LINE = 64
+_PAGE = 4096
+_CLASSES_PER_DOUBLING = 8
+_NODES = Path("/sys/devices/system/node")
+
+
+class Strategy(enum.Enum):
+    """How a request for host memory is served."""
+
+    BUCKETED = "bucketed"
+    NUMA_AWARE = "numa_aware"
+    FRAGMENT_AWARE = "fragment_aware"
+    DIRECT = "direct"
+
+
+class _Row(NamedTuple):
+    strategy: Strategy
+    lightweight: bool
+    fits: Callable[[BufferConfig, int, int], bool]
+
+
+_TABLE = (
+    _Row(
+        Strategy.BUCKETED,
+        True,
+        lambda config, nbytes, nodes: config.prefer_bucketed and config.reuse_frequency == "high" and nbytes < MIB,
+    ),
+    _Row(
+        Strategy.NUMA_AWARE,
+        False,
+        lambda config, nbytes, nodes: config.prefer_numa and nodes > 1 and nbytes > 16 * MIB,
+    ),
+    _Row(Strategy.FRAGMENT_AWARE, False, lambda config, nbytes, nodes: nbytes > 2 * config.typical_size_mb * MIB),
+    _Row(Strategy.DIRECT, True, lambda config, nbytes, nodes: True),
+)
+
+
+def choose_strategy(config: BufferConfig, nbytes: int, *, lightweight: bool, nodes: int) -> Strategy:
+    """Return the first strategy of the table that fits a request of `nbytes` on a machine with so many NUMA nodes."""
+    fitting = (row for row in _TABLE if row.lightweight or not lightweight)
+    return next(row.strategy for row in fitting if row.fits(config, nbytes, nodes))
+
+
+def block_size(nbytes: int) -> int:
+    """Return the size of the block that serves `nbytes`: whole cache lines, from 64 KiB on whole pages."""
+    step = _LINE if nbytes < 16 * _PAGE else _PAGE
+    return -(-nbytes // step) * step
+
+
+def size_class(nbytes: int) -> int:
+    """Return the smallest size class of at least `nbytes`: at most 1/8 more than the whole lines or pages it takes."""
+    step = max((1 << max(nbytes, 1).bit_length() - 1) // _CLASSES_PER_DOUBLING, _LINE)
+    return block_size(-(-nbytes // step) * step)
+
+
+def block_bounds(strategy: Strategy, nbytes: int) -> tuple[int, int]:
+    """Return (the size of a new block, the largest free block that may serve) for a request of 1 byte or more."""
+    if strategy is Strategy.BUCKETED:
+        size = size_class(nbytes)
+        return size, size
+    size = block_size(nbytes)
+    return size, size + size // 8 if strategy is Strategy.FRAGMENT_AWARE else size
+
+
+@functools.cache
+def numa_nodes() -> int:
+    """Return how many NUMA nodes with memory this machine has; 1 where the system does not tell."""
+    if not _NODES.is_dir():
+        return 1
+    return max(1, sum(bool(re.fullmatch(r"node\d+", path.name)) for path in _NODES.iterdir()))

@@ -1,0 +1,168 @@
+"""Slots: the short way hands out only what nobody sees, remembers nothing, and never more than the limits allow."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from longattn.bufmgr import AttentionBufferManager, BufferConfig, BufferType
+from longattn.bufmgr.guard import fresh_counts
+from longattn.bufmgr.testing import FailingAllocator
+
+TEMP, OUTPUT = BufferType.TEMP, BufferType.OUTPUT
+SHAPE = (4, 8)
+
+
+def test_a_dropped_buffer_comes_again_as_a_new_tensor():
+    """Same memory, new handle: nothing that was done to the old one, except to its content, shows."""
+    manager = AttentionBufferManager()
+    tensor = manager.allocate(TEMP, SHAPE).fill_(2.0)
+    address = tensor.data_ptr()
+    tensor.unsqueeze_(0).requires_grad_().mark = "mine"  # pyright: ignore[reportAttributeAccessIssue]
+    tensor.sum().backward()
+    del tensor
+    again = manager.allocate(TEMP, SHAPE)
+    assert (again.data_ptr(), again.shape, again.requires_grad, again.grad) == (address, SHAPE, False, None)
+    assert not hasattr(again, "mark")
+    assert manager.get_stats()["cache_hits"] == 1
+
+
+@pytest.mark.parametrize("bad", [(4.0, 8), (True, 8), ("4", 8)])
+def test_equal_keys_of_other_types_are_refused_after_a_hit_too(bad: Any):
+    manager = AttentionBufferManager()
+    for rows in (4, 1, 1):
+        manager.allocate(TEMP, (rows, 8))
+        manager.empty((rows, 8), torch.float32)
+    with pytest.raises(TypeError, match=r"shape\[0\]: expected a whole number"):
+        manager.allocate(TEMP, bad)
+    with pytest.raises(TypeError, match="zero_init"):
+        manager.allocate(TEMP, SHAPE, zero_init=0)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_key_follows_torchs_defaults():
+    """A default dtype or a device context that changed since the last hit is seen."""
+    manager = AttentionBufferManager()
+    for _ in range(2):
+        assert manager.allocate(TEMP, SHAPE).dtype == torch.float32
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert manager.allocate(TEMP, SHAPE).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        assert manager.allocate(TEMP, SHAPE).is_meta
+        assert manager.empty(SHAPE, torch.float32).is_meta
+
+
+def test_zeros_on_the_short_way():
+    """OUTPUT is zero on every hit of `allocate`; `empty` leaves it, though both share the slot."""
+    manager = AttentionBufferManager()
+    for _ in range(3):
+        assert not manager.allocate(OUTPUT, SHAPE).fill_(3.0).eq(0).any()
+    assert not manager.allocate(OUTPUT, SHAPE).any()
+    manager.allocate("output", SHAPE).fill_(5.0)
+    assert manager.empty(SHAPE, torch.float32, role="output").unique().tolist() == [5.0]
+
+
+def test_several_in_use_are_several_buffers():
+    manager = AttentionBufferManager()
+    for _ in range(3):
+        held = [manager.allocate(TEMP, SHAPE).fill_(n) for n in range(15)]  # more than the limit of ten
+        assert [tensor.unique().tolist() for tensor in held] == [[float(n)] for n in range(15)]
+        assert manager.get_stats()["outstanding"] == 15
+        manager.check_valid()
+        held.clear()
+    assert manager.get_stats()["cached_buffers"] == 10
+
+
+def test_keys_do_not_pile_up():
+    """Shapes that came once leave no trace beyond the limit."""
+    manager = AttentionBufferManager({TEMP: BufferConfig(max_cached_buffers=3)})
+    for n in range(1, 100):
+        manager.allocate(TEMP, (n, 64))
+    assert len(manager._slots) <= 3
+    manager.clear_cache()
+    assert len(manager._slots) == 0
+
+
+def test_prepared_slot():
+    """`acquire` gives what allocate gives: a hit when the last one is gone, another buffer while it is not."""
+    manager = AttentionBufferManager()
+    slot = manager.prepare("output", SHAPE, torch.float32)
+    first = slot.acquire().fill_(1.0)
+    second = slot.acquire().fill_(2.0)
+    assert (first.unique().tolist(), second.unique().tolist()) == ([1.0], [2.0])
+    manager.deallocate(first, OUTPUT)
+    address = second.data_ptr()
+    del second
+    third = slot.acquire()
+    assert (third.data_ptr() == address, third.any().item()) == (True, False)
+    manager.clear_cache()
+    assert slot.acquire().shape == SHAPE
+    with pytest.raises(ValueError, match="shape"):
+        manager.prepare(TEMP, (-1,))
+    manager.check_valid()
+
+
+def test_slots_end_when_their_manager_does():
+    upstream = FailingAllocator()
+    manager = AttentionBufferManager(upstream=upstream)
+    tensor = manager.allocate(TEMP, (256,), torch.uint8)
+    manager.allocate(TEMP, (512,), torch.uint8)
+    assert upstream.held_bytes == 768
+    del manager
+    assert upstream.held_bytes == 256
+    del tensor
+    assert upstream.held_bytes == 0
+
+
+def test_without_counts_there_are_no_slots(monkeypatch: pytest.MonkeyPatch):
+    """A free-threaded Python (its flag is faked here) has leases only; reuse works all the same."""
+    monkeypatch.setattr("sys._is_gil_enabled", lambda: False, raising=False)
+    monkeypatch.setattr("longattn.bufmgr.book.fresh_counts", fresh_counts.__wrapped__)
+    manager = AttentionBufferManager()
+    manager.allocate(TEMP, SHAPE)
+    manager.allocate(TEMP, SHAPE)
+    assert (len(manager._slots), manager.get_stats()["cache_hits"]) == (0, 1)
+    assert not manager._book.caches[TEMP].slots
+
+
+def test_memory_moved_to_shared_memory_leaves_its_slot():
+    """share_memory_ gives the storage other memory; the block is lent again, the slot is not."""
+    manager = AttentionBufferManager()
+    tensor = manager.allocate(TEMP, SHAPE).fill_(4.0)
+    tensor.share_memory_()
+    other = manager.allocate(TEMP, SHAPE).fill_(5.0)
+    assert tensor.unique().tolist() == [4.0]
+    del tensor
+    assert not manager.allocate(TEMP, SHAPE).is_shared()
+    assert other.unique().tolist() == [5.0]
+    manager.check_valid()
+
+
+@pytest.mark.parametrize("through", ["keyed", "slot"])
+def test_sixteen_threads_on_one_key(through: str):
+    """No two of them ever hold one buffer: each finds its own mark after giving others time."""
+    manager = AttentionBufferManager()
+    slot = manager.prepare(TEMP, (2,), torch.float64)
+    start, wrong = threading.Barrier(16), []
+
+    def work(mark: float) -> None:
+        start.wait()
+        for turn in range(300):
+            tensor = slot.acquire() if through == "slot" else manager.allocate(TEMP, (2,), torch.float64)
+            tensor.fill_(mark)
+            if tensor[1].item() != mark or tensor[0].item() != mark:
+                wrong.append((mark, turn))
+
+    threads = [threading.Thread(target=work, args=(float(n),)) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    manager.check_valid()
+    stats = manager.get_stats()
+    assert (stats["outstanding"], stats["cache_hits"] + stats["cache_misses"]) == (0, 4800)
