@@ -72,11 +72,7 @@ class PatternCache:
         survive_forks(self)
 
     def configure(
-        self,
-        max_size: int,
-        max_bytes: int | None = None,
-        enable_profiling: bool = False,
-        grow_to: int | None = None,
+        self, max_size: int, max_bytes: int | None = None, enable_profiling: bool = False, grow_to: int | None = None
     ) -> None:
         """Start anew with other limits: as after `clear`, and as the constructor checks them."""
         size = check_int("max_size", max_size, minimum=0)
