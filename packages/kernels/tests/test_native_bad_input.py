@@ -125,6 +125,10 @@ def test_strides_that_leave_the_memory_are_refused():
     mask.untyped_storage().resize_(10)
     with pytest.raises(ValueError, match="mask must lie within its memory"):
         CallArgument().look_up("mask", mask, (2, 2, 12, 12))
+    padding = torch.zeros(2, 12, dtype=torch.bool)
+    padding.untyped_storage().resize_(10)
+    with pytest.raises(ValueError, match="key_padding must lie within its memory"):
+        CallArgument().hide(padding, (2, 12))
 
 
 def test_a_copy_lives_as_long_as_the_call():

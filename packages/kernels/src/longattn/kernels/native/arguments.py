@@ -98,6 +98,22 @@ class CallArgument(ctypes.Structure):
         strides = (0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
         setattr(self, name, LookupArgument(x.data_ptr(), *strides, TYPES.get(x.dtype, 0)))
 
+    def hide(self, key_padding: Tensor, shape: tuple[int, int]) -> None:
+        """Set the field `padding` to where a bool tensor (batch, keys) lies.
+
+        Raises:
+            ValueError: it is not of that shape or dtype, not on the CPU, or has strides that leave its memory.
+        """
+        x = key_padding
+        if tuple(x.shape) != shape or x.dtype != torch.bool or x.device.type != "cpu":
+            raise ValueError(
+                f"key_padding must be bool {shape} on the CPU, got {tuple(x.shape)}, {x.dtype}, on {x.device}"
+            )
+        check_memory("key_padding", x)
+        self._kept.append(x)
+        self.padding = x.data_ptr()
+        self.padding_batch, self.padding_row = x.stride()
+
 
 SIZES = (ctypes.sizeof(CallArgument), 8 * len(_JOB), 8 * len(_ROW_SET))
 

@@ -131,12 +131,7 @@ def _argument(call: Call, out: Tensor, lse: Tensor) -> CallArgument:
     asked.point_to("out", out, (batch, nq, heads, dim))
     asked.point_to("lse", lse, (batch, nq, heads))
     if call.key_padding is not None:
-        if tuple(call.key_padding.shape) != (batch, nk) or call.key_padding.dtype != torch.bool:
-            raise ValueError(
-                f"key_padding must be bool {(batch, nk)}, got {call.key_padding.dtype} {call.key_padding.shape}"
-            )
-        asked.padding = call.key_padding.data_ptr()
-        asked.padding_batch, asked.padding_row = call.key_padding.stride()
+        asked.hide(call.key_padding, (batch, nk))
     for name, x in (("mask", call.mask), ("bias", call.bias)):
         if x is not None:
             asked.look_up(name, _in_known_type(x), (batch, heads, nq, nk))
