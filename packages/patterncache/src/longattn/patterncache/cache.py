@@ -277,17 +277,15 @@ class PatternCache:
         Raises:
             TypeError, ValueError: gain is not a number from 0 to 1.
         """
-        curve = self.hit_curve()
-        best = curve.least_within(gain)
+        best = self.hit_curve().least_within(gain)
         return best if self._store.evictions or not self.max_size else len(self)
 
     def check_valid(self) -> None:
         """Assert the invariants, for tests: those of the store; nothing is pending that is also kept; counts are not negative."""
         with self._lock:
             self._store.check_valid()
-            assert self._entries is self._store.entries
+            assert self._entries is self._store.entries and min(self._hits, self._misses) >= 0
             assert not (self._flights.keys() & self._entries.keys())
-            assert min(self._hits, self._misses) >= 0
 
     def _after_fork_in_child(self) -> None:
         self._lock = threading.Lock()
