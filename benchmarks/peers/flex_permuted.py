@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 Prepared = tuple[Tensor, Any, Callable[..., Tensor]]
 
@@ -50,8 +50,22 @@ def _prepare(length: int, heads: int, segments: tuple[int, ...], rates: tuple[in
     def score(value: Tensor, b: Tensor, h: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return value + times(h, order[h, x], order[h, y]).clamp(min=1).log()
 
-    blocks = create_block_mask(mask, None, heads, length, length, device="cpu", BLOCK_SIZE=128)
-    return order, blocks, score
+    return order, _blocks(mask, heads, length), score
+
+
+def _blocks(mask: Callable[..., Tensor], heads: int, length: int) -> BlockMask:
+    """The block mask, head by head: its making goes through every pair, and all heads at once do not fit."""
+
+    def of(head: int) -> BlockMask:
+        only = torch.tensor(head)
+        return create_block_mask(
+            lambda b, h, x, y: mask(b, only, x, y), None, None, length, length, device="cpu", BLOCK_SIZE=128
+        )
+
+    found = [of(head) for head in range(heads)]
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    parts = (torch.cat([getattr(one, name) for one in found], 1) for name in names)
+    return BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=128, mask_mod=mask, seq_lengths=(length, length))
 
 
 def flex_permuted_attention(

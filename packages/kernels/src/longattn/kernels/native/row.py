@@ -27,6 +27,9 @@ _TASKS_A_THREAD = 4
 
 _LEAST_ROWS, _MOST_ROWS = 96, 768
 
+_LINE = 64
+"""Bytes of a cache line, where scratch begins whatever the allocator's alignment."""
+
 
 _FIVE_OF_SEVEN = 5 / 7
 """What one pass over the keys saves in products, and so how idle its threads may be before two passes are faster."""
@@ -156,7 +159,7 @@ def _run(call: Call, entry: str, asked: CallArgument, jobs: PackedJobs) -> None:
     scratch_of = library.longattn_scratch
     scratch_of.restype = ctypes.c_int64
     floats = scratch_of(ctypes.byref(asked))
-    scratch = call.allocator.empty((asked.threads * floats,), torch.float32, call.q.device, "temp")
-    asked.scratch = scratch.data_ptr()
+    scratch = call.allocator.empty((asked.threads * floats + _LINE // 4,), torch.float32, call.q.device, "temp")
+    asked.scratch = -(-scratch.data_ptr() // _LINE) * _LINE
     getattr(library, entry)(ctypes.byref(asked))
     call.allocator.release(scratch, "temp")
