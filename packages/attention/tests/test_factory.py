@@ -7,7 +7,13 @@ from dataclasses import asdict, dataclass, fields
 import pytest
 import torch
 
-from longattn.attention import DilatedAttention, MultiheadDilatedAttention, SparsePatternConfig
+from longattn.attention import (
+    DilatedAttention,
+    MultiheadDilatedAttention,
+    RingBufferAttention,
+    RingBufferConfig,
+    SparsePatternConfig,
+)
 from longattn.attention.attention_config import AttentionConfig, BlockSparseConfig, DilatedConfig, MultiheadConfig
 from longattn.attention.factory import (
     build_attention,
@@ -101,6 +107,27 @@ def test_a_config_has_every_argument_of_its_preset(name):
     found = {f.name for f in fields(config)}
     assert set(PRESET_FLAGS[name]) == {f for f in found if f in {flag for fs in PRESET_FLAGS.values() for flag in fs}}
     assert {"name", "dropout", "segment_lengths", "dilation_rates", "heads", "causal"} <= found
+
+
+def test_ring_buffer_by_name():
+    """From its config, from a mapping, by create_attention: the class; what is built takes True = keep, and hides no attribute."""
+    config = RingBufferConfig(num_heads=2, head_dim=8, buffer_size=16, dropout=0.0)
+    q, k, v = torch.randn(3, 1, 21, 2, 8)
+    padding = torch.rand(1, 21) > 0.6
+    mask = torch.rand(21, 21) > 0.2
+    direct = [RingBufferAttention(config), RingBufferAttention.from_config(config)]
+    direct.append(create_attention("RingBufferAttention", num_heads=2, head_dim=8, buffer_size=16, dropout=0.0))
+    expected, _ = direct[0](q, k, v, key_padding_mask=padding, att_mask=mask)
+    for module in direct:
+        assert type(module) is RingBufferAttention and module.config == config
+        assert torch.equal(module(q, k, v, key_padding_mask=padding, att_mask=mask)[0], expected)
+    for given in (config, {"name": "ring_buffer", **asdict(config)}):
+        built = build_attention(given)
+        assert type(built) is RingBufferAttention and built.config == config
+        assert built.tiling_processor.tile_order == direct[0].tiling_processor.tile_order
+        assert torch.equal(built(q, k, v, key_padding_mask=~padding, att_mask=mask)[0], expected)
+        assert not torch.equal(built(q, k, v, key_padding_mask=padding, att_mask=mask)[0], expected)
+    assert find_attention("ring_buffer") == (RingBufferAttention, RingBufferConfig)
 
 
 def test_a_users_own_attention_is_registered_and_built():

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from longattn.attention import pattern_attention
+from longattn.attention.alibi import alibi_bias, alibi_slopes
 from longattn.attention.layers import DilatedTransformerDecoderLayer, DilatedTransformerEncoderLayer
 from longattn.attention.longnet import LongNet
 from longattn.attention.modules import MultiheadPatternAttention
@@ -63,6 +65,22 @@ def test_rotary_attention_is_blind_to_a_shift():
     assert not torch.allclose(plain(x), module(x))
     # Queries are the last positions.
     torch.testing.assert_close(module(x[:, -3:], x), module(x)[:, -3:])
+
+
+def test_alibi_is_a_bias_of_distances():
+    """The paper's slopes; in attention, what adding them to scores gives, for fewer queries than keys too."""
+    assert alibi_slopes(8).tolist() == [2.0**-h for h in range(1, 9)]
+    assert alibi_slopes(6).tolist() == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
+    q, (k, v) = torch.randn(1, 3, 2, 8).double(), torch.randn(2, 1, 9, 2, 8).double()
+    bias = alibi_bias(2, 3, 9, dtype=torch.float64)
+    found = pattern_attention(q, k, v, Full(causal=True), attention_mask=bias)
+    distance = torch.arange(6, 9)[:, None] - torch.arange(9)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5 - alibi_slopes(2)[:, None, None] * distance
+    weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    torch.testing.assert_close(found, torch.einsum("bhij,bjhd->bihd", weights, v))
+    for name, words in (("softcap", "no row of longattn.kernels caps scores"), ("alibi_slopes", "alibi_bias")):
+        with pytest.raises(TypeError, match=words):
+            pattern_attention(q, k, v, Full(), **{name: 1.0})
 
 
 def test_encoder_layer_is_its_parts():

@@ -81,7 +81,7 @@ def xformers(monkeypatch):
 def test_xformers_builds_ours(xformers):
     """With True = keep, from a mapping too; a second call adds nothing."""
     names = register_with_xformers()
-    assert {"dilated", "ring_dilated_v3"} <= set(names) <= set(registered_attentions())
+    assert {"dilated", "ring_dilated_v3", "ring_buffer"} <= set(names) <= set(registered_attentions())
     assert register_with_xformers() == ()
     built = xformers.build({"name": "dilated", "dropout": 0.0, "segment_lengths": (8, 16), "dilation_rates": (1, 2)})
     x, padding = small_inputs("DilatedAttention"), torch.rand(1, 21) > 0.6

@@ -58,6 +58,7 @@ def registered_name(constructor: type | str) -> str:
 _REGISTRY: dict[str, Registered] = {
     **{registered_name(name): Registered((cls, _PRESET_CONFIGS[name])) for name, cls in PRESETS.items()},
     **{registered_name(name): Registered((cls, configs.MultiheadConfig)) for name, cls in MULTIHEAD_PRESETS.items()},
+    "ring_buffer": Registered(("longattn.attention", "RingBufferAttention", "RingBufferConfig")),
 }
 
 
@@ -123,9 +124,9 @@ def create_attention(name: str, **options: Any) -> nn.Module:
         TypeError, ValueError: an unknown name, or a bad option, by name.
     """
     constructor, config = find_attention(name)
-    if hasattr(constructor, "from_config"):
-        return constructor.from_config(configs.config_from(config, _named(config, name, options)))  # type: ignore[attr-defined]
-    return constructor(**options)
+    if issubclass(config, configs.AttentionConfig):
+        return constructor(**options)
+    return _construct(constructor, configs.config_from(config, _named(config, name, options)))
 
 
 def build_attention(config: Mapping[str, Any] | Any) -> nn.Module:
@@ -138,13 +139,22 @@ def build_attention(config: Mapping[str, Any] | Any) -> nn.Module:
         TypeError, ValueError: no config, an unknown name, or a bad field, by name.
     """
     constructor, config = _resolve_config(config)
-    from_config = getattr(constructor, "from_config", None)
-    module = from_config(config) if from_config else constructor(**configs.arguments_of(config))
+    module = _construct(constructor, config)
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     wants = "attention_mask" if "att_mask" not in names else "att_mask"
     place = names.index("key_padding_mask") if "key_padding_mask" in names else None
     module.register_forward_pre_hook(functools.partial(_keeping, place=place, mask_name=wants), with_kwargs=True)
     return module
+
+
+def _construct(constructor: type[nn.Module], config: Any) -> nn.Module:
+    """By its own `from_config`, by arguments where the config is one of ours, else from the config itself."""
+    from_config = getattr(constructor, "from_config", None)
+    if from_config is not None:
+        return from_config(config)
+    if isinstance(config, configs.AttentionConfig):
+        return constructor(**configs.arguments_of(config))
+    return constructor(config)
 
 
 def _resolve_config(config: Any) -> tuple[type[nn.Module], Any]:

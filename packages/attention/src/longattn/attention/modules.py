@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from longattn.attention.validate import (
     check_pattern_argument,
     check_positive,
     check_size,
+    refuse_unknown,
 )
 from longattn.attention.weights import attention_weights, sparse_attention_weights
 from longattn.attention.wiring import Resources, WiredModule, Wiring
@@ -90,12 +91,14 @@ class PatternAttention(WiredModule):
         attention_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
+        **unknown: Never,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend. `is_causal=None` takes the constructor's; masks as in `pattern_attention`.
 
         Returns:
             query's shape and dtype; with need_weights also the weights, without dropout.
         """
+        refuse_unknown("forward()", unknown)
         check_qkv(query, key, value, ("query", "key", "value"))
         out = pattern_attention(
             query,
@@ -231,6 +234,7 @@ class MultiheadPatternAttention(ProjectedModule):
         attention_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
+        **unknown: Never,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend. Padded rows of key and value are zeroed before they are projected, so that what they hold reaches nothing.
 
@@ -242,6 +246,7 @@ class MultiheadPatternAttention(ProjectedModule):
         Returns:
             (batch, Nq, embed_dim), or that and weights (batch, heads, Nq, Nk) in the module's dtype.
         """
+        refuse_unknown("forward()", unknown)
         key = query if key is None else key
         value = key if value is None else value
         for name, x in (("query", query), ("key", key), ("value", value)):

@@ -53,6 +53,14 @@ def query_spans(cu_q: Sequence[int], cu_k: Sequence[int]) -> tuple[Span, ...]:
     return tuple(spans)
 
 
+def refuse_traced(name: str) -> None:
+    """Raise NotImplementedError in traced code, which then breaks the graph there, or under fullgraph says this."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{name} cannot be traced: lengths are read on the host, so a graph ends before this call"
+        )
+
+
 def packed_call(
     q: Tensor, k: Tensor, pattern: Pattern, start: int | None, cu_seqlens: Any, cu_seqlens_q: Any
 ) -> tuple[Documents, list[int]]:
@@ -61,6 +69,7 @@ def packed_call(
     Raises:
         TypeError, ValueError: a bad argument, by name.
     """
+    refuse_traced("cu_seqlens")
     if cu_seqlens is None:
         raise ValueError("cu_seqlens must be given with cu_seqlens_q: it is that of the keys")
     if start is not None:
@@ -128,6 +137,7 @@ def aligned_attention(
     Elements with equally much padding are one call on what they have without it. Padded queries see nothing: zero, lse -inf.
     Raises TypeError or ValueError unless positions_start is (batch,) integers within the keys.
     """
+    refuse_traced("positions_start")
     starts = check_positions_start(positions_start, k)
     batch, nq, nk = q.shape[0], q.shape[1], k.shape[1]
     given = options.pop("q_start", None)
