@@ -121,7 +121,7 @@ def test_slots_end_when_their_manager_does():
 def test_without_counts_there_are_no_slots(monkeypatch: pytest.MonkeyPatch):
     """A free-threaded Python (its flag is faked here) has leases only; reuse works all the same."""
     monkeypatch.setattr("sys._is_gil_enabled", lambda: False, raising=False)
-    monkeypatch.setattr("longattn.bufmgr.book.fresh_counts", fresh_counts.__wrapped__)
+    monkeypatch.setattr("longattn.bufmgr.guard.fresh_counts", fresh_counts.__wrapped__)
     manager = AttentionBufferManager()
     manager.allocate(TEMP, SHAPE)
     manager.allocate(TEMP, SHAPE)

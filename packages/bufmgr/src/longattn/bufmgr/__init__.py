@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from longattn.bufmgr.allocator import Allocator, Block, SystemAllocator, TensorAllocator
     from longattn.bufmgr.arena import ArenaAllocator
     from longattn.bufmgr.debug import OutstandingBuffer
-    from longattn.bufmgr.manager import AttentionBufferManager, create_attention_buffer_manager
+    from longattn.bufmgr.factory import create_attention_buffer_manager
+    from longattn.bufmgr.manager import AttentionBufferManager
     from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool, reset_global_memory_pool
     from longattn.bufmgr.pressure import MemoryReading, read_device_memory
     from longattn.bufmgr.scope import BufferScope
@@ -57,7 +58,7 @@ if not TYPE_CHECKING:
         "BufferConfig": "spec",
         "DEFAULT_CONFIGS": "spec",
         "AttentionBufferManager": "manager",
-        "create_attention_buffer_manager": "manager",
+        "create_attention_buffer_manager": "factory",
         "MemoryPool": "pool",
         "get_global_memory_pool": "pool",
         "reset_global_memory_pool": "pool",

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 
 import torch
 
+from longattn.bufmgr import guard
 from longattn.bufmgr.adaptors import Statistics
 from longattn.bufmgr.allocator import Allocator, Block
+from longattn.bufmgr.audit import check_leases
 from longattn.bufmgr.cache import BlockCache
 from longattn.bufmgr.debug import Inspector
 from longattn.bufmgr.gate import ForkListener, Gate, listen_to_forks
-from longattn.bufmgr.guard import fresh_counts
 from longattn.bufmgr.lease import Clock, Lease, lend_block, lend_from_torch
 from longattn.bufmgr.log import LOGGER
 from longattn.bufmgr.release import release_lease
@@ -62,8 +63,8 @@ class LeaseBook(ForkListener):
         self._pending: deque[Lease | None] = deque()  # None: the owner of this book is gone
         self._closed = False
         listen_to_forks(self)
-        self.has_slots = inspector is None and fresh_counts() is not None  # measured at start-up
-        if fresh_counts() is None:
+        self.has_slots = inspector is None and guard.fresh_counts() is not None  # measured at start-up
+        if guard.fresh_counts() is None:
             LOGGER.debug("guard: reference counts cannot be trusted here; no slots, and handles are never emptied")
 
     def reuse(self, request: BufferRequest, kind: BufferType) -> Lease | None:
@@ -275,7 +276,7 @@ class LeaseBook(ForkListener):
         """Give free blocks to the upstream, of the fullest cache first and there the oldest first, until they are
         `nbytes` or more (None: all); return how many bytes it were. Blocks under `least` bytes stay.
         """
-        caches = self._distinct_caches() if kind is None else [self.caches[kind]]
+        caches = self.distinct_caches() if kind is None else [self.caches[kind]]
         evicted: list[Block] = []
         if self._gate.enter(blocking=True):
             try:
@@ -298,7 +299,7 @@ class LeaseBook(ForkListener):
 
     def free_bytes(self) -> int:
         """Return the bytes of all free blocks."""
-        return sum(cache.free_bytes() for cache in self._distinct_caches())
+        return sum(cache.free_bytes() for cache in self.distinct_caches())
 
     def close(self) -> None:
         """Keep no free blocks from now on. Called when the owner dies, perhaps inside the collector: never waits."""
@@ -314,7 +315,8 @@ class LeaseBook(ForkListener):
         """Return the leases of a type that somebody still sees."""
         return [lease for lease in list(self.leases.values()) if lease.kind is kind and not lease.is_free()]
 
-    def _distinct_caches(self) -> list[BlockCache]:
+    def distinct_caches(self) -> list[BlockCache]:
+        """Return the caches, each once."""
         return list({id(cache): cache for cache in self.caches.values()}.values())
 
     def _to_upstream(self, blocks: list[Block]) -> None:
@@ -322,21 +324,11 @@ class LeaseBook(ForkListener):
             self.upstream.deallocate(block)
 
     def check_valid(self) -> None:
-        """Assert the invariants: caches are valid, no block is free twice or both free and leased, counts agree."""
+        """Assert the invariants; see audit.py."""
         self.settle(blocking=True)
-        caches = self._distinct_caches()
-        for cache in caches:
-            cache.check_valid()
-        leases = [lease for lease in list(Lease.live) if lease.owner is self]
-        assert set(leases) == set(self.leases.values())
-        assert all(self.leases[lease.address] is lease for lease in leases)
-        leased = [id(lease.block) for lease in leases if lease.block is not None and not lease.is_free()]
-        free = [id(block) for cache in caches for block in cache.blocks()]
-        assert len(set(leased + free)) == len(leased) + len(free)
-        slots = {slot for cache in caches for slot in cache.slots}
-        assert slots == {lease for lease in leases if lease.is_slot}
+        check_leases([lease for lease in list(Lease.live) if lease.owner is self], self.leases, self.distinct_caches())
         for kind, counts in self.counts.items():
-            assert counts.leases == sum(lease.kind is kind for lease in leases)
+            assert counts.leases == sum(lease.kind is kind for lease in self.leases.values())
 
 
 def _out_of_memory(kind: BufferType, request: BufferRequest, freed: int) -> MemoryError:

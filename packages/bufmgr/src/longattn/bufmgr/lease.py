@@ -132,8 +132,7 @@ class Lease:
         if not self.is_free():
             return None
         handle = self.master.data
-        # Another thread may have been as fast, or have closed the slot.
-        if storage_owners(self.counted) != TAKEN or getrefcount(self.storage) != KEPT:
+        if not self.has_one_handle():  # another thread was as fast, or has closed the slot
             return None
         self.handle_id = id(handle)
         clock = self.clock
@@ -144,6 +143,10 @@ class Lease:
         """Return whether this is a slot that nobody sees now."""
         master = self.master  # held here, so that what is counted lives
         return master is not NOBODY and storage_owners(self.counted) == FREE and getrefcount(self.storage) == KEPT
+
+    def has_one_handle(self) -> bool:
+        """Return whether this is a slot whose storage one handle sees, and nothing else."""
+        return storage_owners(self.counted) == TAKEN and getrefcount(self.storage) == KEPT
 
     def close_slot(self) -> None:
         """Be no slot any more. A free one ends here; one in use ends with its last owner."""

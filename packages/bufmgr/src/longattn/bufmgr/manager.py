@@ -323,27 +323,3 @@ class AttentionBufferManager(SlotTable):
     def check_valid(self) -> None:
         """Assert the invariants of caches, leases and counters; for tests."""
         self._book.check_valid()
-
-
-def create_attention_buffer_manager(
-    enable_reuse: bool = True,
-    enable_preallocation: bool = False,
-    lightweight: bool = True,
-    enable_profiling: bool = False,
-    custom_configs: Mapping[BufferType, BufferConfig] | None = None,
-    *,
-    upstream: Allocator | None = None,
-    cleanup: Cleanup = "adaptive",
-    debug: bool = False,
-) -> AttentionBufferManager:
-    """Return a manager; the arguments are those of AttentionBufferManager."""
-    return AttentionBufferManager(
-        custom_configs,
-        enable_reuse,
-        enable_preallocation,
-        enable_profiling,
-        lightweight,
-        upstream=upstream,
-        cleanup=cleanup,
-        debug=debug,
-    )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from longattn.bufmgr.guard import only_handle_sees, storage_address
+from longattn.bufmgr import guard
 from longattn.bufmgr.lease import Lease
 from longattn.bufmgr.spec import BufferType
 
@@ -21,7 +21,7 @@ def release_lease(leases: Mapping[int, Lease], tensor: torch.Tensor, kind: Buffe
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"tensor: expected a tensor that allocate returned, got {tensor!r}")
     try:
-        lease = leases.get(storage_address(tensor))
+        lease = leases.get(guard.storage_address(tensor))
     except RuntimeError:  # a tensor without a storage, such as a sparse one
         lease = None
     handle_id = id(tensor)
@@ -35,7 +35,14 @@ def release_lease(leases: Mapping[int, Lease], tensor: torch.Tensor, kind: Buffe
     lease.handle_id = 0
     if not won:
         raise ValueError("tensor: expected a buffer leased here, got one that another thread is releasing")
-    if only_handle_sees(tensor, tensor_references, masters=lease.is_slot):
+    fresh = guard.fresh_counts()
+    alone = (
+        fresh is not None
+        and tensor_references == fresh.tensor_references
+        and tensor._use_count() == fresh.tensor_owners  # pyright: ignore[reportAttributeAccessIssue]
+        and lease.has_one_handle()
+    )
+    if alone or guard.only_handle_sees(tensor, tensor_references, masters=lease.is_slot):
         # Drops the storage; of an ordinary lease this is the last owner, which ends inside this line.
         if tensor.requires_grad:
             with torch.no_grad():
