@@ -18,6 +18,7 @@ CASES: dict[str, str] = {
     "attention": "benchmarks.cases.attention",
     "presets": "benchmarks.cases.presets",
     "patterns": "benchmarks.cases.patterns",
+    "buffers": "benchmarks.cases.buffers",
     "modules": "benchmarks.cases.modules",
     "native": "benchmarks.cases.native",
     "cache": "benchmarks.cases.cache",
