@@ -226,3 +226,13 @@ def sanitize(session: nox.Session) -> None:
     }
     tests = [f"packages/kernels/tests/test_native_{name}.py" for name in ("rows", "bad_input", "lowering")]
     session.run("pytest", *tests, *session.posargs, env=environment)
+
+
+@nox.session
+def ahead(session: nox.Session) -> None:
+    """Compile every shipped Triton configuration for its architecture, without a GPU: shared memory, spills, registers, occupancy."""
+    session.install(*constraints(session), *from_checkout("kernels", "testing,triton"), *group("test"))
+    cache = Path(session.cache_dir).resolve() / "triton"  # kept between runs: what did not change is not compiled again
+    session.env["TRITON_CACHE_DIR"] = str(cache)
+    session.run("python", "-m", "longattn.kernels.triton.ahead", *session.posargs)
+    session.run("pytest", "packages/kernels/tests/test_triton_ahead.py")

@@ -26,7 +26,7 @@ _WITH_FLASH = Capability(
     max_head_dim=256,
     # Its backward kernels add with atomics.
     deterministic=("cpu",),
-    architectures=("sm_8?", "sm_9?", "sm_1??", "gfx90a", "gfx94?", "gfx950"),
+    architectures=("sm_8?*", "sm_9?*", "sm_1??*", "gfx90a", "gfx94?", "gfx950"),
 )
 _MASK_ALIGNMENT = 16
 """Columns that a row of a mask is padded to in memory: the memory-efficient kernel reads whole vectors of it."""
@@ -112,4 +112,4 @@ def _shared(x: Tensor, heads: int) -> Tensor:
 
 
 FLASH = ViewsRow(_WITH_FLASH, cudnn=False)
-CUDNN = ViewsRow(replace(_WITH_FLASH, max_head_dim=128, architectures=("sm_8?", "sm_9?", "sm_1??")), cudnn=True)
+CUDNN = ViewsRow(replace(_WITH_FLASH, max_head_dim=128, architectures=("sm_8?*", "sm_9?*", "sm_1??*")), cudnn=True)

@@ -76,7 +76,7 @@ def stream_queries(
         weight = tl.load(weights_ptr + at)
         q_base, grad_base = batch * q_strides[0] + head * q_strides[2], batch * grad_strides[0] + head * grad_strides[2]
         line = (batch * heads + head) * length
-        for first in tl.range(0, count, BLOCK_M):
+        for first in tl.range(0, count, BLOCK_M, disable_licm=True):
             offs_m = first + tl.arange(0, BLOCK_M)
             q_valid = offs_m < count
             q_rows = find_rows(rows_ptr, start, step, offs_m, count, LISTED)

@@ -39,7 +39,7 @@ def gather_dq(
         origin, unit = tl.load(entry + 4), tl.load(entry + 5)
         low, high = tl.load(entry + 6), tl.load(entry + 7)
         weight = tl.load(weights_ptr + at)
-        for first in tl.range(0, count, BLOCK_N):
+        for first in tl.range(0, count, BLOCK_N, disable_licm=True):
             offs_n = first + tl.arange(0, BLOCK_N)
             k_valid = offs_n < count
             k_rows = find_rows(rows_ptr, start, step, offs_n, count, LISTED)

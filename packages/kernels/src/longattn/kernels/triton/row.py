@@ -25,7 +25,7 @@ CAPABILITY = Capability(
     },
     max_head_dim=256,
     dropout=True,
-    architectures=("sm_8?", "sm_9?", "sm_1??", "gfx90a", "gfx94?", "gfx950"),
+    architectures=("sm_8?*", "sm_9?*", "sm_1??*", "gfx90a", "gfx94?", "gfx950"),
 )
 
 
