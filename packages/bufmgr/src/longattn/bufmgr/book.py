@@ -1,48 +1,31 @@
-"""The book of leases: which buffers are out, which blocks are free, and what was counted.
+"""The book of leases: which buffers are out, and how one goes out and is given back on request.
 
-Blocks move in one circle: upstream -> leased -> (last owner dies) -> pending -> cache -> leased again, or from the
-cache back to the upstream when a limit or a clear says so. A dying buffer only appends to `pending` and tries the
-gate; it never waits, because it may die inside the collector or inside one of the lines below. Whoever passes the gate
-next moves pending blocks on. The upstream is never called inside the gate.
-
-A lease that the cache admits is kept open as a slot, and is then handed out again and again without the gate.
+A lease that the cache admits is kept open as a slot, and is then handed out again and again without the gate. What
+happens to memory that comes back is told in returned.py.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from longattn.bufmgr import guard
 from longattn.bufmgr.adaptors import Statistics
 from longattn.bufmgr.allocator import Allocator, Block
-from longattn.bufmgr.audit import check_leases
 from longattn.bufmgr.cache import BlockCache
 from longattn.bufmgr.debug import Inspector
-from longattn.bufmgr.gate import ForkListener, Gate, listen_to_forks
 from longattn.bufmgr.lease import Clock, Lease, lend_block, lend_from_torch
 from longattn.bufmgr.log import LOGGER
 from longattn.bufmgr.release import release_lease
 from longattn.bufmgr.request import BufferRequest
+from longattn.bufmgr.returned import FreeMemory
 from longattn.bufmgr.spec import BufferType
 
 
-@dataclass
-class TypeCounts:
-    """Plain counters of one buffer type. `from_torch` counts those misses that torch itself served."""
-
-    hits: int = 0
-    misses: int = 0
-    from_torch: int = 0
-    leases: int = 0
-
-
-class LeaseBook(ForkListener):
+class LeaseBook(FreeMemory):
     """Leases over an upstream, with free memory in one cache per type (types may share a cache).
 
     `inspector`: what a debugging manager wants to know of each lease; there are no slots then.
@@ -51,18 +34,9 @@ class LeaseBook(ForkListener):
     def __init__(
         self, upstream: Allocator, caches: Mapping[BufferType, BlockCache], inspector: Inspector | None = None
     ) -> None:
-        self.upstream = upstream
-        self.caches = caches
-        self.inspector = inspector
-        self.counts = {kind: TypeCounts() for kind in BufferType}
-        self.from_torch: dict[torch.device, Statistics] = {}
+        super().__init__(upstream, caches, inspector)
         self.last_miss = 0.0
-        self.leases: dict[int, Lease] = {}  # address of the storage -> lease, until it ended
         self._torch_clock = Clock()
-        self._gate = Gate()
-        self._pending: deque[Lease | None] = deque()  # None: the owner of this book is gone
-        self._closed = False
-        listen_to_forks(self)
         self.has_slots = inspector is None and guard.fresh_counts() is not None  # measured at start-up
         if guard.fresh_counts() is None:
             LOGGER.debug("guard: reference counts cannot be trusted here; no slots, and handles are never emptied")
@@ -195,140 +169,9 @@ class LeaseBook(ForkListener):
         if self._pending:
             self.settle(blocking=False)
 
-    def close_slot(self, slot: Lease) -> None:
-        """Let a slot be an ordinary lease."""
-        if self._gate.enter(blocking=True):
-            try:
-                self.caches[slot.kind].close_slot(slot)
-            finally:
-                self._gate.leave()
-        else:  # further up this thread's stack somebody is inside: only the slot's own state may change
-            slot.close_slot()
-
-    def take_back(self, lease: Lease) -> None:
-        """Note that nothing sees the lease's memory any more. Called by dying buffers: never waits, never logs."""
-        self._pending.append(lease)
-        self.settle(blocking=False)
-
-    def settle(self, *, blocking: bool) -> None:
-        """Move returned blocks to their caches, and what is over a limit to the upstream."""
-        while self._pending and self._gate.enter(blocking=blocking):
-            try:
-                evicted = self._drain()
-            finally:
-                self._gate.leave()
-            self._to_upstream(evicted)
-
-    def _drain(self) -> list[Block]:
-        evicted: list[Block] = []
-        while self._pending:
-            lease = self._pending.popleft()
-            if lease is None:
-                self._closed = True
-                for cache in self.caches.values():
-                    evicted += cache.clear(close_all=True)
-                continue
-            if self.leases.get(lease.address) is lease:
-                del self.leases[lease.address]
-            cache = self.caches[lease.kind]
-            cache.close_slot(lease)
-            self.counts[lease.kind].leases -= 1
-            if lease.block is None:
-                self.from_torch[lease.device].remove(lease.nbytes)
-                continue
-            if self.inspector is not None:
-                self.inspector.poison(lease.block)
-            if self._closed or not lease.keep:
-                evicted.append(lease.block)
-            else:
-                evicted += cache.put(lease.block)
-        return evicted
-
-    def put_free(self, kind: BufferType, size: int) -> bool:
-        """Make sure that the cache of this type has a free block of `size` bytes; return whether it has.
-
-        Raises MemoryError when the upstream refuses.
-        """
-        self.settle(blocking=True)
-        cache = self.caches[kind]
-        if cache.holds(size):
-            return True
-        if not cache.admits(size):
-            return False
-        block = self.upstream.allocate(size)
-        # Writing every page now is what makes the later hit cheaper than a fresh block; zeros stay zeros.
-        torch.frombuffer(memoryview(block.memory), dtype=torch.uint8).zero_()
-        block.zeroed = True
-        evicted = [block]
-        if self._gate.enter(blocking=True):
-            try:
-                evicted = cache.put(block) + self._drain()
-            finally:
-                self._gate.leave()
-        self._to_upstream(evicted)
-        return True
-
-    def clear(self, kind: BufferType | None = None) -> int:
-        """Give the free blocks of one type, or of all, to the upstream; return their bytes. Leased ones stay leased."""
-        return self.give_back(None, kind)
-
-    def give_back(self, nbytes: int | None, kind: BufferType | None = None, *, least: int = 0) -> int:
-        """Give free blocks to the upstream, of the fullest cache first and there the oldest first, until they are
-        `nbytes` or more (None: all); return how many bytes it were. Blocks under `least` bytes stay.
-        """
-        caches = self.distinct_caches() if kind is None else [self.caches[kind]]
-        evicted: list[Block] = []
-        if self._gate.enter(blocking=True):
-            try:
-                evicted = self._drain()
-                if nbytes is None:
-                    for cache in caches:
-                        evicted += cache.clear()
-                    evicted += self._drain()
-                while nbytes is not None and sum(block.nbytes for block in evicted) < nbytes:
-                    fullest = max(caches, key=lambda cache: cache.free_bytes(least))
-                    left = fullest.evict_oldest(least) + self._drain()
-                    if not left:
-                        break
-                    evicted += left
-            finally:
-                self._gate.leave()
-        freed = sum(block.nbytes for block in evicted)
-        self._to_upstream(evicted)
-        return freed
-
-    def free_bytes(self) -> int:
-        """Return the bytes of all free blocks."""
-        return sum(cache.free_bytes() for cache in self.distinct_caches())
-
-    def close(self) -> None:
-        """Keep no free blocks from now on. Called when the owner dies, perhaps inside the collector: never waits."""
-        self._pending.append(None)
-        self.settle(blocking=False)
-
-    def after_fork_in_child(self) -> None:
-        """Start the child with empty caches: the parent's free blocks are the parent's."""
-        self._gate.renew_in_child()
-        self.clear()
-
     def outstanding(self, kind: BufferType) -> list[Lease]:
         """Return the leases of a type that somebody still sees."""
         return [lease for lease in list(self.leases.values()) if lease.kind is kind and not lease.is_free()]
-
-    def distinct_caches(self) -> list[BlockCache]:
-        """Return the caches, each once."""
-        return list({id(cache): cache for cache in self.caches.values()}.values())
-
-    def _to_upstream(self, blocks: list[Block]) -> None:
-        for block in blocks:
-            self.upstream.deallocate(block)
-
-    def check_valid(self) -> None:
-        """Assert the invariants; see audit.py."""
-        self.settle(blocking=True)
-        check_leases([lease for lease in list(Lease.live) if lease.owner is self], self.leases, self.distinct_caches())
-        for kind, counts in self.counts.items():
-            assert counts.leases == sum(lease.kind is kind for lease in self.leases.values())
 
 
 def _out_of_memory(kind: BufferType, request: BufferRequest, freed: int) -> MemoryError:

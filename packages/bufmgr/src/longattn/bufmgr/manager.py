@@ -6,7 +6,6 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from sys import getrefcount
-from typing import Any
 
 import torch
 from torch import compiler, get_default_dtype
@@ -16,14 +15,14 @@ from longattn.bufmgr.adaptors import StatisticsAllocator
 from longattn.bufmgr.allocator import Allocator
 from longattn.bufmgr.book import LeaseBook
 from longattn.bufmgr.cache import BlockCache
-from longattn.bufmgr.debug import Inspector, OutstandingBuffer, describe_lease
+from longattn.bufmgr.debug import Inspector
 from longattn.bufmgr.guard import KEPT, TAKEN
 from longattn.bufmgr.lease import Lease
 from longattn.bufmgr.log import LOGGER
 from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
 from longattn.bufmgr.pressure import Cleanup, PressureGauge, check_cleanup
-from longattn.bufmgr.profile import Event, Profile
-from longattn.bufmgr.report import manager_stats, summary, torch_style_stats
+from longattn.bufmgr.profile import Profile
+from longattn.bufmgr.report import Reports
 from longattn.bufmgr.request import BufferRequest, function_modes, resolve_request
 from longattn.bufmgr.scope import BufferScope, innermost_scope
 from longattn.bufmgr.slots import PreparedSlot, SlotTable, count_owners, is_plain
@@ -33,7 +32,7 @@ from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy, nu
 _PREPARED = (BufferType.QUERY, BufferType.KEY, BufferType.VALUE, BufferType.OUTPUT)
 
 
-class AttentionBufferManager(SlotTable):
+class AttentionBufferManager(SlotTable, Reports):
     """Leases buffers by type and reuses their memory when nothing can see it any more.
 
     custom_configs: rows that replace those of DEFAULT_CONFIGS. Default none.
@@ -282,43 +281,6 @@ class AttentionBufferManager(SlotTable):
         kind = None if type is None else parse_type(type)
         freed = self._book.clear(kind)
         LOGGER.debug("cleanup: %s gave back %d bytes", "all types" if kind is None else kind.name, freed)
-
-    def outstanding(self) -> list[OutstandingBuffer]:
-        """Return what somebody still sees, the oldest first; with `debug` or without `lightweight`, from which line."""
-        leases = [lease for kind in BufferType for lease in self._book.outstanding(kind)]
-        return [describe_lease(lease) for lease in sorted(leases, key=lambda lease: lease.serial)]
-
-    def timeline(self) -> list[Event]:
-        """Return the last 1000 allocations, the oldest first: with enable_profiling, and without lightweight."""
-        return [] if self._profile is None else self._profile.timeline()
-
-    def get_stats(self) -> dict[str, Any]:
-        """Return the counters.
-
-        cache_hits, cache_misses: requests served with and without reuse; together all that succeeded.
-        cache_hit_rate: 0 to 1. evictions: blocks that left because of a limit. outstanding: buffers in use.
-        cached_buffers, cached_bytes: free now. types: the same for each type, by its name in lower case, and
-        `from_torch`, the misses that torch served itself. strategies: how often each was chosen (slots' hits choose
-        none). With enable_profiling also profile: for each type `count`, `bytes` and `time` (seconds in allocate).
-        """
-        stats = manager_stats(self._book)
-        stats["strategies"] = {strategy.value: count for strategy, count in self._strategies.items()}
-        if self._profile is not None:
-            stats["profile"] = self._profile.as_dict()
-        return stats
-
-    def memory_stats(self) -> dict[str, int]:
-        """Return host memory in the keys of torch.cuda.memory_stats."""
-        stats = self.get_stats()
-        return torch_style_stats(self._host.statistics, stats["cached_bytes"], stats["cached_buffers"])
-
-    def memory_summary(self) -> str:
-        """Return a table of host memory for people."""
-        return summary("manager", {"cpu": self._host.statistics})
-
-    def reset_peak_memory_stats(self) -> None:
-        """Start the peaks of memory_stats again from what is held now."""
-        self._host.restart_peaks()
 
     def check_valid(self) -> None:
         """Assert the invariants of caches, leases and counters; for tests."""

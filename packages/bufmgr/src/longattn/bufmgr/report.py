@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longattn.bufmgr.adaptors import Statistics
+from longattn.bufmgr.adaptors import Statistics, StatisticsAllocator
 from longattn.bufmgr.book import LeaseBook
+from longattn.bufmgr.debug import OutstandingBuffer, describe_lease
+from longattn.bufmgr.profile import Event, Profile
 from longattn.bufmgr.spec import MIB, BufferType
+from longattn.bufmgr.strategy import Strategy
 
 
 def manager_stats(book: LeaseBook) -> dict[str, Any]:
@@ -64,3 +67,49 @@ def summary(title: str, devices: Mapping[str, Statistics]) -> str:
         mib = [value / MIB for value in (s.current_bytes, s.peak_bytes, s.total_bytes)]
         lines.append(f"{name:<14}{mib[0]:>12.2f}{mib[1]:>12.2f}{mib[2]:>12.2f}{s.current_count:>9}")
     return "\n".join(lines)
+
+
+class Reports:
+    """What a manager answers about itself."""
+
+    _book: LeaseBook
+    _host: StatisticsAllocator
+    _profile: Profile | None
+    _strategies: dict[Strategy, int]
+
+    def outstanding(self) -> list[OutstandingBuffer]:
+        """Return what somebody still sees, the oldest first; with `debug` or without `lightweight`, from which line."""
+        leases = [lease for kind in BufferType for lease in self._book.outstanding(kind)]
+        return [describe_lease(lease) for lease in sorted(leases, key=lambda lease: lease.serial)]
+
+    def timeline(self) -> list[Event]:
+        """Return the last 1000 allocations, the oldest first: with enable_profiling, and without lightweight."""
+        return [] if self._profile is None else self._profile.timeline()
+
+    def get_stats(self) -> dict[str, Any]:
+        """Return the counters.
+
+        cache_hits, cache_misses: requests served with and without reuse; together all that succeeded.
+        cache_hit_rate: 0 to 1. evictions: blocks that left because of a limit. outstanding: buffers in use.
+        cached_buffers, cached_bytes: free now. types: the same for each type, by its name in lower case, and
+        `from_torch`, the misses that torch served itself. strategies: how often each was chosen (slots' hits choose
+        none). With enable_profiling also profile: for each type `count`, `bytes` and `time` (seconds in allocate).
+        """
+        stats = manager_stats(self._book)
+        stats["strategies"] = {strategy.value: count for strategy, count in self._strategies.items()}
+        if self._profile is not None:
+            stats["profile"] = self._profile.as_dict()
+        return stats
+
+    def memory_stats(self) -> dict[str, int]:
+        """Return host memory in the keys of torch.cuda.memory_stats."""
+        stats = self.get_stats()
+        return torch_style_stats(self._host.statistics, stats["cached_bytes"], stats["cached_buffers"])
+
+    def memory_summary(self) -> str:
+        """Return a table of host memory for people."""
+        return summary("manager", {"cpu": self._host.statistics})
+
+    def reset_peak_memory_stats(self) -> None:
+        """Start the peaks of memory_stats again from what is held now."""
+        self._host.restart_peaks()
