@@ -83,6 +83,10 @@ def test_keys_do_not_pile_up():
     for n in range(1, 100):
         manager.allocate(TEMP, (n, 64))
     assert len(manager._slots) <= 3
+    for _ in range(50):  # a key that goes from slot to slot
+        held = [manager.allocate(TEMP, (8,)) for _ in range(2)]
+        assert sum(len(slot.keys) for slot in manager._book.caches[TEMP].slots) <= 6
+        del held
     manager.clear_cache()
     assert len(manager._slots) == 0
 

@@ -95,7 +95,7 @@ class Lease:
         self.master: torch.Tensor = NOBODY
         self.counted = _NOBODYS_ADDRESS
         self.storage = _NOBODYS_STORAGE
-        self.keys: list[tuple[dict[Hashable, Lease], Hashable]] = []  # the tables of slots that have it, and where
+        self.keys: dict[Hashable, dict[Hashable, Lease]] = {}  # where tables of slots have it: key -> table
         self.handle_id = 0
         self.used = 0
         self.zeroes = False  # what `allocate` does to a new handle, unless it is told otherwise
@@ -154,7 +154,7 @@ class Lease:
         self.counted = _NOBODYS_ADDRESS
         self.master = NOBODY
         self.storage = _NOBODYS_STORAGE
-        for table, key in self.keys:
+        for key, table in list(self.keys.items()):
             if table.get(key) is self:
                 table.pop(key, None)
         self.keys.clear()

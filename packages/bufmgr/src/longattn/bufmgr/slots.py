@@ -126,7 +126,7 @@ class SlotTable:
             return
         slots = self._slots
         slots[key] = slot
-        slot.keys.append((slots, key))
+        slot.keys[key] = slots
         if not slot.is_slot:  # it never was one, or another thread closed it between these lines
             slots.pop(key, None)
 
