@@ -16,7 +16,7 @@ from longattn.attention.ulysses import Ulysses
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Window
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-LENGTHS = (37, 3, 64) if NIGHTLY else (37, 3)
+LENGTHS = (3, 64) if NIGHTLY else (3,)
 PATTERNS: list[Pattern] = [
     Dilated((6, 12, 24), (1, 2, 4), causal=True),
     Full(causal=True),
@@ -45,8 +45,9 @@ def engines() -> Iterator[Schedule]:
     group = dist.group.WORLD
     for layout in LAYOUTS:
         yield Ring(group, layout=layout)
-        yield AllGather(group, layout=layout)
-        yield Ulysses(group, layout=layout)
+        if NIGHTLY or layout == "zigzag":
+            yield AllGather(group, layout=layout)
+            yield Ulysses(group, layout=layout)
     if dist.get_world_size() == 4:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "heads"))
         for layout in LAYOUTS:
@@ -109,8 +110,9 @@ def case_every_pattern_and_engine_equals_local() -> None:
     """Patterns cut by shard borders, lengths that do not divide, more ranks than rows; GQA."""
     for schedule in engines():
         for pattern in PATTERNS:
-            for length in LENGTHS:
-                check(schedule, pattern, length)
+            check(schedule, pattern, 37)
+        for length in LENGTHS:
+            check(schedule, PATTERNS[0], length)
 
 
 def case_options() -> None:

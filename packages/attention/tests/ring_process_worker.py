@@ -38,7 +38,7 @@ def main() -> None:
     sys.path.insert(0, str(cases.parent))
     spec.loader.exec_module(module)
     found = {}
-    for name, case in vars(module).items():
+    for name, case in list(vars(module).items()):
         if name.startswith("case_"):
             found[name] = attempt(case)
             # Written as it goes: a hang in the next case leaves what was found so far.

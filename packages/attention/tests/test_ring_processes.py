@@ -59,3 +59,10 @@ def check_world(cases: str, world: int, folder: Path) -> None:
 def test_every_engine_equals_local(world, tmp_path):
     """Every pattern, layout and engine, with every option: out, lse and gradients are Local's on this rank's rows."""
     check_world("ring_process_engines.py", world, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4] if NIGHTLY else [2])
+def test_traffic_overlap_and_training(world, tmp_path):
+    """Bytes counted are bytes sent; computing overlaps sending; training, sharding and checkpoints give one process's numbers."""
+    check_world("ring_process_training.py", world, tmp_path)

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longattn.attention.group import Members, OverGroup, Whole, check_masks
 from longattn.attention.layouts import LayoutName
-from longattn.attention.schedule import GradientSum, Run, Shard, Step, Work
+from longattn.attention.passes import GradientSum, Run, Shard, Step, Work
 from longattn.attention.transport import swap
 from longattn.kernels.state import state_dtype
 from longattn.patterncache import Span

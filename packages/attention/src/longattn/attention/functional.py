@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, Literal, Never, overload
 
 import torch
@@ -134,7 +135,8 @@ def pattern_attention(
             sees another.
         cu_seqlens_q: those of the queries, where they are others: in each document the last of its keys. Default cu_seqlens.
 
-    q, k and v may be jagged nested tensors (batch, lengths, heads, head_dim); then so are out and lse.
+    q, k and v may be jagged nested tensors (batch, lengths, heads, head_dim), or DTensors sharded on the sequence; then so are out and
+    lse. Under a schedule over a process group they are this rank's rows, and masks have its rows and the whole sequence's columns.
 
     Returns:
         (batch, Nq, heads, head_dim) in q's dtype, zero where a query sees nothing; with return_lse also lse (batch, Nq, heads) in
@@ -144,7 +146,9 @@ def pattern_attention(
         TypeError, ValueError: a bad argument, by name; or no row fits, with each one's reasons.
     """
     refuse_unknown("pattern_attention()", unknown)
-    if positions_start is not None or (isinstance(q, Tensor) and q.is_nested):
+    # A DTensor is known by what it says of itself: its module is heavy to import.
+    sharded = hasattr(q, "placements")
+    if sharded or positions_start is not None or (isinstance(q, Tensor) and q.is_nested):
         options: dict[str, Any] = {
             "is_causal": is_causal,
             "softmax_scale": softmax_scale,
@@ -162,7 +166,11 @@ def pattern_attention(
             "cu_seqlens_q": cu_seqlens_q,
         }
         whole = functools.partial(pattern_attention, pattern=pattern, return_lse=True)
-        found = ragged_attention(whole, q, k, v, positions_start, options)
+        if sharded:
+            attend_sharded = import_module("longattn.attention.sharded_tensors").sharded_attention
+            found = attend_sharded(whole, q, k, v, options | {"positions_start": positions_start})
+        else:
+            found = ragged_attention(whole, q, k, v, positions_start, options)
         return found if check_bool("return_lse", return_lse) else found[0]
     schedule = check_schedule_argument(schedule)
     check_pattern_argument(pattern)
@@ -205,10 +213,7 @@ def pattern_attention(
         env="" if environment is None or torch.compiler.is_compiling() else environment.name,
     )
     bias = attention_mask if floating else None
-    if len(q_spans) > 3:  # schedules know one run of queries
-        state = entry.run(q, k, v, bias, None, asked._replace(k_spans=[0, k.shape[1], 1]))
-    else:
-        state = scheduled_op.run(q, k, v, bias, schedule.canonical(), asked)
+    state = scheduled_op.run(q, k, v, bias, schedule.canonical(), asked)
     if sink_logits is not None:
         state = add_sink(state, sink_logits)
     out = state.finalize(q.dtype)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from longattn.attention.layouts import LAYOUTS, Layout, LayoutName, Spans, check_layout, count_rows, neighbours, take
-from longattn.attention.schedule import Schedule, Work, parse_schedule, query_spans
+from longattn.attention.passes import Work, query_spans
+from longattn.attention.schedule import Schedule, parse_schedule
 from longattn.attention.transport import Place, call_roll
 from longattn.kernels.check import check_attention_mask
 from longattn.patterncache import parse_pattern

@@ -8,7 +8,7 @@ from torch import Tensor
 from longattn.attention.group import Whole
 from longattn.attention.layouts import Layout, count_rows
 from longattn.attention.layouts import contiguous as evenly
-from longattn.attention.schedule import Work
+from longattn.attention.passes import Work
 from longattn.attention.transport import Place, swap
 from longattn.patterncache import Span
 

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longattn.attention.group import Members, OverGroup
 from longattn.attention.layouts import LAYOUTS, LayoutName, Spans, check_layout, take
+from longattn.attention.passes import GradientSum, Run, Shard, Step, Work, query_spans
 from longattn.attention.ring_group import GroupRun
-from longattn.attention.schedule import GradientSum, Run, Shard, Step, Work, query_spans
 from longattn.attention.validate import check_size
 from longattn.patterncache import Span
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from longattn.attention.group import Members, Whole, check_masks
 from longattn.attention.layouts import Spans
 from longattn.attention.packing import Packing, packing_of
-from longattn.attention.schedule import GradientSum, Run, Shard, Step, Work
+from longattn.attention.passes import GradientSum, Run, Shard, Step, Work
 from longattn.attention.transport import Exchange, Parcel
 from longattn.kernels.op import find_plan
 from longattn.kernels.state import state_dtype

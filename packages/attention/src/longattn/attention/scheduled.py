@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longattn.attention.layouts import Spans, add_rows, select_rows
-from longattn.attention.schedule import GradientSum, Run, Shard, Step
+from longattn.attention.passes import GradientSum, Run, Shard, Step
 from longattn.kernels import AttentionState, merge
 from longattn.kernels.environment import Environment
 from longattn.kernels.op import Asked, find_plan

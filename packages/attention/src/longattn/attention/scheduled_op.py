@@ -15,7 +15,8 @@ from torch._C._functorch import is_batchedtensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longattn.attention import scheduled
-from longattn.attention.schedule import Work, parse_schedule, query_spans
+from longattn.attention.passes import Work, query_spans
+from longattn.attention.schedule import parse_schedule
 from longattn.kernels import transforms
 from longattn.kernels.entry import refuse_tangents
 from longattn.kernels.environment import find_environment
@@ -188,8 +189,8 @@ def _flops(q: list[int], k: list[int], v: list[int], bias: Any, schedule: str, *
     asked = Asked(*rest)
     if parse_schedule(schedule).distributed:
         return 0
-    (span,) = query_spans(asked, q[1], k[1])
-    whole = asked._replace(q_spans=[span.start, span.length, 1], k_spans=[0, k[1], 1])
+    spans = query_spans(asked, q[1], k[1])
+    whole = asked._replace(q_spans=[n for s in spans for n in (s.start, s.length, s.step)], k_spans=[0, k[1], 1])
     plan = find_plan(whole, find_environment(""))
     return 4 * q[0] * q[3] * sum(branch.pairs * branch.heads.length for branch in plan.branches)
 

@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from longattn.attention.group import Members, OverGroup, Whole, check_masks
 from longattn.attention.head_exchange import HeadExchange
 from longattn.attention.layouts import LayoutName, Spans, count_rows, take
-from longattn.attention.schedule import Local, Run, Schedule, Shard, Work, build_schedule
+from longattn.attention.passes import Run, Shard, Work
+from longattn.attention.schedule import Local, Schedule, build_schedule
 
 
 @dataclass(frozen=True, init=False)

@@ -1,0 +1,312 @@
+"""Cases for every rank: traffic, overlap, data loading, and training with torch's own tools."""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from longattn.attention import (
+    Local,
+    MultiheadPatternAttention,
+    PatternAttention,
+    Ring,
+    Wiring,
+    pattern_attention,
+    scheduled,
+)
+from longattn.attention.all_gather import AllGather
+from longattn.attention.layouts import LAYOUTS
+from longattn.attention.schedule import Schedule
+from longattn.attention.sharding import shard_sequence, unshard_sequence
+from longattn.attention.traffic import Call, choose, full_ring_bytes, gather_traffic, ring_traffic, ulysses_traffic
+from longattn.attention.transport import Event, note, watch
+from longattn.attention.ulysses import Ulysses
+from longattn.kernels.environment import Environment, TorchAllocator
+from longattn.patterncache import Dilated, Full, Pattern, PatternCache, Window
+
+LONGNET = Dilated((6, 12, 24), (1, 2, 4), causal=True)
+WORLD, RANK = dist.get_world_size(), dist.get_rank()
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def engines() -> list[Schedule]:
+    group = dist.group.WORLD
+    return [*(Ring(group, layout=layout) for layout in LAYOUTS), AllGather(group), Ulysses(group)]
+
+
+def sent(schedule: Schedule, pattern: Pattern, length: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that all ranks together really send in a forward and in a backward."""
+    leaves = [shard_sequence(randn(2, length, h, 4, seed=h, dtype=dtype), schedule)[0].requires_grad_() for h in (8, 4)]
+    with watch() as events:
+        out = pattern_attention(leaves[0], leaves[1], leaves[1], pattern, schedule=schedule)
+        middle = len(events)
+        out.sum().backward()
+    halves = torch.tensor(
+        [sum(e.nbytes for e in half if e.what == "send") for half in (events[:middle], events[middle:])]
+    )
+    dist.all_reduce(halves)
+    return int(halves[0]), int(halves[1])
+
+
+def case_bytes_are_those_of_the_plans() -> None:
+    """What `traffic` counts is what the transport sends, forward and backward, and a ring never sends more than a full one."""
+    for pattern in (LONGNET, Full(), Full(causal=True), Window(5), Dilated((37,), (9,))):
+        for dtype in (torch.float32, torch.bfloat16):
+            call = Call(pattern, 37, WORLD, 8, 4, 4, 2, dtype)
+            for engine in engines():
+                if isinstance(engine, Ring):
+                    counted = ring_traffic(call, engine.layout)
+                    assert counted.forward <= full_ring_bytes(call)
+                else:
+                    counted = gather_traffic(call) if isinstance(engine, AllGather) else ulysses_traffic(call)
+                assert counted is not None
+                assert sent(engine, pattern, 37, dtype) == (counted.forward, counted.backward), (engine, pattern)
+
+
+def case_nothing_is_sent_where_nobody_sees() -> None:
+    """Segments that end where shards end: not a byte."""
+    ring = Ring(dist.group.WORLD)
+    assert sent(ring, Dilated((8,), (1,)), 8 * WORLD, torch.float32) == (0, 0)
+    assert (
+        sent(ring, Full(causal=True), 8 * WORLD, torch.float32)[0] == WORLD * (WORLD - 1) // 2 * 2 * 2 * 8 * 4 * 4 * 4
+    )
+
+
+def case_choose_explains() -> None:
+    """The choice is built for the group, and serves."""
+    choice = choose(dist.group.WORLD, LONGNET, 37, 8, kv_heads=4, dtype=torch.float64)
+    assert choice.schedule is not None and "chosen" in str(choice)
+    x = randn(1, 37, 8, 4)
+    part, _ = shard_sequence(x, choice.schedule)
+    found = unshard_sequence(pattern_attention(part, part, part, LONGNET, schedule=choice.schedule), choice.schedule)
+    torch.testing.assert_close(found, pattern_attention(x, x, x, LONGNET))
+
+
+def case_computing_goes_on_while_keys_travel() -> None:
+    """Rank 0's neighbours are late: it has computed on its own keys before theirs come, and posted the turn after before it waits."""
+    ring = Ring(dist.group.WORLD, lengths=16 * WORLD)
+    part, _ = shard_sequence(randn(1, 16 * WORLD, 4, 4), ring)
+    launched = scheduled.attend_step
+
+    def computed(*given):
+        state = launched(*given)
+        note(Event("compute", f"from {given[1].spans[0].start // 16}"))
+        return state
+
+    dist.barrier()
+    if RANK != 0:
+        time.sleep(0.5)
+    with patch.object(scheduled, "attend_step", computed), watch() as events:
+        started = time.perf_counter()
+        pattern_attention(part, part, part, Full(), schedule=ring)
+        seconds = time.perf_counter() - started
+    if RANK != 0:
+        return
+    order = [(e.what, e.label) for e in events if e.what in ("post", "arrive", "compute")]
+    expected = [("post", "keys 1")] if WORLD > 1 else []
+    expected.append(("compute", "from 0"))
+    for turn in range(1, WORLD):
+        expected.append(("arrive", f"keys {turn}"))
+        expected += [("post", f"keys {turn + 1}")] if turn + 1 < WORLD else []
+        expected.append(("compute", f"from {-turn % WORLD}"))
+    assert order == expected, order
+    assert WORLD == 1 or seconds > 0.3, "the delay did not reach rank 0"
+
+
+def case_buffers_come_from_the_allocator() -> None:
+    """COMM leases of an environment: two turns' at a time, whatever the number of ranks."""
+
+    class Counting(TorchAllocator):
+        def __init__(self) -> None:
+            self.leased: list[str] = []
+
+        def empty(self, shape, dtype, device, role):
+            self.leased.append(role)
+            return super().empty(shape, dtype, device, role)
+
+    environment = Environment(PatternCache(), allocator := Counting())
+    part, _ = shard_sequence(randn(1, 37, 4, 4), ring := Ring(dist.group.WORLD))
+    pattern_attention(part, part, part, LONGNET, schedule=ring, environment=environment)
+    assert ("comm" in allocator.leased) == (WORLD > 1)
+    managed = PatternAttention(LONGNET, schedule=ring, wiring=Wiring(enable_buffer_manager=True))
+    part.requires_grad_()
+    for _ in range(2):
+        torch.testing.assert_close(
+            managed(part, part, part), pattern_attention(part, part, part, LONGNET, schedule=ring)
+        )
+        managed(part, part, part).sum().backward()
+    leased = managed.get_buffer_stats()["types"]["comm"]
+    assert (leased["cache_hits"] + leased["cache_misses"] > 0) == (WORLD > 1)
+
+
+def case_sequences_come_back_whole() -> None:
+    """`unshard_sequence` undoes `shard_sequence`; positions say where rows stood; gradients pass through the cut."""
+    for schedule in (*engines(), Local(), Ring(size=3)):
+        for length in (37, 2):
+            x = randn(2, length, 3).requires_grad_()
+            part, positions = shard_sequence(x, schedule)
+            torch.testing.assert_close(part, x[:, positions])
+            assert torch.equal(unshard_sequence(part, schedule), x.detach())
+            assert torch.autograd.grad(part.sum(), x)[0].sum() == part.numel()
+    if WORLD == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "heads"))
+        both = Ulysses(mesh["heads"], inner=Ring(mesh["ring"], layout="zigzag"))
+        x = randn(2, 37, 3)
+        assert torch.equal(unshard_sequence(shard_sequence(x, both)[0], both, dist.group.WORLD), x)
+        with pytest.raises(ValueError, match="group must be given"):
+            unshard_sequence(x, both)
+
+
+def case_tensors_sharded_on_the_sequence() -> None:
+    """DTensors in, DTensors out: values and gradients are Local's, at lengths that do not divide; other placements are refused."""
+    mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("ring",))
+    for length in (37, 3):
+        whole = [randn(2, length, h, 4, seed=n) for n, h in enumerate((8, 4, 4))]
+        leaves = [distribute_tensor(x, mesh, [Shard(1)]).requires_grad_() for x in whole]
+        out, lse = pattern_attention(leaves[0], leaves[1], leaves[2], LONGNET, return_lse=True)
+        assert isinstance(out, DTensor) and out.placements == (Shard(1),) and out.shape == whole[0].shape
+        grads = torch.autograd.grad(out.full_tensor().square().sum(), leaves)
+        plain = [x.requires_grad_() for x in whole]
+        expected, expected_lse = pattern_attention(plain[0], plain[1], plain[2], LONGNET, return_lse=True)
+        torch.testing.assert_close([out.full_tensor(), lse.full_tensor()], [expected, expected_lse])  # type: ignore[union-attr]
+        wanted = torch.autograd.grad(expected.square().sum(), plain)
+        torch.testing.assert_close([x.full_tensor() for x in grads], list(wanted))
+    by_head = distribute_tensor(whole[0].detach(), mesh, [Shard(2)])
+    with pytest.raises(ValueError, match="q must have its sequence sharded"):
+        pattern_attention(by_head, by_head, by_head, LONGNET)
+    with pytest.raises(TypeError, match="k must be a DTensor"):
+        pattern_attention(leaves[0], whole[1], whole[2], LONGNET)
+
+
+def case_compiled_and_checkpointed() -> None:
+    """fullgraph on every rank, gradients included; recomputation drops the same pairs."""
+    for schedule in engines()[:1] + engines()[-1:]:
+        attention = PatternAttention(LONGNET, schedule=schedule)
+        compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+        x = shard_sequence(randn(1, 37, 8, 4), schedule)[0].requires_grad_()
+        found, expected = compiled(x, x, x), attention(x, x, x)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y in (found, expected)))
+        grads = []
+        for again in (False, True):
+            torch.manual_seed(RANK)
+
+            def block(y: torch.Tensor, schedule: Schedule = schedule) -> torch.Tensor:
+                return pattern_attention(y.sin(), y, y, LONGNET, dropout_p=0.4, schedule=schedule)
+
+            y = checkpoint(block, x, use_reentrant=False) if again else block(x)
+            grads.append(torch.autograd.grad(y.square().sum(), x))
+        torch.testing.assert_close(*grads)
+
+
+class SmallLongNet(nn.Module):
+    """Tokens to next tokens: two blocks of dilated attention, positions given from outside."""
+
+    def __init__(self, schedule: Schedule | None) -> None:
+        super().__init__()
+        wide = {"dtype": torch.float64}
+        self.embed, self.place, self.head = (
+            nn.Embedding(11, 16, **wide),
+            nn.Embedding(64, 16, **wide),
+            nn.Linear(16, 11, **wide),
+        )
+        self.blocks = nn.ModuleList(
+            MultiheadPatternAttention(16, 4, LONGNET, schedule=schedule, **wide) for _ in range(2)
+        )
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens) + self.place(positions)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+TOKENS = torch.randint(11, (2, 38), generator=torch.Generator().manual_seed(5))
+
+
+def trained(
+    schedule: Schedule, wrap=lambda model: model, batch: slice = slice(None), steps: int = 20
+) -> tuple[list[float], nn.Module]:
+    """The losses of some steps; each rank's share of the sum, which torch's wrappers average, counts WORLD times."""
+    torch.manual_seed(0)
+    model = wrap(SmallLongNet(schedule))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    (tokens, positions), (wanted, _) = (shard_sequence(x[batch], schedule) for x in (TOKENS[:, :-1], TOKENS[:, 1:]))
+    losses = []
+    for _ in range(steps):
+        loss = nn.functional.cross_entropy(model(tokens, positions).flatten(0, 1), wanted.flatten(), reduction="sum")
+        loss = loss / TOKENS[:, 1:].numel()
+        optimizer.zero_grad()
+        (loss * WORLD).backward()
+        optimizer.step()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(total.item())
+    return losses, model
+
+
+def alone() -> list[float]:
+    """The losses of one process on the whole; every rank computes all of them, so each counts one WORLD-th."""
+    torch.manual_seed(0)
+    model = SmallLongNet(Local())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    positions, losses = torch.arange(37), []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(TOKENS[:, :-1], positions).flatten(0, 1), TOKENS[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def case_training_gives_the_losses_of_one_process() -> None:
+    """20 steps of a small LongNet in float64 under DistributedDataParallel: every loss to 1e-9, whatever the layout."""
+    expected = alone()
+    assert expected[-1] < 0.8 * expected[0]
+    for schedule in engines()[:3]:
+        losses, _ = trained(schedule, DistributedDataParallel)
+        assert losses == pytest.approx(expected, abs=1e-9), schedule
+
+
+def case_fsdp_on_a_mesh_and_checkpoints() -> None:
+    """A data dimension and a ring dimension: batches over one, the sequence over the other, parameters over both; then saved and read."""
+    data = 2 if WORLD == 4 else 1
+    mesh = init_device_mesh("cpu", (data, WORLD // data), mesh_dim_names=("data", "ring"))
+    ring = Ring(mesh["ring"], layout="zigzag")
+    row = mesh["data"].get_local_rank()
+    batch = slice(row, row + 1) if data == 2 else slice(None)
+    flat = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("all",))
+
+    def wrap(model: nn.Module) -> nn.Module:
+        for block in model.blocks:  # type: ignore[union-attr]
+            fully_shard(block, mesh=flat)
+        return fully_shard(model, mesh=flat)
+
+    losses, model = trained(ring, wrap, batch)
+    assert losses == pytest.approx(alone(), abs=1e-9)
+    shared = [tempfile.mkdtemp() if RANK == 0 else None]
+    dist.broadcast_object_list(shared)
+    assert shared[0] is not None
+    dcp.save({"model": model.state_dict()}, checkpoint_id=shared[0])
+    other = SmallLongNet(Local())
+    state = other.state_dict()
+    dcp.load({"model": state}, checkpoint_id=shared[0])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(state[name], value.full_tensor())  # type: ignore[operator]
+    assert RANK or os.listdir(Path(shared[0]))
