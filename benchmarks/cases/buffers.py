@@ -91,6 +91,6 @@ def experiments(quick: bool) -> Iterator[BufferExperiment]:
     rows = [("touch", 2, 1.5), ("touch", 512, 1.1), ("touch", 8192, 1.1), ("touch", 32768, 8.0)]
     rows += [("keyed", 512, None), ("slot", 512, 4.0), ("deallocate", 512, None)]
     for way, seq_len, ratio in rows:
-        length = min(seq_len, 512) if quick else seq_len
+        length = max(2, seq_len // 128) if quick else seq_len
         labels = Labels("buffers", f"{way} h8 d64", "torch.empty", "float32", length, False, "forward")
         yield BufferExperiment(labels, Targets(ratio=None if quick else ratio), way)

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from longattn.bufmgr import AttentionBufferManager, BufferType
+from longattn.bufmgr import AttentionBufferManager, BufferType, MemoryReading
 from longattn.bufmgr.testing import FailingAllocator, ManagerModel, buffer_types, configs, dtypes, shapes
 
 
@@ -89,6 +89,32 @@ class ManagerMachine(RuleBasedStateMachine):
         tensor, _ = self.model.seen[self.draw_index(data, self.model.seen)]
         with pytest.raises(ValueError, match="tensor: expected a buffer leased here"):
             self.manager.deallocate(tensor[None], BufferType.TEMP)
+
+    @rule(kind=st.sampled_from([BufferType.TEMP, BufferType.CACHE]))
+    def take_on_the_short_way(self, kind: BufferType) -> None:
+        """One shape again and again: a slot's memory, never that of a buffer that somebody looks at."""
+        for _ in range(2):
+            self.model.allocate(kind, (64,), torch.float32)
+
+    @rule()
+    def memory_is_short(self) -> None:
+        """A reading of 99 % in use: the next miss gives free memory back, and nothing else."""
+        with pytest.MonkeyPatch.context() as patch:
+            reading = MemoryReading(100, 1, "machine")
+            patch.setattr("longattn.bufmgr.pressure.read_host_memory", lambda: reading)
+            self.manager._gauge._next_reading = 0.0
+            self.model.allocate(BufferType.COMM, (8,), torch.float32)
+            self.manager._gauge._next_reading = float("inf")
+
+    @rule()
+    def a_scope(self) -> None:
+        """What a scope allocated is empty after it; what it kept is not."""
+        with self.manager.scope() as scope:
+            inside = self.manager.allocate(BufferType.MASK, (16,))
+            kept = self.manager.allocate(BufferType.MASK, (16,))
+            scope.keep(kept)
+        assert (inside.shape, kept.shape) == ((0,), (16,))
+        self.model.requests += 2
 
     @rule(kind=st.sampled_from([None, *BufferType]))
     def clear(self, kind: BufferType | None) -> None:

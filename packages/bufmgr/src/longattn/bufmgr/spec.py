@@ -46,7 +46,7 @@ class BufferConfig:
     max_cached_buffers: most free buffers kept for reuse, 0 keeps none. Default 8.
     max_cached_mb: most MiB of free buffers kept for reuse; a larger buffer is never kept. Default 512.
 
-    The preferences and sizes up to `lifetime` describe; what acts today is zero_init, pinned and the two limits.
+    The preferences, `typical_size_mb` and `reuse_frequency` choose a strategy (strategy.py); `lifetime` describes.
     Raises TypeError or ValueError that names the field.
     """
 
