@@ -170,3 +170,27 @@ def test_sixteen_threads_on_one_key(through: str):
     manager.check_valid()
     stats = manager.get_stats()
     assert (stats["outstanding"], stats["cache_hits"] + stats["cache_misses"]) == (0, 4800)
+
+
+@pytest.mark.parametrize("through", ["keyed", "empty", "slot"])
+@pytest.mark.parametrize("look", [lambda t: t[1:], lambda t: t.detach(), lambda t: t.untyped_storage(), lambda t: [t]])
+def test_the_short_way_sees_every_watcher(look: Any, through: str):
+    """Dropped but seen: the next buffer is another one; seen no more: it is the same again."""
+    manager = AttentionBufferManager()
+    prepared = manager.prepare(TEMP, SHAPE, torch.float32)
+
+    def take() -> torch.Tensor:
+        if through == "slot":
+            return prepared.acquire()
+        return manager.empty(SHAPE, torch.float32) if through == "empty" else manager.allocate(TEMP, SHAPE)
+
+    for _ in range(3):
+        take()
+    tensor = take()
+    address = tensor.data_ptr()
+    watcher = look(tensor)
+    del tensor
+    other = take()
+    assert other.data_ptr() != address
+    del watcher
+    assert take().data_ptr() == address

@@ -41,7 +41,7 @@ class AttentionBufferManager(SlotTable, Reports):
         of that shape. Default False.
     enable_profiling: get_stats() has a `profile` entry. Default False.
     lightweight: safety, plain counters and the two fast strategies (strategy.py). Default True. False adds call sites
-        (`outstanding`), a timeline and the other strategies, and has no slots: about 20 us more for each buffer.
+        (`outstanding`), a timeline and the other strategies, and has no slots.
     upstream: where blocks come from. Default: the global memory pool.
     cleanup: how soon free memory goes back when memory gets short, "adaptive" (default) or "aggressive" (pressure.py).
     debug: call sites, and poison over memory that came back (debug.py). Slow. Default False.
