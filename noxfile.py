@@ -86,7 +86,9 @@ def run_tests(session: nox.Session, package: str) -> None:
 
 def test(session: nox.Session, package: str) -> None:
     """Test the package from the checkout, with nothing above it installed."""
-    session.install(*constraints(session), *from_checkout(package), *group("test"))
+    # Where a package has Triton kernels, they are tested in triton's interpreter, which needs no GPU.
+    extras = "testing,triton" if "triton" in metadata(package)["optional-dependencies"] else "testing"
+    session.install(*constraints(session), *from_checkout(package, extras), *group("test"))
     check_floors(session, package, "editable")
     run_tests(session, package)
 
