@@ -107,6 +107,22 @@ def _lines() -> Iterator[tuple[tuple[str, str, int, int], Configuration]]:
 TABLE: dict[tuple[str, str, int, int], Configuration] = dict(_lines())
 """(kernel, architecture, head_dim, bytes an element) -> tile."""
 
+SPILLS: dict[tuple[str, str, int, int], int] = {
+    ("backward_keys", "sm_80", 128, 2): 128,
+    ("backward_keys", "sm_80", 256, 2): 480,
+    ("backward_keys", "sm_80", 128, 4): 296,
+    ("backward_keys", "sm_80", 256, 4): 360,
+    ("backward_keys", "sm_90", 256, 4): 312,
+    ("backward_keys", "gfx942", 256, 4): 248,
+    ("backward_queries", "sm_80", 256, 4): 208,
+    ("forward", "gfx942", 256, 4): 484,
+}
+"""Lines for which no tile without spills was found: bytes a thread keeps in memory there. They are right, and slower than they should be.
+
+Operands of products that do not change in the loop are kept in registers as fragments, once for each warp that needs them; at these
+widths they do not fit beside the sums. More than this is a fault.
+"""
+
 _INTERPRETED = Configuration(64, 64, 4, 1)
 """Under the interpreter tiles cost by their number, not by their size."""
 
