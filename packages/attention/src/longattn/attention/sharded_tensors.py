@@ -65,5 +65,5 @@ def _placed(x: Tensor, like: DTensor, shape: Any) -> Tensor:
     for size in reversed(shape[1:]):
         stride.insert(0, stride[0] * size)
     return DTensor.from_local(
-        x, like.device_mesh, like.placements, run_check=False, shape=tuple(shape), stride=tuple(stride)
+        x, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
     )
