@@ -108,14 +108,26 @@ TABLE: dict[tuple[str, str, int, int], Configuration] = dict(_lines())
 """(kernel, architecture, head_dim, bytes an element) -> tile."""
 
 SPILLS: dict[tuple[str, str, int, int], int] = {
+    ("forward", "gfx942", 128, 4): 32,
+    ("forward", "gfx942", 256, 4): 484,
+    ("decode", "gfx942", 128, 4): 56,
     ("backward_keys", "sm_80", 128, 2): 128,
     ("backward_keys", "sm_80", 256, 2): 480,
+    ("backward_keys", "sm_100", 256, 2): 16,
     ("backward_keys", "sm_80", 128, 4): 296,
     ("backward_keys", "sm_80", 256, 4): 360,
+    ("backward_keys", "sm_90", 128, 4): 288,
     ("backward_keys", "sm_90", 256, 4): 312,
+    ("backward_keys", "sm_100", 128, 4): 280,
+    ("backward_keys", "sm_100", 256, 4): 328,
     ("backward_keys", "gfx942", 256, 4): 248,
+    ("backward_queries", "sm_80", 128, 4): 200,
     ("backward_queries", "sm_80", 256, 4): 208,
-    ("forward", "gfx942", 256, 4): 484,
+    ("backward_queries", "sm_90", 128, 4): 192,
+    ("backward_queries", "sm_90", 256, 4): 200,
+    ("backward_queries", "sm_100", 128, 4): 216,
+    ("backward_queries", "sm_100", 256, 4): 224,
+    ("backward_queries", "gfx942", 256, 4): 136,
 }
 """Lines for which no tile without spills was found: bytes a thread keeps in memory there. They are right, and slower than they should be.
 
