@@ -92,7 +92,7 @@ def remembered() -> Iterator[Figure]:
     for world in (1, 2, 4):
         growth = ask(world, "memory", 16384)
         assert isinstance(growth, float)
-        yield Figure("peak memory of a rank over its q+k+v", f"{world} ranks, 16384 tokens, full causal, forward+backward, H=2, D=64", "ratio", growth)  # fmt: skip
+        yield Figure("peak memory of a rank over its q+k+v", f"{world} ranks, 16384 tokens, full causal, forward+backward, H=8, D=64", "ratio", growth)  # fmt: skip
 
 
 GROUPS = {"bytes": bytes_sent, "time": timed, "memory": remembered}

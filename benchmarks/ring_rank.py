@@ -113,7 +113,7 @@ def times(length: int, turns: int) -> dict[str, float]:
 def memory(length: int) -> float:
     """Peak growth of one rank's forward and backward over its q + k + v; the largest of all ranks."""
     ring = Ring(dist.group.WORLD, layout="zigzag", lengths=length)
-    shape = (1, length // dist.get_world_size(), HEADS, 64)
+    shape = (1, length // dist.get_world_size(), 8, 64)
     leaves = [torch.randn(*shape, requires_grad=True) for _ in range(3)]
     small = Ring(dist.group.WORLD, layout="zigzag")
     tiny = [x[:, :64].detach().requires_grad_() for x in leaves]

@@ -117,7 +117,6 @@ class GradientSum:
     def __init__(self, like: Tensor) -> None:
         self.like = like
         self.sum: Tensor | None = None
-        self._own = False
 
     def add(self, part: Tensor) -> None:
         """One more part, in the shape of `like`."""
@@ -128,12 +127,9 @@ class GradientSum:
 
     def wide(self) -> Tensor:
         """The sum so far in float32 (float64), contiguous, to be added to in place."""
-        if not self._own:
-            sum_so_far = self.total()
-            dtype = state_dtype(sum_so_far.dtype)
-            self.sum = sum_so_far.to(dtype, copy=True, memory_format=torch.contiguous_format)
-            self._own = True
-        assert self.sum is not None
+        # A part is fresh: what gave it keeps nothing of it.
+        so_far = self.total()
+        self.sum = so_far.to(state_dtype(so_far.dtype)).contiguous()
         return self.sum
 
     def total(self) -> Tensor:
@@ -145,4 +141,7 @@ def query_spans(asked: Asked, nq: int, nk: int) -> Spans:
     """Positions of all queries: from the start that was asked for, else the last of the keys'."""
     # Queries that outnumber keys without positions: the edge lets them pass only where positions do not matter.
     flat = asked.q_spans or [max(nk - nq, 0), nq, 1]
+    if len(flat) == 3:
+        # The length there is that of one rank's queries.
+        return (Span(flat[0], nq, flat[2]),)
     return tuple(Span(*flat[n : n + 3]) for n in range(0, len(flat), 3))
