@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longattn.attention.layouts import Spans, add_rows, select_rows
 from longattn.attention.passes import GradientSum, Run, Shard, Step
-from longattn.kernels import AttentionState, merge
+from longattn.kernels import AttentionState
 from longattn.kernels.environment import Environment
 from longattn.kernels.op import Asked, find_plan
 from longattn.kernels.state import state_dtype
@@ -95,7 +95,7 @@ def _flat(spans: Spans) -> list[int]:
 class _Parts:
     """Merges parts as they come, like a binary counter: 2 ** n parts are merged n deep, and log2 of their number stand at a time.
 
-    One after the other, each part would round the whole sum again: 16 parts made twice Local's error in lse.
+    One after the other, each part would round the whole sum again. lse is kept in float64 meanwhile: it is rounded once, like Local's.
     """
 
     def __init__(self) -> None:
@@ -103,15 +103,25 @@ class _Parts:
 
     def add(self, state: AttentionState) -> None:
         """Merge with what is as deep, and what comes of that likewise."""
-        depth = 0
+        depth, state = 0, AttentionState(state.out, state.lse.double())
         while self.waiting and self.waiting[-1][0] == depth:
-            state, depth = merge(self.waiting.pop()[1], state), depth + 1
+            state, depth = _merged(self.waiting.pop()[1], state), depth + 1
         self.waiting.append((depth, state))
 
     def merged(self) -> AttentionState | None:
         """The state over all parts; None without any."""
-        states = [state for _, state in reversed(self.waiting)]
-        return reduce(merge, states) if states else None
+        if not self.waiting:
+            return None
+        found = reduce(_merged, [state for _, state in reversed(self.waiting)])
+        return AttentionState(found.out, found.lse.to(state_dtype(found.out.dtype)))
+
+
+def _merged(first: AttentionState, second: AttentionState) -> AttentionState:
+    """`merge` of parts that nobody else holds, in place on the first one's out, with lse wider than out."""
+    # inf - inf (both empty) is NaN: then the other side weighs nothing.
+    weight = torch.sigmoid(second.lse - first.lse).nan_to_num_(nan=0.0).to(first.out.dtype)
+    first.out.lerp_(second.out, weight.unsqueeze(-1))
+    return AttentionState(first.out, torch.logaddexp(first.lse, second.lse))
 
 
 def _cut_axes(mask: Tensor, queries: Spans | None, keys: Spans | None) -> list[tuple[int, Spans]]:
