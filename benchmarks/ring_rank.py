@@ -5,6 +5,7 @@ backward of causal attention over SIZE tokens, interleaved with its peers, in mi
 """
 
 import gc
+import importlib
 import importlib.util
 import json
 import statistics
@@ -51,8 +52,9 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        stacked = torch.stack(gradient.chunk(dist.get_world_size(), 1))
-        mine = torch.empty_like(stacked[0])
+        # A batch of 1: rank after rank along the first axis.
+        stacked = torch.cat(gradient.chunk(dist.get_world_size(), 1), 0)
+        mine = torch.empty_like(stacked[:1])
         dist.reduce_scatter_tensor(mine, stacked)
         return mine
 
@@ -71,7 +73,7 @@ def contenders(pattern: Pattern, length: int) -> dict[str, Callable[[], object]]
         return torch.autograd.grad(out.sum(), leaves)
 
     def local() -> object:
-        state = attend(mine[0], *here, pattern, q_spans=ring.held(length), out_dtype=torch.float32)
+        state = attend(mine[0], here[0], here[1], pattern, q_spans=ring.held(length), out_dtype=torch.float32)
         return backward(state.out, [mine[0], *here])
 
     def gathered() -> object:
@@ -81,13 +83,12 @@ def contenders(pattern: Pattern, length: int) -> dict[str, Callable[[], object]]
         return backward(attend(mine[0], k, v, pattern, **options).out, mine)
 
     found: dict[str, Callable[[], object]] = {
-        "ring": lambda: backward(pattern_attention(*mine, pattern, schedule=ring), mine),
+        "ring": lambda: backward(pattern_attention(mine[0], mine[1], mine[2], pattern, schedule=ring), mine),
         "local computations": local,
         "gloo all-gather": gathered,
     }
     if importlib.util.find_spec("ring_attention_pytorch") is not None:
-        from ring_attention_pytorch.ring_flash_attention import ring_flash_attn
-
+        ring_flash_attn = importlib.import_module("ring_attention_pytorch.ring_flash_attention").ring_flash_attn
         found["ring-attention-pytorch"] = lambda: backward(ring_flash_attn(*near, None, True, 1024, True), near)
     return found
 
@@ -117,10 +118,10 @@ def memory(length: int) -> float:
     leaves = [torch.randn(*shape, requires_grad=True) for _ in range(3)]
     small = Ring(dist.group.WORLD, layout="zigzag")
     tiny = [x[:, :64].detach().requires_grad_() for x in leaves]
-    torch.autograd.grad(pattern_attention(*tiny, Full(causal=True), schedule=small).sum(), tiny)
+    torch.autograd.grad(pattern_attention(tiny[0], tiny[1], tiny[2], Full(causal=True), schedule=small).sum(), tiny)
     peak = ResidentPeak()
     peak.start()
-    out = pattern_attention(*leaves, Full(causal=True), schedule=ring)
+    out = pattern_attention(leaves[0], leaves[1], leaves[2], Full(causal=True), schedule=ring)
     torch.autograd.grad(out.sum(), leaves)
     growth = torch.tensor(float(peak.growth() or 0) / (3 * leaves[0].numel() * 4))
     dist.all_reduce(growth, dist.ReduceOp.MAX)
