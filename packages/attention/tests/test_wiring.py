@@ -30,6 +30,12 @@ def pool_leases():
     return stats["total_allocated"] - stats["cached_bytes"], stats["allocation_count"]
 
 
+@pytest.fixture
+def torch_rows(monkeypatch):
+    """What a test says about scratch is the torch rows': the native row, which comes first, needs other scratch."""
+    monkeypatch.setenv("LONGATTN_NATIVE", "0")
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_off_is_off(name):
     """Without flags: attributes None, no manager at all, empty statistics, and no environment."""
@@ -55,7 +61,6 @@ def test_enable_memory_pool_leases_scratch_and_returns_it(name):
     held, asked = pool_leases()
     assert held == 0 and asked >= 2 and module._memory_pool.get_stats()["reuse_rate"] > 0
     out = module(*small_inputs(name, requires_grad=True))
-    assert pool_leases()[0] > 0  # lse, saved for backward
     out.sum().backward()
     del out
     gc.collect()
@@ -63,6 +68,19 @@ def test_enable_memory_pool_leases_scratch_and_returns_it(name):
     assert "profile" not in module._memory_pool.get_stats()
 
 
+@pytest.mark.usefixtures("torch_rows")
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_saved_for_backward_stays_leased(name):
+    """lse, from forward until nobody sees it."""
+    out = small_preset(name, enable_memory_pool=True)(*small_inputs(name, requires_grad=True))
+    assert pool_leases()[0] > 0
+    out.sum().backward()
+    del out
+    gc.collect()
+    assert pool_leases()[0] == 0
+
+
+@pytest.mark.usefixtures("torch_rows")
 def test_half_precision_accumulators_are_the_pools():
     """Overlapping branches add up in float32; that memory is leased, the output is not."""
     module = DilatedAttention((8, 16), (1, 2), enable_memory_pool=True, enable_profiling=True)
@@ -71,6 +89,7 @@ def test_half_precision_accumulators_are_the_pools():
     assert module._memory_pool.get_stats()["profile"]["temp"]["bytes"] >= 4 * q.numel()
 
 
+@pytest.mark.usefixtures("torch_rows")
 def test_lightweight_pool_leaves_small_scratch_to_torch():
     """Nothing under 1 MiB is leased."""
     q = torch.randn(1, 64, 2, 8)
@@ -93,7 +112,8 @@ def test_enable_profiling_adds_profiles():
     assert [set(row) for row in profile.values()] == [{"count", "bytes", "time"}] and next(iter(profile.values()))[
         "count"
     ] == 3
-    assert module._memory_pool.get_stats()["profile"]["temp"]["count"] == 3
+    count = module._memory_pool.get_stats()["profile"]["temp"]["count"]
+    assert count >= 3 and count % 3 == 0  # each call alike
     managed = ImprovedDilatedAttentionV2(**SHAPE, enable_buffer_manager=True, enable_profiling=True)
     managed(*small_inputs("ImprovedDilatedAttentionV2"))
     assert managed.get_buffer_stats()["profile"]["output"]["count"] == 1
@@ -119,6 +139,7 @@ def test_use_pattern_cache_counts_a_modules_own_hits(name):
     assert first._pattern_cache.get_stats()["misses"] == 2 and len(second._pattern_cache._cache) == 1
 
 
+@pytest.mark.usefixtures("torch_rows")
 def test_cache_on_gpu_keeps_index_tensors_with_the_plan(monkeypatch):
     """With the flag the second call makes none; without it every call makes its own."""
     made = []

@@ -95,7 +95,7 @@ def _flat(spans: Spans) -> list[int]:
 class _Parts:
     """Merges parts as they come, like a binary counter: 2 ** n parts are merged n deep, and log2 of their number stand at a time.
 
-    One after the other, each part would round the whole sum again. lse is kept in float64 meanwhile: it is rounded once, like Local's.
+    One after the other, each part would round the whole sum again. lse is kept in float64 between merges: it is rounded once, like Local's.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class _Parts:
 
     def add(self, state: AttentionState) -> None:
         """Merge with what is as deep, and what comes of that likewise."""
-        depth, state = 0, AttentionState(state.out, state.lse.double())
+        depth = 0
         while self.waiting and self.waiting[-1][0] == depth:
             state, depth = _merged(self.waiting.pop()[1], state), depth + 1
         self.waiting.append((depth, state))
@@ -117,11 +117,12 @@ class _Parts:
 
 
 def _merged(first: AttentionState, second: AttentionState) -> AttentionState:
-    """`merge` of parts that nobody else holds, in place on the first one's out, with lse wider than out."""
+    """`merge` of parts that nobody else holds, in place on the first one's out, with lse in float64."""
+    a, b = first.lse.double(), second.lse.double()
     # inf - inf (both empty) is NaN: then the other side weighs nothing.
-    weight = torch.sigmoid(second.lse - first.lse).nan_to_num_(nan=0.0).to(first.out.dtype)
+    weight = torch.sigmoid(b - a).nan_to_num_(nan=0.0).to(first.out.dtype)
     first.out.lerp_(second.out, weight.unsqueeze(-1))
-    return AttentionState(first.out, torch.logaddexp(first.lse, second.lse))
+    return AttentionState(first.out, torch.logaddexp(a, b))
 
 
 def _cut_axes(mask: Tensor, queries: Spans | None, keys: Spans | None) -> list[tuple[int, Spans]]:
