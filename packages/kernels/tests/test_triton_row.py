@@ -9,7 +9,15 @@ import torch
 
 from longattn.kernels import attend, dispatch, explain
 from longattn.kernels.dispatch import RowFailure, row
-from longattn.kernels.triton.configurations import ARCHITECTURES, HEAD_DIMS, KERNELS, SPILLS, TABLE, choose, table_architecture
+from longattn.kernels.triton.configurations import (
+    ARCHITECTURES,
+    HEAD_DIMS,
+    KERNELS,
+    SPILLS,
+    TABLE,
+    choose,
+    table_architecture,
+)
 from longattn.kernels.triton.row import FAILURES, INTERPRETED
 from longattn.patterncache import Dilated, Full, Window
 
