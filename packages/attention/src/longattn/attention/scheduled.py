@@ -17,7 +17,7 @@ from longattn.attention.passes import GradientSum, Run, Shard, Step
 from longattn.kernels import AttentionState
 from longattn.kernels.environment import Environment
 from longattn.kernels.op import Asked, find_plan
-from longattn.kernels.state import state_dtype
+from longattn.kernels.state import merge_into, state_dtype
 
 
 def forward(run: Run, asked: Asked, environment: Environment) -> tuple[Tensor, Tensor]:
@@ -117,12 +117,10 @@ class _Parts:
 
 
 def _merged(first: AttentionState, second: AttentionState) -> AttentionState:
-    """`merge` of parts that nobody else holds, in place on the first one's out, with lse in float64."""
-    a, b = first.lse.double(), second.lse.double()
-    # inf - inf (both empty) is NaN: then the other side weighs nothing.
-    weight = torch.sigmoid(b - a).nan_to_num_(nan=0.0).to(first.out.dtype)
-    first.out.lerp_(second.out, weight.unsqueeze(-1))
-    return AttentionState(first.out, torch.logaddexp(a, b))
+    """Merge parts that nobody else holds, in place on the first one's out, with lse in float64."""
+    lse = first.lse.double()
+    merge_into(first.out, lse, second.out, second.lse.double())
+    return AttentionState(first.out, lse)
 
 
 def _cut_axes(mask: Tensor, queries: Spans | None, keys: Spans | None) -> list[tuple[int, Spans]]:

@@ -20,16 +20,16 @@ from longattn.attention.schedule import parse_schedule
 from longattn.kernels import transforms
 from longattn.kernels.entry import refuse_tangents
 from longattn.kernels.environment import find_environment
-from longattn.kernels.op import _ASKED, Asked, find_plan, no_second_order
+from longattn.kernels.op import ASKED, Asked, find_plan, no_second_order
 from longattn.kernels.state import AttentionState, state_dtype
 
 LIBRARY = torch.library.Library("longattn", "FRAGMENT")
 LIBRARY.define(
-    f"scheduled_attend(Tensor q, Tensor k, Tensor v, Tensor? bias, str schedule, {_ASKED}) -> (Tensor, Tensor)"
+    f"scheduled_attend(Tensor q, Tensor k, Tensor v, Tensor? bias, str schedule, {ASKED}) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "scheduled_attend_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, "
-    f"str schedule, {_ASKED}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"str schedule, {ASKED}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -164,7 +164,7 @@ def _map_forward(call: Any, info: Any, in_dims: Any, inputs: Any) -> Any:
     def without(q: Any, k: Any, v: Any, bias: Any, *asked: Any) -> Any:
         return call(q, k, v, bias, inputs[4], *asked)
 
-    return transforms._map_forward(without, info.batch_size, in_dims[:4] + in_dims[5:], inputs[:4] + inputs[5:])
+    return transforms.map_forward(without, info.batch_size, in_dims[:4] + in_dims[5:], inputs[:4] + inputs[5:])
 
 
 def _map_backward(call: Any, info: Any, in_dims: Any, inputs: Any) -> Any:
@@ -173,7 +173,7 @@ def _map_backward(call: Any, info: Any, in_dims: Any, inputs: Any) -> Any:
     def without(*rest: Any) -> Any:
         return call(*rest[:8], inputs[8], *rest[8:])
 
-    return transforms._map_backward(without, info.batch_size, in_dims[:8] + in_dims[9:], inputs[:8] + inputs[9:])
+    return transforms.map_backward(without, info.batch_size, in_dims[:8] + in_dims[9:], inputs[:8] + inputs[9:])
 
 
 def _op_map_forward(info: Any, in_dims: Any, *inputs: Any) -> Any:

@@ -53,16 +53,16 @@ class Asked(NamedTuple):
     env: str
 
 
-_ASKED = (
+ASKED = (
     "Tensor? mask, Tensor? key_padding, Tensor? seed, str pattern, SymInt[] q_spans, SymInt[] k_spans, SymInt[] heads, "
     "float? scale, float dropout_p, bool needs_grad, bool bias_grad, str backend, bool deterministic, ScalarType out_dtype, str env"
 )
 LIBRARY.define(
-    f"attend(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? prior_out, Tensor? prior_lse, {_ASKED}) -> (Tensor, Tensor)"
+    f"attend(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? prior_out, Tensor? prior_lse, {ASKED}) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "attend_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, "
-    f"{_ASKED}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"{ASKED}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 

@@ -73,9 +73,12 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
 
 
 def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """`merge` in place on `out` (..., d) and `lse` (...), which may be strided views. Not differentiable; for use inside one call."""
+    """`merge` in place on `out` (..., d) and `lse` (...), which may be strided views. Not differentiable; for use inside one call.
+
+    Both lse may be float64 beside a float32 `out`, where many merges follow and lse is to be rounded once.
+    """
     # Weight of the other side. inf - inf (both empty) is NaN: then the other side weighs nothing.
-    weight = torch.sigmoid(other_lse - lse).nan_to_num_(nan=0.0)
+    weight = torch.sigmoid(other_lse - lse).nan_to_num_(nan=0.0).to(out.dtype)
     out.lerp_(other_out, weight.unsqueeze(-1))
     torch.logaddexp(lse, other_lse, out=lse)
 

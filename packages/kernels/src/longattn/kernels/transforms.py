@@ -45,7 +45,7 @@ class Attend(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *inputs: Any) -> Any:  # type: ignore[override]
         """Fold the mapped axis into the batch."""
-        return _map_forward(Attend.apply, info.batch_size, in_dims, inputs)
+        return map_forward(Attend.apply, info.batch_size, in_dims, inputs)
 
 
 class AttendBackward(torch.autograd.Function):
@@ -68,10 +68,11 @@ class AttendBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *inputs: Any) -> Any:  # type: ignore[override]
         """Fold the mapped axis into the batch."""
-        return _map_backward(AttendBackward.apply, info.batch_size, in_dims, inputs)
+        return map_backward(AttendBackward.apply, info.batch_size, in_dims, inputs)
 
 
-def _map_forward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+def map_forward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """vmap of `call` over (q, k, v, bias, *Asked): its results, and along which axes they are mapped."""
     if op.Asked(*inputs[4:]).dropout_p:
         return _one_by_one(call, size, in_dims, inputs), (0, 0)
     batch = _batch_of(inputs[0], in_dims[0])
@@ -81,7 +82,8 @@ def _map_forward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tup
     return tuple(x.unflatten(0, (size, batch)) for x in out), (0, 0)
 
 
-def _map_backward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+def map_backward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """vmap of `call` over (grad_out, grad_lse, q, k, v, bias, out, lse, *Asked): the same."""
     asked = op.Asked(*inputs[8:])
     if asked.bias_grad or asked.dropout_p:
         return _one_by_one(call, size, in_dims, inputs), (0, 0, 0, 0)
@@ -137,11 +139,11 @@ def _op_vmap_forward(info: Any, in_dims: Dims, *inputs: Any) -> Any:
     def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *asked: Any) -> Any:
         return torch.ops.longattn.attend(q, k, v, bias, None, None, *asked)
 
-    return _map_forward(call, info.batch_size, (*in_dims[:4], *in_dims[6:]), (*inputs[:4], *inputs[6:]))
+    return map_forward(call, info.batch_size, (*in_dims[:4], *in_dims[6:]), (*inputs[:4], *inputs[6:]))
 
 
 def _op_vmap_backward(info: Any, in_dims: Dims, *inputs: Any) -> Any:
-    return _map_backward(torch.ops.longattn.attend_backward, info.batch_size, in_dims, inputs)
+    return map_backward(torch.ops.longattn.attend_backward, info.batch_size, in_dims, inputs)
 
 
 torch.library.register_vmap("longattn::attend", _op_vmap_forward, lib=op.LIBRARY)
