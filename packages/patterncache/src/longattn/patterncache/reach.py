@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from longattn.patterncache.index import Span, check_int
+from longattn.patterncache.islands import islands
 from longattn.patterncache.pattern import Pattern
-from longattn.patterncache.walks import Stretch, Walk, islands, stretches
+from longattn.patterncache.walks import Stretch, Walk, stretches
 from longattn.patterncache.window import Full, Window
 
 MOST_NODES = 1 << 17

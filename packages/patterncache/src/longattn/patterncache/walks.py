@@ -1,4 +1,4 @@
-"""Walks through a pattern: which tokens hang together, and which reach which, layer by layer. Exact, from plans.
+"""Walks through a pattern: which tokens reach which, layer by layer. Exact, from plans.
 
 A layer hands a token what the keys it sees hold, in any head, beside what it holds itself (the residual connection). Tiles are
 sets of tokens, so a layer is one OR over each tile's keys; no dense matrix of tokens stands anywhere but in bits, columns at a time.
@@ -19,7 +19,8 @@ from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
 from longattn.patterncache.dilated import Dilated
 from longattn.patterncache.documents import Documents
 from longattn.patterncache.hierarchical import HierarchicalBlocks
-from longattn.patterncache.index import Affine, Index, Rectangle, Rows, Span
+from longattn.patterncache.index import Rectangle, Rows, Span
+from longattn.patterncache.islands import listed_pairs
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.plan import Branch, Plan
 from longattn.patterncache.window import Full, Window
@@ -83,62 +84,6 @@ def _period(pattern: Pattern) -> tuple[int | None, bool]:
         every = any if isinstance(pattern, (Restrict, Intersection)) else all
         return math.lcm(*periods), every(closed for _, closed in known)
     return None, False
-
-
-def islands(plan: Plan) -> Rows:
-    """(tokens,) int64: the first token of each one's island. No walk of any length, in any direction, leaves an island."""
-    length = plan.rectangle.shape[1]
-    if any(_is_chain(branch, length) for branch in plan.branches):
-        return np.zeros(length, np.int64)
-    label = np.arange(length, dtype=np.int64)
-    ends = [np.stack([a.ravel(), b.ravel()]) for branch in plan.branches for a, b in _links(branch)]
-    links = np.concatenate(ends, 1) if ends else np.empty((2, 0), np.int64)
-    while links.size:
-        at = label[links]
-        links, at = links[:, at[0] != at[1]], at[:, at[0] != at[1]]
-        # Labels are first tokens of what is joined so far; each hooks below the lowest that it meets.
-        np.minimum.at(label, at.max(axis=0), at.min(axis=0))
-        while (label != (shorter := label[label])).any():
-            label = shorter
-    return label
-
-
-def _is_chain(branch: Branch, length: int) -> bool:
-    """Whether a branch joins every token to the next, by itself."""
-    every = Affine(0, 1, 0, length, 1)
-    shown = branch.band is None or bool(branch.band.sees(np.array([1, -1])).any())
-    return shown and branch.steps == (1, 1) and all(_same_rows(index, every) for index in (branch.q, branch.k))
-
-
-def _same_rows(index: Index, one: Affine) -> bool:
-    return isinstance(index, Affine) and (index.start, index.tiles, index.count) == (one.start, one.tiles, one.count)
-
-
-def _links(branch: Branch) -> Iterator[tuple[Rows, Rows]]:
-    """Pairs of tokens that together join all that the branch joins, far fewer than its pairs."""
-    q, k = branch.q.rows(), branch.k.rows()
-    if branch.band is None:
-        yield q, np.broadcast_to(k[:, :1], q.shape)
-        yield k, np.broadcast_to(k[:, :1], k.shape)
-    elif branch.uniform:
-        begin, end = branch.key_range()
-        seeing = begin <= end
-        begin, end = begin[seeing], end[seeing]
-        yield q[:, seeing], k[:, begin]
-        # Keys next to each other hang together where some query sees both.
-        cover = np.zeros(branch.k.count + 1, np.int64)
-        np.add.at(cover, begin, 1)
-        np.add.at(cover, end, -1)
-        together = np.flatnonzero(np.cumsum(cover)[: branch.k.count - 1] > 0)
-        yield k[:, together], k[:, together + 1]
-    else:
-        yield _listed_pairs(branch)
-
-
-def _listed_pairs(branch: Branch) -> tuple[Rows, Rows]:
-    assert branch.visible is not None
-    t, a, b = np.nonzero(branch.visible)
-    return branch.q.rows()[t, a], branch.k.rows()[t, b]
 
 
 @dataclass(frozen=True)
@@ -256,7 +201,7 @@ class _Hop:
         else:
             self._q, self._k = branch.q.rows(), branch.k.rows()
         self._range = branch.key_range() if branch.band is not None and branch.uniform else None
-        self._pairs = None if branch.band is None or branch.uniform else _listed_pairs(branch)
+        self._pairs = None if branch.band is None or branch.uniform else listed_pairs(branch)
 
     def add(self, bits: Bits, after: Bits) -> None:
         """OR into `after` what the keys held in `bits`."""
