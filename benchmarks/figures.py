@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -147,25 +147,27 @@ def plan_bytes() -> Iterator[Figure]:
     yield Figure("compression", "1048576 block cells, 10 % seen", "ratio", cache.get_stats()["compression"])
 
 
+GROUPS = (hit_ratios, builds, threads, training, plan_bytes)
+
+
+def append(name: str, figures: Iterable[Figure], where: record.Surroundings) -> None:
+    """Print figures as they come, and append each to `benchmarks/results/<name>.csv`."""
+    path = record.RESULTS / f"{name}.csv"
+    for figure in figures:
+        row = {**asdict(figure), "ours": round(figure.ours, 4), "verdict": figure.verdict, **asdict(where)}
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
+        if not path.exists():
+            writer.writeheader()
+        writer.writerow(row)
+        with path.open("a") as file:
+            file.write(text.getvalue())
+        print(figure.name, figure.setting, row["ours"], figure.unit, figure.beside, figure.verdict, flush=True)
+
+
 def main() -> int:
     """Measure all figures, print them, and append them to the results."""
-    path = record.RESULTS / "cache-figures.csv"
-    for group in (hit_ratios, builds, threads, training, plan_bytes):
-        for figure in group():
-            row = {
-                **asdict(figure),
-                "ours": round(figure.ours, 4),
-                "verdict": figure.verdict,
-                **asdict(record.surroundings()),
-            }
-            text = io.StringIO()
-            writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
-            if not path.exists():
-                writer.writeheader()
-            writer.writerow(row)
-            with path.open("a") as file:
-                file.write(text.getvalue())
-            print(figure.name, figure.setting, row["ours"], figure.unit, figure.beside, figure.verdict, flush=True)
+    append("cache-figures", (figure for group in GROUPS for figure in group()), record.surroundings())
     return 0
 
 

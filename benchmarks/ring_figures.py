@@ -5,20 +5,18 @@ Times are wall clock of the slowest of 2 processes with a thread each, side by s
 ring-attention-pytorch (lucidrains) is found where PYTHONPATH leads to it.
 """
 
-import csv
-import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 
 import torch
 
 from benchmarks import record
-from benchmarks.figures import Figure
+from benchmarks.figures import Figure, append
 from longattn.attention.layouts import LAYOUTS
 from longattn.attention.traffic import Call, full_ring_bytes, ring_traffic
 from longattn.patterncache import Dilated, Full
@@ -100,19 +98,8 @@ GROUPS = {"bytes": bytes_sent, "time": timed, "memory": remembered}
 
 def main() -> int:
     """Measure what is asked for, print it, and append it to the results."""
-    path = record.RESULTS / "ring.csv"
-    where = asdict(record.surroundings()) | {"threads": 1}
-    for name in sys.argv[1:] or GROUPS:
-        for figure in GROUPS[name]():
-            row = {**asdict(figure), "ours": round(figure.ours, 4), "verdict": figure.verdict, **where}
-            text = io.StringIO()
-            writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
-            if not path.exists():
-                writer.writeheader()
-            writer.writerow(row)
-            with path.open("a") as file:
-                file.write(text.getvalue())
-            print(figure.name, figure.setting, row["ours"], figure.unit, figure.beside, figure.verdict, flush=True)
+    asked = sys.argv[1:] or GROUPS
+    append("ring", (figure for name in asked for figure in GROUPS[name]()), replace(record.surroundings(), threads=1))
     return 0
 
 

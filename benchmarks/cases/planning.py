@@ -92,27 +92,40 @@ def block_masks(quick: bool) -> Iterator[Calls]:
 
 
 def lints(quick: bool) -> Iterator[Calls]:
-    """`lint` of a million tokens, beside dense counts of 2048 tokens in one head, which say less."""
+    """`lint` of a million tokens, beside dense counts of 2048 tokens in one head, which say less; of block masks, of an eighth as many."""
     length = _TINY if quick else MILLION
-    third = length // 3
-    patterns: dict[str, Pattern] = {
-        "full": Full(causal=True),
-        "window": Window(512),
-        "window-sinks": Window(512, sinks=4),
-        "dilated": Dilated(SEGMENTS, RATES, causal=True),
-        "strided": Strided(1024),
-        "hierarchical": HierarchicalBlocks(128, 4, 8, causal=True),
-        "documents": Documents([0, third, 2 * third, length], Window(512)),
+    third, eighth = length // 3, length // 8
+    mask = _random_blocks(-(-eighth // 128))
+    patterns: dict[str, tuple[Pattern, int]] = {
+        "full": (Full(causal=True), length),
+        "window": (Window(512), length),
+        "window-sinks": (Window(512, sinks=4), length),
+        "dilated": (Dilated(SEGMENTS, RATES, causal=True), length),
+        "strided": (Strided(1024), length),
+        "hierarchical": (HierarchicalBlocks(128, 4, 8, causal=True), length),
+        "documents": (Documents([0, third, 2 * third, length], Window(512)), length),
+        "blocks": (BlockSparse(128, mask), eighth),
+        "blocks-causal": (BlockSparse(128, mask, causal=True), eighth),
+        "blocks-per-head": (BlockSparse(128, np.stack([np.roll(mask, h, 1) for h in range(8)])), eighth),
     }
-    for name, pattern in patterns.items():
+    for name, (pattern, tokens) in patterns.items():
         yield Calls(
             name=f"lint-{name}",
-            labels=_labels(f"lint of {name} h8", "dense counts of 2048", length, causal=True),
+            labels=_labels(f"lint of {name} h8", "dense counts of 2048", tokens, causal="blocks" not in name),
             targets=Targets() if quick else Targets(most_ms=100.0),
-            ours=lambda pattern=pattern: lambda: pattern.lint(length),
-            peer=lambda pattern=pattern: lambda: pattern.counts(square(min(2048, length), 1)).sum(axis=2),
-            gate=lambda pattern=pattern: _wrong_lint(pattern, min(length, 300)),
+            ours=lambda pattern=pattern, tokens=tokens: lambda: pattern.lint(tokens, num_heads=8),
+            peer=lambda pattern=pattern, tokens=tokens: (
+                lambda: pattern.counts(square(min(2048, tokens), 1)).sum(axis=2)
+            ),
+            gate=lambda pattern=pattern, tokens=tokens: _wrong_lint(pattern, min(tokens, 300)),
         )
+
+
+def _random_blocks(blocks: int) -> np.ndarray:
+    """(blocks, blocks) bool: every tenth, and the diagonal."""
+    mask = np.random.default_rng(0).random((blocks, blocks)) < 0.1
+    np.fill_diagonal(mask, True)
+    return mask
 
 
 def _wrong_lint(pattern: Pattern, length: int) -> list[str]:
@@ -128,9 +141,7 @@ def forwards(quick: bool) -> Iterator[Calls]:
     for length in (256, 512) if quick else (256, 1024, 4096, 8192, 32768):
         for name, pattern in patterns.items():
             blocks = -(-length // 128)
-            mask = np.random.default_rng(0).random((blocks, blocks)) < 0.1
-            np.fill_diagonal(mask, True)
-            chosen = pattern or BlockSparse(128, mask, causal=True)
+            chosen = pattern or BlockSparse(128, _random_blocks(blocks), causal=True)
             yield Calls(
                 name=f"forward-{name}",
                 labels=_labels(
