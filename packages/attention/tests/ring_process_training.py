@@ -1,10 +1,8 @@
-"""Cases for every rank: traffic, overlap, data loading, and training with torch's own tools."""
+"""Cases for every rank: training with torch's own tools."""
 
 import os
 import tempfile
-import time
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,19 +20,14 @@ from longattn.attention import (
     MultiheadPatternAttention,
     PatternAttention,
     Ring,
-    Wiring,
     pattern_attention,
-    scheduled,
 )
 from longattn.attention.all_gather import AllGather
 from longattn.attention.layouts import LAYOUTS
 from longattn.attention.schedule import Schedule
-from longattn.attention.sharding import shard_sequence, unshard_sequence
-from longattn.attention.traffic import Call, choose, full_ring_bytes, gather_traffic, ring_traffic, ulysses_traffic
-from longattn.attention.transport import Event, note, watch
+from longattn.attention.sharding import shard_sequence
 from longattn.attention.ulysses import Ulysses
-from longattn.kernels.environment import Environment, TorchAllocator
-from longattn.patterncache import Dilated, Full, Pattern, PatternCache, Window
+from longattn.patterncache import Dilated
 
 LONGNET = Dilated((6, 12, 24), (1, 2, 4), causal=True)
 WORLD, RANK = dist.get_world_size(), dist.get_rank()
@@ -47,129 +40,6 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tor
 def engines() -> list[Schedule]:
     group = dist.group.WORLD
     return [*(Ring(group, layout=layout) for layout in LAYOUTS), AllGather(group), Ulysses(group)]
-
-
-def sent(schedule: Schedule, pattern: Pattern, length: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that all ranks together really send in a forward and in a backward."""
-    leaves = [shard_sequence(randn(2, length, h, 4, seed=h, dtype=dtype), schedule)[0].requires_grad_() for h in (8, 4)]
-    with watch() as events:
-        out = pattern_attention(leaves[0], leaves[1], leaves[1], pattern, schedule=schedule)
-        middle = len(events)
-        out.sum().backward()
-    halves = torch.tensor(
-        [sum(e.nbytes for e in half if e.what == "send") for half in (events[:middle], events[middle:])]
-    )
-    dist.all_reduce(halves)
-    return int(halves[0]), int(halves[1])
-
-
-def case_bytes_are_those_of_the_plans() -> None:
-    """What `traffic` counts is what the transport sends, forward and backward, and a ring never sends more than a full one."""
-    for pattern in (LONGNET, Full(), Full(causal=True), Window(5), Dilated((37,), (9,))):
-        for dtype in (torch.float32, torch.bfloat16):
-            call = Call(pattern, 37, WORLD, 8, 4, 4, 2, dtype)
-            for engine in engines():
-                if isinstance(engine, Ring):
-                    counted = ring_traffic(call, engine.layout)
-                    assert counted.forward <= full_ring_bytes(call)
-                else:
-                    counted = gather_traffic(call) if isinstance(engine, AllGather) else ulysses_traffic(call)
-                assert counted is not None
-                assert sent(engine, pattern, 37, dtype) == (counted.forward, counted.backward), (engine, pattern)
-
-
-def case_nothing_is_sent_where_nobody_sees() -> None:
-    """Segments that end where shards end: not a byte."""
-    ring = Ring(dist.group.WORLD)
-    assert sent(ring, Dilated((8,), (1,)), 8 * WORLD, torch.float32) == (0, 0)
-    assert (
-        sent(ring, Full(causal=True), 8 * WORLD, torch.float32)[0] == WORLD * (WORLD - 1) // 2 * 2 * 2 * 8 * 4 * 4 * 4
-    )
-
-
-def case_choose_explains() -> None:
-    """The choice is built for the group, and serves."""
-    choice = choose(dist.group.WORLD, LONGNET, 37, 8, kv_heads=4, dtype=torch.float64)
-    assert choice.schedule is not None and "chosen" in str(choice)
-    x = randn(1, 37, 8, 4)
-    part, _ = shard_sequence(x, choice.schedule)
-    found = unshard_sequence(pattern_attention(part, part, part, LONGNET, schedule=choice.schedule), choice.schedule)
-    torch.testing.assert_close(found, pattern_attention(x, x, x, LONGNET))
-
-
-def case_computing_goes_on_while_keys_travel() -> None:
-    """Rank 0's neighbours are late: it has computed on its own keys before theirs come, and posted the turn after before it waits."""
-    ring = Ring(dist.group.WORLD, lengths=16 * WORLD)
-    part, _ = shard_sequence(randn(1, 16 * WORLD, 4, 4), ring)
-    launched = scheduled.attend_step
-
-    def computed(*given):
-        state = launched(*given)
-        note(Event("compute", f"from {given[1].spans[0].start // 16}"))
-        return state
-
-    dist.barrier()
-    if RANK != 0:
-        time.sleep(0.5)
-    with patch.object(scheduled, "attend_step", computed), watch() as events:
-        started = time.perf_counter()
-        pattern_attention(part, part, part, Full(), schedule=ring)
-        seconds = time.perf_counter() - started
-    if RANK != 0:
-        return
-    order = [(e.what, e.label) for e in events if e.what in ("post", "arrive", "compute")]
-    expected = [("post", "keys 1")] if WORLD > 1 else []
-    expected.append(("compute", "from 0"))
-    for turn in range(1, WORLD):
-        expected.append(("arrive", f"keys {turn}"))
-        expected += [("post", f"keys {turn + 1}")] if turn + 1 < WORLD else []
-        expected.append(("compute", f"from {-turn % WORLD}"))
-    assert order == expected, order
-    assert WORLD == 1 or seconds > 0.3, "the delay did not reach rank 0"
-
-
-def case_buffers_come_from_the_allocator() -> None:
-    """COMM leases of an environment: two turns' at a time, whatever the number of ranks."""
-
-    class Counting(TorchAllocator):
-        def __init__(self) -> None:
-            self.leased: list[str] = []
-
-        def empty(self, shape, dtype, device, role):
-            self.leased.append(role)
-            return super().empty(shape, dtype, device, role)
-
-    environment = Environment(PatternCache(), allocator := Counting())
-    part, _ = shard_sequence(randn(1, 37, 4, 4), ring := Ring(dist.group.WORLD))
-    pattern_attention(part, part, part, LONGNET, schedule=ring, environment=environment)
-    assert ("comm" in allocator.leased) == (WORLD > 1)
-    managed = PatternAttention(LONGNET, schedule=ring, wiring=Wiring(enable_buffer_manager=True))
-    part.requires_grad_()
-    for _ in range(2):
-        torch.testing.assert_close(
-            managed(part, part, part), pattern_attention(part, part, part, LONGNET, schedule=ring)
-        )
-        managed(part, part, part).sum().backward()
-    leased = managed.get_buffer_stats()["types"]["comm"]
-    assert (leased["cache_hits"] + leased["cache_misses"] > 0) == (WORLD > 1)
-
-
-def case_sequences_come_back_whole() -> None:
-    """`unshard_sequence` undoes `shard_sequence`; positions say where rows stood; gradients pass through the cut."""
-    for schedule in (*engines(), Local(), Ring(size=3)):
-        for length in (37, 2):
-            x = randn(2, length, 3).requires_grad_()
-            part, positions = shard_sequence(x, schedule)
-            torch.testing.assert_close(part, x[:, positions])
-            assert torch.equal(unshard_sequence(part, schedule), x.detach())
-            assert torch.autograd.grad(part.sum(), x)[0].sum() == part.numel()
-    if WORLD == 4:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "heads"))
-        both = Ulysses(mesh["heads"], inner=Ring(mesh["ring"], layout="zigzag"))
-        x = randn(2, 37, 3)
-        assert torch.equal(unshard_sequence(shard_sequence(x, both)[0], both, dist.group.WORLD), x)
-        with pytest.raises(ValueError, match="group must be given"):
-            unshard_sequence(x, both)
 
 
 def case_tensors_sharded_on_the_sequence() -> None:

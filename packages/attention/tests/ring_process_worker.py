@@ -1,6 +1,6 @@
 """One rank of a distributed test: `ring_process_worker.py CASES WORLD RANK FOLDER`, started once per rank by `test_ring_processes.py`.
 
-Runs every function of the module file CASES whose name starts with "case_", in order, and writes what went wrong to
+Runs every function of the module files CASES (joined as paths are) whose name starts with "case_", in order, and writes what went wrong to
 FOLDER/RANK.json: {case: traceback or ""}. Ranks meet in a file, not at a port.
 """
 
@@ -12,6 +12,7 @@ import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from longattn.kernels.testing import poisoned_memory
 
 def main() -> None:
     """Meet, run, report."""
-    cases, world, rank, folder = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    world, rank, folder = int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     warnings.simplefilter("error")
     # torch's own deprecations of what its DDP, FSDP and checkpoint code calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
@@ -32,18 +33,24 @@ def main() -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    spec = importlib.util.spec_from_file_location("cases", cases)
+    found = {}
+    for number, path in enumerate(sys.argv[1].split(os.pathsep)):
+        for name, case in vars(load(Path(path), f"cases{number}")).copy().items():
+            if name.startswith("case_"):
+                found[name] = attempt(case)
+                # Written as it goes: a hang in the next case leaves what was found so far.
+                (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def load(path: Path, name: str) -> ModuleType:
+    """The module in a file."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(cases.parent))
+    sys.path.insert(0, str(path.parent))
     spec.loader.exec_module(module)
-    found = {}
-    for name, case in list(vars(module).items()):
-        if name.startswith("case_"):
-            found[name] = attempt(case)
-            # Written as it goes: a hang in the next case leaves what was found so far.
-            (folder / f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return module
 
 
 def attempt(case) -> str:

@@ -1,5 +1,7 @@
 """What travels: exactly what the receiver sees, packed and put back; and what `choose` says of it."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -44,9 +46,9 @@ def test_packed_keys_serve_as_the_whole_shard_does(data, pattern, length):
     q, k, v = (torch.randn(2, n, h, 4, dtype=torch.float64) for n, h in ((nq, 4), (nk, 2), (nk, 2)))
     came = []
     for x in (k, v):
-        packed = packing.pack(x, x.new_empty(packing.shape(2, 4)))
+        packed = packing.pack(x, x.new_empty)
         assert packed.shape == packing.shape(2, 4)
-        came.append(packing.unpack(packed, torch.full_like(x, torch.nan)))
+        came.append(packing.unpack(packed, partial(x.new_full, fill_value=torch.nan)))
         total = torch.zeros_like(x)
         packing.add(total, packed)
         assert torch.equal(total, came[-1])

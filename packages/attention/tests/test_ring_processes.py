@@ -1,9 +1,10 @@
-"""Schedules over gloo processes: one spawn per world and file of cases, each with a hard timeout."""
+"""Schedules over gloo processes: one spawn per world and test, each with a hard timeout."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 HARD_TIMEOUT = 900 if NIGHTLY else 240
 
 
-def run_world(cases: str, world: int, folder: Path) -> dict[str, list[str]]:
+def run_world(cases: Sequence[str], world: int, folder: Path) -> dict[str, list[str]]:
     """{case: what each rank reported} of one world; a rank that never came to a case says so."""
-    script = [sys.executable, str(HERE / "ring_process_worker.py"), str(HERE / cases), str(world)]
+    files = os.pathsep.join(str(HERE / f"ring_process_{name}.py") for name in cases)
+    script = [sys.executable, str(HERE / "ring_process_worker.py"), files, str(world)]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
@@ -44,7 +46,7 @@ def run_world(cases: str, world: int, folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def check_world(cases: str, world: int, folder: Path) -> None:
+def check_world(cases: Sequence[str], world: int, folder: Path) -> None:
     """Assert that every case passed on every rank."""
     found = run_world(cases, world, folder)
     failed = [
@@ -58,11 +60,11 @@ def check_world(cases: str, world: int, folder: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4] if NIGHTLY else [1, 2, 3])
 def test_every_engine_equals_local(world, tmp_path):
     """Every pattern, layout and engine, with every option: out, lse and gradients are Local's on this rank's rows."""
-    check_world("ring_process_engines.py", world, tmp_path)
+    check_world(["engines"], world, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4] if NIGHTLY else [2])
 def test_traffic_overlap_and_training(world, tmp_path):
     """Bytes counted are bytes sent; computing overlaps sending; training, sharding and checkpoints give one process's numbers."""
-    check_world("ring_process_training.py", world, tmp_path)
+    check_world(["traffic", "training"], world, tmp_path)

@@ -6,6 +6,7 @@ row, in one contiguous tensor; where everything is seen, the tensor itself trave
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,10 @@ import torch
 from torch import Tensor
 
 from longattn.patterncache import Branch, Plan
+
+
+Lease = Callable[[tuple[int, ...]], Tensor]
+"""A contiguous tensor of that shape, unwritten."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +40,18 @@ class Packing:
         """(batch, count, head_dim) of the packed tensor."""
         return batch, self.count, head_dim
 
-    def pack(self, x: Tensor, into: Tensor) -> Tensor:
-        """The pairs of x (batch, rows, heads, head_dim), contiguous: written to `into`, or x itself where that is all of it."""
+    def pack(self, x: Tensor, lease: Lease) -> Tensor:
+        """The pairs of x (batch, rows, heads, head_dim), contiguous, in leased memory; x itself where that is all of it."""
         flat = x.contiguous().flatten(1, 2)
-        return flat if self.pairs is None else torch.index_select(flat, 1, self.pairs.to(x.device), out=into)
+        if self.pairs is None:
+            return flat
+        return torch.index_select(flat, 1, self.pairs.to(x.device), out=lease(self.shape(len(x), x.shape[-1])))
 
-    def unpack(self, packed: Tensor, into: Tensor) -> Tensor:
+    def unpack(self, packed: Tensor, lease: Lease) -> Tensor:
         """(batch, rows, heads, head_dim): what was packed, at its place, and zero elsewhere: a kernel may read what nobody sees."""
         if self.pairs is None:
             return packed.unflatten(1, (self.rows, self.heads))
+        into = lease((len(packed), self.rows, self.heads, packed.shape[-1]))
         into.zero_().flatten(1, 2).index_copy_(1, self.pairs.to(packed.device), packed)
         return into
 

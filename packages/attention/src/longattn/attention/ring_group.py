@@ -3,11 +3,12 @@
 At turn t, rank r takes the keys of rank r - t, and its own go to rank r + t: a shard goes straight to those who see it, and to nobody
 else. Life of a turn, for each rank: 1. its exchange is posted, before the rank computes on what came last; 2. after that computation it
 is waited for; 3. the step is computed, while the next turn's exchange goes on; 4. in a backward, its dk and dv go home in float32.
-Two turns are in memory at a time.
+Keys of two turns and gradients of one are in memory at a time, in buffers that are leased once and used turn after turn.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from longattn.attention.group import Members, Whole, check_masks
 from longattn.attention.layouts import Spans
-from longattn.attention.packing import Packing, packing_of
+from longattn.attention.packing import Lease, Packing, packing_of
 from longattn.attention.passes import GradientSum, Run, Shard, Step, Work
 from longattn.attention.transport import Exchange, Parcel
 from longattn.kernels.op import find_plan
@@ -49,6 +50,7 @@ class GroupRun(Run):
         self.k_rows = self.whole.keys.rows()
         self.backward = len(work.queries) > 1
         self.sums = (GradientSum(work.k), GradientSum(work.v))
+        self.buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
     def shards(self) -> Iterator[Shard]:
         """One: what this rank holds."""
@@ -79,9 +81,9 @@ class GroupRun(Run):
             if turn.takes is not None:
                 yield self._arrived(turn, turn.takes)
             if self.backward:
-                leaving = self._send_home(turn)
+                # What left last time had this whole computation to arrive; one such exchange is in memory at a time.
                 self._come_home(home)
-                home = leaving
+                home = self._send_home(turn)
         self._come_home(home)
 
     def _turn(self, number: int) -> _Turn:
@@ -104,11 +106,13 @@ class GroupRun(Run):
         sends: list[Parcel] = []
         if turn.gives is not None:
             gives = turn.gives
-            sends = [(turn.target, gives.pack(x, self._lease(gives, x.dtype))) for x in (work.k, work.v)]
+            # Sent before the next turn's are posted.
+            sends = [(turn.target, gives.pack(x, self._lease("giving", n))) for n, x in enumerate((work.k, work.v))]
             sends += [] if work.padding is None else [(turn.target, work.padding.contiguous())]
         if turn.takes is not None:
             # Double buffered: the turn before is still computed on while these fill.
-            turn.received = tuple(self._lease(turn.takes, work.k.dtype) for _ in range(2))
+            slot = f"arriving {turn.number % 2}"
+            turn.received = tuple(self._lease(slot, n)(self._packed(turn.takes)) for n in range(2))
             if work.padding is not None:
                 turn.received += (work.padding.new_empty(work.padding.shape[0], turn.takes.rows),)
         receives = [(turn.source, x) for x in turn.received]
@@ -117,8 +121,7 @@ class GroupRun(Run):
 
     def _arrived(self, turn: _Turn, takes: Packing) -> Step:
         k, v, *padding = turn.received
-        shape = (k.shape[0], takes.rows, takes.heads, k.shape[-1])
-        k, v = (takes.unpack(x, self._empty(() if takes.pairs is None else shape, x.dtype)) for x in (k, v))
+        k, v = (takes.unpack(x, self._lease("unpacked", n)) for n, x in enumerate((k, v)))
         rows = self.k_rows[turn.source]
 
         def keep(dk: Tensor, dv: Tensor) -> None:
@@ -134,9 +137,12 @@ class GroupRun(Run):
         if turn.takes is not None:
             takes, gave = turn.takes, turn.gradients
             assert gave is not None
-            sends = [(turn.source, takes.pack(x.to(wide), self._lease(takes, wide))) for x in gave]
+            leases = (self._lease("leaving", n, wide) for n in range(2))
+            sends = [(turn.source, takes.pack(x.to(wide), lease)) for x, lease in zip(gave, leases, strict=True)]
         turn.gradients = None
-        coming = () if turn.gives is None else tuple(self._lease(turn.gives, wide) for _ in range(2))
+        coming: tuple[Tensor, ...] = ()
+        if turn.gives is not None:
+            coming = tuple(self._lease("coming", n, wide)(self._packed(turn.gives)) for n in range(2))
         label = f"gradients {turn.number}"
         return turn, Exchange(self.members.place, label, sends, [(turn.target, x) for x in coming]), coming
 
@@ -153,12 +159,21 @@ class GroupRun(Run):
         self.sums[0].add(dk)
         self.sums[1].add(dv)
 
-    def _lease(self, packing: Packing, dtype: torch.dtype) -> Tensor:
-        """A COMM buffer for packed rows."""
-        return self._empty(packing.shape(self.work.k.shape[0], self.work.k.shape[-1]), dtype)
+    def _packed(self, packing: Packing) -> tuple[int, ...]:
+        return packing.shape(self.work.k.shape[0], self.work.k.shape[-1])
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return self.work.environment.allocator.empty(shape, dtype, self.work.k.device, "comm")
+    def _lease(self, purpose: str, number: int, dtype: torch.dtype | None = None) -> Lease:
+        """The COMM buffer for a purpose: what a later turn asks for stands where an earlier turn's stood, if there is room."""
+        work, key = self.work, (purpose, number, dtype or self.work.k.dtype)
+
+        def lease(shape: tuple[int, ...]) -> Tensor:
+            flat, count = self.buffers.get(key), math.prod(shape)
+            if flat is None or flat.numel() < count:
+                flat = work.environment.allocator.empty((count,), key[2], work.k.device, "comm")
+                self.buffers[key] = flat
+            return flat[:count].view(shape)
+
+        return lease
 
 
 def _flat(spans: Spans) -> list[int]:

@@ -32,6 +32,8 @@ def forward(run: Run, asked: Asked, environment: Environment) -> tuple[Tensor, T
             elif find_plan(rectangle, environment).empty:
                 continue
             parts.add(attend_step(q, step, _cut(run.bias, shard.rows, step.rows), rectangle))
+            # Not kept while the next step's keys are awaited.
+            del step
         state = parts.merged() or AttentionState.empty(q)
         found.append((state.out, state.lse))
     out, lse = run.join(found)
@@ -56,6 +58,8 @@ def backward(run: Run, asked: Asked, environment: Environment) -> tuple[Tensor, 
             step.give(dk, dv)
             if dbias is not None:
                 _add_cut(dbias, shard.rows, step.rows, dbias_part)
+            # Not kept while the next step's keys are awaited.
+            del step, dq_part, dk, dv, dbias_part
         found.append((dq.total(),))
     (dq,) = run.join(found)
     return (dq, *run.key_gradients(), None if dbias is None else run.bias_gradient(dbias))
