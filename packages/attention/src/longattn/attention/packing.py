@@ -16,7 +16,6 @@ from torch import Tensor
 
 from longattn.patterncache import Branch, Plan
 
-
 Lease = Callable[[tuple[int, ...]], Tensor]
 """A contiguous tensor of that shape, unwritten."""
 
