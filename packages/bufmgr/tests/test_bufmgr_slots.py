@@ -133,6 +133,32 @@ def test_without_counts_there_are_no_slots(monkeypatch: pytest.MonkeyPatch):
     assert not manager._book.caches[TEMP].slots
 
 
+@pytest.mark.parametrize("wrong", ["_OWNERS", "_OBJECT"])
+def test_owners_that_are_not_where_torch_keeps_them_are_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch):
+    """The word beside the storage is torch's own affair: read at another place, it fails the calibration."""
+    assert fresh_counts.__wrapped__() is not None
+    monkeypatch.setattr(f"longattn.bufmgr.guard.{wrong}", 16)
+    assert fresh_counts.__wrapped__() is None
+
+
+def test_a_storage_whose_python_object_is_kept_is_not_lent():
+    """Asking for the storage makes it a Python object: while somebody has that, the slot is in use, and later it is not."""
+    manager = AttentionBufferManager()
+    address = manager.allocate(TEMP, SHAPE).data_ptr()
+    storage = manager.allocate(TEMP, SHAPE).untyped_storage()
+    assert storage.data_ptr() == address != manager.allocate(TEMP, SHAPE).data_ptr()
+    assert not any(slot.is_free() for slot in manager._book.leases.values() if slot.address == storage._cdata)
+    del storage
+    slot = manager._slots[TEMP, SHAPE, torch.float32, None]
+    for held in (slot, *manager._book.caches[TEMP].slots):
+        assert held.is_free() and held.take() is not None
+    # The slot that has the object for ever now is still found by its key.
+    prepared = manager.prepare(TEMP, SHAPE)
+    prepared.acquire().untyped_storage()
+    at = {prepared.acquire().data_ptr() for _ in range(3)}
+    assert (len(at), manager.get_stats()["cache_misses"]) == (1, 2)
+
+
 def test_memory_moved_to_shared_memory_leaves_its_slot():
     """share_memory_ gives the storage other memory; the block is lent again, the slot is not."""
     manager = AttentionBufferManager()

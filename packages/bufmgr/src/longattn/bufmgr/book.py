@@ -44,7 +44,7 @@ class LeaseBook(FreeMemory):
     def reuse(self, request: BufferRequest, kind: BufferType) -> Lease | None:
         """Return a slot for exactly this request that is free at this moment; None: there is none."""
         for slot in reversed(self.caches[kind].slots.copy()):
-            if slot.kind is kind and slot.request == request and slot.is_free():
+            if slot.nbytes == request.nbytes and slot.kind is kind and slot.request == request and slot.is_free():
                 return slot
         return None
 

@@ -12,9 +12,12 @@ every moment, without a call. Nothing here takes a lock or calls an upstream: th
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 
 from longattn.bufmgr.allocator import Block
 from longattn.bufmgr.lease import Clock, Lease
+
+_used = attrgetter("used")
 
 
 class BlockCache:
@@ -132,8 +135,8 @@ class BlockCache:
 
         A slot's block leaves as the lease ends.
         """
-        slots = (slot for slot in self.free_slots() if slot.block is not None and slot.block.nbytes >= least)
-        slot = next(slots, None)
+        in_order = sorted(self.slots, key=_used)
+        slot = next((s for s in in_order if s.block is not None and s.block.nbytes >= least and s.is_free()), None)
         oldest = next((stamp for stamp, block in self._blocks.items() if block.nbytes >= least), None)
         if slot is not None and (oldest is None or slot.used < oldest):
             slot.keep = False
@@ -169,7 +172,3 @@ class BlockCache:
         assert all(slot.is_slot and not slot.ended for slot in self.slots)
         assert all(stamp <= self.clock.now for stamp in [*self._blocks, *(slot.used for slot in self.slots)])
         assert len({id(block) for block in blocks + slotted}) == len(blocks) + len(slotted)
-
-
-def _used(slot: Lease) -> int:
-    return slot.used

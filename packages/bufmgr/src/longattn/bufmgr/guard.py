@@ -8,7 +8,9 @@
 
 The first two matter only while the handle itself is looked at, in `deallocate`. A slot (lease.py) hands out a new
 handle each time and keeps none, so whoever sees the memory owns the storage or holds its Python object: the other two
-answer.
+answer. torch keeps a word beside the storage: its owners in the lower half, and on top a bit for "has a Python object", which
+is an owner too. A slot reads the owners in place: where master and handle are two, there is no such object. Only where
+somebody asked for it once, its references must be counted besides.
 
 What a fresh buffer's counts are depends on the versions of Python and torch, so they are measured once, and each kind
 of alias is tried. Where that does not come out as in the table, and on a Python without the GIL, whose counts are
@@ -18,6 +20,7 @@ return when their last reference dies, which rests on no count (see lease.py).
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 from collections.abc import Callable
@@ -25,12 +28,15 @@ from typing import NamedTuple
 
 import torch
 
-FREE = 2
-"""Owners of a slot's storage that nobody sees: the master, and the storage's own Python object."""
-TAKEN = 3
+FREE = 1
+"""Owners of a slot's storage that nobody sees: the master. The storage's Python object, where there is one, is one more."""
+TAKEN = 2
 """The same with one handle."""
-KEPT = 3
-"""Python references to that object while only the slot's attribute refers to it, as sys.getrefcount counts them."""
+KEPT = 2
+"""Python references to that object while nobody in Python keeps it: the storage's, and the call's that looks."""
+
+_OWNERS, _OBJECT = 8, 12  # where the two halves of the word are, behind the pointer to virtual functions
+_FLAG = 1 << 31
 
 _find_address: Callable[[torch.Tensor], int] | None = getattr(torch._C, "_storage_address", None)
 
@@ -64,6 +70,17 @@ def storage_owners(address: int) -> int:
     return torch._C._storage_Use_Count(address)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def owners_view(address: int) -> ctypes.c_uint32:
+    """Return a view whose `value` is how many own the storage at an address, to be read only while that lives."""
+    return ctypes.c_uint32.from_address(address + _OWNERS)
+
+
+def nobody_keeps_object(tensor: torch.Tensor) -> bool:
+    """Return whether the tensor's storage has a Python object, and nobody in Python refers to that."""
+    flag = ctypes.c_uint32.from_address(storage_address(tensor) + _OBJECT).value & _FLAG
+    return bool(flag) and sys.getrefcount(tensor.untyped_storage()) == KEPT
+
+
 def seen_by(tensor: torch.Tensor, tensor_references: int) -> SeenBy:
     """Return the four counts; `tensor_references` was read in the function that the handle's owner called."""
     # Made here if need be, the storage's Python object owns the storage in every comparison alike.
@@ -78,9 +95,7 @@ def only_handle_sees(tensor: torch.Tensor, tensor_references: int, masters: int 
     if fresh is None:
         return False
     seen = seen_by(tensor, tensor_references)
-    expected = fresh._replace(
-        storage_owners=fresh.storage_owners + masters, storage_references=fresh.storage_references + masters
-    )
+    expected = fresh._replace(storage_owners=fresh.storage_owners + masters)
     if seen == expected:
         return True
     # Calls hold their arguments once more while a frame evaluator (PEP 523: torch.compile's, a debugger's) is set.
@@ -125,32 +140,39 @@ def _calibrate() -> SeenBy | None:
 
 
 def _slots_can_count() -> bool:
-    """Return whether the counts of a slot are FREE, TAKEN and KEPT, and others with every kind of alias."""
+    """Return whether a slot's owners are as said above, and others with every kind of alias."""
     slot = _Slot(torch.frombuffer(memoryview(bytearray(64)), dtype=torch.float32))
-    if not slot.is_free():
-        return False
-    for look in (lambda t: t[1:], lambda t: t.detach(), lambda t: t.data, lambda t: t.__dlpack__(), lambda t: t):
-        handle = slot.master.data
-        if storage_owners(slot.address) != TAKEN or sys.getrefcount(slot.storage) != KEPT:
-            return False
-        alias = look(handle)
-        del handle
-        if slot.is_free():
-            return False
-        del alias
-        if not slot.is_free():
-            return False
-    kept = slot.master.data.untyped_storage()
-    seen = not slot.is_free()
-    del kept
-    return seen and slot.is_free()
+    return slot.tells_apart(has_object=0) and slot.sees_object() and slot.tells_apart(has_object=1)
 
 
 class _Slot:
     def __init__(self, master: torch.Tensor) -> None:
         self.master = master
-        self.storage = master.untyped_storage()
         self.address = storage_address(master)
+        self.owners = owners_view(self.address)
 
-    def is_free(self) -> bool:
-        return storage_owners(self.address) == FREE and sys.getrefcount(self.storage) == KEPT
+    def is_counted(self, owners: int, has_object: int) -> bool:
+        counts = {self.owners.value, storage_owners(self.address)}
+        return counts == {owners + has_object} and nobody_keeps_object(self.master) == bool(has_object)
+
+    def tells_apart(self, has_object: int) -> bool:
+        if not self.is_counted(FREE, has_object):
+            return False
+        for look in (lambda t: t[1:], lambda t: t.detach(), lambda t: t.data, lambda t: t.__dlpack__(), lambda t: t):
+            handle = self.master.data
+            if not self.is_counted(TAKEN, has_object):
+                return False
+            alias = look(handle)
+            del handle
+            if self.is_counted(FREE, has_object):
+                return False
+            del alias
+            if not self.is_counted(FREE, has_object):
+                return False
+        return True
+
+    def sees_object(self) -> bool:
+        kept = self.master.data.untyped_storage()
+        seen = self.owners.value == FREE + 1 and not nobody_keeps_object(self.master)
+        del kept
+        return seen and self.is_counted(FREE, has_object=1)

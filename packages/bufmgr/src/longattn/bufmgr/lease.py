@@ -11,8 +11,8 @@ Step 3 is torch's and Python's own reference counting. No count is read or guess
 block that is lent again.
 
 A lease may be a slot: then the tensor of step 1 is its `master`, which never leaves, and each handle is a new tensor
-over the same storage. While nobody but the master and the slot own the storage, the slot is free: `take` makes the next handle
-first and looks at the count second, so of two threads that try at once at most one wins (the other's handle, still
+over the same storage. While nobody but the master owns the storage, the slot is free: `take` makes the next handle
+first and looks at the owners second, so of two threads that try at once at most one wins (the other's handle, still
 alive, is counted). A slot that is closed drops its master and is from then on a lease like any other.
 """
 
@@ -22,12 +22,12 @@ import itertools
 import math
 import weakref
 from collections.abc import Hashable
-from sys import getrefcount
+from ctypes import c_uint32
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 
-from longattn.bufmgr.guard import FREE, KEPT, TAKEN, storage_address, storage_owners
+from longattn.bufmgr.guard import FREE, TAKEN, nobody_keeps_object, owners_view, storage_address
 
 if TYPE_CHECKING:
     from longattn.bufmgr.allocator import Block
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 # What closed slots have for a master: a tensor with more owners than any slot that is free or has one handle.
 NOBODY = torch.empty(0, device="cpu")
 _OWNERS = [NOBODY.data for _ in range(8)]
-_NOBODYS_ADDRESS = storage_address(NOBODY)
-_NOBODYS_STORAGE = NOBODY.untyped_storage()
+_NOBODYS_OWNERS = owners_view(storage_address(NOBODY))
+_NOBODYS_STORAGE = NOBODY.untyped_storage()  # kept, so that it never looks as if nobody had it
 
 
 _SERIALS = itertools.count(1)
@@ -65,21 +65,20 @@ class Clock:
 class Lease:
     """What is known of one buffer between `allocate` and the end of its memory's use.
 
-    block: None where torch made the memory. address: names the storage. counted: the address whose owners the slot's
-    hot path counts. handle_id: id of the tensor that was handed out last, 0 once it was released. used: the clock's
+    block: None where torch made the memory. address: names the storage. owners: how many own the slot's storage
+    (guard.py). handle_id: id of the tensor that was handed out last, 0 once it was released. used: the clock's
     stamp of the last use. keep: the block is wanted back for reuse. note: what a debugging manager knows of it.
     """
 
     __slots__ = (
-        "address", "block", "clock", "counted", "device", "ended", "handle_id", "keep", "keys", "kind", "master", "nbytes",
-        "note", "owner", "released", "request", "seen_shape", "serial", "storage", "used", "watch", "zeroes",
+        "address", "block", "clock", "device", "ended", "handle_id", "keep", "keys", "kind", "master", "nbytes", "note",
+        "owner", "owners", "released", "request", "seen_shape", "serial", "used", "watch", "zeroes",
     )  # fmt: skip
 
     # The root that keeps leases, and through them a book whose manager is gone, until the buffer itself dies.
     live: ClassVar[set[Lease]] = set()
 
     address: int
-    counted: int
     watch: _Watch
 
     def __init__(
@@ -93,8 +92,7 @@ class Lease:
         self.block = block
         self.clock = clock
         self.master: torch.Tensor = NOBODY
-        self.counted = _NOBODYS_ADDRESS
-        self.storage = _NOBODYS_STORAGE
+        self.owners: c_uint32 = _NOBODYS_OWNERS
         self.keys: dict[Hashable, dict[Hashable, Lease]] = {}  # where tables of slots have it: key -> table
         self.handle_id = 0
         self.used = 0
@@ -121,8 +119,7 @@ class Lease:
     def open_slot(self, tensor: torch.Tensor) -> torch.Tensor:
         """Keep the tensor as the master of a slot; return the first handle."""
         self.master = tensor
-        self.counted = self.address
-        self.storage = tensor.untyped_storage()
+        self.owners = owners_view(self.address)
         handle = tensor.data
         self.handle_id = id(handle)
         return handle
@@ -141,19 +138,22 @@ class Lease:
 
     def is_free(self) -> bool:
         """Return whether this is a slot that nobody sees now."""
-        master = self.master  # held here, so that what is counted lives
-        return master is not NOBODY and storage_owners(self.counted) == FREE and getrefcount(self.storage) == KEPT
+        master = self.master  # held here, so that the storage lives
+        if master is NOBODY:
+            return False
+        owners = self.owners.value
+        return owners == FREE or (owners == FREE + 1 and nobody_keeps_object(master))
 
     def has_one_handle(self) -> bool:
-        """Return whether this is a slot whose storage one handle sees, and nothing else."""
-        return storage_owners(self.counted) == TAKEN and getrefcount(self.storage) == KEPT
+        """Return whether this is a slot whose storage one handle, which the caller holds, sees, and nothing else."""
+        owners = self.owners.value
+        return owners == TAKEN or (owners == TAKEN + 1 and nobody_keeps_object(self.master))
 
     def close_slot(self) -> None:
         """Be no slot any more. A free one ends here; one in use ends with its last owner."""
-        # In this order: a thread that got hold of the old master must not compare with the count of memory that is gone.
-        self.counted = _NOBODYS_ADDRESS
+        # In this order: a thread that got hold of the old master must not read the owners of memory that is gone.
+        self.owners = _NOBODYS_OWNERS
         self.master = NOBODY
-        self.storage = _NOBODYS_STORAGE
         for key, table in list(self.keys.items()):
             if table.get(key) is self:
                 table.pop(key, None)
@@ -170,7 +170,7 @@ class Lease:
 
 NO_SLOT = Lease.__new__(Lease)
 """A slot that is closed for ever."""
-NO_SLOT.master, NO_SLOT.counted, NO_SLOT.storage = NOBODY, _NOBODYS_ADDRESS, _NOBODYS_STORAGE
+NO_SLOT.master, NO_SLOT.owners = NOBODY, _NOBODYS_OWNERS
 
 
 class _Watch(weakref.ref):

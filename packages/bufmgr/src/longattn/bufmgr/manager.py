@@ -16,7 +16,7 @@ from longattn.bufmgr.allocator import Allocator
 from longattn.bufmgr.book import LeaseBook
 from longattn.bufmgr.cache import BlockCache
 from longattn.bufmgr.debug import Inspector
-from longattn.bufmgr.guard import KEPT, TAKEN
+from longattn.bufmgr.guard import TAKEN
 from longattn.bufmgr.lease import Lease
 from longattn.bufmgr.log import LOGGER
 from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
@@ -25,7 +25,7 @@ from longattn.bufmgr.profile import Profile
 from longattn.bufmgr.report import Reports
 from longattn.bufmgr.request import BufferRequest, function_modes, resolve_request
 from longattn.bufmgr.scope import BufferScope, innermost_scope
-from longattn.bufmgr.slots import PreparedSlot, SlotTable, count_owners, is_plain
+from longattn.bufmgr.slots import PreparedSlot, SlotTable, is_plain
 from longattn.bufmgr.spec import BufferConfig, BufferType, merge_configs, parse_type
 from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy, numa_nodes
 
@@ -129,22 +129,19 @@ class AttentionBufferManager(SlotTable, Reports):
             return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
         if zero_init is None:  # the short way of SlotTable.empty, and zeros where the type wants them
             try:
-                slot = self._slots.get((type, shape, get_default_dtype() if dtype is None else dtype, device))
-            except TypeError:  # a list, or what is no shape at all
-                slot = None
-            if (
-                slot is not None
-                and (shape is slot.seen_shape or is_plain(shape, slot))
-                and (device is not None or not function_modes())
-            ):
-                handle = slot.master.data
-                if count_owners(slot.counted) == TAKEN and getrefcount(slot.storage) == KEPT:
-                    slot.handle_id = id(handle)
-                    clock = slot.clock
-                    clock.now = slot.used = clock.now + 1
-                    if slot.zeroes:
-                        handle.zero_()
-                    return handle
+                slot = self._slots[type, shape, get_default_dtype() if dtype is None else dtype, device]
+            except (KeyError, TypeError):  # not yet; or a list, or what is no shape at all
+                pass
+            else:
+                if (shape is slot.seen_shape or is_plain(shape, slot)) and (device is not None or not function_modes()):
+                    handle = slot.master.data
+                    if slot.owners.value == TAKEN or slot.has_one_handle():
+                        slot.handle_id = id(handle)
+                        clock = slot.clock
+                        clock.now = slot.used = clock.now + 1
+                        if slot.zeroes:
+                            handle.zero_()
+                        return handle
         kind = parse_type(type)
         if zero_init is None:
             zero_init = self.configs[kind].zero_init

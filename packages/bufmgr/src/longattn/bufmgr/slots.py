@@ -10,7 +10,7 @@ True in a shape) are kept out by a look at the types, once for each shape object
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from sys import getrefcount
 
 import torch
@@ -18,13 +18,11 @@ from torch import compiler, get_default_dtype
 from torch.compiler import is_dynamo_compiling
 
 from longattn.bufmgr.book import LeaseBook
-from longattn.bufmgr.guard import KEPT, TAKEN, storage_owners
+from longattn.bufmgr.guard import TAKEN
 from longattn.bufmgr.lease import NO_SLOT, Lease
 from longattn.bufmgr.request import BufferRequest, function_modes, resolve_request
 from longattn.bufmgr.spec import BufferType, parse_type
 
-count_owners: Callable[[int], int] = getattr(torch._C, "_storage_Use_Count", storage_owners)
-"""guard.storage_owners, without the call."""
 _INTEGERS = {int}
 _CPU_FORMS = (None, "cpu", torch.device("cpu"))
 
@@ -67,21 +65,18 @@ class SlotTable:
         if is_dynamo_compiling() or compiler._is_compiling_flag:  # a graph owns its memory
             return torch.empty(shape, dtype=dtype, device=device)
         try:
-            slot = self._slots.get((role, shape, get_default_dtype() if dtype is None else dtype, device))
-        except TypeError:  # a list, or what is no shape at all
-            slot = None
-        # No device means the CPU as long as no device context is active.
-        if (
-            slot is not None
-            and (shape is slot.seen_shape or is_plain(shape, slot))
-            and (device is not None or not function_modes())
-        ):
-            handle = slot.master.data
-            if count_owners(slot.counted) == TAKEN and getrefcount(slot.storage) == KEPT:
-                slot.handle_id = id(handle)
-                clock = slot.clock
-                clock.now = slot.used = clock.now + 1
-                return handle
+            slot = self._slots[role, shape, get_default_dtype() if dtype is None else dtype, device]
+        except (KeyError, TypeError):  # not yet; or a list, or what is no shape at all
+            pass
+        else:
+            # No device means the CPU as long as no device context is active.
+            if (shape is slot.seen_shape or is_plain(shape, slot)) and (device is not None or not function_modes()):
+                handle = slot.master.data
+                if slot.owners.value == TAKEN or slot.has_one_handle():
+                    slot.handle_id = id(handle)
+                    clock = slot.clock
+                    clock.now = slot.used = clock.now + 1
+                    return handle
         return self._serve(parse_type(role, "role"), role, shape, dtype, device, False)
 
     def release(self, tensor: torch.Tensor, role: str = "temp") -> None:
@@ -165,7 +160,7 @@ class PreparedSlot:
         if not is_dynamo_compiling() and not compiler._is_compiling_flag:
             slot = self._slot
             handle = slot.master.data
-            if count_owners(slot.counted) == TAKEN and getrefcount(slot.storage) == KEPT:
+            if slot.owners.value == TAKEN or slot.has_one_handle():
                 slot.handle_id = id(handle)
                 clock = slot.clock
                 clock.now = slot.used = clock.now + 1

@@ -60,8 +60,10 @@ _TABLE = (
 
 def choose_strategy(config: BufferConfig, nbytes: int, *, lightweight: bool, nodes: int) -> Strategy:
     """Return the first strategy of the table that fits a request of `nbytes` on a machine with so many NUMA nodes."""
-    fitting = (row for row in _TABLE if row.lightweight or not lightweight)
-    return next(row.strategy for row in fitting if row.fits(config, nbytes, nodes))
+    for row in _TABLE:
+        if (row.lightweight or not lightweight) and row.fits(config, nbytes, nodes):
+            return row.strategy
+    raise AssertionError("the last row fits everything")
 
 
 def block_size(nbytes: int) -> int:
