@@ -1,14 +1,17 @@
-"""Decode over cached rows is attention over them, in whatever order they lie."""
+"""Decode over cached rows is attention over them, in whatever order they lie: by torch's products, and streamed by the library."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longattn.kernels import decode, reference_attention
-from longattn.kernels.decode import Bags, decode_attention, decode_scores
+from longattn.kernels import reference_attention
+from longattn.kernels.decode import DecodeCache, decode_attention
+from longattn.kernels.native import building
+from longattn.kernels.native.decode import StreamedCache
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+NATIVE = pytest.mark.skipif(building.refusal() is not None, reason=str(building.refusal()))
 
 
 def rows_of(rows, group, n, dim, dtype, seed=0):
@@ -32,6 +35,14 @@ def expected(q, keys, values, scale, hidden=None, logits=None):
     return state.out[:, 0]
 
 
+def products(*args, **options):
+    """`decode_attention` by torch's products, whatever else there is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamedCache, "attend", lambda *_, **__: None)
+        return decode_attention(*args, **options)
+
+
+@pytest.mark.parametrize("way", [decode_attention, products])
 @given(
     rows=st.integers(0, 4),
     group=st.integers(1, 3),
@@ -41,14 +52,14 @@ def expected(q, keys, values, scale, hidden=None, logits=None):
     options=st.sets(st.sampled_from(["hidden", "logits", "first"])),
     order=st.randoms(use_true_random=False),
 )
-def test_order_does_not_matter_and_the_oracle_agrees(rows, group, n, dim, dtype, options, order):
-    """With hidden keys, learned sinks and scores that are given; a row that sees nothing is zero."""
+def test_order_does_not_matter_and_the_oracle_agrees(way, rows, group, n, dim, dtype, options, order):
+    """With hidden keys, learned sinks and other queries for the first keys; a row that sees nothing is zero."""
     q, keys, values = rows_of(rows, group, n, dim, dtype)
+    cache = DecodeCache(keys, values)
     hidden = torch.rand(rows, 1, n, generator=torch.Generator().manual_seed(1)) < 0.5 if "hidden" in options else None
     logits = torch.randn(rows, group, 1, dtype=torch.float64) if "logits" in options else None
-    m = min(2, n)
-    first = decode_scores(q, keys[:, :m], 0.3) if "first" in options else None
-    got = decode_attention(q, keys, values, 0.3, hidden=hidden, sink_logits=logits, first=first)
+    first = (q * 1, min(2, n)) if "first" in options else None
+    got = way(q, cache, n, 0.3, hidden=hidden, sink_logits=logits, first=first)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(
         got.double(), expected(q, keys, values, 0.3, hidden, logits), atol=tolerance, rtol=tolerance
@@ -56,29 +67,64 @@ def test_order_does_not_matter_and_the_oracle_agrees(rows, group, n, dim, dtype,
     shuffled = list(range(n))
     order.shuffle(shuffled)
     if not options:
-        again = decode_attention(q, keys[:, shuffled], values[:, shuffled], 0.3)
+        again = way(q, DecodeCache(keys[:, shuffled], values[:, shuffled]), n, 0.3)
         torch.testing.assert_close(again, got, atol=2 * tolerance, rtol=2 * tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bags_and_streamed_keys_are_the_same_products(dtype, monkeypatch):
-    """What large caches take gives what small ones take; columns behind head_dim may hold anything."""
-    q, keys, values = rows_of(6, 1, 300, 13, dtype)
-    plain = decode_attention(q, keys, values, 0.3)
-    monkeypatch.setattr(decode, "STREAM_BYTES", 0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    whole = torch.full((6, 300, 16), torch.nan, dtype=dtype)
-    whole[..., :13] = values
-    assert Bags.serve(whole)
-    assert not Bags.serve(whole[:, 1:])
-    with torch.no_grad():
-        got = decode_attention(q, keys, whole[..., :13], 0.3, bags=Bags(whole))
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(got, plain, atol=tolerance, rtol=tolerance)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_slots_behind_those_held_and_shapes_in_order(dtype):
+    """What lies behind the slots in use is not read, and q may come as (batch, 1, heads, head_dim)."""
+    q, keys, values = rows_of(6, 2, 50, 13, dtype)
+    wanted = decode_attention(q, DecodeCache(keys[:, :37], values[:, :37]), 37, 0.3)
+    keys[:, 37:], values[:, 37:] = torch.nan, torch.nan
+    got = decode_attention(q.view(3, 1, 4, 13), DecodeCache(keys, values), 37, 0.3)
+    assert torch.equal(got, wanted.view(3, 1, 4, 13))
 
 
-def test_gradients_without_bags():
-    """Those of autograd, checked by differences."""
-    q, keys, values = (x.clone().requires_grad_() for x in rows_of(2, 2, 5, 3, torch.float64))
+@pytest.mark.parametrize("way", [decode_attention, products])
+def test_other_queries_see_the_first_keys(way):
+    """Their scores are those of the queries that were given for them."""
+    q, keys, values = rows_of(3, 2, 20, 8, torch.float64)
+    other = torch.randn_like(q)
+    scores = torch.cat([other @ keys[:, :7].mT, q @ keys[:, 7:].mT], -1) * 0.3
+    wanted = scores.softmax(-1) @ values
+    q, keys, values, other = (x.float() for x in (q, keys, values, other))
+    got = way(q, DecodeCache(keys, values), 20, 0.3, first=(other, 7))
+    torch.testing.assert_close(got.double(), wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_gradients():
+    """Those of autograd, checked by differences; where the library would serve, torch's products do."""
     hidden = torch.tensor([[[False, True, False, False, False]], [[True] * 5]])
-    assert torch.autograd.gradcheck(lambda *x: decode_attention(*x, 0.3, hidden=hidden), (q, keys, values))
+
+    def attend(q, keys, values, turned, logits):
+        cache = DecodeCache(keys, values)
+        return decode_attention(q, cache, 5, 0.3, hidden=hidden, first=(turned, 2), sink_logits=logits)
+
+    q, keys, values = rows_of(2, 2, 5, 3, torch.float64)
+    inputs = [x.clone().requires_grad_() for x in (q, keys, values, q, q[..., :1])]
+    assert torch.autograd.gradcheck(attend, inputs)
+    for index in range(len(inputs)):
+        singles = [x.detach().float().requires_grad_(i == index) for i, x in enumerate(inputs)]
+        assert attend(*singles).requires_grad
+
+
+@NATIVE
+def test_the_library_serves_where_no_gradient_is_wanted(monkeypatch):
+    """Switched off, products serve; so they do under a transform and for float64."""
+    calls = []
+    plain = StreamedCache.attend
+    monkeypatch.setattr(StreamedCache, "attend", lambda *a, **o: (calls.append(plain(*a, **o)), calls[-1])[1])
+    q, keys, values = rows_of(2, 2, 5, 3, torch.float32)
+    cache = DecodeCache(keys, values)
+    assert decode_attention(q, cache, 5, 0.3) is calls.pop()
+    with torch.no_grad():
+        assert decode_attention(q.clone().requires_grad_(), cache, 5, 0.3) is calls.pop()
+    mapped = torch.vmap(lambda x: decode_attention(x, cache, 5, 0.3))(torch.stack([q, q]))
+    torch.testing.assert_close(mapped[1], decode_attention(q, cache, 5, 0.3))
+    calls.clear()
+    monkeypatch.setenv("LONGATTN_NATIVE", "0")
+    torch.testing.assert_close(decode_attention(q, cache, 5, 0.3), products(q, cache, 5, 0.3))
+    assert calls == [None]
+    wide = [x.double() for x in (q, keys, values)]
+    assert decode_attention(wide[0], DecodeCache(*wide[1:]), 5, 0.3).dtype == torch.float64 and len(calls) == 1

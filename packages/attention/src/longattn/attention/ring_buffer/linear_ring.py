@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longattn.bufmgr import get_global_memory_pool
-from longattn.kernels.decode import Bags
+from longattn.kernels.decode import DecodeCache
 
 CACHE_LINE = 64
 """Bytes. Rows of floating numbers begin at a multiple of it, so that no two rows share a line."""
@@ -74,16 +74,11 @@ class LinearRing:
             return tuple(plane.transpose(1, 2) for plane in self.planes)
 
     @cached_property
-    def flat(self) -> tuple[Tensor, ...]:
-        """One (batch * heads, slots, head_dim) view for each plane."""
+    def cache(self) -> DecodeCache:
+        """Keys and values, the first two planes, as decode reads them."""
         with torch.inference_mode(False), torch.no_grad():
-            return tuple(plane.flatten(0, 1) for plane in self.planes)
-
-    @cached_property
-    def bags(self) -> Bags | None:
-        """The last plane as bags to be summed, where that is quicker than a product with one row."""
-        rows = self.storage[-1].flatten(0, 1)
-        return Bags(rows) if Bags.serve(rows) else None
+            keys, values = (plane.flatten(0, 1) for plane in self.planes[:2])
+        return DecodeCache(keys, values)
 
     @property
     def batch(self) -> int:

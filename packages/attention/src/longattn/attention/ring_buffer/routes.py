@@ -15,7 +15,7 @@ from longattn.attention.ring_buffer.rings import Rings
 from longattn.attention.ring_buffer.tiles import TilingProcessor, Work
 from longattn.attention.weights import attention_weights
 from longattn.kernels import AttentionState, attend, merge
-from longattn.kernels.decode import decode_attention, decode_scores
+from longattn.kernels.decode import decode_attention
 from longattn.kernels.state import add_sink
 from longattn.patterncache import Band, Full, Pattern, Span, Window
 
@@ -25,29 +25,20 @@ _EVERYTHING = Full()
 def straight(config: RingBufferConfig, rings: Rings, q: Tensor, sink_logits: Tensor | None) -> Tensor:
     """Attend with the query of the last token that was written, (batch, 1, heads, head_dim), to all slots in use, as they lie."""
     main, held = rings.kv.main, rings.held
-    keys, values = main.flat
-    full = held == main.slots
-    if not full:
-        keys, values = keys.narrow(1, 0, held), values.narrow(1, 0, held)
     kv_heads = rings.geometry.kv_heads
-    group = config.num_heads // kv_heads
-    rows = q.reshape(q.shape[0] * kv_heads, group, config.head_dim)
     first = None
     if config.positions == "cache" and config.sinks and held > config.sinks:
         at = torch.tensor([[c.position - 1] for c in rings.clocks], device=q.device)
-        turned = for_sinks(q, at, config).reshape(rows.shape)
-        first = decode_scores(turned, keys[:, : config.sinks], config.scale)
-    out = decode_attention(
-        rows,
-        keys,
-        values,
+        first = (for_sinks(q, at, config), config.sinks)
+    return decode_attention(
+        q,
+        main.cache,
+        held,
         config.scale,
         hidden=None if rings.hidden is None and rings.uniform else _not_held(rings, held, kv_heads),
         first=first,
-        sink_logits=None if sink_logits is None else sink_logits.view(kv_heads, group, 1).repeat(q.shape[0], 1, 1),
-        bags=main.bags if full and group == 1 else None,
+        sink_logits=None if sink_logits is None else sink_logits.view(kv_heads, -1, 1).repeat(q.shape[0], 1, 1),
     )
-    return out.reshape(q.shape)
 
 
 def _not_held(rings: Rings, held: int, kv_heads: int) -> Tensor | None:

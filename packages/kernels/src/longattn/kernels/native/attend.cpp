@@ -1,6 +1,6 @@
 // Attention on CPUs, called through ctypes: no torch and no Python in here, and no memory but what the caller brings.
 #include "backward.h"
-#include "pool.h"
+#include "decode.h"
 
 // Tasks of one call in one row of numbers: job by job, then batch element, head, tile, part of the tile's query rows.
 class Tasks {
@@ -74,7 +74,7 @@ static int64_t floats_of(const Call& call) {
 extern "C" {
 
 int64_t longattn_sizes(int64_t which) {
-    const int64_t sizes[] = {sizeof(Call), sizeof(Job), sizeof(RowSet), ROWS};
+    const int64_t sizes[] = {sizeof(Call), sizeof(Job), sizeof(RowSet), sizeof(Cache), sizeof(Apart), RANGE};
     return sizes[which];
 }
 
@@ -98,5 +98,16 @@ void longattn_attend_backward(const Call* call) {
     if (call->half) return attend_backward<BFloat16>(*call);
 #endif
     attend_backward<Float32>(*call);
+}
+
+// Floats of scratch for the decode step.
+int64_t longattn_decode_scratch(const Cache* cache, int64_t group, int64_t keys, int64_t first) {
+    return scratch_of(Step{nullptr, nullptr, group, keys, 0, 0, {nullptr, first}, nullptr}, *cache);
+}
+
+// q and out: (rows, group, dim) of the cache's type. `apart` may be null.
+void longattn_decode(const Cache* cache, const char* q, char* out, int64_t group, int64_t keys, double scale, int64_t threads,
+                     float* scratch, const Apart* apart) {
+    decode(*cache, Step{q, out, group, keys, scale, threads, apart ? *apart : Apart{}, scratch});
 }
 }

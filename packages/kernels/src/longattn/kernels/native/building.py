@@ -87,12 +87,18 @@ def library() -> ctypes.CDLL:
     Raises:
         NativeBuildError: it cannot be had, with the compiler's last line.
     """
+    found = loaded()
+    if found is None:
+        raise NativeBuildError(current().refusal)
+    return found
+
+
+def loaded() -> ctypes.CDLL | None:
+    """The loaded library of the current target, or None where it cannot be had; `current().refusal` then says why."""
     wanted = current()
-    if wanted.loaded is None:
+    if wanted.loaded is None and wanted.refusal is None:
         with _guard:
             _load(wanted)
-    if wanted.loaded is None:
-        raise NativeBuildError(wanted.refusal)
     return wanted.loaded
 
 

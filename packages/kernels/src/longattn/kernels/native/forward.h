@@ -7,7 +7,6 @@
 #include "philox.h"
 #include "strip.h"
 
-constexpr double LOG2_E = 1.4426950408889634074, LN_2 = 0.69314718055994530942;
 
 // scale * log2 e = q_factor * unit. Products of bfloat16 need a power of two for q, products of float32 take everything.
 struct Units {

@@ -32,6 +32,7 @@ typedef int32_t LooseInts __attribute__((vector_size(VL * 4), aligned(4), may_al
 typedef int32_t Word __attribute__((may_alias));
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
+constexpr double LOG2_E = 1.4426950408889634074, LN_2 = 0.69314718055994530942;
 
 static INLINE Floats load(const float* p) { return *(const LooseFloats*)p; }
 static INLINE void store(float* p, Floats x) { *(LooseFloats*)p = x; }

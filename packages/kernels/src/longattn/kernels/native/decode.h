@@ -1,0 +1,118 @@
+// Calls with few query rows: ranges of keys as tasks, so that one head keeps every thread busy, and the merge of what they leave.
+#pragma once
+#include "few_queries.h"
+#include "pool.h"
+
+constexpr int64_t RANGE = 1024, MOST_RANGES = 64;  // keys of a range, as a rule; ranges of a row
+constexpr int64_t WORTH = 1 << 18;                 // bytes for which it pays to wake a thread
+
+// Into how many ranges keys are cut: said by their number alone, so that bits depend on nothing else.
+static INLINE int64_t ranges_of(int64_t keys) { return least(MOST_RANGES, most(1, (keys + RANGE - 1) / RANGE)); }
+
+// Keys and values of a cache as Python checked them: (rows, slots, dim), where `head` of both is unused.
+struct Cache {
+    Tensor k, v;
+    int64_t rows, slots, dim;
+};
+
+// What is not the same for all keys of a step.
+struct Apart {
+    const char* first_q;  // other queries for the first `first` keys, like q; or null
+    int64_t first;
+    const uint8_t* hidden;  // (rows, keys): 1 hides; or null
+    int64_t hidden_row, hidden_step;
+    const float* sinks;  // (rows, group), or null
+};
+
+struct Step {
+    const char* q;  // (rows, group, dim), of the cache's type, as is `out`
+    char* out;
+    int64_t group, keys;  // the first so many slots
+    double scale;
+    int64_t threads;
+    Apart apart;
+    float* scratch;
+
+    int64_t blocks() const { return (group + MOST_FEW - 1) / MOST_FEW; }
+    int64_t ranges() const { return ranges_of(keys - apart.first) + (apart.first > 0); }
+    // Floats between the parts of one block and the next.
+    int64_t floats(int64_t dim) const { return ranges() * MOST_FEW * (round_up(dim, STEP) + 2); }
+};
+
+static int64_t scratch_of(const Step& step, const Cache& cache) {
+    return step.ranges() > 1 ? cache.rows * step.blocks() * step.floats(cache.dim) : 0;
+}
+
+template <class Stored>
+class Decode {
+    const Cache& cache;
+    const Step& step;
+    const Apart& apart;
+    const int64_t size = Stored::BYTES / STEP;
+
+    // Some query rows of a row of the cache.
+    void share(int64_t row, int64_t block, bool first, Shared& all) const {
+        const int64_t g = block * MOST_FEW;
+        all.rows = least(MOST_FEW, step.group - g), all.dim = cache.dim;
+        all.unit = float(step.scale * LOG2_E);
+        const char* q = first ? apart.first_q : step.q;
+        for (int64_t r = 0; r < all.rows; r++) {
+            all.q[r] = q + (row * step.group + g + r) * cache.dim * size;
+            all.begin[r] = 0, all.end[r] = step.keys;
+        }
+        all.k = cache.k.at(row, 0, 0), all.v = cache.v.at(row, 0, 0);
+        all.k_step = cache.k.row * size, all.v_step = cache.v.row * size;
+        all.hidden = apart.hidden ? apart.hidden + row * apart.hidden_row : nullptr;
+        all.hidden_step = apart.hidden_step;
+    }
+
+    // Range i of a block, at `part`. The first keys are a range of their own where they have queries of their own.
+    void range(int64_t row, int64_t block, int64_t i, float* part) const {
+        Shared all;
+        const int64_t own = apart.first > 0, many = step.ranges() - own, j = i - own, n = step.keys - apart.first;
+        share(row, block, j < 0, all);
+        FewQueries<Stored> few(all);
+        if (j < 0) few.run(0, apart.first, part);
+        else few.run(apart.first + n * j / many, apart.first + n * (j + 1) / many, part);
+    }
+
+    void finish(int64_t row, int64_t block, const float* parts) const {
+        Shared all;
+        share(row, block, false, all);
+        float numbers[MOST_WIDE];
+        for (int64_t r = 0; r < all.rows; r++) {
+            const int64_t at = row * step.group + block * MOST_FEW + r;
+            merge_parts<Stored>(all, r, parts, step.ranges(), apart.sinks ? float(apart.sinks[at] * LOG2_E) : NONE, numbers);
+            store_floats(step.out + at * cache.dim * size, numbers, cache.k.type, cache.dim);
+        }
+    }
+
+public:
+    Decode(const Cache& cache, const Step& step) : cache(cache), step(step), apart(step.apart) {}
+
+    void run() const {
+        const int64_t ranges = step.ranges(), blocks = step.blocks(), each = step.floats(cache.dim);
+        const int64_t threads = least(step.threads, 1 + 2 * cache.rows * step.keys * cache.dim * size / WORTH);
+        if (ranges == 1) {
+            Pool::of_process().run(threads, cache.rows * blocks, [&](int64_t, int64_t i) {
+                alignas(64) float part[MOST_FEW * (MOST_WIDE + 2)];
+                range(i / blocks, i % blocks, 0, part);
+                finish(i / blocks, i % blocks, part);
+            });
+            return;
+        }
+        // Where a block's parts lie one after the other: a part is as long as its block has rows.
+        Pool::of_process().run(threads, cache.rows * blocks * ranges, [&](int64_t, int64_t i) {
+            const int64_t block = i / ranges, rows = least(MOST_FEW, step.group - block % blocks * MOST_FEW);
+            float* parts = step.scratch + block * each;
+            range(block / blocks, block % blocks, i % ranges, parts + i % ranges * rows * (round_up(cache.dim, STEP) + 2));
+        });
+        for (int64_t i = 0; i < cache.rows * blocks; i++) finish(i / blocks, i % blocks, step.scratch + i * each);
+    }
+};
+
+static void decode(const Cache& cache, const Step& step) {
+    if (cache.k.type == FLOAT32) Decode<Stored32>(cache, step).run();
+    else if (cache.k.type == BFLOAT16) Decode<Stored16>(cache, step).run();
+    else Decode<StoredHalf>(cache, step).run();
+}

@@ -1,0 +1,180 @@
+"""A decode step through the library: a cache is checked and described once, a step hands over little more than two addresses."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.native import building
+from longattn.kernels.native.arguments import SIZES, TYPES, TensorArgument, check_memory
+
+MOST_WIDE = 256
+"""Numbers of the longest row that the library streams."""
+
+_int, _pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class CacheArgument(ctypes.Structure):
+    """`Cache` of decode.h."""
+
+    _fields_ = [("k", TensorArgument), ("v", TensorArgument), *((name, _int) for name in ("rows", "slots", "dim"))]
+
+
+class ApartArgument(ctypes.Structure):
+    """`Apart` of decode.h."""
+
+    _fields_ = [
+        ("first_q", _pointer),
+        ("first", _int),
+        ("hidden", _pointer),
+        ("hidden_row", _int),
+        ("hidden_step", _int),
+        ("sinks", _pointer),
+    ]
+
+
+class StreamedCache:
+    """Keys and values of one cache, as the library reads them.
+
+    Args:
+        keys, values: (rows, slots, head_dim), float32, bfloat16 or float16, both of one dtype, on the CPU, last stride 1.
+
+    Raises:
+        ValueError: they are not, or have strides that leave their memory.
+    """
+
+    __slots__ = ("_argument", "_kept", "_library", "address", "dim", "dtype", "rows", "slots")
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        if not self.serves(keys) or not self.serves(values) or keys.shape != values.shape or keys.dtype != values.dtype:
+            raise ValueError(
+                f"keys and values must be (rows, slots, head_dim) CPU tensors of one shape and dtype with a last stride of 1, got "
+                f"{tuple(keys.shape)}, {keys.dtype}, {keys.stride()} and {tuple(values.shape)}, {values.dtype}, {values.stride()}"
+            )
+        arguments = []
+        for name, x in (("keys", keys), ("values", values)):
+            check_memory(name, x)
+            arguments.append(TensorArgument(x.data_ptr(), x.stride(0), x.stride(1), 0, TYPES[x.dtype]))
+        self._kept = (keys, values)
+        self.rows, self.slots, self.dim = keys.shape
+        self.dtype = keys.dtype
+        self._argument = CacheArgument(*arguments, self.rows, self.slots, self.dim)
+        self.address = ctypes.addressof(self._argument)
+        self._library: tuple[Any, Any, int] = (None, None, 0)
+
+    @staticmethod
+    def serves(x: Tensor) -> bool:
+        """Whether the library streams tensors like these keys or values."""
+        if x.device.type != "cpu" or x.dtype not in TYPES or x.layout != torch.strided or x.dim() != 3:
+            return False
+        return 0 < x.shape[2] <= MOST_WIDE and (x.stride(2) == 1 or x.shape[2] == 1)
+
+    def attend(
+        self,
+        q: Tensor,
+        held: int,
+        scale: float,
+        *,
+        hidden: Tensor | None = None,
+        first: tuple[Tensor, int] | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor | None:
+        """See `decode_attention`; None where there is no library.
+
+        Raises:
+            ValueError: a tensor that does not fit the cache.
+        """
+        loaded = building.loaded()
+        if loaded is None:
+            return None
+        if self._library[0] is not loaded:
+            self._library = (loaded, *_entry(loaded))
+        if not q.is_contiguous():
+            q = q.contiguous()
+        row = self.rows * self.dim
+        group = q.numel() // row if row else 0
+        if q.dtype is not self.dtype or not q.is_cpu or q.numel() != group * row or not 0 <= held <= self.slots:
+            raise ValueError(
+                f"q must be {self.dtype} on the CPU with {self.dim} numbers for each of some heads of {self.rows} rows, over at most "
+                f"{self.slots} slots, got {tuple(q.shape)}, {q.dtype}, on {q.device}, over {held}"
+            )
+        out = torch.empty_like(q)
+        if not group:
+            return out
+        apart, first_keys = None, 0
+        if first is not None or hidden is not None or sink_logits is not None:
+            apart = _Apart(self, q, group, held, hidden, first, sink_logits)
+            first_keys = apart.argument.first
+        _, step, one_range = self._library
+        scratch = None
+        if held > one_range or first_keys:
+            floats = loaded.longattn_decode_scratch(self.address, group, held, first_keys)
+            scratch = torch.empty(floats, dtype=torch.float32)
+        step(
+            self.address,
+            q.data_ptr(),
+            out.data_ptr(),
+            group,
+            held,
+            scale,
+            torch.get_num_threads(),
+            None if scratch is None else scratch.data_ptr(),
+            None if apart is None else ctypes.addressof(apart.argument),
+        )
+        return out
+
+
+class _Apart:
+    """What a step says beside the cache, checked; keeps what it points to."""
+
+    def __init__(
+        self,
+        cache: StreamedCache,
+        q: Tensor,
+        group: int,
+        held: int,
+        hidden: Tensor | None,
+        first: tuple[Tensor, int] | None,
+        sink_logits: Tensor | None,
+    ) -> None:
+        self.argument, self._kept = ApartArgument(), []
+        if first is not None:
+            turned, count = first
+            if turned.shape != q.shape or turned.dtype != q.dtype or not turned.is_cpu or not 0 <= count <= held:
+                raise ValueError(
+                    f"first must be other queries like q {tuple(q.shape)}, {q.dtype}, for at most {held} keys, got "
+                    f"{tuple(turned.shape)}, {turned.dtype}, for {count}"
+                )
+            self.argument.first_q, self.argument.first = self._keep(turned.contiguous()), count
+        if hidden is not None:
+            if hidden.dtype != torch.bool or not hidden.is_cpu:
+                raise ValueError(f"hidden must be bool on the CPU, got {hidden.dtype} on {hidden.device}")
+            seen = torch.broadcast_to(hidden, (cache.rows, 1, held))
+            check_memory("hidden", seen)
+            self.argument.hidden = self._keep(seen)
+            self.argument.hidden_row, self.argument.hidden_step = seen.stride(0), seen.stride(2)
+        if sink_logits is not None:
+            if not sink_logits.is_cpu:
+                raise ValueError(f"sink_logits must be on the CPU, got {sink_logits.device}")
+            sinks = torch.broadcast_to(sink_logits, (cache.rows, group, 1)).to(torch.float32)
+            self.argument.sinks = self._keep(sinks.contiguous())
+
+    def _keep(self, x: Tensor) -> int:
+        self._kept.append(x)
+        return x.data_ptr()
+
+
+def _entry(loaded: ctypes.CDLL) -> tuple[Any, int]:
+    """The library's decode step with the types of its arguments, and how many keys it takes without scratch."""
+    *found, one_range = (loaded.longattn_sizes(_int(i)) for i in range(6))
+    if (*found,) != (*SIZES, ctypes.sizeof(CacheArgument), ctypes.sizeof(ApartArgument)):
+        raise RuntimeError(f"the native library's structures have sizes {found}, which are not ours")
+    loaded.longattn_decode_scratch.restype = _int
+    loaded.longattn_decode_scratch.argtypes = (_pointer, _int, _int, _int)
+    entry = loaded.longattn_decode
+    entry.restype = None
+    entry.argtypes = (_pointer, _pointer, _pointer, _int, _int, ctypes.c_double, _int, _pointer, _pointer)
+    return entry, one_range

@@ -1,0 +1,222 @@
+// Few query rows over many keys: softmax(scale * q k^T) v where reading k and v is what there is to do.
+//
+// One task owns up to MOST_FEW query rows that share keys (all heads of a kv head's group) and a range of those keys. Keys and values are
+// streamed once, in their storage type, a tile of both at a time; Q, scores and the running m, l, acc stay in L1. A range leaves a part
+// (acc, m, l), and parts of a row merge. Scores are in units in which exp is 2^score.
+#pragma once
+#include "pack.h"
+#include "stored.h"
+
+constexpr int64_t FEW_KEYS = 32;   // keys of a tile
+constexpr int64_t MOST_FEW = 16;   // query rows of a task
+constexpr int64_t MOST_WIDE = 256; // numbers of a row
+
+// Query rows and the keys that they share. Key i is at k + i * k_step, in bytes; row r sees the keys begin[r] <= i < end[r].
+struct Shared {
+    int64_t rows, dim;
+    float unit;  // what makes a product of q and k a score
+    const char* q[MOST_FEW];
+    int64_t begin[MOST_FEW], end[MOST_FEW];
+    const char *k, *v;
+    int64_t k_step, v_step;
+    const uint8_t* hidden;  // key i is hidden where hidden[i * hidden_step] is 1, and is not read; null: none
+    int64_t hidden_step;
+
+    int64_t wide() const { return round_up(dim, STEP); }
+    // Floats of a part: acc (rows, wide), m (rows), l (rows).
+    int64_t floats() const { return rows * (wide() + 2); }
+};
+
+template <class Stored>
+class FewQueries {
+    const Shared& all;
+    const int64_t whole, rest, wide;  // steps of a row, numbers of the step behind them, numbers of a row of acc
+    float *acc, *m, *l;
+    alignas(64) float Q[MOST_FEW * MOST_WIDE];
+    alignas(64) float scores[MOST_FEW * FEW_KEYS];
+    float factor[MOST_FEW];
+    int64_t at[FEW_KEYS], n;          // the tile's keys
+
+public:
+    explicit FewQueries(const Shared& all) : all(all), whole(all.dim / STEP), rest(all.dim % STEP), wide(all.wide()) {}
+
+    // The part of the keys first .. last, at `part`.
+    void run(int64_t first, int64_t last, float* part) {
+        acc = part, m = acc + all.rows * wide, l = m + all.rows;
+        for (int64_t r = 0; r < all.rows; r++) {
+            float* q = Q + r * MOST_WIDE;
+            for (int64_t c = 0; c < whole; c++, q += Stored::QUERY) Stored::keep(q, Stored::key(all.q[r] + c * Stored::BYTES));
+            if (rest) Stored::keep(q, key_of<Stored>(all.q[r] + whole * Stored::BYTES, rest));
+            m[r] = NONE, l[r] = 0;
+        }
+        memset(acc, 0, all.rows * wide * 4);
+        while (first < last) {
+            first = take(first, last);
+            if (!n) continue;
+            by_rows([&](auto R, int64_t r) { score<R()>(r); });
+            for (int64_t r = 0; r < all.rows; r++) softmax(r);
+            by_rows([&](auto R, int64_t r) { add_values<R()>(r); });
+        }
+    }
+
+private:
+    template <int N>
+    struct Number {
+        constexpr int operator()() const { return N; }
+    };
+
+    // The lines of a step, into L2: a tile ahead, into L1 it would push out what is in use.
+    static INLINE void fetch(const char* p) {
+        __builtin_prefetch(p, 0, 2);
+        if (Stored::BYTES > 64) __builtin_prefetch(p + 64, 0, 2);
+    }
+
+    template <class Visit>
+    INLINE void by_rows(Visit visit) {
+        int64_t r = 0;
+        for (; r + 4 <= all.rows; r += 4) visit(Number<4>(), r);
+        if (all.rows - r >= 2) visit(Number<2>(), r), r += 2;
+        if (r < all.rows) visit(Number<1>(), r);
+    }
+
+    // The next keys that are not hidden. Returns where to go on.
+    INLINE int64_t take(int64_t i, int64_t last) {
+        if (!all.hidden) {
+            n = least(FEW_KEYS, last - i);
+            for (int64_t j = 0; j < n; j++) at[j] = i + j;
+            i += n;
+        } else
+            for (n = 0; i < last && n < FEW_KEYS; i++) {
+                at[n] = i;
+                n += !all.hidden[i * all.hidden_step];
+            }
+        // Behind the last one: the last one again.
+        for (int64_t j = n; n && j < round_up(n, VL); j++) at[j] = at[n - 1];
+        return i;
+    }
+
+    template <int R>
+    void score(int64_t r0) {
+        switch (rest ? 0 : whole) {
+            case 1: return score_steps<R, 1>(r0);
+            case 2: return score_steps<R, 2>(r0);
+            case 3: return score_steps<R, 3>(r0);
+            case 4: return score_steps<R, 4>(r0);
+            default: return score_steps<R, 0>(r0);
+        }
+    }
+
+    // W: steps of a row, where that is known.
+    template <int R, int W>
+    void score_steps(int64_t r0) {
+        const float* q = Q + r0 * MOST_WIDE;
+        // k: memory -> registers; the tile after this one is on its way to L2 meanwhile.
+        const int64_t ahead = r0 ? 0 : FEW_KEYS * all.k_step;
+        for (int64_t j = 0; j < n; j += VL) {
+            Floats sums[R][VL];
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++) {
+                const char* row = all.k + at[j + i] * all.k_step;
+                Floats s[R] = {};
+#pragma GCC unroll 4
+                for (int64_t c = 0; c < (W ? W : whole); c++, row += Stored::BYTES) {
+                    fetch(row + ahead);
+                    multiply<R>(s, q + c * Stored::QUERY, Stored::key(row));
+                }
+                if (!W && rest) multiply<R>(s, q + whole * Stored::QUERY, key_of<Stored>(row, rest));
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sums[r][i] = s[r];
+            }
+            for (int r = 0; r < R; r++) store(scores + (r0 + r) * FEW_KEYS + j, sums_of_lanes(sums[r]) * all.unit);
+        }
+    }
+
+    template <int R>
+    static INLINE void multiply(Floats (&s)[R], const float* q, typename Stored::Key k) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) s[r] = Stored::multiply(s[r], q + r * MOST_WIDE, k);
+    }
+
+    // One row: the running max moves, scores become weights, and what stood before is to be scaled by `factor`.
+    INLINE void softmax(int64_t r) {
+        float* row = scores + r * FEW_KEYS;
+        const int64_t padded = round_up(n, VL);
+        for (int64_t j = n; j < padded; j++) row[j] = NONE;
+        if (at[0] < all.begin[r] || at[n - 1] >= all.end[r])
+            for (int64_t j = 0; j < n; j++) row[j] = at[j] >= all.begin[r] && at[j] < all.end[r] ? row[j] : NONE;
+        Floats top = splat(m[r]);
+        for (int64_t j = 0; j < padded; j += VL) top = max(top, load(row + j));
+        const float before = m[r], now = largest(top);
+        // Finite where nothing was seen yet, so that -inf - -inf does not arise.
+        const float pivot = now == NONE ? 0.f : now;
+        factor[r] = before == now ? 1.f : exp2<5>(splat(before - pivot))[0];
+        Floats total = {};
+        for (int64_t j = 0; j < padded; j += VL) {
+            const Floats p = exp2<5>(load(row + j) - pivot);
+            store(row + j, p);
+            total += p;
+        }
+        m[r] = now;
+        l[r] = l[r] * factor[r] + sum(total);
+    }
+
+    template <int R>
+    void add_values(int64_t r0) {
+        constexpr int P = R > 2 ? 2 : 4;  // sums of R x P pairs stay in registers
+        int64_t c = 0;
+        for (; c + P <= whole; c += P) add_columns<R, P, true>(r0, c);
+        if (P > 2 && c + 2 <= whole) add_columns<R, 2, true>(r0, c), c += 2;
+        for (; c < whole; c++) add_columns<R, 1, true>(r0, c);
+        if (rest) add_columns<R, 1, false>(r0, c);
+    }
+
+    template <int R, int P, bool WHOLE>
+    void add_columns(int64_t r0, int64_t c0) {
+        Floats s[R][2 * P];
+        float* to = acc + r0 * wide + c0 * STEP;
+        const float* p = scores + r0 * FEW_KEYS;
+        const int64_t ahead = r0 ? 0 : FEW_KEYS * all.v_step;
+        for (int r = 0; r < R; r++)
+            for (int x = 0; x < 2 * P; x++) s[r][x] = load(to + r * wide + x * VL) * factor[r0 + r];
+        for (int64_t j = 0; j < n; j++) {
+            // v: memory -> registers
+            const char* row = all.v + at[j] * all.v_step + c0 * Stored::BYTES;
+#pragma GCC unroll 4
+            for (int x = 0; x < P; x++) {
+                const char* from = row + x * Stored::BYTES;
+                fetch(from + ahead);
+                const Pair v = WHOLE ? Stored::step(from) : step_of<Stored>(from, rest);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) {
+                    const Floats weight = splat(p[r * FEW_KEYS + j]);
+                    s[r][2 * x] += weight * v.a;
+                    s[r][2 * x + 1] += weight * v.b;
+                }
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int x = 0; x < 2 * P; x++) store(to + r * wide + x * VL, s[r][x]);
+    }
+};
+
+// Row r of a block: its parts, one after the other in memory, become one row of numbers in their order. `sink` is a score without a value.
+// Returns lse, natural log, without the sink.
+template <class Stored>
+static float merge_parts(const Shared& all, int64_t r, const float* parts, int64_t count, float sink, float* row) {
+    const int64_t wide = all.wide(), each = all.floats();
+    float top = sink;
+    for (int64_t i = 0; i < count; i++) top = std::fmax(top, parts[i * each + all.rows * wide + r]);
+    double total = 0;
+    Floats sums[MOST_WIDE / VL] = {};
+    for (int64_t i = 0; i < count; i++) {
+        const float *part = parts + i * each, *m = part + all.rows * wide;
+        if (m[r] == NONE && m[all.rows + r] == 0) continue;
+        const double factor = std::exp2(double(m[r]) - top);
+        total += factor * m[all.rows + r];
+        for (int64_t x = 0; x < wide / VL; x++) sums[x] += load(part + r * wide + x * VL) * float(factor);
+    }
+    const double whole = total + (sink == NONE ? 0 : std::exp2(double(sink) - top));
+    const float share = total > 0 || total != total ? float(1 / whole) : 0;
+    for (int64_t x = 0; x < wide / VL; x += 2) Stored::in_order(row + x * VL, {sums[x] * share, sums[x + 1] * share});
+    return total > 0 || total != total ? float((top + std::log2(total)) * LN_2) : NONE;
+}
