@@ -11,7 +11,7 @@ from longattn.attention import pattern_attention
 from longattn.attention.alibi import alibi_bias, alibi_slopes
 from longattn.attention.layers import DilatedTransformerDecoderLayer, DilatedTransformerEncoderLayer
 from longattn.attention.longnet import LongNet
-from longattn.attention.modules import MultiheadPatternAttention
+from longattn.attention.multihead import MultiheadPatternAttention
 from longattn.attention.rotary import rotary_angles, rotate
 from longattn.patterncache import Full, Window
 

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
         LongNet,
     )
     from longattn.attention.modules import (
-        MultiheadPatternAttention,
         PatternAttention,
+    )
+    from longattn.attention.multihead import (
+        MultiheadPatternAttention,
     )
     from longattn.attention.multihead_presets import (
         BlockSparseRingMultiheadDilatedAttention,
@@ -108,7 +110,7 @@ _HOME = {
     "Local": "schedule",
     "LongNet": "longnet",
     "MultiheadDilatedAttention": "multihead_presets",
-    "MultiheadPatternAttention": "modules",
+    "MultiheadPatternAttention": "multihead",
     "PatternAttention": "modules",
     "Ring": "ring",
     "RingBufferAttention": "ring_buffer.module",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from longattn.attention import multihead_presets, presets
-from longattn.attention.modules import MultiheadPatternAttention, PatternAttention
+from longattn.attention.modules import PatternAttention
+from longattn.attention.multihead import MultiheadPatternAttention
 
 _FLAGS: dict[str, tuple[str, ...]] = {
     "pool": ("enable_memory_pool", "lightweight_pool", "enable_profiling"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, relu, silu
 
-from longattn.attention.modules import MultiheadPatternAttention
+from longattn.attention.call_options import CallOptions
+from longattn.attention.multihead import MultiheadPatternAttention
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
 from longattn.attention.validate import check_positive, check_size
 from longattn.kernels.check import check_dropout
@@ -110,10 +111,11 @@ class DilatedTransformerEncoderLayer(nn.Module):
         is_causal: bool | None = None,
         attention_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        **options: Unpack[CallOptions],
     ) -> Tensor:
-        """Masks as in `pattern_attention`; `is_causal=None` takes the constructor's."""
+        """Masks and `CallOptions` as in `pattern_attention`; `is_causal=None` takes the constructor's."""
         x = self.norm1(src)
-        src = src + self.dropout(self.self_attn(x, x, x, is_causal, attention_mask, key_padding_mask))
+        src = src + self.dropout(self.self_attn(x, x, x, is_causal, attention_mask, key_padding_mask, **options))
         return src + self.dropout(self.feedforward(self.norm2(src)))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longattn.attention.call_options import CallOptions
 from longattn.attention.layers import DilatedTransformerEncoderLayer
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
 from longattn.attention.validate import check_bool, check_size
@@ -79,12 +80,18 @@ class LongNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.checkpointing = check_bool("checkpointing", checkpointing)
 
-    def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Logits of the next token; key_padding_mask (batch, seq) bool, True = padding."""
+    def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None, **options: Unpack[CallOptions]) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: (batch, seq) integers; documents may be packed as (1, total) with cu_seqlens.
+            key_padding_mask: (batch, seq) bool, True = padding.
+            options: `CallOptions`, as in `pattern_attention`.
+        """
         x = self.dropout(self.embedding(tokens) * self.embedding.embedding_dim**0.5)
         for layer in self.layers:
             if self.checkpointing and self.training:
-                x = checkpoint(layer, x, None, None, key_padding_mask, use_reentrant=False)
+                x = checkpoint(layer, x, None, None, key_padding_mask, use_reentrant=False, **options)
             else:
-                x = layer(x, key_padding_mask=key_padding_mask)
+                x = layer(x, key_padding_mask=key_padding_mask, **options)
         return nn.functional.linear(self.norm(x), self.embedding.weight)

@@ -7,7 +7,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from longattn.attention.modules import MultiheadPatternAttention
+from longattn.attention.multihead import MultiheadPatternAttention
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS, RingLayout, block_sparse_of, ring_of, wiring_of
 from longattn.attention.sparse_config import SparsePatternConfig
 from longattn.attention.wiring import CacheFlags, ManagerFlags, PoolFlags, ResidentFlags, split_flags

@@ -108,7 +108,17 @@ def jagged_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor, **op
         TypeError: one of the three is not nested, or not jagged.
         ValueError: an option that has no meaning here.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    packed, ends = pack_jagged({"q": q, "k": k, "v": v}, options)
+    out, lse = attention(*packed, **options, **ends)
+    return jagged_like(q, out), jagged_like(q, lse)
+
+
+def pack_jagged(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """(queries, keys and values as (1, total, ...), cu_seqlens and where they differ cu_seqlens_q) of jagged ones, by name, in that order.
+
+    Takes the options that have no meaning here out of `options`, where they are None. Raises as `jagged_attention` does.
+    """
+    for name, x in tensors.items():
         if not x.is_nested or x.layout is not torch.jagged:
             raise TypeError(
                 f"{name} must be a jagged nested tensor like the others, got {x.layout} of {type(x).__name__}"
@@ -118,15 +128,18 @@ def jagged_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor, **op
             raise ValueError(
                 f"{name} must be None for jagged nested tensors: they hold no padding and know their lengths"
             )
-    packed = [x.values().unsqueeze(0) for x in (q, k, v)]
+    q, k, *_ = tensors.values()
     offsets, key_offsets = (getattr(x, "offsets")() for x in (q, k))  # noqa: B009
     ends = {"cu_seqlens": key_offsets}
     if offsets is not key_offsets:
         ends["cu_seqlens_q"] = offsets
-    out, lse = attention(*packed, **options, **ends)
-    like = {"offsets": offsets, "min_seqlen": q._get_min_seqlen(), "max_seqlen": q._get_max_seqlen()}  # type: ignore[attr-defined]
-    jagged = torch.nested.nested_tensor_from_jagged
-    return jagged(out.squeeze(0), **like), jagged(lse.squeeze(0), **like)
+    return [x.values().unsqueeze(0) for x in tensors.values()], ends
+
+
+def jagged_like(q: Tensor, packed: Tensor) -> Tensor:
+    """(1, total, ...) as a jagged nested tensor with the lengths of q."""
+    like = {"offsets": getattr(q, "offsets")(), "min_seqlen": q._get_min_seqlen(), "max_seqlen": q._get_max_seqlen()}  # type: ignore[attr-defined]  # noqa: B009
+    return torch.nested.nested_tensor_from_jagged(packed.squeeze(0), **like)
 
 
 def aligned_attention(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from longattn.attention.catalog import MULTIHEAD_PRESETS, PRESET_FLAGS, PRESETS
 from longattn.attention.functional import pattern_attention
-from longattn.attention.modules import MultiheadPatternAttention, PatternAttention
+from longattn.attention.modules import PatternAttention
+from longattn.attention.multihead import MultiheadPatternAttention
 from longattn.attention.schedule import Local, Schedule
 from longattn.attention.sparse_config import SparsePatternConfig
 from longattn.patterncache import Pattern

@@ -1,0 +1,173 @@
+"""`MultiheadPatternAttention`: projections and LayerNorm around `PatternAttention`. Its forward is not overridden."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from longattn.attention.call_options import CallOptions, given_options, hidden_rows, positions, refuse_weights
+from longattn.attention.modules import PatternAttention
+from longattn.attention.packed import jagged_like, pack_jagged
+from longattn.attention.projections import ProjectedModule
+from longattn.attention.rotary import rotate
+from longattn.attention.schedule import Schedule
+from longattn.attention.validate import (
+    check_bool,
+    check_embedded,
+    check_positive,
+    check_size,
+)
+from longattn.attention.wiring import Wiring
+from longattn.patterncache import Pattern
+
+
+class MultiheadPatternAttention(ProjectedModule):
+    """Project, attend by a pattern, merge heads, LayerNorm, project (MAGNETO, Wang et al. 2022, arXiv:2210.06423).
+
+    | tensor | shape |
+    | --- | --- |
+    | query, output | (batch, Nq, embed_dim) |
+    | key, value | (batch, Nk, embed_dim); default: query, and key |
+    | weights | (batch, heads, Nq, Nk), only with need_weights=True |
+
+    Args:
+        embed_dim, num_heads: num_heads divides embed_dim.
+        pattern: who sees whom.
+        kv_heads: heads of keys and values, dividing num_heads (GQA). Default num_heads.
+        softmax_scale, dropout, backend, schedule, wiring, sparse_weights: as in `PatternAttention`.
+        bias: of the projections. Default True.
+        fused_qkv: one projection instead of three. Default False. State dicts load into each other.
+        rotary_base: turn queries and keys by their positions, with angles of this base (see `rotary`). Default None: do not.
+        layer_norm: normalise the merged heads before the output projection. Default True.
+        layer_norm_eps: default 1e-5.
+        gamma_init: gain of the value and output projections' initialisation (MAGNETO's gamma). Default 1.0.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        pattern: Pattern,
+        *,
+        kv_heads: int | None = None,
+        softmax_scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool = True,
+        fused_qkv: bool = False,
+        rotary_base: float | None = None,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        backend: str | None = None,
+        schedule: Schedule | None = None,
+        wiring: Wiring | None = None,
+        sparse_weights: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = check_size("embed_dim", embed_dim)
+        self.num_heads = check_size("num_heads", num_heads)
+        self.kv_heads = num_heads if kv_heads is None else check_size("kv_heads", kv_heads)
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads must divide embed_dim={embed_dim}, got {num_heads}")
+        if num_heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide num_heads={num_heads}, got {kv_heads}")
+        self.head_dim = embed_dim // num_heads
+        self.gamma_init = check_positive("gamma_init", gamma_init)
+        self.rotary_base = None if rotary_base is None else check_positive("rotary_base", rotary_base)
+        if rotary_base is not None and self.head_dim % 2:
+            raise ValueError(f"rotary_base must be None for an odd head_dim, got head_dim={self.head_dim}")
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        has_bias = check_bool("bias", bias)
+        self._make_projections(check_bool("fused_qkv", fused_qkv), has_bias, place)
+        eps = check_positive("layer_norm_eps", layer_norm_eps)
+        use_norm = check_bool("layer_norm", layer_norm)
+        self.norm = nn.LayerNorm(embed_dim, eps=eps, **place) if use_norm else nn.Identity()
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=has_bias, **place)
+        self.attention = PatternAttention(
+            pattern,
+            softmax_scale=softmax_scale,
+            dropout=dropout,
+            backend=backend,
+            schedule=schedule,
+            wiring=wiring,
+            sparse_weights=sparse_weights,
+        )
+        self._resources = self.attention._resources
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier normal; value and output projections with gain gamma_init; biases zero; LayerNorm one and zero."""
+        self._reset_projections(self.gamma_init)
+        nn.init.xavier_normal_(self.out_proj.weight, gain=self.gamma_init)
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
+        if isinstance(self.norm, nn.LayerNorm):
+            self.norm.reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        is_causal: bool | None = None,
+        attention_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        **options: Unpack[CallOptions],
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend. Padded rows of key and value are zeroed before they are projected, so that what they hold reaches nothing.
+
+        Args:
+            query: (batch, Nq, embed_dim). key: default query. value: default key.
+            is_causal, attention_mask, key_padding_mask: as in `pattern_attention`.
+            need_weights: also return the attention weights, without dropout.
+            options: `CallOptions`, as in `pattern_attention`.
+
+        query, key and value may be packed as (1, total, embed_dim) with cu_seqlens, or jagged nested tensors (batch, lengths, embed_dim).
+
+        Returns:
+            (batch, Nq, embed_dim), or that and weights (batch, heads, Nq, Nk) in the module's dtype.
+        """
+        given = given_options(options)
+        key = query if key is None else key
+        value = key if value is None else value
+        if check_bool("need_weights", need_weights):
+            refuse_weights(query, given)
+        if query.is_nested:
+            masks = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
+            packed, ends = pack_jagged({"query": query, "key": key, "value": value}, given := given | masks)
+            # What was one tensor stays one, for a fused projection.
+            q = packed[0]
+            k = q if key is query else packed[1]
+            return jagged_like(query, self(q, k, k if value is key else packed[2], is_causal, **given, **ends))
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            check_embedded(name, x, self.embed_dim, self.out_proj.weight.dtype)
+        query, key, value = _zero_padded(query, key, value, hidden_rows(key, key_padding_mask, given))
+        q, k, v = self._project(query, key, value)
+        if self.rotary_base is not None:
+            q, k = (rotate(x, at, self.rotary_base) for x, at in zip((q, k), positions(q, k, given), strict=True))
+        out = self.attention(q, k, v, is_causal, attention_mask, key_padding_mask, **given)
+        out = self.out_proj(self.norm(out.flatten(2)))
+        if not need_weights:
+            return out
+        return out, self.attention.weights(q, k, is_causal, attention_mask, key_padding_mask)
+
+
+def _zero_padded(query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if rows is None:
+        return query, key, value
+    hidden = rows.unsqueeze(-1)
+    padded_key = key.masked_fill(hidden, 0)
+    return (
+        padded_key if query is key else query,
+        padded_key,
+        padded_key if value is key else value.masked_fill(hidden, 0),
+    )
