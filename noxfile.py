@@ -79,9 +79,9 @@ def check_floors(session: nox.Session, package: str, kind: str) -> None:
     session.run("python", "-P", "tests/installed_floors.py", kind, present, absent)
 
 
-def run_tests(session: nox.Session, package: str) -> None:
+def run_tests(session: nox.Session, package: str, *options: str) -> None:
     """Run one package's tests; arguments after `--` go to pytest."""
-    session.run("pytest", *WORKERS, f"packages/{package}/tests", *session.posargs)
+    session.run("pytest", *WORKERS, f"packages/{package}/tests", *options, *session.posargs)
 
 
 def test(session: nox.Session, package: str) -> None:
@@ -115,7 +115,7 @@ def lint(session: nox.Session, package: str) -> None:
 
 
 def wheel(session: nox.Session, package: str) -> None:
-    """Build wheels, install them into an empty environment, and run the tests against the installed files."""
+    """Build wheels, install them into an empty environment, and run the quick tests against the installed files."""
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     wheels = {}
@@ -136,7 +136,8 @@ def wheel(session: nox.Session, package: str) -> None:
     requirements = [f"{path}[testing]" if name == package else str(path) for name, path in wheels.items()]
     session.install(*constraints(session), *requirements, *group("test"))
     check_floors(session, package, "wheel")
-    run_tests(session, package)
+    # Slow ones tell nothing more about a wheel; the checkout's session runs them.
+    run_tests(session, package, "-m", "not slow")
 
 
 def install_or_skip(session: nox.Session, *requirements: str) -> None:
