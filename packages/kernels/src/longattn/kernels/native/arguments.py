@@ -124,6 +124,7 @@ class PackedJobs:
     Attributes:
         address: of the first job. count: how many.
         rows: query rows over all tiles and heads, of one batch element.
+        even: whether each job's keys are evenly spaced at ascending positions, each counted once: what a short call reads.
     """
 
     def __init__(self, jobs: tuple[Job, ...]) -> None:
@@ -138,6 +139,7 @@ class PackedJobs:
             first += len(some)
         self._jobs = np.array(rows, np.int64).reshape(-1, len(_JOB))
         self.address, self.count = self._jobs.ctypes.data, len(jobs)
+        self.even = all(len(job.keys) == 1 and job.fresh and _even(job.keys[0]) for job in jobs)
         self.rows = sum(job.heads.length * job.tiles * job.queries.index.count for job in jobs)
 
     def _row_set(self, rows: RowSet) -> list[int]:
@@ -161,6 +163,10 @@ class PackedJobs:
 
     def _keep(self, array: np.ndarray, key: Any) -> int:
         return self._kept.setdefault(key, np.ascontiguousarray(array)).ctypes.data
+
+
+def _even(keys: RowSet) -> bool:
+    return isinstance(keys.index, Affine) and keys.index.count > 0 and keys.index.step > 0 and keys.at[1] > 0
 
 
 def packed(lowered: Lowered, phase: int | None) -> PackedJobs:

@@ -1,6 +1,6 @@
 // Attention on CPUs, called through ctypes: no torch and no Python in here, and no memory but what the caller brings.
 #include "backward.h"
-#include "decode.h"
+#include "short_call.h"
 
 // Tasks of one call in one row of numbers: job by job, then batch element, head, tile, part of the tile's query rows.
 class Tasks {
@@ -98,6 +98,19 @@ void longattn_attend_backward(const Call* call) {
     if (call->half) return attend_backward<BFloat16>(*call);
 #endif
     attend_backward<Float32>(*call);
+}
+
+// Floats of scratch for all of a short call.
+int64_t longattn_short_scratch(const Call* call) {
+    return of_short_call(*call, [&](const auto& made) {
+        int64_t floats = 0;
+        for (int64_t j = 0; j < call->job_count; j++) floats += made.floats(call->jobs[j]);
+        return floats;
+    });
+}
+
+void longattn_attend_short(const Call* call) {
+    of_short_call(*call, [](const auto& made) { return made.run(), 0; });
 }
 
 // Floats of scratch for the decode step.

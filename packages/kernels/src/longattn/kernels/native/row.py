@@ -27,6 +27,9 @@ _TASKS_A_THREAD = 4
 
 _LEAST_ROWS, _MOST_ROWS = 96, 768
 
+_SHORT_ROWS = {True: 32, False: 64}
+"""Query rows that share keys up to which streaming them is faster than packing them into tiles, with products of bfloat16 and without."""
+
 _LINE = 64
 """Bytes of a cache line, where scratch begins whatever the allocator's alignment."""
 
@@ -53,9 +56,20 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     out, lse = _new_state(call, lowered)
     asked = _argument(call, out, lse)
     asked.merges = call.prior is not None
+    if _is_short(call, lowered, bool(asked.half)):
+        _run(call, "longattn_attend_short", asked, packed(lowered, 0))
+        return finish(call, out), lse
     for phase in range(len(lowered.phases)):
         _run(call, "longattn_attend", asked, packed(lowered, phase))
     return finish(call, out), lse
+
+
+def _is_short(call: Call, lowered: Lowered, half: bool) -> bool:
+    """Whether reading keys and values is most of the work: they are then streamed in ranges, all heads of a kv head at once."""
+    if any(x is not None for x in (call.prior, call.mask, call.bias)) or call.dropout_p or len(lowered.phases) != 1:
+        return False
+    rows = call.q.shape[1] * (call.q.shape[2] // call.k.shape[2])
+    return rows <= _SHORT_ROWS[half] and call.q.dtype == call.k.dtype == call.v.dtype and packed(lowered, 0).even
 
 
 def backward(
@@ -156,10 +170,11 @@ def _run(call: Call, entry: str, asked: CallArgument, jobs: PackedJobs) -> None:
     asked.jobs, asked.job_count = jobs.address, jobs.count
     rows = jobs.rows * asked.batch // (asked.threads * _TASKS_A_THREAD)
     asked.rows = max(_LEAST_ROWS, min(_MOST_ROWS, rows))
-    scratch_of = library.longattn_scratch
+    short = entry == "longattn_attend_short"
+    scratch_of = library.longattn_short_scratch if short else library.longattn_scratch
     scratch_of.restype = ctypes.c_int64
-    floats = scratch_of(ctypes.byref(asked))
-    scratch = call.allocator.empty((asked.threads * floats + _LINE // 4,), torch.float32, call.q.device, "temp")
+    floats = scratch_of(ctypes.byref(asked)) * (1 if short else asked.threads)
+    scratch = call.allocator.empty((floats + _LINE // 4,), torch.float32, call.q.device, "temp")
     asked.scratch = -(-scratch.data_ptr() // _LINE) * _LINE
     getattr(library, entry)(ctypes.byref(asked))
     call.allocator.release(scratch, "temp")
