@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import buffer_figures, gate, record, run
 from benchmarks import experiment as experiment_module
-from benchmarks import gate, record, run
+from benchmarks.buffer_traces import TRACES, exact_key_pool, live_peak
 from benchmarks.cases.patterns import random_blocks
 from benchmarks.experiment import Labels, Side, Targets, experiments, find
 from benchmarks.figures import Figure, builds, hit_ratios, plan_bytes
@@ -19,8 +20,10 @@ from benchmarks.memory import ResidentPeak
 from benchmarks.peers.dense import dense_attention
 from benchmarks.peers.fkodom_style import fkodom_style_attention
 from benchmarks.peers.gathered_blocks import GatheredBlocks
+from benchmarks.peers.op_for_op import Empty, from_torch, op_for_op_attention
 from benchmarks.peers.torchscale_style import HeadAssignment, torchscale_style_attention
 from longattn.attention.testing import MULTIHEAD_PRESETS, PRESETS
+from longattn.bufmgr import AttentionBufferManager
 from longattn.patterncache import BlockSparse, Dilated, Full
 
 QUICK = Effort(warmups=1, min_pairs=2, max_pairs=2, seconds=0.0, growth=False)
@@ -207,6 +210,25 @@ def test_fkodom_style_is_split_dilated_attention(
     torch.testing.assert_close(divided, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("empty", [from_torch, AttentionBufferManager().empty], ids=["torch", "manager"])
+@pytest.mark.parametrize(
+    ("batch", "seq", "num_heads", "segments", "rates"),
+    [(1, 64, 8, (16, 32, 64), (1, 2, 4)), (2, 50, 3, (16, 64), (1, 2)), (1, 33, 2, (16, 2), (1, 3))],
+)
+def test_op_for_op_is_split_dilated_attention(
+    empty: Empty, batch: int, seq: int, num_heads: int, segments: tuple[int, ...], rates: tuple[int, ...]
+) -> None:
+    """Wherever its temporaries come from, also the second time, when they were used before."""
+    q, k, v, grad = normal(batch, seq, num_heads, 8)
+    truth = gate.oracle(q, k, v, grad, Dilated(segments, rates, heads="split"), range(seq))
+
+    def peer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return op_for_op_attention(q, k, v, segments, rates, empty=empty)
+
+    for _ in range(2):
+        assert gate.red("op-for-op", gate.errors(peer, q, k, v, grad, truth, gradients=False), q.dtype) == []
+
+
 @pytest.mark.parametrize("per_head", [False, True])
 def test_gathered_blocks_is_block_sparse_attention(per_head: bool) -> None:
     """Outputs and gradients equal the oracle's, for one mask and for a mask per head, and a block that sees nothing."""
@@ -299,3 +321,19 @@ def test_figures_of_the_cache_are_what_is_promised() -> None:
     """One build per key under threads; a small plan; a small cache's hits are counted for every trace."""
     found = [*builds(), *plan_bytes(), *hit_ratios((200,))]
     assert {figure.verdict for figure in found} <= {"met", ""} and len(found) == 1 + 2 + 6
+
+
+def test_figures_of_buffers_are_what_is_promised() -> None:
+    """Little is retained on every trace, from the first pass on, where a pool with exact keys retains several times the peak."""
+    found = list(buffer_figures.counted(passes=2))
+    assert {figure.verdict for figure in found} == {"met"} and len(found) == 2 * len(TRACES)
+    for trace_of in TRACES.values():
+        assert trace_of() == trace_of()
+        assert exact_key_pool(trace_of()) > 4 * live_peak(trace_of())
+
+
+def test_retained_memory_of_a_small_trace_is_counted() -> None:
+    """Two tensors of 3 and 5 bytes at once, then one of 5: the live peak is 8, and so is what exact keys retain."""
+    trace = [("take", 0, 3), ("take", 1, 5), ("drop", 0, 0), ("drop", 1, 0), ("take", 2, 5), ("drop", 2, 0)]
+    assert (live_peak(trace), exact_key_pool(trace)) == (8, 8)
+    assert exact_key_pool([*trace, ("take", 3, 4)]) == 12

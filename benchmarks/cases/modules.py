@@ -44,7 +44,7 @@ _FLAGS: tuple[tuple[str, str, dict[str, bool], float, float | None], ...] = (
 _VARYING_SEED = 3.47
 
 
-def round_of(module: PatternAttention, lengths: Sequence[int]) -> gate.Attention:
+def round_of(module: gate.Attention, lengths: Sequence[int]) -> gate.Attention:
     """A call at each length, in order; the last one's output."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -66,6 +66,17 @@ def test_zeros_on_the_short_way():
     assert manager.empty(SHAPE, torch.float32, role="output").unique().tolist() == [5.0]
 
 
+@pytest.mark.parametrize("kind", [TEMP, OUTPUT])
+def test_zeros_that_are_asked_for_or_declined_are_a_hit_too(kind: BufferType, monkeypatch: pytest.MonkeyPatch):
+    """True and False overrule the type's own choice on the short way, None does not."""
+    manager = AttentionBufferManager()
+    manager.allocate(kind, SHAPE)
+    monkeypatch.setattr(manager, "_serve", None)  # the long way
+    for wanted, zeros in ((False, False), (True, True), (None, kind is OUTPUT), (False, False)):
+        manager.allocate(kind, SHAPE).fill_(7.0)
+        assert manager.allocate(kind, SHAPE, zero_init=wanted).unique().tolist() == [0.0 if zeros else 7.0]
+
+
 def test_several_in_use_are_several_buffers():
     manager = AttentionBufferManager()
     for _ in range(3):

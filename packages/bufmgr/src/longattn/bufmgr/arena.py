@@ -27,7 +27,7 @@ from longattn.bufmgr.segment import Segment, round_to_pages
 LARGE_BYTES = 64 * 1024
 """From this size on blocks come from an arena's segments; smaller ones would waste too much of a page."""
 
-_SLACK = 0.02
+_SLACK = 0.015  # and rounding to pages stays below 2 %
 _FLOOR_BYTES = 16 << 20
 # Clean pages cost address space only, where the system can take single pages back.
 _SEGMENT_BYTES = 1 << 30 if hasattr(mmap, "MADV_DONTNEED") else 64 << 20

@@ -127,7 +127,7 @@ class AttentionBufferManager(SlotTable, Reports):
         if is_dynamo_compiling() or compiler._is_compiling_flag:  # a graph owns its memory
             zero = self.configs[parse_type(type)].zero_init if zero_init is None else zero_init
             return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
-        if zero_init is None:  # the short way of SlotTable.empty, and zeros where the type wants them
+        if zero_init is None or zero_init.__class__ is bool:  # the short way of SlotTable.empty, and zeros
             try:
                 slot = self._slots[type, shape, get_default_dtype() if dtype is None else dtype, device]
             except (KeyError, TypeError):  # not yet; or a list, or what is no shape at all
@@ -139,7 +139,7 @@ class AttentionBufferManager(SlotTable, Reports):
                         slot.handle_id = id(handle)
                         clock = slot.clock
                         clock.now = slot.used = clock.now + 1
-                        if slot.zeroes:
+                        if slot.zeroes if zero_init is None else zero_init:
                             handle.zero_()
                         return handle
         kind = parse_type(type)
