@@ -1,6 +1,7 @@
 // The native row without Python, for machines that only an emulator runs: one call forward and backward beside the definition in double.
 //
-// Two query heads share a kv head; causal; keys at even rows count twice. Exits with 1 where a number differs.
+// Two query heads share a kv head; causal; keys at even rows count twice. Then few rows over many keys: a short call and a decode step.
+// Exits with 1 where a number differs.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -27,6 +28,61 @@ static void near(const char* name, const Numbers& got, const std::vector<double>
     for (size_t i = 0; i < got.size(); i++) far += !(std::fabs(got[i] - expected[i]) < 2e-5);
     printf("%s: %d of %zu far off\n", name, far, got.size());
     failures += far;
+}
+
+// softmax(scale * q k^T + log weight) v for one row over some keys; returns lse.
+template <class Weight>
+static double definition(const float* q, const float* k, const float* v, int64_t keys, double scale, Weight weight, double* out) {
+    std::vector<double> p(keys);
+    double total = 0;
+    for (int64_t j = 0; j < keys; j++) {
+        double s = 0;
+        for (int64_t d = 0; d < DIM; d++) s += scale * q[d] * k[j * DIM + d];
+        total += p[j] = weight(j) ? std::exp(s) : 0;
+    }
+    for (int64_t d = 0; d < DIM; d++) out[d] = 0;
+    for (int64_t j = 0; j < keys; j++)
+        for (int64_t d = 0; d < DIM && p[j] > 0; d++) out[d] += p[j] / total * v[j * DIM + d];
+    return std::log(total);
+}
+
+// The last 3 rows of MANY, causal, two heads to a kv head; and a decode step of 2 rows with a group of 3, whose every fifth key is hidden.
+static void few_rows() {
+    constexpr int64_t MANY = 2500, ROWS_HERE = 3;
+    const int64_t far = int64_t(1) << 62;
+    Numbers q = random_numbers(ROWS_HERE * HEADS * DIM), k = random_numbers(MANY * DIM), v = random_numbers(MANY * DIM);
+    Numbers out(q.size(), NAN), lse(ROWS_HERE * HEADS, NAN);
+    RowSet keys{nullptr, 0, 0, 1, 1, nullptr, 1, nullptr, MANY, 0, 1, 0, far};
+    Job job{0, 1, HEADS, 1, {nullptr, 0, 0, 1, 1, nullptr, 1, nullptr, ROWS_HERE, MANY - ROWS_HERE, 1, -far, far}, &keys, 1, 1};
+    Call call{};
+    call.q = tensor(q, HEADS, DIM), call.k = tensor(k, 1, DIM), call.v = tensor(v, 1, DIM), call.out = tensor(out, HEADS, DIM);
+    call.lse = tensor(lse, HEADS, 1);
+    call.jobs = &job, call.job_count = 1, call.batch = 1, call.queries = ROWS_HERE, call.keys = MANY, call.heads = HEADS;
+    call.kv_heads = 1, call.dim = DIM, call.scale = 0.7, call.threads = 2;
+    Numbers scratch(longattn_short_scratch(&call));
+    call.scratch = scratch.data();
+    longattn_attend_short(&call);
+    std::vector<double> o(q.size()), l(lse.size());
+    for (int64_t i = 0; i < ROWS_HERE * HEADS; i++) {
+        const int64_t seen = MANY - ROWS_HERE + i / HEADS + 1;
+        l[i] = definition(&q[i * DIM], k.data(), v.data(), seen, 0.7, [](int64_t) { return true; }, &o[i * DIM]);
+    }
+    near("short out", out, o), near("short lse", lse, l);
+
+    constexpr int64_t SLOTS = MANY / 2, GROUP = 3;
+    q = random_numbers(2 * GROUP * DIM), out.assign(q.size(), NAN), o.resize(q.size());
+    std::vector<uint8_t> hidden(2 * SLOTS);
+    for (int64_t j = 0; j < 2 * SLOTS; j += 5) hidden[j] = 1, v[j * DIM] = NAN;
+    const Tensor rows{(char*)k.data(), SLOTS * DIM, DIM, 0, FLOAT32}, values{(char*)v.data(), SLOTS * DIM, DIM, 0, FLOAT32};
+    Cache cache{rows, values, 2, SLOTS, DIM};
+    Apart apart{(const char*)q.data(), 4, hidden.data(), SLOTS, 1, nullptr};
+    scratch.resize(longattn_decode_scratch(&cache, GROUP, SLOTS, apart.first));
+    longattn_decode(&cache, (const char*)q.data(), (char*)out.data(), GROUP, SLOTS, 0.7, 2, scratch.data(), &apart);
+    for (int64_t i = 0; i < 2 * GROUP; i++) {
+        const int64_t begin = i / GROUP * SLOTS;
+        definition(&q[i * DIM], &k[begin * DIM], &v[begin * DIM], SLOTS, 0.7, [&](int64_t j) { return !hidden[begin + j]; }, &o[i * DIM]);
+    }
+    near("decode", out, o);
 }
 
 int main() {
@@ -80,6 +136,7 @@ int main() {
             }
         }
     near("out", out, o), near("lse", lse, l), near("dq", dq, eq), near("dk", dk, ek), near("dv", dv, ev);
+    few_rows();
     printf("%d floats a vector\n", VL);
     return failures ? 1 : 0;
 }
