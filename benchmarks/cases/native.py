@@ -5,15 +5,21 @@ B=1, H=8, D=64, segments 2048/4096/8192 with rates 1/2/4, normal inputs; the row
     longnet  every head in every branch, beside the torchscale-style pipeline, dense SDPA and FlexAttention on permuted tokens
     split    heads divided over branches, beside the fkodom-style pipeline
     dense    no pattern at all, beside SDPA and, as "fma-peak", a loop of as many multiply-adds: its ratio is the share of the peak
+    short    the last few rows of a long sequence, causal, beside SDPA, which is to be no faster in float32
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import torch
+from torch import Tensor
+
+from benchmarks.calls import Calls
 from benchmarks.cases.attention import RATES, SEGMENTS, branch_names
 from benchmarks.comparison import Comparison, Contender, Inputs
 from benchmarks.contenders import dense, fkodom_style, flex_permuted, fma_peak, ours, torchscale_style
 from benchmarks.experiment import DIRECTIONS, Direction, Labels, Targets
+from longattn.kernels import attend
 from longattn.patterncache import Dilated, Full
 
 _TINY_SEGMENTS = (64, 128, 256)
@@ -103,7 +109,46 @@ def plain(quick: bool) -> Iterator[Comparison]:
             yield _row("dense", "full", ("fma-peak", fma_peak(causal)), mine, inputs, causal, direction, ratio)
 
 
-def experiments(quick: bool) -> Iterator[Comparison]:
+def short(quick: bool) -> Iterator[Calls]:
+    """Few query rows over many keys."""
+    length = 64 if quick else 32768
+    for dtype, heads, rows in itertools.product(_DTYPES, (1, 8), (1, 4, 16)):
+        inputs = Inputs(length, dtype, (heads, 64))
+        yield Calls(
+            name=f"short-{dtype}-h{heads}-{rows}",
+            labels=Labels("native", f"{rows} rows h{heads} d64", "dense", dtype, length, True, "forward"),
+            targets=Targets(ratio=1.0 if dtype == "float32" and not quick else None),
+            ours=lambda inputs=inputs, rows=rows: _streamed(inputs, rows),
+            peer=lambda inputs=inputs, rows=rows: _masked(inputs, rows),
+            gate=lambda inputs=inputs, rows=rows: _differing(inputs, rows),
+        )
+
+
+def _streamed(inputs: Inputs, rows: int) -> Callable[[], Tensor]:
+    q, k, v, _ = inputs.tensors()
+    last = q[:, -rows:].contiguous()
+    return lambda: attend(last, k, v, Full(causal=True), backend="native", out_dtype=q.dtype).out
+
+
+def _masked(inputs: Inputs, rows: int) -> Callable[[], Tensor]:
+    q, k, v, _ = (x.transpose(1, 2) for x in inputs.tensors())
+    seen = torch.ones(rows, inputs.seq_len, dtype=torch.bool).tril(inputs.seq_len - rows) if rows > 1 else None
+    last = q[:, :, -rows:].contiguous()
+    return lambda: torch.nn.functional.scaled_dot_product_attention(last, k, v, attn_mask=seen)
+
+
+def _differing(inputs: Inputs, rows: int) -> list[str]:
+    """The gate: both beside float64."""
+    q, k, v, _ = (x.double().transpose(1, 2) for x in inputs.tensors())
+    seen = torch.ones(rows, inputs.seq_len, dtype=torch.bool).tril(inputs.seq_len - rows)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q[:, :, -rows:], k, v, attn_mask=seen)
+    most = 2e-5 if inputs.dtype == "float32" else 2e-2
+    got = {"ours": _streamed(inputs, rows)().transpose(1, 2), "peer": _masked(inputs, rows)()}
+    errors = {name: float((x.double() - wanted).abs().max()) for name, x in got.items()}
+    return [f"{name}: off by {error:.1e}" for name, error in errors.items() if not error <= most]
+
+
+def experiments(quick: bool) -> Iterator[Comparison | Calls]:
     """Every row of the case; `quick` gives tiny ones without targets."""
-    for group in (longnet, split, plain):
+    for group in (longnet, split, plain, short):
         yield from group(quick)
