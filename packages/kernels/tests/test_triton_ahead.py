@@ -32,6 +32,12 @@ def test_too_much_shared_memory_is_caught():
     assert any("shared memory of" in fault for fault in need.faults)
 
 
+def test_too_much_tensor_memory_is_caught():
+    """Nor at that of tensor memory: what comes out then has four registers and does nothing."""
+    need = compile_line(Line("backward_keys", "sm_100", 256, 2, Configuration(128, 64, 8, 1)))
+    assert any("columns of tensor memory are over the 512" in fault for fault in need.faults)
+
+
 def test_every_line_is_compiled_by_the_session():
     """The session's list is the table."""
     assert len(lines(list(ARCHITECTURES))) == len(TABLE)

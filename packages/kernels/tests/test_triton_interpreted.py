@@ -16,6 +16,7 @@ import torch
 from longattn.kernels import AttentionState, attend, explain, merge
 from longattn.kernels.dispatch import row
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
+from longattn.kernels.triton import configurations
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Window
 
 pytest.importorskip("triton", reason="triton is not installed: the extra longattn-kernels[triton]")
@@ -88,6 +89,15 @@ else:
     def test_calls(case: Case):
         """Masks, bias, padding, dropout, priors, strides, scales, rows that see nothing, and nothing at all."""
         check_backend("triton", case)
+
+    @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+    def test_head_dim_in_chunks(monkeypatch: pytest.MonkeyPatch, deterministic: bool):
+        """Where whole tiles would spill, products over head_dim take some columns at a time: every kernel, a width that chunks do not divide."""
+        monkeypatch.setattr(configurations, "_INTERPRETED", configurations.Configuration(64, 64, 4, 1, chunk=16))
+        case = replace(SMALL, head_dim=40, padding=True, softmax_scale=-0.3, layouts=("strided_dim",) * 5)
+        torch.use_deterministic_algorithms(deterministic)
+        check_backend("triton", case)
+        torch.use_deterministic_algorithms(False)
 
     @pytest.mark.parametrize("dtype", [torch.float32, BRAIN])
     @pytest.mark.parametrize("queries", [1, 3])

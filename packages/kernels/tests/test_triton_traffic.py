@@ -32,6 +32,18 @@ def test_backward_counts():
     assert fast.added > 0 == fixed.added == queries.added
 
 
+def test_chunks_are_read_again():
+    """Where head_dim goes in chunks, owned rows are read for every tile that they meet."""
+    plan = Full().plan(Rectangle(1, Span(0, 256), Span(0, 256)))
+    tile, _ = choose("backward_keys", "sm_80", 256, 2)
+    assert tile.chunk and 256 % tile.owned == 256 % tile.streamed == 0
+    owned, met = 256 * (256 // tile.streamed), 256 * (256 // tile.owned)
+    found = [keys_traffic(plan, "sm_80", 256, 2, fast=way).loaded for way in (True, False)]
+    assert found[0] - found[1] == owned * 256 * 2
+    tables = found[1] - (2 * owned + 4 * met) * 256 * 2 - 2 * 4 * met
+    assert 0 < tables < 4096
+
+
 def test_unique_keys_issue_less_than_branches_mean():
     """LongNet in one launch does not multiply twice what two branches both see."""
     plan = Dilated((2048, 4096, 8192), (1, 2, 4)).plan(Rectangle(4, Span(0, 8192), Span(0, 8192)))

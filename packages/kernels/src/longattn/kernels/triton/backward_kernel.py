@@ -24,6 +24,7 @@ from longattn.kernels.triton.score_kernel import (
     keep,
     load_tile,
     product,
+    product_over_dims,
 )
 
 
@@ -59,11 +60,12 @@ def rows_kernel(
 @triton.jit
 def stream_queries(
     k, v, dk, dv, begin, end, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions, k_valid,
-    q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
+    k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
     scale, sm_scale, seed, threshold, rescale, first_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, REDUCE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk, dv after the entries begin .. end; scores are (keys, queries)."""
     for at in tl.range(begin, end):
@@ -85,7 +87,10 @@ def stream_queries(
             # pivot, delta: HBM -> registers, replaced every iteration; +inf makes P zero beyond the last row
             pivot = tl.load(pivot_ptr + line + q_rows, mask=q_valid, other=float("inf"))
             delta = tl.load(delta_ptr + line + q_rows, mask=q_valid, other=0.0)
-            scores = product(k, tl.trans(q), PRECISION, UPCAST) * scale + weight
+            scores = product_over_dims(
+                k, k_ptr, k_base, k_rows, k_strides, k_valid, q, q_ptr, q_base, q_rows, q_strides, q_valid,
+                BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D, CHUNK, PRECISION, UPCAST,
+            ) * scale + weight  # fmt: skip
             q_positions = find_positions(origin, unit, q_rows)
             if MASKED:
                 scores = hide(
@@ -98,21 +103,40 @@ def stream_queries(
             grad = load_tile(
                 grad_ptr, grad_base, q_rows, grad_strides[1], dims, grad_strides[3], q_valid, HEAD_DIM, BLOCK_D, MASKED
             )
-            dp = product(v, tl.trans(grad), PRECISION, UPCAST)
+            dp = product_over_dims(
+                v, v_ptr, v_base, k_rows, v_strides, k_valid, grad, grad_ptr, grad_base, q_rows, grad_strides, q_valid,
+                BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D, CHUNK, PRECISION, UPCAST,
+            )  # fmt: skip
             dropped = p
             if DROPOUT:
                 kept = keep(seed, threshold, batch, head + first_head, q_positions[None, :], k_positions[:, None])
                 dropped = tl.where(kept, p * rescale, 0.0)
                 dp = tl.where(kept, dp * rescale, 0.0)
             dv += product(dropped.to(grad.dtype), grad, PRECISION, UPCAST)
+            if CHUNK < BLOCK_D:
+                # Only now is all of q needed: L2 -> SRAM, not held since the scores.
+                q = load_tile(
+                    q_ptr, q_base, q_rows, q_strides[1], dims, q_strides[3], q_valid, HEAD_DIM, BLOCK_D, MASKED
+                )
             ds = (p * (dp - delta[None, :])).to(q.dtype)
             dk += product(ds, q, PRECISION, UPCAST)
             if REDUCE:
-                dq = product(tl.trans(k), ds, PRECISION, UPCAST) * sm_scale
                 # head_dim is a constant, so an address a row is all that registers hold.
-                dq_at = dq_ptr + (line + q_rows.to(tl.int64))[None, :] * HEAD_DIM + dims[:, None]
-                # dq share: registers -> L2, added there in float32, every iteration
-                tl.atomic_add(dq_at, dq, mask=(dims < HEAD_DIM)[:, None] & q_valid[None, :], sem="relaxed")
+                dq_at = dq_ptr + (line + q_rows.to(tl.int64))[None, :] * HEAD_DIM
+                # Products outside tensor cores do not gain from narrow ones.
+                WIDTH: tl.constexpr = BLOCK_D if k_ptr.dtype.element_ty == tl.float32 else CHUNK
+                for begin_dim in tl.range(0, BLOCK_D, WIDTH):
+                    some = begin_dim + tl.arange(0, WIDTH)
+                    part = k
+                    if CHUNK < BLOCK_D:
+                        # CHUNK columns of k: L2 -> SRAM, for one product
+                        part = load_tile(
+                            k_ptr, k_base, k_rows, k_strides[1], some, k_strides[3], k_valid, HEAD_DIM, BLOCK_D, True
+                        )
+                    dq = product(tl.trans(part), ds, PRECISION, UPCAST) * sm_scale
+                    inside = (some < HEAD_DIM)[:, None] & q_valid[None, :]
+                    # dq share: registers -> L2, added there in float32, every iteration
+                    tl.atomic_add(dq_at + some[:, None], dq, mask=inside, sem="relaxed")
     return dk, dv
 
 
@@ -123,7 +147,7 @@ def keys_kernel(
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides, mask_strides, bias_strides, padding_strides,
     scale, sm_scale, seed, threshold, rescale, first_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, REDUCE: tl.constexpr,
+    CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, REDUCE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the keys of job program_id(0), batch element program_id(1); with REDUCE their share of dq too."""
@@ -148,17 +172,17 @@ def keys_kernel(
         edge = tl.where(count < BLOCK_N, dense, edge)
         dk, dv = stream_queries(
             k, v, dk, dv, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
-            k_valid, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
+            k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
             mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, sm_scale, seed, threshold, rescale, first_head,
-            GROUP, HEAD_DIM, BLOCK_M, BLOCK_D, LISTED, MASK_ALL, DROPOUT, REDUCE, PRECISION, UPCAST,
+            GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, MASK_ALL, DROPOUT, REDUCE, PRECISION, UPCAST,
         )  # fmt: skip
         dk, dv = stream_queries(
             k, v, dk, dv, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
-            k_valid, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
+            k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
             mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, sm_scale, seed, threshold, rescale, first_head,
-            GROUP, HEAD_DIM, BLOCK_M, BLOCK_D, LISTED, True, DROPOUT, REDUCE, PRECISION, UPCAST,
+            GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, True, DROPOUT, REDUCE, PRECISION, UPCAST,
         )  # fmt: skip
         mask = k_valid[:, None] & (dims < HEAD_DIM)[None, :]
         # dk, dv: registers -> HBM, once a job

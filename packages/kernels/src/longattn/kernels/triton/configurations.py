@@ -1,13 +1,15 @@
 """Tile sizes: one table per architecture and head_dim. `ahead` compiles every line of it for its target and checks what it needs.
 
-A line is (rows of the owned tile, rows of the streamed tile, warps, pipeline stages). Lines are chosen by the element size as well: a
-float32 tile is twice as large, and its products without tf32 do not run on tensor cores.
+A line is (rows of the owned tile, rows of the streamed tile, warps, pipeline stages), and, where whole tiles would not fit in registers,
+the columns of head_dim that a product over it takes at a time. Lines are chosen by the element size as well: a float32 tile is twice as
+large, and its products without tf32 do not run on tensor cores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 """Widths of tiles; a head_dim is padded to the next, in registers and SRAM only."""
@@ -17,12 +19,17 @@ KERNELS = ("forward", "decode", "backward_keys", "backward_queries")
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """One line of the table: rows of the owned and of the streamed tile, warps and pipeline stages of a program."""
+    """One line of the table: rows of the owned and of the streamed tile, warps and pipeline stages of a program.
+
+    Attributes:
+        chunk: columns of head_dim that a product over it takes at a time; 0: all, and the owned tile stays in SRAM or registers.
+    """
 
     owned: int
     streamed: int
     warps: int
     stages: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,7 @@ ARCHITECTURES = {
     found.name: found
     for found in (
         Architecture("sm_80", "cuda", 80, 32, 166_912),
+        Architecture("sm_89", "cuda", 89, 32, 101_376, threads=1536),
         Architecture("sm_90", "cuda", 90, 32, 232_448),
         Architecture("sm_100", "cuda", 100, 32, 232_448),
         Architecture("gfx942", "hip", "gfx942", 64, 65_536, registers=131_072),
@@ -55,24 +63,33 @@ ARCHITECTURES = {
 }
 
 
-Tile = tuple[int, int, int, int]
+Tile = tuple[int, ...]
+"""Fields of a `Configuration`, in order."""
 
 _FLOAT32: dict[str, tuple[Tile, ...]] = {
-    # Without tf32 products run outside tensor cores, and operands stand in registers: small tiles, the same everywhere.
-    "forward": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
-    "decode": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 16, 8, 1)),
-    "backward_keys": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
-    "backward_queries": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    # Without tf32 products run outside tensor cores, and operands stand in registers: small tiles, the same on all of NVIDIA's.
+    "forward": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1), (64, 32, 8, 1, 32)),
+    "decode": ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1, 32), (64, 32, 8, 1, 32)),
+    "backward_keys": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1, 32), (16, 16, 8, 1, 32)),
+    "backward_queries": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1, 32), (64, 32, 8, 1, 32)),
 }
-"""kernel -> a tile for each of HEAD_DIMS; on gfx942 with one stage."""
+"""kernel -> a tile for each of HEAD_DIMS."""
+
+_FLOAT32_GFX942: dict[str, tuple[Tile, ...]] = {
+    # Four warps may have 512 registers each, eight only 256.
+    "forward": ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
+    "decode": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (32, 16, 8, 1)),
+    "backward_keys": ((32, 32, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 8, 1), (32, 16, 4, 1)),
+    "backward_queries": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 4, 1)),
+}
 
 _HALF: dict[str, dict[str, tuple[Tile, ...]]] = {
     # kernel -> architecture -> a tile for each of HEAD_DIMS
     "forward": {
-        "sm_80": ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)),
-        "sm_90": ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)),
+        "sm_80": ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 1, 64)),
+        "sm_90": ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 1, 64)),
         "sm_100": ((128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 8, 1)),
-        "gfx942": ((128, 128, 8, 1), (128, 128, 8, 1), (128, 128, 8, 1), (128, 64, 4, 1), (64, 64, 4, 1)),
+        "gfx942": ((128, 64, 8, 1), (128, 64, 8, 1), (128, 128, 8, 1), (128, 64, 4, 1), (64, 64, 4, 1)),
     },
     "decode": {
         "sm_80": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 8, 1)),
@@ -81,15 +98,15 @@ _HALF: dict[str, dict[str, tuple[Tile, ...]]] = {
         "gfx942": ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
     },
     "backward_keys": {
-        "sm_80": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1), (16, 16, 8, 1)),
-        "sm_90": ((128, 64, 8, 2), (64, 64, 4, 1), (128, 32, 8, 2), (32, 32, 4, 1), (32, 16, 8, 1)),
-        "sm_100": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 1), (32, 32, 8, 1)),
-        "gfx942": ((128, 64, 8, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
+        "sm_80": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 1, 64), (32, 32, 8, 1, 32)),
+        "sm_90": ((128, 64, 8, 2), (64, 64, 4, 1), (128, 32, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1, 32)),
+        "sm_100": ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 1, 64)),
+        "gfx942": ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (32, 16, 4, 1)),
     },
     "backward_queries": {
-        "sm_80": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
-        "sm_90": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
-        "sm_100": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        "sm_80": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1, 32)),
+        "sm_90": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 1)),
+        "sm_100": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "gfx942": ((128, 64, 8, 1), (128, 64, 8, 1), (128, 64, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
     },
 }
@@ -98,52 +115,23 @@ _HALF: dict[str, dict[str, tuple[Tile, ...]]] = {
 def _lines() -> Iterator[tuple[tuple[str, str, int, int], Configuration]]:
     for kernel, architectures in _HALF.items():
         for name, tiles in architectures.items():
-            for head_dim, half, full in zip(HEAD_DIMS, tiles, _FLOAT32[kernel], strict=True):
-                yield (kernel, name, head_dim, 2), Configuration(*half)
-                stages = 1 if name == "gfx942" else full[3]
-                yield (kernel, name, head_dim, 4), Configuration(*full[:3], stages)
+            wide = (_FLOAT32_GFX942 if name == "gfx942" else _FLOAT32)[kernel]
+            # Tiles of sm_80 need no more SRAM than sm_89 has.
+            names = ("sm_80", "sm_89") if name == "sm_80" else (name,)
+            for target, (head_dim, half, full) in product(names, zip(HEAD_DIMS, tiles, wide, strict=True)):
+                yield (kernel, target, head_dim, 2), Configuration(*half)
+                yield (kernel, target, head_dim, 4), Configuration(*full)
 
 
 TABLE: dict[tuple[str, str, int, int], Configuration] = dict(_lines())
 """(kernel, architecture, head_dim, bytes an element) -> tile."""
-
-SPILLS: dict[tuple[str, str, int, int], int] = {
-    ("forward", "gfx942", 128, 4): 32,
-    ("forward", "gfx942", 256, 4): 484,
-    ("decode", "gfx942", 128, 4): 56,
-    ("backward_keys", "sm_80", 128, 2): 128,
-    ("backward_keys", "sm_80", 256, 2): 480,
-    ("backward_keys", "sm_100", 256, 2): 16,
-    ("backward_keys", "sm_80", 128, 4): 296,
-    ("backward_keys", "sm_80", 256, 4): 360,
-    ("backward_keys", "sm_90", 128, 4): 288,
-    ("backward_keys", "sm_90", 256, 4): 312,
-    ("backward_keys", "sm_100", 128, 4): 280,
-    ("backward_keys", "sm_100", 256, 4): 328,
-    ("backward_keys", "gfx942", 256, 4): 248,
-    ("backward_queries", "sm_80", 128, 4): 200,
-    ("backward_queries", "sm_80", 256, 4): 208,
-    ("backward_queries", "sm_90", 128, 4): 192,
-    ("backward_queries", "sm_90", 256, 4): 200,
-    ("backward_queries", "sm_100", 128, 4): 216,
-    ("backward_queries", "sm_100", 256, 4): 224,
-    ("backward_queries", "gfx942", 256, 4): 136,
-}
-"""Lines for which no tile without spills was found: bytes a thread keeps in memory there. They are right, and slower than they should be.
-
-Operands of products that do not change in the loop are kept in registers as fragments, once for each warp that needs them; at these
-widths they do not fit beside the sums. More than this is a fault.
-"""
 
 _INTERPRETED = Configuration(64, 64, 4, 1)
 """Under the interpreter tiles cost by their number, not by their size."""
 
 
 def table_architecture(name: str) -> str:
-    """The table's architecture that serves the named one: itself, the nearest below, or the one that needs least SRAM.
-
-    sm_86, sm_89 and sm_12x have 99 KiB of SRAM a program: the tiles of gfx942, which has 64, fit there.
-    """
+    """The table's architecture that serves the named one: itself, or the nearest. sm_86, sm_87 and sm_12x are served as sm_89."""
     if name in ARCHITECTURES:
         return name
     if name.startswith("gfx"):
@@ -151,7 +139,7 @@ def table_architecture(name: str) -> str:
     number = int(name.removeprefix("sm_").rstrip("af"))
     if number // 10 in (10, 11):
         return "sm_100"
-    return "sm_90" if number // 10 == 9 else "gfx942"
+    return "sm_90" if number // 10 == 9 else "sm_89"
 
 
 def choose(kernel: str, architecture: str, head_dim: int, element_size: int) -> tuple[Configuration, int]:

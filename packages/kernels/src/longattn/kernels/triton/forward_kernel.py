@@ -23,17 +23,19 @@ from longattn.kernels.triton.score_kernel import (
     keep,
     load_tile,
     product,
+    product_over_dims,
 )
 
 
 @triton.jit
 def stream_keys(
     q, m, l, acc, begin, end, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
-    k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
+    q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
     scale, seed, threshold, rescale, first_head,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+    LISTED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, FLIP: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """m, l, acc after the entries begin .. end; without MASKED every pair of their tiles is visible."""
     for at in tl.range(begin, end):
@@ -49,7 +51,12 @@ def stream_keys(
             k_rows = find_rows(rows_ptr, start, step, offs_n, count, LISTED)
             # k tile: HBM -> SRAM, replaced every iteration
             k = load_tile(k_ptr, k_base, k_rows, k_strides[1], dims, k_strides[3], k_valid, HEAD_DIM, BLOCK_D, MASKED)
-            scores = product(q, tl.trans(k), PRECISION, UPCAST)
+            scores = product_over_dims(
+                q, q_ptr, q_base, q_rows, q_strides, q_valid, k, k_ptr, k_base, k_rows, k_strides, k_valid,
+                BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, CHUNK, PRECISION, UPCAST,
+            )  # fmt: skip
+            if FLIP:
+                scores = -scores
             if MASKED:
                 k_positions = find_positions(origin, unit, k_rows)
                 scores = hide(
@@ -89,8 +96,8 @@ def forward_kernel(
     mask_strides, bias_strides, padding_strides, part_strides,
     scale, seed, threshold, rescale, first_head,
     GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, FLIP: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr,
+    FLIP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Jobs program_id(0), + num_programs(0), ... of batch element program_id(1); see the module. scale is times log2 e and positive."""
     batch = tl.program_id(1).to(tl.int64)
@@ -109,28 +116,26 @@ def forward_kernel(
         q_positions = find_positions(origin, unit, q_rows)
         row_mask = q_valid[:, None] & (dims < HEAD_DIM)[None, :]
         head_at, row_at = heads.to(tl.int64), q_rows.to(tl.int64)
-        q_at = q_ptr + batch * q_strides[0] + head_at[:, None] * q_strides[2] + row_at[:, None] * q_strides[1]
+        q_base = batch * q_strides[0] + head_at[:, None] * q_strides[2]
         # q tile: HBM -> SRAM, stays for all its keys
-        q = tl.load(q_at + dims[None, :] * q_strides[3], mask=row_mask, other=0.0)
-        if FLIP:
-            q = -q
+        q = load_tile(q_ptr, q_base, q_rows, q_strides[1], dims, q_strides[3], q_valid, HEAD_DIM, BLOCK_D, True)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # running max: registers, stays
         l = tl.zeros([BLOCK_M], tl.float32)  # running sum: registers, stays
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # output: registers, stays
         k_base, v_base = batch * k_strides[0] + kv_head * k_strides[2], batch * v_strides[0] + kv_head * v_strides[2]
         m, l, acc = stream_keys(
             q, m, l, acc, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
-            k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
+            q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
             mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, BLOCK_N, BLOCK_D, LISTED, MASK_ALL, DROPOUT, PRECISION, UPCAST,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, MASK_ALL, DROPOUT, FLIP, PRECISION, UPCAST,
         )  # fmt: skip
         m, l, acc = stream_keys(
             q, m, l, acc, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
-            k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
+            q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
             mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, BLOCK_N, BLOCK_D, LISTED, True, DROPOUT, PRECISION, UPCAST,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, True, DROPOUT, FLIP, PRECISION, UPCAST,
         )  # fmt: skip
         total = tl.where(l == 0.0, 1.0, l)
         acc = acc / total[:, None]

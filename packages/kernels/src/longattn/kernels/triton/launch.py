@@ -62,6 +62,7 @@ def tile_options(call: Call, configuration: Configuration, width: int) -> dict[s
     return {
         "HEAD_DIM": call.q.shape[-1],
         "BLOCK_D": width,
+        "CHUNK": configuration.chunk or width,
         "MASK_ALL": call.mask is not None or call.bias is not None or call.key_padding is not None,
         "DROPOUT": call.dropout_p > 0,
         "PRECISION": precision(call.q.dtype),

@@ -19,17 +19,18 @@ from longattn.kernels.triton.score_kernel import (
     keep,
     load_tile,
     product,
+    product_over_dims,
 )
 
 
 @triton.jit
 def gather_dq(
     q, grad, dq, pivot, delta, begin, end, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions, q_valid,
-    k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
+    q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
     scale, seed, threshold, rescale, first_head,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LISTED: tl.constexpr,
-    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+    LISTED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq after the entries begin .. end."""
     for at in tl.range(begin, end):
@@ -46,7 +47,10 @@ def gather_dq(
             k_positions = find_positions(origin, unit, k_rows)
             # k tile: HBM -> SRAM, replaced every iteration
             k = load_tile(k_ptr, k_base, k_rows, k_strides[1], dims, k_strides[3], k_valid, HEAD_DIM, BLOCK_D, MASKED)
-            scores = product(q, tl.trans(k), PRECISION, UPCAST) * scale + weight
+            scores = product_over_dims(
+                q, q_ptr, q_base, q_rows, q_strides, q_valid, k, k_ptr, k_base, k_rows, k_strides, k_valid,
+                BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, CHUNK, PRECISION, UPCAST,
+            ) * scale + weight  # fmt: skip
             if MASKED:
                 scores = hide(
                     scores, q_valid[:, None], k_valid[None, :], q_positions[:, None] - k_positions[None, :], low, high,
@@ -56,7 +60,10 @@ def gather_dq(
             p = tl.exp2(scores - pivot[:, None])
             # v tile: HBM -> SRAM, replaced every iteration
             v = load_tile(v_ptr, v_base, k_rows, v_strides[1], dims, v_strides[3], k_valid, HEAD_DIM, BLOCK_D, MASKED)
-            dp = product(grad, tl.trans(v), PRECISION, UPCAST)
+            dp = product_over_dims(
+                grad, grad_ptr, grad_base, q_rows, grad_strides, q_valid, v, v_ptr, v_base, k_rows, v_strides, k_valid,
+                BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, CHUNK, PRECISION, UPCAST,
+            )  # fmt: skip
             if DROPOUT:
                 kept = keep(seed, threshold, batch, head + first_head, q_positions[:, None], k_positions[None, :])
                 dp = tl.where(kept, dp * rescale, 0.0)
@@ -72,7 +79,7 @@ def queries_kernel(
     q_strides, k_strides, v_strides, grad_strides, dq_strides, mask_strides, bias_strides, padding_strides,
     scale, sm_scale, seed, threshold, rescale, first_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
+    CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq of the queries of job program_id(0), batch element program_id(1); with ADD onto what an earlier launch left."""
@@ -102,17 +109,17 @@ def queries_kernel(
         k_base, v_base = batch * k_strides[0] + kv_head * k_strides[2], batch * v_strides[0] + kv_head * v_strides[2]
         dq = gather_dq(
             q, grad, dq, pivot, delta, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions,
-            q_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
+            q_valid, q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
             mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, BLOCK_N, BLOCK_D, LISTED, MASK_ALL, DROPOUT, PRECISION, UPCAST,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, MASK_ALL, DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
         dq = gather_dq(
             q, grad, dq, pivot, delta, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions,
-            q_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
+            q_valid, q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
             mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, BLOCK_N, BLOCK_D, LISTED, True, DROPOUT, PRECISION, UPCAST,
+            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, True, DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
         dq *= sm_scale
         mask = q_valid[:, None] & (dims < HEAD_DIM)[None, :]

@@ -56,6 +56,34 @@ def load_tile(
 
 
 @triton.jit
+def product_over_dims(
+    a, a_ptr, a_base, a_rows, a_strides, a_valid, b, b_ptr, b_base, b_rows, b_strides, b_valid,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """a @ b^T in float32: of the tiles as they are, or, with CHUNK < BLOCK_D, read once more, CHUNK columns at a time.
+
+    For widths at which operands of such a product do not fit in registers. A tile that nothing else uses is then never loaded whole.
+    """
+    if CHUNK == BLOCK_D:
+        total = product(a, tl.trans(b), PRECISION, UPCAST)
+    else:
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        # A loop, not unrolled: columns that stay for all tiles would be moved out of an unrolled one, back into registers.
+        for first in tl.range(0, BLOCK_D, CHUNK):
+            dims = first + tl.arange(0, CHUNK)
+            # CHUNK columns of a, b: L2 -> SRAM, replaced every iteration
+            a_part = load_tile(
+                a_ptr, a_base, a_rows, a_strides[1], dims, a_strides[3], a_valid, HEAD_DIM, BLOCK_D, True
+            )
+            b_part = load_tile(
+                b_ptr, b_base, b_rows, b_strides[1], dims, b_strides[3], b_valid, HEAD_DIM, BLOCK_D, True
+            )
+            total += product(a_part, tl.trans(b_part), PRECISION, UPCAST)
+    return total
+
+
+@triton.jit
 def hide(
     scores, q_valid, k_valid, distance, low, high, batch, head, q_rows, k_rows,
     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,

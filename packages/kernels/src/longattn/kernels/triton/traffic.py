@@ -44,8 +44,8 @@ class Traffic:
         return Traffic(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-def _sums(tables: JobTables) -> tuple[int, int, int]:
-    """(rows owned, rows met, bytes of tables read), over all jobs."""
+def _sums(tables: JobTables) -> tuple[int, int, int, int]:
+    """(rows owned, rows met, rows owned times tiles that their job streams, bytes of tables read), over all jobs."""
     column = {name: tables.jobs[:, at].astype(np.int64) for at, name in enumerate(JOB_FIELDS)}
     counts = tables.entries[:, ENTRY_FIELDS.index("count")].astype(np.int64)
     before = np.concatenate([[0], np.cumsum(counts)])
@@ -54,7 +54,7 @@ def _sums(tables: JobTables) -> tuple[int, int, int]:
     owned = int(column["count"].sum())
     width = 4 * (len(ENTRY_FIELDS) + 1)
     read = tables.jobs.nbytes + entries * width + (4 * (owned + met) if tables.listed else 0)
-    return owned, met, read
+    return owned, met, int((column["count"] * tables.tiles).sum()), read
 
 
 def forward_traffic(plan: Plan, architecture: str, head_dim: int, element: int) -> Traffic:
@@ -65,11 +65,11 @@ def forward_traffic(plan: Plan, architecture: str, head_dim: int, element: int) 
     passes = query_passes(plan).launches
     for number, launch in enumerate(passes):
         tables = query_tables(plan, number, (tile.owned, tile.streamed))
-        owned, met, read = _sums(tables)
+        owned, met, again, read = _sums(tables)
         out = element if len(passes) == 1 else STATE
         merged = 0 if launch.fresh else owned * (head_dim * out + STATE)
         total += Traffic(
-            owned * head_dim * element + 2 * met * head_dim * element + read + merged,
+            ((again if tile.chunk else owned) + 2 * met) * head_dim * element + read + merged,
             owned * (head_dim * out + STATE),
             0,
             4 * int(tables.tiles.sum()) * tile.owned * tile.streamed * width,
@@ -85,10 +85,12 @@ def keys_traffic(
     """The backward launch where keys own: five products with dq's reduce-add, or four without."""
     tile, width = choose("backward_keys", architecture, head_dim, element)
     tables = key_tables(plan, group, (tile.owned, tile.streamed))
-    owned, met, read = _sums(tables)
+    owned, met, again, read = _sums(tables)
     pairs, products = sum(branch.pairs * branch.heads.length for branch in plan.branches), 5 if fast else 4
+    # In chunks v is read again for each tile of queries, k once more for dq, and q and dO twice.
+    kept, streamed = ((3 if fast else 2) * again, 4 * met) if tile.chunk else (2 * owned, 2 * met)
     return Traffic(
-        2 * owned * head_dim * element + met * (2 * head_dim * element + 2 * STATE) + read,
+        (kept + streamed) * head_dim * element + 2 * met * STATE + read,
         2 * owned * head_dim * element,
         met * head_dim * STATE if fast else 0,
         2 * products * int(tables.tiles.sum()) * tile.owned * tile.streamed * width,
@@ -105,11 +107,11 @@ def queries_traffic(plan: Plan, architecture: str, head_dim: int, element: int) 
     passes = query_passes(plan).launches
     for number, launch in enumerate(passes):
         tables = query_tables(plan, number, (tile.owned, tile.streamed))
-        owned, met, read = _sums(tables)
+        owned, met, again, read = _sums(tables)
         out = element if len(passes) == 1 else STATE
         total += Traffic(
-            owned * (2 * head_dim * element + 2 * STATE)
-            + 2 * met * head_dim * element
+            (2 * again + 3 * met if tile.chunk else 2 * owned + 2 * met) * head_dim * element
+            + 2 * owned * STATE
             + read
             + (0 if launch.fresh else owned * head_dim * out),
             owned * head_dim * out,
