@@ -153,13 +153,17 @@ def test_one_key_far_above_the_rest():
         close(attended(high, values, q, 5000, 1.0), oracle(q, high, values, 1.0))
 
 
+@pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_nan_in_a_query_is_not_hidden(dtype: torch.dtype):
-    """Where a query is NaN so is its row, and no other."""
-    q, keys, values = made(2, 3, 100, 32, dtype)
+@pytest.mark.parametrize("at", [0, 40, 99, 2400])
+def test_nan_that_is_seen_is_not_lost(dtype: torch.dtype, at: int):
+    """Where a query is NaN so is its row, where a visible key is so are the rows that see it, and no others."""
+    q, keys, values = made(2, 3, 2500, 32, dtype)
     q[1, 1, 7] = torch.nan
-    got = attended(keys, values, q, 100, 0.3)
+    got = attended(keys, values, q, 2500, 0.3)
     assert got[1, 1].isnan().all() and got.isnan().sum() == 32
+    keys[0, at, 3] = torch.nan
+    assert attended(keys, values, q, 2500, 0.3).isnan().sum() == 4 * 32
 
 
 def test_empty_calls():

@@ -110,6 +110,20 @@ def test_denormals(dtype: torch.dtype):
     assert small.isfinite().all() and (small >= 0).all() and (small <= 4 * tiny).all()
 
 
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [9, 100])
+def test_nan_in_a_key_reaches_who_sees_it(level: str, dtype: torch.dtype, length: int, monkeypatch: pytest.MonkeyPatch):
+    """It is not taken for a key of weight zero; rows before it are as they were."""
+    monkeypatch.setenv("LONGATTN_NATIVE", level)
+    q, k, v = torch.randn(3, 1, length, 2, 16).to(dtype)
+    k[0, 7, 1, 5] = torch.nan
+    state = attend(q, k, v, Full(causal=True), backend="native")
+    seen = state.out.isnan()
+    assert seen[0, 7:, 1].all() and not seen[0, :7].any() and not seen[0, :, 0].any()
+    assert torch.equal(state.lse.isnan(), seen.all(-1))
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 3.0, 40.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_from_nothing_to_huge(scale: float, dtype: torch.dtype):

@@ -61,16 +61,16 @@ static INLINE float largest(Floats x) {
 #endif
 }
 
-// 2^x for x <= 127; 0 where the result would be below 2^-126, -inf included. Relative error 7.5e-8 (DEGREE 5) or 7.5e-5 (DEGREE 3, for
+// 2^x for x <= 127; 0 where the result would be below 2^-126, -inf included; NaN where x is. Relative error 7.5e-8 (DEGREE 5) or 7.5e-5 (DEGREE 3, for
 // probabilities that are rounded to bfloat16 next): minimax polynomials of the fraction.
 template <int DEGREE>
 static INLINE Floats exp2(Floats x) {
 #if defined(__AVX512DQ__)
-    x = (Floats)_mm512_max_ps((__m512)x, _mm512_set1_ps(-200.f));
+    x = (Floats)_mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);  // of two operands with a NaN it takes the second
     Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-    x = x > -126.f ? x : splat(-127.f);
-    x = x < 127.f ? x : splat(127.f);
+    x = x < -126.f ? splat(-127.f) : x;
+    x = x > 127.f ? splat(127.f) : x;
     Ints whole = __builtin_convertvector(x + 128.f, Ints) - 128;  // truncation of a positive number is its floor
     Floats f = x - __builtin_convertvector(whole, Floats);
 #endif
