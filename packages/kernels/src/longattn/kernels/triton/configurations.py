@@ -69,7 +69,7 @@ Tile = tuple[int, ...]
 _FLOAT32: dict[str, tuple[Tile, ...]] = {
     # Without tf32 products run outside tensor cores, and operands stand in registers: small tiles, the same on all of NVIDIA's.
     "forward": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1), (64, 32, 8, 1, 32)),
-    "decode": ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1, 32), (64, 32, 8, 1, 32)),
+    "decode": ((32, 16, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1, 32), (64, 32, 8, 1, 32)),
     "backward_keys": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1, 32), (16, 16, 8, 1, 32)),
     "backward_queries": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1, 32), (64, 32, 8, 1, 32)),
 }
