@@ -19,6 +19,7 @@ The same case under a tuned malloc, in a process of its own, has rows of its own
     MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 python -m benchmarks.run buffers --only touch
 """
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -66,7 +67,7 @@ def _our_step(way: str, shape: tuple[int, ...]) -> Step:
     if way == "slot":
         return slot.acquire
     if way == "keyed":
-        return lambda: manager.allocate(_TEMP, shape, torch.float32, _CPU)
+        return functools.partial(manager.allocate, _TEMP, shape, torch.float32, _CPU)
     if way == "touch":
         return lambda: manager.allocate(_TEMP, shape, torch.float32, _CPU).fill_(1.0)
     if way == "touch-slot":
@@ -88,7 +89,7 @@ def _torch_step(way: str, shape: tuple[int, ...]) -> Step:
         return lambda: torch.empty((next(lengths), *shape[1:]), dtype=torch.float32)
     if way.startswith("touch"):
         return lambda: torch.empty(shape, dtype=torch.float32).fill_(1.0)
-    return lambda: torch.empty(shape, dtype=torch.float32)
+    return functools.partial(torch.empty, shape, dtype=torch.float32)
 
 
 def _often(step: Step, many: int) -> Step:

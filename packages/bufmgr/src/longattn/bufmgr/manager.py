@@ -9,7 +9,6 @@ from sys import getrefcount
 
 import torch
 from torch import compiler, get_default_dtype
-from torch.compiler import is_dynamo_compiling
 
 from longattn.bufmgr.adaptors import StatisticsAllocator
 from longattn.bufmgr.allocator import Allocator
@@ -25,7 +24,7 @@ from longattn.bufmgr.profile import Profile
 from longattn.bufmgr.report import Reports
 from longattn.bufmgr.request import BufferRequest, function_modes, resolve_request
 from longattn.bufmgr.scope import BufferScope, innermost_scope
-from longattn.bufmgr.slots import PreparedSlot, SlotTable, is_plain
+from longattn.bufmgr.slots import PreparedSlot, SlotTable, in_graphs, is_plain
 from longattn.bufmgr.spec import BufferConfig, BufferType, merge_configs, parse_type
 from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy, numa_nodes
 
@@ -107,6 +106,21 @@ class AttentionBufferManager(SlotTable, Reports):
         """How soon free memory goes back when memory gets short."""
         return self._gauge.cleanup
 
+    def _allocate_in_graph(
+        self,
+        type: BufferType | str,  # noqa: A002
+        shape: Sequence[int],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        zero_init: bool | None = None,
+    ) -> torch.Tensor:
+        zero = self.configs[parse_type(type)].zero_init if zero_init is None else zero_init
+        return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
+
+    def _deallocate_in_graph(self, tensor: torch.Tensor, type: BufferType | str) -> None:  # noqa: A002
+        pass
+
+    @in_graphs(_allocate_in_graph)
     def allocate(
         self,
         type: BufferType | str,  # noqa: A002 - the name in the public signature
@@ -124,9 +138,8 @@ class AttentionBufferManager(SlotTable, Reports):
         Raises TypeError or ValueError naming the parameter, MemoryError for sizes that cannot be had (the accelerator's
         own torch.OutOfMemoryError there). After an error nothing is leased.
         """
-        if is_dynamo_compiling() or compiler._is_compiling_flag:  # a graph owns its memory
-            zero = self.configs[parse_type(type)].zero_init if zero_init is None else zero_init
-            return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
+        if compiler._is_compiling_flag:
+            return self._allocate_in_graph(type, shape, dtype, device, zero_init)
         if zero_init is None or zero_init.__class__ is bool:  # the short way of SlotTable.empty, and zeros
             try:
                 slot = self._slots[type, shape, get_default_dtype() if dtype is None else dtype, device]
@@ -166,6 +179,7 @@ class AttentionBufferManager(SlotTable, Reports):
         dtype, device = dtype or tensor.dtype, tensor.device if device is None else device
         return self.allocate(type, tensor.shape, dtype, device, zero_init)
 
+    @in_graphs(_deallocate_in_graph)
     def deallocate(self, tensor: torch.Tensor, type: BufferType | str) -> None:  # noqa: A002
         """Give a buffer back under the type it was allocated as.
 
@@ -175,7 +189,7 @@ class AttentionBufferManager(SlotTable, Reports):
 
         Raises ValueError for a view, a tensor from elsewhere, another type and a second release; TypeError for no tensor.
         """
-        if is_dynamo_compiling() or compiler._is_compiling_flag:
+        if compiler._is_compiling_flag:
             return
         kind = type if isinstance(type, BufferType) else parse_type(type)
         self._book.release(tensor, kind, getrefcount(tensor))

@@ -10,12 +10,12 @@ True in a shape) are kept out by a look at the types, once for each shape object
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from sys import getrefcount
+from typing import Any, TypeVar
 
 import torch
 from torch import compiler, get_default_dtype
-from torch.compiler import is_dynamo_compiling
 
 from longattn.bufmgr.book import LeaseBook
 from longattn.bufmgr.guard import TAKEN
@@ -25,6 +25,23 @@ from longattn.bufmgr.spec import BufferType, parse_type
 
 _INTEGERS = {int}
 _CPU_FORMS = (None, "cpu", torch.device("cpu"))
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def in_graphs(twin: Callable[..., Any]) -> Callable[[_Method], _Method]:
+    """Have torch.compile trace `twin` in place of the method below: a graph owns its memory.
+
+    The mark is the one by which torch.jit shows its functions to Dynamo. Asking torch.compiler.is_dynamo_compiling() at
+    every hit would take a tenth of its time. Other ways of tracing set `torch.compiler._is_compiling_flag`.
+    """
+
+    def mark(method: _Method) -> _Method:
+        method.__dict__["_torchdynamo_inline"] = twin
+        return method
+
+    return mark
 
 
 def is_plain(shape: Sequence[int], slot: Lease) -> bool:
@@ -51,6 +68,15 @@ class SlotTable:
         self.open_scopes = 0
         self._prepared: weakref.WeakSet[PreparedSlot] = weakref.WeakSet()
 
+    def _empty_in_graph(
+        self, shape: Sequence[int], dtype: torch.dtype | None, device: Any = None, role: str = "temp"
+    ) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def _release_in_graph(self, tensor: torch.Tensor, role: str = "temp") -> None:
+        pass
+
+    @in_graphs(_empty_in_graph)
     def empty(
         self,
         shape: Sequence[int],
@@ -62,8 +88,8 @@ class SlotTable:
 
         Raises TypeError or ValueError that names the parameter, and MemoryError.
         """
-        if is_dynamo_compiling() or compiler._is_compiling_flag:  # a graph owns its memory
-            return torch.empty(shape, dtype=dtype, device=device)
+        if compiler._is_compiling_flag:
+            return self._empty_in_graph(shape, dtype, device)
         try:
             slot = self._slots[role, shape, get_default_dtype() if dtype is None else dtype, device]
         except (KeyError, TypeError):  # not yet; or a list, or what is no shape at all
@@ -79,9 +105,10 @@ class SlotTable:
                     return handle
         return self._serve(parse_type(role, "role"), role, shape, dtype, device, False)
 
+    @in_graphs(_release_in_graph)
     def release(self, tensor: torch.Tensor, role: str = "temp") -> None:
         """Give back what `empty` returned for this role; see AttentionBufferManager.deallocate, whose rules hold."""
-        if torch.compiler.is_compiling():
+        if compiler._is_compiling_flag:
             return
         self._book.release(tensor, parse_type(role, "role"), getrefcount(tensor))
 
@@ -155,25 +182,30 @@ class PreparedSlot:
         """Go the long way once."""
         self._slot = NO_SLOT
 
+    def _acquire_in_graph(self) -> torch.Tensor:
+        request, _, zero = self._arguments
+        make = torch.zeros if zero else torch.empty
+        return make(request.shape, dtype=request.dtype, device=request.device)
+
+    @in_graphs(_acquire_in_graph)
     def acquire(self) -> torch.Tensor:
         """Return a buffer. Raises MemoryError."""
-        if not is_dynamo_compiling() and not compiler._is_compiling_flag:
-            slot = self._slot
-            handle = slot.master.data
-            if slot.owners.value == TAKEN or slot.has_one_handle():
-                slot.handle_id = id(handle)
-                clock = slot.clock
-                clock.now = slot.used = clock.now + 1
-                if self._zeroes:
-                    handle.zero_()
-                return handle
+        if compiler._is_compiling_flag:
+            return self._acquire_in_graph()
+        slot = self._slot
+        handle = slot.master.data
+        if slot.owners.value == TAKEN or slot.has_one_handle():
+            slot.handle_id = id(handle)
+            clock = slot.clock
+            clock.now = slot.used = clock.now + 1
+            if self._zeroes:
+                handle.zero_()
+            return handle
+        del handle
         return self._acquire_elsewhere()
 
     def _acquire_elsewhere(self) -> torch.Tensor:
         request, kind, zero = self._arguments
-        if torch.compiler.is_compiling():  # a graph owns its memory
-            make = torch.zeros if zero else torch.empty
-            return make(request.shape, dtype=request.dtype, device=request.device)
         tensor, slot = self._table._serve_request(request, kind, zero)
         long_way = self._table.long_way or self._table.open_scopes
         self._slot = slot if slot is not None and slot.is_slot and not long_way else NO_SLOT
