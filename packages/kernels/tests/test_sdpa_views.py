@@ -1,15 +1,24 @@
-"""The rows through torch's CUDA kernels: called as they want to be, on meta tensors, and why they refuse. Nothing runs on a GPU here."""
+"""The rows through torch's CUDA kernels. Nothing runs on a GPU here: on meta tensors torch checks how its kernels are called, and stand-ins
+on the CPU make numbers, which the oracle checks.
 
+The stand-ins take what the kernels take, refuse what they refuse (widths that are no multiple of 8, rows of a mask that are not aligned,
+an lse that is not padded), and are computed in float64 by the book, so nothing of ours is in them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from longattn.kernels import explain
+from longattn.kernels import dispatch, explain, torch_sdpa_views
 from longattn.kernels.call import Call
 from longattn.kernels.dispatch import row
 from longattn.kernels.environment import TorchAllocator
-from longattn.patterncache import Dilated, Full, Pattern, Rectangle, Span, Window
+from longattn.kernels.testing import Case, check_backend
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Restrict, Span, Window
 
 ROWS = pytest.mark.parametrize("name", ["sdpa_views", "sdpa_views_cudnn"])
 
@@ -53,3 +62,161 @@ def test_shapes_go_through(name: str, pattern: Pattern, kv_heads: int):
 def test_reasons(name: str, options: dict[str, Any], words: str):
     asked: dict[str, Any] = {"dtype": torch.float16, "device": "cuda", **options}
     assert any(words in reason for reason in dict(explain(Full(), (1, 64, 4, 64), **asked).rows)[name])
+
+
+_LSE_ROWS = 32
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, bias: Tensor | None) -> Tensor:
+    scores = q.double() @ k.double().transpose(-1, -2) * scale
+    if bias is not None:
+        scores = scores + bias.double()
+    if causal:  # top-left, as torch's kernels are where both lengths are equal
+        assert q.shape[2] == k.shape[2], "a causal tile is a square"
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+    return scores
+
+
+def _check(widest: int, *tensors: Tensor) -> None:
+    for x in tensors:
+        assert x.dtype in (torch.float16, torch.bfloat16), x.dtype
+        assert x.shape[-1] % 8 == 0 and x.shape[-1] <= widest, f"head_dim={x.shape[-1]}"
+        assert x.stride(-1) == 1, "the last axis is contiguous"
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, scale, causal, bias)
+    # A row that saw nothing is NaN here, whatever the kernels leave there.
+    return (scores.softmax(-1) @ v.double()).to(q.dtype), scores.logsumexp(-1).float()
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, p: float, causal: bool, debug: bool, *, scale: float) -> tuple[Any, ...]:
+    _check(256, q, k, v)
+    out, lse = _attend(q, k, v, scale, causal, None)
+    nothing = torch.empty(0)
+    return out, lse, nothing, nothing, q.shape[2], k.shape[2], nothing, nothing, nothing
+
+
+def _cudnn(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, with_lse: bool, p: float, causal: bool, debug: bool, *, scale: float
+) -> tuple[Any, ...]:  # fmt: skip
+    assert with_lse and bias is None
+    _check(128, q, k, v)
+    found = _flash(q, k, v, p, causal, debug, scale=scale)
+    return found[0], found[1].unsqueeze(-1), *found[2:]
+
+
+def _aligned(bias: Tensor) -> None:
+    assert bias.stride(-1) == 1 and all(step % 8 == 0 for step in bias.stride()[:-1]), "rows of a mask are aligned"
+
+
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, with_lse: bool, *, scale: float
+) -> tuple[Any, ...]:
+    assert with_lse and bias is not None
+    _check(1 << 16, q, k, v)
+    _aligned(bias)
+    out, lse = _attend(q, k, v, scale, False, bias)
+    lse = torch.nn.functional.pad(lse, (0, -q.shape[2] % _LSE_ROWS), value=torch.inf)
+    return out, lse, torch.empty(0), torch.empty(0)
+
+
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    p = (_scores(q, k, scale, causal, bias) - lse.double().unsqueeze(-1)).exp()
+    go, delta = grad.double(), (grad.double() * out.double()).sum(-1, keepdim=True)
+    ds = p * (go @ v.double().transpose(-1, -2) - delta) * scale
+    dq, dk, dv = ds @ k.double(), ds.transpose(-1, -2) @ q.double(), p.transpose(-1, -2) @ go
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cum_q: Any, cum_k: Any, nq: int, nk: int,
+    p: float, causal: bool, seed: Tensor, offset: Tensor, *, scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    _check(256, grad, q, k, v, out)
+    assert lse.is_contiguous() and lse.dtype == torch.float32 and (nq, nk) == (q.shape[2], k.shape[2])
+    return _gradients(grad, q, k, v, out, lse, scale, causal, None)
+
+
+def _efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor,
+    p: float, wanted: list[bool], causal: bool = False, *, scale: float,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    _check(1 << 16, grad, q, k, v, out)
+    assert lse.shape[2] % _LSE_ROWS == 0 and list(wanted) == [True, True, True, False]
+    if bias is not None:
+        _aligned(bias)
+    return *_gradients(grad, q, k, v, out, lse[..., : q.shape[2]], scale, causal, bias), torch.empty(0)
+
+
+_KERNELS = {
+    "_scaled_dot_product_flash_attention": _flash,
+    "_scaled_dot_product_flash_attention_backward": _flash_backward,
+    "_scaled_dot_product_cudnn_attention": _cudnn,
+    "_scaled_dot_product_efficient_attention": _efficient,
+    "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
+}
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The rows on CPU tensors, with stand-ins for torch's CUDA kernels; the names of those that were called."""
+    names: list[str] = []
+
+    def noting(name: str, function: Any) -> Any:
+        return lambda *args, **named: (names.append(name), function(*args, **named))[1]
+
+    for name, function in _KERNELS.items():
+        monkeypatch.setattr(torch.ops.aten, name, noting(name, function))
+    for member in ("FLASH", "CUDNN"):
+        home: torch_sdpa_views.ViewsRow = getattr(torch_sdpa_views, member)
+        here = replace(home.CAPABILITY, devices=("cpu",), dtypes={"cpu": (torch.float16, torch.bfloat16)})
+        monkeypatch.setattr(torch_sdpa_views, member, replace(home, CAPABILITY=here))
+    dispatch.row.cache_clear()
+    dispatch.explain_problem.cache_clear()
+    yield names
+    monkeypatch.undo()
+    dispatch.row.cache_clear()
+    dispatch.explain_problem.cache_clear()
+
+
+SMALL = Case(Full(), (70, 70), batch=2, kv_heads=2, group=2, head_dim=16, dtype=torch.float16)
+
+
+@ROWS
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        replace(SMALL, pattern=Full(causal=True), head_dim=20, dtype=torch.bfloat16),
+        replace(SMALL, pattern=Window(20, sinks=3), group=1),
+        replace(SMALL, pattern=Dilated((32, 64), (1, 2))),
+        replace(SMALL, pattern=Dilated((32, 64), (1, 4), heads="blocks", causal=True), prior=True),
+        replace(SMALL, pattern=BlockSparse(16, [[(i + j) % 3 != 1 for j in range(5)] for i in range(5)])),
+        replace(SMALL, pattern=Restrict(Window(9), Dilated((4,), (2,))), lengths=(20, 20)),
+        replace(SMALL, mask="bhqk", padding=True, prior=True, head_dim=40),
+        replace(SMALL, mask="+hqk", pattern=Dilated((32,), (2,), causal=True)),
+        replace(SMALL, layouts=("strided_dim", "heads_first", "sliced", "expanded_heads", "expanded_dim")),
+        replace(SMALL, pattern=Full(causal=True), softmax_scale=-0.5),
+        replace(SMALL, lengths=(5, 0), prior=True),
+    ],
+    ids=["dense", "odd_width", "window", "longnet", "causal", "blocks", "listed", "masks", "bias", "strides", "negative_scale", "no_keys"],
+)  # fmt: skip
+def test_numbers(called: list[str], name: str, case: Case):
+    """Views, masks, merges and gradients through the merged lse, against the oracle."""
+    check_backend(name, case)
+    mine = "_scaled_dot_product_cudnn_attention" if name.endswith("cudnn") else "_scaled_dot_product_flash_attention"
+    other = "_scaled_dot_product_flash_attention" if name.endswith("cudnn") else "_scaled_dot_product_cudnn_attention"
+    assert other not in called
+    plain = not (case.mask or case.padding or case.lengths[1] == 0)
+    assert (mine in called) == plain or case.softmax_scale == -0.5
+
+
+def test_wider_than_flash_with_an_lse_cotangent(called: list[str]):
+    """256 columns and the one of an lse cotangent are more than flash's backward takes."""
+    check_backend(
+        "sdpa_views", replace(SMALL, pattern=Full(causal=True), head_dim=256, lengths=(40, 40), group=1, batch=1)
+    )
+    assert called[-1] == "_scaled_dot_product_efficient_attention_backward"

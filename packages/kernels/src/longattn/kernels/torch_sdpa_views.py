@@ -28,6 +28,12 @@ _WITH_FLASH = Capability(
     deterministic=("cpu",),
     architectures=("sm_8?*", "sm_9?*", "sm_1??*", "gfx90a", "gfx94?", "gfx950"),
 )
+_WIDTH = 8
+"""What head_dim must be a multiple of in all these kernels; torch pads before it calls them."""
+
+_FLASH_WIDTH = 256
+"""The largest head_dim of FlashAttention; the memory-efficient kernel has no bound."""
+
 _MASK_ALIGNMENT = 16
 """Columns that a row of a mask is padded to in memory: the memory-efficient kernel reads whole vectors of it."""
 
@@ -53,8 +59,10 @@ def _aligned(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     bias = _aligned(mask.to(q.dtype), (*q.shape[:3], k.shape[2]))
     found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+    # What it leaves in rows that see nothing is its own affair; our state is zero there.
+    blind = (mask == -torch.inf).all(-1, keepdim=True)
     # It pads its lse to whole blocks of rows.
-    return found[0], found[1][..., : q.shape[2]]
+    return found[0].masked_fill(blind, 0), found[1][..., : q.shape[2]]
 
 
 @dataclass(frozen=True)
@@ -79,36 +87,51 @@ class ViewsRow:
         dense = _cudnn if self.cudnn else _flash
 
         def compute(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Any:
-            k, v = (_shared(x, q.shape[1]) for x in (k, v))
-            return dense(q, k, v, causal, scale) if mask is None else _efficient(q, k, v, mask, scale)
+            width = q.shape[-1]
+            q, k, v = (_padded(x) for x in (q, _shared(k, q.shape[1]), _shared(v, q.shape[1])))
+            out, lse = dense(q, k, v, causal, scale) if mask is None else _efficient(q, k, v, mask, scale)
+            return out[..., :width], lse
 
         return compute
 
     def _backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Flash's backward whatever the forward was: it needs out and the merged lse, and no dropout state."""
-        kv_heads = k.shape[1]
+        """Flash's backward whatever the forward was: it needs out and the merged lse, and no dropout state.
+
+        Masked tiles, and those that are wider than flash goes once the column of an lse cotangent stands beside them, take the
+        memory-efficient one.
+        """
+        kv_heads, width = k.shape[1], q.shape[-1]
         k, v = (_shared(x, q.shape[1]) for x in (k, v))
+        grad, q, k, v, out = (_padded(x) for x in (grad, q, k, v, out))
         nothing = torch.zeros((), dtype=torch.int64, device=q.device)
-        if mask is None:
+        if mask is None and q.shape[-1] <= _FLASH_WIDTH:
             lengths = (None, None, q.shape[2], k.shape[2])
             kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
             grads = kernel(grad, q, k, v, out, lse.contiguous(), *lengths, 0.0, causal, nothing, nothing, scale=scale)
         else:
-            bias = _aligned(mask.to(q.dtype), (*q.shape[:3], k.shape[2]))
+            bias = None if mask is None else _aligned(mask.to(q.dtype), (*q.shape[:3], k.shape[2]))
             rows = -(-q.shape[2] // 32) * 32
             padded = torch.nn.functional.pad(lse, (0, rows - q.shape[2]), value=torch.inf)
             wanted = (True, True, True, False)
             kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-            grads = kernel(grad, q, k, v, bias, out, padded, nothing, nothing, 0.0, wanted, False, scale=scale)[:3]
+            grads = kernel(grad, q, k, v, bias, out, padded, nothing, nothing, 0.0, wanted, causal, scale=scale)[:3]
         dq, dk, dv = grads
-        return dq, *(x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))
+        # Rounded once, after heads that share keys were added.
+        dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv))
+        return dq[..., :width], dk[..., :width], dv[..., :width]
 
 
 def _shared(x: Tensor, heads: int) -> Tensor:
     """Keys or values (tiles, kv_heads, count, d) for as many query heads: repeated, for not all of these kernels group them."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Columns of zeros up to a width that the kernels take; itself where it has one."""
+    missing = -x.shape[-1] % _WIDTH
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 FLASH = ViewsRow(_WITH_FLASH, cudnn=False)
