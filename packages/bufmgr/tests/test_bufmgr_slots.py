@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longattn.bufmgr import AttentionBufferManager, BufferConfig, BufferType
-from longattn.bufmgr.guard import fresh_counts
+from longattn.bufmgr.guard import TAKEN, fresh_counts
 from longattn.bufmgr.testing import FailingAllocator
 
 TEMP, OUTPUT = BufferType.TEMP, BufferType.OUTPUT
@@ -75,6 +75,26 @@ def test_zeros_that_are_asked_for_or_declined_are_a_hit_too(kind: BufferType, mo
     for wanted, zeros in ((False, False), (True, True), (None, kind is OUTPUT), (False, False)):
         manager.allocate(kind, SHAPE).fill_(7.0)
         assert manager.allocate(kind, SHAPE, zero_init=wanted).unique().tolist() == [0.0 if zeros else 7.0]
+
+
+@pytest.mark.parametrize("way", ["allocate", "empty", "acquire"])
+def test_the_long_way_does_not_hold_a_slot_in_use(way: str, monkeypatch: pytest.MonkeyPatch):
+    """Who finds a slot in use lets go of it first: else threads that wait would keep it from its next user."""
+    manager = AttentionBufferManager()
+    prepared = manager.prepare(TEMP, SHAPE)
+    take = {
+        "allocate": lambda: manager.allocate(TEMP, SHAPE),
+        "empty": lambda: manager.empty(SHAPE, torch.float32),
+        "acquire": prepared.acquire,
+    }[way]
+    take()
+    held = take()
+    (slot,) = manager._book.caches[TEMP].slots
+    owners: list[int] = []
+    serve = manager._serve_request
+    monkeypatch.setattr(manager, "_serve_request", lambda *a: (owners.append(slot.owners.value), serve(*a))[1])
+    assert take().data_ptr() != held.data_ptr()
+    assert owners == [TAKEN]
 
 
 def test_several_in_use_are_several_buffers():

@@ -155,6 +155,7 @@ class AttentionBufferManager(SlotTable, Reports):
                         if slot.zeroes if zero_init is None else zero_init:
                             handle.zero_()
                         return handle
+                    del handle  # so that this thread does not keep the slot from others on its long way
         kind = parse_type(type)
         if zero_init is None:
             zero_init = self.configs[kind].zero_init

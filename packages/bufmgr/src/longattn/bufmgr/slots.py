@@ -103,6 +103,7 @@ class SlotTable:
                     clock = slot.clock
                     clock.now = slot.used = clock.now + 1
                     return handle
+                del handle  # so that this thread does not keep the slot from others on its long way
         return self._serve(parse_type(role, "role"), role, shape, dtype, device, False)
 
     @in_graphs(_release_in_graph)
