@@ -4,6 +4,7 @@ Memory that is retained over the live peak of seeded traces, counted and residen
 CPU time of one; and the peak of a step with the manager over the same step without.
 """
 
+import functools
 import sys
 import threading
 import time
@@ -50,15 +51,31 @@ def resident() -> Iterator[Figure]:
             yield Figure("resident over the live peak", name, "ratio", growth / live_peak(trace), most=OVER_LIVE_PEAK)
 
 
+Take = Callable[[], object]
+_SHAPE = (4, 8, 64)
+
+
+def _by_key(manager: AttentionBufferManager, kind: BufferType) -> Take:
+    return functools.partial(manager.allocate, kind, _SHAPE, torch.float32, _CPU, False)
+
+
+# How thread number n takes its buffers.
+_WAYS: dict[str, Callable[[AttentionBufferManager, int], Take]] = {
+    "one key": lambda manager, n: _by_key(manager, BufferType.TEMP),
+    "ten keys": lambda manager, n: _by_key(manager, list(BufferType)[n % len(BufferType)]),
+    "a prepared slot each": lambda manager, n: manager.prepare(BufferType.TEMP, _SHAPE, torch.float32, _CPU).acquire,
+}
+
+
 def threads(operations: int = OPERATIONS) -> Iterator[Figure]:
     """Acquire and drop, operations for a CPU-second, beside one thread; the best of three turns each, in turn."""
-    for setting, types in (("one key", (BufferType.TEMP,)), ("ten keys", tuple(BufferType))):
+    for setting, way in _WAYS.items():
         rates: dict[int, list[float]] = {1: [], THREADS: []}
         for _ in range(3):
             for count, found in rates.items():
                 manager, done = AttentionBufferManager(), []
                 each = operations * THREADS // count
-                work = [_operations(manager, types[n % len(types)], each, done) for n in range(count)]
+                work = [_operations(way(manager, n), each, done) for n in range(count)]
                 began = time.process_time()
                 _run(work)
                 found.append(operations * THREADS / (time.process_time() - began))
@@ -70,10 +87,10 @@ def threads(operations: int = OPERATIONS) -> Iterator[Figure]:
         yield Figure("operations for a CPU-second, over one thread's", where, "ratio", many / one, beside, least=0.9)
 
 
-def _operations(manager: AttentionBufferManager, kind: BufferType, many: int, done: list[int]) -> Callable[[], None]:
+def _operations(take: Take, many: int, done: list[int]) -> Callable[[], None]:
     def work() -> None:
         for _ in range(many):
-            manager.allocate(kind, (4, 8, 64), torch.float32, _CPU, False)
+            take()
         done.append(many)  # a thread that met an error does not come here
 
     return work
