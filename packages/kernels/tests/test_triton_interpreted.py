@@ -9,9 +9,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.kernels import AttentionState, attend, explain, merge
 from longattn.kernels.dispatch import row
@@ -27,6 +30,24 @@ LONGNET = Dilated((64, 128), (1, 2))
 BLOCKS = BlockSparse(32, [[(i + j) % 3 != 0 for j in range(5)] for i in range(5)])
 LISTED = Restrict(Window(9), Dilated((4,), (2,)))
 HALF, BRAIN = torch.float16, torch.bfloat16
+
+
+class Recorder(TorchDispatchMode):
+    """Every operation of torch, those inside our ops included, and the calls of our ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        if func.namespace != "longattn":
+            return func(*args, **(kwargs or {}))
+        self.calls.append((func, args))
+        with self:
+            return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **(kwargs or {}))
+
 
 if not INSIDE:
 
@@ -172,6 +193,57 @@ else:
         torch.testing.assert_close(mapped[0], eager)
         with torch.autocast("cpu", torch.bfloat16):
             assert attend(q, k, v, Full(), backend="triton", out_dtype=BRAIN).out.dtype == BRAIN
+
+    def test_checked_and_exported():
+        """opcheck over the ops with this row named, and an exported program gives eager's numbers."""
+        q, k, v = (torch.randn(1, 20, 2, 16, requires_grad=True) for _ in range(3))
+        seen = Recorder()
+        with seen:
+            attend(q, k, v, Full(causal=True), backend="triton").out.sum().backward()
+        assert [str(func) for func, _ in seen.calls] == ["longattn.attend.default", "longattn.attend_backward.default"]
+        for func, args in seen.calls:
+            torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
+
+        class Module(torch.nn.Module):
+            def forward(self, q: torch.Tensor) -> torch.Tensor:
+                return attend(q, q, q, Full(causal=True), backend="triton").out
+
+        program = torch.export.export(Module(), (q.detach(),))
+        torch.testing.assert_close(program.module()(q.detach()), Module()(q.detach()))
+
+    @pytest.mark.parametrize(
+        "pattern", [Full(causal=True), LONGNET, LONGNET.with_causal(True), Window(9, sinks=2)], ids=str
+    )
+    def test_a_call_waits_for_no_device(monkeypatch: pytest.MonkeyPatch, pattern: Pattern):
+        """Once its tables are there, neither way reads a number back, asks for positions or copies between devices: a graph can hold it.
+
+        Counted over everything but the kernels themselves, which the interpreter runs through numpy.
+        """
+        from longattn.kernels.triton import launch, launch_backward
+
+        launched: list[str] = []
+        for module in (launch, launch_backward):
+            monkeypatch.setattr(module, "run", lambda kernel, *_, **__: launched.append(kernel.__name__))
+        q, k, v = (torch.randn(1, 140, 2, 16, requires_grad=True) for _ in range(3))
+
+        def step() -> None:
+            attend(q, k, v, pattern, backend="triton").out.sum().backward()
+
+        step()  # tables are made and copied once
+        launched.clear()
+        with Recorder() as seen:
+            step()
+        assert "forward_kernel" in launched and "keys_kernel" in launched
+        waiting = (
+            "_local_scalar_dense",
+            "nonzero",
+            "is_nonzero",
+            "unique",
+            "masked_select",
+            "_to_copy.default",
+            "equal",
+        )
+        assert not [name for name in seen.names if any(word in name for word in waiting)]
 
     def test_the_row_is_first_where_it_can_serve():
         """On CPU tensors only while interpreting."""
