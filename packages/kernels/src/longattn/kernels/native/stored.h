@@ -7,6 +7,8 @@
 
 constexpr int64_t STEP = 2 * VL;
 
+// Words of two numbers, wherever such a number may begin.
+typedef int32_t HalfAlignedInts __attribute__((vector_size(VL * 4), aligned(2), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
 
 struct Pair {
@@ -42,7 +44,7 @@ struct Stored16
     // Products of bfloat16 as they are stored, two to a lane.
     typedef Floats Key;
     static constexpr int64_t QUERY = VL;
-    static INLINE Key key(const char* p) { return load((const float*)p); }
+    static INLINE Key key(const char* p) { return (Floats)(Ints)*(const HalfAlignedInts*)p; }
     static INLINE Key key(const char* p, int64_t n) { return (Floats)_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p); }
     static INLINE void keep(float* to, Key x) { store(to, x); }
     static INLINE Floats multiply(Floats sum, const float* q, Key k) { return BFloat16::add(sum, load(q), k); }
@@ -52,7 +54,7 @@ struct Stored16
 #endif
     static constexpr int64_t BYTES = 2 * STEP;
     static INLINE Pair apart(Ints x) { return {(Floats)(x << 16), (Floats)(x & int32_t(0xffff0000))}; }
-    static INLINE Pair step(const char* p) { return apart(*(const LooseInts*)p); }
+    static INLINE Pair step(const char* p) { return apart(*(const HalfAlignedInts*)p); }
 #if defined(__AVX512BW__)
     static INLINE Pair step(const char* p, int64_t n) {
         return apart((Ints)_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p));

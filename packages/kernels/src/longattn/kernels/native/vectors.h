@@ -69,8 +69,9 @@ static INLINE Floats exp2(Floats x) {
     x = (Floats)_mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);  // of two operands with a NaN it takes the second
     Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-    x = x < -126.f ? splat(-127.f) : x;
-    x = x > 127.f ? splat(127.f) : x;
+    const Floats given = x;
+    x = x > -126.f ? x : splat(-127.f);
+    x = x < 127.f ? x : splat(127.f);
     Ints whole = __builtin_convertvector(x + 128.f, Ints) - 128;  // truncation of a positive number is its floor
     Floats f = x - __builtin_convertvector(whole, Floats);
 #endif
@@ -89,7 +90,8 @@ static INLINE Floats exp2(Floats x) {
 #if defined(__AVX512DQ__)
     return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
-    return p * (Floats)((whole + 127) << 23);  // exponent field 0 is the number 0
+    const Floats power = p * (Floats)((whole + 127) << 23);  // exponent field 0 is the number 0
+    return given == given ? power : given;
 #endif
 }
 
