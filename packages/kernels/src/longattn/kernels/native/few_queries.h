@@ -7,7 +7,8 @@
 #include "pack.h"
 #include "stored.h"
 
-constexpr int64_t FEW_KEYS = 32;   // keys of a tile
+constexpr int64_t FEW_KEYS = 64;   // keys of a tile
+constexpr int64_t AHEAD = 16;      // keys from what is read to what is fetched: nearer is late, farther is a start anew for each tile
 constexpr int64_t MOST_FEW = 16;   // query rows of a task
 constexpr int64_t MOST_WIDE = 256; // numbers of a row
 
@@ -65,7 +66,7 @@ private:
         constexpr int operator()() const { return N; }
     };
 
-    // The lines of a step, into L2: a tile ahead, into L1 it would push out what is in use.
+    // The lines of a step, into L2: into L1 they would push out what is in use.
     static INLINE void fetch(const char* p) {
         __builtin_prefetch(p, 0, 2);
         if (Stored::BYTES > 64) __builtin_prefetch(p + 64, 0, 2);
@@ -110,8 +111,8 @@ private:
     template <int R, int W>
     void score_steps(int64_t r0) {
         const float* q = Q + r0 * MOST_WIDE;
-        // k: memory -> registers; the tile after this one is on its way to L2 meanwhile.
-        const int64_t ahead = r0 ? 0 : FEW_KEYS * all.k_step;
+        // k: memory -> registers; the keys after these are on their way to L2 meanwhile.
+        const int64_t ahead = r0 ? 0 : AHEAD * all.k_step;
         for (int64_t j = 0; j < n; j += VL) {
             Floats sums[R][VL];
 #pragma GCC unroll 16
@@ -175,7 +176,7 @@ private:
         Floats s[R][2 * P];
         float* to = acc + r0 * wide + c0 * STEP;
         const float* p = scores + r0 * FEW_KEYS;
-        const int64_t ahead = r0 ? 0 : FEW_KEYS * all.v_step;
+        const int64_t ahead = r0 ? 0 : AHEAD * all.v_step;
         for (int r = 0; r < R; r++)
             for (int x = 0; x < 2 * P; x++) s[r][x] = load(to + r * wide + x * VL) * factor[r0 + r];
         for (int64_t j = 0; j < n; j++) {
