@@ -28,7 +28,7 @@ LARGE_BYTES = 64 * 1024
 """From this size on blocks come from an arena's segments; smaller ones would waste too much of a page."""
 
 _SLACK = 0.015  # and rounding to pages stays below 2 %
-_FLOOR_BYTES = 16 << 20
+_FLOOR_BYTES = 8 << 20
 # Clean pages cost address space only, where the system can take single pages back.
 _SEGMENT_BYTES = 1 << 30 if hasattr(mmap, "MADV_DONTNEED") else 64 << 20
 
@@ -48,7 +48,7 @@ class ArenaAllocator:
     """An Allocator for large blocks; small ones come from `upstream`.
 
     upstream: for blocks under 64 KiB. Default SystemAllocator(). limit_bytes: most bytes in use at once, default no
-    limit. floor_bytes: this much may always be held, default 16 MiB. huge_pages: ask for them (True), against them
+    limit. floor_bytes: this much may always be held, default 8 MiB. huge_pages: ask for them (True), against them
     (False), or leave it to the system (None, default).
     """
 
