@@ -25,10 +25,9 @@ if "--dry" in sys.argv:
 
 # After the paths and the variable above, which they read.
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.peers.torchscale_style import torchscale_style_attention  # noqa: E402
+from benchmarks.peers.on_gpu import peer_forward  # noqa: E402
 from benchmarks.record import surroundings  # noqa: E402
 from longattn.kernels import attend  # noqa: E402
 from longattn.kernels.testing import Case, check_backend  # noqa: E402
@@ -45,7 +44,7 @@ class Experiment:
 
     Attributes:
         key, pattern, lengths, batch, heads, head_dim: what is computed. direction: forward, backward or both.
-        peer: dense, torchscale-style or "" (none). deterministic: the second way of the backward.
+        peer: one of `peers/on_gpu.py`, or "" (none). deterministic: the second way of the backward.
         target: unit and least (for ms and us: most) value that must be reached, or None.
     """
 
@@ -90,7 +89,9 @@ def experiments(dry: bool) -> Iterator[Experiment]:
         small = Dilated((64, 128), (1, 2))
         yield Experiment("flash", Full(), (70, 70), 1, 2, 16)
         yield Experiment("flash-causal", Full(causal=True), (70, 70), 1, 1, 16, "backward", "dense")
-        yield Experiment("longnet", small, (70, 70), 1, 1, 16, "both", "torchscale-style", deterministic=True)
+        yield Experiment("flash-cudnn", Full(), (70, 70), 1, 1, 16, peer="cudnn")
+        yield Experiment("longnet", small, (128, 128), 1, 1, 16, "both", "torchscale-style", deterministic=True)
+        yield Experiment("longnet-flex", small, (128, 128), 1, 1, 16, peer="flex-permuted")
         yield Experiment("decode", Window(1 << 20), (1, 300), 1, 2, 16, target=("bandwidth", 0.85))
         return
     dims = {128: (520.0, 480.0, 400.0, 290.0), 64: (420.0, 0.0, 320.0, 230.0)}
@@ -101,6 +102,8 @@ def experiments(dry: bool) -> Iterator[Experiment]:
             target = ("TFLOP/s", causal) if causal and n == 8192 else None
             yield Experiment(f"flash-causal-{n}", Full(causal=True), *size, peer="dense", target=target)
             yield Experiment(f"flash-{n}", Full(), *size, "backward", "dense", target=("TFLOP/s", fast))
+            yield Experiment(f"flash-cudnn-{n}", Full(), *size, peer="cudnn")
+            yield Experiment(f"flash-cudnn-{n}", Full(), *size, "backward", "cudnn")
             yield Experiment(f"flash-fixed-{n}", Full(), *size, "backward", "", True, ("TFLOP/s", fixed))
         longnet = Dilated(SEGMENTS, RATES)
         size = ((131072, 131072), 1, 8, dim)
@@ -108,6 +111,8 @@ def experiments(dry: bool) -> Iterator[Experiment]:
         yield Experiment("longnet-131072-style", longnet, *size, peer="torchscale-style", target=("ratio", 1.9))
         yield Experiment("longnet-131072-style", longnet, *size, "both", "torchscale-style", target=("ratio", 2.0))
         yield Experiment("longnet-causal-131072", longnet.with_causal(True), *size)
+        # FlexAttention's block mask is made densely: at 32768 a head's still fits.
+        yield Experiment("longnet-32768-flex", longnet, (32768, 32768), 1, 8, dim, peer="flex-permuted")
     # 512 MiB of keys and values, bfloat16.
     yield Experiment("decode-512MiB", Window(1 << 30), (1, 131072), 8, 16, 64, target=("bandwidth", 0.85))
     yield Experiment("overhead", Full(), (16, 16), 1, 1, 64, target=("us", 40.0))
@@ -160,20 +165,20 @@ def graded(asked: Experiment, forward: Callable[[], Tensor], data: list[Tensor])
     return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
 
 
-def peer(asked: Experiment, data: list[Tensor]) -> Callable[[], object] | None:
-    """What the row is compared with: cuDNN or flash, whichever torch prefers here, over the dense or gathered rows."""
-    q, k, v, _ = data
-    causal = asked.pattern.causal
-    if asked.peer == "dense":
-
-        def dense() -> Tensor:
-            turned = [x.transpose(1, 2) for x in (q, k, v)]
-            return F.scaled_dot_product_attention(turned[0], turned[1], turned[2], is_causal=causal).transpose(1, 2)
-
-        return graded(asked, dense, data)
-    if asked.peer == "torchscale-style" and data[0].is_cuda:
-        return graded(asked, lambda: torchscale_style_attention(q, k, v, SEGMENTS, RATES, causal=causal), data)
-    return None
+def peer_times(asked: Experiment, data: list[Tensor], device: str, repeats: int) -> list[float]:
+    """Milliseconds of the peer, which must say what we say; none where there is no peer, or torch does not serve it, with its reason."""
+    forward = peer_forward(asked.peer, data[0], data[1], data[2], asked.pattern)
+    if forward is None:
+        return []
+    try:
+        theirs = torch.no_grad()(forward)()
+    except RuntimeError as refusal:
+        print(f"{asked.key}: {asked.peer} does not serve: {str(refusal).splitlines()[0]}", flush=True)
+        return []
+    mine = attend(data[0], data[1], data[2], asked.pattern, backend="triton", out_dtype=data[0].dtype).out
+    torch.testing.assert_close(theirs, mine, rtol=3e-2, atol=3e-2)
+    del theirs, mine
+    return measure(graded(asked, forward, data), device, repeats)
 
 
 def measure(call: Callable[[], object], device: str, repeats: int) -> list[float]:
@@ -231,10 +236,11 @@ def run(asked: Experiment, device: str, repeats: int) -> Row:
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     held = 0 if device == "cpu" else torch.cuda.memory_allocated()
-    call, other = ours(asked, data), peer(asked, data)
+    call = ours(asked, data)
     times = sorted(measure(call, device, repeats))
     extra = (torch.cuda.max_memory_allocated() - held) / 2**20 if device != "cpu" else 0.0
-    peer_ms = None if other is None else statistics.median(measure(other, device, repeats))
+    theirs = peer_times(asked, data, device, repeats)
+    peer_ms = statistics.median(theirs) if theirs else None
     us = host_us(call) if asked.target and asked.target[0] == "us" and device != "cpu" else None
     ms = statistics.median(times)
     factor = {"forward": 4, "backward": 10, "both": 14}[asked.direction]

@@ -4,8 +4,8 @@ In natural order a dilated branch touches every block of the mask, so blocks of 
 head, the rows of a branch lie together and its tiles are dense blocks; how often a key counts becomes a score modification. The
 permutation is a gather of q, k and v and a scatter of the result, and is timed; masks and compilation are not.
 
-Only for `heads="shared"`, whose offset is head % rate, and lengths that the longest segment divides. Forward only: FlexAttention has no
-backward on CPUs.
+Only for `heads="shared"`, whose offset is head % rate, and lengths that the longest segment divides. FlexAttention has no backward on CPUs.
+Compiled where tensors are many; a few hundred tokens are not worth a compiler's minute.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,15 +19,20 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 Prepared = tuple[Tensor, Any, Callable[..., Tensor]]
 
 
+_WORTH_COMPILING = 1024
+
+
 @lru_cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+def _attend(length: int) -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False) if length >= _WORTH_COMPILING else flex_attention  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=2)
-def _prepare(length: int, heads: int, segments: tuple[int, ...], rates: tuple[int, ...], causal: bool) -> Prepared:
+def _prepare(
+    length: int, heads: int, segments: tuple[int, ...], rates: tuple[int, ...], causal: bool, device: torch.device
+) -> Prepared:
     """(order (heads, length), block mask, score modification)."""
-    shortest, position = min(segments), torch.arange(length)
+    shortest, position = min(segments), torch.arange(length, device=device)
 
     def rank(h: int) -> Tensor:
         # Within each shortest segment: first the rows that most branches hold, residue by residue.
@@ -50,16 +55,16 @@ def _prepare(length: int, heads: int, segments: tuple[int, ...], rates: tuple[in
     def score(value: Tensor, b: Tensor, h: Tensor, x: Tensor, y: Tensor) -> Tensor:
         return value + times(h, order[h, x], order[h, y]).clamp(min=1).log()
 
-    return order, _blocks(mask, heads, length), score
+    return order, _blocks(mask, heads, length, device), score
 
 
-def _blocks(mask: Callable[..., Tensor], heads: int, length: int) -> BlockMask:
+def _blocks(mask: Callable[..., Tensor], heads: int, length: int, device: torch.device) -> BlockMask:
     """The block mask, head by head: its making goes through every pair, and all heads at once do not fit."""
 
     def of(head: int) -> BlockMask:
-        only = torch.tensor(head)
+        only = torch.tensor(head, device=device)
         return create_block_mask(
-            lambda b, h, x, y: mask(b, only, x, y), None, None, length, length, device="cpu", BLOCK_SIZE=128
+            lambda b, h, x, y: mask(b, only, x, y), None, None, length, length, device=str(device), BLOCK_SIZE=128
         )
 
     found = [of(head) for head in range(heads)]
@@ -88,8 +93,8 @@ def flex_permuted_attention(
         (batch, seq, heads, head_dim) in the dtype of q.
     """
     _, length, heads, _ = q.shape
-    order, blocks, score = _prepare(length, heads, tuple(segment_lengths), tuple(dilation_rates), causal)
+    order, blocks, score = _prepare(length, heads, tuple(segment_lengths), tuple(dilation_rates), causal, q.device)
     index = order.T[None, :, :, None].expand_as(q)
     mine = [x.gather(1, index).transpose(1, 2) for x in (q, k, v)]
-    out = _compiled()(*mine, score_mod=score, block_mask=blocks).transpose(1, 2)
+    out = _attend(length)(*mine, score_mod=score, block_mask=blocks).transpose(1, 2)
     return torch.empty_like(q).scatter_(1, index, out)
