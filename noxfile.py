@@ -227,7 +227,9 @@ def sanitize(session: nox.Session) -> None:
         "LONGATTN_CACHE": str(Path(session.create_tmp()).resolve() / "libraries"),
         "LONGATTN_NATIVE_FLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     }
-    tests = [f"packages/kernels/tests/test_native_{name}.py" for name in ("rows", "short", "decode", "bad_input", "lowering")]
+    tests = [
+        f"packages/kernels/tests/test_native_{name}.py" for name in ("rows", "short", "decode", "bad_input", "lowering")
+    ]
     session.run("pytest", *tests, *session.posargs, env=environment)
 
 
