@@ -20,7 +20,9 @@ def peer_forward(name: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -
 
         def dense() -> Tensor:
             turned = [x.transpose(1, 2) for x in (q, k, v)]
-            return F.scaled_dot_product_attention(*turned, is_causal=pattern.causal).transpose(1, 2)
+            return F.scaled_dot_product_attention(turned[0], turned[1], turned[2], is_causal=pattern.causal).transpose(
+                1, 2
+            )
 
         def pinned() -> Tensor:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
