@@ -126,6 +126,15 @@ def test_preallocated_buffers_hit():
     assert (stats["cache_hits"], stats["cache_misses"], stats["cached_buffers"]) == (4, 0, 0)
 
 
+def test_preallocated_buffers_hit_also_where_they_are_large():
+    """More than the arena's floor: what was readied is not given back before it was used once."""
+    manager = AttentionBufferManager(upstream=MemoryPool())
+    assert manager.preallocate_buffers(1, 8192, 8, 64) == 4
+    held = [manager.allocate(kind, (1, 8192, 8, 64)) for kind in ("query", "key", "value", "output")]
+    assert [manager.get_stats()["types"][kind]["cache_hits"] for kind in ("query", "key", "value", "output")] == [1] * 4
+    assert all(x.count_nonzero() == 0 for x in held)
+
+
 def test_preallocation_within_limits_and_failures():
     upstream = FailingAllocator()
     manager = AttentionBufferManager(only(K, max_cached_mb=0.001), upstream=upstream)

@@ -282,9 +282,8 @@ class AttentionBufferManager(SlotTable, Reports):
     def _prepare(self, request: BufferRequest, kinds: Sequence[BufferType]) -> int:
         ready = 0
         if request.device.type == "cpu" and request.nbytes > 0:
-            for kind in kinds:
-                size, _ = block_bounds(self._strategy(kind, request), request.nbytes)
-                ready += self._book.put_free(kind, size)
+            bounds = (block_bounds(self._strategy(kind, request), request.nbytes) for kind in kinds)
+            ready = self._book.put_free((kind, size) for kind, (size, _) in zip(kinds, bounds, strict=True))
         LOGGER.debug("preallocation: %d of %d buffers of %s are ready", ready, len(kinds), request.describe())
         return ready
 

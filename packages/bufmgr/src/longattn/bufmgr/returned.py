@@ -9,7 +9,7 @@ next moves pending blocks on. The upstream is never called inside the gate.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -103,29 +103,38 @@ class FreeMemory(ForkListener):
                 evicted += cache.put(lease.block)
         return evicted
 
-    def put_free(self, kind: BufferType, size: int) -> bool:
-        """Make sure that the cache of this type has a free block of `size` bytes; return whether it has.
+    def put_free(self, wanted: Iterable[tuple[BufferType, int]]) -> int:
+        """Make sure that the cache of each type has a free block of so many bytes; return how many have.
 
-        Raises MemoryError when the upstream refuses.
+        Raises MemoryError when the upstream refuses, after which what was readied so far stays.
         """
         self.settle(blocking=True)
-        cache = self.caches[kind]
-        if cache.holds(size):
-            return True
-        if not cache.admits(size):
-            return False
+        ready, fresh = 0, list[tuple[BufferType, Block]]()
+        try:
+            for kind, size in wanted:
+                cache = self.caches[kind]
+                if cache.holds(size):
+                    ready += 1
+                elif cache.admits(size):
+                    # Held until all are there: an arena keeps free what was once in use together, not what was idle from the first.
+                    fresh.append((kind, self._written(size)))
+                    ready += 1
+        finally:
+            evicted = [block for _, block in fresh]
+            if self._gate.enter(blocking=True):
+                try:
+                    evicted = [left for kind, block in fresh for left in self.caches[kind].put(block)] + self._drain()
+                finally:
+                    self._gate.leave()
+            self._to_upstream(evicted)
+        return ready
+
+    def _written(self, size: int) -> Block:
         block = self.upstream.allocate(size)
         # Writing every page now is what makes the later hit cheaper than a fresh block; zeros stay zeros.
         torch.frombuffer(memoryview(block.memory), dtype=torch.uint8).zero_()
         block.zeroed = True
-        evicted = [block]
-        if self._gate.enter(blocking=True):
-            try:
-                evicted = cache.put(block) + self._drain()
-            finally:
-                self._gate.leave()
-        self._to_upstream(evicted)
-        return True
+        return block
 
     def clear(self, kind: BufferType | None = None) -> int:
         """Give the free blocks of one type, or of all, to the upstream; return their bytes. Leased ones stay leased."""
