@@ -66,15 +66,12 @@ def repeated(make: Callable[[], Step], batch: int, dtype: torch.dtype, steps: in
     return prepare
 
 
-_full_ring = functools.lru_cache(maxsize=1)(ring_and_memory)
-"""The ring that both sides of a row read: how fast memory is depends on where it lies."""
+Ring = Callable[[], tuple[Step, Tensor]]
+"""A step over a full ring, and the ring's memory, made when first asked for: both sides of a row read the same bytes."""
 
 
-def reads(size: int, dtype: torch.dtype) -> dict[str, Make]:
+def reads() -> dict[str, Callable[[Ring], Make]]:
     """Reading the bytes of a ring's keys and values once, in three ways."""
-
-    def data() -> Tensor:
-        return _full_ring(size, 1, dtype)[1]
 
     def copied(x: Tensor, room: int = 1 << 18) -> Callable[[], object]:
         near = torch.empty(min(room, x.numel()))
@@ -91,9 +88,9 @@ def reads(size: int, dtype: torch.dtype) -> dict[str, Make]:
         return lambda: torch.dot(x[:half], x[half:])
 
     return {
-        "read-sum": lambda: data().sum,
-        "read-dot": lambda: dotted(data()),
-        "read-memcpy": lambda: copied(data()),
+        "read-sum": lambda ring: lambda: ring()[1].sum,
+        "read-dot": lambda ring: lambda: dotted(ring()[1]),
+        "read-memcpy": lambda ring: lambda: copied(ring()[1]),
     }
 
 
@@ -140,13 +137,15 @@ def experiments(quick: bool) -> Iterator[Calls]:
 
 def _bandwidth(size: int, dtype: torch.dtype, quick: bool) -> Iterator[Calls]:
     name = str(dtype).removeprefix("torch.")
-    for peer, make in reads(size, dtype).items():
+    for peer, make in reads().items():
+        # Lives as long as the row's two calls.
+        shared: Ring = functools.cache(lambda: ring_and_memory(size, 1, dtype))
         yield Calls(
             name=f"bandwidth-{name}",
             labels=Labels("decode", "1 step b1", peer, name, size, True, "forward"),
             targets=Targets() if quick else Targets(ratio=SHARE),
-            ours=repeated(lambda: _full_ring(size, 1, dtype)[0], 1, dtype, 1),
-            peer=make,
+            ours=repeated(lambda shared=shared: shared()[0], 1, dtype, 1),
+            peer=make(shared),
             gate=lambda: wrong(installed()["torch.cat"], dtype),
         )
 

@@ -14,7 +14,6 @@ from longattn.attention import (
     RingDilatedAttentionV2,
 )
 from longattn.attention.testing import MULTIHEAD_PRESETS, PRESET_FLAGS, PRESETS, small_inputs, small_preset
-from longattn.bufmgr import get_global_memory_pool
 
 ALL = {**PRESETS, **MULTIHEAD_PRESETS}
 SHAPE = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
@@ -23,12 +22,6 @@ SHAPE = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
 def everything(name):
     """Every flag that the preset takes, on; but a lightweight pool would lease nothing of this size."""
     return dict.fromkeys(PRESET_FLAGS[name], True) | {"lightweight_pool": False}
-
-
-def pool_leases():
-    """How many buffers of the global pool are in use, and how many were ever asked for."""
-    stats = get_global_memory_pool().get_stats()
-    return stats["total_allocated"] - stats["cached_bytes"], stats["allocation_count"]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -50,7 +43,7 @@ def test_copies_have_an_environment_of_their_own(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_threads_share_a_module_its_pool_and_its_cache(name):
+def test_threads_share_a_module_its_pool_and_its_cache(name, pool_leases):
     """Right answers from eight threads, and nothing stays in use."""
     module = small_preset(name, **everything(name))
     plain = small_preset(name)
@@ -64,7 +57,8 @@ def test_threads_share_a_module_its_pool_and_its_cache(name):
         barrier.wait()
         for _ in range(5):
             with torch.no_grad():
-                if not torch.equal(module(*jobs[at]), expected[at]):
+                # Not bits: a thread of ours has torch's default number of threads, and products split among them round otherwise.
+                if not torch.allclose(module(*jobs[at]), expected[at], rtol=1e-5, atol=1e-5):
                     wrong.append(at)
 
     threads = [threading.Thread(target=work, args=(at,)) for at in range(len(jobs))]
@@ -110,7 +104,7 @@ def test_gradients_are_those_without_flags(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_an_exception_inside_forward_leaves_nothing_leased(name, monkeypatch):
+def test_an_exception_inside_forward_leaves_nothing_leased(name, monkeypatch, pool_leases):
     """A row that breaks halfway: its accumulators go back, and the next call is right."""
     from longattn.kernels.tiles import Tile
 

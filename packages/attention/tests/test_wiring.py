@@ -13,7 +13,7 @@ from longattn.attention import (
     Wiring,
 )
 from longattn.attention.testing import MULTIHEAD_PRESETS, PRESET_FLAGS, PRESETS, small_inputs, small_preset
-from longattn.bufmgr import get_global_memory_pool, reset_global_memory_pool
+from longattn.bufmgr import reset_global_memory_pool
 from longattn.patterncache import (
     Dilated,
     get_global_pattern_cache,
@@ -24,12 +24,6 @@ ALL = {**PRESETS, **MULTIHEAD_PRESETS}
 SHAPE = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
 
 
-def pool_leases():
-    """How many buffers of the global pool are in use, and how many were ever asked for."""
-    stats = get_global_memory_pool().get_stats()
-    return stats["total_allocated"] - stats["cached_bytes"], stats["allocation_count"]
-
-
 @pytest.fixture
 def torch_rows(monkeypatch):
     """What a test says about scratch is the torch rows': the native row, which comes first, needs other scratch."""
@@ -37,7 +31,7 @@ def torch_rows(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_off_is_off(name):
+def test_off_is_off(name, pool_leases):
     """Without flags: attributes None, no manager at all, empty statistics, and no environment."""
     module = small_preset(name)
     assert (module.use_pattern_cache, module.enable_memory_pool) == (False, False)
@@ -51,7 +45,7 @@ def test_off_is_off(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_enable_memory_pool_leases_scratch_and_returns_it(name):
+def test_enable_memory_pool_leases_scratch_and_returns_it(name, pool_leases):
     """Each forward and backward asks the pool; afterwards nothing is in use."""
     module = small_preset(name, enable_memory_pool=True)
     assert module.enable_memory_pool
@@ -70,7 +64,7 @@ def test_enable_memory_pool_leases_scratch_and_returns_it(name):
 
 @pytest.mark.usefixtures("torch_rows")
 @pytest.mark.parametrize("name", ALL)
-def test_what_is_saved_for_backward_stays_leased(name):
+def test_what_is_saved_for_backward_stays_leased(name, pool_leases):
     """lse, from forward until nobody sees it."""
     out = small_preset(name, enable_memory_pool=True)(*small_inputs(name, requires_grad=True))
     assert pool_leases()[0] > 0
@@ -90,7 +84,7 @@ def test_half_precision_accumulators_are_the_pools():
 
 
 @pytest.mark.usefixtures("torch_rows")
-def test_lightweight_pool_leaves_small_scratch_to_torch():
+def test_lightweight_pool_leaves_small_scratch_to_torch(pool_leases):
     """Nothing under 1 MiB is leased."""
     q = torch.randn(1, 64, 2, 8)
     DilatedAttention(**SHAPE, enable_memory_pool=True, lightweight_pool=True)(q, q, q)
