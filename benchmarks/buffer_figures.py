@@ -6,7 +6,6 @@ CPU time of one; and the peak of a step with the manager over the same step with
 
 import functools
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,7 +14,7 @@ import torch
 from benchmarks import record
 from benchmarks.buffer_traces import TRACES, exact_key_pool, live_peak, replay, retained
 from benchmarks.cases.buffer_steps import steps
-from benchmarks.figures import Figure, append
+from benchmarks.figures import Figure, append, run_together
 from benchmarks.memory import ResidentPeak, growth_in_fresh_process
 from longattn.bufmgr import AttentionBufferManager, BufferType, MemoryPool
 
@@ -78,7 +77,7 @@ def threads(operations: int = OPERATIONS) -> Iterator[Figure]:
                 each = operations * THREADS // count
                 work = [_operations(way(manager, n), each, done) for n in range(count)]
                 began = time.process_time()
-                _run(work)
+                run_together(work)
                 found.append(operations * THREADS / (time.process_time() - began))
                 manager.check_valid()
                 assert done == [each] * count, "a thread met an error"
@@ -96,14 +95,6 @@ def _operations(take: Take, many: int, done: list[int]) -> Callable[[], None]:
         done.append(many)  # a thread that met an error does not come here
 
     return work
-
-
-def _run(work: list[Callable[[], None]]) -> None:
-    started = [threading.Thread(target=one) for one in work]
-    for thread in started:
-        thread.start()
-    for thread in started:
-        thread.join()
 
 
 def peaks() -> Iterator[Figure]:

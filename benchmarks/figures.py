@@ -79,7 +79,7 @@ def builds() -> Iterator[Figure]:
         for key in range(100):
             cache.get_or_build(key, lambda key=key: built.append(key) or time.sleep(0.001))
 
-    _run([ask] * THREADS)
+    run_together([ask] * THREADS)
     yield Figure("builds", f"{THREADS} threads, 100 keys", "per key", len(built) / 100, least=1, most=1)
 
 
@@ -91,7 +91,7 @@ def threads(many: int = 2_000_000) -> Iterator[Figure]:
             cache = PatternCache()
             cache.get_or_build(KEY, lambda: VALUE)
             began = time.process_time()
-            _run([_asking(cache, many // count)] * count)
+            run_together([_asking(cache, many // count)] * count)
             found.append(many / (time.process_time() - began))
     one, all_of_them = (max(found) for found in rates.values())
     beside = f"one thread: {1e9 / one:.0f} ns a hit"
@@ -108,7 +108,8 @@ def _asking(cache: PatternCache, many: int) -> Callable[[], None]:
     return ask
 
 
-def _run(targets: Sequence[Callable[[], None]]) -> None:
+def run_together(targets: Sequence[Callable[[], None]]) -> None:
+    """Each in a thread of its own; returns when all have ended."""
     started = [threading.Thread(target=target) for target in targets]
     for thread in started:
         thread.start()

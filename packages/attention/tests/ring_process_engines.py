@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from ring_process_setup import randn
 from torch.distributed.device_mesh import init_device_mesh
 
 from longattn.attention import Local, Ring, pattern_attention
@@ -33,11 +34,6 @@ if NIGHTLY:
         Window(4, causal=False),
         Window(3) | Full(causal=True),
     ]
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """The same on every rank."""
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def engines() -> Iterator[Schedule]:

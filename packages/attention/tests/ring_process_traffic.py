@@ -6,6 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from ring_process_setup import LONGNET, RANK, WORLD, engines, randn
 from torch.distributed.device_mesh import init_device_mesh
 
 from longattn.attention import (
@@ -17,7 +18,6 @@ from longattn.attention import (
     scheduled,
 )
 from longattn.attention.all_gather import AllGather
-from longattn.attention.layouts import LAYOUTS
 from longattn.attention.schedule import Schedule
 from longattn.attention.sharding import shard_sequence, unshard_sequence
 from longattn.attention.traffic import Call, choose, full_ring_bytes, gather_traffic, ring_traffic, ulysses_traffic
@@ -25,18 +25,6 @@ from longattn.attention.transport import Event, note, watch
 from longattn.attention.ulysses import Ulysses
 from longattn.kernels.environment import Environment, TorchAllocator
 from longattn.patterncache import Dilated, Full, Pattern, PatternCache, Window
-
-LONGNET = Dilated((6, 12, 24), (1, 2, 4), causal=True)
-WORLD, RANK = dist.get_world_size(), dist.get_rank()
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def engines() -> list[Schedule]:
-    group = dist.group.WORLD
-    return [*(Ring(group, layout=layout) for layout in LAYOUTS), AllGather(group), Ulysses(group)]
 
 
 def sent(schedule: Schedule, pattern: Pattern, length: int, dtype: torch.dtype) -> tuple[int, int]:

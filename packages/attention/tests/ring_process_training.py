@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ring_process_setup import LONGNET, RANK, WORLD, engines, randn
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,24 +23,8 @@ from longattn.attention import (
     Ring,
     pattern_attention,
 )
-from longattn.attention.all_gather import AllGather
-from longattn.attention.layouts import LAYOUTS
 from longattn.attention.schedule import Schedule
 from longattn.attention.sharding import shard_sequence
-from longattn.attention.ulysses import Ulysses
-from longattn.patterncache import Dilated
-
-LONGNET = Dilated((6, 12, 24), (1, 2, 4), causal=True)
-WORLD, RANK = dist.get_world_size(), dist.get_rank()
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def engines() -> list[Schedule]:
-    group = dist.group.WORLD
-    return [*(Ring(group, layout=layout) for layout in LAYOUTS), AllGather(group), Ulysses(group)]
 
 
 def case_tensors_sharded_on_the_sequence() -> None:
