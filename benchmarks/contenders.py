@@ -14,7 +14,7 @@ from benchmarks.peers.fma_peak import multiply_adds_of_attention
 from benchmarks.peers.gathered_blocks import GatheredBlocks
 from benchmarks.peers.torchscale_style import torchscale_style_attention
 from longattn.attention import pattern_attention
-from longattn.attention.schedule import Schedule
+from longattn.attention.schedules.base import Schedule
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern
 
 

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks import record
 from benchmarks.figures import Figure, append
-from longattn.attention.layouts import LAYOUTS
-from longattn.attention.traffic import Call, full_ring_bytes, ring_traffic
+from longattn.attention.schedules.layouts import LAYOUTS
+from longattn.attention.schedules.traffic import Call, full_ring_bytes, ring_traffic
 from longattn.patterncache import Dilated, Full
 
 LENGTH, RANKS = 65536, 4

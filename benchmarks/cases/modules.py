@@ -15,7 +15,7 @@ from benchmarks import gate
 from benchmarks.comparison import Comparison, Contender, Inputs, pattern_oracle
 from benchmarks.experiment import DIRECTIONS, Direction, Labels, Targets
 from longattn.attention import PatternAttention
-from longattn.attention.factory import create_attention
+from longattn.attention.integrations.factory import create_attention
 
 LIGHTWEIGHT = 0.98
 """What a lightweight pool may cost on fixed small shapes: 2 %."""

@@ -10,10 +10,10 @@ from ring_process_setup import randn
 from torch.distributed.device_mesh import init_device_mesh
 
 from longattn.attention import Local, Ring, pattern_attention
-from longattn.attention.all_gather import AllGather
-from longattn.attention.layouts import LAYOUTS, count_rows, select_rows
-from longattn.attention.schedule import Schedule
-from longattn.attention.ulysses import Ulysses
+from longattn.attention.schedules.all_gather import AllGather
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.layouts import LAYOUTS, count_rows, select_rows
+from longattn.attention.schedules.ulysses import Ulysses
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Window
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"

@@ -4,10 +4,10 @@ import torch
 import torch.distributed as dist
 
 from longattn.attention import Ring
-from longattn.attention.all_gather import AllGather
-from longattn.attention.layouts import LAYOUTS
-from longattn.attention.schedule import Schedule
-from longattn.attention.ulysses import Ulysses
+from longattn.attention.schedules.all_gather import AllGather
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.layouts import LAYOUTS
+from longattn.attention.schedules.ulysses import Ulysses
 from longattn.patterncache import Dilated
 
 LONGNET = Dilated((6, 12, 24), (1, 2, 4), causal=True)

@@ -17,13 +17,20 @@ from longattn.attention import (
     pattern_attention,
     scheduled,
 )
-from longattn.attention.all_gather import AllGather
-from longattn.attention.schedule import Schedule
-from longattn.attention.sharding import shard_sequence, unshard_sequence
-from longattn.attention.traffic import Call, choose, full_ring_bytes, gather_traffic, ring_traffic, ulysses_traffic
-from longattn.attention.transport import Event, note, watch
-from longattn.attention.ulysses import Ulysses
-from longattn.kernels.environment import Environment, TorchAllocator
+from longattn.attention.schedules.all_gather import AllGather
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.sharding import shard_sequence, unshard_sequence
+from longattn.attention.schedules.traffic import (
+    Call,
+    choose,
+    full_ring_bytes,
+    gather_traffic,
+    ring_traffic,
+    ulysses_traffic,
+)
+from longattn.attention.schedules.transport import Event, note, watch
+from longattn.attention.schedules.ulysses import Ulysses
+from longattn.kernels.dispatch.environment import Environment, TorchAllocator
 from longattn.patterncache import Dilated, Full, Pattern, PatternCache, Window
 
 

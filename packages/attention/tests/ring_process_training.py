@@ -23,8 +23,8 @@ from longattn.attention import (
     Ring,
     pattern_attention,
 )
-from longattn.attention.schedule import Schedule
-from longattn.attention.sharding import shard_sequence
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.sharding import shard_sequence
 
 
 def case_tensors_sharded_on_the_sequence() -> None:

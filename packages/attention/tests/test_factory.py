@@ -14,8 +14,13 @@ from longattn.attention import (
     RingBufferConfig,
     SparsePatternConfig,
 )
-from longattn.attention.attention_config import AttentionConfig, BlockSparseConfig, DilatedConfig, MultiheadConfig
-from longattn.attention.factory import (
+from longattn.attention.integrations.attention_config import (
+    AttentionConfig,
+    BlockSparseConfig,
+    DilatedConfig,
+    MultiheadConfig,
+)
+from longattn.attention.integrations.factory import (
     build_attention,
     create_attention,
     find_attention,

@@ -5,7 +5,7 @@ import torch
 
 from longattn.attention import Local, MultiheadPatternAttention, Ring, attention_weights, pattern_attention
 from longattn.kernels import reference_attention
-from longattn.kernels.environment import Environment, TorchAllocator
+from longattn.kernels.dispatch.environment import Environment, TorchAllocator
 from longattn.patterncache import Dilated, Full, PatternCache, Rectangle, Span, Window
 
 PATTERNS = [Full(), Window(7, sinks=2), Dilated((6, 20), (1, 3), causal=True)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longattn.attention.huggingface import DEFAULT_PATTERNS, register_with_transformers
+from longattn.attention.integrations.huggingface import DEFAULT_PATTERNS, register_with_transformers
 from longattn.patterncache import BlockLayout, Dilated, Full, Rectangle, Span, Window
 
 transformers = pytest.importorskip(

@@ -8,11 +8,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from longattn.attention import pattern_attention
-from longattn.attention.alibi import alibi_bias, alibi_slopes
-from longattn.attention.layers import DilatedTransformerDecoderLayer, DilatedTransformerEncoderLayer
-from longattn.attention.longnet import LongNet
+from longattn.attention.models.layers import DilatedTransformerDecoderLayer, DilatedTransformerEncoderLayer
+from longattn.attention.models.longnet import LongNet
 from longattn.attention.multihead import MultiheadPatternAttention
-from longattn.attention.rotary import rotary_angles, rotate
+from longattn.attention.sequences.alibi import alibi_bias, alibi_slopes
+from longattn.attention.sequences.rotary import rotary_angles, rotate
 from longattn.patterncache import Full, Window
 
 SHAPE = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}

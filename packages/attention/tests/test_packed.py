@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longattn.attention import Ring, pattern_attention
-from longattn.attention.packed import aligned_attention, documents_of, jagged_attention, query_spans
+from longattn.attention.sequences.varlen import aligned_attention, documents_of, jagged_attention, query_spans
 from longattn.patterncache import BlockLayout, Dilated, Full, Span, Window
 
 PATTERNS = {

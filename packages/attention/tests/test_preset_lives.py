@@ -106,7 +106,7 @@ def test_gradients_are_those_without_flags(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_an_exception_inside_forward_leaves_nothing_leased(name, monkeypatch, pool_leases):
     """A row that breaks halfway: its accumulators go back, and the next call is right."""
-    from longattn.kernels.tiles import Tile
+    from longattn.kernels.eager.tiles import Tile
 
     module = small_preset(name, **everything(name))
     x = small_inputs(name)

@@ -9,8 +9,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from longattn.attention import Local, PatternAttention, Ring, pattern_attention, scheduled
-from longattn.attention.layouts import LAYOUTS, take
+from longattn.attention import Local, PatternAttention, Ring, pattern_attention
+from longattn.attention.schedules import driver as scheduled
+from longattn.attention.schedules.layouts import LAYOUTS, take
 from longattn.attention.testing import check_schedule
 from longattn.kernels import reference_attention
 from longattn.patterncache import Dilated, Full, Pattern, Rectangle, Restrict, Span, Window

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from longattn.attention import Local, PatternAttention, Ring, pattern_attention
-from longattn.attention.layouts import LAYOUTS
+from longattn.attention.schedules.layouts import LAYOUTS
 from longattn.kernels import reference_attention
 from longattn.patterncache import Dilated, Full, Rectangle, Span, Window
 
@@ -120,7 +120,7 @@ def test_a_compiled_ring_is_one_op(ring):
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"dropout_p": 0.3, "seed": 3}, {"padding": True}], ids=str)
 def test_opcheck(options):
     """torch's own checks of the op: schema, autograd registration, fakes, and that compiled code agrees."""
-    from longattn.kernels.op import Asked
+    from longattn.kernels.ops.attend_op import Asked
 
     q, k, v = (randn(2, 11, 2, 4, seed=n).requires_grad_() for n in range(3))
     bias = randn(11, 11).requires_grad_() if "bias" in options else None

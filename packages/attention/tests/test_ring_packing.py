@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longattn.attention import AllGather, Local, Ring, Ulysses, choose, shard_sequence, unshard_sequence
-from longattn.attention.layouts import LAYOUTS, count_rows
-from longattn.attention.packing import packing_of, seen_pairs
-from longattn.attention.traffic import Call, full_ring_bytes, gather_traffic, ring_traffic, ulysses_traffic
+from longattn.attention.schedules.layouts import LAYOUTS, count_rows
+from longattn.attention.schedules.packing import packing_of, seen_pairs
+from longattn.attention.schedules.traffic import Call, full_ring_bytes, gather_traffic, ring_traffic, ulysses_traffic
 from longattn.kernels import attend
 from longattn.patterncache import Dilated, Full, Rectangle, Window
 from longattn.patterncache.testing import patterns

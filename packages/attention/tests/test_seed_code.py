@@ -90,7 +90,7 @@ def completed(cache: str) -> tuple[tuple[str, str], ...]:
 MY_ATTENTION = """
 from torch import nn
 from longattn.attention import pattern_attention
-from longattn.kernels.environment import Environment
+from longattn.kernels.dispatch.environment import Environment
 from longattn.patterncache import Dilated
 """
 

@@ -137,7 +137,7 @@ def test_use_pattern_cache_counts_a_modules_own_hits(name):
 def test_cache_on_gpu_keeps_index_tensors_with_the_plan(monkeypatch):
     """With the flag the second call makes none; without it every call makes its own."""
     made = []
-    from longattn.kernels import tiles
+    from longattn.kernels.eager import tiles
 
     original = torch.from_numpy
     monkeypatch.setattr(tiles.torch, "from_numpy", lambda rows: (made.append(rows), original(rows))[1])

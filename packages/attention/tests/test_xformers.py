@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from longattn.attention import DilatedAttention
-from longattn.attention.factory import registered_attentions
+from longattn.attention.integrations.factory import registered_attentions
+from longattn.attention.integrations.xformers import register_with_xformers
 from longattn.attention.testing import small_inputs
-from longattn.attention.xformers_registry import register_with_xformers
 
 Registry = namedtuple("Registry", ("constructor", "config"))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longattn.kernels import attend, backends, explain
-from longattn.kernels.dispatch import row
+from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import BIASES, Case, assert_near, check_backend, expect_case
 from longattn.patterncache import Dilated, Full, Pattern, Restrict, Window
 

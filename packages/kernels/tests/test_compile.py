@@ -12,8 +12,8 @@ from torch.func import grad, vmap
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longattn.kernels import attend
-from longattn.kernels.dispatch import row
-from longattn.kernels.op import LIBRARY
+from longattn.kernels.dispatch.table import row
+from longattn.kernels.ops.attend_op import LIBRARY
 from longattn.kernels.testing import assert_near
 from longattn.patterncache import BlockLayout, BlockSparse, Dilated, Full, Pattern, Restrict, Window
 
@@ -182,7 +182,7 @@ def test_checkpointing(selective: bool, p: float, compiled: bool, monkeypatch: p
     runs = []
     served = row("gather").forward
     monkeypatch.setattr(
-        "longattn.kernels.op.select",
+        "longattn.kernels.ops.attend_op.select",
         lambda *_: type(row("gather"))(
             "gather", row("gather").capability, lambda call: (runs.append(1), served(call))[1], row("gather").backward
         ),

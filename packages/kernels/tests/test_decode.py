@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longattn.kernels import reference_attention
-from longattn.kernels.decode import DecodeCache, decode_attention
 from longattn.kernels.native import building
 from longattn.kernels.native.decode import StreamedCache
+from longattn.kernels.native.decode_step import DecodeCache, decode_attention
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 NATIVE = pytest.mark.skipif(building.refusal() is not None, reason=str(building.refusal()))

@@ -11,9 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longattn.kernels
-from longattn.kernels import Capability, attend, backends, dispatch, explain
-from longattn.kernels.capability import FLOATS
-from longattn.kernels.dispatch import row
+from longattn.kernels import Capability, attend, backends, explain
+from longattn.kernels.dispatch import table as dispatch
+from longattn.kernels.dispatch.capability import FLOATS
+from longattn.kernels.dispatch.table import row
 from longattn.patterncache import BlockLayout, BlockSparse, Dilated, Full, Pattern, Restrict, Window
 
 LONGNET = Dilated((2048, 4096, 8192), (1, 2, 4), causal=True)
@@ -120,7 +121,7 @@ def test_explain_names_the_row_that_attend_uses(
         served.append(found.name)
         return found
 
-    monkeypatch.setattr("longattn.kernels.op.select", watch)
+    monkeypatch.setattr("longattn.kernels.ops.attend_op.select", watch)
     q = torch.randn(1, 8, 2, 4).to(options.get("dtype", torch.float32))
     masks = {
         "attention_mask": torch.ones(8, 8, dtype=torch.bool) if "attention_mask" in options else None,

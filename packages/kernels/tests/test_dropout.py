@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longattn.kernels import AttentionState, attend, backends, explain, merge
-from longattn.kernels.dispatch import row
+from longattn.kernels.dispatch.table import row
 from longattn.kernels.philox import keep_scale, philox
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
 from longattn.patterncache import Dilated, Full, Pattern, Restrict, Span, Window

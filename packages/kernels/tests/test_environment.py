@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longattn.kernels import Environment, attend, backends
-from longattn.kernels.environment import TorchAllocator, find_environment
+from longattn.kernels.dispatch.environment import TorchAllocator, find_environment
 from longattn.kernels.testing import Case, assert_near
 from longattn.patterncache import Dilated, Full, PatternCache, Restrict, Window, get_global_pattern_cache
 

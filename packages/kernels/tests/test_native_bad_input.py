@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longattn.kernels.call import Call
-from longattn.kernels.environment import TorchAllocator
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.native import row
 from longattn.kernels.native.arguments import CallArgument
 from longattn.kernels.native.building import refusal

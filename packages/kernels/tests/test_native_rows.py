@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longattn.kernels import Environment, attend
-from longattn.kernels.dispatch import row
+from longattn.kernels.dispatch.table import row
 from longattn.kernels.native.building import refusal
 from longattn.kernels.native.cpu import levels
 from longattn.kernels.native.row import _key_parts

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longattn.kernels import backends
-from longattn.kernels.dispatch import row
+from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import LAYOUTS, MASKS, Case, cases, check_backend, run_case
 from longattn.patterncache import Dilated, Full, Pattern, Restrict, Span, Window
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from longattn.kernels import dispatch, explain, torch_sdpa_views
-from longattn.kernels.call import Call
-from longattn.kernels.dispatch import row
-from longattn.kernels.environment import TorchAllocator
+from longattn.kernels import explain
+from longattn.kernels.dispatch import table as dispatch
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.environment import TorchAllocator
+from longattn.kernels.dispatch.table import row
+from longattn.kernels.eager import sdpa_cuda as torch_sdpa_views
 from longattn.kernels.testing import Case, check_backend
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Restrict, Span, Window
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longattn.kernels import AttentionState, attend, backends, merge, reference_attention
-from longattn.kernels.dispatch import row
+from longattn.kernels.dispatch.table import row
 from longattn.kernels.state import add_sink, state_dtype
 from longattn.kernels.testing import Case, assert_near, run_case
 from longattn.patterncache import Dilated, Full, Pattern, Span, Window

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longattn.kernels import attend, torch_tiled
+from longattn.kernels import attend
+from longattn.kernels.eager import tiled as torch_tiled
+from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.testing import Case, assert_near
-from longattn.kernels.tiles import Tile
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Restrict, Span, Window
 
 LONGNET = Dilated((8, 16), (1, 2), causal=True)

@@ -9,7 +9,7 @@ from torch.func import grad, jacrev, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from longattn.kernels import AttentionState, attend, backends, fused_attention
-from longattn.kernels.dispatch import row
+from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import Case, assert_near
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Restrict, Span, Window
 

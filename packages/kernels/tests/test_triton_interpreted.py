@@ -17,7 +17,7 @@ import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.kernels import AttentionState, attend, explain, merge
-from longattn.kernels.dispatch import row
+from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
 from longattn.kernels.triton import configurations
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Window
@@ -124,7 +124,7 @@ else:
     @pytest.mark.parametrize("queries", [1, 3])
     def test_decode_splits_keys(dtype: torch.dtype, queries: int):
         """Few queries, many keys: heads that share a kv head are one tile, keys are split over programs, and partial states merge."""
-        from longattn.kernels.triton import launch
+        from longattn.kernels.triton import launching as launch
 
         case = replace(SMALL, lengths=(queries, 400), pattern=Full(causal=True), dtype=dtype, prior=True, padding=True)
         seen = []
@@ -162,7 +162,7 @@ else:
 
     def test_the_merge_kernel_merges_like_merge():
         """Any number of parts, and rows that saw nothing, whose memory was never written."""
-        from longattn.kernels.triton.launch import merge_states
+        from longattn.kernels.triton.launching import merge_states
 
         out, lse = torch.randn(3, 1, 5, 2, 24), torch.randn(3, 1, 5, 2)
         lse[1, :, 2:] = lse[:, :, 4] = -torch.inf
@@ -219,7 +219,8 @@ else:
 
         Counted over everything but the kernels themselves, which the interpreter runs through numpy.
         """
-        from longattn.kernels.triton import launch, launch_backward
+        from longattn.kernels.triton import launch_backward
+        from longattn.kernels.triton import launching as launch
 
         launched: list[str] = []
         for module in (launch, launch_backward):

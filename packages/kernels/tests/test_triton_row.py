@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from longattn.kernels import attend, dispatch, explain
-from longattn.kernels.dispatch import RowFailure, row
+from longattn.kernels import attend, explain
+from longattn.kernels.dispatch import table as dispatch
+from longattn.kernels.dispatch.table import RowFailure, row
 from longattn.kernels.triton.configurations import (
     ARCHITECTURES,
     HEAD_DIMS,

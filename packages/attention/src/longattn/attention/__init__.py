@@ -7,28 +7,28 @@ from typing import TYPE_CHECKING
 logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
-    from longattn.attention.all_gather import (
-        AllGather,
+    from longattn.attention.functional import (
+        pattern_attention,
     )
-    from longattn.attention.attention_config import (
+    from longattn.attention.integrations.attention_config import (
         AttentionConfig,
     )
-    from longattn.attention.factory import (
+    from longattn.attention.integrations.factory import (
         build_attention,
         create_attention,
         register_attention,
     )
-    from longattn.attention.functional import (
-        pattern_attention,
-    )
-    from longattn.attention.huggingface import (
+    from longattn.attention.integrations.huggingface import (
         register_with_transformers,
     )
-    from longattn.attention.layers import (
+    from longattn.attention.integrations.xformers import (
+        register_with_xformers,
+    )
+    from longattn.attention.models.layers import (
         DilatedTransformerDecoderLayer,
         DilatedTransformerEncoderLayer,
     )
-    from longattn.attention.longnet import (
+    from longattn.attention.models.longnet import (
         LongNet,
     )
     from longattn.attention.modules import (
@@ -53,9 +53,6 @@ if TYPE_CHECKING:
         RingDilatedAttentionV2,
         RingDilatedAttentionV3,
     )
-    from longattn.attention.ring import (
-        Ring,
-    )
     from longattn.attention.ring_buffer.config import (
         RingBufferConfig,
         TileOrder,
@@ -67,22 +64,28 @@ if TYPE_CHECKING:
     from longattn.attention.ring_buffer.state import (
         RingBufferState,
     )
-    from longattn.attention.schedule import (
+    from longattn.attention.schedules.all_gather import (
+        AllGather,
+    )
+    from longattn.attention.schedules.base import (
         Local,
         Schedule,
     )
-    from longattn.attention.sharding import (
+    from longattn.attention.schedules.ring import (
+        Ring,
+    )
+    from longattn.attention.schedules.sharding import (
         shard_sequence,
         unshard_sequence,
     )
-    from longattn.attention.sparse_config import (
-        SparsePatternConfig,
-    )
-    from longattn.attention.traffic import (
+    from longattn.attention.schedules.traffic import (
         choose,
     )
-    from longattn.attention.ulysses import (
+    from longattn.attention.schedules.ulysses import (
         Ulysses,
+    )
+    from longattn.attention.sparse_config import (
+        SparsePatternConfig,
     )
     from longattn.attention.weights import (
         attention_weights,
@@ -91,28 +94,25 @@ if TYPE_CHECKING:
     from longattn.attention.wiring import (
         Wiring,
     )
-    from longattn.attention.xformers_registry import (
-        register_with_xformers,
-    )
 
 _HOME = {
-    "AllGather": "all_gather",
-    "AttentionConfig": "attention_config",
+    "AllGather": "schedules.all_gather",
+    "AttentionConfig": "integrations.attention_config",
     "BlockSparseRingDilatedAttention": "presets",
     "BlockSparseRingMultiheadDilatedAttention": "multihead_presets",
     "DilatedAttention": "presets",
-    "DilatedTransformerDecoderLayer": "layers",
-    "DilatedTransformerEncoderLayer": "layers",
+    "DilatedTransformerDecoderLayer": "models.layers",
+    "DilatedTransformerEncoderLayer": "models.layers",
     "ImprovedDilatedAttention": "presets",
     "ImprovedDilatedAttentionV2": "presets",
     "ImprovedMultiheadDilatedAttention": "multihead_presets",
     "ImprovedMultiheadDilatedAttentionV2": "multihead_presets",
-    "Local": "schedule",
-    "LongNet": "longnet",
+    "Local": "schedules.base",
+    "LongNet": "models.longnet",
     "MultiheadDilatedAttention": "multihead_presets",
     "MultiheadPatternAttention": "multihead",
     "PatternAttention": "modules",
-    "Ring": "ring",
+    "Ring": "schedules.ring",
     "RingBufferAttention": "ring_buffer.module",
     "RingBufferConfig": "ring_buffer.config",
     "RingBufferState": "ring_buffer.state",
@@ -120,23 +120,23 @@ _HOME = {
     "RingDilatedAttentionV3": "presets",
     "RingMultiheadDilatedAttentionV2": "multihead_presets",
     "RingMultiheadDilatedAttentionV3": "multihead_presets",
-    "Schedule": "schedule",
+    "Schedule": "schedules.base",
     "SparsePatternConfig": "sparse_config",
     "TileOrder": "ring_buffer.config",
     "TileType": "ring_buffer.config",
-    "Ulysses": "ulysses",
+    "Ulysses": "schedules.ulysses",
     "Wiring": "wiring",
     "attention_weights": "weights",
-    "build_attention": "factory",
-    "choose": "traffic",
-    "create_attention": "factory",
+    "build_attention": "integrations.factory",
+    "choose": "schedules.traffic",
+    "create_attention": "integrations.factory",
     "pattern_attention": "functional",
-    "register_attention": "factory",
-    "register_with_transformers": "huggingface",
-    "register_with_xformers": "xformers_registry",
-    "shard_sequence": "sharding",
+    "register_attention": "integrations.factory",
+    "register_with_transformers": "integrations.huggingface",
+    "register_with_xformers": "integrations.xformers",
+    "shard_sequence": "schedules.sharding",
     "sparse_attention_weights": "weights",
-    "unshard_sequence": "sharding",
+    "unshard_sequence": "schedules.sharding",
 }
 
 __all__ = [

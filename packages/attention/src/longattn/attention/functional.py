@@ -10,9 +10,9 @@ from typing import Any, Literal, Never, overload
 import torch
 from torch import Tensor
 
-from longattn.attention import scheduled_op
-from longattn.attention.packed import packed_call, ragged_attention
-from longattn.attention.schedule import Local, Schedule, check_schedule_argument
+from longattn.attention.schedules import op as scheduled_op
+from longattn.attention.schedules.base import Local, Schedule, check_schedule_argument
+from longattn.attention.sequences.varlen import packed_call, ragged_attention
 from longattn.attention.validate import check_bool, check_pattern_argument, check_start, refuse_unknown
 from longattn.kernels import entry
 from longattn.kernels.check import (
@@ -25,9 +25,9 @@ from longattn.kernels.check import (
     check_scale,
     check_sinks,
 )
-from longattn.kernels.dispatch import check_backend_name
-from longattn.kernels.environment import Environment
-from longattn.kernels.op import Asked
+from longattn.kernels.dispatch.environment import Environment
+from longattn.kernels.dispatch.table import check_backend_name
+from longattn.kernels.ops.attend_op import Asked
 from longattn.kernels.philox import as_seed
 from longattn.kernels.state import add_sink, state_dtype
 from longattn.patterncache import Pattern
@@ -167,7 +167,7 @@ def pattern_attention(
         }
         whole = functools.partial(pattern_attention, pattern=pattern, return_lse=True)
         if sharded:
-            attend_sharded = import_module("longattn.attention.sharded_tensors").sharded_attention
+            attend_sharded = import_module("longattn.attention.schedules.dtensor").sharded_attention
             found = attend_sharded(whole, q, k, v, options | {"positions_start": positions_start})
         else:
             found = ragged_attention(whole, q, k, v, positions_start, options)

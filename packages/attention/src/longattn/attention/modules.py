@@ -6,9 +6,9 @@ from typing import Unpack
 
 from torch import Tensor
 
-from longattn.attention.call_options import CallOptions, given_options, refuse_weights
+from longattn.attention.arguments import CallOptions, given_options, refuse_weights
 from longattn.attention.functional import pattern_attention
-from longattn.attention.schedule import Local, Schedule
+from longattn.attention.schedules.base import Local, Schedule
 from longattn.attention.validate import (
     check_bool,
     check_pattern_argument,
@@ -17,7 +17,7 @@ from longattn.attention.validate import (
 from longattn.attention.weights import attention_weights, sparse_attention_weights
 from longattn.attention.wiring import Resources, WiredModule, Wiring
 from longattn.kernels.check import check_dropout, check_qkv
-from longattn.kernels.dispatch import check_backend_name
+from longattn.kernels.dispatch.table import check_backend_name
 from longattn.patterncache import Pattern
 
 

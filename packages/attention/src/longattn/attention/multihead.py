@@ -7,12 +7,12 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from longattn.attention.call_options import CallOptions, given_options, hidden_rows, positions, refuse_weights
+from longattn.attention.arguments import CallOptions, given_options, hidden_rows, positions, refuse_weights
+from longattn.attention.models.projections import ProjectedModule
 from longattn.attention.modules import PatternAttention
-from longattn.attention.packed import jagged_like, pack_jagged
-from longattn.attention.projections import ProjectedModule
-from longattn.attention.rotary import rotate
-from longattn.attention.schedule import Schedule
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.sequences.rotary import rotate
+from longattn.attention.sequences.varlen import jagged_like, pack_jagged
 from longattn.attention.validate import (
     check_bool,
     check_embedded,

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Unpack
 
 from longattn.attention.modules import PatternAttention
-from longattn.attention.ring import Ring
+from longattn.attention.schedules.ring import Ring
 from longattn.attention.sparse_config import SparsePatternConfig
 from longattn.attention.validate import check_size
 from longattn.attention.wiring import CacheFlags, ManagerFlags, PoolFlags, ResidentFlags, Wiring, split_flags

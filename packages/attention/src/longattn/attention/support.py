@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from longattn.attention.catalog import MULTIHEAD_PRESETS, PRESET_FLAGS, PRESETS
+from longattn.attention.integrations.catalog import MULTIHEAD_PRESETS, PRESET_FLAGS, PRESETS
 from longattn.attention.wiring import Wiring
 from longattn.bufmgr import BufferType
 

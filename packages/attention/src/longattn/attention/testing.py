@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longattn.attention.catalog import MULTIHEAD_PRESETS, PRESET_FLAGS, PRESETS
 from longattn.attention.functional import pattern_attention
+from longattn.attention.integrations.catalog import MULTIHEAD_PRESETS, PRESET_FLAGS, PRESETS
 from longattn.attention.modules import PatternAttention
 from longattn.attention.multihead import MultiheadPatternAttention
-from longattn.attention.schedule import Local, Schedule
+from longattn.attention.schedules.base import Local, Schedule
 from longattn.attention.sparse_config import SparsePatternConfig
 from longattn.patterncache import Pattern
 

@@ -15,7 +15,7 @@ _HINTS = {
     "dropout_p": "dropout is the one name",
     "scale": "softmax_scale is the name",
     "softcap": "no row of longattn.kernels caps scores",
-    "alibi_slopes": "no row takes slopes; give longattn.attention.alibi.alibi_bias(...) as attention_mask",
+    "alibi_slopes": "no row takes slopes; give longattn.attention.sequences.alibi.alibi_bias(...) as attention_mask",
     "cu_seqlens_k": "cu_seqlens is that of the keys",
     "is_causal": "causal is the constructor's name; is_causal belongs to the call",
 }

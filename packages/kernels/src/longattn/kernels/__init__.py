@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
-    from longattn.kernels.capability import Capability
-    from longattn.kernels.dispatch import Explanation, backends
+    from longattn.kernels.dispatch.capability import Capability
+    from longattn.kernels.dispatch.environment import Environment
+    from longattn.kernels.dispatch.table import Explanation, backends
     from longattn.kernels.entry import attend
-    from longattn.kernels.environment import Environment
     from longattn.kernels.explaining import explain
     from longattn.kernels.fused import fused_attention
     from longattn.kernels.native.building import build_native
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 _HOME = {
     "AttentionProblem": "problem",
     "AttentionState": "state",
-    "Capability": "capability",
-    "Environment": "environment",
-    "Explanation": "dispatch",
+    "Capability": "dispatch.capability",
+    "Environment": "dispatch.environment",
+    "Explanation": "dispatch.table",
     "attend": "entry",
-    "backends": "dispatch",
+    "backends": "dispatch.table",
     "build_native": "native.building",
     "explain": "explaining",
     "fused_attention": "fused",

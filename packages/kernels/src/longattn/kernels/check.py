@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from longattn.kernels.capability import FLOATS, dtype_name
-from longattn.kernels.environment import Environment
+from longattn.kernels.dispatch.capability import FLOATS, dtype_name
+from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.state import AttentionState, state_dtype
 
 Names = tuple[str, str, str]

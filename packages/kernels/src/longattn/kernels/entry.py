@@ -7,7 +7,6 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
 
-from longattn.kernels import op
 from longattn.kernels.check import (
     check_attention_mask,
     check_dropout,
@@ -20,12 +19,13 @@ from longattn.kernels.check import (
     check_scale,
     check_sinks,
 )
-from longattn.kernels.dispatch import check_backend_name
-from longattn.kernels.environment import Environment
+from longattn.kernels.dispatch.environment import Environment
+from longattn.kernels.dispatch.table import check_backend_name
+from longattn.kernels.ops import attend_op as op
+from longattn.kernels.ops.transforms import Attend
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import flat_heads, flat_spans, last_positions
 from longattn.kernels.state import AttentionState, add_sink, merge, state_dtype
-from longattn.kernels.transforms import Attend
 from longattn.patterncache import Pattern, Span
 
 _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)

@@ -7,7 +7,7 @@ import re
 import torch
 
 from longattn.kernels.check import check_device_type, check_dtype, check_flag, check_shapes
-from longattn.kernels.dispatch import Explanation, check_backend_name, explain_problem, refusals
+from longattn.kernels.dispatch.table import Explanation, check_backend_name, explain_problem, refusals
 from longattn.kernels.positions import last_positions
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.patterncache import Pattern, Rectangle, Span

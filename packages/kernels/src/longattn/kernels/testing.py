@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longattn.kernels.dispatch import row
+from longattn.kernels.dispatch.table import row
 from longattn.kernels.entry import attend
 from longattn.kernels.philox import keep_scale
 from longattn.kernels.poison import poisoned_memory as poisoned_memory

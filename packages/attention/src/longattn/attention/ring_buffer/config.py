@@ -8,7 +8,7 @@ from typing import Literal
 
 from longattn.attention.validate import check_bool, check_positive, check_size
 from longattn.kernels.check import check_dropout
-from longattn.kernels.dispatch import check_backend_name
+from longattn.kernels.dispatch.table import check_backend_name
 
 Positions = Literal["absolute", "cache"]
 

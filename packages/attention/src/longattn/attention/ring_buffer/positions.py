@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longattn.attention.ring_buffer.config import RingBufferConfig
-from longattn.attention.rotary import rotate
+from longattn.attention.sequences.rotary import rotate
 
 
 def turn(x: Tensor, positions: Tensor, config: RingBufferConfig) -> Tensor:

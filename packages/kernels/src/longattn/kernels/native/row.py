@@ -7,12 +7,12 @@ import ctypes
 import torch
 from torch import Tensor
 
-from longattn.kernels.call import Call
-from longattn.kernels.capability import Capability
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.capability import Capability
+from longattn.kernels.eager.tile_walk import finish
 from longattn.kernels.native import building
 from longattn.kernels.native.arguments import SIZES, TYPES, CallArgument, PackedJobs, packed
 from longattn.kernels.native.lowering import Lowered, lower
-from longattn.kernels.walk import finish
 
 CAPABILITY = Capability(
     devices=("cpu",),

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longattn.kernels.call import Call
+from longattn.kernels.dispatch.call import Call
 from longattn.kernels.problem import architecture_of
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
 from longattn.kernels.triton.configurations import choose
-from longattn.kernels.triton.launch import (
+from longattn.kernels.triton.launching import (
     dropout_arguments,
     mask_arguments,
     persistent_grid,

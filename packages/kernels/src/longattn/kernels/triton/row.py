@@ -9,8 +9,8 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from longattn.kernels.call import Call
-from longattn.kernels.capability import Capability
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.capability import Capability
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether triton, once imported, interprets its kernels on tensors of any device."""
@@ -31,7 +31,7 @@ CAPABILITY = Capability(
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
-    from longattn.kernels.triton import launch
+    from longattn.kernels.triton import launching as launch
 
     return launch.forward(call)
 

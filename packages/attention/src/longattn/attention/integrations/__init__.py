@@ -1,0 +1,1 @@
+"""Other libraries: transformers, xFormers, and the factory in xFormers style."""

@@ -1,0 +1,1 @@
+"""Projections, layers and the LongNet model."""

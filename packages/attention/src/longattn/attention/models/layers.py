@@ -1,0 +1,177 @@
+"""Transformer layers around dilated attention, with MAGNETO's sub-LayerNorm (Wang et al. 2022, arXiv:2210.06423)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, relu, silu
+
+from longattn.attention.arguments import CallOptions
+from longattn.attention.multihead import MultiheadPatternAttention
+from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
+from longattn.attention.validate import check_positive, check_size
+from longattn.kernels.check import check_dropout
+from longattn.patterncache import Dilated, Full, Pattern
+
+_ACTIVATIONS = {"gelu": gelu, "relu": relu, "silu": silu}
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, LayerNorm, linear: (batch, seq, d_model) to the same.
+
+    Args:
+        d_model, dim_feedforward: widths.
+        activation: "gelu" (default), "relu" or "silu".
+        dropout: after the activation. Default 0.
+        layer_norm_eps: default 1e-5.
+        gamma_init: gain of both layers' initialisation. Default 1.0.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        dim_feedforward: int,
+        *,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {tuple(_ACTIVATIONS)}, got {activation!r}")
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.activation = activation
+        self.linear1 = nn.Linear(d_model, check_size("dim_feedforward", dim_feedforward), **place)
+        self.norm = nn.LayerNorm(dim_feedforward, eps=layer_norm_eps, **place)
+        self.linear2 = nn.Linear(dim_feedforward, d_model, **place)
+        self.dropout = nn.Dropout(check_dropout("dropout", dropout))
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_normal_(layer.weight, gain=check_positive("gamma_init", gamma_init))
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape and dtype."""
+        return self.linear2(self.norm(self.dropout(_ACTIVATIONS[self.activation](self.linear1(x)))))
+
+
+class DilatedTransformerEncoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + feedforward(norm(x)): (batch, seq, d_model) to the same.
+
+    Args:
+        d_model, nhead: nhead divides d_model.
+        segment_lengths, dilation_rates: as in `Dilated`. Defaults (2048, 4096, 8192) and (1, 2, 4).
+        dim_feedforward: default 2048.
+        dropout: of attention pairs, within the feedforward and of both branches. Default 0.
+        activation: "gelu" (default), "relu" or "silu".
+        causal: default False.
+        layer_norm_eps: default 1e-5. gamma_init: MAGNETO's gain. Default 1.0.
+        device, dtype: of the parameters.
+        attention: further options of `MultiheadPatternAttention`, such as kv_heads, rotary_base, fused_qkv, wiring.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
+        dilation_rates: Sequence[int] = DILATION_RATES,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.0,
+        activation: str = "gelu",
+        *,
+        causal: bool = False,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        shared = {"dropout": dropout, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, **place}
+        pattern = Dilated(segment_lengths, dilation_rates, causal=causal)
+        self.self_attn = MultiheadPatternAttention(d_model, nhead, pattern, **shared, **attention)
+        self.feedforward = FeedForward(d_model, dim_feedforward, activation=activation, **shared)
+        self.norm1, self.norm2 = (nn.LayerNorm(d_model, eps=layer_norm_eps, **place) for _ in range(2))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        src: Tensor,
+        is_causal: bool | None = None,
+        attention_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Tensor:
+        """Masks and `CallOptions` as in `pattern_attention`; `is_causal=None` takes the constructor's."""
+        x = self.norm1(src)
+        src = src + self.dropout(self.self_attn(x, x, x, is_causal, attention_mask, key_padding_mask, **options))
+        return src + self.dropout(self.feedforward(self.norm2(src)))
+
+
+class DilatedTransformerDecoderLayer(nn.Module):
+    """Causal dilated self-attention, attention to an encoder's memory, feedforward; each as x + branch(norm(x)).
+
+    Args:
+        memory_pattern: who sees whom of memory. Default `Full()`: all. With a pattern that has positions, queries that outnumber
+            memory are refused, as in `pattern_attention`.
+        others: as in `DilatedTransformerEncoderLayer`; causal's default is True, and memory attention has no rotary positions.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
+        dilation_rates: Sequence[int] = DILATION_RATES,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.0,
+        activation: str = "gelu",
+        *,
+        causal: bool = True,
+        memory_pattern: Pattern | None = None,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        shared = {"dropout": dropout, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, **place}
+        pattern = Dilated(segment_lengths, dilation_rates, causal=causal)
+        self.self_attn = MultiheadPatternAttention(d_model, nhead, pattern, **shared, **attention)
+        memory_options = {name: value for name, value in attention.items() if name != "rotary_base"}
+        memory = Full() if memory_pattern is None else memory_pattern
+        self.memory_attn = MultiheadPatternAttention(d_model, nhead, memory, **shared, **memory_options)
+        self.feedforward = FeedForward(d_model, dim_feedforward, activation=activation, **shared)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model, eps=layer_norm_eps, **place) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        is_causal: bool | None = None,
+        attention_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """tgt (batch, N, d_model), memory (batch, M, d_model); masks as in `pattern_attention`, for tgt and for memory."""
+        x = self.norm1(tgt)
+        tgt = tgt + self.dropout(self.self_attn(x, x, x, is_causal, attention_mask, key_padding_mask))
+        x = self.norm2(tgt)
+        seen = self.memory_attn(x, memory, memory, None, memory_mask, memory_key_padding_mask)
+        tgt = tgt + self.dropout(seen)
+        return tgt + self.dropout(self.feedforward(self.norm3(tgt)))

@@ -1,0 +1,97 @@
+"""`LongNet`: a small language model of dilated attention layers (Ding et al. 2023, arXiv:2307.02486)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longattn.attention.arguments import CallOptions
+from longattn.attention.models.layers import DilatedTransformerEncoderLayer
+from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
+from longattn.attention.validate import check_bool, check_size
+from longattn.kernels.check import check_dropout
+
+
+class LongNet(nn.Module):
+    """Embedding, causal dilated layers with rotary positions, LayerNorm, and logits by the embedding's own weights.
+
+    | tensor | shape |
+    | --- | --- |
+    | tokens | (batch, seq), integers |
+    | logits | (batch, seq, num_tokens) |
+
+    Differs from the paper in its positions: rotary ones instead of XPos.
+
+    Args:
+        num_tokens: size of the vocabulary.
+        d_model, nhead, num_layers, dim_feedforward: defaults 512, 8, 6 and 4 * d_model.
+        segment_lengths, dilation_rates: as in `Dilated`. Defaults (2048, 4096, 8192) and (1, 2, 4).
+        dropout: of the embedding and in every layer. Default 0.
+        rotary_base: of the positions; None: none. Default 10000.
+        checkpointing: keep only the layers' inputs for backward, and compute the rest again. Default False.
+        device, dtype: of the parameters.
+        attention: further options of the layers, such as kv_heads, fused_qkv, wiring, activation.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+
+    Example:
+        >>> model = LongNet(256, d_model=32, nhead=4, num_layers=2, segment_lengths=(16, 64), dilation_rates=(1, 4))
+        >>> model(torch.randint(256, (1, 100))).shape
+        torch.Size([1, 100, 256])
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_layers: int = 6,
+        segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
+        dilation_rates: Sequence[int] = DILATION_RATES,
+        dim_feedforward: int | None = None,
+        dropout: float = 0.0,
+        *,
+        rotary_base: float | None = 10000.0,
+        checkpointing: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        count, width = check_size("num_layers", num_layers), check_size("d_model", d_model)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        options = {"dropout": check_dropout("dropout", dropout), "rotary_base": rotary_base, "causal": True}
+        # MAGNETO's gain for decoders of so many layers.
+        options |= {"gamma_init": math.sqrt(math.log(2 * count)) if count > 1 else 1.0, **place, **attention}
+        wide = 4 * width if dim_feedforward is None else dim_feedforward
+        self.embedding = nn.Embedding(check_size("num_tokens", num_tokens), width, **place)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        branches = (segment_lengths, dilation_rates)
+        self.layers = nn.ModuleList(
+            DilatedTransformerEncoderLayer(width, nhead, *branches, wide, **options) for _ in range(count)
+        )
+        self.norm = nn.LayerNorm(width, **place)
+        self.dropout = nn.Dropout(dropout)
+        self.checkpointing = check_bool("checkpointing", checkpointing)
+
+    def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None, **options: Unpack[CallOptions]) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: (batch, seq) integers; documents may be packed as (1, total) with cu_seqlens.
+            key_padding_mask: (batch, seq) bool, True = padding.
+            options: `CallOptions`, as in `pattern_attention`.
+        """
+        x = self.dropout(self.embedding(tokens) * self.embedding.embedding_dim**0.5)
+        for layer in self.layers:
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, None, None, key_padding_mask, use_reentrant=False, **options)
+            else:
+                x = layer(x, key_padding_mask=key_padding_mask, **options)
+        return nn.functional.linear(self.norm(x), self.embedding.weight)

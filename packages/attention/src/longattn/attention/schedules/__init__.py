@@ -1,0 +1,1 @@
+"""Schedules: in which order keys arrive, in one process or over process groups."""

@@ -1,0 +1,102 @@
+"""`AllGather`: every rank gets all keys at once, then one rectangle; dk and dv are summed at home in float32.
+
+The simplest engine, for short sequences and dense patterns: k and v of the whole sequence stand in memory on every rank, and nothing is
+computed while they come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from longattn.attention.schedules.group import Members, OverGroup, Whole, check_masks
+from longattn.attention.schedules.layouts import LayoutName
+from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work
+from longattn.attention.schedules.transport import swap
+from longattn.kernels.state import state_dtype
+from longattn.patterncache import Span
+
+
+@dataclass(frozen=True, init=False)
+class AllGather(OverGroup, name="all_gather"):
+    """Gathers all keys and values, then attends once. Gives what `Local` gives on the whole sequence.
+
+    Args:
+        group, layout, lengths: as in `Ring`.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
+
+    members: Members
+
+    def __init__(
+        self,
+        group: ProcessGroup | DeviceMesh,
+        layout: LayoutName = "contiguous",
+        lengths: int | Sequence[int] | None = None,
+    ) -> None:
+        object.__setattr__(self, "members", Members.of(group, layout, lengths))
+
+    def start(self, work: Work) -> Run:
+        """A run with all keys, which are here when it returns."""
+        return _GatheredRun(self.members, work)
+
+    def to_spec(self) -> dict[str, Any]:
+        """What says the group."""
+        return self.members.to_spec()
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """The engine over that group."""
+        return cls(**spec)
+
+
+class _GatheredRun(Run):
+    one_step = True
+
+    def __init__(self, members: Members, work: Work) -> None:
+        self.place, self.work = members.place, work
+        self.whole = Whole(members, work)
+        check_masks(work, self.whole.nq, self.whole.nk)
+        self.seed, self.mask, self.bias = self.whole.seed, work.mask, work.bias
+        sizes = [sum(span.length for span in rows) for rows in self.whole.keys.rows()]
+        self.k, self.v = (self._gathered(x, sizes) for x in (work.k, work.v))
+        self.padding = None if work.padding is None else self._gathered(work.padding, sizes)
+        self.sums = GradientSum(self.k), GradientSum(self.v)
+
+    def _gathered(self, x: Tensor, sizes: list[int]) -> Tensor:
+        shapes = [(x.shape[0], size, *x.shape[2:]) for size in sizes]
+        parts = swap(self.place, "keys", [x] * len(sizes), shapes, self.work.environment.allocator)
+        return self.whole.keys.join(parts)
+
+    def shards(self) -> Iterator[Shard]:
+        step = Step(self.k, self.v, self.padding, (Span(0, self.whole.nk),), self._give)
+        total, first, count = self.work.asked.heads
+        yield Shard(self.work.queries, self.whole.spans[self.whole.me], iter((step,)), None, (total, first, count))
+
+    def _give(self, dk: Tensor, dv: Tensor) -> None:
+        self.sums[0].add(dk)
+        self.sums[1].add(dv)
+
+    def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return parts[0]
+
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        dk, dv = (self._sent_home(total.wide()) for total in self.sums)
+        return dk, dv
+
+    def _sent_home(self, gradient: Tensor) -> Tensor:
+        """The sum of what all ranks have for this rank's keys, in the order of ranks."""
+        parts = self.whole.keys.cut(gradient.to(state_dtype(gradient.dtype)))
+        mine = tuple(self.work.k.shape)
+        first, *others = swap(self.place, "gradients", parts, [mine] * len(parts), self.work.environment.allocator)
+        total = first.clone()
+        for part in others:
+            total += part
+        return total

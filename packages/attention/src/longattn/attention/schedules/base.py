@@ -1,0 +1,165 @@
+"""`Schedule`: in which order keys arrive. `Local`: all at once.
+
+A schedule cuts the work into shards of queries; to each shard, keys arrive step by step. The forward merges what each step gives; the
+backward goes through the same steps with the merged result, and each step takes its key gradients home. One device is the short case
+of many: one shard, one step. Neither forward nor backward asks which schedule it runs.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from longattn.attention.schedules.layouts import Spans
+from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work, query_spans
+from longattn.patterncache import Span
+from longattn.patterncache.pattern import spec_text
+
+_REGISTRY: dict[str, type[Schedule]] = {}
+
+_HOME = {"local": "base", "ring": "ring", "all_gather": "all_gather", "ulysses": "ulysses"}
+"""Submodule of each schedule of ours, so that a string can be read before anybody imported its class."""
+
+
+class Schedule(ABC):
+    """Cuts queries into shards and feeds them keys. Any schedule gives what `Local` gives: out, lse and gradients.
+
+    To write one's own: subclass with a name (`class Mine(Schedule, name="mine")`), give `start`, `to_spec` and `from_spec`. It crosses
+    into the op as its canonical string, JSON `["name",{spec}]`, so what it holds must be there.
+    """
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.name = name
+            _REGISTRY[name] = cls
+
+    @abstractmethod
+    def start(self, work: Work) -> Run:
+        """A pass over the work; process groups begin to talk."""
+
+    @abstractmethod
+    def to_spec(self) -> dict[str, Any]:
+        """JSON values from which `from_spec` rebuilds this schedule."""
+
+    @classmethod
+    @abstractmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """The schedule that `to_spec` described."""
+
+    @property
+    def distributed(self) -> bool:
+        """Whether q, k and v are one rank's part of a longer sequence."""
+        return False
+
+    def held(self, length: int) -> Spans:
+        """The rows of a sequence of `length` that this process hands to the forward."""
+        return (Span(0, length),)
+
+    def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
+        """What `Work.asked.seed` is to be. Default: the seed. Process groups call the roll, and take rank 0's seed.
+
+        flags: 1 where there is key padding, 2 where a mask has rows of its own for each query.
+        """
+        return seed
+
+    @property
+    def ranks(self) -> int:
+        """Rows of what `call_roll` returns."""
+        return 0
+
+    def call_roll(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
+        """What `longattn::roll_call` is for this schedule: (ranks, 4) int64."""
+        raise NotImplementedError(f"{type(self).__name__} has no process group")
+
+    def canonical(self) -> str:
+        """The canonical string: equal for equal schedules. Kept with the schedule."""
+        kept = self.__dict__.get("_canonical")
+        if kept is None:
+            kept = spec_text([self.name, self.to_spec()])
+            object.__setattr__(self, "_canonical", kept)
+        return kept
+
+
+@lru_cache(maxsize=256)
+def parse_schedule(text: str) -> Schedule:
+    """The schedule of a canonical string.
+
+    Raises:
+        ValueError: no schedule of that name is registered in this process.
+    """
+    return build_schedule(*json.loads(text))
+
+
+def build_schedule(name: str, spec: dict[str, Any]) -> Schedule:
+    """The schedule registered under `name`, from its spec."""
+    if name in _HOME:
+        import_module(f"longattn.attention.schedules.{_HOME[name]}")
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"schedule must be one of {sorted(_REGISTRY)} (import the module that defines yours), got {name!r}"
+        )
+    return _REGISTRY[name].from_spec(spec)
+
+
+def check_schedule_argument(schedule: object) -> Schedule:
+    """A Schedule; None is `Local()`."""
+    if schedule is None:
+        return Local()
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"schedule must be None or a Schedule such as Ring(size=4), got {schedule!r} ({type(schedule).__name__})"
+        )
+    return schedule
+
+
+class _LocalRun(Run):
+    one_step = True
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.seed, self.mask, self.bias = work.asked.seed, work.mask, work.bias
+        self._dk, self._dv = GradientSum(work.k), GradientSum(work.v)
+
+    def _give(self, dk: Tensor, dv: Tensor) -> None:
+        self._dk.add(dk)
+        self._dv.add(dv)
+
+    def shards(self) -> Iterator[Shard]:
+        work, nq, nk = self.work, self.work.queries[0].shape[1], self.work.k.shape[1]
+        step = Step(work.k, work.v, work.padding, (Span(0, nk),), self._give)
+        total, first, count = work.asked.heads
+        yield Shard(work.queries, query_spans(work.asked, nq, nk), iter((step,)), None, (total, first, count))
+
+    def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return parts[0]
+
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        return self._dk.total(), self._dv.total()
+
+
+@dataclass(frozen=True)
+class Local(Schedule, name="local"):
+    """Everything is here: one shard, one step."""
+
+    def start(self, work: Work) -> Run:
+        """A run with q as it is, and all of k and v."""
+        return _LocalRun(work)
+
+    def to_spec(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """Itself."""
+        return cls(**spec)

@@ -1,0 +1,163 @@
+"""The forward and the backward over any schedule, on real tensors, outside autograd.
+
+Forward: each (shard, step) rectangle gives a state; states merge in float32. Backward: P = exp(s - lse) with the *merged* lse, and
+delta = rowsum(dO * O) - dlse with the merged out, so that each rectangle's gradient is exact by itself; what is saved in between is
+q, k, v, out and lse, whatever the number of steps. Rectangles in which nobody sees anybody are not launched.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from longattn.attention.schedules.layouts import Spans, add_rows, select_rows
+from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step
+from longattn.kernels import AttentionState
+from longattn.kernels.dispatch.environment import Environment
+from longattn.kernels.ops.attend_op import Asked, find_plan
+from longattn.kernels.state import merge_into, state_dtype
+
+
+def forward(run: Run, asked: Asked, environment: Environment) -> tuple[Tensor, Tensor]:
+    """out (batch, Nq, heads, head_dim) in asked.out_dtype, lse (batch, Nq, heads) in float32 (float64), in the caller's rows."""
+    found: list[tuple[Tensor, ...]] = []
+    for shard in run.shards():
+        parts, q = _Parts(), shard.queries[0]
+        for step in shard.steps:
+            rectangle = _rectangle(run, shard, step, asked)
+            if run.one_step:
+                rectangle = rectangle._replace(out_dtype=asked.out_dtype)
+            elif find_plan(rectangle, environment).empty:
+                continue
+            parts.add(attend_step(q, step, _cut(run.bias, shard.rows, step.rows), rectangle))
+            # Not kept while the next step's keys are awaited.
+            del step
+        state = parts.merged() or AttentionState.empty(q)
+        found.append((state.out, state.lse))
+    out, lse = run.join(found)
+    return out.to(asked.out_dtype), lse
+
+
+def backward(run: Run, asked: Asked, environment: Environment) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv, and the bias's gradient where asked for; in float32 (float64) where parts were added up, in the caller's rows."""
+    dbias = None
+    if asked.bias_grad and run.bias is not None:
+        dbias = torch.zeros(run.bias.shape, dtype=state_dtype(run.bias.dtype), device=run.bias.device)
+    found: list[tuple[Tensor, ...]] = []
+    for shard in run.shards():
+        dq = GradientSum(shard.queries[0])
+        for step in shard.steps:
+            rectangle = _rectangle(run, shard, step, asked)
+            if not run.one_step and find_plan(rectangle, environment).empty:
+                continue
+            bias = _cut(run.bias, shard.rows, step.rows)
+            dq_part, dk, dv, dbias_part = attend_step_backward(shard.queries, step, bias, rectangle)
+            dq.add(dq_part)
+            step.give(dk, dv)
+            if dbias is not None:
+                _add_cut(dbias, shard.rows, step.rows, dbias_part)
+            # Not kept while the next step's keys are awaited.
+            del step, dq_part, dk, dv, dbias_part
+        found.append((dq.total(),))
+    (dq,) = run.join(found)
+    return (dq, *run.key_gradients(), None if dbias is None else run.bias_gradient(dbias))
+
+
+def attend_step(q: Tensor, step: Step, bias: Tensor | None, asked: Asked) -> AttentionState:
+    """One rectangle's state."""
+    return AttentionState(*torch.ops.longattn.attend(q, step.k, step.v, bias, None, None, *asked))
+
+
+def attend_step_backward(
+    queries: tuple[Tensor, ...], step: Step, bias: Tensor | None, asked: Asked
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One rectangle's dq, dk, dv and dbias, from (q, grad_out, out, lse[, grad_lse]) of its query rows."""
+    q, grad_out, out, lse, *rest = queries
+    grad_lse = rest[0] if rest else None
+    return torch.ops.longattn.attend_backward(grad_out, grad_lse, q, step.k, step.v, bias, out, lse, *asked)
+
+
+def _rectangle(run: Run, shard: Shard, step: Step, asked: Asked) -> Asked:
+    """What is asked of the kernels for one shard and one step: a partial state, unless said otherwise."""
+    return asked._replace(
+        mask=_cut(run.mask, shard.rows, step.rows),
+        key_padding=step.padding,
+        seed=run.seed,
+        q_spans=_flat(shard.spans),
+        k_spans=_flat(step.spans),
+        heads=list(shard.heads),
+        out_dtype=state_dtype(shard.queries[0].dtype),
+    )
+
+
+def _flat(spans: Spans) -> list[int]:
+    return [n for span in spans for n in (span.start, span.length, span.step)]
+
+
+class _Parts:
+    """Merges parts as they come, like a binary counter: 2 ** n parts are merged n deep, and log2 of their number stand at a time.
+
+    One after the other, each part would round the whole sum again. lse is kept in float64 between merges: it is rounded once, like Local's.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[int, AttentionState]] = []
+
+    def add(self, state: AttentionState) -> None:
+        """Merge with what is as deep, and what comes of that likewise."""
+        depth = 0
+        while self.waiting and self.waiting[-1][0] == depth:
+            state, depth = _merged(self.waiting.pop()[1], state), depth + 1
+        self.waiting.append((depth, state))
+
+    def merged(self) -> AttentionState | None:
+        """The state over all parts; None without any."""
+        if not self.waiting:
+            return None
+        found = reduce(_merged, [state for _, state in reversed(self.waiting)])
+        return AttentionState(found.out, found.lse.to(state_dtype(found.out.dtype)))
+
+
+def _merged(first: AttentionState, second: AttentionState) -> AttentionState:
+    """Merge parts that nobody else holds, in place on the first one's out, with lse in float64."""
+    lse = first.lse.double()
+    merge_into(first.out, lse, second.out, second.lse.double())
+    return AttentionState(first.out, lse)
+
+
+def _cut_axes(mask: Tensor, queries: Spans | None, keys: Spans | None) -> list[tuple[int, Spans]]:
+    """Which rows of which axes of a broadcastable (batch, heads, Nq, Nk) mask a rectangle has."""
+    axes: list[tuple[int, Spans]] = []
+    if queries is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+        axes.append((mask.dim() - 2, queries))
+    if keys is not None and mask.dim() > 0 and mask.shape[-1] > 1:
+        axes.append((mask.dim() - 1, keys))
+    return axes
+
+
+def _cut(mask: Tensor | None, queries: Spans | None, keys: Spans | None) -> Tensor | None:
+    """A mask's part for some query and key rows; views where one span says which."""
+    if mask is not None:
+        for axis, rows in _cut_axes(mask, queries, keys):
+            mask = select_rows(mask, axis, rows)
+    return mask
+
+
+def _add_cut(total: Tensor, queries: Spans | None, keys: Spans | None, part: Tensor) -> None:
+    """Add to `total` what `_cut` took out of its like, in place."""
+    axes = _cut_axes(total, queries, keys)
+    if not axes:
+        total += part
+        return
+    axis, rows = axes[0]
+    if len(axes) == 1:
+        add_rows(total, axis, rows, part)
+        return
+    # Query span by query span, so that the key rows of each can be added into a view.
+    begin = 0
+    for span in rows:
+        view = select_rows(total, axis, (span,))
+        add_rows(view, *axes[1], part.narrow(axis, begin, span.length))
+        begin += span.length

@@ -1,0 +1,211 @@
+"""What every schedule over a process group knows: who is there, how long each shard is, and whose seed counts.
+
+Before each call the ranks exchange four integers (`longattn::roll_call`): lengths of q and k, which masks there are, and the dropout
+seed, of which rank 0's counts. Where `lengths` is given and nothing is dropped, nobody calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn.attention.schedules.base import Schedule, parse_schedule
+from longattn.attention.schedules.layouts import (
+    LAYOUTS,
+    Layout,
+    LayoutName,
+    Spans,
+    check_layout,
+    count_rows,
+    neighbours,
+    take,
+)
+from longattn.attention.schedules.passes import Work, query_spans
+from longattn.attention.schedules.transport import Place, call_roll
+from longattn.kernels.check import check_attention_mask
+from longattn.patterncache import parse_pattern
+
+Lengths = int | tuple[int, ...] | None
+
+COLUMNS = 4
+"""Of a roll: length of q, of k, flags as `Schedule.agree` takes them, seed."""
+
+
+def check_lengths(lengths: object, layout: str) -> Lengths:
+    """None, the whole sequence's length, or that of each rank's shard (contiguous layouts only)."""
+    if lengths is None:
+        return None
+    listed = (lengths,) if isinstance(lengths, int) else lengths
+    if not isinstance(listed, (tuple, list)) or not all(isinstance(n, int) and not isinstance(n, bool) for n in listed):
+        raise TypeError(f"lengths must be None, the whole length, or one for each rank, got {lengths!r}")
+    if any(n < 0 for n in listed):
+        raise ValueError(f"lengths must be >= 0, got {lengths!r}")
+    if isinstance(lengths, int):
+        return lengths
+    if layout != "contiguous":
+        raise ValueError(f"lengths must be None or the whole length where layout is {layout!r}, got {lengths!r}")
+    return tuple(listed)
+
+
+@dataclass(frozen=True)
+class Members:
+    """The ranks of a group, and how a sequence is cut over them."""
+
+    place: Place
+    layout: LayoutName
+    lengths: Lengths
+
+    @classmethod
+    def of(cls, group: object, layout: object, lengths: object) -> Members:
+        """Checked, by name."""
+        name: Any = check_layout(layout)
+        return cls(Place.of(group), name, check_lengths(lengths, name))
+
+    def to_spec(self) -> dict[str, Any]:
+        """JSON values."""
+        lengths = list(self.lengths) if isinstance(self.lengths, tuple) else self.lengths
+        given = {} if lengths is None else {"lengths": lengths}
+        return {"group": self.place.name, "layout": self.layout, **given}
+
+    @property
+    def silent(self) -> bool:
+        """Whether lengths are known without a roll call."""
+        return self.lengths is not None
+
+    def call(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
+        """(ranks, COLUMNS) int64."""
+        return call_roll(self.place, (nq, nk, flags, seed))
+
+    def laid_out(self, length: int) -> Layout:
+        """Who holds which rows of a sequence of that length, where nobody says otherwise."""
+        if isinstance(self.lengths, tuple):
+            return neighbours(self.lengths)
+        return LAYOUTS[self.layout](length, self.place.size)
+
+    def held(self, length: int) -> Spans:
+        """This rank's rows."""
+        return self.laid_out(length).rows()[self.place.rank]
+
+
+class OverGroup(Schedule):
+    """What schedules over one process group share.
+
+    Attributes:
+        members: the group, and how a sequence is cut over it.
+    """
+
+    members: Members
+
+    @property
+    def distributed(self) -> bool:
+        """q, k and v are one rank's shards."""
+        return True
+
+    @property
+    def silent(self) -> bool:
+        """Whether lengths are known without a roll call."""
+        return self.members.silent
+
+    def held(self, length: int) -> Spans:
+        """This rank's rows."""
+        return self.members.held(length)
+
+    def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
+        """The roll, where somebody has to ask: lengths, and rank 0's seed."""
+        if self.silent and seed is None:
+            return None
+        return torch.ops.longattn.roll_call(seed, nq, nk, flags, self.canonical())
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the group."""
+        return self.members.place.size
+
+    def call_roll(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
+        """(ranks, COLUMNS) int64."""
+        return self.members.call(nq, nk, flags, seed)
+
+
+class Whole:
+    """A call's whole sequence: how queries and keys are cut over the ranks, where they stand, and the seed.
+
+    Attributes:
+        queries, keys: the two layouts. me: this rank.
+        spans: of each rank's queries. seed: rank 0's, or None.
+        nq, nk: lengths. rows: whether masks have rows of their own for each query, on any rank; None: nobody asked.
+
+    Raises:
+        ValueError: lengths that do not fit the layout, on every rank alike.
+    """
+
+    def __init__(self, members: Members, work: Work) -> None:
+        roll = work.asked.seed
+        self.me = members.place.rank
+        size, mine = members.place.size, (work.queries[0].shape[1], work.k.shape[1])
+        self.seed = roll[0, 3] if roll is not None and work.asked.dropout_p else None
+        self.rows: bool | None = None
+        if roll is not None:
+            table = roll[:size].tolist()
+            lengths = [[row[n] for row in table] for n in range(2)]
+            self.rows = any(row[2] & 2 for row in table)
+            if len({row[2] & 1 for row in table}) > 1:
+                raise ValueError("key_padding_mask must be given on every rank or on none")
+        elif isinstance(members.lengths, int):
+            lengths = [[count_rows(rows) for rows in members.laid_out(members.lengths).rows()]] * 2
+        else:
+            assert members.lengths is not None
+            lengths = [list(members.lengths)] * 2
+        _check_mine(lengths, self.me, mine, members)
+        self.queries, self.keys = (_fitting(members, found) for found in lengths)
+        self.nq, self.nk = (sum(found) for found in lengths)
+        spans = query_spans(work.asked, self.nq, self.nk)
+        self.spans = [take(spans, rows) for rows in self.queries.rows()]
+
+
+def _check_mine(lengths: list[list[int]], me: int, mine: tuple[int, int], members: Members) -> None:
+    for name, found, length in zip(("q", "k"), lengths, mine, strict=True):
+        if len(found) != members.place.size or found[me] != length:
+            raise ValueError(
+                f"{name} must have the length that lengths={members.lengths} gives rank {me} of {found}, got {length}"
+            )
+
+
+def _fitting(members: Members, lengths: Sequence[int]) -> Layout:
+    """The layout with shards of these lengths: contiguous ones may be any."""
+    if members.layout == "contiguous":
+        return neighbours(lengths)
+    layout = LAYOUTS[members.layout](sum(lengths), len(lengths))
+    wanted = [count_rows(rows) for rows in layout.rows()]
+    if wanted != list(lengths):
+        raise ValueError(f"shards must have the lengths {wanted} of layout {members.layout!r}, got {list(lengths)}")
+    return layout
+
+
+def check_masks(work: Work, nq: int, nk: int) -> None:
+    """What the edge could not see of one shard: masks have the whole sequence's columns, and queries have positions."""
+    q, keys = work.queries[0], work.k.new_empty(()).expand(work.k.shape[0], nk, *work.k.shape[2:])
+    check_attention_mask(work.mask if work.bias is None else work.bias, q, keys)
+    if not work.asked.q_spans and nq > nk and parse_pattern(work.asked.pattern).positional:
+        raise ValueError(
+            f"q_start must be given where queries outnumber keys and positions matter, got Nq={nq}, Nk={nk}"
+        )
+
+
+LIBRARY = torch.library.Library("longattn", "FRAGMENT")
+LIBRARY.define("roll_call(Tensor? seed, SymInt nq, SymInt nk, int flags, str schedule) -> Tensor")
+
+
+def _roll_call(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
+    return parse_schedule(schedule).call_roll(nq, nk, flags, 0 if seed is None else int(seed))
+
+
+def _roll_call_fake(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
+    return torch.empty((parse_schedule(schedule).ranks, COLUMNS), dtype=torch.int64)
+
+
+LIBRARY.impl("roll_call", _roll_call, "CompositeExplicitAutograd")
+torch.library.register_fake("longattn::roll_call", _roll_call_fake, lib=LIBRARY)

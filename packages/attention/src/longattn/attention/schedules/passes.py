@@ -1,0 +1,147 @@
+"""What one pass of a schedule is made of: `Work` goes in, a `Run` cuts it into `Shard`s, whose keys arrive in `Step`s.
+
+Life of a `Run`, one pass: 1. `Schedule.start` takes the work; 2. `shards` are gone through once, in order, each with all of its steps;
+3. `join` puts what was found for each shard's queries into the caller's rows; 4. in a backward, `key_gradients` are what came home.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longattn.attention.schedules.layouts import Spans
+from longattn.kernels.dispatch.environment import Environment
+from longattn.kernels.ops.attend_op import Asked
+from longattn.kernels.state import state_dtype
+from longattn.patterncache import Span
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pass over this process's part of q, k and v.
+
+    Attributes:
+        queries: q (batch, Nq, heads, head_dim), and in a backward what belongs to its rows: grad_out, out, lse, perhaps grad_lse.
+        k, v: (batch, Nk, kv_heads, head_dim). padding: (batch, Nk) bool, or None.
+        mask, bias: broadcastable to (batch, heads, Nq, keys of the whole sequence), or None.
+        asked: what else is asked; q_spans is empty where queries are the last positions; seed is what `agree` gave.
+        environment: where plans are cached and memory comes from.
+    """
+
+    queries: tuple[Tensor, ...]
+    k: Tensor
+    v: Tensor
+    padding: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+    asked: Asked
+    environment: Environment
+
+
+@dataclass(frozen=True)
+class Step:
+    """Keys and values that arrive together.
+
+    Attributes:
+        k, v: (batch, keys, kv_heads, head_dim). padding: (batch, keys) bool, or None.
+        spans: their positions.
+        give: takes their gradients, in a backward.
+        rows: which columns of the run's masks they are, as spans of row numbers; None: all.
+    """
+
+    k: Tensor
+    v: Tensor
+    padding: Tensor | None
+    spans: Spans
+    give: Callable[[Tensor, Tensor], None]
+    rows: Spans | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some of the queries, and the steps in which their keys arrive.
+
+    Attributes:
+        queries: of its rows, as `Work.queries`.
+        spans: their positions.
+        steps: what arrives, in order.
+        rows: which rows of the run's masks they are, as spans of row numbers; None: all.
+        heads: (of the whole, first, count): the global query heads that are here.
+    """
+
+    queries: tuple[Tensor, ...]
+    spans: Spans
+    steps: Iterator[Step]
+    rows: Spans | None
+    heads: tuple[int, int, int]
+
+
+class Run(ABC):
+    """One pass of a schedule.
+
+    Attributes:
+        seed: 0-dim int64, the same on every rank, or None without dropout.
+        mask, bias: as in `Work`, for the rows and heads of this run's shards.
+        one_step: whether every shard has one step at most, so that nothing is merged.
+    """
+
+    seed: Tensor | None
+    mask: Tensor | None
+    bias: Tensor | None
+    one_step: bool = False
+
+    @abstractmethod
+    def shards(self) -> Iterator[Shard]:
+        """The shards, once."""
+
+    @abstractmethod
+    def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What was found for the shards' queries, in the order of `shards`, in the caller's order of rows."""
+
+    @abstractmethod
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        """dk and dv of this process's k and v, after all shards: float32 (float64) where more than one step gave."""
+
+    def bias_gradient(self, gradient: Tensor) -> Tensor:
+        """The gradient of `Work.bias` from that of `bias`."""
+        return gradient
+
+
+class GradientSum:
+    """Adds gradients up in float32 (float64), whatever their dtype. A single one is itself, not a copy."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.sum: Tensor | None = None
+
+    def add(self, part: Tensor) -> None:
+        """One more part, in the shape of `like`."""
+        if self.sum is None:
+            self.sum = part
+            return
+        self.wide().add_(part)
+
+    def wide(self) -> Tensor:
+        """The sum so far in float32 (float64), contiguous, to be added to in place."""
+        # A part is fresh: what gave it keeps nothing of it.
+        so_far = self.total()
+        self.sum = so_far.to(state_dtype(so_far.dtype)).contiguous()
+        return self.sum
+
+    def total(self) -> Tensor:
+        """The sum; zeros without any part."""
+        return torch.zeros_like(self.like, memory_format=torch.contiguous_format) if self.sum is None else self.sum
+
+
+def query_spans(asked: Asked, nq: int, nk: int) -> Spans:
+    """Positions of all queries: from the start that was asked for, else the last of the keys'."""
+    # Queries that outnumber keys without positions: the edge lets them pass only where positions do not matter.
+    flat = asked.q_spans or [max(nk - nq, 0), nq, 1]
+    if len(flat) == 3:
+        # The length there is that of one rank's queries.
+        return (Span(flat[0], nq, flat[2]),)
+    return tuple(Span(*flat[n : n + 3]) for n in range(0, len(flat), 3))

@@ -1,0 +1,150 @@
+"""`Ring`: queries stay, keys and values travel. Each rank holds one shard of the sequence, laid out as `layouts` says.
+
+With a process group, each process is a rank (`ring_group`). Without one, `Ring(size=n)` plays all ranks in this process, one after the
+other, each going through the keys in the order in which they would come round.
+
+Ring attention: Liu et al. 2023, arXiv:2310.01889.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from longattn.attention.schedules.group import Members, OverGroup
+from longattn.attention.schedules.layouts import LAYOUTS, LayoutName, Spans, check_layout, take
+from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work, query_spans
+from longattn.attention.schedules.ring_process import GroupRun
+from longattn.attention.validate import check_size
+from longattn.patterncache import Span
+
+
+@dataclass(frozen=True, init=False)
+class Ring(OverGroup, name="ring"):
+    """A ring of ranks. Gives what `Local` gives on the whole sequence: out, lse and gradients, at any length and size.
+
+    With a group, q, k and v are this rank's shards, and so are the outputs; masks have this rank's rows and the whole sequence's columns.
+    Without one, `size` ranks are played in this process on whole tensors. By default shards differ by one row at most; where there
+    are more ranks than rows, some hold none. Where Nq != Nk, queries and keys are each cut by the same layout.
+
+    Args:
+        group: a ProcessGroup, or a DeviceMesh of one dimension such as mesh["ring"]. Default None: in this process.
+        size: number of ranks, >= 1; with a group it is the group's.
+        layout: "contiguous" (default), "zigzag" or "striped", as in `layouts`.
+        lengths: with a group: the whole sequence's length, or, contiguous, that of every rank's shard. Default None: the ranks
+            exchange their lengths at every call, and contiguous shards may have any.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+
+    Example:
+        >>> x = torch.randn(1, 10, 2, 16)
+        >>> pattern_attention(x, x, x, Dilated((4, 8), (1, 2)), schedule=Ring(size=4)).shape
+        torch.Size([1, 10, 2, 16])
+    """
+
+    size: int
+    layout: LayoutName
+    members: Members | None = field(repr=False)  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        group: ProcessGroup | DeviceMesh | None = None,
+        size: int | None = None,
+        layout: LayoutName = "contiguous",
+        lengths: int | Sequence[int] | None = None,
+    ) -> None:
+        members = None
+        check_layout(layout)
+        if group is not None:
+            members = Members.of(group, layout, lengths)
+            if size not in (None, members.place.size):
+                raise ValueError(f"size must be None or the group's, {members.place.size}, got {size!r}")
+            size = members.place.size
+        elif lengths is not None:
+            raise ValueError(f"lengths must be None without a group, got {lengths!r}")
+        object.__setattr__(self, "size", check_size("size", size))
+        object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "members", members)
+
+    @property
+    def distributed(self) -> bool:
+        """Whether q, k and v are one rank's shards."""
+        return self.members is not None
+
+    def start(self, work: Work) -> Run:
+        """A run of this rank, or of all ranks."""
+        return _PlayedRun(self, work) if self.members is None else GroupRun(self.members, work)
+
+    def to_spec(self) -> dict[str, Any]:
+        """Size and layout, or what says the group."""
+        return {"size": self.size, "layout": self.layout} | ({} if self.members is None else self.members.to_spec())
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """The ring of that group, or of that size."""
+        return cls(**spec)
+
+    def held(self, length: int) -> Spans:
+        """This rank's rows; all of them where all ranks are played here."""
+        return (Span(0, length),) if self.members is None else super().held(length)
+
+    @property
+    def silent(self) -> bool:
+        """Whether lengths are known without a roll call."""
+        return self.members is None or self.members.silent
+
+    def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
+        """With a group, the roll: lengths, and rank 0's seed."""
+        return seed if self.members is None else super().agree(nq, nk, flags, seed)
+
+
+class _PlayedRun(Run):
+    """All ranks in this process: shards are views wherever a layout has views."""
+
+    def __init__(self, ring: Ring, work: Work) -> None:
+        self.work, self.one_step = work, ring.size == 1
+        self.seed, self.mask, self.bias = work.asked.seed, work.mask, work.bias
+        nq, nk = work.queries[0].shape[1], work.k.shape[1]
+        self.queries, self.keys = (LAYOUTS[ring.layout](n, ring.size) for n in (nq, nk))
+        self.spans = query_spans(work.asked, nq, nk)
+        cut = [self.keys.cut(x) for x in (work.k, work.v)]
+        padding = [None] * ring.size if work.padding is None else self.keys.cut(work.padding)
+        self.sums = [tuple(GradientSum(x) for x in pair) for pair in zip(*cut, strict=True)]
+        self.steps = [
+            Step(k, v, hidden, rows, partial(self._give, rank), rows)
+            for rank, (k, v, hidden, rows) in enumerate(zip(*cut, padding, self.keys.rows(), strict=True))
+        ]
+
+    def _give(self, rank: int, dk: Tensor, dv: Tensor) -> None:
+        for total, gradient in zip(self.sums[rank], (dk, dv), strict=True):
+            total.add(gradient)
+
+    def shards(self) -> Iterator[Shard]:
+        size, (total, first, count) = len(self.steps), self.work.asked.heads
+        shares = zip(*(self.queries.cut(x) for x in self.work.queries), strict=True)
+        for rank, (queries, rows) in enumerate(zip(shares, self.queries.rows(), strict=True)):
+            arriving = (self.steps[(rank - distance) % size] for distance in range(size))
+            yield Shard(queries, take(self.spans, rows), arriving, rows, (total, first, count))
+
+    def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return tuple(self.queries.join(shares) for shares in zip(*parts, strict=True))
+
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        dk, dv = ([sums[n].total() for sums in self.sums] for n in range(2))
+        return _joined(self.keys, dk), _joined(self.keys, dv)
+
+
+def _joined(layout: Any, shares: list[Tensor]) -> Tensor:
+    # Shards to which one step gave are not wider than k: one dtype for all.
+    wide = shares[0].dtype
+    for share in shares:
+        wide = torch.promote_types(wide, share.dtype)
+    return layout.join([share.to(wide) for share in shares])

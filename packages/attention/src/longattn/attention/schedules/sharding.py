@@ -1,0 +1,86 @@
+"""`shard_sequence` and `unshard_sequence`: between whole sequences and the rows that a rank of a schedule holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longattn.attention.schedules.base import Schedule, check_schedule_argument
+from longattn.attention.schedules.layouts import Spans, count_rows, select_rows
+from longattn.attention.schedules.transport import Place, call_roll, swap
+from longattn.kernels.dispatch.environment import TorchAllocator
+
+
+def shard_sequence(x: Tensor, schedule: Schedule, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """This rank's rows of a sequence, for data loaders, and where they stand.
+
+    Args:
+        x: the whole sequence along `dim`, such as tokens (batch, N) or embeddings (batch, N, E); the same on every rank.
+        schedule: whose layout, such as Ring(group, layout="zigzag"). dim: default 1.
+
+    Returns:
+        (the rows, contiguous, differentiable; their positions (rows,), int64, on the device of x).
+
+    Raises:
+        TypeError: x is no tensor, or schedule no schedule.
+    """
+    check_schedule_argument(schedule)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    rows = schedule.held(x.shape[dim])
+    return select_rows(x, dim % x.dim(), rows).contiguous(), _positions(rows).to(x.device)
+
+
+def unshard_sequence(x: Tensor, schedule: Schedule, group: object = None, dim: int = 1) -> Tensor:
+    """The whole sequence, on every rank, from the rows that `shard_sequence` gave each. Not differentiable.
+
+    Args:
+        x: this rank's rows along `dim`. schedule: the same as there.
+        group: over which all ranks of the schedule meet. Default: the schedule's own; a 2-D one needs it.
+
+    Raises:
+        TypeError: x is no tensor, or schedule no schedule.
+        ValueError: a schedule of several groups without `group`.
+    """
+    check_schedule_argument(schedule)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if not schedule.distributed:
+        return x.detach()
+    place = _place_of(schedule, group)
+    axis = dim % x.dim()
+    lengths = call_roll(place, (x.shape[axis],))[:, 0].tolist()
+    return _gathered(x.detach(), axis, place, lengths, schedule)
+
+
+def _place_of(schedule: Schedule, group: object) -> Place:
+    if group is not None:
+        return Place.of(group)
+    inner = getattr(schedule, "inner", None)
+    if inner is not None and inner.distributed:
+        raise ValueError("group must be given for a schedule over several groups: the one of all their ranks")
+    return schedule.members.place  # type: ignore[attr-defined]
+
+
+def _gathered(x: Tensor, axis: int, place: Place, lengths: Sequence[int], schedule: Schedule) -> Tensor:
+    shapes = [(*x.shape[:axis], n, *x.shape[axis + 1 :]) for n in lengths]
+    rows = schedule.held(sum(lengths))
+    if count_rows(rows) != x.shape[axis]:
+        raise ValueError(
+            f"x must have the {count_rows(rows)} rows that {schedule} gives this rank, got {x.shape[axis]}"
+        )
+    allocator = TorchAllocator()
+    parts = swap(place, "rows", [x] * len(lengths), shapes, allocator)
+    # Each rank says where its rows stand: that serves every schedule alike.
+    stands = swap(place, "positions", [_positions(rows)] * len(lengths), [(n,) for n in lengths], allocator)
+    whole = x.new_empty((*x.shape[:axis], sum(lengths), *x.shape[axis + 1 :]))
+    for part, positions in zip(parts, stands, strict=True):
+        whole.index_copy_(axis, positions.to(x.device), part)
+    return whole
+
+
+def _positions(rows: Spans) -> Tensor:
+    """(rows,) int64 on the CPU."""
+    return torch.cat([torch.arange(s.length) * s.step + s.start for s in rows])

@@ -1,0 +1,150 @@
+"""What ranks send one another: point-to-point exchanges that go on while the caller computes, and the roll call before them.
+
+`batch_isend_irecv` over any torch.distributed backend. Run here: gloo on the CPU. Never run here: NCCL; with it, a wait holds the
+current stream rather than the process, and buffers are the device's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from longattn.kernels.dispatch.environment import Allocator
+
+Parcel = tuple[int, Tensor]
+"""(rank in the group, what goes there or is filled from there)."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened on this rank: `what` is "post", "send" (with its bytes) or "arrive"; `label` names the exchange."""
+
+    what: str
+    label: str
+    peer: int = -1
+    nbytes: int = 0
+
+
+_WATCHERS: list[list[Event]] = []
+
+
+@contextmanager
+def watch() -> Iterator[list[Event]]:
+    """A list that fills with this process's events, in order, as long as the context is open."""
+    events: list[Event] = []
+    _WATCHERS.append(events)
+    try:
+        yield events
+    finally:
+        _WATCHERS.remove(events)
+
+
+def note(event: Event) -> None:
+    """Tell whoever watches."""
+    for events in _WATCHERS:
+        events.append(event)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process group by its name: what crosses into ops, copies and pickles. Rank and size are those of whoever asks."""
+
+    name: str
+
+    @classmethod
+    def of(cls, group: object) -> Place:
+        """The place of a ProcessGroup, of a DeviceMesh of one dimension (`mesh["ring"]`), or of a name.
+
+        Raises:
+            TypeError, ValueError: something else, a mesh of several dimensions, or no torch.distributed yet.
+        """
+        if isinstance(group, str):
+            return cls(group)
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(f"group must be a DeviceMesh of one dimension, such as mesh['ring'], got {group.ndim}")
+            group = group.get_group()
+        if not isinstance(group, ProcessGroup):
+            raise TypeError(
+                f"group must be a ProcessGroup or a DeviceMesh of one dimension, got {type(group).__name__}"
+            )
+        return cls(group.group_name)
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The group itself, found the way torch's functional collectives find theirs."""
+        return dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore[arg-type]
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return dist.get_world_size(self.group)
+
+
+class Exchange:
+    """Parcels under way.
+
+    1. Made: everything is posted, and this returns at once. 2. `wait`, once: what was to come has come, and what was sent may change.
+    """
+
+    def __init__(self, place: Place, label: str, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
+        group = place.group
+        self.label = label
+        # Both ends leave out what is empty.
+        self._parcels = [(dist.isend, *p) for p in sends if p[1].numel()]
+        self._parcels += [(dist.irecv, *p) for p in receives if p[1].numel()]
+        operations = [
+            dist.P2POp(how, tensor, dist.get_global_rank(group, peer), group) for how, peer, tensor in self._parcels
+        ]
+        self._works = dist.batch_isend_irecv(operations) if operations else []
+        note(Event("post", label))
+        for peer, tensor in sends:
+            note(Event("send", label, peer, tensor.numel() * tensor.element_size()))
+
+    def wait(self) -> None:
+        """Until all of it is there."""
+        for work in self._works:
+            work.wait()
+        if self._works:
+            note(Event("arrive", self.label))
+        # The sent tensors were held for as long as they were read.
+        self._works, self._parcels = [], []
+
+
+def call_roll(place: Place, row: Sequence[int]) -> Tensor:
+    """(ranks, len(row)) int64 on the CPU: the integers that each rank brought."""
+    group = place.group
+    mine = torch.tensor(row, dtype=torch.int64)
+    if "cpu" not in dist.get_backend_config(group) and dist.get_backend(group) == "nccl":
+        mine = mine.to(torch.device("cuda", torch.cuda.current_device()))
+    rows = [torch.empty_like(mine) for _ in range(place.size)]
+    dist.all_gather(rows, mine, group)
+    return torch.stack(rows).cpu()
+
+
+def swap(
+    place: Place, label: str, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], allocator: Allocator
+) -> list[Tensor]:
+    """parts[r] goes to rank r; what comes from rank r has shapes[r]. Waits. This rank's own part is itself, made contiguous.
+
+    An all-to-all of any sizes; where every part is the same tensor, an all-gather.
+    """
+    me = place.rank
+    own = parts[me].contiguous()
+    shared = {id(x): own for x in parts if x is parts[me]}
+    sends = [(r, shared.get(id(x), x).contiguous()) for r, x in enumerate(parts) if r != me]
+    came = [own if r == me else allocator.empty(s, own.dtype, own.device, "comm") for r, s in enumerate(shapes)]
+    Exchange(place, label, sends, [(r, x) for r, x in enumerate(came) if r != me]).wait()
+    return came

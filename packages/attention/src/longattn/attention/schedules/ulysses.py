@@ -1,0 +1,133 @@
+"""`Ulysses`: from rows to heads and back (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509).
+
+Each rank hands its rows of most heads away and gets all rows of a few: an all-to-all before the attention, and one after. In between an
+inner schedule runs on those heads: `Local`, or a `Ring` over another dimension of a DeviceMesh, which is the 2-D combination.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from longattn.attention.schedules.base import Local, Schedule, build_schedule
+from longattn.attention.schedules.group import Members, OverGroup, Whole, check_masks
+from longattn.attention.schedules.head_exchange import HeadExchange
+from longattn.attention.schedules.layouts import LayoutName, Spans, count_rows, take
+from longattn.attention.schedules.passes import Run, Shard, Work
+
+
+@dataclass(frozen=True, init=False)
+class Ulysses(OverGroup, name="ulysses"):
+    """Exchanges rows for heads, runs `inner` on all rows of this rank's heads, and exchanges back. Gives what `Local` gives.
+
+    A kv head and its query heads stay together, so there must be at least as many kv heads as ranks; they need not divide. With an
+    inner Ring over `mesh["ring"]`, the sequence is first cut over the ring, and each of its shards over this group.
+
+    Args:
+        group, layout, lengths: as in `Ring`.
+        inner: what runs on the heads. Default Local().
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+
+    Example: Ulysses(mesh["heads"], inner=Ring(mesh["ring"], layout="zigzag"))
+    """
+
+    members: Members
+    inner: Schedule
+
+    def __init__(
+        self,
+        group: ProcessGroup | DeviceMesh,
+        layout: LayoutName = "contiguous",
+        lengths: int | Sequence[int] | None = None,
+        inner: Schedule | None = None,
+    ) -> None:
+        if inner is not None and not isinstance(inner, Schedule):
+            raise TypeError(f"inner must be None or a Schedule such as Ring(mesh['ring']), got {type(inner).__name__}")
+        object.__setattr__(self, "members", Members.of(group, layout, lengths))
+        object.__setattr__(self, "inner", Local() if inner is None else inner)
+
+    def start(self, work: Work) -> Run:
+        """A run of `inner` on this rank's heads, which are here when it returns."""
+        return _HeadsRun(self, work)
+
+    def to_spec(self) -> dict[str, Any]:
+        """What says the group, and the inner schedule."""
+        return self.members.to_spec() | {"inner": [self.inner.name, self.inner.to_spec()]}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """The engine over that group."""
+        inside: Any = {"inner": build_schedule(*spec["inner"])}
+        return cls(**(spec | inside))
+
+    def held(self, length: int) -> Spans:
+        """This rank's rows: its part of what the inner schedule holds."""
+        rows = self.inner.held(length)
+        return take(rows, self.members.laid_out(count_rows(rows)).rows()[self.members.place.rank])
+
+    @property
+    def silent(self) -> bool:
+        """Whether lengths are known without a roll call, here and inside."""
+        return self.members.silent and (not isinstance(self.inner, OverGroup) or self.inner.silent)
+
+    @property
+    def ranks(self) -> int:
+        """Rows of the roll: those of this group, then those of the inner one."""
+        return self.members.place.size + self.inner.ranks * self.inner.distributed
+
+    def call_roll(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
+        """This group's roll; then the inner one's, in which the group speaks as one, with its rank 0's seed."""
+        roll = self.members.call(nq, nk, flags, seed)
+        if not self.inner.distributed:
+            return roll
+        nq, nk = (int(n) for n in roll[:, :2].sum(0))
+        return torch.cat([roll, self.inner.call_roll(nq, nk, flags, int(roll[0, 3]))])
+
+
+class _HeadsRun(Run):
+    def __init__(self, ulysses: Ulysses, work: Work) -> None:
+        members, inner, roll = ulysses.members, ulysses.inner, work.asked.seed
+        self.work, self.whole = work, Whole(members, work)
+        has_rows = self.whole.rows
+        self.exchange = HeadExchange(members.place, self.whole, work, has_rows)
+        mask, bias = (None if x is None else self.exchange.mask_to_heads(x) for x in (work.mask, work.bias))
+        rest = self.whole.seed if roll is None or not inner.distributed else roll[members.place.size :]
+        asked = work.asked._replace(heads=self.exchange.heads, seed=rest)
+        queries = tuple(self.exchange.to_heads(x, self.whole.queries) for x in work.queries)
+        k, v = (self.exchange.to_heads(x, self.whole.keys) for x in (work.k, work.v))
+        padding = None if work.padding is None else self.exchange.padding_to_heads(work.padding)
+        inside = Work(queries, k, v, padding, mask, bias, asked, work.environment)
+        if not inner.distributed:
+            check_masks(inside, self.whole.nq, self.whole.nk)
+        self.inside = inner.start(inside)
+        self.seed, self.mask, self.bias = self.inside.seed, self.inside.mask, self.inside.bias
+        self.one_step = self.inside.one_step
+
+    def shards(self) -> Iterator[Shard]:
+        yield from self.inside.shards()
+
+    def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        found, *rest = self.inside.join(parts)
+        # Nothing is added on the way, so it is rounded before it travels.
+        dtype = self.work.queries[0].dtype if len(self.work.queries) > 1 else self.work.asked.out_dtype
+        return tuple(self.exchange.to_rows(x, self.whole.queries) for x in (found.to(dtype), *rest))
+
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        dk, dv = self.inside.key_gradients()
+        dtype = self.work.k.dtype
+        return (
+            self.exchange.to_rows(dk.to(dtype), self.whole.keys),
+            self.exchange.to_rows(dv.to(dtype), self.whole.keys),
+        )
+
+    def bias_gradient(self, gradient: Tensor) -> Tensor:
+        assert self.work.bias is not None
+        return self.exchange.mask_to_rows(self.inside.bias_gradient(gradient), self.work.bias)

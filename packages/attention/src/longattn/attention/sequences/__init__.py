@@ -1,0 +1,1 @@
+"""Sequences that are packed, padded or turned by their positions."""

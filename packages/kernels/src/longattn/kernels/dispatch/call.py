@@ -1,0 +1,45 @@
+"""`Call`: what a row of the table is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.dispatch.environment import Allocator
+from longattn.patterncache import Plan
+
+
+@dataclass(frozen=True)
+class Call:
+    """One rectangle to compute, checked, on real tensors.
+
+    Attributes:
+        q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim), padded rows zeroed.
+        plan: who sees whom, in rows of these tensors.
+        scale: of the scores.
+        mask: bool, True = may see, 4-D and broadcastable to (batch, heads, Nq, Nk), or None.
+        bias: floating, added to the scaled scores, shaped like mask, or None; -inf hides.
+        key_padding: (batch, Nk) bool, True = padding, or None.
+        prior: (out, lse) to merge onto, read only, or None.
+        dropout_p, seed: probability of dropping a (query, key) pair, and what decides which (see `philox`).
+        out_dtype: dtype of the returned out.
+        deterministic: equal inputs must give equal bits.
+        allocator: who owns outputs and scratch.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    plan: Plan
+    scale: float
+    mask: Tensor | None
+    bias: Tensor | None
+    key_padding: Tensor | None
+    prior: tuple[Tensor, Tensor] | None
+    dropout_p: float
+    seed: int
+    out_dtype: torch.dtype
+    deterministic: bool
+    allocator: Allocator

@@ -1,0 +1,147 @@
+"""The dispatch table: which row computes, and why not the others.
+
+The order of `TABLE` is the preference. A row's module is imported when the table is first read for it; rows with heavy imports keep
+their capability in a light module. Legality is declared (`Capability`), never found out by trying. A row that needs something of the machine,
+such as a compiler, also has a `refusal`, which says without trying why that is not there, and a `prepare`, which tries once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+
+from torch import Tensor
+
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.capability import Capability
+from longattn.kernels.problem import AttentionProblem
+
+TABLE: dict[str, str] = {
+    "triton": "longattn.kernels.triton.row",
+    "sdpa_views": "longattn.kernels.eager.sdpa_cuda:FLASH",
+    "sdpa_views_cudnn": "longattn.kernels.eager.sdpa_cuda:CUDNN",
+    "native": "longattn.kernels.native.row",
+    "sdpa": "longattn.kernels.eager.sdpa",
+    "gather": "longattn.kernels.eager.gather",
+    "tiled": "longattn.kernels.eager.tiled:Q_MAJOR",
+    "tiled_k_major": "longattn.kernels.eager.tiled:K_MAJOR",
+}
+
+logger = logging.getLogger("longattn.kernels")
+
+Forward = Callable[[Call], tuple[Tensor, Tensor]]
+Backward = Callable[
+    [Call, Tensor, "Tensor | None", Tensor, Tensor, bool], "tuple[Tensor, Tensor, Tensor, Tensor | None]"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One backend: its name, what it declares, and its two functions.
+
+    Attributes:
+        refusal: why this machine cannot run the row, as far as that is known without trying, or None.
+        prepare: makes what the row needs of the machine, before its first call; the reason why that failed, or None.
+    """
+
+    name: str
+    capability: Capability
+    forward: Forward
+    backward: Backward
+    refusal: Callable[[], str | None] | None = None
+    prepare: Callable[[], str | None] | None = None
+
+
+@lru_cache
+def row(name: str) -> Row:
+    """The row of that name."""
+    module, _, member = TABLE[name].partition(":")
+    home = getattr(import_module(module), member) if member else import_module(module)
+    machine = [getattr(home, need, None) for need in ("refusal", "prepare")]
+    return Row(name, home.CAPABILITY, home.forward, home.backward, *machine)
+
+
+def backends(device: str | None = None) -> tuple[str, ...]:
+    """Names of the rows, in order of preference. Any of them may be given as `backend=`.
+
+    device: only rows that declare this device type, such as "cpu". Default: all.
+    """
+    return tuple(name for name in TABLE if device is None or device in (row(name).capability.devices or (device,)))
+
+
+class RowFailure(RuntimeError):
+    """A row that was legal could not be made to run: its compiler failed. The row's `refusal` says so from then on."""
+
+
+def check_backend_name(backend: object) -> str | None:
+    """Return `backend`, or raise TypeError / ValueError unless it is None or names a row."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be None or one of {backends()}, got {backend!r} ({type(backend).__name__})")
+    if backend is not None and backend not in TABLE:
+        raise ValueError(f"backend must be None or one of {backends()}, got {backend!r}")
+    return backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which row serves a problem, and why not the others.
+
+    Attributes:
+        problem: what was asked.
+        rows: (name, reasons) in order of preference; no reasons means that the row could serve.
+        backend: the row that serves, or None.
+    """
+
+    problem: AttentionProblem
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    backend: str | None
+
+    def __str__(self) -> str:
+        lines = [str(self.problem)]
+        for name, reasons in self.rows:
+            verdict = "; ".join(reasons) or ("chosen" if name == self.backend else "could serve")
+            lines.append(f"  {name}: {verdict}")
+        return "\n".join(lines)
+
+
+Refusals = tuple[tuple[str, str], ...]
+
+
+def refusals() -> Refusals:
+    """(row, reason) of the rows that this machine, as far as is known now, cannot run."""
+    asked = ((name, row(name).refusal) for name in TABLE)
+    return tuple((name, reason) for name, ask in asked if ask is not None and (reason := ask()) is not None)
+
+
+@lru_cache(maxsize=4096)
+def explain_problem(problem: AttentionProblem, backend: str | None = None, refused: Refusals = ()) -> Explanation:
+    """The table read for one problem; with `backend`, only that row may be chosen, and none that is `refused`."""
+    machine = dict(refused)
+    rows = tuple(
+        (name, (*([machine[name]] if name in machine else []), *row(name).capability.reasons(problem)))
+        for name in TABLE
+    )
+    fitting = [name for name, reasons in rows if not reasons and backend in (None, name)]
+    chosen = fitting[0] if fitting else None
+    found = Explanation(problem, rows, chosen)
+    logger.debug("%s", found)
+    return found
+
+
+def select(problem: AttentionProblem, backend: str | None = None) -> Row:
+    """The first row without a reason, or the named one.
+
+    Raises:
+        ValueError: no row fits, or the named one does not; the message gives each row's reasons.
+    """
+    found = explain_problem(problem, backend, refusals())
+    while found.backend is not None:
+        chosen = row(found.backend)
+        if chosen.prepare is None or chosen.prepare() is None:
+            return chosen
+        found = explain_problem(problem, backend, refusals())  # now the row has one more reason
+    wanted = "no backend" if backend is None else f"backend={backend!r} cannot"
+    raise ValueError(f"{wanted} {'fits' if backend is None else 'serve'} this problem: {found}")

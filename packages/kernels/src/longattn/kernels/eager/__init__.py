@@ -1,0 +1,1 @@
+"""Rows in plain torch, which run on any device."""

@@ -1,0 +1,95 @@
+"""Row "gather": grouped gather in plain torch operations, for any device, any mask, any head_dim.
+
+For a strip of query rows at a time: gather q, k, v, scores in float32 (float64 for float64), softmax, merge. Backward is the closed
+form: P = exp(s - lse), dS = P * (dO v - delta + dlse), delta = rowsum(dO * O). Readable first; it is the row that always fits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.capability import FLOATS, Capability
+from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, ungroup_rows
+from longattn.kernels.eager.masks import tile_picks
+from longattn.kernels.eager.tile_walk import finish, new_state, walk
+from longattn.kernels.eager.tiles import Tile
+from longattn.kernels.state import state_dtype
+
+CAPABILITY = Capability(
+    devices=(),
+    # MPS has no float64.
+    dtypes={"": FLOATS, "mps": (torch.float16, torch.bfloat16, torch.float32)},
+    tolerance={
+        torch.float64: (1e-10, 1e-10),
+        torch.float32: (2e-5, 2e-5),
+        torch.float16: (2e-3, 2e-3),
+        torch.bfloat16: (1.6e-2, 1.6e-2),
+    },
+    # Elsewhere index_add_ adds with float atomics, in no fixed order.
+    deterministic=("cpu",),
+    bias_grad=True,
+    dropout=True,
+)
+
+_CELLS = 1 << 21
+"""Scores that may stand at a time: 8 MiB in float32."""
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
+    out, lse = new_state(call, triangles=False)
+    for tile in walk(call, triangles=False, cells=_CELLS):
+        q, k, v = _operands(call, tile)
+        scores = masked_scores(q, k, tile, call.scale)
+        # Finite where every key is hidden, so that -inf - -inf does not arise.
+        pivot = scores.amax(-1, keepdim=True)
+        pivot = pivot.masked_fill(pivot == -torch.inf, 0)
+        weights = (scores - pivot).exp_()
+        total = weights.sum(-1, keepdim=True)
+        tile_lse = (pivot + total.log()).squeeze(-1)
+        tile_out = dropped(weights, tile) @ v / total.masked_fill(total == 0, 1)
+        tile.merge(out, lse, ungroup_rows(tile_out, tile), ungroup_rows(tile_lse, tile))
+    return finish(call, out), lse
+
+
+def backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv) in the dtypes of q, k, v and, if asked, dbias in the shape and dtype of bias; summed in float32 (float64)."""
+    dtype = state_dtype(call.q.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
+    dbias = (
+        torch.zeros(call.bias.shape, dtype=dtype, device=call.q.device) if bias_grad and call.bias is not None else None
+    )
+    others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
+    for tile in walk(call, triangles=False, cells=_CELLS, others=others):
+        q, k, v = _operands(call, tile)
+        grad = group_rows(tile.queries(grad_out).to(dtype), tile)
+        delta = (grad * group_rows(tile.queries(out).to(dtype), tile)).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - group_rows(tile.queries(grad_lse).to(dtype).unsqueeze(-1), tile)
+        pivot = group_rows(tile.queries(lse).unsqueeze(-1), tile)
+        weights = (masked_scores(q, k, tile, call.scale) - pivot.masked_fill(pivot == -torch.inf, 0)).exp_()
+        grad_scores = dropped(grad @ v.transpose(-1, -2), tile).sub_(delta).mul_(weights)
+        if dbias is not None:
+            at = tile_picks(dbias, tile)
+            dbias.index_put_(at, _to_shape(ungroup_rows(grad_scores, tile), at), accumulate=True)
+        grad_scores.mul_(call.scale)
+        tile.add_queries(dq, ungroup_rows(grad_scores @ k, tile))
+        tile.add_keys(dk, grad_scores.transpose(-1, -2) @ q)
+        tile.add_keys(dv, dropped(weights, tile).transpose(-1, -2) @ grad)
+    final = None if dbias is None or call.bias is None else dbias.to(call.bias.dtype)
+    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), final
+
+
+def _to_shape(x: Tensor, at: tuple[Tensor, ...]) -> Tensor:
+    """Sum x over the axes that the index tensors `at` broadcast."""
+    shape = torch.broadcast_shapes(*(p.shape for p in at))
+    return x.sum([axis for axis, n in enumerate(shape) if n == 1], keepdim=True) if 1 in shape else x
+
+
+def _operands(call: Call, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = state_dtype(call.q.dtype)
+    return group_rows(tile.queries(call.q).to(dtype), tile), tile.keys(call.k).to(dtype), tile.keys(call.v).to(dtype)

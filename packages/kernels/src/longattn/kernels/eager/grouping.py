@@ -1,0 +1,34 @@
+"""Scores of a tile in torch operations, for rows that hold them: grouped heads as rows, masks, bias, dropout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.eager.tiles import Tile
+
+
+def group_rows(x: Tensor, tile: Tile) -> Tensor:
+    """(tiles, heads, n, ...) to (tiles, kv_heads, heads per kv head * n, ...): heads that share a kv head become rows."""
+    return x.unflatten(1, (tile.kv_heads.length, -1)).flatten(2, 3)
+
+
+def ungroup_rows(x: Tensor, tile: Tile) -> Tensor:
+    """The inverse of `group_rows`."""
+    return x.unflatten(2, (tile.heads.length // tile.kv_heads.length, tile.q.count)).flatten(1, 2)
+
+
+def masked_scores(q: Tensor, k: Tensor, tile: Tile, scale: float) -> Tensor:
+    """scale * q k^T + bias, -inf where hidden: (tiles, kv_heads, rows, k count), for grouped q."""
+    scores = (q @ k.transpose(-1, -2)).mul_(scale)
+    whole = (-1, tile.heads.length, tile.q.count, tile.k.count)
+    if tile.bias is not None:
+        scores += group_rows(tile.bias.expand(whole), tile)
+    if tile.seen is not None:
+        scores.masked_fill_(~group_rows(tile.seen.expand(whole), tile), -torch.inf)
+    return scores
+
+
+def dropped(x: Tensor, tile: Tile) -> Tensor:
+    """x (tiles, kv_heads, rows, k count) times what dropout keeps of it, in place."""
+    return x if tile.keep is None else x.mul_(group_rows(tile.keep, tile))

@@ -1,0 +1,71 @@
+"""What hides, biases or drops the pairs of one tile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.eager.tiles import Tile, index_tensor
+from longattn.kernels.philox import keep_scale
+from longattn.kernels.state import state_dtype
+from longattn.patterncache import Branch
+
+
+def dress(call: Call, branch: Branch, tile: Tile, first: int) -> Tile:
+    """`tile`, whose tiles begin with the branch's `first`, with its masks, bias and dropout."""
+    bias = None if call.bias is None else at_tile(call.bias, tile)
+    keep = _keep(call, branch, tile) if call.dropout_p else None
+    return replace(tile, seen=_seen(call, branch, tile, bias, first), bias=bias, keep=keep)
+
+
+def _keep(call: Call, branch: Branch, tile: Tile) -> Tensor:
+    q_rows, k_rows = (index_tensor(i, call.q.device, tile.kept).view(-1, i.count) for i in (tile.q, tile.k))
+    heads = torch.from_numpy(tile.heads.positions()).to(call.q.device) + call.plan.rectangle.heads.start
+    return keep_scale(
+        call.seed,
+        call.dropout_p,
+        torch.tensor(tile.batch, device=call.q.device),
+        heads[None, :, None, None],
+        (branch.q_at[0] + branch.q_at[1] * q_rows)[:, None, :, None],
+        (branch.k_at[0] + branch.k_at[1] * k_rows)[:, None, None, :],
+        state_dtype(call.q.dtype),
+    )
+
+
+def _seen(call: Call, branch: Branch, tile: Tile, bias: Tensor | None, first: int) -> Tensor | None:
+    """The tile's mask: band, attention mask, hidden by bias and key padding together; None where everything is seen."""
+    device = call.q.device
+    seen: Tensor | None = None if bias is None else bias != -torch.inf
+    visible = branch.visible
+    if visible is not None:
+        shown = visible if len(visible) == 1 else visible[first : first + tile.q.tiles]
+        band = torch.tensor(shown, device=device)[:, None]
+        seen = band if seen is None else seen & band
+    if call.key_padding is not None:
+        rows = index_tensor(tile.k, device, tile.kept).view(tile.k.tiles, tile.k.count)
+        kept = ~call.key_padding[tile.batch][rows][:, None, None]
+        seen = kept if seen is None else seen & kept
+    if call.mask is not None:
+        kept = at_tile(call.mask, tile)
+        seen = kept if seen is None else seen & kept
+    return seen
+
+
+def tile_picks(mask: Tensor, tile: Tile) -> tuple[Tensor, ...]:
+    """Index tensors of the tile's part of a tensor broadcastable to (batch, heads, Nq, Nk); an axis of length 1 is picked at 0."""
+    picks = (
+        torch.tensor([[[[tile.batch]]]]),
+        torch.from_numpy(tile.heads.positions())[None, :, None, None],
+        index_tensor(tile.q, mask.device, tile.kept).view(-1, 1, tile.q.count, 1),
+        index_tensor(tile.k, mask.device, tile.kept).view(-1, 1, 1, tile.k.count),
+    )
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=mask.device)
+    return tuple(p.to(mask.device) if n > 1 else zero for p, n in zip(picks, mask.shape, strict=True))
+
+
+def at_tile(mask: Tensor, tile: Tile) -> Tensor:
+    """(tiles or 1, heads or 1, q count or 1, k count or 1) of a tensor broadcastable to (batch, heads, Nq, Nk)."""
+    return mask[tile_picks(mask, tile)]

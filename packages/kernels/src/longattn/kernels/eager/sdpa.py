@@ -1,0 +1,143 @@
+"""Row "sdpa": strided branches through torch's own flash kernel for CPU, merged in place on the selected rows only.
+
+Every tile is a strided view; torch's kernel reads it without a copy and returns (out, lse). Backward gives each tile the merged out
+and lse, so that its gradient is exact by itself: P = exp(s - lse), and the kernel's own delta = rowsum(dO * O).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.capability import FLOATS, Capability
+from longattn.kernels.eager.tile_walk import finish, new_state, walk
+from longattn.kernels.eager.tiles import Tile
+from longattn.kernels.state import state_dtype
+
+CAPABILITY = Capability(
+    devices=("cpu",),
+    dtypes={"cpu": FLOATS},
+    tolerance={
+        torch.float64: (1e-10, 1e-10),
+        torch.float32: (2e-5, 2e-5),
+        torch.float16: (4e-3, 4e-3),
+        torch.bfloat16: (3e-2, 3e-2),
+    },
+)
+
+_CELLS = (1 << 18, 1 << 22)
+"""Least and most output numbers (or, under a mask, scores) that one call of torch's kernel may make: 1 to 16 MiB in float32."""
+
+
+Forward = Callable[[Tensor, Tensor, Tensor, bool, "Tensor | None", float], tuple[Tensor, Tensor]]
+"""A kernel of torch: (q, k, v, causal, additive mask, scale) to (out, lse), on (tiles, heads, rows, head_dim) views."""
+
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""Its gradient: (grad_out, q, k, v, out, lse, causal, additive mask, scale) to (dq, dk, dv), given the merged out and lse."""
+
+
+def _cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+
+
+def _cpu_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
+    return forward_through(_cpu_forward, call)
+
+
+def backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32 (float64). torch's kernel has no gradient of a bias."""
+    return backward_through(_cpu_backward, call, grad_out, grad_lse, out, lse)
+
+
+def forward_through(kernel: Forward, call: Call) -> tuple[Tensor, Tensor]:
+    """`forward` tile by tile through one of torch's kernels."""
+    out, lse = new_state(call, triangles=True)
+    for tile in walk(call, triangles=True, cells=_cells(call)):
+        q, k, v = map(_dense, (tile.queries(call.q), tile.keys(call.k), tile.keys(call.v)))
+        tile_out, tile_lse = kernel(q, k, v, tile.causal, _additive(tile, call.q.dtype), call.scale)
+        if tile.seen is not None:
+            # torch reports 0 where every key is hidden.
+            tile_lse = tile_lse.masked_fill(~tile.seen.any(-1), -torch.inf)
+        tile.merge(out, lse, tile_out, tile_lse)
+        del tile_out  # before the next call makes its own: one at a time in memory
+    return finish(call, out), lse
+
+
+def backward_through(
+    kernel: Backward, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """`backward` tile by tile through the gradient of one of torch's kernels."""
+    dtype, d = state_dtype(call.q.dtype), call.q.shape[-1]
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
+    grad_out, out = grad_out.to(call.q.dtype), out.to(call.q.dtype)
+    # A finite pivot for rows that saw nothing: their scores are all -inf, so P stays 0.
+    lse = lse.masked_fill(lse == -torch.inf, 0)
+    others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
+    for tile in walk(call, triangles=True, cells=_cells(call), others=others, at_once=_at_once()):
+        parts = (tile.queries(grad_out), tile.queries(call.q), tile.keys(call.k), tile.keys(call.v), tile.queries(out))
+        if grad_lse is not None:
+            parts = _with_lse_column(*parts, tile.queries(grad_lse))
+        mask = _additive(tile, call.q.dtype)
+        grads = kernel(*map(_dense, parts), tile.queries(lse), tile.causal, mask, call.scale)
+        tile.add_queries(dq, grads[0][..., :d])
+        tile.add_keys(dk, grads[1][..., :d])
+        tile.add_keys(dv, grads[2][..., :d])
+        del grads  # before the next call makes its own: one set at a time in memory
+    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), None
+
+
+def _cells(call: Call) -> int:
+    """A sixteenth of q, within bounds: larger calls spread better over threads, and what they make stays small beside the result."""
+    least, most = _CELLS
+    return max(least, min(most, call.q.numel() // 16))
+
+
+def _at_once() -> int:
+    """Heads x tiles of a call: torch's backward spreads over these alone, and four a thread keep the last one from waiting long."""
+    return 4 * torch.get_num_threads()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """torch's kernel reads head_dim as neighbours in memory, whatever the stride says."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _additive(tile: Tile, dtype: torch.dtype) -> Tensor | None:
+    if tile.seen is None:
+        return None
+    # A float32 bias of a bfloat16 q stays float32: -100 is not the same as -100.5.
+    bias = (
+        torch.zeros((), dtype=dtype, device=tile.seen.device) if tile.bias is None else tile.bias.to(state_dtype(dtype))
+    )
+    return torch.where(tile.seen, bias, -torch.inf)
+
+
+def _with_lse_column(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad_lse: Tensor
+) -> tuple[Tensor, ...]:
+    """Fold an lse cotangent in: with v' = [v, 1], dO' = [dO, dlse] and O' = [O, 0], dP = dO v + dlse and delta is unchanged."""
+    one = torch.nn.functional.pad
+    column = grad_lse.to(grad_out.dtype).unsqueeze(-1)
+    return (
+        torch.cat([grad_out, column], -1),
+        one(q, (0, 1)),
+        one(k, (0, 1)),
+        one(v, (0, 1), value=1.0),
+        one(out, (0, 1)),
+    )

@@ -1,0 +1,138 @@
+"""Rows "sdpa_views" and "sdpa_views_cudnn": strided branches through torch's own CUDA kernels, each pinned by name, and a merge.
+
+Tiles are strided views, walked, merged and differentiated as in the row "sdpa" of the CPU. Dense and causal tiles go to FlashAttention or
+to cuDNN; masked strips (a window's edge, an attention mask, padding) go to the memory-efficient kernel, the one that takes a mask and
+returns an lse. torch's math kernel returns none, so nothing is ever sent to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.capability import Capability
+from longattn.kernels.eager.sdpa import Forward, backward_through, forward_through
+
+_DTYPES = (torch.float16, torch.bfloat16)
+
+_WITH_FLASH = Capability(
+    devices=("cuda",),
+    dtypes={"cuda": _DTYPES},
+    tolerance={torch.float16: (4e-3, 4e-3), torch.bfloat16: (3e-2, 3e-2)},
+    max_head_dim=256,
+    # Its backward kernels add with atomics.
+    deterministic=("cpu",),
+    architectures=("sm_8?*", "sm_9?*", "sm_1??*", "gfx90a", "gfx94?", "gfx950"),
+)
+_WIDTH = 8
+"""What head_dim must be a multiple of in all these kernels; torch pads before it calls them."""
+
+_FLASH_WIDTH = 256
+"""The largest head_dim of FlashAttention; the memory-efficient kernel has no bound."""
+
+_MASK_ALIGNMENT = 16
+"""Columns that a row of a mask is padded to in memory: the memory-efficient kernel reads whole vectors of it."""
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return found[0], found[1]
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    # Some versions of cuDNN keep the axis that they reduced.
+    return found[0], found[1].reshape(found[0].shape[:3])
+
+
+def _aligned(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The mask in full, each row starting at an aligned address."""
+    width = shape[-1]
+    room = mask.new_empty((*shape[:-1], -(-width // _MASK_ALIGNMENT) * _MASK_ALIGNMENT))[..., :width]
+    return room.copy_(mask.expand(shape))
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    bias = _aligned(mask.to(q.dtype), (*q.shape[:3], k.shape[2]))
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+    # What it leaves in rows that see nothing is its own affair; our state is zero there.
+    blind = (mask == -torch.inf).all(-1, keepdim=True)
+    # It pads its lse to whole blocks of rows.
+    return found[0].masked_fill(blind, 0), found[1][..., : q.shape[2]]
+
+
+@dataclass(frozen=True)
+class ViewsRow:
+    """One of the two: which kernel takes the tiles without a mask."""
+
+    CAPABILITY: Capability
+    cudnn: bool
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
+        return forward_through(self._forward, call)
+
+    def backward(
+        self, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32."""
+        return backward_through(self._backward, call, grad_out, grad_lse, out, lse)
+
+    @property
+    def _forward(self) -> Forward:
+        dense = _cudnn if self.cudnn else _flash
+
+        def compute(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Any:
+            width = q.shape[-1]
+            q, k, v = (_padded(x) for x in (q, _shared(k, q.shape[1]), _shared(v, q.shape[1])))
+            out, lse = dense(q, k, v, causal, scale) if mask is None else _efficient(q, k, v, mask, scale)
+            return out[..., :width], lse
+
+        return compute
+
+    def _backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Flash's backward whatever the forward was: it needs out and the merged lse, and no dropout state.
+
+        Masked tiles, and those that are wider than flash goes once the column of an lse cotangent stands beside them, take the
+        memory-efficient one.
+        """
+        kv_heads, width = k.shape[1], q.shape[-1]
+        k, v = (_shared(x, q.shape[1]) for x in (k, v))
+        grad, q, k, v, out = (_padded(x) for x in (grad, q, k, v, out))
+        nothing = torch.zeros((), dtype=torch.int64, device=q.device)
+        if mask is None and q.shape[-1] <= _FLASH_WIDTH:
+            lengths = (None, None, q.shape[2], k.shape[2])
+            kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
+            grads = kernel(grad, q, k, v, out, lse.contiguous(), *lengths, 0.0, causal, nothing, nothing, scale=scale)
+        else:
+            bias = None if mask is None else _aligned(mask.to(q.dtype), (*q.shape[:3], k.shape[2]))
+            rows = -(-q.shape[2] // 32) * 32
+            padded = torch.nn.functional.pad(lse, (0, rows - q.shape[2]), value=torch.inf)
+            wanted = (True, True, True, False)
+            kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+            grads = kernel(grad, q, k, v, bias, out, padded, nothing, nothing, 0.0, wanted, causal, scale=scale)[:3]
+        dq, dk, dv = grads
+        # Rounded once, after heads that share keys were added.
+        dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv))
+        return dq[..., :width], dk[..., :width], dv[..., :width]
+
+
+def _shared(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (tiles, kv_heads, count, d) for as many query heads: repeated, for not all of these kernels group them."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Columns of zeros up to a width that the kernels take; itself where it has one."""
+    missing = -x.shape[-1] % _WIDTH
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+FLASH = ViewsRow(_WITH_FLASH, cudnn=False)
+CUDNN = ViewsRow(replace(_WITH_FLASH, max_head_dim=128, architectures=("sm_8?*", "sm_9?*", "sm_1??*")), cudnn=True)

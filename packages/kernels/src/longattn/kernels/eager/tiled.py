@@ -1,0 +1,169 @@
+"""Rows "tiled" and "tiled_k_major": attention as kernels do it, in torch operations one can read.
+
+The equation is the online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022, algorithm 1). A branch is cut into
+tiles of `TILE` query rows by `TILE` key rows; the plan says of each whether it is DENSE, a TRIANGLE (the band's edge, masked) or a SKIP,
+which is neither read nor computed. Q-major: a q tile stays, k and v stream past it. K-major: a k, v tile stays, q streams past it and
+partial states merge, which is split-K. Working memory is a few tiles, whatever the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.capability import FLOATS, Capability
+from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, ungroup_rows
+from longattn.kernels.eager.masks import dress
+from longattn.kernels.eager.tile_walk import blocks, finish, new_state
+from longattn.kernels.eager.tiles import Tile
+from longattn.kernels.state import state_dtype
+from longattn.patterncache import Branch
+from longattn.patterncache.band import narrow_tile
+
+TILE = 256
+"""Rows of q, and of k, in a tile: large enough that a torch call is mostly arithmetic."""
+
+Range = tuple[int, int]
+Grads = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TiledRow:
+    """One of the two orders. Results do not depend on it, beyond rounding."""
+
+    q_major: bool
+    CAPABILITY = Capability(
+        devices=(),
+        dtypes={"": FLOATS, "mps": (torch.float16, torch.bfloat16, torch.float32)},
+        tolerance={
+            torch.float64: (1e-10, 1e-10),
+            torch.float32: (2e-5, 2e-5),
+            torch.float16: (2e-3, 2e-3),
+            torch.bfloat16: (1.6e-2, 1.6e-2),
+        },
+        deterministic=("cpu",),
+        dropout=True,
+    )
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
+        out, lse = new_state(call, triangles=False, filled=True)
+        for branch, block in blocks(call):
+            if self.q_major:
+                for rows in _ranges(block.q.count):
+                    _stream_keys(call, branch, block, rows, out, lse)
+            else:
+                for rows in _ranges(block.k.count):
+                    _stream_queries(call, branch, block, rows, out, lse)
+        return finish(call, out), lse
+
+    def backward(
+        self, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32 (float64)."""
+        dtype = state_dtype(call.q.dtype)
+        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
+        # delta = rowsum(dO * O) - dlse: one number a row, read by every tile of that row. Made strip by strip: no product stands whole.
+        delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse.to(dtype)
+        for rows in _ranges(lse.shape[1]):
+            mine = (x.narrow(1, *rows).to(dtype) for x in (grad_out, out))
+            delta.narrow(1, *rows).add_(torch.mul(*mine).sum(-1))
+        pivot = lse.masked_fill(lse == -torch.inf, 0)
+        for branch, block in blocks(call):
+            for tile in self._tiles(call, branch, block):
+                grads = _gradients(call, tile, grad_out, delta, pivot)
+                tile.add_queries(dq, grads[0])
+                tile.add_keys(dk, grads[1])
+                tile.add_keys(dv, grads[2])
+        return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), None
+
+    def _tiles(self, call: Call, branch: Branch, block: Tile) -> Iterator[Tile]:
+        if self.q_major:
+            for q in _ranges(block.q.count):
+                yield from (t for k in _ranges(block.k.count) if (t := _cut(call, branch, block, q, k)) is not None)
+        else:
+            for k in _ranges(block.k.count):
+                yield from (t for q in _ranges(block.q.count) if (t := _cut(call, branch, block, q, k)) is not None)
+
+
+Q_MAJOR = TiledRow(q_major=True)
+K_MAJOR = TiledRow(q_major=False)
+
+
+def _ranges(count: int) -> list[Range]:
+    return [(first, min(TILE, count - first)) for first in range(0, count, TILE)]
+
+
+def _cut(call: Call, branch: Branch, block: Tile, q: Range, k: Range) -> Tile | None:
+    """The tile of these rows with its mask, or None where it is a SKIP. A DENSE tile has no mask."""
+    part = narrow_tile(branch, q, k)
+    if part is None:
+        return None
+    return dress(call, part, replace(block, q=block.q.narrow(*q), k=block.k.narrow(*k)), block.first)
+
+
+def _stream_keys(call: Call, branch: Branch, block: Tile, rows: Range, out: Tensor, lse: Tensor) -> None:
+    """Q-major: one q tile, all its keys, one merge at the end."""
+    dtype = state_dtype(call.q.dtype)
+    mine = replace(block, q=block.q.narrow(*rows), fresh=False)
+    q = group_rows(mine.queries(call.q).to(dtype), mine)  # q tile: memory -> cache, stays for all its keys
+    m = torch.full(q.shape[:-1], -torch.inf, dtype=dtype, device=q.device)  # running max: stays
+    l = torch.zeros_like(m)  # running sum: stays
+    acc = torch.zeros_like(q)  # output: stays, rescaled when m moves
+    for keys in _ranges(block.k.count):
+        tile = _cut(call, branch, block, rows, keys)
+        if tile is None:
+            continue
+        k = tile.keys(call.k).to(dtype)  # k tile: memory -> cache, replaced every iteration
+        scores = masked_scores(q, k, tile, call.scale)
+        m_new = torch.maximum(m, scores.amax(-1))
+        # Finite where nothing was seen yet, so that -inf - -inf does not arise.
+        pivot = m_new.masked_fill(m_new == -torch.inf, 0)
+        p = (scores - pivot.unsqueeze(-1)).exp_()
+        rescale = (m - pivot).exp_()
+        l = l * rescale + p.sum(-1)
+        v = tile.keys(call.v).to(dtype)  # v tile: memory -> cache, replaced every iteration
+        acc = acc * rescale.unsqueeze(-1) + dropped(p, tile) @ v
+        m = m_new
+    acc = acc / l.masked_fill(l == 0, 1).unsqueeze(-1)
+    mine.merge(out, lse, ungroup_rows(acc, mine), ungroup_rows(m + l.log(), mine))  # cache -> memory, once a branch
+
+
+def _stream_queries(call: Call, branch: Branch, block: Tile, keys: Range, out: Tensor, lse: Tensor) -> None:
+    """K-major: one k, v tile, all its queries, a merge for each."""
+    dtype = state_dtype(call.q.dtype)
+    mine = replace(block, k=block.k.narrow(*keys))
+    k, v = (
+        mine.keys(call.k).to(dtype),
+        mine.keys(call.v).to(dtype),
+    )  # k, v tile: memory -> cache, stays for all its queries
+    for rows in _ranges(block.q.count):
+        tile = _cut(call, branch, block, rows, keys)
+        if tile is None:
+            continue
+        q = group_rows(tile.queries(call.q).to(dtype), tile)  # q tile: memory -> cache, replaced every iteration
+        scores = masked_scores(q, k, tile, call.scale)
+        pivot = scores.amax(-1, keepdim=True)
+        pivot = pivot.masked_fill(pivot == -torch.inf, 0)
+        p = (scores - pivot).exp_()
+        total = p.sum(-1, keepdim=True)
+        part = dropped(p, tile) @ v / total.masked_fill(total == 0, 1)
+        part_lse = (pivot + total.log()).squeeze(-1)
+        # out, lse rows: memory -> cache -> memory, every iteration
+        replace(tile, fresh=False).merge(out, lse, ungroup_rows(part, tile), ungroup_rows(part_lse, tile))
+
+
+def _gradients(call: Call, tile: Tile, grad_out: Tensor, delta: Tensor, pivot: Tensor) -> Grads:
+    """dS = P * (dO v - delta), with P = exp(s - lse) made anew from q and k."""
+    dtype = state_dtype(call.q.dtype)
+    q, grad = (group_rows(tile.queries(x).to(dtype), tile) for x in (call.q, grad_out))
+    rows = [group_rows(tile.queries(x).unsqueeze(-1), tile) for x in (delta, pivot)]
+    k, v = tile.keys(call.k).to(dtype), tile.keys(call.v).to(dtype)
+    p = (masked_scores(q, k, tile, call.scale) - rows[1]).exp_()
+    ds = (dropped(grad @ v.transpose(-1, -2), tile) - rows[0]).mul_(p).mul_(call.scale)
+    dv = dropped(p, tile).transpose(-1, -2) @ grad
+    return ungroup_rows(ds @ k, tile), ds.transpose(-1, -2) @ q, dv
