@@ -27,8 +27,10 @@ from longattn.kernels.check import (
 )
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.table import check_backend_name
-from longattn.kernels.ops.attend_op import Asked
+from longattn.kernels.ops import direct
+from longattn.kernels.ops.arguments import OpArguments
 from longattn.kernels.philox import as_seed
+from longattn.kernels.positions import last_positions
 from longattn.kernels.state import add_sink, state_dtype
 from longattn.patterncache import Pattern
 
@@ -146,6 +148,36 @@ def pattern_attention(
         TypeError, ValueError: a bad argument, by name; or no row fits, with each one's reasons.
     """
     refuse_unknown("pattern_attention()", unknown)
+    key = None
+    if (
+        positions_start is None
+        and cu_seqlens is None
+        and cu_seqlens_q is None
+        and sink_logits is None
+        and (schedule is None or type(schedule) is Local)
+        and (return_lse is True or return_lse is False)
+    ):
+        key = direct.signature(
+            "pattern_attention",
+            q,
+            k,
+            v,
+            pattern,
+            is_causal=is_causal,
+            softmax_scale=softmax_scale,
+            attention_mask=attention_mask,
+            key_padding_mask=key_padding_mask,
+            dropout_p=dropout_p,
+            backend=backend,
+            deterministic=deterministic,
+            environment=environment,
+            q_start=q_start,
+        )
+        prepared = None if key is None else direct.find_prepared(key)
+        if key is not None and prepared is not None:
+            drawn = as_seed(seed) if dropout_p else None
+            out, lse = direct.run_prepared(prepared, key, q, k, v, attention_mask, key_padding_mask, drawn, environment)
+            return (out, lse) if return_lse else out
     # A DTensor is known by what it says of itself: its module is heavy to import.
     sharded = hasattr(q, "placements")
     if sharded or positions_start is not None or (isinstance(q, Tensor) and q.is_nested):
@@ -194,7 +226,7 @@ def pattern_attention(
     check_environment(environment)
     seed = as_seed(seed) if check_dropout("dropout_p", dropout_p) else None
     floating = attention_mask is not None and attention_mask.dtype != torch.bool
-    asked = Asked(
+    asked = OpArguments(
         None if floating else attention_mask,
         key_padding_mask,
         # Drawn once a call: shards and steps drop the same pairs.
@@ -213,6 +245,12 @@ def pattern_attention(
         env="" if environment is None or torch.compiler.is_compiling() else environment.name,
     )
     bias = attention_mask if floating else None
+    if key is not None:
+        asked = asked._replace(
+            q_spans=q_spans or last_positions(q.shape[1], k.shape[1], pattern.positional), k_spans=[0, k.shape[1], 1]
+        )
+        out, lse = direct.prepare_and_run(key, q, k, v, bias, asked, environment)
+        return (out, lse) if return_lse else out
     state = scheduled_op.run(q, k, v, bias, schedule.canonical(), asked)
     if sink_logits is not None:
         state = add_sink(state, sink_logits)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from longattn.kernels.explaining import explain
     from longattn.kernels.fused import fused_attention
     from longattn.kernels.native.building import build_native
+    from longattn.kernels.preparing import PreparedAttention, prepare, prepared_stats
     from longattn.kernels.problem import AttentionProblem
     from longattn.kernels.reference import reference_attention
     from longattn.kernels.state import AttentionState, merge
@@ -24,12 +25,15 @@ _HOME = {
     "Capability": "dispatch.capability",
     "Environment": "dispatch.environment",
     "Explanation": "dispatch.table",
+    "PreparedAttention": "preparing",
     "attend": "entry",
     "backends": "dispatch.table",
     "build_native": "native.building",
     "explain": "explaining",
     "fused_attention": "fused",
     "merge": "state",
+    "prepare": "preparing",
+    "prepared_stats": "preparing",
     "reference_attention": "reference",
 }
 
@@ -39,12 +43,15 @@ __all__ = [
     "Capability",
     "Environment",
     "Explanation",
+    "PreparedAttention",
     "attend",
     "backends",
     "build_native",
     "explain",
     "fused_attention",
     "merge",
+    "prepare",
+    "prepared_stats",
     "reference_attention",
 ]
 

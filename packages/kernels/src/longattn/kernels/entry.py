@@ -21,7 +21,8 @@ from longattn.kernels.check import (
 )
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.table import check_backend_name
-from longattn.kernels.ops import attend_op as op
+from longattn.kernels.ops import direct
+from longattn.kernels.ops.arguments import OpArguments
 from longattn.kernels.ops.transforms import Attend
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import flat_heads, flat_spans, last_positions
@@ -85,7 +86,97 @@ def attend(
     Raises:
         TypeError, ValueError: a bad argument, by name; or no row fits, with each one's reasons.
     """
+    key = None
+    if (
+        prior is None
+        and q_spans is None
+        and k_spans is None
+        and heads is None
+        and num_heads is None
+        and sink_logits is None
+    ):
+        key = direct.signature(
+            "attend",
+            q,
+            k,
+            v,
+            pattern,
+            is_causal=is_causal,
+            softmax_scale=softmax_scale,
+            attention_mask=attention_mask,
+            key_padding_mask=key_padding_mask,
+            dropout_p=dropout_p,
+            backend=backend,
+            deterministic=deterministic,
+            environment=environment,
+            out_dtype=out_dtype,
+        )
+        prepared = None if key is None else direct.find_prepared(key)
+        if key is not None and prepared is not None:
+            drawn = as_seed(seed) if dropout_p or seed is not None else None
+            return AttentionState(
+                *direct.run_prepared(prepared, key, q, k, v, attention_mask, key_padding_mask, drawn, environment)
+            )
     q, k, v = autocast(q, k, v)
+    bias, asked = check_and_ask(
+        q,
+        k,
+        v,
+        pattern,
+        is_causal=is_causal,
+        prior=prior,
+        q_spans=q_spans,
+        k_spans=k_spans,
+        heads=heads,
+        num_heads=num_heads,
+        softmax_scale=softmax_scale,
+        attention_mask=attention_mask,
+        key_padding_mask=key_padding_mask,
+        dropout_p=dropout_p,
+        seed=seed,
+        sink_logits=sink_logits,
+        backend=backend,
+        deterministic=deterministic,
+        out_dtype=out_dtype,
+        environment=environment,
+    )
+    if key is not None:
+        return AttentionState(*direct.prepare_and_run(key, q, k, v, bias, asked, environment))
+    state = run(q, k, v, bias, prior, asked)
+    if sink_logits is None:
+        return state
+    state = add_sink(state, sink_logits)
+    return AttentionState(state.finalize(state_dtype(q.dtype) if out_dtype is None else out_dtype), state.lse)
+
+
+def check_and_ask(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    is_causal: bool | None,
+    prior: AttentionState | None,
+    q_spans: Span | tuple[Span, ...] | None,
+    k_spans: Span | tuple[Span, ...] | None,
+    heads: Span | None,
+    num_heads: int | None,
+    softmax_scale: float | None,
+    attention_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | int | None,
+    sink_logits: Tensor | None,
+    backend: str | None,
+    deterministic: bool | None,
+    out_dtype: torch.dtype | None,
+    environment: Environment | None,
+) -> tuple[Tensor | None, OpArguments]:
+    """The arguments of `attend`, checked: the bias, and what else the op is asked.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name.
+    """
     check_qkv(q, k, v)
     if not isinstance(pattern, Pattern):
         raise TypeError(
@@ -116,7 +207,7 @@ def attend(
     out_dtype = state_dtype(q.dtype) if out_dtype is None else out_dtype
     floating = attention_mask is not None and attention_mask.dtype != torch.bool
     bias = attention_mask if floating else None
-    asked = op.Asked(
+    return bias, OpArguments(
         None if floating else attention_mask,
         key_padding_mask,
         as_seed(seed) if dropout_p or seed is not None else None,
@@ -131,15 +222,10 @@ def attend(
         out_dtype=out_dtype if sink_logits is None else state_dtype(q.dtype),
         env="" if environment is None or torch.compiler.is_compiling() else environment.name,
     )
-    state = run(q, k, v, bias, prior, asked)
-    if sink_logits is None:
-        return state
-    state = add_sink(state, sink_logits)
-    return AttentionState(state.finalize(out_dtype), state.lse)
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, prior: AttentionState | None, asked: op.Asked
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, prior: AttentionState | None, asked: OpArguments
 ) -> AttentionState:
     """`attend` without its checks, on the op's own arguments; fills in what wants a gradient."""
     refuse_tangents(q, k, v, bias, *(() if prior is None else (prior.out, prior.lse)))

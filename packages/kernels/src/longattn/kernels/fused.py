@@ -8,6 +8,8 @@ from longattn.kernels.check import check_flag
 from longattn.kernels.entry import attend
 from longattn.patterncache import Full
 
+_FULL, _CAUSAL = Full(), Full(causal=True)
+
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, sm_scale: float | None = None) -> Tensor:
     """softmax(sm_scale * q k^T) v, without the scores ever standing in memory whole.
@@ -27,4 +29,4 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, sm_sc
         raise TypeError("causal must be True or False, got None")
     q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x for x in (q, k, v))
     dtype = q.dtype if isinstance(q, Tensor) else None
-    return attend(q, k, v, Full(causal=causal), softmax_scale=sm_scale, out_dtype=dtype).out.transpose(1, 2)
+    return attend(q, k, v, _CAUSAL if causal else _FULL, softmax_scale=sm_scale, out_dtype=dtype).out.transpose(1, 2)

@@ -16,11 +16,12 @@ from longattn.attention.schedules.layouts import Spans, add_rows, select_rows
 from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step
 from longattn.kernels import AttentionState
 from longattn.kernels.dispatch.environment import Environment
-from longattn.kernels.ops.attend_op import Asked, find_plan
+from longattn.kernels.ops.arguments import OpArguments
+from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients
 from longattn.kernels.state import merge_into, state_dtype
 
 
-def forward(run: Run, asked: Asked, environment: Environment) -> tuple[Tensor, Tensor]:
+def forward(run: Run, asked: OpArguments, environment: Environment) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in asked.out_dtype, lse (batch, Nq, heads) in float32 (float64), in the caller's rows."""
     found: list[tuple[Tensor, ...]] = []
     for shard in run.shards():
@@ -29,9 +30,10 @@ def forward(run: Run, asked: Asked, environment: Environment) -> tuple[Tensor, T
             rectangle = _rectangle(run, shard, step, asked)
             if run.one_step:
                 rectangle = rectangle._replace(out_dtype=asked.out_dtype)
-            elif find_plan(rectangle, environment).empty:
-                continue
-            parts.add(attend_step(q, step, _cut(run.bias, shard.rows, step.rows), rectangle))
+            bias = _cut(run.bias, shard.rows, step.rows)
+            state = attend_step(q, step, bias, rectangle, environment, skip_empty=not run.one_step)
+            if state is not None:
+                parts.add(state)
             # Not kept while the next step's keys are awaited.
             del step
         state = parts.merged() or AttentionState.empty(q)
@@ -40,7 +42,7 @@ def forward(run: Run, asked: Asked, environment: Environment) -> tuple[Tensor, T
     return out.to(asked.out_dtype), lse
 
 
-def backward(run: Run, asked: Asked, environment: Environment) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(run: Run, asked: OpArguments, environment: Environment) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, and the bias's gradient where asked for; in float32 (float64) where parts were added up, in the caller's rows."""
     dbias = None
     if asked.bias_grad and run.bias is not None:
@@ -50,36 +52,55 @@ def backward(run: Run, asked: Asked, environment: Environment) -> tuple[Tensor, 
         dq = GradientSum(shard.queries[0])
         for step in shard.steps:
             rectangle = _rectangle(run, shard, step, asked)
-            if not run.one_step and find_plan(rectangle, environment).empty:
-                continue
             bias = _cut(run.bias, shard.rows, step.rows)
-            dq_part, dk, dv, dbias_part = attend_step_backward(shard.queries, step, bias, rectangle)
+            skip = not run.one_step
+            gradients = attend_step_backward(shard.queries, step, bias, rectangle, environment, skip_empty=skip)
+            if gradients is None:
+                continue
+            dq_part, dk, dv, dbias_part = gradients
             dq.add(dq_part)
             step.give(dk, dv)
             if dbias is not None:
                 _add_cut(dbias, shard.rows, step.rows, dbias_part)
             # Not kept while the next step's keys are awaited.
-            del step, dq_part, dk, dv, dbias_part
+            del step, gradients, dq_part, dk, dv, dbias_part
         found.append((dq.total(),))
     (dq,) = run.join(found)
     return (dq, *run.key_gradients(), None if dbias is None else run.bias_gradient(dbias))
 
 
-def attend_step(q: Tensor, step: Step, bias: Tensor | None, asked: Asked) -> AttentionState:
-    """One rectangle's state."""
-    return AttentionState(*torch.ops.longattn.attend(q, step.k, step.v, bias, None, None, *asked))
+def attend_step(
+    q: Tensor,
+    step: Step,
+    bias: Tensor | None,
+    asked: OpArguments,
+    environment: Environment,
+    *,
+    skip_empty: bool = False,
+) -> AttentionState | None:
+    """One rectangle's state; None where nobody sees anybody and `skip_empty` says that this is to be left out."""
+    computed = attend_rectangle(q, step.k, step.v, bias, None, asked, environment, skip_empty=skip_empty)
+    return None if computed is None else AttentionState(*computed)
 
 
 def attend_step_backward(
-    queries: tuple[Tensor, ...], step: Step, bias: Tensor | None, asked: Asked
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One rectangle's dq, dk, dv and dbias, from (q, grad_out, out, lse[, grad_lse]) of its query rows."""
+    queries: tuple[Tensor, ...],
+    step: Step,
+    bias: Tensor | None,
+    asked: OpArguments,
+    environment: Environment,
+    *,
+    skip_empty: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """One rectangle's dq, dk, dv and dbias, from (q, grad_out, out, lse[, grad_lse]) of its query rows; None as above."""
     q, grad_out, out, lse, *rest = queries
     grad_lse = rest[0] if rest else None
-    return torch.ops.longattn.attend_backward(grad_out, grad_lse, q, step.k, step.v, bias, out, lse, *asked)
+    return rectangle_gradients(
+        grad_out, grad_lse, q, step.k, step.v, bias, out, lse, asked, environment, skip_empty=skip_empty
+    )
 
 
-def _rectangle(run: Run, shard: Shard, step: Step, asked: Asked) -> Asked:
+def _rectangle(run: Run, shard: Shard, step: Step, asked: OpArguments) -> OpArguments:
     """What is asked of the kernels for one shard and one step: a partial state, unless said otherwise."""
     return asked._replace(
         mask=_cut(run.mask, shard.rows, step.rows),

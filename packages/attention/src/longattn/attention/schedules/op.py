@@ -18,22 +18,24 @@ from longattn.attention.schedules import driver as scheduled
 from longattn.attention.schedules.base import parse_schedule
 from longattn.attention.schedules.passes import Work, query_spans
 from longattn.kernels.dispatch.environment import find_environment
+from longattn.kernels.dispatch.prepared import find_plan
 from longattn.kernels.entry import refuse_tangents
 from longattn.kernels.ops import transforms
-from longattn.kernels.ops.attend_op import ASKED, Asked, find_plan, no_second_order
+from longattn.kernels.ops.arguments import SCHEMA, OpArguments
+from longattn.kernels.ops.attend_op import no_second_order
 from longattn.kernels.state import AttentionState, state_dtype
 
 LIBRARY = torch.library.Library("longattn", "FRAGMENT")
 LIBRARY.define(
-    f"scheduled_attend(Tensor q, Tensor k, Tensor v, Tensor? bias, str schedule, {ASKED}) -> (Tensor, Tensor)"
+    f"scheduled_attend(Tensor q, Tensor k, Tensor v, Tensor? bias, str schedule, {SCHEMA}) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "scheduled_attend_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, "
-    f"str schedule, {ASKED}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"str schedule, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, schedule: str, asked: Asked) -> AttentionState:
+def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, schedule: str, asked: OpArguments) -> AttentionState:
     """Attend under a schedule; arguments are checked, and what wants a gradient is filled in here."""
     refuse_tangents(q, k, v, bias)
     transformed = torch._C._are_functorch_transforms_active()
@@ -52,7 +54,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, schedule: str, ask
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, schedule: str, *rest: Any) -> tuple[Tensor, Tensor]:
-    asked = Asked(*rest)
+    asked = OpArguments(*rest)
     environment = find_environment(asked.env)
     work = Work((q,), k, v, asked.key_padding, asked.mask, bias, asked, environment)
     return scheduled.forward(parse_schedule(schedule).start(work), asked, environment)
@@ -70,7 +72,7 @@ def _backward(
     schedule: str,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    asked = Asked(*rest)
+    asked = OpArguments(*rest)
     environment = find_environment(asked.env, may_be_gone=True)
     queries = (q, grad_out, out, lse) if grad_lse is None else (q, grad_out, out, lse, grad_lse)
     work = Work(queries, k, v, asked.key_padding, asked.mask, bias, asked, environment)
@@ -80,14 +82,14 @@ def _backward(
 
 
 def _forward_fake(q: Tensor, k: Any, v: Tensor, bias: Any, schedule: str, *rest: Any) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=Asked(*rest).out_dtype)
+    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=OpArguments(*rest).out_dtype)
     return out, q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
 
 
 def _backward_fake(
     grad_out: Any, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Any, lse: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
-    wanted = bias is not None and Asked(*rest[1:]).bias_grad
+    wanted = bias is not None and OpArguments(*rest[1:]).bias_grad
     dbias = bias.new_empty(bias.shape) if bias is not None and wanted else q.new_empty(0)
     return (*(x.new_empty(x.shape) for x in (q, k, v)), dbias)
 
@@ -107,13 +109,13 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, c
     q, k, v, bias, out, lse, mask, key_padding, seed = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    asked = Asked(mask, key_padding, seed, *ctx.rest)
+    asked = OpArguments(mask, key_padding, seed, *ctx.rest)
     dq, dk, dv, dbias = call(grad_out, grad_lse, q, k, v, bias, out, lse, ctx.schedule, *asked)
-    return (dq, dk, dv, dbias if asked.bias_grad else None, *(None,) * (1 + len(Asked._fields)))
+    return (dq, dk, dv, dbias if asked.bias_grad else None, *(None,) * (1 + len(OpArguments._fields)))
 
 
 class _Scheduled(torch.autograd.Function):
-    """The op for torch.func's transforms: (q, k, v, bias, schedule, *Asked) -> (out, lse)."""
+    """The op for torch.func's transforms: (q, k, v, bias, schedule, *OpArguments) -> (out, lse)."""
 
     @staticmethod
     def forward(*inputs: Any) -> Any:  # type: ignore[override]
@@ -186,7 +188,7 @@ def _op_map_backward(info: Any, in_dims: Any, *inputs: Any) -> Any:
 
 def _flops(q: list[int], k: list[int], v: list[int], bias: Any, schedule: str, *rest: Any, **_: Any) -> int:
     # Two products of 2 * head_dim operations for each visible pair of the whole, where all of it is here.
-    asked = Asked(*rest)
+    asked = OpArguments(*rest)
     if parse_schedule(schedule).distributed:
         return 0
     spans = query_spans(asked, q[1], k[1])

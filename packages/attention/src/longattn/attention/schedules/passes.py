@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longattn.attention.schedules.layouts import Spans
 from longattn.kernels.dispatch.environment import Environment
-from longattn.kernels.ops.attend_op import Asked
+from longattn.kernels.ops.arguments import OpArguments
 from longattn.kernels.state import state_dtype
 from longattn.patterncache import Span
 
@@ -38,7 +38,7 @@ class Work:
     padding: Tensor | None
     mask: Tensor | None
     bias: Tensor | None
-    asked: Asked
+    asked: OpArguments
     environment: Environment
 
 
@@ -137,7 +137,7 @@ class GradientSum:
         return torch.zeros_like(self.like, memory_format=torch.contiguous_format) if self.sum is None else self.sum
 
 
-def query_spans(asked: Asked, nq: int, nk: int) -> Spans:
+def query_spans(asked: OpArguments, nq: int, nk: int) -> Spans:
     """Positions of all queries: from the start that was asked for, else the last of the keys'."""
     # Queries that outnumber keys without positions: the edge lets them pass only where positions do not matter.
     flat = asked.q_spans or [max(nk - nq, 0), nq, 1]

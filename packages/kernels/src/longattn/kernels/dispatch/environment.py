@@ -71,7 +71,8 @@ class Environment:
 
 _COUNTER = itertools.count(1)
 _ENVIRONMENTS: WeakValueDictionary[str, Environment] = WeakValueDictionary()
-_DEFAULT = Environment()
+DEFAULT_ENVIRONMENT = Environment()
+"""The global pattern cache and plain torch, under the name ''."""
 
 
 def find_environment(name: str, *, may_be_gone: bool = False) -> Environment:
@@ -84,10 +85,10 @@ def find_environment(name: str, *, may_be_gone: bool = False) -> Environment:
         ValueError: nobody holds an environment of that name any more.
     """
     if not name:
-        return _DEFAULT
+        return DEFAULT_ENVIRONMENT
     found = _ENVIRONMENTS.get(name)
     if found is not None:
         return found
     if may_be_gone:
-        return _DEFAULT
+        return DEFAULT_ENVIRONMENT
     raise ValueError(f"env must name a living environment, got {name!r}: the module that held it is gone")

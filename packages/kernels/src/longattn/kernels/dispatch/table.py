@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
@@ -45,6 +46,9 @@ class Row:
     Attributes:
         refusal: why this machine cannot run the row, as far as that is known without trying, or None.
         prepare: makes what the row needs of the machine, before its first call; the reason why that failed, or None.
+        bind: of a call that was served, its forward with everything but pointers and seed in place, (q, k, v, seed, allocator) ->
+            (out, lse); or None where the row has no such form. bind_backward: the same of its backward, from (call, grad_out, grad_lse,
+            out, lse).
     """
 
     name: str
@@ -53,6 +57,8 @@ class Row:
     backward: Backward
     refusal: Callable[[], str | None] | None = None
     prepare: Callable[[], str | None] | None = None
+    bind: Callable[[Call], Any] | None = None
+    bind_backward: Callable[[Call, Tensor, Tensor | None, Tensor, Tensor], Any] | None = None
 
 
 @lru_cache
@@ -60,7 +66,7 @@ def row(name: str) -> Row:
     """The row of that name."""
     module, _, member = TABLE[name].partition(":")
     home = getattr(import_module(module), member) if member else import_module(module)
-    machine = [getattr(home, need, None) for need in ("refusal", "prepare")]
+    machine = [getattr(home, need, None) for need in ("refusal", "prepare", "bind", "bind_backward")]
     return Row(name, home.CAPABILITY, home.forward, home.backward, *machine)
 
 

@@ -12,6 +12,7 @@ from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.eager.tile_walk import finish
 from longattn.kernels.native import building
 from longattn.kernels.native.arguments import SIZES, TYPES, CallArgument, PackedJobs, packed
+from longattn.kernels.native.bound import BoundBackward, BoundForward, is_plain, readable_as_it_lies
 from longattn.kernels.native.lowering import Lowered, lower
 
 CAPABILITY = Capability(
@@ -163,18 +164,57 @@ def _run(call: Call, entry: str, asked: CallArgument, jobs: PackedJobs) -> None:
     """The library's `entry` on some jobs, with scratch of the call's allocator."""
     if not asked.batch:
         return
+    floats = _give_jobs(entry, asked, jobs)
+    scratch = call.allocator.empty((floats + _LINE // 4,), torch.float32, call.q.device, "temp")
+    asked.scratch = -(-scratch.data_ptr() // _LINE) * _LINE
+    getattr(building.library(), entry)(ctypes.byref(asked))
+    call.allocator.release(scratch, "temp")
+
+
+def _give_jobs(entry: str, asked: CallArgument, jobs: PackedJobs) -> int:
+    """Write the jobs into the argument; how many floats of scratch `entry` wants for them."""
     library = building.library()
-    found = tuple(library.longattn_sizes(ctypes.c_int64(i)) for i in range(3))
-    if found != SIZES:
-        raise RuntimeError(f"the native library's structures have sizes {found}, expected {SIZES}")
+    sizes = tuple(library.longattn_sizes(ctypes.c_int64(i)) for i in range(3))
+    if sizes != SIZES:
+        raise RuntimeError(f"the native library's structures have sizes {sizes}, expected {SIZES}")
     asked.jobs, asked.job_count = jobs.address, jobs.count
     rows = jobs.rows * asked.batch // (asked.threads * _TASKS_A_THREAD)
     asked.rows = max(_LEAST_ROWS, min(_MOST_ROWS, rows))
     short = entry == "longattn_attend_short"
     scratch_of = library.longattn_short_scratch if short else library.longattn_scratch
     scratch_of.restype = ctypes.c_int64
-    floats = scratch_of(ctypes.byref(asked)) * (1 if short else asked.threads)
-    scratch = call.allocator.empty((floats + _LINE // 4,), torch.float32, call.q.device, "temp")
-    asked.scratch = -(-scratch.data_ptr() // _LINE) * _LINE
-    getattr(library, entry)(ctypes.byref(asked))
-    call.allocator.release(scratch, "temp")
+    return scratch_of(ctypes.byref(asked)) * (1 if short else asked.threads)
+
+
+def bind(call: Call) -> BoundForward | None:
+    """`forward` of such calls with everything in place but pointers and seed; None where a call has more than q, k and v."""
+    lowered = lower(call.plan)
+    if not is_plain(call) or len(lowered.phases) != 1 or call.out_dtype not in TYPES:
+        return None
+    asked = _argument(call, *_new_state(call, lowered))
+    entry = "longattn_attend_short" if _is_short(call, lowered, bool(asked.half)) else "longattn_attend"
+    return BoundForward(call, asked, entry, _give_jobs(entry, asked, packed(lowered, 0)), lowered.complete)
+
+
+def bind_backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> BoundBackward | None:
+    """`backward` of such calls likewise; None where it takes two passes, or a tensor is converted first."""
+    lowered = lower(call.plan)
+    given = [x for x in (grad_out, grad_lse, out, lse) if x is not None]
+    readable = all(readable_as_it_lies(x, call.q.dtype) for x in given) and lse.dtype == torch.float32
+    if not is_plain(call) or len(lowered.phases) != 1 or not readable:
+        return None
+    asked = _argument(call, out, lse)
+    asked.point_to("grad_out", grad_out, tuple(call.q.shape))
+    if grad_lse is not None:
+        asked.point_to("grad_lse", grad_lse, tuple(lse.shape))
+    asked.key_parts = _key_parts(asked)
+    if asked.key_parts != 1:
+        return None
+    complete = (lowered.complete, call.k.dtype != torch.float32)
+    for name, x, whole in zip(
+        ("dq", "dk", "dv"), (call.q, call.k, call.v), (complete[0], *complete[1:] * 2), strict=True
+    ):
+        asked.point_to(name, _unwritten(x, x.dtype, whole), tuple(x.shape))
+    return BoundBackward(call, asked, _give_jobs("longattn_attend_backward", asked, packed(lowered, None)), complete)

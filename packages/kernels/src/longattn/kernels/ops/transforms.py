@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.ops import attend_op as op
+from longattn.kernels.ops.arguments import OpArguments
 
 Dims = tuple[int | None, ...]
 
 
 class Attend(torch.autograd.Function):
-    """`longattn::attend` without a prior: (q, k, v, bias, *Asked) -> (out, lse)."""
+    """`longattn::attend` without a prior: (q, k, v, bias, *OpArguments) -> (out, lse)."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *asked: Any) -> Any:  # type: ignore[override]
@@ -36,11 +37,11 @@ class Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:  # type: ignore[override]
         """The backward op, itself a Function, so that transforms nest."""
         q, k, v, bias, out, lse, mask, key_padding, seed = ctx.saved_tensors
-        asked = op.Asked(mask, key_padding, seed, *ctx.rest)
+        asked = OpArguments(mask, key_padding, seed, *ctx.rest)
         # torch.compile does not trace a Function inside a Function's backward; there the op itself will do.
         backward = torch.ops.longattn.attend_backward if torch.compiler.is_compiling() else AttendBackward.apply
         dq, dk, dv, dbias = backward(grad_out, grad_lse, q, k, v, bias, out, lse, *asked)
-        return (dq, dk, dv, dbias if asked.bias_grad else None, *(None,) * len(op.Asked._fields))
+        return (dq, dk, dv, dbias if asked.bias_grad else None, *(None,) * len(OpArguments._fields))
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *inputs: Any) -> Any:  # type: ignore[override]
@@ -49,7 +50,7 @@ class Attend(torch.autograd.Function):
 
 
 class AttendBackward(torch.autograd.Function):
-    """`longattn::attend_backward`: (grad_out, grad_lse, q, k, v, bias, out, lse, *Asked) -> (dq, dk, dv, dbias)."""
+    """`longattn::attend_backward`: (grad_out, grad_lse, q, k, v, bias, out, lse, *OpArguments) -> (dq, dk, dv, dbias)."""
 
     @staticmethod
     def forward(*inputs: Any) -> Any:  # type: ignore[override]
@@ -72,19 +73,19 @@ class AttendBackward(torch.autograd.Function):
 
 
 def map_forward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
-    """vmap of `call` over (q, k, v, bias, *Asked): its results, and along which axes they are mapped."""
-    if op.Asked(*inputs[4:]).dropout_p:
+    """vmap of `call` over (q, k, v, bias, *OpArguments): its results, and along which axes they are mapped."""
+    if OpArguments(*inputs[4:]).dropout_p:
         return _one_by_one(call, size, in_dims, inputs), (0, 0)
     batch = _batch_of(inputs[0], in_dims[0])
     qkv = [_fold(x, dim, size, batch) for x, dim in zip(inputs[:3], in_dims[:3], strict=True)]
-    asked = _fold_asked(op.Asked(*inputs[4:]), in_dims[4:], size, batch)
+    asked = _fold_asked(OpArguments(*inputs[4:]), in_dims[4:], size, batch)
     out = call(*qkv, _fold_mask(inputs[3], in_dims[3], size, batch), *asked)
     return tuple(x.unflatten(0, (size, batch)) for x in out), (0, 0)
 
 
 def map_backward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
-    """vmap of `call` over (grad_out, grad_lse, q, k, v, bias, out, lse, *Asked): the same."""
-    asked = op.Asked(*inputs[8:])
+    """vmap of `call` over (grad_out, grad_lse, q, k, v, bias, out, lse, *OpArguments): the same."""
+    asked = OpArguments(*inputs[8:])
     if asked.bias_grad or asked.dropout_p:
         return _one_by_one(call, size, in_dims, inputs), (0, 0, 0, 0)
     batch = _batch_of(inputs[2], in_dims[2])
@@ -124,7 +125,7 @@ def _fold_mask(x: Tensor | None, dim: int | None, size: int, batch: int) -> Tens
     return mapped.expand(size, batch, *mapped.shape[2:]).reshape(size * batch, *mapped.shape[2:])
 
 
-def _fold_asked(asked: op.Asked, dims: Dims, size: int, batch: int) -> op.Asked:
+def _fold_asked(asked: OpArguments, dims: Dims, size: int, batch: int) -> OpArguments:
     return asked._replace(
         mask=_fold_mask(asked.mask, dims[0], size, batch), key_padding=_fold(asked.key_padding, dims[1], size, batch)
     )

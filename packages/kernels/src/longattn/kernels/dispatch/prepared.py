@@ -1,0 +1,289 @@
+"""`PreparedCall`: a call that was looked up once, and the memo of those.
+
+A call's signature is everything but data: shapes, strides, dtypes, devices, pattern, options, which gradients are wanted, and the
+settings of the process that a choice depends on. For each signature the memo holds which row serves and in which form. The plan is
+asked of the environment's cache at every call, so that its statistics and its limits hold; where the cache answers with another plan
+than before (it was reset, or the plan was evicted), the call is prepared anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.environment import Environment
+from longattn.kernels.dispatch.memo import Memo
+from longattn.kernels.dispatch.table import Row, RowFailure, select
+from longattn.kernels.ops.arguments import OpArguments
+from longattn.kernels.problem import AttentionProblem, architecture_of
+from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
+
+logger = logging.getLogger("longattn.kernels")
+
+T = TypeVar("T")
+Forward = Callable[..., "tuple[Tensor, Tensor]"]
+Gradients = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
+
+# os.environ encodes each name that it is asked for; its own dict is read with the name encoded once.
+_ENVIRON: Any = getattr(os.environ, "_data", os.environ)
+_NATIVE: Any = os.environ.encodekey("LONGATTN_NATIVE") if hasattr(os.environ, "encodekey") else "LONGATTN_NATIVE"  # type: ignore[attr-defined]
+
+
+class PreparedCall:
+    """What a signature of a call came to.
+
+    Attributes:
+        arguments: the op's arguments, tensors left out. plan_key: the pattern cache's key. row: who serves.
+        used: whether somebody asked for it since the memo last passed over it.
+        successor: the same call prepared with a newer plan, once the cache answered with one.
+    """
+
+    __slots__ = (
+        "_asked_to_bind",
+        "_backward",
+        "_forward",
+        "_plan",
+        "arguments",
+        "plan_key",
+        "row",
+        "scale",
+        "successor",
+        "used",
+    )
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, prior: bool, asked: OpArguments, plan: Plan
+    ):
+        self.arguments = asked._replace(mask=None, key_padding=None, seed=None)
+        self.used = False
+        self.successor: PreparedCall | None = None
+        self.scale = q.shape[-1] ** -0.5 if asked.scale is None else asked.scale
+        self.plan_key = plan_key(asked)
+        # Weak: the pattern cache decides how long a plan lives.
+        self._plan = weakref.ref(plan)
+        self._forward: Forward | None = None
+        self._backward: dict[Hashable, Any] = {}
+        self._asked_to_bind = False
+        problem = AttentionProblem(
+            device=q.device.type,
+            dtype=q.dtype,
+            heads=q.shape[2],
+            kv_heads=k.shape[2],
+            head_dim=q.shape[3],
+            listed=plan.listed,
+            attention_mask=asked.mask is not None,
+            bias=bias is not None,
+            bias_grad=asked.bias_grad,
+            key_padding=asked.key_padding is not None,
+            dropout=asked.dropout_p > 0,
+            prior=prior,
+            backward=asked.needs_grad,
+            deterministic=asked.deterministic,
+            architecture=architecture_of(q.device),
+        )
+        self.row: Row = select(problem, asked.backend or None)
+
+    def serves(self, plan: Plan) -> bool:
+        """Whether this is the very plan that the call was prepared with."""
+        return self._plan() is plan
+
+    def call(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        key_padding: Tensor | None,
+        prior: tuple[Tensor, Tensor] | None,
+        seed: Tensor | None,
+        plan: Plan,
+        environment: Environment,
+    ) -> Call:
+        """The call as a row takes it."""
+        asked = self.arguments
+        if key_padding is not None:
+            # 0 * NaN is NaN: what padding holds must not meet a product at all.
+            k, v = (_without_padding(x, key_padding, environment) for x in (k, v))
+        return Call(
+            q,
+            k,
+            v,
+            plan,
+            scale=self.scale,
+            mask=_four_axes(mask),
+            bias=_four_axes(bias),
+            key_padding=key_padding,
+            prior=prior,
+            dropout_p=asked.dropout_p,
+            seed=0 if seed is None else int(seed),
+            out_dtype=asked.out_dtype,
+            deterministic=asked.deterministic,
+            allocator=environment.allocator,
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        key_padding: Tensor | None,
+        prior: tuple[Tensor, Tensor] | None,
+        seed: Tensor | None,
+        plan: Plan,
+        environment: Environment,
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of tensors of this signature."""
+        if self._forward is not None:
+            return self._forward(q, k, v, seed, environment.allocator)
+        call = self.call(q, k, v, bias, mask, key_padding, prior, seed, plan, environment)
+        computed = self.row.forward(call)
+        if not self._asked_to_bind and self.row.bind is not None:
+            self._forward, self._asked_to_bind = self.row.bind(call), True
+        return computed
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        key_padding: Tensor | None,
+        seed: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        plan: Plan,
+        environment: Environment,
+    ) -> Gradients:
+        """dq, dk, dv and dbias."""
+        key = (
+            grad_out.stride(),
+            grad_out.dtype,
+            None if grad_lse is None else grad_lse.stride(),
+            out.stride(),
+            out.dtype,
+        )
+        bound = self._backward.get(key)
+        if bound:
+            return bound(grad_out, grad_lse, q, k, v, out, lse, seed, environment.allocator)
+        call = self.call(q, k, v, bias, mask, key_padding, None, seed, plan, environment)
+        gradients = self.row.backward(call, grad_out, grad_lse, out, lse, self.arguments.bias_grad)
+        if bound is None and self.row.bind_backward is not None and len(self._backward) < _MOST_GRADIENT_FORMS:
+            self._backward[key] = self.row.bind_backward(call, grad_out, grad_lse, out, lse) or False
+        return gradients
+
+
+_MOST_GRADIENT_FORMS = 16
+"""Layouts of gradients that a prepared call keeps a bound backward for."""
+
+PREPARED: Memo[PreparedCall] = Memo(max_size=1024)
+"""Every prepared call of this process, by its signature: that of a public function's arguments, or of the op's."""
+
+
+def prepared_for(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    prior: tuple[Tensor, Tensor] | None,
+    asked: OpArguments,
+    environment: Environment,
+    plan: Plan | None = None,
+) -> tuple[PreparedCall, Plan]:
+    """The prepared call of the op's arguments, and its plan: the given one, or what the environment's cache holds.
+
+    Raises:
+        ValueError: no row fits; the message gives each row's reasons.
+    """
+    where = plan_key(asked)
+    key = (
+        *described(q),
+        *described(k),
+        *described(v),
+        *(None if x is None else described(x) for x in (bias, asked.mask, asked.key_padding)),
+        None if prior is None else (*described(prior[0]), *described(prior[1])),
+        *where,
+        *asked[7:],
+        *process_settings(),
+    )
+    prepared = PREPARED.find(key)
+    plan = find_plan_of(where, environment) if plan is None else plan
+    if prepared is None or not prepared.serves(plan):
+        prepared = PreparedCall(q, k, v, bias, prior is not None, asked, plan)
+        PREPARED.keep(key, prepared)
+    return prepared, plan
+
+
+def served(
+    compute: Callable[[PreparedCall, Plan], T],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    prior: tuple[Tensor, Tensor] | None,
+    asked: OpArguments,
+    environment: Environment,
+    plan: Plan | None = None,
+) -> T:
+    """What the chosen row computes. One whose compiler fails refuses from then on, and the next serves, unless it was named."""
+    while True:
+        prepared, found = prepared_for(q, k, v, bias, prior, asked, environment, plan)
+        try:
+            return compute(prepared, found)
+        except RowFailure as failure:
+            PREPARED.clear()
+            if asked.backend:
+                raise
+            logger.warning("row %s: %s", prepared.row.name, failure)
+
+
+def described(x: Tensor) -> tuple[Hashable, ...]:
+    """What of a tensor decides how it is computed with."""
+    return x.shape, x.stride(), x.dtype, None if x.is_cpu else x.device
+
+
+def process_settings() -> tuple[Hashable, ...]:
+    """What of the process decides which row serves, and how."""
+    return torch.get_num_threads(), _ENVIRON.get(_NATIVE)
+
+
+def plan_key(asked: OpArguments) -> tuple[Hashable, ...]:
+    """The pattern cache's key of what is asked."""
+    return (asked.pattern, tuple(asked.q_spans), tuple(asked.k_spans), tuple(asked.heads))
+
+
+def find_plan(asked: OpArguments, environment: Environment) -> Plan:
+    """The plan of what is asked, from the environment's cache."""
+    return find_plan_of(plan_key(asked), environment)
+
+
+def find_plan_of(key: tuple[Any, ...], environment: Environment) -> Plan:
+    """The plan under a `plan_key`, from the environment's cache."""
+    return environment.cache.get_or_build(key, lambda: _build_plan(*key))
+
+
+def _build_plan(pattern: str, q_spans: tuple[int, ...], k_spans: tuple[int, ...], heads: tuple[int, ...]) -> Plan:
+    queries, keys = (tuple(Span(*flat[i : i + 3]) for i in range(0, len(flat), 3)) for flat in (q_spans, k_spans))
+    return parse_pattern(pattern).plan(Rectangle(heads[0], queries, keys, Span(*heads[1:])))
+
+
+def _without_padding(x: Tensor, key_padding: Tensor, environment: Environment) -> Tensor:
+    """A leased copy of k or v, zero in padded rows. Its memory goes back with the call's last reference."""
+    own = environment.allocator.empty(x.shape, x.dtype, x.device, "temp")
+    return own.copy_(x).masked_fill_(key_padding[:, :, None, None], 0)
+
+
+def _four_axes(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape((1,) * (4 - x.dim()) + tuple(x.shape))

@@ -1,0 +1,140 @@
+"""Calls of the native row that are bound once: the library's argument with everything in place but pointers and seed.
+
+Only plain calls have such a form: no mask, bias, key padding or prior, one phase, and results in their own dtype. What was checked when
+the argument was made holds for every call of the same signature; that tensors still have memory is checked at each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from struct import Struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.environment import Allocator
+from longattn.kernels.native import building
+from longattn.kernels.native.arguments import TYPES, CallArgument, TensorArgument
+
+_Bytes = ctypes.c_char * ctypes.sizeof(CallArgument)
+_write = Struct("=Q").pack_into
+_LINE = 64
+_DATA = TensorArgument.data.offset
+_PLACES = {
+    name: getattr(CallArgument, name).offset + _DATA
+    for name in ("q", "k", "v", "out", "lse", "grad_out", "grad_lse", "dq", "dk", "dv")
+}
+_Q, _K, _V, _OUT, _LSE = (_PLACES[name] for name in ("q", "k", "v", "out", "lse"))
+_SEED, _SCRATCH = CallArgument.seed.offset, CallArgument.scratch.offset
+
+
+def is_plain(call: Call) -> bool:
+    """Whether the library reads q, k and v as they lie, and nothing beside them."""
+    extra = (call.mask, call.bias, call.key_padding, call.prior)
+    return all(x is None for x in extra) and all(x.stride(3) == 1 and x.numel() for x in (call.q, call.k, call.v))
+
+
+class BoundForward:
+    """(q, k, v, seed, allocator) -> (out, lse), for tensors laid out like those of the call that it was made from.
+
+    Args:
+        argument: the library's argument of that call.
+        entry: name of the library's function.
+        floats: of scratch.
+        complete: every row of the result is written.
+    """
+
+    __slots__ = ("_call", "_complete", "_device", "_floats", "_lse_shape", "_out_dtype", "_shape", "_template")
+
+    def __init__(self, call: Call, argument: CallArgument, entry: str, floats: int, complete: bool) -> None:
+        self._template = bytes(argument)
+        self._call: Any = getattr(building.library(), entry)
+        self._floats = (floats + _LINE // 4,)
+        self._shape = (*call.q.shape[:3], call.v.shape[3])
+        self._lse_shape = self._shape[:3]
+        self._out_dtype, self._complete, self._device = call.out_dtype, complete, call.q.device
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, allocator: Allocator
+    ) -> tuple[Tensor, Tensor]:
+        """Compute; out and lse are the allocator's."""
+        device, empty = self._device, allocator.empty
+        out = empty(self._shape, self._out_dtype, device, "output")
+        lse = empty(self._lse_shape, torch.float32, device, "temp")
+        if not self._complete:
+            out.zero_()
+            lse.fill_(-torch.inf)
+        argument = bytearray(self._template)
+        for place, x in ((_Q, q), (_K, k), (_V, v), (_OUT, out), (_LSE, lse)):
+            _write(argument, place, _address(x))
+        if seed is not None:
+            _write(argument, _SEED, int(seed) & (2**64 - 1))
+        scratch = empty(self._floats, torch.float32, device, "temp")
+        _write(argument, _SCRATCH, -(-scratch.data_ptr() // _LINE) * _LINE)
+        self._call(_Bytes.from_buffer(argument))
+        allocator.release(scratch, "temp")
+        return out, lse
+
+
+class BoundBackward:
+    """(grad_out, grad_lse, q, k, v, out, lse, seed, allocator) -> (dq, dk, dv, None), for gradients laid out as they were.
+
+    Args:
+        argument: the library's argument of that backward.
+        floats: of scratch.
+        complete: whether every row of dq, and of dk and dv, is written.
+    """
+
+    __slots__ = ("_call", "_complete", "_device", "_floats", "_keys", "_queries", "_template", "_types")
+
+    def __init__(self, call: Call, argument: CallArgument, floats: int, complete: tuple[bool, bool]) -> None:
+        self._template = bytes(argument)
+        self._call: Any = building.library().longattn_attend_backward
+        self._floats = (floats + _LINE // 4,)
+        self._queries, self._keys, self._types = call.q.shape, call.k.shape, (call.q.dtype, call.k.dtype, call.v.dtype)
+        self._complete, self._device = complete, call.q.device
+
+    def __call__(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        seed: Tensor | None,
+        allocator: Allocator,
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Compute; gradients are contiguous and torch's own memory."""
+        make_queries, make_keys = (torch.empty if written else torch.zeros for written in self._complete)
+        types = self._types
+        dq = make_queries(self._queries, dtype=types[0])
+        dk, dv = make_keys(self._keys, dtype=types[1]), make_keys(self._keys, dtype=types[2])
+        argument = bytearray(self._template)
+        given = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "grad_out": grad_out, "dq": dq, "dk": dk, "dv": dv}
+        if grad_lse is not None:
+            given["grad_lse"] = grad_lse
+        for name, x in given.items():
+            _write(argument, _PLACES[name], _address(x))
+        if seed is not None:
+            _write(argument, _SEED, int(seed) & (2**64 - 1))
+        scratch = allocator.empty(self._floats, torch.float32, self._device, "temp")
+        _write(argument, _SCRATCH, -(-scratch.data_ptr() // _LINE) * _LINE)
+        self._call(_Bytes.from_buffer(argument))
+        allocator.release(scratch, "temp")
+        return dq, dk, dv, None
+
+
+def readable_as_it_lies(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the library reads a gradient or a result beside q of `dtype` without a copy."""
+    return x.dtype in (dtype, torch.float32) and x.dtype in TYPES and (x.dim() < 4 or x.stride(3) == 1)
+
+
+def _address(x: Tensor) -> int:
+    where = x.data_ptr()
+    if not where:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} has no memory: its storage was freed")
+    return where

@@ -1,0 +1,264 @@
+"""The way of an ordinary eager call: from its signature straight to the row, without torch's dispatcher in between.
+
+A call goes this way where nothing but torch's autograd looks on: no tracing, transform, mode, tensor subclass, autocast or profiler.
+Everything else goes through the opaque op, which each of these knows how to handle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad, profiler
+from torch.nn import Parameter
+
+from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Environment, find_environment
+from longattn.kernels.dispatch.prepared import (
+    PREPARED,
+    PreparedCall,
+    described,
+    find_plan_of,
+    prepared_for,
+    process_settings,
+    served,
+)
+from longattn.kernels.dispatch.table import RowFailure
+from longattn.kernels.ops.arguments import OpArguments
+from longattn.kernels.ops.attend_op import rectangle_gradients
+from longattn.patterncache import Plan
+
+_PLAIN = (Tensor, Parameter)
+_is_compiling = torch.compiler.is_compiling
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracing_state = torch._C._get_tracing_state
+_autocast_active = torch._C._is_any_autocast_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_deterministic = torch._C._get_deterministic_algorithms
+
+
+def is_plain() -> bool:
+    """Whether nothing but autograd looks on at what is computed now."""
+    return not (
+        _is_compiling()
+        or _transforms_active()
+        or _dispatch_modes()
+        or _function_modes()
+        or _tracing_state() is not None
+        or _autocast_active()
+        or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
+    )
+
+
+def signature(
+    place: str,
+    q: object,
+    k: object,
+    v: object,
+    pattern: object,
+    *,
+    is_causal: object,
+    softmax_scale: object,
+    attention_mask: object,
+    key_padding_mask: object,
+    dropout_p: object,
+    backend: object,
+    deterministic: object,
+    environment: object,
+    out_dtype: object = None,
+    q_start: object = None,
+) -> tuple[Hashable, ...] | None:
+    """What the memo knows a call of the public function `place` by; None where the call does not go this way.
+
+    Arguments are as the caller gave them. Values of another type than the documented one have no signature: they could equal one that
+    was checked before (1 == True), so they are checked.
+    """
+    if not is_plain() or type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
+        return None
+    assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+    text = getattr(pattern, "_canonical", None)
+    if (
+        text is None
+        or (softmax_scale is not None and type(softmax_scale) is not float)
+        or type(dropout_p) is not float
+        or (backend is not None and type(backend) is not str)
+        or not (is_causal is None or is_causal is True or is_causal is False)
+        or not (deterministic is None or deterministic is True or deterministic is False)
+        or (environment is not None and type(environment) is not Environment)
+        or (out_dtype is not None and type(out_dtype) is not torch.dtype)
+        or (q_start is not None and type(q_start) is not int)
+    ):
+        return None
+    beside: tuple[Hashable, ...] = ()
+    if attention_mask is not None or key_padding_mask is not None:
+        given = (attention_mask, key_padding_mask)
+        if any(x is not None and type(x) not in _PLAIN for x in given) or _bias_wants_grad(attention_mask):
+            return None
+        beside = tuple(None if x is None else described(x) for x in given)  # type: ignore[arg-type]
+    return (
+        place,
+        text,
+        *described(q),
+        *described(k),
+        *described(v),
+        beside,
+        is_causal,
+        softmax_scale,
+        dropout_p,
+        backend,
+        _deterministic() if deterministic is None else deterministic,
+        None if environment is None else environment.name,  # type: ignore[attr-defined]
+        out_dtype,
+        q_start,
+        _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        *process_settings(),
+    )
+
+
+def is_plain_tensor(x: object) -> bool:
+    """Whether x is a torch.Tensor or a parameter, and no other subclass."""
+    return type(x) in _PLAIN
+
+
+def _bias_wants_grad(mask: Any) -> bool:
+    return mask is not None and mask.requires_grad
+
+
+def find_prepared(key: tuple[Hashable, ...]) -> PreparedCall | None:
+    """The prepared call of a `signature`, or None."""
+    return PREPARED.find(key)
+
+
+def keep_prepared(key: tuple[Hashable, ...], call: PreparedCall) -> None:
+    """Let the next call of this `signature` find the prepared call."""
+    PREPARED.keep(key, call)
+
+
+def run_prepared(
+    call: PreparedCall,
+    key: tuple[Hashable, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_padding: Tensor | None,
+    seed: Tensor | None,
+    environment: Environment | None,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the prepared call of a `signature`; differentiable where it was prepared so.
+
+    mask: bool or floating, which is a bias. environment: None is the default one. plan: what its cache answered, if it was asked.
+    """
+    if environment is None:
+        environment = DEFAULT_ENVIRONMENT
+    bias = None
+    if mask is not None and mask.dtype != torch.bool:
+        mask, bias = None, mask
+    if call.arguments.needs_grad:
+        return _Direct.apply(call, key, environment, plan, q, k, v, bias, mask, key_padding, seed)  # type: ignore[return-value]
+    return _forward(call, key, environment, plan, q, k, v, bias, mask, key_padding, seed)
+
+
+def prepare_and_run(
+    key: tuple[Hashable, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    asked: OpArguments,
+    environment: Environment | None,
+) -> tuple[Tensor, Tensor]:
+    """The first call of a `signature`, whose arguments have been checked: (out, lse), and the memo knows the next one."""
+    call, plan = prepare_checked(key, q, k, v, bias, asked, environment)
+    mask = asked.mask if bias is None else bias
+    return run_prepared(call, key, q, k, v, mask, asked.key_padding, asked.seed, environment, plan)
+
+
+def prepare_checked(
+    key: tuple[Hashable, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    asked: OpArguments,
+    environment: Environment | None,
+) -> tuple[PreparedCall, Plan]:
+    """The prepared call of a `signature` whose arguments have been checked, and its plan; the memo knows it from now on."""
+    environment = DEFAULT_ENVIRONMENT if environment is None else environment
+    wanted = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    call, plan = prepared_for(q, k, v, bias, None, asked._replace(needs_grad=wanted), environment)
+    PREPARED.keep(key, call)
+    return call, plan
+
+
+def _forward(
+    call: PreparedCall,
+    key: tuple[Hashable, ...],
+    environment: Environment,
+    plan: Plan | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_padding: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if plan is None:
+        plan = find_plan_of(call.plan_key, environment)
+    if call.serves(plan):
+        try:
+            return call.forward(q, k, v, bias, mask, key_padding, None, seed, plan, environment)
+        except RowFailure:
+            # `served` asks the table again: the row now says why it refuses, or raises where it was named.
+            PREPARED.clear()
+    asked = call.arguments._replace(mask=mask, key_padding=key_padding, seed=seed)
+
+    def compute(anew: PreparedCall, plan: Any) -> tuple[Tensor, Tensor]:
+        call.successor = anew
+        PREPARED.keep(key, anew)
+        return anew.forward(q, k, v, bias, mask, key_padding, None, seed, plan, environment)
+
+    return served(compute, q, k, v, bias, None, asked, environment, plan=plan)
+
+
+class _Direct(torch.autograd.Function):
+    """A prepared call under autograd; saves q, k, v, out and lse, and what masks."""
+
+    @staticmethod
+    def forward(ctx: Any, call: PreparedCall, key: Any, environment: Any, plan: Any, *tensors: Any) -> Any:  # type: ignore[override]
+        """(call, key, environment, plan, q, k, v, bias, mask, key_padding, seed) -> (out, lse)."""
+        out, lse = _forward(call, key, environment, plan, *tensors)
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        ctx.save_for_backward(*tensors, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:  # type: ignore[override]
+        """dq, dk, dv by the row that served the forward; through the op where somebody else looks on, or would differentiate again."""
+        q, k, v, bias, mask, key_padding, seed, out, lse = ctx.saved_tensors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        call: PreparedCall = ctx.call
+        asked = call.arguments._replace(mask=mask, key_padding=key_padding, seed=seed)
+        if not is_plain() or _is_grad_enabled() or type(grad_out) is not Tensor:
+            backward = torch.ops.longattn.attend_backward
+            dq, dk, dv, _ = backward(grad_out, grad_lse, q, k, v, bias, out, lse, *asked)
+            return None, None, None, None, dq, dk, dv, None, None, None, None
+        environment = find_environment(asked.env, may_be_gone=True)
+        plan = find_plan_of(call.plan_key, environment)
+        if call.serves(plan):
+            dq, dk, dv, _ = call.backward(
+                grad_out, grad_lse, q, k, v, bias, mask, key_padding, seed, out, lse, plan, environment
+            )
+        else:
+            gradients = rectangle_gradients(grad_out, grad_lse, q, k, v, bias, out, lse, asked, environment, plan=plan)
+            assert gradients is not None
+            dq, dk, dv, _ = gradients
+        return None, None, None, None, dq, dk, dv, None, None, None, None

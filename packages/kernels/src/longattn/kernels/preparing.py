@@ -1,0 +1,203 @@
+"""`prepare`: a call that is checked and looked up once, for loops that call with the same shapes again and again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longattn.kernels.dispatch.environment import Environment
+from longattn.kernels.dispatch.prepared import PREPARED, described
+from longattn.kernels.entry import attend, check_and_ask
+from longattn.kernels.ops import direct
+from longattn.kernels.philox import as_seed
+from longattn.kernels.state import AttentionState
+from longattn.patterncache import Pattern
+
+
+class PreparedAttention:
+    """`attend` for tensors of one signature: shapes, strides, dtypes, devices, gradients and options are those it was prepared with.
+
+    The number of threads, LONGATTN_NATIVE and the deterministic flag are those of the time of `prepare`. Under tracing, a transform, a
+    mode or autocast a call is an ordinary call of `attend`.
+
+    Attributes:
+        backend: name of the row that serves.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: Pattern,
+        mask: Tensor | None,
+        padding: Tensor | None,
+        **options: object,
+    ) -> None:
+        self._pattern, self._options = pattern, options
+        self._masked = (mask is not None, padding is not None)
+        key = direct.signature("attend", q, k, v, pattern, attention_mask=mask, key_padding_mask=padding, **options)  # type: ignore[arg-type]
+        if key is None:
+            raise ValueError(
+                "q, k, v must be plain tensors outside of tracing, transforms, modes and autocast, and options of their documented types; "
+                "call attend there"
+            )
+        rest = {
+            "prior": None,
+            "q_spans": None,
+            "k_spans": None,
+            "heads": None,
+            "num_heads": None,
+            "sink_logits": None,
+            "seed": None,
+        }
+        bias, asked = check_and_ask(q, k, v, pattern, attention_mask=mask, key_padding_mask=padding, **rest, **options)  # type: ignore[arg-type]
+        environment = options["environment"]
+        self._environment = environment if isinstance(environment, Environment) else None
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        self._call = direct.prepare_checked(key, q, k, v, bias, asked, self._environment)[0]
+        self._key = key
+        self._form = (*described(q), *described(k), *described(v), wanted)
+        self._beside = tuple(None if x is None else described(x) for x in (mask, padding))
+        self._drops = asked.dropout_p > 0
+
+    @property
+    def backend(self) -> str:
+        """Name of the row that serves."""
+        return self._call.row.name
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        seed: Tensor | int | None = None,
+    ) -> AttentionState:
+        """Attend, as `longattn.kernels.attend` does with these options.
+
+        Raises:
+            TypeError, ValueError: a tensor of another signature, by name.
+        """
+        if not direct.is_plain():
+            return attend(
+                q,
+                k,
+                v,
+                self._pattern,
+                attention_mask=attention_mask,
+                key_padding_mask=key_padding_mask,
+                seed=seed if self._drops else None,
+                **self._options,  # type: ignore[arg-type]
+            )
+        plain = direct.is_plain_tensor
+        if not (plain(q) and plain(k) and plain(v)):
+            raise TypeError(
+                f"q, k and v must be plain torch.Tensors, got {type(q).__name__}, {type(k).__name__}, {type(v).__name__}"
+            )
+        wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        form = (*described(q), *described(k), *described(v), wanted)
+        if form != self._form:
+            self._refuse(form)
+        if attention_mask is not None or key_padding_mask is not None or self._masked != (False, False):
+            self._check_masks(attention_mask, key_padding_mask)
+        drawn = as_seed(seed) if self._drops else None
+        call = self._call
+        if call.successor is not None:
+            call = self._call = call.successor
+        return AttentionState(
+            *direct.run_prepared(call, self._key, q, k, v, attention_mask, key_padding_mask, drawn, self._environment)
+        )
+
+    def _refuse(self, form: tuple[object, ...]) -> None:
+        for at, name in enumerate(("q", "k", "v")):
+            for offset, part in enumerate(("shape", "strides", "dtype", "device")):
+                expected, came = self._form[4 * at + offset], form[4 * at + offset]
+                if expected != came:
+                    raise ValueError(
+                        f"{name} must have the {part} that was prepared, {_text(expected)}, got {_text(came)}"
+                    )
+        raise ValueError(
+            f"q, k and v must want gradients as prepared, {self._form[-1]}, got {form[-1]}: prepare with tensors that require them"
+        )
+
+    def _check_masks(self, attention_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:
+        given = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
+        for (name, x), expected in zip(given.items(), self._beside, strict=True):
+            came = described(x) if isinstance(x, Tensor) else None
+            if came != expected or (x is not None and x.requires_grad):
+                raise ValueError(
+                    f"{name} must be as prepared, {_text(expected)} (shape, strides, dtype), got {_text(came)}"
+                )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return str(tuple(value))
+    return "cpu" if value is None else str(value)
+
+
+def prepare(
+    pattern: Pattern,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool | None = None,
+    softmax_scale: float | None = None,
+    attention_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+    deterministic: bool | None = None,
+    out_dtype: torch.dtype | None = None,
+    environment: Environment | None = None,
+) -> PreparedAttention:
+    """Check a call of `attend` and look it up, once, without computing it. Arguments mean what they mean there.
+
+    Args:
+        pattern: who sees whom.
+        q, k, v: tensors of the shapes, strides, dtypes and devices that calls will have; what they hold is not read. Where one of them
+            requires grad, calls are differentiable.
+        attention_mask, key_padding_mask: likewise; a call must then be given such masks. A bias that requires grad cannot be prepared.
+
+    Returns:
+        An object to call with (q, k, v), masks as prepared, and a seed where dropout_p is not 0.
+
+    Raises:
+        TypeError, ValueError: a bad argument, by name; no row fits; or tensors that are not plain.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 16, 2, 8)
+        >>> step = prepare(Full(), q, k, v)
+        >>> step(q, k, v).out.shape
+        torch.Size([1, 16, 2, 8])
+    """
+    if isinstance(pattern, Pattern):
+        pattern.canonical()
+    if isinstance(softmax_scale, int) and not isinstance(softmax_scale, bool):
+        softmax_scale = float(softmax_scale)
+    if isinstance(dropout_p, int) and not isinstance(dropout_p, bool):
+        dropout_p = float(dropout_p)
+    return PreparedAttention(
+        q,
+        k,
+        v,
+        pattern,
+        attention_mask,
+        key_padding_mask,
+        is_causal=is_causal,
+        softmax_scale=softmax_scale,
+        dropout_p=dropout_p,
+        backend=backend,
+        deterministic=deterministic,
+        out_dtype=out_dtype,
+        environment=environment,
+    )
+
+
+def prepared_stats() -> dict[str, object]:
+    """Of the memo of prepared calls of this process: `hits misses hit_rate evictions size max_size`."""
+    return PREPARED.get_stats()
