@@ -101,7 +101,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """A reading of 99 % in use: the next miss gives free memory back, and nothing else."""
         with pytest.MonkeyPatch.context() as patch:
             reading = MemoryReading(100, 1, "machine")
-            patch.setattr("longattn.bufmgr.pressure.read_host_memory", lambda: reading)
+            patch.setattr("longattn.bufmgr.memory.pressure.read_host_memory", lambda: reading)
             self.manager._gauge._next_reading = 0.0
             self.model.allocate(BufferType.COMM, (8,), torch.float32)
             self.manager._gauge._next_reading = float("inf")

@@ -10,21 +10,20 @@ from sys import getrefcount
 import torch
 from torch import compiler, get_default_dtype
 
-from longattn.bufmgr.adaptors import StatisticsAllocator
-from longattn.bufmgr.allocator import Allocator
-from longattn.bufmgr.book import LeaseBook
-from longattn.bufmgr.cache import BlockCache
-from longattn.bufmgr.debug import Inspector
-from longattn.bufmgr.guard import TAKEN
-from longattn.bufmgr.lease import Lease
+from longattn.bufmgr.leasing.book import LeaseBook
+from longattn.bufmgr.leasing.cache import BlockCache
+from longattn.bufmgr.leasing.debug import Inspector
+from longattn.bufmgr.leasing.guard import TAKEN
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.leasing.scope import BufferScope, innermost_scope
+from longattn.bufmgr.leasing.slots import PreparedSlot, SlotTable, in_graphs, is_plain
 from longattn.bufmgr.log import LOGGER
+from longattn.bufmgr.memory.adaptors import StatisticsAllocator
+from longattn.bufmgr.memory.allocator import Allocator
+from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge, check_cleanup
 from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
-from longattn.bufmgr.pressure import Cleanup, PressureGauge, check_cleanup
-from longattn.bufmgr.profile import Profile
-from longattn.bufmgr.report import Reports
+from longattn.bufmgr.report import Profile, Reports
 from longattn.bufmgr.request import BufferRequest, function_modes, resolve_request
-from longattn.bufmgr.scope import BufferScope, innermost_scope
-from longattn.bufmgr.slots import PreparedSlot, SlotTable, in_graphs, is_plain
 from longattn.bufmgr.spec import BufferConfig, BufferType, merge_configs, parse_type
 from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy, numa_nodes
 
@@ -296,3 +295,27 @@ class AttentionBufferManager(SlotTable, Reports):
     def check_valid(self) -> None:
         """Assert the invariants of caches, leases and counters; for tests."""
         self._book.check_valid()
+
+
+def create_attention_buffer_manager(
+    enable_reuse: bool = True,
+    enable_preallocation: bool = False,
+    lightweight: bool = True,
+    enable_profiling: bool = False,
+    custom_configs: Mapping[BufferType, BufferConfig] | None = None,
+    *,
+    upstream: Allocator | None = None,
+    cleanup: Cleanup = "adaptive",
+    debug: bool = False,
+) -> AttentionBufferManager:
+    """Return a manager; the arguments are those of AttentionBufferManager."""
+    return AttentionBufferManager(
+        custom_configs,
+        enable_reuse,
+        enable_preallocation,
+        enable_profiling,
+        lightweight,
+        upstream=upstream,
+        cleanup=cleanup,
+        debug=debug,
+    )

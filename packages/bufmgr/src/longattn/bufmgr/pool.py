@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from longattn.bufmgr.adaptors import Statistics, StatisticsAllocator
-from longattn.bufmgr.allocator import Allocator, Block
-from longattn.bufmgr.arena import LARGE_BYTES, ArenaAllocator
-from longattn.bufmgr.book import LeaseBook
-from longattn.bufmgr.cache import BlockCache
-from longattn.bufmgr.gate import ForkableLock
-from longattn.bufmgr.lease import Lease
+from longattn.bufmgr.leasing.book import LeaseBook
+from longattn.bufmgr.leasing.cache import BlockCache
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.leasing.slots import SlotTable
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.pressure import Cleanup, PressureGauge, check_cleanup
+from longattn.bufmgr.memory.adaptors import Statistics, StatisticsAllocator
+from longattn.bufmgr.memory.allocator import Allocator, Block
+from longattn.bufmgr.memory.arena import LARGE_BYTES, ArenaAllocator
+from longattn.bufmgr.memory.forking import ForkableLock
+from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge, check_cleanup
 from longattn.bufmgr.report import summary, torch_style_stats
 from longattn.bufmgr.request import BufferRequest
-from longattn.bufmgr.slots import SlotTable
 from longattn.bufmgr.spec import MIB, BufferType
 from longattn.bufmgr.strategy import block_size
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from hypothesis import strategies as st
 
-from longattn.bufmgr.allocator import Allocator, Block, SystemAllocator, TensorAllocator
 from longattn.bufmgr.manager import AttentionBufferManager
+from longattn.bufmgr.memory.allocator import Allocator, Block, SystemAllocator, TensorAllocator
 from longattn.bufmgr.spec import BufferConfig, BufferType
 
 DTYPES = (

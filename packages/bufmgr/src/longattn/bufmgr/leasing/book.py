@@ -1,7 +1,7 @@
 """The book of leases: which buffers are out, and how one goes out and is given back on request.
 
 A lease that the cache admits is kept open as a slot, and is then handed out again and again without the gate. What
-happens to memory that comes back is told in returned.py.
+happens to memory that comes back is told in reclaim.py.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Mapping
 
 import torch
 
-from longattn.bufmgr import guard
-from longattn.bufmgr.adaptors import Statistics
-from longattn.bufmgr.allocator import Allocator, Block
-from longattn.bufmgr.cache import BlockCache
-from longattn.bufmgr.debug import Inspector
-from longattn.bufmgr.lease import Clock, Lease, lend_block, lend_from_torch
+from longattn.bufmgr.leasing import guard
+from longattn.bufmgr.leasing.cache import BlockCache
+from longattn.bufmgr.leasing.debug import Inspector
+from longattn.bufmgr.leasing.lease import Clock, Lease, lend_block, lend_from_torch
+from longattn.bufmgr.leasing.reclaim import FreeMemory
+from longattn.bufmgr.leasing.release import release_lease
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.release import release_lease
+from longattn.bufmgr.memory.adaptors import Statistics
+from longattn.bufmgr.memory.allocator import Allocator, Block
 from longattn.bufmgr.request import BufferRequest
-from longattn.bufmgr.returned import FreeMemory
 from longattn.bufmgr.spec import BufferType
 
 

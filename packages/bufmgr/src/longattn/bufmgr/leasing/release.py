@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from longattn.bufmgr import guard
-from longattn.bufmgr.lease import Lease
+from longattn.bufmgr.leasing import guard
+from longattn.bufmgr.leasing.lease import Lease
 from longattn.bufmgr.spec import BufferType
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from operator import attrgetter
 
-from longattn.bufmgr.allocator import Block
-from longattn.bufmgr.lease import Clock, Lease
+from longattn.bufmgr.leasing.lease import Clock, Lease
+from longattn.bufmgr.memory.allocator import Block
 
 _used = attrgetter("used")
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from longattn.bufmgr.adaptors import Statistics
-from longattn.bufmgr.allocator import Allocator, Block
-from longattn.bufmgr.audit import check_leases
-from longattn.bufmgr.cache import BlockCache
-from longattn.bufmgr.debug import Inspector
-from longattn.bufmgr.gate import ForkListener, Gate, listen_to_forks
-from longattn.bufmgr.lease import Lease
+from longattn.bufmgr.leasing.cache import BlockCache
+from longattn.bufmgr.leasing.debug import Inspector, check_leases
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.memory.adaptors import Statistics
+from longattn.bufmgr.memory.allocator import Allocator, Block
+from longattn.bufmgr.memory.forking import ForkListener, Gate, listen_to_forks
 from longattn.bufmgr.spec import BufferType
 
 
@@ -188,7 +187,7 @@ class FreeMemory(ForkListener):
             self.upstream.deallocate(block)
 
     def check_valid(self) -> None:
-        """Assert the invariants; see audit.py."""
+        """Assert the invariants; see debug.py."""
         self.settle(blocking=True)
         check_leases([lease for lease in list(Lease.live) if lease.owner is self], self.leases, self.distinct_caches())
         for kind, counts in self.counts.items():

@@ -9,8 +9,8 @@ from types import TracebackType
 
 import torch
 
-from longattn.bufmgr.lease import Lease
-from longattn.bufmgr.slots import SlotTable
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.leasing.slots import SlotTable
 
 _OPEN: ContextVar[tuple[BufferScope, ...]] = ContextVar("longattn.bufmgr open scopes", default=())
 

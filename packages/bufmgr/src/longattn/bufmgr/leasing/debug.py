@@ -8,17 +8,20 @@ then. Not for speed: both touch every byte.
 from __future__ import annotations
 
 import itertools
+import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
 import torch
 
-from longattn.bufmgr.allocator import Block
-from longattn.bufmgr.lease import Lease
+from longattn.bufmgr.leasing.cache import BlockCache
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.memory.allocator import Block
 
 _POISON = 0xFF
-_HERE = str(PurePath(__file__).parent)
+_PACKAGE = str(PurePath(__file__).parent.parent) + os.sep
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,21 @@ def _bytes_of(block: Block) -> torch.Tensor:
 
 def _call_site() -> str:
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def check_leases(living: Sequence[Lease], index: Mapping[int, Lease], caches: Sequence[BlockCache]) -> None:
+    """Assert that caches are valid, that the index holds exactly the living leases, each under its storage's address,
+    that no block is free twice or both free and leased, and that the caches' slots are the leases that are slots.
+    """
+    for cache in caches:
+        cache.check_valid()
+    assert set(living) == set(index.values())
+    assert all(index[lease.address] is lease for lease in living)
+    leased = [id(lease.block) for lease in living if lease.block is not None and not lease.is_free()]
+    free = [id(block) for cache in caches for block in cache.blocks()]
+    assert len(set(leased + free)) == len(leased) + len(free)
+    slots = {slot for cache in caches for slot in cache.slots}
+    assert slots == {lease for lease in living if lease.is_slot}

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 from torch import compiler, get_default_dtype
 
-from longattn.bufmgr.book import LeaseBook
-from longattn.bufmgr.guard import TAKEN
-from longattn.bufmgr.lease import NO_SLOT, Lease
+from longattn.bufmgr.leasing.book import LeaseBook
+from longattn.bufmgr.leasing.guard import TAKEN
+from longattn.bufmgr.leasing.lease import NO_SLOT, Lease
 from longattn.bufmgr.request import BufferRequest, function_modes, resolve_request
 from longattn.bufmgr.spec import BufferType, parse_type
 

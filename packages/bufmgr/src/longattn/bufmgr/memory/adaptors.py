@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from longattn.bufmgr.allocator import Allocator, Block
-from longattn.bufmgr.gate import ForkableLock
 from longattn.bufmgr.log import LOGGER
+from longattn.bufmgr.memory.allocator import Allocator, Block
+from longattn.bufmgr.memory.forking import ForkableLock
 
 
 @dataclass

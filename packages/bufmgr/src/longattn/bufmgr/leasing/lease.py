@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 
-from longattn.bufmgr.guard import FREE, TAKEN, nobody_keeps_object, owners_view, storage_address
+from longattn.bufmgr.leasing.guard import FREE, TAKEN, nobody_keeps_object, owners_view, storage_address
 
 if TYPE_CHECKING:
-    from longattn.bufmgr.allocator import Block
+    from longattn.bufmgr.memory.allocator import Block
     from longattn.bufmgr.request import BufferRequest
     from longattn.bufmgr.spec import BufferType
 

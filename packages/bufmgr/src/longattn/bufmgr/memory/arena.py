@@ -19,10 +19,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from longattn.bufmgr.allocator import Allocator, Block, SystemAllocator, private_mapping
-from longattn.bufmgr.gate import Gate
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.segment import Segment, round_to_pages
+from longattn.bufmgr.memory.allocator import Allocator, Block, SystemAllocator, private_mapping
+from longattn.bufmgr.memory.forking import Gate
+from longattn.bufmgr.memory.segment import Segment, round_to_pages
 
 LARGE_BYTES = 64 * 1024
 """From this size on blocks come from an arena's segments; smaller ones would waste too much of a page."""
