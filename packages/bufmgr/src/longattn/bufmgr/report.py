@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from longattn.bufmgr.leasing import guard
 from longattn.bufmgr.leasing.book import LeaseBook
 from longattn.bufmgr.leasing.debug import OutstandingBuffer, describe_lease
 from longattn.bufmgr.memory.adaptors import Statistics, StatisticsAllocator
@@ -21,9 +22,12 @@ def manager_stats(book: LeaseBook) -> dict[str, Any]:
     """Return the counters of every type and their sums; see AttentionBufferManager.get_stats."""
     book.settle(blocking=True)
     types = {kind.value: _type_stats(book, kind) for kind in BufferType}
-    names = ("cache_hits", "cache_misses", "evictions", "outstanding", "cached_buffers", "cached_bytes")
+    names = (
+        "cache_hits", "cache_misses", "evictions", "outstanding", "cached_buffers", "cached_bytes", "released_in_use",
+    )  # fmt: skip
     stats: dict[str, Any] = {name: sum(entry[name] for entry in types.values()) for name in names}
     stats["cache_hit_rate"] = _rate(stats["cache_hits"], stats["cache_misses"])
+    stats["reference_counts"] = "exact" if guard.fresh_counts() is not None else "unavailable"
     stats["types"] = types
     return stats
 
@@ -37,6 +41,7 @@ def _type_stats(book: LeaseBook, kind: BufferType) -> dict[str, Any]:
         "cache_misses": counts.misses,
         "cache_hit_rate": _rate(hits, counts.misses),
         "from_torch": counts.from_torch,
+        "released_in_use": counts.released_in_use,
         "evictions": cache.evictions,
         "outstanding": counts.leases - len(cache.free_slots()),
         "cached_buffers": len(free),
@@ -137,7 +142,11 @@ class Reports:
 
         cache_hits, cache_misses: requests served with and without reuse; together all that succeeded.
         cache_hit_rate: 0 to 1. evictions: blocks that left because of a limit. outstanding: buffers in use.
-        cached_buffers, cached_bytes: free now. types: the same for each type, by its name in lower case, and
+        cached_buffers, cached_bytes: free now. released_in_use: calls of `deallocate` that emptied no handle because a
+        second name, a view or autograd still saw the buffer, or because reference_counts is "unavailable"; each such
+        buffer returns with its last owner, and until then the next request needs other memory. reference_counts: "exact",
+        or "unavailable" where this Python or torch has none to trust: then there are no slots, and every request takes
+        the slow path. types: the same for each type, by its name in lower case, and
         `from_torch`, the misses that torch served itself. strategies: how often each was chosen (slots' hits choose
         none). With enable_profiling also profile: for each type `count`, `bytes` and `time` (seconds in allocate).
         """

@@ -162,10 +162,9 @@ class LeaseBook(FreeMemory):
         """
         lease = release_lease(self.leases, tensor, kind, tensor_references)
         if lease.is_slot:
-            if lease.released:
-                self.close_slot(lease)
-            else:
-                lease.used = self.caches[kind].stamp()
+            lease.used = self.caches[kind].stamp()
+        if lease.handle_id < 0:  # `released`, without its call
+            self.count_release_in_use(kind)
         if self._pending:
             self.settle(blocking=False)
 

@@ -89,20 +89,21 @@ def seen_by(tensor: torch.Tensor, tensor_references: int) -> SeenBy:
     return SeenBy(tensor_references, tensor._use_count(), owners, sys.getrefcount(storage))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def only_handle_sees(tensor: torch.Tensor, tensor_references: int, masters: int = 0) -> bool:
-    """Return True only when nothing but one reference of the caller's, and a slot's own if `masters` is 1, sees the storage."""
-    fresh = fresh_counts()
-    if fresh is None:
-        return False
-    seen = seen_by(tensor, tensor_references)
-    expected = fresh._replace(storage_owners=fresh.storage_owners + masters)
-    if seen == expected:
-        return True
-    # Calls hold their arguments once more while a frame evaluator (PEP 523: torch.compile's, a debugger's) is set.
-    # What that is right now is read off an object that nobody else sees, held on the stack as seen_by's tensor was.
+def only_tensor_owns(tensor: torch.Tensor, fresh: SeenBy) -> bool:
+    """Return whether the storage's counts are those of a fresh buffer: no other tensor and no Python name has it."""
+    seen = seen_by(tensor, fresh.tensor_references)
+    return (seen.storage_owners, seen.storage_references) == (fresh.storage_owners, fresh.storage_references)
+
+
+def references_under_evaluator() -> int:
+    """Return `tensor_references` of a fresh buffer at this moment.
+
+    Calls hold their arguments once more while a frame evaluator (PEP 523: torch.compile's, a debugger's) is set. What
+    that is right now is read off an object that nobody else sees, held on the stack as `seen_by`'s tensor was.
+    """
     probe = object()
-    _, probe_references = probe, count_references(probe)
-    return seen == expected._replace(tensor_references=probe_references)
+    _, references = probe, count_references(probe)
+    return references
 
 
 @functools.cache

@@ -66,13 +66,14 @@ class Lease:
     """What is known of one buffer between `allocate` and the end of its memory's use.
 
     block: None where torch made the memory. address: names the storage. owners: how many own the slot's storage
-    (guard.py). handle_id: id of the tensor that was handed out last, 0 once it was released. used: the clock's
+    (guard.py). handle_id: id of the tensor that was handed out last; 0 once it was
+    released and emptied, below 0 once it was released while something else saw it. used: the clock's
     stamp of the last use. keep: the block is wanted back for reuse. note: what a debugging manager knows of it.
     """
 
     __slots__ = (
         "address", "block", "clock", "device", "ended", "handle_id", "keep", "keys", "kind", "master", "nbytes", "note",
-        "owner", "owners", "released", "request", "seen_shape", "serial", "used", "watch", "zeroes",
+        "owner", "owners", "request", "seen_shape", "serial", "used", "watch", "zeroes",
     )  # fmt: skip
 
     # The root that keeps leases, and through them a book whose manager is gone, until the buffer itself dies.
@@ -98,7 +99,7 @@ class Lease:
         self.used = 0
         self.zeroes = False  # what `allocate` does to a new handle, unless it is told otherwise
         self.seen_shape: object = request.shape  # the shape object of the last hit
-        self.released = self.ended = False
+        self.ended = False
         self.keep = True
         self.note: object = None
         self.serial = next(_SERIALS)
@@ -110,6 +111,11 @@ class Lease:
         self.watch = _Watch(watched, _end_lease)
         self.watch.lease = self
         self.live.add(self)
+
+    @property
+    def released(self) -> bool:
+        """Whether the last handle was given back while something else saw it."""
+        return self.handle_id < 0
 
     @property
     def is_slot(self) -> bool:

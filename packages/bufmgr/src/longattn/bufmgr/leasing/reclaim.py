@@ -25,11 +25,14 @@ from longattn.bufmgr.spec import BufferType
 
 @dataclass
 class TypeCounts:
-    """Plain counters of one buffer type. `from_torch` counts those misses that torch itself served."""
+    """Plain counters of one buffer type. `from_torch` counts those misses that torch itself served, `released_in_use`
+    those releases that emptied no handle because something else saw the buffer.
+    """
 
     hits: int = 0
     misses: int = 0
     from_torch: int = 0
+    released_in_use: int = 0
     leases: int = 0
 
 
@@ -53,15 +56,13 @@ class FreeMemory(ForkListener):
         self._closed = False
         listen_to_forks(self)
 
-    def close_slot(self, slot: Lease) -> None:
-        """Let a slot be an ordinary lease."""
+    def count_release_in_use(self, kind: BufferType) -> None:
+        """Count a release that emptied no handle."""
         if self._gate.enter(blocking=True):
             try:
-                self.caches[slot.kind].close_slot(slot)
+                self.counts[kind].released_in_use += 1
             finally:
                 self._gate.leave()
-        else:  # further up this thread's stack somebody is inside: only the slot's own state may change
-            slot.close_slot()
 
     def take_back(self, lease: Lease) -> None:
         """Note that nothing sees the lease's memory any more. Called by dying buffers: never waits, never logs."""

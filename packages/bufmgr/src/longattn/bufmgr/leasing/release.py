@@ -12,7 +12,7 @@ from longattn.bufmgr.spec import BufferType
 
 
 def release_lease(leases: Mapping[int, Lease], tensor: torch.Tensor, kind: BufferType, tensor_references: int) -> Lease:
-    """Release the lease of a handle: empty the handle if nothing else sees it, else only note it as `released`.
+    """Release the lease of a handle: empty the handle if nothing else sees it, else only note the lease as `released`.
 
     leases: by storage address. tensor_references: sys.getrefcount(tensor) as read in the function that the user called.
     Returns the lease. Raises TypeError for no tensor, ValueError for a view, a foreign tensor, a wrong type or a second
@@ -36,13 +36,16 @@ def release_lease(leases: Mapping[int, Lease], tensor: torch.Tensor, kind: Buffe
     if not won:
         raise ValueError("tensor: expected a buffer leased here, got one that another thread is releasing")
     fresh = guard.fresh_counts()
-    alone = (
-        fresh is not None
-        and tensor_references == fresh.tensor_references
-        and tensor._use_count() == fresh.tensor_owners  # pyright: ignore[reportAttributeAccessIssue]
-        and lease.has_one_handle()
+    alone = fresh is not None and (
+        (
+            # A handle without a name, as in deallocate(allocate(...)), has fewer references than one with a name.
+            tensor_references <= fresh.tensor_references
+            and tensor._use_count() == fresh.tensor_owners  # pyright: ignore[reportAttributeAccessIssue]
+            and lease.has_one_handle()
+        )
+        or _only_caller_sees(lease, tensor, tensor_references, fresh)
     )
-    if alone or guard.only_handle_sees(tensor, tensor_references, masters=lease.is_slot):
+    if alone:
         # Drops the storage; of an ordinary lease this is the last owner, which ends inside this line.
         if tensor.requires_grad:
             with torch.no_grad():
@@ -50,9 +53,18 @@ def release_lease(leases: Mapping[int, Lease], tensor: torch.Tensor, kind: Buffe
         else:
             tensor.set_()  # pyright: ignore[reportCallIssue]
     else:
-        lease.released = True
-        lease.handle_id = -handle_id  # who asks again is told that it was released before
+        # The handle lives on, so its storage has an owner more than a free slot's: nobody else takes the slot now.
+        lease.handle_id = -handle_id
     return lease
+
+
+def _only_caller_sees(lease: Lease, tensor: torch.Tensor, tensor_references: int, fresh: guard.SeenBy) -> bool:
+    """Return the answer for every lease: those that are no slots, and calls under a frame evaluator, included."""
+    if tensor_references > fresh.tensor_references and tensor_references > guard.references_under_evaluator():
+        return False
+    if tensor._use_count() != fresh.tensor_owners:  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    return lease.has_one_handle() if lease.is_slot else guard.only_tensor_owns(tensor, fresh)
 
 
 def _why_not(lease: Lease | None, tensor: torch.Tensor) -> str:
