@@ -56,10 +56,10 @@ def test_a_role_must_be_one_of_the_ten(make: type[AttentionBufferManager] | type
 @pytest.mark.parametrize(
     ("sizes", "error", "text"),
     [
-        ((True, 4, 2, 8), TypeError, "batch_size: expected a whole number, got True"),
-        ((1, 4.0, 2, 8), TypeError, "seq_len: expected a whole number, got 4.0"),
-        ((1, 4, -2, 8), ValueError, "num_heads: expected 0 or more, got -2"),
-        ((1, 4, 2, "8"), TypeError, "head_dim: expected a whole number, got '8'"),
+        ((True, 4, 2, 8), TypeError, "batch_size: expected a whole number of 0 or more, got True"),
+        ((1, 4.0, 2, 8), TypeError, "seq_len: expected a whole number of 0 or more, got 4.0"),
+        ((1, 4, -2, 8), ValueError, "num_heads: expected a whole number of 0 or more, got -2"),
+        ((1, 4, 2, "8"), TypeError, "head_dim: expected a whole number of 0 or more, got '8'"),
     ],
 )
 def test_preallocate_refuses(sizes: tuple[Any, ...], error: type[Exception], text: str):

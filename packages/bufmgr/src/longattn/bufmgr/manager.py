@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from sys import getrefcount
 
 import torch
@@ -19,11 +20,11 @@ from longattn.bufmgr.leasing.scope import BufferScope, innermost_scope
 from longattn.bufmgr.leasing.slots import PreparedSlot, SlotTable, in_graphs, is_plain
 from longattn.bufmgr.log import LOGGER
 from longattn.bufmgr.memory.adaptors import StatisticsAllocator
-from longattn.bufmgr.memory.allocator import Allocator
+from longattn.bufmgr.memory.allocator import Allocator, check_upstream
 from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge, check_cleanup
 from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
 from longattn.bufmgr.report import Profile, Reports
-from longattn.bufmgr.request import BufferRequest, function_modes, resolve_request
+from longattn.bufmgr.request import BufferRequest, check_size, function_modes, resolve_request
 from longattn.bufmgr.spec import BufferConfig, BufferType, merge_configs, parse_type
 from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy, numa_nodes
 
@@ -46,7 +47,7 @@ class AttentionBufferManager(SlotTable, Reports):
 
     Host memory is recycled here. On an accelerator torch's caching allocator recycles; there, on "meta" and for size
     zero the manager adds types, checks and counts. Inside torch.compile and CUDA-graph capture it steps aside. Safe to
-    use from any thread.
+    use from any thread. A copy, pickled ones included, has the same options, no buffers, and counters at zero.
 
         manager = AttentionBufferManager()
         scores = manager.allocate(BufferType.SCORES, (8, 128, 128))
@@ -75,14 +76,15 @@ class AttentionBufferManager(SlotTable, Reports):
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise TypeError(f"{name}: expected True or False, got {value!r}")
-        if upstream is not None and not isinstance(upstream, Allocator):
-            raise TypeError(f"upstream: expected an Allocator (allocate and deallocate), got {upstream!r}")
+        if upstream is not None:
+            check_upstream(upstream)
         self.configs = merge_configs(custom_configs)
         self.enable_reuse = enable_reuse
         self.enable_preallocation = enable_preallocation
         self.enable_profiling = enable_profiling
         self.lightweight = lightweight
         self.debug = debug
+        self._upstream = upstream
         self._gauge = PressureGauge(check_cleanup(cleanup))
         caches = {
             kind: BlockCache(config.max_cached_buffers if enable_reuse else 0, config.max_cached_bytes)
@@ -99,6 +101,11 @@ class AttentionBufferManager(SlotTable, Reports):
         self._prepared_shapes: set[BufferRequest] = set()
         # Buffers may outlive the manager; the book then gives their memory back as they die.
         weakref.finalize(self, self._book.close).atexit = False
+
+    def __reduce__(self) -> tuple[Callable[..., AttentionBufferManager], tuple[dict[BufferType, BufferConfig]]]:
+        names = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "cleanup", "debug")
+        options = {name: getattr(self, name) for name in names}
+        return functools.partial(type(self), upstream=self._upstream, **options), (dict(self.configs),)
 
     @property
     def cleanup(self) -> Cleanup:
@@ -176,7 +183,9 @@ class AttentionBufferManager(SlotTable, Reports):
         """
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"tensor: expected a tensor, got {tensor!r}")
-        dtype, device = dtype or tensor.dtype, tensor.device if device is None else device
+        if tensor.is_nested:
+            raise TypeError("tensor: expected one whose sizes are whole numbers, got a nested tensor")
+        dtype, device = tensor.dtype if dtype is None else dtype, tensor.device if device is None else device
         return self.allocate(type, tensor.shape, dtype, device, zero_init)
 
     @in_graphs(_deallocate_in_graph)
@@ -271,12 +280,8 @@ class AttentionBufferManager(SlotTable, Reports):
         readied so far stays.
         """
         sizes = {"batch_size": batch_size, "seq_len": seq_len, "num_heads": num_heads, "head_dim": head_dim}
-        for name, size in sizes.items():
-            if isinstance(size, bool) or not hasattr(size, "__index__"):
-                raise TypeError(f"{name}: expected a whole number, got {size!r}")
-            if size < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {size!r}")
-        return self._prepare(resolve_request(tuple(sizes.values()), dtype, device), _PREPARED)
+        shape = [check_size(name, size) for name, size in sizes.items()]
+        return self._prepare(resolve_request(shape, dtype, device), _PREPARED)
 
     def _prepare(self, request: BufferRequest, kinds: Sequence[BufferType]) -> int:
         ready = 0

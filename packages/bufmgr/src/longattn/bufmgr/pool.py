@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,13 +15,13 @@ from longattn.bufmgr.leasing.lease import Lease
 from longattn.bufmgr.leasing.slots import SlotTable
 from longattn.bufmgr.log import LOGGER
 from longattn.bufmgr.memory.adaptors import Statistics, StatisticsAllocator
-from longattn.bufmgr.memory.allocator import Allocator, Block
+from longattn.bufmgr.memory.allocator import Allocator, Block, check_block, check_upstream
 from longattn.bufmgr.memory.arena import LARGE_BYTES, ArenaAllocator
 from longattn.bufmgr.memory.forking import ForkableLock
 from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge, check_cleanup
 from longattn.bufmgr.report import summary, torch_style_stats
 from longattn.bufmgr.request import BufferRequest
-from longattn.bufmgr.spec import MIB, BufferType
+from longattn.bufmgr.spec import MIB, BufferConfig, BufferType
 from longattn.bufmgr.strategy import block_size
 
 
@@ -34,6 +36,9 @@ class MemoryPool(SlotTable):
     upstream: default an ArenaAllocator. max_cached_buffers: most free blocks kept, default 32. max_cached_mb: most MiB
     of them, default 512. cleanup: how soon free memory goes back when memory gets short, "adaptive" (default) or
     "aggressive"; see pressure.py.
+
+    A copy, pickled ones included, is an empty pool of the same options; a copy of the global pool is the global pool of the
+    process that makes it.
     """
 
     def __init__(
@@ -44,7 +49,14 @@ class MemoryPool(SlotTable):
         max_cached_mb: float = 512.0,
         cleanup: Cleanup = "adaptive",
     ) -> None:
+        if upstream is not None:
+            check_upstream(upstream)
+        BufferConfig(max_cached_buffers=max_cached_buffers, max_cached_mb=max_cached_mb)  # raises, naming the parameter
         self._gauge = PressureGauge(check_cleanup(cleanup))
+        self._options: dict[str, Any] = {
+            "max_cached_buffers": max_cached_buffers, "max_cached_mb": max_cached_mb, "cleanup": cleanup,
+        }  # fmt: skip
+        self._upstream = upstream
         self._arena = ArenaAllocator() if upstream is None else upstream
         self._host = StatisticsAllocator(self._arena)
         self._cache = BlockCache(max_cached_buffers, int(max_cached_mb * MIB))
@@ -55,6 +67,11 @@ class MemoryPool(SlotTable):
             # Not a bound method: arena and pool would keep each other.
             this = weakref.ref(self)
             self._arena.reclaim = lambda nbytes: 0 if (pool := this()) is None else pool.reclaim(nbytes, LARGE_BYTES)
+
+    def __reduce__(self) -> tuple[Callable[..., MemoryPool], tuple[()] | tuple[Allocator | None]]:
+        if self is _global_pool:
+            return get_global_memory_pool, ()
+        return functools.partial(type(self), **self._options), (self._upstream,)
 
     def add_borrower(self, book: LeaseBook) -> None:
         """Remember a book whose upstream is this pool, and whose free blocks may be asked back."""
@@ -76,6 +93,7 @@ class MemoryPool(SlotTable):
 
     def deallocate(self, block: Block) -> None:
         """Take back a manager's block."""
+        check_block(block)
         self._host.deallocate(block)
 
     def reclaim(self, nbytes: int, least: int = 0) -> int:
@@ -159,6 +177,8 @@ class MemoryPool(SlotTable):
         Raises ValueError for a device that was never asked for.
         """
         devices = self._statistics()
+        if not isinstance(device, str):
+            raise TypeError(f"device: expected a device's name, got {device!r}")
         if device not in devices:
             raise ValueError(f"device: expected one of {', '.join(devices)}, got {device!r}")
         free = self._cache.blocks() if device == "cpu" else []

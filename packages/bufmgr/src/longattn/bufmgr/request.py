@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import SupportsIndex, cast
 
 import torch
 
@@ -66,16 +67,32 @@ def resolve_request(
 
 
 def _check_shape(shape: object) -> tuple[int, ...]:
-    if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable):
-        raise TypeError(f"shape: expected a sequence of whole numbers, got {shape!r}")
-    sizes = []
-    for axis, size in enumerate(shape):
-        if isinstance(size, bool) or not hasattr(size, "__index__"):
-            raise TypeError(f"shape[{axis}]: expected a whole number of 0 or more, got {size!r}")
-        sizes.append(operator.index(size))
-        if sizes[-1] < 0:
-            raise ValueError(f"shape[{axis}]: expected a whole number of 0 or more, got {size!r}")
-    return tuple(sizes)
+    is_scalar = isinstance(shape, torch.Tensor) and shape.dim() == 0
+    if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable) or is_scalar:
+        raise TypeError(f"shape: expected a sequence of whole numbers, got {describe(shape)}")
+    sizes = cast("Iterable[object]", shape)
+    return tuple(check_size(f"shape[{axis}]", size) for axis, size in enumerate(sizes))
+
+
+def check_size(name: str, size: object) -> int:
+    """Return a size as an int. Raises TypeError or ValueError that begins with `name`."""
+    expected = f"{name}: expected a whole number of 0 or more, got "
+    if isinstance(size, bool) or not isinstance(size, SupportsIndex):
+        raise TypeError(expected + describe(size))
+    try:
+        whole = operator.index(size)
+    except (TypeError, ValueError, RuntimeError) as error:  # a class, or a tensor that is no single integer
+        raise TypeError(expected + describe(size)) from error
+    if whole < 0:
+        raise ValueError(expected + describe(size))
+    return whole
+
+
+def describe(value: object) -> str:
+    """Return what came, for error texts; a tensor by shape, dtype and layout, because its content may be large."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, {value.layout}"
+    return repr(value)
 
 
 def resolve_device(device: torch.device | str | int | None) -> torch.device:
@@ -99,7 +116,7 @@ def _parse_device(device: object) -> torch.device:
         raise TypeError(f"device: expected a torch.device, str, int or None, got {device!r}")
     try:
         return torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OverflowError) as error:
         raise ValueError(f"device: expected a device that torch knows, got {device!r}: {error}") from error
 
 

@@ -11,6 +11,7 @@ import torch
 
 from longattn.bufmgr.leasing.lease import Lease
 from longattn.bufmgr.leasing.slots import SlotTable
+from longattn.bufmgr.request import describe
 
 _OPEN: ContextVar[tuple[BufferScope, ...]] = ContextVar("longattn.bufmgr open scopes", default=())
 
@@ -32,6 +33,11 @@ class BufferScope:
         self._table = table
         self._entries: list[tuple[weakref.ref[torch.Tensor], Lease]] = []
         self._token: Token[tuple[BufferScope, ...]] | None = None
+
+    def __reduce__(self) -> tuple[type[BufferScope], tuple[SlotTable]]:
+        if self._token is not None:
+            raise TypeError("scope: expected one that is not open, got an open one, which cannot be copied")
+        return type(self), (self._table,)
 
     def __enter__(self) -> BufferScope:
         if self._token is not None:
@@ -59,7 +65,9 @@ class BufferScope:
             if reference() is tensor:
                 del self._entries[index]
                 return tensor
-        raise ValueError(f"tensor: expected a buffer of this scope, got a tensor of shape {tuple(tensor.shape)}")
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"tensor: expected a buffer of this scope, got {tensor!r}")
+        raise ValueError(f"tensor: expected a buffer of this scope, got {describe(tensor)}")
 
     def add(self, tensor: torch.Tensor, lease: Lease) -> None:
         """Note a new buffer."""

@@ -179,6 +179,9 @@ class PreparedSlot:
         self._slot: Lease = NO_SLOT
         table._prepared.add(self)
 
+    def __reduce__(self) -> tuple[type[PreparedSlot], tuple[Any, ...]]:
+        return type(self), (self._table, *self._arguments)
+
     def forget(self) -> None:
         """Go the long way once."""
         self._slot = NO_SLOT

@@ -1,4 +1,7 @@
-"""Allocators over an upstream: what it costs to count, and where to stop."""
+"""Allocators over an upstream, each with one feature: counting, a limit, a log, a callback when memory is refused.
+
+They stack in any order. Copies, pickled ones included, have a copy of the upstream and hold nothing: counters start anew.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.memory.allocator import Allocator, Block
+from longattn.bufmgr.memory.allocator import (
+    Allocator,
+    Block,
+    check_block,
+    check_limit,
+    check_nbytes,
+    check_upstream,
+)
 from longattn.bufmgr.memory.forking import ForkableLock
 
 
@@ -68,10 +78,14 @@ class StatisticsAllocator:
     """
 
     def __init__(self, upstream: Allocator) -> None:
+        check_upstream(upstream)
         self.upstream = upstream
         self.statistics = Statistics()
         self._outer: list[Statistics] = []
         self._lock = ForkableLock()
+
+    def __reduce__(self) -> tuple[type[StatisticsAllocator], tuple[Allocator]]:
+        return type(self), (self.upstream,)
 
     def allocate(self, nbytes: int) -> Block:
         """Return the upstream's block and count its bytes. Raises the upstream's MemoryError, then counts nothing."""
@@ -82,6 +96,7 @@ class StatisticsAllocator:
 
     def deallocate(self, block: Block) -> None:
         """Give the block to the upstream and count it as gone."""
+        check_block(block)
         nbytes = block.nbytes
         self.upstream.deallocate(block)
         with self._lock:
@@ -116,31 +131,39 @@ class LimitingAllocator:
     """Refuses to hold more than `limit_bytes` at once."""
 
     def __init__(self, upstream: Allocator, limit_bytes: int) -> None:
+        check_upstream(upstream)
+        check_limit(limit_bytes)
         self.upstream = upstream
         self.limit_bytes = limit_bytes
         self._held = 0
         self._lock = ForkableLock()
 
+    def __reduce__(self) -> tuple[type[LimitingAllocator], tuple[Allocator, int]]:
+        return type(self), (self.upstream, self.limit_bytes)
+
     def allocate(self, nbytes: int) -> Block:
-        """Return the upstream's block. Raises MemoryError at the limit, naming it and what is held."""
+        """Return the upstream's block. Raises MemoryError at the limit, naming it and what is held, and what the upstream
+        raises; then nothing more is held than before.
+        """
+        check_nbytes(nbytes)
         with self._lock:
             if self._held + nbytes > self.limit_bytes:
                 raise MemoryError(
                     f"{nbytes} bytes over {self._held} held would pass the limit of {self.limit_bytes} bytes"
                 )
             self._held += nbytes
+        granted = 0
         try:
             block = self.upstream.allocate(nbytes)
-        except MemoryError:
+            granted = block.nbytes
+        finally:  # also when the upstream raises, whatever it raises
             with self._lock:
-                self._held -= nbytes
-            raise
-        with self._lock:
-            self._held += block.nbytes - nbytes
+                self._held += granted - nbytes
         return block
 
     def deallocate(self, block: Block) -> None:
         """Give the block to the upstream and make room."""
+        check_block(block)
         nbytes = block.nbytes
         self.upstream.deallocate(block)
         with self._lock:
@@ -151,6 +174,7 @@ class LoggingAllocator:
     """Tells the package's logger of every block that goes out, comes back or is refused, at DEBUG."""
 
     def __init__(self, upstream: Allocator) -> None:
+        check_upstream(upstream)
         self.upstream = upstream
 
     def allocate(self, nbytes: int) -> Block:
@@ -165,6 +189,7 @@ class LoggingAllocator:
 
     def deallocate(self, block: Block) -> None:
         """Give the block to the upstream and log it."""
+        check_block(block)
         nbytes = block.nbytes
         self.upstream.deallocate(block)
         LOGGER.debug("upstream: %d bytes back", nbytes)
@@ -176,7 +201,10 @@ class FailureCallbackAllocator:
     """
 
     def __init__(self, upstream: Allocator, on_refusal: Callable[[int], bool]) -> None:
+        check_upstream(upstream)
         self.upstream = upstream
+        if not callable(on_refusal):
+            raise TypeError(f"on_refusal: expected a function of nbytes, got {on_refusal!r}")
         self.on_refusal = on_refusal
 
     def allocate(self, nbytes: int) -> Block:

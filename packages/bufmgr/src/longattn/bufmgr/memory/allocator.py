@@ -66,6 +66,7 @@ class SystemAllocator:
 
     def allocate(self, nbytes: int) -> Block:
         """Return a zeroed block. Raises MemoryError when the system refuses."""
+        check_nbytes(nbytes)
         if nbytes < _MAPPED_FROM:
             return Block(_aligned(nbytes), zeroed=True)
         try:
@@ -75,7 +76,36 @@ class SystemAllocator:
 
     def deallocate(self, block: Block) -> None:
         """Forget the block; its memory goes back when the last memoryview over it dies, which is here."""
+        check_block(block)
         block.memory = memoryview(b"")
+
+
+def check_nbytes(nbytes: object) -> None:
+    """Raise TypeError or ValueError unless `nbytes` is a size that an Allocator can be asked for."""
+    if not isinstance(nbytes, int) or isinstance(nbytes, bool):
+        raise TypeError(f"nbytes: expected a whole number of 1 or more, got {nbytes!r}")
+    if nbytes < 1:
+        raise ValueError(f"nbytes: expected a whole number of 1 or more, got {nbytes!r}")
+
+
+def check_block(block: object) -> None:
+    """Raise TypeError unless `block` is a Block."""
+    if not isinstance(block, Block):
+        raise TypeError(f"block: expected a Block that allocate returned, got {block!r}")
+
+
+def check_upstream(upstream: object) -> None:
+    """Raise TypeError unless `upstream` can be asked for blocks."""
+    if isinstance(upstream, type) or not isinstance(upstream, Allocator):
+        raise TypeError(f"upstream: expected an Allocator (allocate and deallocate), got {upstream!r}")
+
+
+def check_limit(limit_bytes: object, name: str = "limit_bytes") -> None:
+    """Raise TypeError or ValueError unless `limit_bytes` is a number of bytes."""
+    if not isinstance(limit_bytes, int) or isinstance(limit_bytes, bool):
+        raise TypeError(f"{name}: expected a whole number of 0 or more, got {limit_bytes!r}")
+    if limit_bytes < 0:
+        raise ValueError(f"{name}: expected a whole number of 0 or more, got {limit_bytes!r}")
 
 
 def private_mapping(nbytes: int) -> mmap.mmap:

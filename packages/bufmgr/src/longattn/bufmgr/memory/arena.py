@@ -14,15 +14,24 @@ new pages are touched over that, `reclaim` is asked for blocks that some cache k
 
 from __future__ import annotations
 
-import mmap
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.memory.allocator import Allocator, Block, SystemAllocator, private_mapping
+from longattn.bufmgr.memory.allocator import (
+    Allocator,
+    Block,
+    SystemAllocator,
+    check_block,
+    check_limit,
+    check_nbytes,
+    check_upstream,
+    private_mapping,
+)
 from longattn.bufmgr.memory.forking import Gate
-from longattn.bufmgr.memory.segment import Segment, round_to_pages
+from longattn.bufmgr.memory.segment import DROPS_PAGES, Segment, round_to_pages
 
 LARGE_BYTES = 64 * 1024
 """From this size on blocks come from an arena's segments; smaller ones would waste too much of a page."""
@@ -30,7 +39,7 @@ LARGE_BYTES = 64 * 1024
 _SLACK = 0.015  # and rounding to pages stays below 2 %
 _FLOOR_BYTES = 8 << 20
 # Clean pages cost address space only, where the system can take single pages back.
-_SEGMENT_BYTES = 1 << 30 if hasattr(mmap, "MADV_DONTNEED") else 64 << 20
+_SEGMENT_BYTES = 1 << 30 if DROPS_PAGES else 64 << 20
 
 
 class ArenaBlock(Block):
@@ -60,6 +69,13 @@ class ArenaAllocator:
         floor_bytes: int = _FLOOR_BYTES,
         huge_pages: bool | None = None,
     ) -> None:
+        if upstream is not None:
+            check_upstream(upstream)
+        if limit_bytes is not None:
+            check_limit(limit_bytes)
+        check_limit(floor_bytes, "floor_bytes")
+        if huge_pages is not None and not isinstance(huge_pages, bool):
+            raise TypeError(f"huge_pages: expected True, False or None, got {huge_pages!r}")
         self.upstream: Allocator = SystemAllocator() if upstream is None else upstream
         self.limit_bytes = limit_bytes
         self.floor_bytes = floor_bytes
@@ -70,6 +86,11 @@ class ArenaAllocator:
         self._segments: list[Segment] = []
         self._gate = Gate()
         self._pending: deque[ArenaBlock] = deque()
+
+    def __reduce__(self) -> tuple[Callable[..., ArenaAllocator], tuple[Allocator]]:
+        # A copy, pickled ones included, is an empty arena with the same limits.
+        options = {name: getattr(self, name) for name in ("limit_bytes", "floor_bytes", "huge_pages")}
+        return functools.partial(type(self), **options), (self.upstream,)
 
     @property
     def dirty_bytes(self) -> int:
@@ -88,6 +109,7 @@ class ArenaAllocator:
 
     def allocate(self, nbytes: int) -> Block:
         """Return a block of exactly `nbytes`, on a page of its own from 64 KiB on. Raises MemoryError."""
+        check_nbytes(nbytes)
         if nbytes < LARGE_BYTES:
             return self.upstream.allocate(nbytes)
         size = round_to_pages(nbytes)
@@ -112,6 +134,7 @@ class ArenaAllocator:
 
     def deallocate(self, block: Block) -> None:
         """Take a block back. Never waits: another thread inside will see to it."""
+        check_block(block)
         if not isinstance(block, ArenaBlock):
             self.upstream.deallocate(block)
             return
@@ -165,9 +188,10 @@ class ArenaAllocator:
         if clean and over > 0 and not may_grow:
             return None
         if index < 0:
-            index, start = len(self._segments), 0
-            self._segments.append(self._map(size))
-        segment = self._segments[index]
+            segment, start = self._map(size), 0
+            self._segments.append(segment)
+        else:
+            segment = self._segments[index]
         zeroed = segment.take(start, size)
         if clean and over > 0:
             # Pages elsewhere go back before these are touched, so that mixing blocks costs time and not memory.
@@ -187,14 +211,23 @@ class ArenaAllocator:
         return freed
 
     def _map(self, size: int) -> Segment:
-        for nbytes in (max(_SEGMENT_BYTES, size), size):
-            try:
-                return Segment(private_mapping(nbytes), nbytes, self.huge_pages)
-            except (OSError, OverflowError) as error:
-                LOGGER.debug("arena: the system refused to map %d bytes: %s", nbytes, error)
+        segment = self._try_map(max(_SEGMENT_BYTES, size)) or self._try_map(size)
+        if segment is not None:
+            return segment
+        # Segments that are free as a whole, and dirty pages, may be what the system lacks.
         freed = self._clean(self.dirty_bytes)
         self._segments = [segment for segment in self._segments if segment.in_use]
-        raise MemoryError(f"the system refused {size} bytes ({size / 2**30:.2f} GiB), after giving back {freed}")
+        segment = self._try_map(size)
+        if segment is None:
+            raise MemoryError(f"the system refused {size} bytes ({size / 2**30:.2f} GiB), after giving back {freed}")
+        return segment
+
+    def _try_map(self, nbytes: int) -> Segment | None:
+        try:
+            return Segment(private_mapping(nbytes), nbytes, self.huge_pages)
+        except (OSError, OverflowError) as error:
+            LOGGER.debug("arena: the system refused to map %d bytes: %s", nbytes, error)
+            return None
 
     def check_valid(self) -> None:
         """Assert the invariants: pieces tile each segment's free part, sums are right, the bound holds."""

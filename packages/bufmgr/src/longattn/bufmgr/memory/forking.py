@@ -19,12 +19,15 @@ _FORK_WAIT_S = 1.0
 
 
 class ForkableLock:
-    """A re-entrant lock that a forked child finds free."""
+    """A re-entrant lock that a forked child finds free, and so does a copy."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._held_for_fork = False
         _LOCKS.add(self)
+
+    def __reduce__(self) -> tuple[type[ForkableLock], tuple[()]]:
+        return type(self), ()
 
     def __enter__(self) -> None:
         self._lock.acquire()

@@ -60,6 +60,8 @@ def read_host_memory(root: Path = Path("/")) -> MemoryReading | None:
 
 def read_device_memory(device: torch.device) -> MemoryReading | None:
     """Return the reading for a device: host memory for the CPU, the device's own for CUDA, None for others."""
+    if not isinstance(device, torch.device):
+        raise TypeError(f"device: expected a torch.device, got {device!r}")
     if device.type == "cpu":
         return read_host_memory()
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import bisect
 import mmap
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 PAGE = 4096
+
+DROPS_PAGES = sys.platform == "linux"
+"""Whether MADV_DONTNEED gives pages back at once and makes them zero. Other systems have the name, but keep the content."""
 
 
 @dataclass(eq=False)
@@ -88,7 +92,7 @@ class Segment:
 
     def clean(self, nbytes: int) -> int:
         """Give dirty free pages back to the system, up to `nbytes`; return their bytes."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
+        if not DROPS_PAGES:
             return 0
         freed = 0
         # The largest first: the fewest calls, and small holes between blocks stay warm.
