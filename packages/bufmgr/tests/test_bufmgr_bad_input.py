@@ -96,7 +96,7 @@ def test_wrong_types_of_release():
     """A refused release changes nothing: the right one still works."""
     manager = AttentionBufferManager()
     tensor = manager.allocate(Q, (4,))
-    with pytest.raises(ValueError, match="type: this buffer was leased as QUERY, got KEY"):
+    with pytest.raises(ValueError, match="type: expected QUERY, which this buffer was leased as, got KEY"):
         manager.deallocate(tensor, BufferType.KEY)
     with pytest.raises(ValueError, match="type: expected a BufferType"):
         manager.deallocate(tensor, "querry")

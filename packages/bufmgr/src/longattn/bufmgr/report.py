@@ -1,4 +1,4 @@
-"""What a manager tells of itself: plain counters, and the same figures in the words of torch's and RMM's allocators."""
+"""Statistics of a manager: counters, profiles, and the same figures under the names that torch's and RMM's allocators use."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _rate(hits: int, misses: int) -> float:
 def torch_style_stats(statistics: Statistics, free_bytes: int, free_count: int) -> dict[str, int]:
     """Return the figures of one device in the keys of torch.cuda.memory_stats.
 
-    reserved_bytes, segment: memory taken from the upstream, and in how many blocks. allocated_bytes, allocation: what
-    of that somebody uses; current only, because buffers are dropped without telling anybody. All are "...all...".
+    reserved_bytes, segment: memory taken from the upstream, and in how many blocks. allocated_bytes, allocation: the part
+    in use; current only, because a buffer that is dropped makes no call. All are "...all...".
     """
     stats: dict[str, int] = {}
     for name, unit in (("reserved_bytes", "bytes"), ("segment", "count")):
@@ -70,7 +70,7 @@ def torch_style_stats(statistics: Statistics, free_bytes: int, free_count: int) 
 
 
 def summary(title: str, devices: Mapping[str, Statistics]) -> str:
-    """Return a table for people: a line for each device, in MiB and blocks."""
+    """Return a table as text: one line for each device, in MiB and blocks."""
     lines = [f"{title:<14}{'now MiB':>12}{'peak MiB':>12}{'total MiB':>12}{'blocks':>9}"]
     for name, s in devices.items():
         mib = [value / MIB for value in (s.current_bytes, s.peak_bytes, s.total_bytes)]
@@ -121,7 +121,7 @@ class Profile:
 
 
 class Reports:
-    """What a manager answers about itself."""
+    """The statistics that a manager offers."""
 
     _book: LeaseBook
     _host: StatisticsAllocator
@@ -129,7 +129,7 @@ class Reports:
     _strategies: dict[Strategy, int]
 
     def outstanding(self) -> list[OutstandingBuffer]:
-        """Return what somebody still sees, the oldest first; with `debug` or without `lightweight`, from which line."""
+        """Return the buffers in use, the oldest first; with `debug` or without `lightweight`, also the line that allocated each."""
         leases = [lease for kind in BufferType for lease in self._book.outstanding(kind)]
         return [describe_lease(lease) for lease in sorted(leases, key=lambda lease: lease.serial)]
 
@@ -143,7 +143,7 @@ class Reports:
         cache_hits, cache_misses: requests served with and without reuse; together all that succeeded.
         cache_hit_rate: 0 to 1. evictions: blocks that left because of a limit. outstanding: buffers in use.
         cached_buffers, cached_bytes: free now. released_in_use: calls of `deallocate` that emptied no handle because a
-        second name, a view or autograd still saw the buffer, or because reference_counts is "unavailable"; each such
+        second name, a view or autograd still referenced the buffer, or because reference_counts is "unavailable"; each such
         buffer returns with its last owner, and until then the next request needs other memory. reference_counts: "exact",
         or "unavailable" where this Python or torch has none to trust: then there are no slots, and every request takes
         the slow path. types: the same for each type, by its name in lower case, and
@@ -162,7 +162,7 @@ class Reports:
         return torch_style_stats(self._host.statistics, stats["cached_bytes"], stats["cached_buffers"])
 
     def memory_summary(self) -> str:
-        """Return a table of host memory for people."""
+        """Return a table of host memory as text."""
         return summary("manager", {"cpu": self._host.statistics})
 
     def reset_peak_memory_stats(self) -> None:

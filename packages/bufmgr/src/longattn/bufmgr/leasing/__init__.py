@@ -1,1 +1,1 @@
-"""Who uses which memory: leases, slots, the caches between them, and the counts that say nobody sees a buffer."""
+"""Who uses which memory: leases, slots, the caches between them, and the reference counts that show whether a buffer is in use."""

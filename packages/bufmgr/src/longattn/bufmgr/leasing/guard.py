@@ -1,22 +1,25 @@
-"""Does anything but the caller's own handle see a buffer? Reference counts, compared with those of a fresh buffer.
+"""Reference counts: does anything but the caller's own handle still reference a buffer?
 
-    alias                                            raises the count
-    another Python name, a container, a hook's copy  of Python references to the tensor
-    a view, an input saved for backward, DLPack      of owners of the TensorImpl
-    detach(), numpy, an output saved for backward    of owners of the storage
-    t.untyped_storage() kept by somebody             of Python references to the storage
+    alias                                            count that it raises
+    another Python name, a container, a hook's copy  Python references to the tensor
+    a view, an input saved for backward, DLPack      owners of the TensorImpl
+    detach(), numpy, an output saved for backward    owners of the storage
+    t.untyped_storage() kept in a variable           Python references to the storage's Python object
 
-The first two matter only while the handle itself is looked at, in `deallocate`. A slot (lease.py) hands out a new
-handle each time and keeps none, so whoever sees the memory owns the storage or holds its Python object: the other two
-answer. torch keeps a word beside the storage: its owners in the lower half, and on top a bit for "has a Python object", which
-is an owner too. A slot reads the owners in place: where master and handle are two, there is no such object. Only where
-somebody asked for it once, its references must be counted besides.
+The first two matter only to `deallocate`, which looks at one handle. A slot (lease.py) makes a new handle for each request
+and keeps none, so every alias of its memory owns the storage or references the storage's Python object: the last two
+counts are enough. torch keeps one word beside each storage: the number of owners in the lower half, and in the highest bit
+whether the storage has a Python object, which is an owner too. A slot reads the number of owners in place. Usually there is no
+Python object, and master and handle are two owners. Where code asked for the object once, its references count as well.
 
-What a fresh buffer's counts are depends on the versions of Python and torch, so they are measured once, and each kind
-of alias is tried. Where that does not come out as in the table, and on a Python without the GIL, whose counts are
-deferred, the guard says "somebody might see it" for ever: there are no slots then, no handle is emptied, and buffers
-return when their last reference dies, which rests on no count (see lease.py).
+The counts of a fresh buffer depend on the versions of Python and torch. They are measured once, and every kind of alias is
+tried against them. If one of them does not raise its count, or Python runs without the GIL (its counts are deferred), no count
+is trusted: there are no slots, `deallocate` empties no handle, and memory returns when the last reference dies, which depends
+on no count (lease.py).
 """
+
+# torch offers these counts under private names only.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -29,20 +32,20 @@ from typing import NamedTuple
 import torch
 
 FREE = 1
-"""Owners of a slot's storage that nobody sees: the master. The storage's Python object, where there is one, is one more."""
+"""Owners of a free slot's storage: the master. The storage's Python object, where there is one, is one more."""
 TAKEN = 2
-"""The same with one handle."""
-KEPT = 2
-"""Python references to that object while nobody in Python keeps it: the storage's, and the call's that looks."""
+"""Owners of a slot's storage with one handle."""
+OBJECT_REFERENCES = 2
+"""Python references to a storage's Python object that no code keeps: the storage's own, and the counting call's."""
 
-_OWNERS, _OBJECT = 8, 12  # where the two halves of the word are, behind the pointer to virtual functions
-_FLAG = 1 << 31
+_OWNERS, _OBJECT = 8, 12  # offsets of the two halves of that word; the pointer to virtual functions comes first
+_HAS_OBJECT = 1 << 31
 
 _find_address: Callable[[torch.Tensor], int] | None = getattr(torch._C, "_storage_address", None)
 
 
-class SeenBy(NamedTuple):
-    """Counts of who sees one buffer: Python references and C++ owners, of the tensor and of its storage."""
+class ReferenceCounts(NamedTuple):
+    """Python references and C++ owners of one buffer: of its tensor and of its storage."""
 
     tensor_references: int
     tensor_owners: int
@@ -51,12 +54,12 @@ class SeenBy(NamedTuple):
 
 
 def count_references(tensor: object) -> int:
-    """Return the Python references to the caller's argument; deallocate() reads its own in the same way."""
+    """Return the Python references to the argument; `deallocate` counts those to its own argument in the same way."""
     return sys.getrefcount(tensor)
 
 
 def storage_address(tensor: torch.Tensor) -> int:
-    """Return where the tensor's storage is: a name for it as long as it lives. Makes no Python object of it.
+    """Return the address of the tensor's storage, which names it as long as it lives. Makes no Python object of it.
 
     Raises RuntimeError for a tensor without a storage, such as a sparse one.
     """
@@ -66,40 +69,44 @@ def storage_address(tensor: torch.Tensor) -> int:
 
 
 def storage_owners(address: int) -> int:
-    """Return how many own the storage at an address, which must be that of a living one."""
+    """Return the number of owners of the living storage at an address."""
     return torch._C._storage_Use_Count(address)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def owners_view(address: int) -> ctypes.c_uint32:
-    """Return a view whose `value` is how many own the storage at an address, to be read only while that lives."""
+    """Return a view whose `value` is the number of owners of the storage at an address; valid while that storage lives."""
     return ctypes.c_uint32.from_address(address + _OWNERS)
 
 
-def nobody_keeps_object(tensor: torch.Tensor) -> bool:
-    """Return whether the tensor's storage has a Python object, and nobody in Python refers to that."""
-    flag = ctypes.c_uint32.from_address(storage_address(tensor) + _OBJECT).value & _FLAG
-    return bool(flag) and sys.getrefcount(tensor.untyped_storage()) == KEPT
+def has_unreferenced_object(tensor: torch.Tensor) -> bool:
+    """Return whether the tensor's storage has a Python object to which no code holds a reference."""
+    has_object = ctypes.c_uint32.from_address(storage_address(tensor) + _OBJECT).value & _HAS_OBJECT
+    return bool(has_object) and sys.getrefcount(tensor.untyped_storage()) == OBJECT_REFERENCES
 
 
-def seen_by(tensor: torch.Tensor, tensor_references: int) -> SeenBy:
-    """Return the four counts; `tensor_references` was read in the function that the handle's owner called."""
-    # Made here if need be, the storage's Python object owns the storage in every comparison alike.
+def _tensor_owners(tensor: torch.Tensor) -> int:
+    return tensor._use_count()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+
+
+def count_all(tensor: torch.Tensor, tensor_references: int) -> ReferenceCounts:
+    """Return the four counts; `tensor_references` is what `count_references` returned where the user's call arrived."""
+    # This makes the storage's Python object where there is none, so it is one of the owners in every comparison.
     storage = tensor.untyped_storage()
     owners = storage_owners(storage._cdata)
-    return SeenBy(tensor_references, tensor._use_count(), owners, sys.getrefcount(storage))  # pyright: ignore[reportAttributeAccessIssue]
+    return ReferenceCounts(tensor_references, _tensor_owners(tensor), owners, sys.getrefcount(storage))
 
 
-def only_tensor_owns(tensor: torch.Tensor, fresh: SeenBy) -> bool:
-    """Return whether the storage's counts are those of a fresh buffer: no other tensor and no Python name has it."""
-    seen = seen_by(tensor, fresh.tensor_references)
-    return (seen.storage_owners, seen.storage_references) == (fresh.storage_owners, fresh.storage_references)
+def only_tensor_owns(tensor: torch.Tensor, fresh: ReferenceCounts) -> bool:
+    """Return whether the storage's counts are those of a fresh buffer: no other tensor and no variable references it."""
+    counts = count_all(tensor, fresh.tensor_references)
+    return (counts.storage_owners, counts.storage_references) == (fresh.storage_owners, fresh.storage_references)
 
 
 def references_under_evaluator() -> int:
     """Return `tensor_references` of a fresh buffer at this moment.
 
-    Calls hold their arguments once more while a frame evaluator (PEP 523: torch.compile's, a debugger's) is set. What
-    that is right now is read off an object that nobody else sees, held on the stack as `seen_by`'s tensor was.
+    A call holds its arguments once more while a frame evaluator (PEP 523: torch.compile's, a debugger's) is set. How much
+    that adds now is measured on an object that is held by one name and the stack, as the tensor was in `_calibrate`.
     """
     probe = object()
     _, references = probe, count_references(probe)
@@ -107,8 +114,8 @@ def references_under_evaluator() -> int:
 
 
 @functools.cache
-def fresh_counts() -> SeenBy | None:
-    """Return the counts of a buffer that nobody else sees, or None where counting cannot be trusted."""
+def fresh_counts() -> ReferenceCounts | None:
+    """Return the counts of a buffer that one name references, or None where counts cannot be trusted."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
     if not all(hasattr(torch._C, name) for name in ("_storage_Use_Count", "_storage_address")):
@@ -119,31 +126,40 @@ def fresh_counts() -> SeenBy | None:
         return _calibrate() if _slots_can_count() else None
 
 
-def _calibrate() -> SeenBy | None:
+def _calibrate() -> ReferenceCounts | None:
     tensor = torch.frombuffer(memoryview(bytearray(64)), dtype=torch.float32).resize_((4, 4))
-    fresh = seen_by(tensor, count_references(tensor))
+    fresh = count_all(tensor, count_references(tensor))
     alias = tensor
-    with_alias = seen_by(tensor, count_references(tensor))
+    with_alias = count_all(tensor, count_references(tensor))
     alias = tensor[1:]
-    with_view = seen_by(tensor, count_references(tensor))
+    with_view = count_all(tensor, count_references(tensor))
     alias = tensor.detach()
-    with_detached = seen_by(tensor, count_references(tensor))
+    with_detached = count_all(tensor, count_references(tensor))
     alias = tensor.untyped_storage()
-    with_storage = seen_by(tensor, count_references(tensor))
+    with_storage = count_all(tensor, count_references(tensor))
     del alias
-    told_apart = (
+    aliases_show = (
         with_alias.tensor_references > fresh.tensor_references
         and with_view.tensor_owners > fresh.tensor_owners
         and with_detached.storage_owners > fresh.storage_owners
         and with_storage.storage_references > fresh.storage_references
     )
-    return fresh if told_apart and seen_by(tensor, count_references(tensor)) == fresh else None
+    return fresh if aliases_show and count_all(tensor, count_references(tensor)) == fresh else None
 
 
 def _slots_can_count() -> bool:
-    """Return whether a slot's owners are as said above, and others with every kind of alias."""
+    """Return whether a slot has FREE and TAKEN owners when it should, and other numbers with every kind of alias."""
     slot = _Slot(torch.frombuffer(memoryview(bytearray(64)), dtype=torch.float32))
     return slot.tells_apart(has_object=0) and slot.sees_object() and slot.tells_apart(has_object=1)
+
+
+_ALIASES: tuple[Callable[[torch.Tensor], object], ...] = (
+    lambda tensor: tensor[1:],
+    lambda tensor: tensor.detach(),
+    lambda tensor: tensor.data,
+    lambda tensor: tensor.__dlpack__(),  # pyright: ignore[reportUnknownLambdaType]
+    lambda tensor: tensor,
+)
 
 
 class _Slot:
@@ -154,16 +170,16 @@ class _Slot:
 
     def is_counted(self, owners: int, has_object: int) -> bool:
         counts = {self.owners.value, storage_owners(self.address)}
-        return counts == {owners + has_object} and nobody_keeps_object(self.master) == bool(has_object)
+        return counts == {owners + has_object} and has_unreferenced_object(self.master) == bool(has_object)
 
     def tells_apart(self, has_object: int) -> bool:
         if not self.is_counted(FREE, has_object):
             return False
-        for look in (lambda t: t[1:], lambda t: t.detach(), lambda t: t.data, lambda t: t.__dlpack__(), lambda t: t):
+        for make_alias in _ALIASES:
             handle = self.master.data
             if not self.is_counted(TAKEN, has_object):
                 return False
-            alias = look(handle)
+            alias = make_alias(handle)
             del handle
             if self.is_counted(FREE, has_object):
                 return False
@@ -174,6 +190,6 @@ class _Slot:
 
     def sees_object(self) -> bool:
         kept = self.master.data.untyped_storage()
-        seen = self.owners.value == FREE + 1 and not nobody_keeps_object(self.master)
+        noticed = self.owners.value == FREE + 1 and not has_unreferenced_object(self.master)
         del kept
-        return seen and self.is_counted(FREE, has_object=1)
+        return noticed and self.is_counted(FREE, has_object=1)

@@ -1,19 +1,19 @@
-"""One buffer in use: a tensor over a block, and the moment at which nothing sees the block any more.
+"""One buffer in use: a tensor over a block, and the moment at which nothing references the block any more.
 
 The life of a lease:
-1. `lend_block` makes a tensor that is its own storage over a block. The storage's deleter owns a memoryview of the
-   block that nobody else has. (`lend_from_torch`: torch made the storage, and the storage itself is watched.)
+1. `lend_block` makes a tensor with a storage of its own over a block. The storage's deleter owns the only reference to a
+   memoryview of the block. (`lend_from_torch`: torch makes the storage, and the storage itself is watched.)
 2. Views, detached tensors, numpy arrays and autograd nodes all own the storage, so they keep the memoryview.
 3. When the last of them dies, or the handle is emptied and was the last, the memoryview dies.
 4. Its weak reference calls back: the lease ends, and only now may the block be lent again.
 
-Step 3 is torch's and Python's own reference counting. No count is read or guessed, so no living tensor is ever over a
-block that is lent again.
+Step 3 is torch's and Python's own reference counting. This module reads no count for it, so a block that a living tensor
+uses is never lent again.
 
-A lease may be a slot: then the tensor of step 1 is its `master`, which never leaves, and each handle is a new tensor
-over the same storage. While nobody but the master owns the storage, the slot is free: `take` makes the next handle
-first and looks at the owners second, so of two threads that try at once at most one wins (the other's handle, still
-alive, is counted). A slot that is closed drops its master and is from then on a lease like any other.
+A lease may be a slot. Then the tensor of step 1 is its `master`, which is never handed out, and each handle is a new tensor
+over the same storage. While the master is the storage's only owner, the slot is free. `take` makes the next handle
+first and counts the owners second: of two threads that try at once at most one succeeds, because the other's
+handle is still alive and counts. A slot that is closed drops its master and is an ordinary lease from then on.
 """
 
 from __future__ import annotations
@@ -23,38 +23,35 @@ import math
 import weakref
 from collections.abc import Hashable
 from ctypes import c_uint32
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
-from longattn.bufmgr.leasing.guard import FREE, TAKEN, nobody_keeps_object, owners_view, storage_address
+from longattn.bufmgr.leasing.guard import FREE, TAKEN, has_unreferenced_object, owners_view, storage_address
+from longattn.bufmgr.memory.allocator import Block
+from longattn.bufmgr.request import BufferRequest
+from longattn.bufmgr.spec import BufferType
 
-if TYPE_CHECKING:
-    from longattn.bufmgr.memory.allocator import Block
-    from longattn.bufmgr.request import BufferRequest
-    from longattn.bufmgr.spec import BufferType
-
-
-# What closed slots have for a master: a tensor with more owners than any slot that is free or has one handle.
-NOBODY = torch.empty(0, device="cpu")
-_OWNERS = [NOBODY.data for _ in range(8)]
-_NOBODYS_OWNERS = owners_view(storage_address(NOBODY))
-_NOBODYS_STORAGE = NOBODY.untyped_storage()  # kept, so that it never looks as if nobody had it
+# The master of every closed slot: a tensor with more owners than a slot that is free or has one handle.
+CLOSED = torch.empty(0, device="cpu")
+_CLOSED_ALIASES = [CLOSED.data for _ in range(8)]
+_CLOSED_OWNERS = owners_view(storage_address(CLOSED))
+_CLOSED_STORAGE = CLOSED.untyped_storage()  # its Python object is referenced, so `has_unreferenced_object` is False
 
 
 _SERIALS = itertools.count(1)
 
 
 class LeaseOwner(Protocol):
-    """Who is told when a lease ends."""
+    """Takes memory back when a lease ends."""
 
     def take_back(self, lease: Lease) -> None:
-        """Nothing sees the lease's memory any more. Called by dying buffers: must not wait."""
+        """Take the memory of a lease that ended. Called from finalisers of buffers: must not wait."""
         ...
 
 
-class Clock:
-    """Counts uses: `now` is the stamp of the latest. A slot's hit moves it by plain addition, without a lock."""
+class UseCounter:
+    """Counts uses; `now` is the stamp of the latest. A slot's hit increments it by plain addition, without a lock."""
 
     __slots__ = ("now",)
 
@@ -63,12 +60,12 @@ class Clock:
 
 
 class Lease:
-    """What is known of one buffer between `allocate` and the end of its memory's use.
+    """The record of one buffer from `allocate` until nothing references its memory.
 
-    block: None where torch made the memory. address: names the storage. owners: how many own the slot's storage
-    (guard.py). handle_id: id of the tensor that was handed out last; 0 once it was
-    released and emptied, below 0 once it was released while something else saw it. used: the clock's
-    stamp of the last use. keep: the block is wanted back for reuse. note: what a debugging manager knows of it.
+    block: None where torch made the memory. address: names the storage. owners: the number of owners of the
+    slot's storage (guard.py). handle_id: id of the tensor that was handed out last; 0 once it was
+    released and emptied, below 0 once it was released while something else referenced it. used: the clock's
+    stamp of the last use. keep: the block is wanted back for reuse. note: what a debugging manager records.
     """
 
     __slots__ = (
@@ -83,7 +80,7 @@ class Lease:
     watch: _Watch
 
     def __init__(
-        self, owner: LeaseOwner, kind: BufferType, request: BufferRequest, block: Block | None, clock: Clock
+        self, owner: LeaseOwner, kind: BufferType, request: BufferRequest, block: Block | None, clock: UseCounter
     ) -> None:
         self.owner = owner
         self.kind = kind
@@ -92,9 +89,9 @@ class Lease:
         self.nbytes = request.nbytes
         self.block = block
         self.clock = clock
-        self.master: torch.Tensor = NOBODY
-        self.owners: c_uint32 = _NOBODYS_OWNERS
-        self.keys: dict[Hashable, dict[Hashable, Lease]] = {}  # where tables of slots have it: key -> table
+        self.master: torch.Tensor = CLOSED
+        self.owners: c_uint32 = _CLOSED_OWNERS
+        self.keys: dict[Hashable, dict[Hashable, Lease]] = {}  # key -> the table of slots in which it leads here
         self.handle_id = 0
         self.used = 0
         self.zeroes = False  # what `allocate` does to a new handle, unless it is told otherwise
@@ -114,13 +111,13 @@ class Lease:
 
     @property
     def released(self) -> bool:
-        """Whether the last handle was given back while something else saw it."""
+        """Whether the last handle was given back while something else referenced it."""
         return self.handle_id < 0
 
     @property
     def is_slot(self) -> bool:
         """Whether it may be taken again and again."""
-        return self.master is not NOBODY
+        return self.master is not CLOSED
 
     def open_slot(self, tensor: torch.Tensor) -> torch.Tensor:
         """Keep the tensor as the master of a slot; return the first handle."""
@@ -131,11 +128,11 @@ class Lease:
         return handle
 
     def take(self) -> torch.Tensor | None:
-        """Return a new handle if this is a slot that nobody sees, else None. Takes no lock."""
+        """Return a new handle if this is a free slot, else None. Takes no lock."""
         if not self.is_free():
             return None
         handle = self.master.data
-        if not self.has_one_handle():  # another thread was as fast, or has closed the slot
+        if not self.has_one_handle():  # another thread took or closed the slot meanwhile
             return None
         self.handle_id = id(handle)
         clock = self.clock
@@ -143,50 +140,42 @@ class Lease:
         return handle
 
     def is_free(self) -> bool:
-        """Return whether this is a slot that nobody sees now."""
+        """Return whether this is a slot whose memory nothing references now."""
         master = self.master  # held here, so that the storage lives
-        if master is NOBODY:
+        if master is CLOSED:
             return False
         owners = self.owners.value
-        return owners == FREE or (owners == FREE + 1 and nobody_keeps_object(master))
+        return owners == FREE or (owners == FREE + 1 and has_unreferenced_object(master))
 
     def has_one_handle(self) -> bool:
-        """Return whether this is a slot whose storage one handle, which the caller holds, sees, and nothing else."""
+        """Return whether this is a slot whose memory one handle, which the caller holds, references, and nothing else."""
         owners = self.owners.value
-        return owners == TAKEN or (owners == TAKEN + 1 and nobody_keeps_object(self.master))
+        return owners == TAKEN or (owners == TAKEN + 1 and has_unreferenced_object(self.master))
 
     def close_slot(self) -> None:
-        """Be no slot any more. A free one ends here; one in use ends with its last owner."""
-        # In this order: a thread that got hold of the old master must not read the owners of memory that is gone.
-        self.owners = _NOBODYS_OWNERS
-        self.master = NOBODY
+        """Turn the slot into an ordinary lease. A free one ends here, one in use ends with its last owner."""
+        # In this order: a thread that still holds the old master must not read the owners of freed memory.
+        self.owners = _CLOSED_OWNERS
+        self.master = CLOSED
         for key, table in list(self.keys.items()):
             if table.get(key) is self:
                 table.pop(key, None)
         self.keys.clear()
 
-    def covers(self, storage: torch.UntypedStorage) -> bool:
-        """Return whether the storage lies over this lease's memory."""
-        if self.block is None:
-            watched = self.watch()
-            return watched is None or watched is storage
-        start = torch.frombuffer(self.block.memory, dtype=torch.uint8).data_ptr()
-        return start <= storage.data_ptr() < start + self.block.nbytes
-
 
 NO_SLOT = Lease.__new__(Lease)
-"""A slot that is closed for ever."""
-NO_SLOT.master, NO_SLOT.owners = NOBODY, _NOBODYS_OWNERS
+"""A slot that is never open."""
+NO_SLOT.master, NO_SLOT.owners = CLOSED, _CLOSED_OWNERS
 
 
-class _Watch(weakref.ref):
+class _Watch(weakref.ref[object]):
     __slots__ = ("lease",)
     lease: Lease
 
 
 def _end_lease(watch: _Watch) -> None:
-    # Runs wherever the last owner died: any thread, inside the collector, at interpreter exit. It uses only what hangs
-    # on the lease, because module globals may be gone by then.
+    # Runs where the last owner dies: in any thread, inside the garbage collector, at interpreter exit. It uses only
+    # attributes of the lease, because module globals may be gone by then.
     lease = watch.lease
     lease.ended = True
     lease.live.discard(lease)
@@ -204,7 +193,7 @@ def lend_block(lease: Lease, request: BufferRequest) -> torch.Tensor:
 
 
 def lend_from_torch(lease: Lease, request: BufferRequest, *, pinned: bool) -> torch.Tensor:
-    """Return torch's own empty tensor, where torch's caching allocator or nobody has memory to recycle."""
+    """Return torch's own empty tensor: where torch's caching allocator recycles, and where there is nothing to recycle."""
     tensor = torch.empty(request.shape, dtype=request.dtype, device=request.device, pin_memory=pinned)
     lease.start(tensor.untyped_storage(), tensor)
     return tensor
