@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from sys import getrefcount
+from typing import Any
 
 import torch
 from torch import compiler, get_default_dtype
@@ -25,6 +26,7 @@ from longattn.bufmgr.leasing.slots import PreparedSlot, SlotTable, has_only_ints
 from longattn.bufmgr.log import LOGGER
 from longattn.bufmgr.memory.adaptors import StatisticsAllocator
 from longattn.bufmgr.memory.allocator import Allocator, check_upstream
+from longattn.bufmgr.memory.arena import ArenaAllocator
 from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge, check_cleanup
 from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
 from longattn.bufmgr.report import Profile, Reports
@@ -260,9 +262,19 @@ class AttentionBufferManager(SlotTable, Reports):
                 freed = self._book.give_back(int(self._book.free_bytes() * share))
                 LOGGER.debug("cleanup: memory is short; gave back %d bytes", freed)
         bounds = block_bounds(strategy, request.nbytes)
-        tensor, lease = self._book.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
+        try:
+            tensor, lease = self._book.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
+        except MemoryError as error:
+            error.add_note(self.memory_summary())
+            raise
         lease.zeroes = config.zero_init
         return tensor, lease
+
+    def _segments(self) -> list[dict[str, Any]]:
+        source = self._host.upstream
+        if isinstance(source, MemoryPool):
+            return source.memory_snapshot()
+        return source.snapshot() if isinstance(source, ArenaAllocator) else []
 
     def _prepare_once(self, request: BufferRequest) -> None:
         if request not in self._prepared_shapes:

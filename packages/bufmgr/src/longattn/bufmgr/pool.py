@@ -20,7 +20,7 @@ from longattn.bufmgr.memory.allocator import Allocator, Block, check_block, chec
 from longattn.bufmgr.memory.arena import LARGE_BYTES, ArenaAllocator
 from longattn.bufmgr.memory.forking import ForkableLock
 from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge, check_cleanup
-from longattn.bufmgr.report import summary, torch_style_stats
+from longattn.bufmgr.report import memory_report, torch_style_stats
 from longattn.bufmgr.request import BufferRequest
 from longattn.bufmgr.spec import MIB, BufferType
 from longattn.bufmgr.strategy import block_size
@@ -118,7 +118,11 @@ class MemoryPool(SlotTable):
 
     def _make(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease]:
         size = block_size(request.nbytes)
-        return self._book.lease(request, kind, bounds=(size, size), zero=zero)
+        try:
+            return self._book.lease(request, kind, bounds=(size, size), zero=zero)
+        except MemoryError as error:
+            error.add_note(self.memory_summary())
+            raise
 
     def reset(self) -> None:
         """Give every free block of the pool back to the system and start the counters again.
@@ -186,8 +190,12 @@ class MemoryPool(SlotTable):
         return torch_style_stats(devices[device], sum(block.nbytes for block in free), len(free))
 
     def memory_summary(self) -> str:
-        """Return a table of all devices as text."""
-        return summary("pool", self._statistics())
+        """Return text for a person whose memory runs out: totals of all devices, the largest holders of this pool and of
+        the managers over it, fragmentation, and what to do.
+
+        A MemoryError of `empty` carries it as a note, which tracebacks show.
+        """
+        return memory_report("pool", self._statistics(), list(self._borrowers), self.memory_snapshot())
 
     def memory_snapshot(self) -> list[dict[str, Any]]:
         """Return the arena's segments as torch.cuda.memory_snapshot does: sizes, and blocks by offset and state."""

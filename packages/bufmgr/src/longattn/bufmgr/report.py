@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from longattn.bufmgr.leasing import guard
 from longattn.bufmgr.leasing.book import LeaseBook
 from longattn.bufmgr.leasing.debug import OutstandingBuffer, describe_lease
+from longattn.bufmgr.leasing.lease import Lease
 from longattn.bufmgr.memory.adaptors import Statistics, StatisticsAllocator
 from longattn.bufmgr.memory.forking import ForkableLock
 from longattn.bufmgr.spec import MIB, BufferType
 from longattn.bufmgr.strategy import Strategy
 
 _EVENTS_KEPT = 1000
+_HOLDERS_SHOWN = 5
 
 
 def manager_stats(book: LeaseBook) -> dict[str, Any]:
@@ -76,6 +78,61 @@ def summary(title: str, devices: Mapping[str, Statistics]) -> str:
         mib = [value / MIB for value in (s.current_bytes, s.peak_bytes, s.total_bytes)]
         lines.append(f"{name:<14}{mib[0]:>12.2f}{mib[1]:>12.2f}{mib[2]:>12.2f}{s.current_count:>9}")
     return "\n".join(lines)
+
+
+def memory_report(
+    title: str, devices: Mapping[str, Statistics], books: Sequence[LeaseBook], segments: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return what to know when memory runs out, as text: totals, the largest holders, fragmentation, and what to do.
+
+    segments: as `memory_snapshot` returns them.
+    """
+    leases = [lease for book in books for kind in BufferType for lease in book.outstanding(kind)]
+    free = sum(book.free_bytes() for book in books)
+    lines = [summary(title, devices), "", *_holders(leases)]
+    pieces = [b["size"] for segment in segments for b in segment["blocks"] if b["state"] == "inactive"]
+    lines.append(f"free for reuse: {free / MIB:.2f} MiB in caches")
+    if segments:
+        largest = max(pieces, default=0)
+        lines[-1] += (
+            f"; arena: {sum(pieces) / MIB:.2f} MiB in {len(pieces)} pieces, the largest {largest / MIB:.2f} MiB"
+        )
+    return "\n".join([*lines, *_advice(leases, free, debugging=any(book.inspector for book in books))])
+
+
+def _holders(leases: Sequence[Lease]) -> list[str]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for lease in leases:
+        buffer = describe_lease(lease)
+        where = "" if buffer.note is None else f", from {buffer.note.site}"
+        what = f"{buffer.type} {buffer.shape} {str(buffer.dtype).removeprefix('torch.')} on {buffer.device}"
+        groups.setdefault((what, where), []).append(buffer.nbytes)
+    total = sum(lease.nbytes for lease in leases)
+    lines = [f"in use: {total / MIB:.2f} MiB in {len(leases)} buffers" + (", the largest holders:" if leases else "")]
+    largest = sorted(groups.items(), key=lambda group: -sum(group[1]))
+    lines += [
+        f"{sum(sizes) / MIB:>12.2f} MiB in {len(sizes)} of {what}{where}"
+        for (what, where), sizes in largest[:_HOLDERS_SHOWN]
+    ]
+    if len(largest) > _HOLDERS_SHOWN:
+        lines.append(f"{'':>12} and {len(largest) - _HOLDERS_SHOWN} other kinds of buffers")
+    return lines
+
+
+def _advice(leases: Sequence[Lease], free: int, *, debugging: bool) -> list[str]:
+    lines: list[str] = []
+    released = [lease for lease in leases if lease.released]
+    if released:
+        nbytes = sum(lease.nbytes for lease in released)
+        lines.append(
+            f"- deallocated while a view, a second name or autograd referenced them: {nbytes / MIB:.2f} MiB "
+            f"(buffers: {len(released)}); they return when those references are dropped"
+        )
+    if free:
+        lines.append(f"- clear_cache(), or empty_cache() of the pool, gives {free / MIB:.2f} MiB back to the system")
+    if leases and not debugging:
+        lines.append("- AttentionBufferManager(debug=True) names the line that allocated each buffer")
+    return ["what to do:", *lines] if lines else []
 
 
 class Event(NamedTuple):
@@ -162,8 +219,16 @@ class Reports:
         return torch_style_stats(self._host.statistics, stats["cached_bytes"], stats["cached_buffers"])
 
     def memory_summary(self) -> str:
-        """Return a table of host memory as text."""
-        return summary("manager", {"cpu": self._host.statistics})
+        """Return text for a person whose memory runs out: totals, the largest holders, fragmentation, and what to do.
+
+        A MemoryError of `allocate` carries it as a note, which tracebacks show.
+        """
+        self._book.settle(blocking=True)
+        return memory_report("manager", {"cpu": self._host.statistics}, [self._book], self._segments())
+
+    def _segments(self) -> list[dict[str, Any]]:
+        """Return the segments of the arena that this manager takes its blocks from, if it takes them from one."""
+        return []
 
     def reset_peak_memory_stats(self) -> None:
         """Start the peaks of memory_stats again from what is held now."""
