@@ -1,6 +1,8 @@
 """Every flag changes something that can be seen: statistics, attributes, where memory comes from."""
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -189,10 +191,23 @@ def test_enable_preallocation_acts_at_the_first_forward():
     options = {"enable_buffer_manager": True, "enable_preallocation": True}
     module = ImprovedDilatedAttentionV2(**SHAPE, **options)
     assert module.get_buffer_stats()["cached_buffers"] == 0
+    assert module.buffer_manager.enable_preallocation
     out = module(*small_inputs("ImprovedDilatedAttentionV2"))
     types = module.get_buffer_stats()["types"]
     assert types["output"]["cache_hits"] == 1 and types["query"]["cached_buffers"] == 1
     assert types["scores"]["cached_buffers"] == 0 and out.shape == (1, 21, 2, 8)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_the_manager_says_how_it_was_wired(value: bool):
+    """Each flag reads on the module's manager as it was given, also after a copy."""
+    flags = {"enable_preallocation": value, "enable_profiling": value, "enable_buffer_reuse": value}
+    module = ImprovedDilatedAttentionV2(**SHAPE, enable_buffer_manager=True, **flags)
+    module(*small_inputs("ImprovedDilatedAttentionV2"))
+    for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        manager = twin.buffer_manager
+        assert [manager.enable_preallocation, manager.enable_profiling, manager.enable_reuse] == [value] * 3
+        assert (twin is module) == (manager.get_stats()["cache_misses"] > 0)
 
 
 def test_wiring_works_on_any_pattern():

@@ -64,3 +64,62 @@ def test_limit_refuses_and_recovers():
     allocator.deallocate(second)
     allocator.deallocate(allocator.allocate(100))
     assert failing.held_bytes == 0
+
+
+class BrokenAllocator(SystemAllocator):
+    """Raises what it is told to raise."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def allocate(self, nbytes):
+        raise self.error("broken")
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, OSError, ValueError, KeyboardInterrupt])
+def test_nothing_is_counted_whatever_the_upstream_raises(error: type[BaseException]):
+    """A limit keeps no room reserved, statistics count nothing, and the next request is served."""
+    upstream = BrokenAllocator(error)
+    limited = LimitingAllocator(upstream, 100)
+    counted = StatisticsAllocator(limited)
+    for _ in range(3):
+        with pytest.raises(error, match="broken"):
+            counted.allocate(60)
+    limited.upstream = SystemAllocator()
+    assert counted.allocate(100).nbytes == 100
+    assert counted.statistics == Statistics(100, 1, 100, 1, 100, 1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_a_manager_survives_an_upstream_that_breaks(error: type[BaseException]):
+    """Nothing is leased after an error that is no MemoryError either."""
+    manager = AttentionBufferManager(upstream=BrokenAllocator(error))
+    for _ in range(2):
+        with pytest.raises(error, match="broken"):
+            manager.allocate("temp", (10,))
+        with pytest.raises(error, match="broken"):
+            manager.preallocate_buffers(1, 2, 3, 4)
+    assert (manager.get_stats()["outstanding"], manager.get_stats()["cache_misses"]) == (0, 0)
+    manager.check_valid()
+
+
+def test_nested_statistics():
+    """Each level counts what happened since its push; what ends is counted into the level around it, each figure."""
+    allocator = StatisticsAllocator(SystemAllocator())
+    first = allocator.allocate(100)
+    allocator.push_statistics()
+    second = allocator.allocate(10)
+    allocator.push_statistics()
+    third, fourth = allocator.allocate(7), allocator.allocate(5)
+    allocator.deallocate(third)
+    allocator.deallocate(second)  # a level may see more come back than go out
+    assert allocator.pop_statistics() == Statistics(-5, 0, 12, 2, 12, 2)
+    assert allocator.statistics == Statistics(5, 1, 22, 3, 22, 3)
+    fifth = allocator.allocate(1)
+    assert allocator.pop_statistics() == Statistics(6, 2, 22, 3, 23, 4)
+    assert allocator.statistics == Statistics(106, 3, 122, 4, 123, 5)
+    for block in (first, fourth, fifth):
+        allocator.deallocate(block)
+    assert allocator.statistics == Statistics(0, 0, 122, 4, 123, 5)
+    with pytest.raises(ValueError, match="expected an earlier push_statistics, got none"):
+        allocator.pop_statistics()

@@ -1,6 +1,7 @@
 """The arena: best fit, coalescing, and a bound on what is held, against a plain list of what must be there."""
 
 import random
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longattn.bufmgr import ArenaAllocator, AttentionBufferManager, Block, BufferType, MemoryPool
+from longattn.bufmgr.memory import segment
+from longattn.bufmgr.memory.allocator import private_mapping
 from longattn.bufmgr.testing import check_allocator
 
 MIB = 2**20
@@ -144,3 +147,70 @@ def test_retained_memory_on_seeded_traces(seed: int):
         worst = max(worst, stats["in_use"] + stats["dirty"])
         step.clear()
     assert worst <= 1.1 * peak
+
+
+def refuse_mappings(monkeypatch: pytest.MonkeyPatch, allowed: list[int]) -> list[int]:
+    """Let the system map only as much as the next entry of `allowed` says; return what was asked for."""
+    asked: list[int] = []
+
+    def mapping(nbytes: int):
+        asked.append(nbytes)
+        if nbytes > allowed[min(len(asked), len(allowed)) - 1]:
+            raise OSError("refused on purpose")
+        return private_mapping(nbytes)
+
+    monkeypatch.setattr("longattn.bufmgr.memory.arena.private_mapping", mapping)
+    return asked
+
+
+def test_a_refused_mapping_leaves_free_segments_unmapped(monkeypatch: pytest.MonkeyPatch):
+    """What is free as a whole goes back to the system; what is in use stays as it was, and is served from later."""
+    refuse_mappings(monkeypatch, [MIB, 0, 0, MIB, 0])
+    monkeypatch.setattr("longattn.bufmgr.memory.arena._SEGMENT_BYTES", MIB)
+    arena = ArenaAllocator()
+    kept = arena.allocate(MIB // 2)
+    fill(kept, 3)
+    other = arena.allocate(MIB // 4)
+    fill(other, 4)
+    arena.deallocate(other)
+    with pytest.raises(MemoryError, match=f"the system refused {2 * MIB} bytes .*, after giving back {MIB // 4}"):
+        arena.allocate(2 * MIB)
+    assert (arena.mapped_bytes, arena.in_use, arena.dirty_bytes) == (MIB, MIB // 2, 0)
+    assert is_full_of(kept, 3)
+    again = arena.allocate(MIB // 4)
+    assert again.zeroed and is_full_of(again, 0)
+    arena.deallocate(again)
+    arena.deallocate(kept)
+    with pytest.raises(MemoryError, match=f"after giving back {3 * MIB // 4}"):
+        arena.allocate(2 * MIB)
+    assert (arena.mapped_bytes, arena.held_bytes) == (0, 0)
+    arena.check_valid()
+
+
+def test_a_mapping_that_fits_after_segments_were_unmapped(monkeypatch: pytest.MonkeyPatch):
+    """A third try, after free segments went back, is made before the request is refused."""
+    asked = refuse_mappings(monkeypatch, [MIB, MIB, 0, 2 * MIB])
+    monkeypatch.setattr("longattn.bufmgr.memory.arena._SEGMENT_BYTES", MIB)
+    arena = ArenaAllocator()
+    arena.deallocate(arena.allocate(MIB))
+    kept = arena.allocate(MIB)
+    arena.deallocate(kept)
+    large = arena.allocate(2 * MIB)
+    fill(large, 5)
+    assert (arena.mapped_bytes, arena.in_use, len(asked)) == (2 * MIB, 2 * MIB, 4)
+    arena.check_valid()
+
+
+def test_pages_that_the_system_would_not_clear_stay_dirty(monkeypatch: pytest.MonkeyPatch):
+    """Where MADV_DONTNEED keeps the content (macOS), nothing is called clean, and no block claims zeros."""
+    assert segment.DROPS_PAGES == (sys.platform == "linux")
+    monkeypatch.setattr(segment, "DROPS_PAGES", False)
+    arena = ArenaAllocator(floor_bytes=0)
+    kept, other = arena.allocate(MIB), arena.allocate(MIB)
+    fill(other, 6)
+    arena.deallocate(other)
+    assert (arena.trim(), arena.dirty_bytes) == (0, MIB)
+    again = arena.allocate(MIB)
+    assert not again.zeroed and is_full_of(again, 6)
+    assert kept.nbytes == MIB
+    arena.check_valid()

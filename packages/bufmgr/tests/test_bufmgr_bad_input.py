@@ -56,10 +56,10 @@ def test_a_role_must_be_one_of_the_ten(make: type[AttentionBufferManager] | type
 @pytest.mark.parametrize(
     ("sizes", "error", "text"),
     [
-        ((True, 4, 2, 8), TypeError, "batch_size: expected a whole number, got True"),
-        ((1, 4.0, 2, 8), TypeError, "seq_len: expected a whole number, got 4.0"),
-        ((1, 4, -2, 8), ValueError, "num_heads: expected 0 or more, got -2"),
-        ((1, 4, 2, "8"), TypeError, "head_dim: expected a whole number, got '8'"),
+        ((True, 4, 2, 8), TypeError, "batch_size: expected a whole number of 0 or more, got True"),
+        ((1, 4.0, 2, 8), TypeError, "seq_len: expected a whole number of 0 or more, got 4.0"),
+        ((1, 4, -2, 8), ValueError, "num_heads: expected a whole number of 0 or more, got -2"),
+        ((1, 4, 2, "8"), TypeError, "head_dim: expected a whole number of 0 or more, got '8'"),
     ],
 )
 def test_preallocate_refuses(sizes: tuple[Any, ...], error: type[Exception], text: str):
@@ -96,7 +96,7 @@ def test_wrong_types_of_release():
     """A refused release changes nothing: the right one still works."""
     manager = AttentionBufferManager()
     tensor = manager.allocate(Q, (4,))
-    with pytest.raises(ValueError, match="type: this buffer was leased as QUERY, got KEY"):
+    with pytest.raises(ValueError, match="type: expected QUERY, which this buffer was leased as, got KEY"):
         manager.deallocate(tensor, BufferType.KEY)
     with pytest.raises(ValueError, match="type: expected a BufferType"):
         manager.deallocate(tensor, "querry")

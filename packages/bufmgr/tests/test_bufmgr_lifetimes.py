@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from longattn.bufmgr import AttentionBufferManager, BufferConfig, BufferType, MemoryPool
-from longattn.bufmgr.gate import Gate
-from longattn.bufmgr.lease import Lease
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.memory.forking import Gate
 from longattn.bufmgr.testing import FailingAllocator
 
 TEMP = BufferType.TEMP

@@ -20,7 +20,7 @@ from longattn.bufmgr import (
     Strategy,
     SystemAllocator,
 )
-from longattn.bufmgr.pressure import read_host_memory, share_to_give_back
+from longattn.bufmgr.memory.pressure import read_host_memory, share_to_give_back
 from longattn.bufmgr.strategy import block_bounds, choose_strategy, size_class
 from longattn.bufmgr.testing import FailingAllocator
 
@@ -123,7 +123,7 @@ def test_free_memory_goes_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, 
     for kind in ("query", "key"):
         manager.allocate(kind, (2048,), torch.uint8)
     assert upstream.held_bytes == 4096
-    monkeypatch.setattr("longattn.bufmgr.pressure.read_host_memory", lambda: MemoryReading(100, 10, "machine"))
+    monkeypatch.setattr("longattn.bufmgr.memory.pressure.read_host_memory", lambda: MemoryReading(100, 10, "machine"))
     manager._gauge._next_reading = 0.0
     tensor = manager.allocate("value", (64,), torch.uint8)
     assert upstream.held_bytes == left + tensor.nbytes

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longattn.bufmgr import AttentionBufferManager, BufferConfig, BufferType
-from longattn.bufmgr.guard import TAKEN, fresh_counts
+from longattn.bufmgr.leasing.guard import TAKEN, fresh_counts
 from longattn.bufmgr.testing import FailingAllocator
 
 TEMP, OUTPUT = BufferType.TEMP, BufferType.OUTPUT
@@ -156,7 +156,7 @@ def test_slots_end_when_their_manager_does():
 def test_without_counts_there_are_no_slots(monkeypatch: pytest.MonkeyPatch):
     """A free-threaded Python (its flag is faked here) has leases only; reuse works all the same."""
     monkeypatch.setattr("sys._is_gil_enabled", lambda: False, raising=False)
-    monkeypatch.setattr("longattn.bufmgr.guard.fresh_counts", fresh_counts.__wrapped__)
+    monkeypatch.setattr("longattn.bufmgr.leasing.guard.fresh_counts", fresh_counts.__wrapped__)
     manager = AttentionBufferManager()
     manager.allocate(TEMP, SHAPE)
     manager.allocate(TEMP, SHAPE)
@@ -168,7 +168,7 @@ def test_without_counts_there_are_no_slots(monkeypatch: pytest.MonkeyPatch):
 def test_owners_that_are_not_where_torch_keeps_them_are_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch):
     """The word beside the storage is torch's own affair: read at another place, it fails the calibration."""
     assert fresh_counts.__wrapped__() is not None
-    monkeypatch.setattr(f"longattn.bufmgr.guard.{wrong}", 16)
+    monkeypatch.setattr(f"longattn.bufmgr.leasing.guard.{wrong}", 16)
     assert fresh_counts.__wrapped__() is None
 
 

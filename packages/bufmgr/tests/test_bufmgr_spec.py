@@ -78,7 +78,7 @@ def test_type_by_name(kind: BufferType):
 )
 def test_wrong_type(value: Any, error: type[Exception]):
     """All ten names stand in the error."""
-    with pytest.raises(error, match=f"type: expected .*query, key.*cache; got {value!r}"):
+    with pytest.raises(error, match=f"type: expected .*query, key.*cache, got {value!r}"):
         parse_type(value)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longattn.bufmgr import AttentionBufferManager, BufferType
-from longattn.bufmgr.guard import fresh_counts
+from longattn.bufmgr.leasing.guard import fresh_counts
 
 TEMP = BufferType.TEMP
 SHAPE = (4, 8)
@@ -227,7 +227,7 @@ def test_foreign_tensors_raise():
 
 def test_a_guard_that_cannot_count_empties_nothing(monkeypatch: pytest.MonkeyPatch):
     """Where calibration failed, memory still comes back, by the death of the last reference alone."""
-    monkeypatch.setattr("longattn.bufmgr.guard.fresh_counts", lambda: None)
+    monkeypatch.setattr("longattn.bufmgr.leasing.guard.fresh_counts", lambda: None)
     manager = AttentionBufferManager()
     tensor = manager.allocate(TEMP, SHAPE)
     manager.deallocate(tensor, TEMP)

@@ -170,7 +170,11 @@ class Resources:
         self.buffer_manager: AttentionBufferManager | None = None
         allocator: ScratchPool | AttentionBufferManager | PreparedManager | None = self.memory_pool
         if wiring.enable_buffer_manager:
-            manager = AttentionBufferManager(enable_reuse=wiring.enable_buffer_reuse, enable_profiling=profile)
+            manager = AttentionBufferManager(
+                enable_reuse=wiring.enable_buffer_reuse,
+                enable_preallocation=wiring.enable_preallocation,
+                enable_profiling=profile,
+            )
             allocator = PreparedManager(manager) if wiring.enable_preallocation else manager
             self.buffer_manager = manager
         self.environment = None if view is None and allocator is None else Environment(view, allocator)

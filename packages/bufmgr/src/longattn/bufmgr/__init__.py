@@ -6,22 +6,21 @@ Nothing here imports torch until a name is used.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from longattn.bufmgr.adaptors import (
+    from longattn.bufmgr.leasing.debug import OutstandingBuffer
+    from longattn.bufmgr.leasing.scope import BufferScope
+    from longattn.bufmgr.leasing.slots import PreparedSlot
+    from longattn.bufmgr.manager import AttentionBufferManager, create_attention_buffer_manager
+    from longattn.bufmgr.memory.adaptors import (
         FailureCallbackAllocator,
         LimitingAllocator,
         LoggingAllocator,
         Statistics,
         StatisticsAllocator,
     )
-    from longattn.bufmgr.allocator import Allocator, Block, SystemAllocator, TensorAllocator
-    from longattn.bufmgr.arena import ArenaAllocator
-    from longattn.bufmgr.debug import OutstandingBuffer
-    from longattn.bufmgr.factory import create_attention_buffer_manager
-    from longattn.bufmgr.manager import AttentionBufferManager
+    from longattn.bufmgr.memory.allocator import Allocator, Block, SystemAllocator, TensorAllocator
+    from longattn.bufmgr.memory.arena import ArenaAllocator
+    from longattn.bufmgr.memory.pressure import MemoryReading, read_device_memory
     from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool, reset_global_memory_pool
-    from longattn.bufmgr.pressure import MemoryReading, read_device_memory
-    from longattn.bufmgr.scope import BufferScope
-    from longattn.bufmgr.slots import PreparedSlot
     from longattn.bufmgr.spec import DEFAULT_CONFIGS, BufferConfig, BufferType
     from longattn.bufmgr.strategy import Strategy
 
@@ -58,26 +57,26 @@ if not TYPE_CHECKING:
         "BufferConfig": "spec",
         "DEFAULT_CONFIGS": "spec",
         "AttentionBufferManager": "manager",
-        "create_attention_buffer_manager": "factory",
+        "create_attention_buffer_manager": "manager",
         "MemoryPool": "pool",
         "get_global_memory_pool": "pool",
         "reset_global_memory_pool": "pool",
-        "Allocator": "allocator",
-        "TensorAllocator": "allocator",
-        "Block": "allocator",
-        "SystemAllocator": "allocator",
-        "StatisticsAllocator": "adaptors",
-        "LimitingAllocator": "adaptors",
-        "Statistics": "adaptors",
-        "PreparedSlot": "slots",
-        "BufferScope": "scope",
-        "OutstandingBuffer": "debug",
+        "Allocator": "memory.allocator",
+        "TensorAllocator": "memory.allocator",
+        "Block": "memory.allocator",
+        "SystemAllocator": "memory.allocator",
+        "StatisticsAllocator": "memory.adaptors",
+        "LimitingAllocator": "memory.adaptors",
+        "Statistics": "memory.adaptors",
+        "PreparedSlot": "leasing.slots",
+        "BufferScope": "leasing.scope",
+        "OutstandingBuffer": "leasing.debug",
         "Strategy": "strategy",
-        "ArenaAllocator": "arena",
-        "LoggingAllocator": "adaptors",
-        "FailureCallbackAllocator": "adaptors",
-        "MemoryReading": "pressure",
-        "read_device_memory": "pressure",
+        "ArenaAllocator": "memory.arena",
+        "LoggingAllocator": "memory.adaptors",
+        "FailureCallbackAllocator": "memory.adaptors",
+        "MemoryReading": "memory.pressure",
+        "read_device_memory": "memory.pressure",
     }
 
     def __getattr__(name):

@@ -1,4 +1,4 @@
-"""The package's logger. DEBUG tells of misses, evictions and cleanups; nothing is printed unless an application asks."""
+"""The package's logger. Misses, evictions and cleanups are logged at DEBUG; nothing is printed unless an application configures logging."""
 
 import logging
 

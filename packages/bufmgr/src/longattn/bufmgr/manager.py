@@ -1,38 +1,44 @@
 """AttentionBufferManager: typed, reusable buffers over the process-wide pool."""
 
+# torch's compiling flag is read at every call, where its public function would cost one more.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
+import functools
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from sys import getrefcount
+from typing import Any
 
 import torch
 from torch import compiler, get_default_dtype
 
-from longattn.bufmgr.adaptors import StatisticsAllocator
-from longattn.bufmgr.allocator import Allocator
-from longattn.bufmgr.book import LeaseBook
-from longattn.bufmgr.cache import BlockCache
-from longattn.bufmgr.debug import Inspector
-from longattn.bufmgr.guard import TAKEN
-from longattn.bufmgr.lease import Lease
+from longattn.bufmgr.checks import check_flag, check_kind, check_whole
+from longattn.bufmgr.leasing.book import LeaseBook
+from longattn.bufmgr.leasing.cache import BlockCache
+from longattn.bufmgr.leasing.debug import Inspector
+from longattn.bufmgr.leasing.guard import TAKEN
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.leasing.scope import BufferScope, innermost_scope
+from longattn.bufmgr.leasing.slots import PreparedSlot, SlotTable, has_only_ints, traced_as
 from longattn.bufmgr.log import LOGGER
+from longattn.bufmgr.memory.adaptors import StatisticsAllocator
+from longattn.bufmgr.memory.allocator import Allocator, check_upstream
+from longattn.bufmgr.memory.arena import ArenaAllocator
+from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge, check_cleanup
 from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
-from longattn.bufmgr.pressure import Cleanup, PressureGauge, check_cleanup
-from longattn.bufmgr.profile import Profile
-from longattn.bufmgr.report import Reports
+from longattn.bufmgr.report import Profile, Reports
 from longattn.bufmgr.request import BufferRequest, function_modes, resolve_request
-from longattn.bufmgr.scope import BufferScope, innermost_scope
-from longattn.bufmgr.slots import PreparedSlot, SlotTable, in_graphs, is_plain
 from longattn.bufmgr.spec import BufferConfig, BufferType, merge_configs, parse_type
 from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy, numa_nodes
 
-_PREPARED = (BufferType.QUERY, BufferType.KEY, BufferType.VALUE, BufferType.OUTPUT)
+_PREALLOCATED_TYPES = (BufferType.QUERY, BufferType.KEY, BufferType.VALUE, BufferType.OUTPUT)
 
 
 class AttentionBufferManager(SlotTable, Reports):
-    """Leases buffers by type and reuses their memory when nothing can see it any more.
+    """Leases buffers by type and reuses their memory when nothing references it any more.
 
     custom_configs: rows that replace those of DEFAULT_CONFIGS. Default none.
     enable_reuse: keep returned memory, within the type's limits. Default True.
@@ -47,7 +53,7 @@ class AttentionBufferManager(SlotTable, Reports):
 
     Host memory is recycled here. On an accelerator torch's caching allocator recycles; there, on "meta" and for size
     zero the manager adds types, checks and counts. Inside torch.compile and CUDA-graph capture it steps aside. Safe to
-    use from any thread.
+    use from any thread. A copy, pickled ones included, has the same options, no buffers, and counters at zero.
 
         manager = AttentionBufferManager()
         scores = manager.allocate(BufferType.SCORES, (8, 128, 128))
@@ -74,16 +80,16 @@ class AttentionBufferManager(SlotTable, Reports):
             "debug": debug,
         }
         for name, value in flags.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: expected True or False, got {value!r}")
-        if upstream is not None and not isinstance(upstream, Allocator):
-            raise TypeError(f"upstream: expected an Allocator (allocate and deallocate), got {upstream!r}")
+            check_flag(name, value)
+        if upstream is not None:
+            check_upstream(upstream)
         self.configs = merge_configs(custom_configs)
         self.enable_reuse = enable_reuse
         self.enable_preallocation = enable_preallocation
         self.enable_profiling = enable_profiling
         self.lightweight = lightweight
         self.debug = debug
+        self._upstream = upstream
         self._gauge = PressureGauge(check_cleanup(cleanup))
         caches = {
             kind: BlockCache(config.max_cached_buffers if enable_reuse else 0, config.max_cached_bytes)
@@ -92,7 +98,7 @@ class AttentionBufferManager(SlotTable, Reports):
         source = get_global_memory_pool() if upstream is None else upstream
         self._host = StatisticsAllocator(source)
         inspector = Inspector(poison=debug) if debug or not lightweight else None
-        super().__init__(LeaseBook(self._host, caches, inspector), long_way=enable_profiling)
+        super().__init__(LeaseBook(self._host, caches, inspector), slow_path_only=enable_profiling)
         if isinstance(source, MemoryPool):
             source.add_borrower(self._book)
         self._profile = Profile(timeline=not lightweight) if enable_profiling else None
@@ -100,6 +106,11 @@ class AttentionBufferManager(SlotTable, Reports):
         self._prepared_shapes: set[BufferRequest] = set()
         # Buffers may outlive the manager; the book then gives their memory back as they die.
         weakref.finalize(self, self._book.close).atexit = False
+
+    def __reduce__(self) -> tuple[Callable[..., AttentionBufferManager], tuple[dict[BufferType, BufferConfig]]]:
+        names = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "cleanup", "debug")
+        options = {name: getattr(self, name) for name in names}
+        return functools.partial(type(self), upstream=self._upstream, **options), (dict(self.configs),)
 
     @property
     def cleanup(self) -> Cleanup:
@@ -120,7 +131,7 @@ class AttentionBufferManager(SlotTable, Reports):
     def _deallocate_in_graph(self, tensor: torch.Tensor, type: BufferType | str) -> None:  # noqa: A002
         pass
 
-    @in_graphs(_allocate_in_graph)
+    @traced_as(_allocate_in_graph)
     def allocate(
         self,
         type: BufferType | str,  # noqa: A002 - the name in the public signature
@@ -135,18 +146,20 @@ class AttentionBufferManager(SlotTable, Reports):
         device: default the current device context, else CPU. zero_init: default what the type's config says; False
         leaves whatever the memory held.
 
-        Raises TypeError or ValueError naming the parameter, MemoryError for sizes that cannot be had (the accelerator's
+        Raises TypeError or ValueError naming the parameter, MemoryError for sizes that are not to be had (the accelerator's
         own torch.OutOfMemoryError there). After an error nothing is leased.
         """
         if compiler._is_compiling_flag:
             return self._allocate_in_graph(type, shape, dtype, device, zero_init)
-        if zero_init is None or zero_init.__class__ is bool:  # the short way of SlotTable.empty, and zeros
+        if zero_init is None or zero_init.__class__ is bool:  # the fast path of SlotTable.empty, with zeros
             try:
                 slot = self._slots[type, shape, get_default_dtype() if dtype is None else dtype, device]
-            except (KeyError, TypeError):  # not yet; or a list, or what is no shape at all
+            except (KeyError, TypeError):  # no such key; a list, or no shape at all, cannot be hashed
                 pass
             else:
-                if (shape is slot.seen_shape or is_plain(shape, slot)) and (device is not None or not function_modes()):
+                if (shape is slot.seen_shape or has_only_ints(shape, slot)) and (
+                    device is not None or not function_modes()
+                ):
                     handle = slot.master.data
                     if slot.owners.value == TAKEN or slot.has_one_handle():
                         slot.handle_id = id(handle)
@@ -155,12 +168,12 @@ class AttentionBufferManager(SlotTable, Reports):
                         if slot.zeroes if zero_init is None else zero_init:
                             handle.zero_()
                         return handle
-                    del handle  # so that this thread does not keep the slot from others on its long way
+                    del handle  # or this thread would keep the slot in use while it takes the slow path
         kind = parse_type(type)
         if zero_init is None:
             zero_init = self.configs[kind].zero_init
-        elif not isinstance(zero_init, bool):
-            raise TypeError(f"zero_init: expected True, False or None, got {zero_init!r}")
+        else:
+            check_kind("zero_init", zero_init, bool, "True, False or None")
         return self._serve(kind, type, shape, dtype, device, zero_init)
 
     def allocate_like(
@@ -175,18 +188,19 @@ class AttentionBufferManager(SlotTable, Reports):
 
         Raises what `allocate` raises, and TypeError for what is no tensor.
         """
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"tensor: expected a tensor, got {tensor!r}")
-        dtype, device = dtype or tensor.dtype, tensor.device if device is None else device
+        check_kind("tensor", tensor, torch.Tensor, "a tensor")
+        if tensor.is_nested:
+            raise TypeError("tensor: expected one whose sizes are whole numbers, got a nested tensor")
+        dtype, device = tensor.dtype if dtype is None else dtype, tensor.device if device is None else device
         return self.allocate(type, tensor.shape, dtype, device, zero_init)
 
-    @in_graphs(_deallocate_in_graph)
+    @traced_as(_deallocate_in_graph)
     def deallocate(self, tensor: torch.Tensor, type: BufferType | str) -> None:  # noqa: A002
         """Give a buffer back under the type it was allocated as.
 
-        If the caller's own reference is all that sees it, the tensor becomes empty (shape (0,)) and its memory is free
-        at once. If a view, another name, a numpy array or autograd sees it too, nothing is touched, and the memory
-        returns when the last of them dies. Dropping every reference without this call returns it as well.
+        If nothing but the caller's own reference uses it, the tensor becomes empty (shape (0,)) and its memory is free
+        at once. If a view, another name, a numpy array or autograd references it too, the tensor stays as it is, and the
+        memory returns when the last of them dies. Dropping every reference without this call returns it as well.
 
         Raises ValueError for a view, a tensor from elsewhere, another type and a second release; TypeError for no tensor.
         """
@@ -203,11 +217,13 @@ class AttentionBufferManager(SlotTable, Reports):
         device: torch.device | str | int | None = None,
         zero_init: bool | None = None,
     ) -> PreparedSlot:
-        """Check a request now and return a place that hands out its buffers: `allocate` in a loop, for less.
+        """Check a request now and return an object that hands out its buffers, faster than `allocate` does.
 
-        The arguments are those of `allocate`, and so are the errors; dtype and device are settled here.
+        The arguments are those of `allocate`, and so are the errors; the defaults of dtype and device are those of this moment.
         """
         kind = parse_type(type)
+        if zero_init is not None:
+            check_kind("zero_init", zero_init, bool, "True, False or None")
         zero = self.configs[kind].zero_init if zero_init is None else zero_init
         return PreparedSlot(self, resolve_request(shape, dtype, device), kind, zero)
 
@@ -246,14 +262,24 @@ class AttentionBufferManager(SlotTable, Reports):
                 freed = self._book.give_back(int(self._book.free_bytes() * share))
                 LOGGER.debug("cleanup: memory is short; gave back %d bytes", freed)
         bounds = block_bounds(strategy, request.nbytes)
-        tensor, lease = self._book.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
+        try:
+            tensor, lease = self._book.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
+        except MemoryError as error:
+            error.add_note(self.memory_summary())
+            raise
         lease.zeroes = config.zero_init
         return tensor, lease
+
+    def _segments(self) -> list[dict[str, Any]]:
+        source = self._host.upstream
+        if isinstance(source, MemoryPool):
+            return source.memory_snapshot()
+        return source.snapshot() if isinstance(source, ArenaAllocator) else []
 
     def _prepare_once(self, request: BufferRequest) -> None:
         if request not in self._prepared_shapes:
             self._prepared_shapes.add(request)
-            self._prepare(request, _PREPARED[1:])
+            self._prepare(request, _PREALLOCATED_TYPES[1:])
 
     def preallocate_buffers(
         self,
@@ -272,12 +298,8 @@ class AttentionBufferManager(SlotTable, Reports):
         readied so far stays.
         """
         sizes = {"batch_size": batch_size, "seq_len": seq_len, "num_heads": num_heads, "head_dim": head_dim}
-        for name, size in sizes.items():
-            if isinstance(size, bool) or not hasattr(size, "__index__"):
-                raise TypeError(f"{name}: expected a whole number, got {size!r}")
-            if size < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {size!r}")
-        return self._prepare(resolve_request(tuple(sizes.values()), dtype, device), _PREPARED)
+        shape = [check_whole(name, size) for name, size in sizes.items()]
+        return self._prepare(resolve_request(shape, dtype, device), _PREALLOCATED_TYPES)
 
     def _prepare(self, request: BufferRequest, kinds: Sequence[BufferType]) -> int:
         ready = 0
@@ -296,3 +318,27 @@ class AttentionBufferManager(SlotTable, Reports):
     def check_valid(self) -> None:
         """Assert the invariants of caches, leases and counters; for tests."""
         self._book.check_valid()
+
+
+def create_attention_buffer_manager(
+    enable_reuse: bool = True,
+    enable_preallocation: bool = False,
+    lightweight: bool = True,
+    enable_profiling: bool = False,
+    custom_configs: Mapping[BufferType, BufferConfig] | None = None,
+    *,
+    upstream: Allocator | None = None,
+    cleanup: Cleanup = "adaptive",
+    debug: bool = False,
+) -> AttentionBufferManager:
+    """Return a manager; the arguments are those of AttentionBufferManager."""
+    return AttentionBufferManager(
+        custom_configs,
+        enable_reuse,
+        enable_preallocation,
+        enable_profiling,
+        lightweight,
+        upstream=upstream,
+        cleanup=cleanup,
+        debug=debug,
+    )

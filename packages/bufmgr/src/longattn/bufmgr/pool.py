@@ -1,24 +1,27 @@
-"""The process-wide memory pool: where managers take blocks from, and where modules without a manager lease scratch."""
+"""The memory pool of the process: managers take blocks from it, and modules without a manager lease scratch from it."""
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from longattn.bufmgr.adaptors import Statistics, StatisticsAllocator
-from longattn.bufmgr.allocator import Allocator, Block
-from longattn.bufmgr.arena import LARGE_BYTES, ArenaAllocator
-from longattn.bufmgr.book import LeaseBook
-from longattn.bufmgr.cache import BlockCache
-from longattn.bufmgr.gate import ForkableLock
-from longattn.bufmgr.lease import Lease
+from longattn.bufmgr.checks import check_kind, check_mib, check_whole
+from longattn.bufmgr.leasing.book import LeaseBook
+from longattn.bufmgr.leasing.cache import BlockCache
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.leasing.slots import SlotTable
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.pressure import Cleanup, PressureGauge, check_cleanup
-from longattn.bufmgr.report import summary, torch_style_stats
+from longattn.bufmgr.memory.adaptors import Statistics, StatisticsAllocator
+from longattn.bufmgr.memory.allocator import Allocator, Block, check_block, check_upstream
+from longattn.bufmgr.memory.arena import LARGE_BYTES, ArenaAllocator
+from longattn.bufmgr.memory.forking import ForkableLock
+from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge, check_cleanup
+from longattn.bufmgr.report import memory_report, torch_style_stats
 from longattn.bufmgr.request import BufferRequest
-from longattn.bufmgr.slots import SlotTable
 from longattn.bufmgr.spec import MIB, BufferType
 from longattn.bufmgr.strategy import block_size
 
@@ -26,14 +29,17 @@ from longattn.bufmgr.strategy import block_size
 class MemoryPool(SlotTable):
     """Untyped reuse over an upstream, and the upstream of every manager.
 
-    As a tensor allocator (`empty`, `release`: see SlotTable) it keeps what comes back, in one cache for all roles. As an Allocator
-    (`allocate`, `deallocate`) it serves managers from the upstream and gives their blocks straight back to it: their
-    own caches keep, so nothing is kept twice and clearing a manager frees memory. Before it takes new pages from the
-    system, it asks the caches of all its managers for large blocks that nobody uses.
+    As a tensor allocator (`empty`, `release`: see SlotTable) it keeps free memory in one cache for all roles. As an Allocator
+    (`allocate`, `deallocate`) it serves managers from the upstream and gives their blocks straight back to it: managers
+    have caches of their own, so nothing is kept twice and clearing a manager frees memory. Before it takes new pages from
+    the system, it takes free large blocks out of the caches of all its managers.
 
     upstream: default an ArenaAllocator. max_cached_buffers: most free blocks kept, default 32. max_cached_mb: most MiB
     of them, default 512. cleanup: how soon free memory goes back when memory gets short, "adaptive" (default) or
     "aggressive"; see pressure.py.
+
+    A copy, pickled ones included, is an empty pool of the same options; a copy of the global pool is the global pool of the
+    process that makes it.
     """
 
     def __init__(
@@ -44,7 +50,15 @@ class MemoryPool(SlotTable):
         max_cached_mb: float = 512.0,
         cleanup: Cleanup = "adaptive",
     ) -> None:
+        if upstream is not None:
+            check_upstream(upstream)
+        check_whole("max_cached_buffers", max_cached_buffers)
+        check_mib("max_cached_mb", max_cached_mb, zero_allowed=True)
         self._gauge = PressureGauge(check_cleanup(cleanup))
+        self._options: dict[str, Any] = {
+            "max_cached_buffers": max_cached_buffers, "max_cached_mb": max_cached_mb, "cleanup": cleanup,
+        }  # fmt: skip
+        self._upstream = upstream
         self._arena = ArenaAllocator() if upstream is None else upstream
         self._host = StatisticsAllocator(self._arena)
         self._cache = BlockCache(max_cached_buffers, int(max_cached_mb * MIB))
@@ -52,12 +66,17 @@ class MemoryPool(SlotTable):
         self._borrowers: weakref.WeakSet[LeaseBook] = weakref.WeakSet([self._book])
         self._reset_hits = 0
         if isinstance(self._arena, ArenaAllocator):
-            # Not a bound method: arena and pool would keep each other.
+            # A weak reference: with a bound method, arena and pool would keep each other alive.
             this = weakref.ref(self)
             self._arena.reclaim = lambda nbytes: 0 if (pool := this()) is None else pool.reclaim(nbytes, LARGE_BYTES)
 
+    def __reduce__(self) -> tuple[Callable[..., MemoryPool], tuple[()] | tuple[Allocator | None]]:
+        if self is _global_pool:
+            return get_global_memory_pool, ()
+        return functools.partial(type(self), **self._options), (self._upstream,)
+
     def add_borrower(self, book: LeaseBook) -> None:
-        """Remember a book whose upstream is this pool, and whose free blocks may be asked back."""
+        """Register a book whose upstream is this pool, and whose free blocks the pool may take."""
         self._borrowers.add(book)
 
     def allocate(self, nbytes: int) -> Block:
@@ -76,11 +95,12 @@ class MemoryPool(SlotTable):
 
     def deallocate(self, block: Block) -> None:
         """Take back a manager's block."""
+        check_block(block)
         self._host.deallocate(block)
 
     def reclaim(self, nbytes: int, least: int = 0) -> int:
-        """Take free blocks of `least` bytes or more out of the caches over this pool, of the cache that missed longest
-        ago first, until they are `nbytes` or more; return how many bytes it were.
+        """Take free blocks of `least` bytes or more out of the caches over this pool, beginning with the cache whose
+        last miss is longest ago, until they sum to `nbytes` or more; return their bytes.
         """
         freed = 0
         for book in sorted(self._borrowers, key=lambda book: book.last_miss):
@@ -89,16 +109,20 @@ class MemoryPool(SlotTable):
         return freed
 
     def relieve(self, share: float = 1.0) -> int:
-        """Give a share (0 to 1) of all free memory back to the system; return the bytes that caches gave up."""
+        """Give a share (0 to 1) of all free memory back to the system; return the bytes that caches gave back."""
         free = sum(book.free_bytes() for book in list(self._borrowers))
         freed = self.reclaim(int(free * share))
         trimmed = self._arena.trim() if isinstance(self._arena, ArenaAllocator) else 0
-        LOGGER.debug("cleanup: caches gave back %d bytes, %d of them and others to the system", freed, trimmed)
+        LOGGER.debug("cleanup: caches gave back %d bytes; the arena gave %d bytes to the system", freed, trimmed)
         return freed
 
     def _make(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease]:
         size = block_size(request.nbytes)
-        return self._book.lease(request, kind, bounds=(size, size), zero=zero)
+        try:
+            return self._book.lease(request, kind, bounds=(size, size), zero=zero)
+        except MemoryError as error:
+            error.add_note(self.memory_summary())
+            raise
 
     def reset(self) -> None:
         """Give every free block of the pool back to the system and start the counters again.
@@ -159,14 +183,19 @@ class MemoryPool(SlotTable):
         Raises ValueError for a device that was never asked for.
         """
         devices = self._statistics()
+        check_kind("device", device, str, "a device's name")
         if device not in devices:
             raise ValueError(f"device: expected one of {', '.join(devices)}, got {device!r}")
         free = self._cache.blocks() if device == "cpu" else []
         return torch_style_stats(devices[device], sum(block.nbytes for block in free), len(free))
 
     def memory_summary(self) -> str:
-        """Return a table of all devices for people."""
-        return summary("pool", self._statistics())
+        """Return text for a person whose memory runs out: totals of all devices, the largest holders of this pool and of
+        the managers over it, fragmentation, and what to do.
+
+        A MemoryError of `empty` carries it as a note, which tracebacks show.
+        """
+        return memory_report("pool", self._statistics(), list(self._borrowers), self.memory_snapshot())
 
     def memory_snapshot(self) -> list[dict[str, Any]]:
         """Return the arena's segments as torch.cuda.memory_snapshot does: sizes, and blocks by offset and state."""
@@ -211,7 +240,7 @@ def get_global_memory_pool() -> MemoryPool:
 
 
 def reset_global_memory_pool() -> None:
-    """Empty the pool and start its counters again. It stays the same object, which live modules hold."""
+    """Empty the pool and start its counters again. It stays the same object, because modules hold it."""
     pool = _global_pool
     if pool is not None:
         pool.reset()

@@ -1,25 +1,35 @@
-"""What a manager tells of itself: plain counters, and the same figures in the words of torch's and RMM's allocators."""
+"""Statistics of a manager: counters, profiles, and the same figures under the names that torch's and RMM's allocators use."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from longattn.bufmgr.adaptors import Statistics, StatisticsAllocator
-from longattn.bufmgr.book import LeaseBook
-from longattn.bufmgr.debug import OutstandingBuffer, describe_lease
-from longattn.bufmgr.profile import Event, Profile
+from longattn.bufmgr.leasing import guard
+from longattn.bufmgr.leasing.book import LeaseBook
+from longattn.bufmgr.leasing.debug import OutstandingBuffer, describe_lease
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.memory.adaptors import Statistics, StatisticsAllocator
+from longattn.bufmgr.memory.forking import ForkableLock
 from longattn.bufmgr.spec import MIB, BufferType
 from longattn.bufmgr.strategy import Strategy
+
+_EVENTS_KEPT = 1000
+_HOLDERS_SHOWN = 5
 
 
 def manager_stats(book: LeaseBook) -> dict[str, Any]:
     """Return the counters of every type and their sums; see AttentionBufferManager.get_stats."""
     book.settle(blocking=True)
     types = {kind.value: _type_stats(book, kind) for kind in BufferType}
-    names = ("cache_hits", "cache_misses", "evictions", "outstanding", "cached_buffers", "cached_bytes")
+    names = (
+        "cache_hits", "cache_misses", "evictions", "outstanding", "cached_buffers", "cached_bytes", "released_in_use",
+    )  # fmt: skip
     stats: dict[str, Any] = {name: sum(entry[name] for entry in types.values()) for name in names}
     stats["cache_hit_rate"] = _rate(stats["cache_hits"], stats["cache_misses"])
+    stats["reference_counts"] = "exact" if guard.fresh_counts() is not None else "unavailable"
     stats["types"] = types
     return stats
 
@@ -33,6 +43,7 @@ def _type_stats(book: LeaseBook, kind: BufferType) -> dict[str, Any]:
         "cache_misses": counts.misses,
         "cache_hit_rate": _rate(hits, counts.misses),
         "from_torch": counts.from_torch,
+        "released_in_use": counts.released_in_use,
         "evictions": cache.evictions,
         "outstanding": counts.leases - len(cache.free_slots()),
         "cached_buffers": len(free),
@@ -47,8 +58,8 @@ def _rate(hits: int, misses: int) -> float:
 def torch_style_stats(statistics: Statistics, free_bytes: int, free_count: int) -> dict[str, int]:
     """Return the figures of one device in the keys of torch.cuda.memory_stats.
 
-    reserved_bytes, segment: memory taken from the upstream, and in how many blocks. allocated_bytes, allocation: what
-    of that somebody uses; current only, because buffers are dropped without telling anybody. All are "...all...".
+    reserved_bytes, segment: memory taken from the upstream, and in how many blocks. allocated_bytes, allocation: the part
+    in use; current only, because a buffer that is dropped makes no call. All are "...all...".
     """
     stats: dict[str, int] = {}
     for name, unit in (("reserved_bytes", "bytes"), ("segment", "count")):
@@ -61,7 +72,7 @@ def torch_style_stats(statistics: Statistics, free_bytes: int, free_count: int) 
 
 
 def summary(title: str, devices: Mapping[str, Statistics]) -> str:
-    """Return a table for people: a line for each device, in MiB and blocks."""
+    """Return a table as text: one line for each device, in MiB and blocks."""
     lines = [f"{title:<14}{'now MiB':>12}{'peak MiB':>12}{'total MiB':>12}{'blocks':>9}"]
     for name, s in devices.items():
         mib = [value / MIB for value in (s.current_bytes, s.peak_bytes, s.total_bytes)]
@@ -69,8 +80,105 @@ def summary(title: str, devices: Mapping[str, Statistics]) -> str:
     return "\n".join(lines)
 
 
+def memory_report(
+    title: str, devices: Mapping[str, Statistics], books: Sequence[LeaseBook], segments: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return what to know when memory runs out, as text: totals, the largest holders, fragmentation, and what to do.
+
+    segments: as `memory_snapshot` returns them.
+    """
+    leases = [lease for book in books for kind in BufferType for lease in book.outstanding(kind)]
+    free = sum(book.free_bytes() for book in books)
+    lines = [summary(title, devices), "", *_holders(leases)]
+    pieces = [b["size"] for segment in segments for b in segment["blocks"] if b["state"] == "inactive"]
+    lines.append(f"free for reuse: {free / MIB:.2f} MiB in caches")
+    if segments:
+        largest = max(pieces, default=0)
+        lines[-1] += (
+            f"; arena: {sum(pieces) / MIB:.2f} MiB in {len(pieces)} pieces, the largest {largest / MIB:.2f} MiB"
+        )
+    return "\n".join([*lines, *_advice(leases, free, debugging=any(book.inspector for book in books))])
+
+
+def _holders(leases: Sequence[Lease]) -> list[str]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for lease in leases:
+        buffer = describe_lease(lease)
+        where = "" if buffer.note is None else f", from {buffer.note.site}"
+        what = f"{buffer.type} {buffer.shape} {str(buffer.dtype).removeprefix('torch.')} on {buffer.device}"
+        groups.setdefault((what, where), []).append(buffer.nbytes)
+    total = sum(lease.nbytes for lease in leases)
+    lines = [f"in use: {total / MIB:.2f} MiB in {len(leases)} buffers" + (", the largest holders:" if leases else "")]
+    largest = sorted(groups.items(), key=lambda group: -sum(group[1]))
+    lines += [
+        f"{sum(sizes) / MIB:>12.2f} MiB in {len(sizes)} of {what}{where}"
+        for (what, where), sizes in largest[:_HOLDERS_SHOWN]
+    ]
+    if len(largest) > _HOLDERS_SHOWN:
+        lines.append(f"{'':>12} and {len(largest) - _HOLDERS_SHOWN} other kinds of buffers")
+    return lines
+
+
+def _advice(leases: Sequence[Lease], free: int, *, debugging: bool) -> list[str]:
+    lines: list[str] = []
+    released = [lease for lease in leases if lease.released]
+    if released:
+        nbytes = sum(lease.nbytes for lease in released)
+        lines.append(
+            f"- deallocated while a view, a second name or autograd referenced them: {nbytes / MIB:.2f} MiB "
+            f"(buffers: {len(released)}); they return when those references are dropped"
+        )
+    if free:
+        lines.append(f"- clear_cache(), or empty_cache() of the pool, gives {free / MIB:.2f} MiB back to the system")
+    if leases and not debugging:
+        lines.append("- AttentionBufferManager(debug=True) names the line that allocated each buffer")
+    return ["what to do:", *lines] if lines else []
+
+
+class Event(NamedTuple):
+    """One allocation: seconds since the profile began, type, bytes asked for, nanoseconds it took."""
+
+    seconds: float
+    type: str
+    nbytes: int
+    nanoseconds: int
+
+
+class Profile:
+    """What `enable_profiling` keeps. timeline: also the last 1000 allocations."""
+
+    def __init__(self, *, timeline: bool) -> None:
+        self._began = time.perf_counter()
+        self._rows = {kind: [0, 0, 0] for kind in BufferType}  # count, bytes, nanoseconds
+        self._events: deque[Event] | None = deque(maxlen=_EVENTS_KEPT) if timeline else None
+        self._lock = ForkableLock()
+
+    def note(self, kind: BufferType, nbytes: int, nanoseconds: int) -> None:
+        """Add one allocation."""
+        with self._lock:
+            row = self._rows[kind]
+            row[0] += 1
+            row[1] += nbytes
+            row[2] += nanoseconds
+            if self._events is not None:
+                self._events.append(Event(time.perf_counter() - self._began, kind.value, nbytes, nanoseconds))
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        """Return count, bytes and time (seconds) of each type."""
+        with self._lock:
+            return {
+                kind.value: {"count": row[0], "bytes": row[1], "time": row[2] * 1e-9}
+                for kind, row in self._rows.items()
+            }
+
+    def timeline(self) -> list[Event]:
+        """Return the events kept, the oldest first."""
+        with self._lock:
+            return list(self._events or ())
+
+
 class Reports:
-    """What a manager answers about itself."""
+    """The statistics that a manager offers."""
 
     _book: LeaseBook
     _host: StatisticsAllocator
@@ -78,7 +186,7 @@ class Reports:
     _strategies: dict[Strategy, int]
 
     def outstanding(self) -> list[OutstandingBuffer]:
-        """Return what somebody still sees, the oldest first; with `debug` or without `lightweight`, from which line."""
+        """Return the buffers in use, the oldest first; with `debug` or without `lightweight`, also the line that allocated each."""
         leases = [lease for kind in BufferType for lease in self._book.outstanding(kind)]
         return [describe_lease(lease) for lease in sorted(leases, key=lambda lease: lease.serial)]
 
@@ -91,7 +199,11 @@ class Reports:
 
         cache_hits, cache_misses: requests served with and without reuse; together all that succeeded.
         cache_hit_rate: 0 to 1. evictions: blocks that left because of a limit. outstanding: buffers in use.
-        cached_buffers, cached_bytes: free now. types: the same for each type, by its name in lower case, and
+        cached_buffers, cached_bytes: free now. released_in_use: calls of `deallocate` that emptied no handle because a
+        second name, a view or autograd still referenced the buffer, or because reference_counts is "unavailable"; each such
+        buffer returns with its last owner, and until then the next request needs other memory. reference_counts: "exact",
+        or "unavailable" where this Python or torch has none to trust: then there are no slots, and every request takes
+        the slow path. types: the same for each type, by its name in lower case, and
         `from_torch`, the misses that torch served itself. strategies: how often each was chosen (slots' hits choose
         none). With enable_profiling also profile: for each type `count`, `bytes` and `time` (seconds in allocate).
         """
@@ -107,8 +219,16 @@ class Reports:
         return torch_style_stats(self._host.statistics, stats["cached_bytes"], stats["cached_buffers"])
 
     def memory_summary(self) -> str:
-        """Return a table of host memory for people."""
-        return summary("manager", {"cpu": self._host.statistics})
+        """Return text for a person whose memory runs out: totals, the largest holders, fragmentation, and what to do.
+
+        A MemoryError of `allocate` carries it as a note, which tracebacks show.
+        """
+        self._book.settle(blocking=True)
+        return memory_report("manager", {"cpu": self._host.statistics}, [self._book], self._segments())
+
+    def _segments(self) -> list[dict[str, Any]]:
+        """Return the segments of the arena that this manager takes its blocks from, if it takes them from one."""
+        return []
 
     def reset_peak_memory_stats(self) -> None:
         """Start the peaks of memory_stats again from what is held now."""

@@ -1,31 +1,33 @@
-"""One checked request for a buffer: what shape, dtype, device and size. Nothing below this file checks users again."""
+"""One checked request for a buffer: shape, dtype, device and size. Leases and caches do not check it again."""
 
 from __future__ import annotations
 
 import functools
 import math
-import operator
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
+from longattn.bufmgr.checks import check_kind, check_shape
+
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
-# A quantized tensor is made by a quantizer; torch 2.13 crashes on laying one over plain memory.
+# A quantizer makes quantized tensors; torch 2.13 crashes where one is made over plain memory.
 _QUANTIZED = frozenset(
     getattr(torch, name) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4") if hasattr(torch, name)
 )
 
-function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
+function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)  # pyright: ignore[reportPrivateUsage]
 """Number of torch-function modes (device contexts are such) active in this thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class BufferRequest:
-    """A buffer that can be asked for. `nbytes` is exact; `device` has an index wherever devices are numbered."""
+    """A buffer that can be allocated. `nbytes` is exact; `device` has an index wherever devices are numbered."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -40,7 +42,7 @@ class BufferRequest:
 def resolve_request(
     shape: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | str | int | None = None
 ) -> BufferRequest:
-    """Check a request and fill in what was left open.
+    """Check a request and fill in the defaults.
 
     shape: whole numbers of 0 or more. dtype None is torch's default dtype. device None is the device of the current
     `with torch.device(...)` or `torch.set_default_device`, else CPU; "cuda", "cuda:0", 0 and torch.device("cuda") become
@@ -48,11 +50,10 @@ def resolve_request(
 
     Raises TypeError or ValueError naming the parameter, and MemoryError for sizes that no machine of this kind holds.
     """
-    sizes = _check_shape(shape)
+    sizes = check_shape(shape)
     if dtype is None:
         dtype = torch.get_default_dtype()
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype: expected a torch.dtype or None, got {dtype!r}")
+    check_kind("dtype", dtype, torch.dtype, "a torch.dtype or None")
     if dtype in _QUANTIZED:
         raise TypeError(f"dtype: expected a dtype that is not quantized, got {dtype}")
     target = resolve_device(device)
@@ -60,36 +61,24 @@ def resolve_request(
     if request.nbytes > sys.maxsize:
         raise MemoryError(f"a buffer of {request.describe()} is more than can be addressed")
     if target.type == "cpu" and request.nbytes > physical_memory():
-        # Overcommit might promise it; the first writes would then end the process instead of raising here.
+        # The system may promise more than it has (overcommit); the first writes would then kill the process.
         raise MemoryError(f"a buffer of {request.describe()}: this machine has {physical_memory()} bytes of memory")
     return request
 
 
-def _check_shape(shape: object) -> tuple[int, ...]:
-    if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable):
-        raise TypeError(f"shape: expected a sequence of whole numbers, got {shape!r}")
-    sizes = []
-    for axis, size in enumerate(shape):
-        if isinstance(size, bool) or not hasattr(size, "__index__"):
-            raise TypeError(f"shape[{axis}]: expected a whole number of 0 or more, got {size!r}")
-        sizes.append(operator.index(size))
-        if sizes[-1] < 0:
-            raise ValueError(f"shape[{axis}]: expected a whole number of 0 or more, got {size!r}")
-    return tuple(sizes)
-
-
 def resolve_device(device: torch.device | str | int | None) -> torch.device:
-    """Return the one name of a device. Raises TypeError or ValueError for what is no device or is not here."""
+    """Return the one name of a device. Raises TypeError or ValueError for what is no device of this machine."""
     if device is None:
-        # A device context is a mode; looking for it costs microseconds, seeing that there is no mode at all does not.
-        found = torch.get_default_device() if function_modes() else _CPU
+        # A device context is a torch-function mode. Asking for the default device takes microseconds; counting the active
+        # modes does not.
+        named = torch.get_default_device() if function_modes() else _CPU
     else:
-        found = _parse_device(device)
-    if found.type == "cpu":
+        named = _parse_device(device)
+    if named.type == "cpu":
         return _CPU
-    if found.type == "meta":
+    if named.type == "meta":
         return _META
-    return _resolve_accelerator(found)
+    return _resolve_accelerator(named)
 
 
 def _parse_device(device: object) -> torch.device:
@@ -99,7 +88,7 @@ def _parse_device(device: object) -> torch.device:
         raise TypeError(f"device: expected a torch.device, str, int or None, got {device!r}")
     try:
         return torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, OverflowError) as error:
         raise ValueError(f"device: expected a device that torch knows, got {device!r}: {error}") from error
 
 
@@ -108,7 +97,9 @@ def _resolve_accelerator(device: torch.device) -> torch.device:
     if here is None or here.type != device.type:
         known = "'cpu' or 'meta'" + (f" or '{here.type}'" if here else "")
         raise ValueError(f"device: expected {known} on this machine, got {str(device)!r}")
-    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    index = cast("int | None", device.index)  # torch's annotation leaves None out
+    if index is None:
+        index = torch.accelerator.current_device_index()
     count = torch.accelerator.device_count()
     if index >= count:
         raise ValueError(f"device: expected an index below {count} for {device.type}, got {str(device)!r}")
@@ -117,7 +108,7 @@ def _resolve_accelerator(device: torch.device) -> torch.device:
 
 @functools.cache
 def physical_memory() -> int:
-    """Return this machine's memory in bytes, or the largest address where the system does not tell."""
+    """Return this machine's memory in bytes, or the largest address where the system does not report it."""
     names = getattr(os, "sysconf_names", {})
     if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
         return sys.maxsize

@@ -1,12 +1,14 @@
-"""What kinds of buffers there are, and the policy of each: one table, checked when a row is made."""
+"""The types of buffers and the policy of each type, in one table. A row is checked when it is made."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, get_args
+
+from longattn.bufmgr.checks import check_flag, check_kind, check_mib, check_whole, describe
 
 ReuseFrequency = Literal["low", "medium", "high"]
 Lifetime = Literal["ephemeral", "iteration", "persistent"]
@@ -28,7 +30,7 @@ class BufferType(enum.Enum):
     MASK = "mask"
     CACHE = "cache"
 
-    # Members are singletons; Enum's own hash is a Python call, paid at each of the many table look-ups.
+    # Members are singletons. Enum's own hash is a Python call, which every look-up in a table would pay for.
     __hash__ = object.__hash__
 
 
@@ -37,12 +39,12 @@ class BufferConfig:
     """Policy of one buffer type.
 
     typical_size_mb: expected size of one buffer in MiB, positive. Default 1.0.
-    reuse_frequency: "low", "medium" or "high": how soon the same size is wanted again. Default "medium".
+    reuse_frequency: "low", "medium" or "high": how soon the same size is requested again. Default "medium".
     lifetime: "ephemeral" (inside one call), "iteration" or "persistent". Default "iteration".
-    prefer_bucketed: small buffers of this type gain from size classes. Default False.
-    prefer_numa: large buffers of this type gain from placement on a node. Default False.
+    prefer_bucketed: size classes suit small buffers of this type. Default False.
+    prefer_numa: placement on a node suits large buffers of this type. Default False.
     zero_init: every buffer starts as zeros, also when its memory was used before. Default False.
-    pinned: page-locked host memory where an accelerator wants it; ordinary memory elsewhere. Default False.
+    pinned: page-locked host memory where there is an accelerator, ordinary memory elsewhere. Default False.
     max_cached_buffers: most free buffers kept for reuse, 0 keeps none. Default 8.
     max_cached_mb: most MiB of free buffers kept for reuse; a larger buffer is never kept. Default 512.
 
@@ -61,19 +63,14 @@ class BufferConfig:
     max_cached_mb: float = 512.0
 
     def __post_init__(self) -> None:
-        """Check every field once, here at the edge."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "bool" and not isinstance(value, bool):
-                raise TypeError(f"{field.name}: expected True or False, got {value!r}")
-        _check_number("typical_size_mb", self.typical_size_mb, zero_allowed=False)
-        _check_number("max_cached_mb", self.max_cached_mb, zero_allowed=True)
+        """Check every field once."""
+        for name in ("prefer_bucketed", "prefer_numa", "zero_init", "pinned"):
+            check_flag(name, getattr(self, name))
+        check_mib("typical_size_mb", self.typical_size_mb, zero_allowed=False)
+        check_mib("max_cached_mb", self.max_cached_mb, zero_allowed=True)
         _check_choice("reuse_frequency", self.reuse_frequency, get_args(ReuseFrequency))
         _check_choice("lifetime", self.lifetime, get_args(Lifetime))
-        if not isinstance(self.max_cached_buffers, int) or isinstance(self.max_cached_buffers, bool):
-            raise TypeError(f"max_cached_buffers: expected a whole number, got {self.max_cached_buffers!r}")
-        if self.max_cached_buffers < 0:
-            raise ValueError(f"max_cached_buffers: expected 0 or more, got {self.max_cached_buffers}")
+        check_whole("max_cached_buffers", self.max_cached_buffers)
 
     @property
     def max_cached_bytes(self) -> int:
@@ -81,18 +78,9 @@ class BufferConfig:
         return int(self.max_cached_mb * MIB)
 
 
-def _check_number(name: str, value: object, *, zero_allowed: bool) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number of MiB, got {value!r}")
-    if not (0 < value < float("inf") or (zero_allowed and value == 0)):
-        raise ValueError(
-            f"{name}: expected a finite number {'of 0 or more' if zero_allowed else 'above 0'}, got {value}"
-        )
-
-
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {describe(value)}")
 
 
 # typical MiB, reuse, lifetime, bucketed, numa, zeros, pinned, most buffers kept, most MiB kept
@@ -116,17 +104,16 @@ DEFAULT_CONFIGS: Mapping[BufferType, BufferConfig] = MappingProxyType(_ROWS)
 def parse_type(value: BufferType | str, name: str = "type") -> BufferType:
     """Return the BufferType that a member or its name in one case ("query", "QUERY") stands for.
 
-    Raises TypeError for anything else than these two kinds, ValueError for an unknown name.
+    Raises TypeError for any other kind of value, ValueError for an unknown name.
     """
     if isinstance(value, BufferType):
         return value
     expected = "a BufferType or its name, one of " + ", ".join(member.value for member in BufferType)
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: expected {expected}; got {value!r}")
+    check_kind(name, value, str, expected)
     for member in BufferType:
         if value in (member.value, member.name):
             return member
-    raise ValueError(f"{name}: expected {expected}; got {value!r}")
+    raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
 
 
 def merge_configs(custom: Mapping[BufferType, BufferConfig] | None) -> dict[BufferType, BufferConfig]:
@@ -134,10 +121,8 @@ def merge_configs(custom: Mapping[BufferType, BufferConfig] | None) -> dict[Buff
     merged = dict(DEFAULT_CONFIGS)
     if custom is None:
         return merged
-    if not isinstance(custom, Mapping):
-        raise TypeError(f"custom_configs: expected a mapping of BufferType to BufferConfig, got {custom!r}")
+    check_kind("custom_configs", custom, Mapping, "a mapping of BufferType to BufferConfig")
     for key, config in custom.items():
-        if not isinstance(config, BufferConfig):
-            raise TypeError(f"custom_configs[{key!r}]: expected a BufferConfig, got {config!r}")
+        check_kind(f"custom_configs[{key!r}]", config, BufferConfig, "a BufferConfig")
         merged[parse_type(key, "custom_configs key")] = config
     return merged

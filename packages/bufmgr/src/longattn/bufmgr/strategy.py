@@ -1,4 +1,4 @@
-"""Which way a request is served: four strategies as one table, read from the top; the first row that fits is taken.
+"""How a request is served: four strategies in one table, read from the top; the first row that fits is taken.
 
     strategy        when                                                        what
     bucketed        under 1 MiB, reuse "high", prefer_bucketed                  size classes, 8 to a doubling
@@ -6,8 +6,8 @@
     fragment_aware  more than twice the type's typical size                     the tightest free block up to 1/8 larger
     direct          everything else                                             a block of the size asked for
 
-numa_aware is a decision so far: the block is an ordinary one, counted under this name. The two rows in the middle are
-what `lightweight` leaves out.
+numa_aware places nothing yet: the block is an ordinary one that is counted under this name. The two rows in the middle are
+the ones that `lightweight` leaves out.
 """
 
 from __future__ import annotations
@@ -42,19 +42,27 @@ class _Row(NamedTuple):
     fits: Callable[[BufferConfig, int, int], bool]
 
 
+def _fits_buckets(config: BufferConfig, nbytes: int, nodes: int) -> bool:
+    return config.prefer_bucketed and config.reuse_frequency == "high" and nbytes < MIB
+
+
+def _fits_a_node(config: BufferConfig, nbytes: int, nodes: int) -> bool:
+    return config.prefer_numa and nodes > 1 and nbytes > 16 * MIB
+
+
+def _is_unusually_large(config: BufferConfig, nbytes: int, nodes: int) -> bool:
+    return nbytes > 2 * config.typical_size_mb * MIB
+
+
+def _always(config: BufferConfig, nbytes: int, nodes: int) -> bool:
+    return True
+
+
 _TABLE = (
-    _Row(
-        Strategy.BUCKETED,
-        True,
-        lambda config, nbytes, nodes: config.prefer_bucketed and config.reuse_frequency == "high" and nbytes < MIB,
-    ),
-    _Row(
-        Strategy.NUMA_AWARE,
-        False,
-        lambda config, nbytes, nodes: config.prefer_numa and nodes > 1 and nbytes > 16 * MIB,
-    ),
-    _Row(Strategy.FRAGMENT_AWARE, False, lambda config, nbytes, nodes: nbytes > 2 * config.typical_size_mb * MIB),
-    _Row(Strategy.DIRECT, True, lambda config, nbytes, nodes: True),
+    _Row(Strategy.BUCKETED, True, _fits_buckets),
+    _Row(Strategy.NUMA_AWARE, False, _fits_a_node),
+    _Row(Strategy.FRAGMENT_AWARE, False, _is_unusually_large),
+    _Row(Strategy.DIRECT, True, _always),
 )
 
 
@@ -89,7 +97,7 @@ def block_bounds(strategy: Strategy, nbytes: int) -> tuple[int, int]:
 
 @functools.cache
 def numa_nodes() -> int:
-    """Return how many NUMA nodes with memory this machine has; 1 where the system does not tell."""
+    """Return how many NUMA nodes with memory this machine has; 1 where the system does not report it."""
     if not _NODES.is_dir():
         return 1
     return max(1, sum(bool(re.fullmatch(r"node\d+", path.name)) for path in _NODES.iterdir()))

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from hypothesis import strategies as st
 
-from longattn.bufmgr.allocator import Allocator, Block, SystemAllocator, TensorAllocator
+from longattn.bufmgr.leasing.guard import storage_address
 from longattn.bufmgr.manager import AttentionBufferManager
+from longattn.bufmgr.memory.allocator import Allocator, Block, SystemAllocator, TensorAllocator
 from longattn.bufmgr.spec import BufferConfig, BufferType
 
 DTYPES = (
@@ -139,8 +140,10 @@ class ManagerModel:
     """
 
     manager: AttentionBufferManager
-    owned: list[tuple[torch.Tensor, BufferType, int]] = field(default_factory=list)
-    seen: list[tuple[torch.Tensor, int]] = field(default_factory=list)
+    owned: list[tuple[torch.Tensor, BufferType, int]] = field(
+        default_factory=list[tuple[torch.Tensor, BufferType, int]]
+    )
+    seen: list[tuple[torch.Tensor, int]] = field(default_factory=list[tuple[torch.Tensor, int]])
     requests: int = 0
     next_value: int = 1
 
@@ -166,9 +169,7 @@ class ManagerModel:
         self.manager.check_valid()
         stats = self.manager.get_stats()
         assert stats["cache_hits"] + stats["cache_misses"] == self.requests
-        storages = {
-            tensor.untyped_storage()._cdata for tensor in [*(t for t, _, _ in self.owned), *(t for t, _ in self.seen)]
-        }
+        storages = {storage_address(tensor) for tensor in [*(t for t, _, _ in self.owned), *(t for t, _ in self.seen)]}
         assert stats["outstanding"] == len(storages)
 
 

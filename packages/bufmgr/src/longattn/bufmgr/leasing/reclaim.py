@@ -1,9 +1,9 @@
-"""The way back: what dying buffers hand in, and what becomes of free memory.
+"""Reclaiming: what happens to memory whose last reference died.
 
 Blocks move in one circle: upstream -> leased -> (last owner dies) -> pending -> cache -> leased again, or from the
-cache back to the upstream when a limit or a clear says so. A dying buffer only appends to `pending` and tries the
-gate; it never waits, because it may die inside the collector or inside one of the lines below. Whoever passes the gate
-next moves pending blocks on. The upstream is never called inside the gate.
+cache back to the upstream when a limit or `clear` requires it. The finaliser of a buffer only appends to `pending` and tries
+to enter the gate. It never waits, because it may run inside the garbage collector or between any two lines of this module. The
+next thread that enters the gate moves the pending blocks on. The upstream is never called inside the gate.
 """
 
 from __future__ import annotations
@@ -14,30 +14,32 @@ from dataclasses import dataclass
 
 import torch
 
-from longattn.bufmgr.adaptors import Statistics
-from longattn.bufmgr.allocator import Allocator, Block
-from longattn.bufmgr.audit import check_leases
-from longattn.bufmgr.cache import BlockCache
-from longattn.bufmgr.debug import Inspector
-from longattn.bufmgr.gate import ForkListener, Gate, listen_to_forks
-from longattn.bufmgr.lease import Lease
+from longattn.bufmgr.leasing.cache import BlockCache
+from longattn.bufmgr.leasing.debug import Inspector, check_leases
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.memory.adaptors import Statistics
+from longattn.bufmgr.memory.allocator import Allocator, Block
+from longattn.bufmgr.memory.forking import ForkListener, Gate, listen_to_forks
 from longattn.bufmgr.spec import BufferType
 
 
 @dataclass
 class TypeCounts:
-    """Plain counters of one buffer type. `from_torch` counts those misses that torch itself served."""
+    """Plain counters of one buffer type. `from_torch` counts those misses that torch itself served, `released_in_use`
+    those releases that emptied no handle because something else referenced the buffer.
+    """
 
     hits: int = 0
     misses: int = 0
     from_torch: int = 0
+    released_in_use: int = 0
     leases: int = 0
 
 
 class FreeMemory(ForkListener):
     """One cache per buffer type (types may share one) over an upstream, and the index of the leases that are out.
 
-    `inspector`: what a debugging manager wants to know of each lease.
+    `inspector`: records and checks each lease for a debugging manager.
     """
 
     def __init__(
@@ -50,22 +52,20 @@ class FreeMemory(ForkListener):
         self.from_torch: dict[torch.device, Statistics] = {}
         self.leases: dict[int, Lease] = {}  # address of the storage -> lease, until it ended
         self._gate = Gate()
-        self._pending: deque[Lease | None] = deque()  # None: the owner of this book is gone
+        self._pending: deque[Lease | None] = deque()  # None: the owner of this book died
         self._closed = False
         listen_to_forks(self)
 
-    def close_slot(self, slot: Lease) -> None:
-        """Let a slot be an ordinary lease."""
+    def count_release_in_use(self, kind: BufferType) -> None:
+        """Count a release that emptied no handle."""
         if self._gate.enter(blocking=True):
             try:
-                self.caches[slot.kind].close_slot(slot)
+                self.counts[kind].released_in_use += 1
             finally:
                 self._gate.leave()
-        else:  # further up this thread's stack somebody is inside: only the slot's own state may change
-            slot.close_slot()
 
     def take_back(self, lease: Lease) -> None:
-        """Note that nothing sees the lease's memory any more. Called by dying buffers: never waits, never logs."""
+        """Take the memory of a lease that ended. Called from finalisers of buffers: never waits, never logs."""
         self._pending.append(lease)
         self.settle(blocking=False)
 
@@ -116,14 +116,16 @@ class FreeMemory(ForkListener):
                 if cache.holds(size):
                     ready += 1
                 elif cache.admits(size):
-                    # Held until all are there: an arena keeps free what was once in use together, not what was idle from the first.
+                    # Held until all are there: an arena keeps as much free memory as was once in use at the same time.
                     fresh.append((kind, self._written(size)))
                     ready += 1
         finally:
             evicted = [block for _, block in fresh]
             if self._gate.enter(blocking=True):
                 try:
-                    evicted = [left for kind, block in fresh for left in self.caches[kind].put(block)] + self._drain()
+                    evicted = [
+                        evictee for kind, block in fresh for evictee in self.caches[kind].put(block)
+                    ] + self._drain()
                 finally:
                     self._gate.leave()
             self._to_upstream(evicted)
@@ -131,7 +133,7 @@ class FreeMemory(ForkListener):
 
     def _written(self, size: int) -> Block:
         block = self.upstream.allocate(size)
-        # Writing every page now is what makes the later hit cheaper than a fresh block; zeros stay zeros.
+        # Every page is written now, so that the later hit pays for no page fault; the block stays zero.
         torch.frombuffer(memoryview(block.memory), dtype=torch.uint8).zero_()
         block.zeroed = True
         return block
@@ -141,8 +143,8 @@ class FreeMemory(ForkListener):
         return self.give_back(None, kind)
 
     def give_back(self, nbytes: int | None, kind: BufferType | None = None, *, least: int = 0) -> int:
-        """Give free blocks to the upstream, of the fullest cache first and there the oldest first, until they are
-        `nbytes` or more (None: all); return how many bytes it were. Blocks under `least` bytes stay.
+        """Give free blocks to the upstream, of the fullest cache first and there the oldest first, until they sum
+        to `nbytes` or more (None: all); return their bytes. Blocks under `least` bytes stay.
         """
         caches = self.distinct_caches() if kind is None else [self.caches[kind]]
         evicted: list[Block] = []
@@ -155,10 +157,10 @@ class FreeMemory(ForkListener):
                     evicted += self._drain()
                 while nbytes is not None and sum(block.nbytes for block in evicted) < nbytes:
                     fullest = max(caches, key=lambda cache: cache.free_bytes(least))
-                    left = fullest.evict_oldest(least) + self._drain()
-                    if not left:
+                    gained = fullest.evict_oldest(least) + self._drain()
+                    if not gained:
                         break
-                    evicted += left
+                    evicted += gained
             finally:
                 self._gate.leave()
         freed = sum(block.nbytes for block in evicted)
@@ -170,12 +172,12 @@ class FreeMemory(ForkListener):
         return sum(cache.free_bytes() for cache in self.distinct_caches())
 
     def close(self) -> None:
-        """Keep no free blocks from now on. Called when the owner dies, perhaps inside the collector: never waits."""
+        """Keep no free blocks from now on. Called when the owner dies, perhaps inside the garbage collector: never waits."""
         self._pending.append(None)
         self.settle(blocking=False)
 
     def after_fork_in_child(self) -> None:
-        """Start the child with empty caches: the parent's free blocks are the parent's."""
+        """Empty the caches in the child: free blocks of the parent stay with the parent."""
         self._gate.renew_in_child()
         self.clear()
 
@@ -188,7 +190,7 @@ class FreeMemory(ForkListener):
             self.upstream.deallocate(block)
 
     def check_valid(self) -> None:
-        """Assert the invariants; see audit.py."""
+        """Assert the invariants; see debug.py."""
         self.settle(blocking=True)
         check_leases([lease for lease in list(Lease.live) if lease.owner is self], self.leases, self.distinct_caches())
         for kind, counts in self.counts.items():

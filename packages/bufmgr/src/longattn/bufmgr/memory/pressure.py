@@ -1,10 +1,10 @@
-"""How full memory is, by real readings, and what to do about it.
+"""How full memory is, as the system reports it, and how much free memory is given back for it.
 
 Host: the nearest limit of (a) the machine, /proc/meminfo's MemAvailable; (b) a control group, version 2 (memory.max,
 memory.current) or 1 (memory.limit_in_bytes, memory.usage_in_bytes), where inactive file pages do not count as used.
-CUDA: torch.cuda.mem_get_info. What cannot be read is no limit.
+CUDA: torch.cuda.mem_get_info. A limit that cannot be read does not count.
 
-    policy      from this share in use: half of what is free goes    from this share: all of it
+    policy      half of the free memory goes from this share in use    all of it from this share
     adaptive    0.85                                                 0.95
     aggressive  -                                                    0.70
 """
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
+
+from longattn.bufmgr.checks import check_kind
 
 Cleanup = Literal["adaptive", "aggressive"]
 
@@ -37,7 +39,7 @@ _POLICIES: Mapping[str, _Thresholds] = {
 
 @dataclass(frozen=True)
 class MemoryReading:
-    """Bytes that may be used in all, bytes still available, and who says so ("machine", "cgroup", "cuda")."""
+    """Bytes that may be used in all, bytes still available, and the source of the reading ("machine", "cgroup", "cuda")."""
 
     total: int
     available: int
@@ -54,18 +56,19 @@ def read_host_memory(root: Path = Path("/")) -> MemoryReading | None:
 
     root: where /proc and /sys are found, for tests.
     """
-    found = [_machine(root), _cgroup2(root), _cgroup1(root)]
-    return max((reading for reading in found if reading is not None), key=lambda r: r.used_share, default=None)
+    readings = [_machine(root), _cgroup2(root), _cgroup1(root)]
+    return max((reading for reading in readings if reading is not None), key=lambda r: r.used_share, default=None)
 
 
 def read_device_memory(device: torch.device) -> MemoryReading | None:
     """Return the reading for a device: host memory for the CPU, the device's own for CUDA, None for others."""
+    check_kind("device", device, torch.device, "a torch.device")
     if device.type == "cpu":
         return read_host_memory()
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info(device)
-    # What torch's caching allocator holds and does not use is available to us.
+    # Memory that torch's caching allocator holds and does not use is available, too.
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return MemoryReading(total, free + idle, "cuda")
 
@@ -83,14 +86,14 @@ def check_cleanup(cleanup: object) -> Cleanup:
 
 
 class PressureGauge:
-    """Turns readings into the share of free memory that should go. Reads at most every 50 ms."""
+    """Turns readings into the share of free memory to give back. Reads at most every 50 ms."""
 
     def __init__(self, cleanup: Cleanup) -> None:
         self.cleanup: Cleanup = cleanup
         self._next_reading = 0.0
 
     def share_to_give_back(self) -> float:
-        """Return 0.0, 0.5 or 1.0. Between two readings the answer is 0.0: the last one was acted on."""
+        """Return 0.0, 0.5 or 1.0. Between two readings the answer is 0.0, because the last reading was acted on."""
         now = time.monotonic()
         if now < self._next_reading:
             return 0.0
@@ -139,7 +142,7 @@ def _cgroup1(root: Path) -> MemoryReading | None:
 
 def _groups(root: Path, controller: str) -> list[str]:
     """Return this process's group and its parents, innermost first; "" is the root of what is mounted here."""
-    groups = []
+    groups: list[str] = []
     for line in _lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -162,7 +165,7 @@ def _number(path: Path) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    fields = {}
+    fields: dict[str, int] = {}
     for line in _lines(path):
         words = line.replace(":", " ").split()
         if len(words) >= 2 and words[1].isdecimal():

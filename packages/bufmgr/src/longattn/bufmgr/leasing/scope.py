@@ -1,4 +1,7 @@
-"""Scopes: what was allocated inside is given back at the end, where nothing else saw it."""
+"""Scopes: a buffer that was allocated inside is given back at the end, unless something else references it."""
+
+# A scope releases through its manager's own book.
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from types import TracebackType
 
 import torch
 
-from longattn.bufmgr.lease import Lease
-from longattn.bufmgr.slots import SlotTable
+from longattn.bufmgr.checks import check_kind, describe
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.leasing.slots import SlotTable
 
 _OPEN: ContextVar[tuple[BufferScope, ...]] = ContextVar("longattn.bufmgr open scopes", default=())
 
@@ -23,15 +27,20 @@ class BufferScope:
             out = scope.keep(manager.allocate(BufferType.OUTPUT, (128, 64)))
         # scores is empty now, out is not
 
-    The rule is that of `deallocate`: a handle that nothing but one name sees is emptied; what a view, a second name, a
-    numpy array or autograd sees is not touched, and returns when the last of them dies. Scopes nest; a buffer belongs
-    to the innermost one of its manager, in the thread (or asyncio task) that opened it.
+    The rules are those of `deallocate`: a handle that one name references is emptied. A buffer that a view, a second name, a
+    numpy array or autograd references is left alone, and returns when the last of them dies. Scopes nest; a buffer belongs
+    to its manager's innermost scope in the thread (or asyncio task) that opened it.
     """
 
     def __init__(self, table: SlotTable) -> None:
         self._table = table
         self._entries: list[tuple[weakref.ref[torch.Tensor], Lease]] = []
         self._token: Token[tuple[BufferScope, ...]] | None = None
+
+    def __reduce__(self) -> tuple[type[BufferScope], tuple[SlotTable]]:
+        if self._token is not None:
+            raise TypeError("scope: expected one that is not open, got an open one, which cannot be copied")
+        return type(self), (self._table,)
 
     def __enter__(self) -> BufferScope:
         if self._token is not None:
@@ -59,10 +68,11 @@ class BufferScope:
             if reference() is tensor:
                 del self._entries[index]
                 return tensor
-        raise ValueError(f"tensor: expected a buffer of this scope, got a tensor of shape {tuple(tensor.shape)}")
+        check_kind("tensor", tensor, torch.Tensor, "a buffer of this scope")
+        raise ValueError(f"tensor: expected a buffer of this scope, got {describe(tensor)}")
 
     def add(self, tensor: torch.Tensor, lease: Lease) -> None:
-        """Note a new buffer."""
+        """Add a new buffer to the scope."""
         self._entries.append((weakref.ref(tensor), lease))
 
 

@@ -1,10 +1,10 @@
-"""Locks that survive the two things a memory manager meets: the collector, and fork.
+"""Locks that work under the garbage collector and across a fork.
 
-The collector may run a finaliser between any two lines, also inside a locked region of the same thread. A Gate lets
-such a visitor know that it is not alone, instead of blocking for ever or seeing half a change.
+The collector may run a finaliser between any two lines, also inside a locked region of the same thread. A Gate refuses
+such a call, which would otherwise wait for ever, or work on data that is being changed.
 
-Before a fork every lock here is taken, so that no other thread is halfway through a change; afterwards the parent
-releases them and the child, where those threads do not exist, gets new ones and then calls `after_fork_in_child`.
+Before a fork every lock of this module is taken, so that no other thread is in the middle of a change. Afterwards the parent
+releases them. The child, where the other threads do not exist, gets new locks and then calls `after_fork_in_child`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ import threading
 import weakref
 from collections.abc import Callable
 
-# A thread may sit in a system call under a lock; a fork does not wait for it longer than this many seconds.
+# A thread may hold a lock during a system call; a fork waits for it at most this many seconds.
 _FORK_WAIT_S = 1.0
 
 
 class ForkableLock:
-    """A re-entrant lock that a forked child finds free."""
+    """A re-entrant lock that is free in a forked child and in a copy."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._held_for_fork = False
         _LOCKS.add(self)
+
+    def __reduce__(self) -> tuple[type[ForkableLock], tuple[()]]:
+        return type(self), ()
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -57,7 +60,7 @@ class ForkableLock:
 
 
 class Gate:
-    """Lets one visitor in at a time, and never the same thread twice."""
+    """Admits one thread at a time, and the same thread only once."""
 
     def __init__(self) -> None:
         self._lock = ForkableLock()
@@ -66,7 +69,7 @@ class Gate:
     def enter(self, *, blocking: bool) -> bool:
         """Return whether the caller is inside now and must call `leave`.
 
-        False: another thread is inside (only without `blocking`), or this thread is, further up its stack.
+        False: another thread is inside (only without `blocking`), or this thread is, in a caller of this call.
         """
         if not self._lock.acquire(blocking):
             return False
@@ -77,20 +80,20 @@ class Gate:
         return True
 
     def leave(self) -> None:
-        """Let the next one in."""
+        """Admit the next thread."""
         self._inside = False
         self._lock.release()
 
     def renew_in_child(self) -> None:
-        """Empty the gate after a fork, in the child: whoever was inside does not exist here."""
+        """Empty the gate after a fork, in the child: the thread that was inside does not exist there."""
         self._inside = False
 
 
 class ForkListener:
-    """Something that changes its state in a forked child."""
+    """An object that changes its state in a forked child."""
 
     def after_fork_in_child(self) -> None:
-        """Do it; every lock is free."""
+        """Change the state; every lock is free."""
         raise NotImplementedError
 
 

@@ -1,7 +1,7 @@
-"""The book of leases: which buffers are out, and how one goes out and is given back on request.
+"""The book of leases: the buffers that are in use, and how one is leased and released.
 
-A lease that the cache admits is kept open as a slot, and is then handed out again and again without the gate. What
-happens to memory that comes back is told in returned.py.
+A lease that the cache admits is kept open as a slot, which is handed out again without a lock. What happens to memory that
+comes back is in reclaim.py.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from collections.abc import Mapping
 
 import torch
 
-from longattn.bufmgr import guard
-from longattn.bufmgr.adaptors import Statistics
-from longattn.bufmgr.allocator import Allocator, Block
-from longattn.bufmgr.cache import BlockCache
-from longattn.bufmgr.debug import Inspector
-from longattn.bufmgr.lease import Clock, Lease, lend_block, lend_from_torch
+from longattn.bufmgr.leasing import guard
+from longattn.bufmgr.leasing.cache import BlockCache
+from longattn.bufmgr.leasing.debug import Inspector
+from longattn.bufmgr.leasing.lease import Lease, UseCounter, lend_block, lend_from_torch
+from longattn.bufmgr.leasing.reclaim import FreeMemory
+from longattn.bufmgr.leasing.release import release_lease
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.release import release_lease
+from longattn.bufmgr.memory.adaptors import Statistics
+from longattn.bufmgr.memory.allocator import Allocator, Block
 from longattn.bufmgr.request import BufferRequest
-from longattn.bufmgr.returned import FreeMemory
 from longattn.bufmgr.spec import BufferType
 
 
 class LeaseBook(FreeMemory):
     """Leases over an upstream, with free memory in one cache per type (types may share a cache).
 
-    `inspector`: what a debugging manager wants to know of each lease; there are no slots then.
+    `inspector`: records and checks each lease for a debugging manager; there are no slots then.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class LeaseBook(FreeMemory):
     ) -> None:
         super().__init__(upstream, caches, inspector)
         self.last_miss = 0.0
-        self._torch_clock = Clock()
+        self._torch_clock = UseCounter()
         self.has_slots = inspector is None and guard.fresh_counts() is not None  # measured at start-up
         if guard.fresh_counts() is None:
             LOGGER.debug("guard: reference counts cannot be trusted here; no slots, and handles are never emptied")
 
     def reuse(self, request: BufferRequest, kind: BufferType) -> Lease | None:
-        """Return a slot for exactly this request that is free at this moment; None: there is none."""
+        """Return a free slot for exactly this request, or None."""
         for slot in reversed(self.caches[kind].slots.copy()):
             if slot.nbytes == request.nbytes and slot.kind is kind and slot.request == request and slot.is_free():
                 return slot
@@ -55,7 +55,7 @@ class LeaseBook(FreeMemory):
         is leased. `bounds`: the size of a new block, and of the largest free one that may serve.
         """
         if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # an inference tensor could not be emptied outside that mode
+            with torch.inference_mode(False):  # an inference tensor cannot be emptied outside that mode
                 return self.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
         if request.device.type != "cpu" or request.nbytes == 0 or pinned:
             tensor, lease = self._lease_from_torch(request, kind, pinned=pinned)
@@ -94,7 +94,7 @@ class LeaseBook(FreeMemory):
             tensor = lend_block(lease, request)
             lent = True
         finally:
-            if not lent:  # torch refused the dtype: no storage was made, so nothing will give the block back
+            if not lent:  # torch refused the dtype: there is no storage whose end would return the block
                 self._to_upstream([block])
         if self.has_slots and cache.admits(block.nbytes):
             tensor = lease.open_slot(tensor)
@@ -108,7 +108,7 @@ class LeaseBook(FreeMemory):
         try:
             tensor = lend_from_torch(lease, request, pinned=pinned)
         except torch.OutOfMemoryError:
-            # torch has given its own free blocks back already; what is left are those that this book holds.
+            # torch has emptied its own cache already; this book's free blocks are what is left to give back.
             LOGGER.debug("cleanup: %s refused %d bytes; gave back %d", request.device, request.nbytes, self.clear())
             tensor = lend_from_torch(lease, request, pinned=pinned)
         self._record(lease, hit=False)
@@ -155,22 +155,21 @@ class LeaseBook(FreeMemory):
             raise _out_of_memory(kind, request, freed) from error
 
     def release(self, tensor: torch.Tensor, kind: BufferType, tensor_references: int) -> None:
-        """End a lease: empty the handle if nothing else sees it, else leave everything to the last owner.
+        """End a lease: empty the handle if nothing else references it, else leave the buffer to its last owner.
 
-        `tensor_references` is sys.getrefcount(tensor) as read in the function that the user called.
+        `tensor_references` is sys.getrefcount(tensor) as counted in the function that the user called.
         Raises TypeError for no tensor, ValueError for a view, a foreign tensor, a wrong type or a second release.
         """
         lease = release_lease(self.leases, tensor, kind, tensor_references)
         if lease.is_slot:
-            if lease.released:
-                self.close_slot(lease)
-            else:
-                lease.used = self.caches[kind].stamp()
+            lease.used = self.caches[kind].stamp()
+        if lease.handle_id < 0:  # `released`, without its call
+            self.count_release_in_use(kind)
         if self._pending:
             self.settle(blocking=False)
 
     def outstanding(self, kind: BufferType) -> list[Lease]:
-        """Return the leases of a type that somebody still sees."""
+        """Return the leases of a type whose memory something still references."""
         return [lease for lease in list(self.leases.values()) if lease.kind is kind and not lease.is_free()]
 
 

@@ -1,12 +1,13 @@
 """Free memory kept for reuse, bounded in count and bytes, evicting exactly the least recently used.
 
 The life of a block here:
-1. `put` stamps it as the latest used; `take` removes and returns one of the wanted size (the latest: the warmest).
+1. `put` stamps it as the latest used; `take` removes and returns the latest used one of the wanted size, which is most
+   likely in the processor's caches.
 2. A lease may be kept open as a slot (`add_slot`): it keeps its block, in use or free, until it is closed.
-3. Over a limit, first the oldest slots in use are closed: they become ordinary leases, and cost no memory. Then the
-   free block or slot whose use is longest ago is evicted. A slot's last use is when it was handed out or released.
-Slots in use count for the limits, because they may become free without telling anybody. So what is free is bounded at
-every moment, without a call. Nothing here takes a lock or calls an upstream: the owner does both.
+3. Over a limit, the oldest slots in use are closed first: they become ordinary leases, which costs no memory. Then the
+   free block or slot that was used longest ago is evicted. A slot is used when it is handed out and when it is released.
+Slots in use count towards the limits, because they become free without a call. So free memory is bounded at every moment.
+This module takes no lock and calls no upstream; the cache's owner does both.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from operator import attrgetter
 
-from longattn.bufmgr.allocator import Block
-from longattn.bufmgr.lease import Clock, Lease
+from longattn.bufmgr.leasing.lease import Lease, UseCounter
+from longattn.bufmgr.memory.allocator import Block
 
 _used = attrgetter("used")
 
@@ -23,7 +24,7 @@ _used = attrgetter("used")
 class BlockCache:
     """Free blocks and slots of one type (or of all types, in a pool).
 
-    max_buffers: most blocks and slots kept. max_bytes: most bytes of them; a larger block is evicted as it comes.
+    max_buffers: most blocks and slots kept. max_bytes: most bytes of them; a larger block is not kept.
     """
 
     def __init__(self, max_buffers: int, max_bytes: int) -> None:
@@ -32,12 +33,12 @@ class BlockCache:
         self.evictions = 0
         self.slots: list[Lease] = []
         self.nbytes = 0
-        self.clock = Clock()
+        self.clock = UseCounter()
         self._own_stamps = 0
         self._blocks: dict[int, Block] = {}  # stamp -> block, least recently used first
 
     def stamp(self) -> int:
-        """Move the clock for something else than a slot's hit."""
+        """Count a use that is no slot's hit; return its stamp."""
         self._own_stamps += 1
         self.clock.now += 1
         return self.clock.now
@@ -48,7 +49,7 @@ class BlockCache:
         return self.clock.now - self._own_stamps
 
     def free_slots(self) -> list[Lease]:
-        """Return the slots that nobody sees now, the least recently used first."""
+        """Return the free slots, the least recently used first."""
         return sorted((slot for slot in self.slots if slot.is_free()), key=_used)
 
     def blocks(self) -> list[Block]:
@@ -71,28 +72,28 @@ class BlockCache:
     def take(self, size: int, most: int, settle: Callable[[], None]) -> Block | None:
         """Remove and return the latest used free block of `size` bytes, else the smallest of up to `most`, or None.
 
-        A free slot gives its block up if no bare block fits; `settle` must then bring the ended lease's block to `put`.
+        If no block outside a slot fits, a fitting free slot is closed; `settle` must then bring its block to `put`.
         """
-        block = self._take_bare(size, most)
+        block = self._take_block(size, most)
         if block is None:
             fitting = [slot for slot in self.slots if slot.block is not None and size <= slot.block.nbytes <= most]
             for slot in sorted(fitting, key=_used, reverse=True):
                 if slot.is_free():
                     self.close_slot(slot)
                     settle()
-                    block = self._take_bare(size, most)
+                    block = self._take_block(size, most)
                     if block is not None:
                         break
         return block
 
-    def _take_bare(self, size: int, most: int) -> Block | None:
+    def _take_block(self, size: int, most: int) -> Block | None:
         fitting = [(block.nbytes, -stamp) for stamp, block in self._blocks.items() if size <= block.nbytes <= most]
         if not fitting:
             return None
         return self._remove(-min(fitting)[1])
 
     def put(self, block: Block) -> list[Block]:
-        """Keep a free block; return the blocks that had to leave."""
+        """Keep a free block; return the blocks that are evicted for it."""
         if self.max_buffers == 0:  # nothing is ever kept here, so nothing was evicted
             return [block]
         if block.nbytes > self.max_bytes:
@@ -103,7 +104,7 @@ class BlockCache:
         return self.trim()
 
     def add_slot(self, lease: Lease) -> list[Block]:
-        """Keep a lease open as a slot; return the blocks that had to leave."""
+        """Keep a lease open as a slot; return the blocks that are evicted for it."""
         assert lease.block is not None
         lease.used = self.stamp()
         self.slots.append(lease)
@@ -111,7 +112,7 @@ class BlockCache:
         return self.trim()
 
     def close_slot(self, slot: Lease) -> None:
-        """Let a slot be an ordinary lease. If it was free, it ends now."""
+        """Turn a slot into an ordinary lease. If it was free, it ends now."""
         if slot in self.slots:
             assert slot.block is not None
             self.slots.remove(slot)
@@ -119,7 +120,7 @@ class BlockCache:
         slot.close_slot()
 
     def trim(self) -> list[Block]:
-        """Bring what is kept under the limits; return the bare blocks that left. (Slots' blocks leave as they end.)"""
+        """Evict until the limits hold; return the evicted blocks. (A slot's block returns as its lease ends.)"""
         evicted: list[Block] = []
         while len(self._blocks) + len(self.slots) > self.max_buffers or self.nbytes > self.max_bytes:
             in_use = [slot for slot in self.slots if not slot.is_free()]
@@ -131,9 +132,9 @@ class BlockCache:
         return evicted
 
     def evict_oldest(self, least: int = 0) -> list[Block]:
-        """Let go of the least recently used free block or slot of `least` bytes or more; return it if it is a block.
+        """Evict the least recently used free block or slot of `least` bytes or more; return it if it is a block.
 
-        A slot's block leaves as the lease ends.
+        A slot's block returns as its lease ends.
         """
         in_order = sorted(self.slots, key=_used)
         slot = next((s for s in in_order if s.block is not None and s.block.nbytes >= least and s.is_free()), None)
@@ -146,7 +147,7 @@ class BlockCache:
         return []
 
     def clear(self, *, close_all: bool = False) -> list[Block]:
-        """Let go of everything that is free; with `close_all` no slot in use stays a slot either."""
+        """Evict everything that is free; with `close_all`, also close the slots in use."""
         blocks = list(self._blocks.values())
         self.nbytes -= sum(block.nbytes for block in blocks)
         self._blocks.clear()

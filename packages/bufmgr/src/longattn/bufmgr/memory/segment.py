@@ -1,22 +1,26 @@
-"""One big private mapping: which of its pages are free, and which of those were written to.
+"""One large private mapping: which of its pages are free, and which of the free ones were written to.
 
-Free pieces are kept in order of address, clean and dirty ones apart: neighbours of one kind are joined, neighbours of
-two kinds form a run. The bytes that are in no piece are in use.
+Free pieces are kept in order of address. Neighbouring pieces of one kind, clean or dirty, are joined; neighbours of
+different kinds form a run. The bytes that are in no piece are in use.
 """
 
 from __future__ import annotations
 
 import bisect
 import mmap
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 PAGE = 4096
 
+DROPS_PAGES = sys.platform == "linux"
+"""Whether MADV_DONTNEED gives pages back at once and makes them zero. Other systems have the name, but keep the content."""
+
 
 @dataclass(eq=False)
 class Piece:
-    """Free bytes [start, end). dirty: they may have been written to; else they are zero and not resident."""
+    """Free bytes [start, end). dirty: they may have been written to; else they are zero and take no memory."""
 
     start: int
     end: int
@@ -54,8 +58,8 @@ class Segment:
                 continue
             for offset in {start, end - size}:
                 dirty = sum(_overlap(piece, offset, offset + size) for piece in run if piece.dirty)
-                found = (size - dirty, end - start, offset)
-                best = found if best is None else min(best, found)
+                place = (size - dirty, end - start, offset)
+                best = place if best is None else min(best, place)
         return best
 
     def take(self, start: int, size: int) -> bool:
@@ -88,10 +92,10 @@ class Segment:
 
     def clean(self, nbytes: int) -> int:
         """Give dirty free pages back to the system, up to `nbytes`; return their bytes."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
+        if not DROPS_PAGES:
             return 0
         freed = 0
-        # The largest first: the fewest calls, and small holes between blocks stay warm.
+        # The largest first: that takes the fewest calls, and small holes between blocks stay resident.
         for piece in sorted((piece for piece in self._pieces if piece.dirty), key=lambda p: p.start - p.end):
             if freed >= nbytes:
                 break
@@ -108,7 +112,7 @@ class Segment:
         return freed
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the segment as torch.cuda.memory_snapshot tells one; neighbouring blocks in use are one entry."""
+        """Return the segment in the form of torch.cuda.memory_snapshot; neighbouring blocks in use are one entry."""
         blocks: list[dict[str, Any]] = []
         position = 0
         for piece in [*self._pieces, Piece(self.nbytes, self.nbytes, dirty=False)]:

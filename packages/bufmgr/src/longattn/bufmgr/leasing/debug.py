@@ -1,24 +1,27 @@
-"""What a debugging manager adds: who allocated each buffer, how often its memory was lent, and poison where it was.
+"""What a debugging manager adds: the call that allocated each buffer, how often its memory was lent, and poison.
 
-Poison is a block of 0xFF: NaN for every floating dtype, -1 for integers, True for bool. It is written when the memory
-comes back, and looked at before the memory is lent again: whoever wrote in between, through a raw pointer, is found out
-then. Not for speed: both touch every byte.
+Poison is 0xFF in every byte: NaN for floating dtypes, -1 for integers, True for bool. It is written when memory
+comes back and checked before the memory is lent again, which shows a write in between, such as one through a raw pointer.
+Both steps touch every byte, so debugging is slow.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
 import torch
 
-from longattn.bufmgr.allocator import Block
-from longattn.bufmgr.lease import Lease
+from longattn.bufmgr.leasing.cache import BlockCache
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.memory.allocator import Block
 
 _POISON = 0xFF
-_HERE = str(PurePath(__file__).parent)
+_PACKAGE = str(PurePath(__file__).parent.parent) + os.sep
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class LeaseNote:
 
 @dataclass(frozen=True)
 class OutstandingBuffer:
-    """A buffer that somebody still sees. `note` is there with `debug`; `released`: it was given back while seen."""
+    """A buffer in use. `note` is set with `debug`; `released`: it was given back while something else referenced it."""
 
     type: str
     shape: tuple[int, ...]
@@ -49,7 +52,7 @@ class OutstandingBuffer:
 
 
 def describe_lease(lease: Lease) -> OutstandingBuffer:
-    """Return what is known of a lease."""
+    """Return the record of a lease."""
     request = lease.request
     note = lease.note if isinstance(lease.note, LeaseNote) else None
     return OutstandingBuffer(
@@ -58,7 +61,7 @@ def describe_lease(lease: Lease) -> OutstandingBuffer:
 
 
 class Inspector:
-    """Notes loans, poisons memory that comes back, and checks the poison of memory that goes out again.
+    """Records loans, poisons memory that comes back, and checks the poison before memory is lent again.
 
     poison: whether to do the latter two.
     """
@@ -81,7 +84,7 @@ class Inspector:
             _bytes_of(block).fill_(_POISON)
 
     def check_poison(self, block: Block) -> None:
-        """Raise RuntimeError if memory that came back was written to since. Fresh memory has no loans yet."""
+        """Raise RuntimeError if memory was written to after it came back. Fresh memory has no loans and is not checked."""
         if self._poison and block.loans and not bool((_bytes_of(block) == _POISON).all()):
             raise RuntimeError(
                 f"a block of {block.nbytes} bytes was written to after it came back from its loan number {block.loans}"
@@ -93,7 +96,22 @@ def _bytes_of(block: Block) -> torch.Tensor:
 
 
 def _call_site() -> str:
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def check_leases(living: Sequence[Lease], index: Mapping[int, Lease], caches: Sequence[BlockCache]) -> None:
+    """Assert that caches are valid, that the index holds exactly the living leases, each under its storage's address,
+    that no block is free twice or both free and leased, and that the caches' slots are the leases that are slots.
+    """
+    for cache in caches:
+        cache.check_valid()
+    assert set(living) == set(index.values())
+    assert all(index[lease.address] is lease for lease in living)
+    leased = [id(lease.block) for lease in living if lease.block is not None and not lease.is_free()]
+    free = [id(block) for cache in caches for block in cache.blocks()]
+    assert len(set(leased + free)) == len(leased) + len(free)
+    slots = {slot for cache in caches for slot in cache.slots}
+    assert slots == {lease for lease in living if lease.is_slot}

@@ -1,36 +1,44 @@
 """Large blocks of host memory: best fit with coalescing, over a few big private mappings.
 
 The life of memory here:
-1. A segment is mapped: address space only. Its pages are clean: they cost nothing and are zero.
-2. `allocate` cuts a block from the free run that needs the fewest clean pages, of those the tightest.
+1. A segment is mapped, which takes address space only. Its pages are clean: they are zero and take no memory.
+2. `allocate` takes a block from the free run that needs the fewest clean pages, and of those from the smallest.
 3. `deallocate` makes the block's pages a dirty free piece, which joins its dirty neighbours. A run is a row of free
-   pieces, clean or dirty: a block may lie over several.
-4. Dirty free pieces are given back to the system (they become clean) when new pages would otherwise bring what is held
-   over the peak of what was in use, and by `trim`. A segment that is free as a whole is unmapped by `trim`.
+   pieces, clean or dirty; a block may lie over several.
+4. Dirty free pieces go back to the system (they become clean) when new pages would otherwise raise the bytes held over the
+   peak of the bytes in use, and in `trim`, which also unmaps segments that are free as a whole.
 
-So what is held (in use + dirty) never passes the peak in use by more than 2 %, however badly blocks are mixed. Before
-new pages are touched over that, `reclaim` is asked for blocks that some cache keeps and nobody uses.
+So the bytes held (in use + dirty) exceed the peak in use by at most 2 %, however blocks of different sizes are mixed. Before
+new pages are touched over that bound, `reclaim` is called for free blocks in caches.
 """
 
 from __future__ import annotations
 
-import mmap
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from longattn.bufmgr.allocator import Allocator, Block, SystemAllocator, private_mapping
-from longattn.bufmgr.gate import Gate
+from longattn.bufmgr.checks import check_flag, check_whole
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.segment import Segment, round_to_pages
+from longattn.bufmgr.memory.allocator import (
+    Allocator,
+    Block,
+    SystemAllocator,
+    check_block,
+    check_upstream,
+    private_mapping,
+)
+from longattn.bufmgr.memory.forking import Gate
+from longattn.bufmgr.memory.segment import DROPS_PAGES, Segment, round_to_pages
 
 LARGE_BYTES = 64 * 1024
-"""From this size on blocks come from an arena's segments; smaller ones would waste too much of a page."""
+"""Blocks of this size and larger come from an arena's segments; smaller ones would waste too much of a page."""
 
-_SLACK = 0.015  # and rounding to pages stays below 2 %
+_SLACK = 0.015  # together with rounding to pages under 2 %
 _FLOOR_BYTES = 8 << 20
-# Clean pages cost address space only, where the system can take single pages back.
-_SEGMENT_BYTES = 1 << 30 if hasattr(mmap, "MADV_DONTNEED") else 64 << 20
+# Clean pages take address space only, where the system can take single pages back.
+_SEGMENT_BYTES = 1 << 30 if DROPS_PAGES else 64 << 20
 
 
 class ArenaBlock(Block):
@@ -60,16 +68,28 @@ class ArenaAllocator:
         floor_bytes: int = _FLOOR_BYTES,
         huge_pages: bool | None = None,
     ) -> None:
+        if upstream is not None:
+            check_upstream(upstream)
+        if limit_bytes is not None:
+            check_whole("limit_bytes", limit_bytes)
+        check_whole("floor_bytes", floor_bytes)
+        if huge_pages is not None:
+            check_flag("huge_pages", huge_pages)
         self.upstream: Allocator = SystemAllocator() if upstream is None else upstream
         self.limit_bytes = limit_bytes
         self.floor_bytes = floor_bytes
         self.huge_pages = huge_pages
-        self.reclaim: Callable[[int], int] = _nothing
+        self.reclaim: Callable[[int], int] = _reclaim_nothing
         self.in_use = 0
         self.peak_in_use = 0
         self._segments: list[Segment] = []
         self._gate = Gate()
         self._pending: deque[ArenaBlock] = deque()
+
+    def __reduce__(self) -> tuple[Callable[..., ArenaAllocator], tuple[Allocator]]:
+        # A copy, pickled ones included, is an empty arena with the same limits.
+        options = {name: getattr(self, name) for name in ("limit_bytes", "floor_bytes", "huge_pages")}
+        return functools.partial(type(self), **options), (self.upstream,)
 
     @property
     def dirty_bytes(self) -> int:
@@ -88,11 +108,12 @@ class ArenaAllocator:
 
     def allocate(self, nbytes: int) -> Block:
         """Return a block of exactly `nbytes`, on a page of its own from 64 KiB on. Raises MemoryError."""
+        check_whole("nbytes", nbytes, 1)
         if nbytes < LARGE_BYTES:
             return self.upstream.allocate(nbytes)
         size = round_to_pages(nbytes)
         if not self._gate.enter(blocking=True):
-            # Called by a finaliser that the collector ran inside one of the lines below.
+            # A finaliser called this while the garbage collector ran inside one of the lines below.
             return self.upstream.allocate(nbytes)
         try:
             self._settle()
@@ -111,7 +132,8 @@ class ArenaAllocator:
         return block
 
     def deallocate(self, block: Block) -> None:
-        """Take a block back. Never waits: another thread inside will see to it."""
+        """Take a block back. Never waits: if another thread is inside, that thread or the next one moves the block on."""
+        check_block(block)
         if not isinstance(block, ArenaBlock):
             self.upstream.deallocate(block)
             return
@@ -153,28 +175,29 @@ class ArenaAllocator:
             self.in_use -= size
 
     def _cut(self, nbytes: int, size: int, *, may_grow: bool) -> ArenaBlock | None:
-        """Return a block, or None if that takes new pages over the bound and `may_grow` is False."""
+        """Return a block, or None if it needs new pages over the bound and `may_grow` is False."""
         if self.limit_bytes is not None and self.in_use + size > self.limit_bytes:
             if may_grow:
                 raise MemoryError(f"{size} bytes over {self.in_use} in use would pass the limit of {self.limit_bytes}")
             return None
-        found = [(*fit, index) for index, segment in enumerate(self._segments) if (fit := segment.fit(size))]
-        clean, _, start, index = min(found, default=(size, 0, 0, -1))
+        places = [(*place, index) for index, segment in enumerate(self._segments) if (place := segment.fit(size))]
+        clean, _, start, index = min(places, default=(size, 0, 0, -1))
         bound = max(self.floor_bytes, int(self.peak_in_use * (1 + _SLACK)))
         over = self.held_bytes + clean - bound
         if clean and over > 0 and not may_grow:
             return None
         if index < 0:
-            index, start = len(self._segments), 0
-            self._segments.append(self._map(size))
-        segment = self._segments[index]
+            segment, start = self._map(size), 0
+            self._segments.append(segment)
+        else:
+            segment = self._segments[index]
         zeroed = segment.take(start, size)
         if clean and over > 0:
-            # Pages elsewhere go back before these are touched, so that mixing blocks costs time and not memory.
+            # Other pages go back before the new ones are touched, so mixed sizes cost time and not memory.
             self._clean(over)
         self.in_use += size
         if may_grow:
-            # Nothing that somebody merely keeps was left when this was asked for: it is the real peak.
+            # Caches had no free block left to give, so this is a peak of bytes in use.
             self.peak_in_use = max(self.peak_in_use, self.in_use)
         return ArenaBlock(segment, start, nbytes, zeroed=zeroed)
 
@@ -187,14 +210,23 @@ class ArenaAllocator:
         return freed
 
     def _map(self, size: int) -> Segment:
-        for nbytes in (max(_SEGMENT_BYTES, size), size):
-            try:
-                return Segment(private_mapping(nbytes), nbytes, self.huge_pages)
-            except (OSError, OverflowError) as error:
-                LOGGER.debug("arena: the system refused to map %d bytes: %s", nbytes, error)
+        segment = self._try_map(max(_SEGMENT_BYTES, size)) or self._try_map(size)
+        if segment is not None:
+            return segment
+        # Segments that are free as a whole, and dirty pages, may be what the system lacks.
         freed = self._clean(self.dirty_bytes)
         self._segments = [segment for segment in self._segments if segment.in_use]
-        raise MemoryError(f"the system refused {size} bytes ({size / 2**30:.2f} GiB), after giving back {freed}")
+        segment = self._try_map(size)
+        if segment is None:
+            raise MemoryError(f"the system refused {size} bytes ({size / 2**30:.2f} GiB), after giving back {freed}")
+        return segment
+
+    def _try_map(self, nbytes: int) -> Segment | None:
+        try:
+            return Segment(private_mapping(nbytes), nbytes, self.huge_pages)
+        except (OSError, OverflowError) as error:
+            LOGGER.debug("arena: the system refused to map %d bytes: %s", nbytes, error)
+            return None
 
     def check_valid(self) -> None:
         """Assert the invariants: pieces tile each segment's free part, sums are right, the bound holds."""
@@ -209,5 +241,5 @@ class ArenaAllocator:
         assert self.limit_bytes is None or self.in_use <= self.limit_bytes
 
 
-def _nothing(nbytes: int) -> int:
+def _reclaim_nothing(nbytes: int) -> int:
     return 0

@@ -1,18 +1,27 @@
-"""Allocators over an upstream: what it costs to count, and where to stop."""
+"""Allocators over an upstream, each with one feature: counting, a limit, a log, a callback when memory is refused.
+
+They stack in any order. Copies, pickled ones included, have a copy of the upstream and hold nothing: counters start anew.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from longattn.bufmgr.allocator import Allocator, Block
-from longattn.bufmgr.gate import ForkableLock
+from longattn.bufmgr.checks import check_whole, describe
 from longattn.bufmgr.log import LOGGER
+from longattn.bufmgr.memory.allocator import (
+    Allocator,
+    Block,
+    check_block,
+    check_upstream,
+)
+from longattn.bufmgr.memory.forking import ForkableLock
 
 
 @dataclass
 class Statistics:
-    """Bytes and pieces: held now, the most held at once, and all ever handed out."""
+    """Bytes and number of blocks: held now, the most held at once, and all that were ever handed out."""
 
     current_bytes: int = 0
     current_count: int = 0
@@ -22,7 +31,7 @@ class Statistics:
     total_count: int = 0
 
     def add(self, nbytes: int) -> None:
-        """Count one piece that was handed out."""
+        """Count one block that was handed out."""
         self.current_bytes += nbytes
         self.current_count += 1
         self.total_bytes += nbytes
@@ -33,7 +42,7 @@ class Statistics:
             self.peak_count = self.current_count
 
     def remove(self, nbytes: int) -> None:
-        """Count one piece that came back."""
+        """Count one block that came back."""
         self.current_bytes -= nbytes
         self.current_count -= 1
 
@@ -42,12 +51,12 @@ class Statistics:
         self.peak_bytes, self.peak_count = self.current_bytes, self.current_count
 
     def restart(self) -> None:
-        """Start the peaks again from what is held now, and the totals from nothing."""
+        """Start the peaks again from what is held now, and the totals from zero."""
         self.restart_peaks()
         self.total_bytes = self.total_count = 0
 
     def include(self, later: Statistics) -> None:
-        """Count what another began to count, from nothing, at this moment."""
+        """Add what `later` counted, which began from zero at this moment."""
         self.peak_bytes = max(self.peak_bytes, self.current_bytes + later.peak_bytes)
         self.peak_count = max(self.peak_count, self.current_count + later.peak_count)
         self.current_bytes += later.current_bytes
@@ -63,15 +72,19 @@ class Statistics:
 class StatisticsAllocator:
     """Counts what the upstream hands out.
 
-    The lock is re-entrant: the collector may run a tensor's finaliser between any two lines of ours, and that gives a
-    block back on the same thread.
+    The lock is re-entrant: the garbage collector may run a tensor's finaliser between any two lines of this class, and the
+    finaliser gives a block back on the same thread.
     """
 
     def __init__(self, upstream: Allocator) -> None:
+        check_upstream(upstream)
         self.upstream = upstream
         self.statistics = Statistics()
         self._outer: list[Statistics] = []
         self._lock = ForkableLock()
+
+    def __reduce__(self) -> tuple[type[StatisticsAllocator], tuple[Allocator]]:
+        return type(self), (self.upstream,)
 
     def allocate(self, nbytes: int) -> Block:
         """Return the upstream's block and count its bytes. Raises the upstream's MemoryError, then counts nothing."""
@@ -82,6 +95,7 @@ class StatisticsAllocator:
 
     def deallocate(self, block: Block) -> None:
         """Give the block to the upstream and count it as gone."""
+        check_block(block)
         nbytes = block.nbytes
         self.upstream.deallocate(block)
         with self._lock:
@@ -93,13 +107,13 @@ class StatisticsAllocator:
             self.statistics.restart_peaks()
 
     def push_statistics(self) -> None:
-        """Begin counting anew; `pop_statistics` ends that and returns it. Calls nest, as in RMM."""
+        """Begin counting from zero; `pop_statistics` ends it and returns the counts. Calls nest, as in RMM."""
         with self._lock:
             self._outer.append(self.statistics)
             self.statistics = Statistics()
 
     def pop_statistics(self) -> Statistics:
-        """Return what was counted since the last `push_statistics`, and count it into what was there before.
+        """Return what was counted since the last `push_statistics`, and add it to the counts from before.
 
         Raises ValueError without a push.
         """
@@ -116,31 +130,39 @@ class LimitingAllocator:
     """Refuses to hold more than `limit_bytes` at once."""
 
     def __init__(self, upstream: Allocator, limit_bytes: int) -> None:
+        check_upstream(upstream)
+        check_whole("limit_bytes", limit_bytes)
         self.upstream = upstream
         self.limit_bytes = limit_bytes
         self._held = 0
         self._lock = ForkableLock()
 
+    def __reduce__(self) -> tuple[type[LimitingAllocator], tuple[Allocator, int]]:
+        return type(self), (self.upstream, self.limit_bytes)
+
     def allocate(self, nbytes: int) -> Block:
-        """Return the upstream's block. Raises MemoryError at the limit, naming it and what is held."""
+        """Return the upstream's block. Raises MemoryError at the limit, naming it and what is held, and what the upstream
+        raises; then nothing more is held than before.
+        """
+        check_whole("nbytes", nbytes, 1)
         with self._lock:
             if self._held + nbytes > self.limit_bytes:
                 raise MemoryError(
                     f"{nbytes} bytes over {self._held} held would pass the limit of {self.limit_bytes} bytes"
                 )
             self._held += nbytes
+        granted = 0
         try:
             block = self.upstream.allocate(nbytes)
-        except MemoryError:
+            granted = block.nbytes
+        finally:  # also when the upstream raises, whatever it raises
             with self._lock:
-                self._held -= nbytes
-            raise
-        with self._lock:
-            self._held += block.nbytes - nbytes
+                self._held += granted - nbytes
         return block
 
     def deallocate(self, block: Block) -> None:
         """Give the block to the upstream and make room."""
+        check_block(block)
         nbytes = block.nbytes
         self.upstream.deallocate(block)
         with self._lock:
@@ -148,9 +170,10 @@ class LimitingAllocator:
 
 
 class LoggingAllocator:
-    """Tells the package's logger of every block that goes out, comes back or is refused, at DEBUG."""
+    """Logs every block that is handed out, comes back or is refused, at DEBUG to the package's logger."""
 
     def __init__(self, upstream: Allocator) -> None:
+        check_upstream(upstream)
         self.upstream = upstream
 
     def allocate(self, nbytes: int) -> Block:
@@ -165,18 +188,22 @@ class LoggingAllocator:
 
     def deallocate(self, block: Block) -> None:
         """Give the block to the upstream and log it."""
+        check_block(block)
         nbytes = block.nbytes
         self.upstream.deallocate(block)
         LOGGER.debug("upstream: %d bytes back", nbytes)
 
 
 class FailureCallbackAllocator:
-    """Asks a function what to do when the upstream refuses: `on_refusal(nbytes)` frees something and returns True to try
+    """Calls a function when the upstream refuses: `on_refusal(nbytes)` frees something and returns True to try
     again, or returns False to let the MemoryError through.
     """
 
     def __init__(self, upstream: Allocator, on_refusal: Callable[[int], bool]) -> None:
+        check_upstream(upstream)
         self.upstream = upstream
+        if not callable(on_refusal):
+            raise TypeError(f"on_refusal: expected a function of nbytes, got {describe(on_refusal)}")
         self.on_refusal = on_refusal
 
     def allocate(self, nbytes: int) -> Block:

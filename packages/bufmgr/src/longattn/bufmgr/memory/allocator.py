@@ -1,9 +1,9 @@
-"""Where memory comes from: blocks, the Allocator protocol, and the simplest upstream.
+"""Sources of memory: blocks, the Allocator protocol, and the simplest upstream.
 
 An Allocator hands out blocks of host memory and takes them back. Allocators stack: one takes another as its upstream
-and adds a feature (see adaptors.py). The life of a block: `allocate` makes it, whoever asked holds it and may lend it
-any number of times, and `deallocate` is called once, when no tensor lies over it. Dropping a block without
-`deallocate` frees its memory too, but leaves the books of a counting allocator wrong.
+and adds a feature (see adaptors.py). The life of a block: `allocate` makes it, the caller holds it and may lend it
+any number of times, and `deallocate` is called once, when no tensor uses its memory. Dropping a block without
+`deallocate` frees its memory too, but leaves the counters of a counting allocator wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-# Under this size one page per block would waste too much; from here on each block is its own private mapping.
+from longattn.bufmgr.checks import check_kind, check_whole, describe
+
+# Smaller blocks would waste too much of a page; blocks of this size and larger are private mappings of their own.
 _MAPPED_FROM = 64 * 1024
 _ALIGNMENT = 64
 
@@ -23,7 +25,7 @@ class Block:
     """A piece of host memory that can be lent to one tensor at a time.
 
     nbytes: usable bytes. zeroed: every byte is known to be zero, until the block is lent for the first time. loans: how
-    often it was lent, as far as somebody counts (see debug.py).
+    often it was lent; only debugging managers count (see debug.py).
     """
 
     __slots__ = ("loans", "memory", "nbytes", "zeroed")
@@ -44,13 +46,13 @@ class Allocator(Protocol):
         ...
 
     def deallocate(self, block: Block) -> None:
-        """Take back a block that came from this allocator and that no tensor lies over."""
+        """Take back a block that came from this allocator and whose memory no tensor uses."""
         ...
 
 
 @runtime_checkable
 class TensorAllocator(Protocol):
-    """What kernels take scratch and outputs from, without knowing this package. Managers and the pool satisfy it."""
+    """The source of scratch and outputs for kernels, which need not know this package. Managers and the pool satisfy it."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, role: str) -> torch.Tensor:
         """Return an uninitialised contiguous tensor; `role` is a BufferType's name in lower case."""
@@ -66,6 +68,7 @@ class SystemAllocator:
 
     def allocate(self, nbytes: int) -> Block:
         """Return a zeroed block. Raises MemoryError when the system refuses."""
+        check_whole("nbytes", nbytes, 1)
         if nbytes < _MAPPED_FROM:
             return Block(_aligned(nbytes), zeroed=True)
         try:
@@ -75,12 +78,24 @@ class SystemAllocator:
 
     def deallocate(self, block: Block) -> None:
         """Forget the block; its memory goes back when the last memoryview over it dies, which is here."""
+        check_block(block)
         block.memory = memoryview(b"")
+
+
+def check_block(block: object) -> None:
+    """Raise TypeError unless `block` is a Block."""
+    check_kind("block", block, Block, "a Block that allocate returned")
+
+
+def check_upstream(upstream: object) -> None:
+    """Raise TypeError unless `upstream` can be asked for blocks."""
+    if isinstance(upstream, type) or not isinstance(upstream, Allocator):
+        raise TypeError(f"upstream: expected an Allocator (allocate and deallocate), got {describe(upstream)}")
 
 
 def private_mapping(nbytes: int) -> mmap.mmap:
     """Return zeroed memory of this process alone. Raises OSError or OverflowError when the system refuses."""
-    # A plain mmap(-1, n) is shared with forked children: their writes would show in the parent.
+    # mmap(-1, n) alone is shared with forked children: their writes would change the parent's memory.
     if hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mmap.mmap(-1, nbytes)
@@ -88,7 +103,7 @@ def private_mapping(nbytes: int) -> mmap.mmap:
 
 def _aligned(nbytes: int) -> memoryview:
     raw = memoryview(bytearray(nbytes + _ALIGNMENT))
-    # Vector loads of the kernels want whole cache lines; a bytearray is only aligned to 16 bytes.
+    # The kernels' vector loads need whole cache lines; a bytearray is aligned to 16 bytes only.
     address = torch.frombuffer(raw, dtype=torch.uint8).data_ptr()
     start = -address % _ALIGNMENT
     return raw[start : start + nbytes]

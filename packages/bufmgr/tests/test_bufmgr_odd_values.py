@@ -1,0 +1,241 @@
+"""Every public signature with a table of odd values: it serves, or raises an error that names the parameter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import longattn.bufmgr as package
+from longattn.bufmgr import (
+    ArenaAllocator,
+    AttentionBufferManager,
+    BufferConfig,
+    BufferType,
+    FailureCallbackAllocator,
+    LimitingAllocator,
+    LoggingAllocator,
+    MemoryPool,
+    StatisticsAllocator,
+    SystemAllocator,
+    create_attention_buffer_manager,
+    read_device_memory,
+)
+
+TEMP = BufferType.TEMP
+
+
+def fake() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(3)
+
+
+ODD: dict[str, Any] = {
+    "None": None,
+    "True": True,
+    "0": 0,
+    "-1": -1,
+    "1.5": 1.5,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "2**70": 2**70,
+    "complex": 1j,
+    "empty text": "",
+    "text": "banana",
+    "bytes": b"temp",
+    "list": [],
+    "nested list": [[1]],
+    "dict": {},
+    "set": {3},
+    "object": object(),
+    "type": int,
+    "function": len,
+    "tensor": torch.ones(3),
+    "scalar tensor": torch.tensor(2),
+    "sparse": torch.eye(3).to_sparse(),
+    "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "meta": torch.ones(2, device="meta"),
+    "fake": fake(),
+    "dtype": torch.float32,
+    "device": torch.device("cpu"),
+}
+
+# Made anew for each call: (the callable, arguments that it serves)
+CALLS: dict[str, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]] = {}
+
+
+def call(make: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]) -> None:
+    CALLS[make.__name__] = make
+
+
+def request(**more: Any) -> dict[str, Any]:
+    return {"type": TEMP, "shape": (3,), "dtype": torch.float32, "device": "cpu", "zero_init": False, **more}
+
+
+FLAGS = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "debug")
+OPTIONS = {"custom_configs": None, "upstream": None, "cleanup": "adaptive", **dict.fromkeys(FLAGS, False)}
+
+
+@call
+def allocate():
+    return AttentionBufferManager().allocate, request()
+
+
+@call
+def prepare():
+    return AttentionBufferManager().prepare, request()
+
+
+@call
+def allocate_like():
+    arguments = request(tensor=torch.ones(2))
+    del arguments["shape"]
+    return AttentionBufferManager().allocate_like, arguments
+
+
+@call
+def deallocate():
+    manager = AttentionBufferManager()
+    return manager.deallocate, {"tensor": manager.allocate(TEMP, (3,)), "type": TEMP}
+
+
+@call
+def empty():
+    return AttentionBufferManager().empty, {"shape": (3,), "dtype": torch.float32, "device": "cpu", "role": "temp"}
+
+
+@call
+def release():
+    pool = MemoryPool()
+    return pool.release, {"tensor": pool.empty((3,), torch.float32), "role": "temp"}
+
+
+@call
+def strategy():
+    return AttentionBufferManager().strategy, {"type": TEMP, "shape": (3,), "dtype": torch.float32}
+
+
+@call
+def preallocate_buffers():
+    sizes = {"batch_size": 1, "seq_len": 2, "num_heads": 1, "head_dim": 2}
+    return AttentionBufferManager().preallocate_buffers, {**sizes, "dtype": torch.float32, "device": "cpu"}
+
+
+@call
+def clear_cache():
+    return AttentionBufferManager().clear_cache, {"type": TEMP}
+
+
+@call
+def keep():
+    manager = AttentionBufferManager()
+    scope = manager.scope()
+    tensor = manager.allocate(TEMP, (3,))
+    scope.add(tensor, next(iter(manager._book.leases.values())))
+    return scope.keep, {"tensor": tensor}
+
+
+@call
+def manager():
+    return AttentionBufferManager, OPTIONS
+
+
+@call
+def create():
+    return create_attention_buffer_manager, OPTIONS
+
+
+@call
+def pool():
+    return MemoryPool, {"upstream": None, "max_cached_buffers": 2, "max_cached_mb": 1.0, "cleanup": "adaptive"}
+
+
+@call
+def pool_memory_stats():
+    return MemoryPool().memory_stats, {"device": "cpu"}
+
+
+@call
+def config():
+    return BufferConfig, dict(BufferConfig().__dict__)
+
+
+@call
+def read_memory():
+    return read_device_memory, {"device": torch.device("cpu")}
+
+
+@call
+def arena():
+    return ArenaAllocator, {"upstream": None, "limit_bytes": None, "floor_bytes": 0, "huge_pages": None}
+
+
+@call
+def statistics():
+    return StatisticsAllocator, {"upstream": SystemAllocator()}
+
+
+@call
+def limiting():
+    return LimitingAllocator, {"upstream": SystemAllocator(), "limit_bytes": 100}
+
+
+@call
+def logging():
+    return LoggingAllocator, {"upstream": SystemAllocator()}
+
+
+@call
+def failure_callback():
+    return FailureCallbackAllocator, {"upstream": SystemAllocator(), "on_refusal": lambda nbytes: False}
+
+
+STACK: list[Callable[[], Any]] = [
+    SystemAllocator,
+    ArenaAllocator,
+    MemoryPool,
+    lambda: StatisticsAllocator(SystemAllocator()),
+    lambda: LimitingAllocator(SystemAllocator(), 100),
+    lambda: LoggingAllocator(SystemAllocator()),
+    lambda: FailureCallbackAllocator(SystemAllocator(), lambda nbytes: False),
+]
+for number, make in enumerate(STACK):
+    CALLS[f"allocate {number}"] = lambda make=make: (make().allocate, {"nbytes": 10})
+
+    def give_back(make: Callable[[], Any] = make) -> tuple[Callable[..., Any], dict[str, Any]]:
+        allocator = make()
+        return allocator.deallocate, {"block": allocator.allocate(10)}
+
+    CALLS[f"deallocate {number}"] = give_back
+
+
+@pytest.mark.parametrize("make", CALLS.values(), ids=CALLS.keys())
+def test_odd_values(make: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]):
+    function, arguments = make()
+    function(**arguments)
+    wrong = []
+    for parameter in arguments:
+        for name, value in ODD.items():
+            function, good = make()
+            try:
+                function(**{**good, parameter: value})
+            except MemoryError:
+                pass
+            except (TypeError, ValueError) as error:
+                if parameter not in str(error):
+                    wrong.append((parameter, name, repr(error)[:200]))
+            except Exception as error:  # noqa: BLE001 - which one it is, is what the test reports
+                wrong.append((parameter, name, repr(error)[:200]))
+    assert wrong == [], "\n".join(map(str, wrong))
+
+
+def test_every_public_callable_is_here_or_needs_no_arguments():
+    """A new public name shows up in this test, so that it is tried, too."""
+    tried = [getattr(make()[0], "__self__", make()[0]) for make in CALLS.values()]
+    kinds = [value if callable(value) else type(value) for value in tried]
+    without = {
+        "BufferType", "DEFAULT_CONFIGS", "Allocator", "TensorAllocator", "Block", "Statistics", "OutstandingBuffer",
+        "Strategy", "MemoryReading", "PreparedSlot", "get_global_memory_pool", "reset_global_memory_pool",
+    }  # fmt: skip
+    assert {name for name in package.__all__ if not any(getattr(package, name) is kind for kind in kinds)} == without
