@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from longattn.patterncache import Dilated, Full, Listed, PatternCache, Rectangle, Span
-from longattn.patterncache.freeze import ENTRY_BYTES
+from longattn.patterncache.caching.freeze import ENTRY_BYTES
 
 KEYS = st.integers(0, 9)
 

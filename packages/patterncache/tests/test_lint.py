@@ -22,10 +22,10 @@ from longattn.patterncache import (
     Strided,
     Window,
 )
-from longattn.patterncache.lint import lint
-from longattn.patterncache.reach import direct_depth, layers_needed, reach
+from longattn.patterncache.analysis.lint import lint
+from longattn.patterncache.analysis.propagation import stretches
+from longattn.patterncache.analysis.reach import direct_depth, layers_needed, reach
 from longattn.patterncache.testing import dilated, patterns
-from longattn.patterncache.walks import stretches
 
 LONGNET = ((2048, 4096, 8192), (1, 2, 4))
 

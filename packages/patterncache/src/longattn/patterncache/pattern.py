@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from longattn.patterncache.index import Rectangle, Rows, Span, check_int
-from longattn.patterncache.listed import listed_branches
 from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
+from longattn.patterncache.planning.listing import listed_branches
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 
 if TYPE_CHECKING:
-    from longattn.patterncache.flex_export import FlexMask
-    from longattn.patterncache.lint import Lint
-    from longattn.patterncache.reach import Reach
+    from longattn.patterncache.analysis.lint import Lint
+    from longattn.patterncache.analysis.reach import Reach
+    from longattn.patterncache.interop.flex import FlexMask
 
 _REGISTRY: dict[str, type[Pattern]] = {}
 
@@ -136,16 +136,18 @@ class Pattern(ABC):
         return make_plan(rectangle, self.branches(rectangle))
 
     def reach(self, layers: int, N: int, num_heads: int = 8) -> Reach:
-        """How many of `N` tokens a token has heard of after `layers` layers, exactly; see `longattn.patterncache.reach`."""
-        return import_module("longattn.patterncache.reach").reach(self, layers, N, num_heads)
+        """How many of `N` tokens a token has heard of after `layers` layers, exactly; see `longattn.patterncache.analysis.reach`."""
+        return import_module("longattn.patterncache.analysis.reach").reach(self, layers, N, num_heads)
 
     def lint(self, N: int, num_heads: int = 8, *, head_dim: int = 64, dtype: str = "float32") -> Lint:
         """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work. `str()` of it is for reading."""
-        return import_module("longattn.patterncache.lint").lint(self, N, num_heads, head_dim=head_dim, dtype=dtype)
+        return import_module("longattn.patterncache.analysis.lint").lint(
+            self, N, num_heads, head_dim=head_dim, dtype=dtype
+        )
 
     def describe(self, N: int = 32, num_heads: int = 8, head: int = 0, png: str | PathLike[str] | None = None) -> str:
         """`lint` of `N` tokens as text, below a map of what each of them sees in one head, for small N; and as a picture at `png`."""
-        return import_module("longattn.patterncache.lint").describe(self, N, num_heads, head, png)
+        return import_module("longattn.patterncache.analysis.lint").describe(self, N, num_heads, head, png)
 
     def to_dense(self, N: int, num_heads: int = 8) -> Counts:
         """(num_heads, N, N) int64: the counts of all of `N` tokens. For small N."""
@@ -153,8 +155,8 @@ class Pattern(ABC):
         return self.counts(Rectangle(num_heads, Span(0, length), Span(0, length)))
 
     def to_block_mask(self, N: int, num_heads: int = 8, *, block_size: int = 128, device: Any = "cpu") -> FlexMask:
-        """FlexAttention's BlockMask and score_mod of `N` tokens, from strides; see `longattn.patterncache.flex_export`. Needs torch."""
-        export = import_module("longattn.patterncache.flex_export").to_block_mask
+        """FlexAttention's BlockMask and score_mod of `N` tokens, from strides; see `longattn.patterncache.interop.flex`. Needs torch."""
+        export = import_module("longattn.patterncache.interop.flex").to_block_mask
         return export(self, N, num_heads, block_size=block_size, device=device)
 
     def canonical(self) -> str:
@@ -178,7 +180,7 @@ class Pattern(ABC):
         if not isinstance(other, Pattern):
             return NotImplemented
         # Imported late: the algebra is made of patterns.
-        combination = getattr(import_module("longattn.patterncache.algebra"), how)((self, other))
+        combination = getattr(import_module("longattn.patterncache.patterns.combined"), how)((self, other))
         return combination.parts[0] if len(combination.parts) == 1 else combination
 
 

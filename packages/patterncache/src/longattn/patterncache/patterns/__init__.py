@@ -1,0 +1,1 @@
+"""The patterns of this package, and their registry."""
