@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from longattn.patterncache.interop.flex import FlexMask
     from longattn.patterncache.interop.masks import from_block_mask, from_mask_mod
     from longattn.patterncache.interop.model_configs import from_bigbird, from_hf, from_natten
-    from longattn.patterncache.pattern import Pattern, parse_pattern
+    from longattn.patterncache.pattern import Pattern
     from longattn.patterncache.patterns.block_layout import BlockLayout
     from longattn.patterncache.patterns.block_sparse import BlockSparse
     from longattn.patterncache.patterns.by_head import ByHead
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from longattn.patterncache.patterns.documents import Documents
     from longattn.patterncache.patterns.hierarchical import HierarchicalBlocks
     from longattn.patterncache.patterns.periodic import Periodic
+    from longattn.patterncache.patterns.registry import parse_pattern
     from longattn.patterncache.patterns.scored_blocks import ScoredBlocks
     from longattn.patterncache.patterns.strided import Strided
     from longattn.patterncache.patterns.window import Full, Window
@@ -60,7 +61,7 @@ _HOME = {
     "Intersection": "patterns.combined",
     "Lint": "analysis.lint",
     "Listed": "indices",
-    "Pattern": "pattern",
+    "Pattern": "patterns.registry",
     "PatternCache": "caching.cache",
     "Periodic": "patterns.periodic",
     "Plan": "plan",
@@ -83,7 +84,7 @@ _HOME = {
     "get_global_device_tier": "caching.global_cache",
     "get_global_pattern_cache": "caching.global_cache",
     "index_arrays": "interop.csr",
-    "parse_pattern": "pattern",
+    "parse_pattern": "patterns.registry",
     "pieces": "planning.bands",
     "plan_digest": "caching.wire",
     "plan_from_bytes": "caching.wire",

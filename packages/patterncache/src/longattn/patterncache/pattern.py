@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import lru_cache
 from importlib import import_module
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -26,24 +25,6 @@ if TYPE_CHECKING:
     from longattn.patterncache.interop.flex import FlexMask
 
 _REGISTRY: dict[str, type[Pattern]] = {}
-
-_HOME = {
-    "block_layout": "block_layout",
-    "block_sparse": "block_sparse",
-    "by_head": "by_head",
-    "dilated": "dilated",
-    "documents": "documents",
-    "full": "window",
-    "hierarchical_blocks": "hierarchical",
-    "intersection": "algebra",
-    "periodic": "periodic",
-    "restrict": "algebra",
-    "strided": "strided",
-    "sum": "algebra",
-    "union": "algebra",
-    "window": "window",
-}
-"""Submodule of each pattern of ours, so that a string can be read before anybody imported its class."""
 
 
 class Pattern(ABC):
@@ -168,19 +149,18 @@ class Pattern(ABC):
         return kept
 
     def __or__(self, other: Pattern) -> Pattern:
-        return self._combined("Union", other)
+        return self._combined("union", other)
 
     def __and__(self, other: Pattern) -> Pattern:
-        return self._combined("Intersection", other)
+        return self._combined("intersection", other)
 
     def __add__(self, other: Pattern) -> Pattern:
-        return self._combined("Sum", other)
+        return self._combined("sum", other)
 
     def _combined(self, how: str, other: Pattern) -> Pattern:
         if not isinstance(other, Pattern):
             return NotImplemented
-        # Imported late: the algebra is made of patterns.
-        combination = getattr(import_module("longattn.patterncache.patterns.combined"), how)((self, other))
+        combination = registered(how)((self, other))
         return combination.parts[0] if len(combination.parts) == 1 else combination
 
 
@@ -197,39 +177,18 @@ def spec_text(value: object) -> str:
     return str(value) if isinstance(value, (int, float)) else json.dumps(value)
 
 
-_KEPT_TEXT = 4096
-"""Characters of the longest canonical string whose pattern is kept: a block mask's may be megabytes, and its plan is cached anyway."""
-
-
-def parse_pattern(text: str) -> Pattern:
-    """The pattern of a canonical string.
-
-    Raises:
-        ValueError: text is not `["name",{spec}]`, or no pattern of that name is registered in this process.
-    """
-    return _parse_kept(text) if len(text) <= _KEPT_TEXT else _parse(text)
-
-
-def _parse(text: str) -> Pattern:
-    try:
-        name, spec = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"pattern must be a canonical string '[\"name\",{{...}}]', got {text!r}") from error
-    return build_pattern(name, spec)
-
-
-_parse_kept = lru_cache(maxsize=4096)(_parse)
+def registered(name: str) -> type[Pattern]:
+    """The class of a name. Those of this package are registered once any of them is imported."""
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"pattern must name one of {sorted(_REGISTRY)} (import the module that defines yours), got {name!r}"
+        )
+    return _REGISTRY[name]
 
 
 def build_pattern(name: str, spec: dict[str, Any]) -> Pattern:
     """The pattern registered under `name`, from its spec."""
-    if name in _HOME:
-        import_module(f"longattn.patterncache.{_HOME[name]}")
-    if name not in _REGISTRY:
-        raise ValueError(
-            f"pattern must name one of {sorted({*_REGISTRY, *_HOME})} (import the module that defines yours), got {name!r}"
-        )
-    return _REGISTRY[name].from_spec(spec)
+    return registered(name).from_spec(spec)
 
 
 def check_pattern_type(name: str, value: object) -> Pattern:

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from longattn.patterncache.interop.csr import IndexArrays
-from longattn.patterncache.pattern import Pattern, parse_pattern
+from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.patterns.block_layout import LAYOUTS, BlockLayout
 from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.patterns.combined import Intersection, Restrict, Sum, Union
@@ -17,6 +17,7 @@ from longattn.patterncache.patterns.dilated import HEADS, QUERIES, Dilated
 from longattn.patterncache.patterns.documents import Documents
 from longattn.patterncache.patterns.hierarchical import HierarchicalBlocks
 from longattn.patterncache.patterns.periodic import Periodic
+from longattn.patterncache.patterns.registry import parse_pattern
 from longattn.patterncache.patterns.strided import HEADS as STRIDED_HEADS
 from longattn.patterncache.patterns.strided import Strided
 from longattn.patterncache.patterns.window import Full, Window
