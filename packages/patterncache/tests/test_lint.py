@@ -177,3 +177,9 @@ def test_a_bad_value_is_named(call, error, words):
     """The message names the parameter, what was expected and what came."""
     with pytest.raises(error, match=words):
         call()
+
+
+def test_a_document_asks_about_its_own_start():
+    """A token's sight of itself is asked at its true position: the second document's first token sees itself, its second that one."""
+    pattern = Documents([0, 1, 14], Dilated((256,), (3,), queries="all", causal=True))
+    assert (1, (1,)) == (pattern.lint(3, 1).starved, pattern.lint(3, 1).first_starved)

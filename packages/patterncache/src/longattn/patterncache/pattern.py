@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from importlib import import_module
+from operator import index
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -170,11 +171,16 @@ def spec_text(value: object) -> str:
         return "{" + ",".join([f'"{name}":{spec_text(value[name])}' for name in sorted(value)]) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join([spec_text(entry) for entry in value]) + "]"
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str) and value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
         return f'"{value}"'
-    return str(value) if isinstance(value, (int, float)) else json.dumps(value)
+    if isinstance(value, int):
+        # A pattern is a constant of the graph: `index` and `hex` make one of a symbolic number, so that another value compiles anew.
+        return str(index(value))
+    return str(float.fromhex(value.hex())) if isinstance(value, float) else json.dumps(value)
 
 
 def registered(name: str) -> type[Pattern]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +18,18 @@ Rows = npt.NDArray[np.int64]
 def check_int(name: str, value: object, *, minimum: int) -> int:
     """Return `value` as int, or raise TypeError / ValueError that names it. Booleans, floats and strings are refused."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer >= {minimum}, got {value!r} ({type(value).__name__})")
-    if value < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value}")
-    return int(value)
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {shortened(value)} ({type(value).__name__})")
+    # `index` also makes a constant of a symbolic size that torch.compile traces: another value is another graph.
+    number = index(value)
+    if number < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {number}")
+    return number
+
+
+def shortened(value: object, most: int = 200) -> str:
+    """The repr of a value for an error message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,8 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
     fewest, most, pairs = [], [], 0
     for part in parts:
         heads, keys = keys_per_query(part.plan)
-        own = np.arange(part.length, dtype=np.int64)[None]
+        # True positions, not those from the stretch's start: a document asks where it begins.
+        own = at + np.arange(part.length, dtype=np.int64)[None]
         # Which heads are alike, and one of each kind.
         _, first, times = np.unique(heads, return_index=True, return_counts=True)
         itself = pattern.count(first[:, None], own, own, num_heads)

@@ -149,6 +149,8 @@ def _draw(a: Rows, b: Rows, seed: int) -> npt.NDArray[np.float64]:
 def _check_ratio(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"ratio must be a number in (0, 1], got {value!r} ({type(value).__name__})")
-    if not 0 < value <= 1 or not math.isfinite(1 / value):
-        raise ValueError(f"ratio must be in (0, 1], got {value}")
-    return float(value)
+    # A constant also where torch.compile traces a symbolic number: see `spec_text`.
+    ratio = float.fromhex(value.hex()) if isinstance(value, float) else float(value)
+    if not 0 < ratio <= 1 or not math.isfinite(1 / ratio):
+        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+    return ratio
