@@ -125,6 +125,8 @@ Index = Affine | Listed
 
 def index_of(starts: Rows, count: int, step: int) -> Index:
     """Tiles that begin at `starts` (T,), each `count` rows `step` apart: affine where the starts are evenly spaced, forwards."""
+    if len(starts) == 1:
+        return Affine(int(starts[0]), 1, 0, count, step)
     spacing = np.diff(starts)
     if len(spacing) == 0 or (spacing[0] >= 0 and (spacing == spacing[0]).all()):
         return Affine(int(starts[0]), len(starts), int(spacing[0]) if len(spacing) else 0, count, step)

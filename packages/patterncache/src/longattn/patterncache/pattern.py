@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
+from longattn.patterncache.planning.intervals import Intervals
 from longattn.patterncache.planning.listing import listed_branches
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 
@@ -103,6 +104,13 @@ class Pattern(ABC):
         """Branches whose counts add up to this pattern's. The default lists rows."""
         yield from listed_branches(self.counts, rectangle)
 
+    def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch] | None:
+        """Branches of this pattern within each of many documents, positions counted from a document's start, planned at once.
+
+        Default None: not known; `Documents` then plans one document after the other.
+        """
+        return None
+
     def counts(self, rectangle: Rectangle) -> Counts:
         """(heads, queries, keys) int64, dense: for tests, oracles and small sizes."""
         self.check_rectangle(rectangle)
@@ -161,7 +169,8 @@ class Pattern(ABC):
     def _combined(self, how: str, other: Pattern) -> Pattern:
         if not isinstance(other, Pattern):
             return NotImplemented
-        combination = registered(how)((self, other))
+        combination: Any = registered(how)
+        combination = combination((self, other))
         return combination.parts[0] if len(combination.parts) == 1 else combination
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from longattn.patterncache.indices import Affine, index_of
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
+from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, congruent_indices
 
 HEADS = ("shared", "blocks", "split")
@@ -138,6 +139,19 @@ class Dilated(Pattern, name="dilated"):
             for heads, offset in self.head_classes(b, rectangle):
                 if heads.length:
                     yield from self._class_branches(b, heads, offset, rectangle)
+
+    def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch]:
+        """A tile for each segment of each document, which counts segments and residues from its start."""
+        band = Band(0, None) if self.causal else None
+        for sides in span_pairs(rectangle):
+            each = documents.meeting(sides)
+            for b, (s, r) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
+                low, high = each.segments(s)
+                for heads, offset in self.head_classes(b, rectangle):
+                    keys = Intervals(low, high, low + offset, r)
+                    queries = keys if self.queries == "dilated" else replace(keys, modulus=1)
+                    if heads.length:
+                        yield from interval_branches(heads, sides, queries, keys, band)
 
     def _class_branches(self, b: int, heads: Span, offset: int, rectangle: Rectangle) -> Iterator[Branch]:
         q_row = 0

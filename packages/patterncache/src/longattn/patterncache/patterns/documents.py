@@ -13,7 +13,7 @@ import numpy as np
 from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
 from longattn.patterncache.patterns.window import Full
 from longattn.patterncache.plan import Branch, Counts
-from longattn.patterncache.planning.intervals import moved, span_pairs
+from longattn.patterncache.planning.intervals import Intervals, moved, span_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 
 
@@ -59,8 +59,9 @@ class Documents(Pattern, name="documents"):
             last = max((span.last for span in spans if span.length), default=-1)
             if last >= end:
                 raise ValueError(f"{name} must lie below cu_seqlens[-1] = {end}, got position {last}")
-        for _, part, _ in self._parts(rectangle):
-            self.pattern.check_rectangle(part)
+        if type(self.pattern).check_rectangle is not Pattern.check_rectangle:
+            for _, part, _ in self._parts(rectangle):
+                self.pattern.check_rectangle(part)
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """The pattern's count on positions within the document, where i and j share one."""
@@ -71,7 +72,11 @@ class Documents(Pattern, name="documents"):
         return np.where(other, 0, found)
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """Those of the pattern, document by document."""
+        """Those of the pattern, for all documents at once where it can, else document by document."""
+        together = self.pattern.document_branches(rectangle, Intervals.between(self._borders))
+        if together is not None:
+            yield from together
+            return
         for start, part, rows in self._parts(rectangle):
             for branch in self.pattern.branches(part):
                 yield moved(branch, rows, start)

@@ -10,7 +10,7 @@ import numpy as np
 
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
-from longattn.patterncache.planning.intervals import Sides, Windows, span_pairs, window_branches
+from longattn.patterncache.planning.intervals import Intervals, Sides, interval_branches, span_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 
 
@@ -73,8 +73,8 @@ class HierarchicalBlocks(Pattern, name="hierarchical_blocks"):
                 size = self.size(level)
                 low = np.arange(begin // size, -(-end // size), dtype=np.int64) * size
                 if not level:
-                    block = Windows(low, low + size, np.zeros_like(low), 1)
-                    yield from window_branches(heads, sides, block, block, Band(0, None) if self.causal else None)
+                    block = Intervals(low, low + size, np.zeros_like(low), 1)
+                    yield from interval_branches(heads, sides, block, block, Band(0, None) if self.causal else None)
                     continue
                 for part in range(self.fanout):
                     # Keys of one's own part are seen at a lower level already, its last token among them.
@@ -83,11 +83,11 @@ class HierarchicalBlocks(Pattern, name="hierarchical_blocks"):
     def _outside(self, heads: Span, sides: Sides, low: Rows, level: int, part: int) -> Iterator[Branch]:
         unit = self.size(level - 1)
         own = low + part * unit
-        queries = Windows(own, own + unit, np.zeros_like(low), 1)
-        yield from window_branches(heads, sides, queries, Windows(low, own, low - 1, unit), None)
+        queries = Intervals(own, own + unit, np.zeros_like(low), 1)
+        yield from interval_branches(heads, sides, queries, Intervals(low, own, low - 1, unit), None)
         if not self.causal:
-            after = Windows(own + unit, low + self.size(level), low - 1, unit)
-            yield from window_branches(heads, sides, queries, after, None)
+            after = Intervals(own + unit, low + self.size(level), low - 1, unit)
+            yield from interval_branches(heads, sides, queries, after, None)
 
     def with_causal(self, causal: bool) -> HierarchicalBlocks:
         """The same with `causal` replaced."""

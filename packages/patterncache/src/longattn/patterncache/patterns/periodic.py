@@ -10,7 +10,7 @@ import numpy as np
 
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
-from longattn.patterncache.planning.intervals import Windows, span_pairs, window_branches
+from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 
 Run = tuple[int, int, int | None, int | None]
@@ -79,9 +79,9 @@ class Periodic(Pattern, name="periodic"):
         for sides in span_pairs(rectangle):
             end = np.array([max(span.last for span, _ in sides) + 1])
             for a, b, low, high in self.runs:
-                queries, keys = (Windows(zero, end, np.array([residue]), self.period) for residue in (a, b))
+                queries, keys = (Intervals(zero, end, np.array([residue]), self.period) for residue in (a, b))
                 band = self._band(low, high)
-                yield from window_branches(heads, sides, queries, keys, None if band == Band() else band)
+                yield from interval_branches(heads, sides, queries, keys, None if band == Band() else band)
 
     def with_causal(self, causal: bool) -> Periodic:
         """The same with `causal` replaced."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
-from longattn.patterncache.planning.intervals import Sides, Windows, span_pairs, window_branches
+from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 
 HEADS = ("merged", "split")
@@ -64,26 +64,32 @@ class Strided(Pattern, name="strided"):
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
         """A band for the local part; a tile per residue for the strided one, without the band where a head has both."""
+        last = max((span.last for span in (*rectangle.queries, *rectangle.keys)), default=-1)
+        return self.document_branches(rectangle, Intervals.between(np.array([0, last + 1], np.int64)))
+
+    def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch]:
+        """As `branches`, for each document; residues count from its start."""
         every = Span(0, rectangle.heads.length)
         near = Band(0 if self.causal else 1 - self._width, self._width - 1)
         everywhere = Band(0, None) if self.causal else None
         for sides in span_pairs(rectangle):
+            each = documents.meeting(sides)
+            residues = self._residues(each)
             if self.heads == "merged":
-                yield from self._local(every, sides, near)
-                yield from self._residues(every, sides, Band(self._width, None))
+                yield from interval_branches(every, sides, each, each, near)
+                yield from interval_branches(every, sides, residues, residues, Band(self._width, None))
                 if not self.causal:
-                    yield from self._residues(every, sides, Band(None, -self._width))
+                    yield from interval_branches(every, sides, residues, residues, Band(None, -self._width))
                 continue
-            yield from self._local(Span(*rectangle.heads.congruent(0, 2)), sides, near)
-            yield from self._residues(Span(*rectangle.heads.congruent(1, 2)), sides, everywhere)
+            even, odd = (Span(*rectangle.heads.congruent(residue, 2)) for residue in (0, 1))
+            yield from interval_branches(even, sides, each, each, near)
+            yield from interval_branches(odd, sides, residues, residues, everywhere)
 
-    def _local(self, heads: Span, sides: Sides, band: Band) -> Iterator[Branch]:
-        whole = _windows(sides, np.zeros(1, np.int64), 1)
-        yield from window_branches(heads, sides, whole, whole, band)
-
-    def _residues(self, heads: Span, sides: Sides, band: Band | None) -> Iterator[Branch]:
-        every = _windows(sides, np.arange(self.stride, dtype=np.int64), self.stride)
-        yield from window_branches(heads, sides, every, every, band)
+    def _residues(self, documents: Intervals) -> Intervals:
+        """Every document once for each residue modulo the stride."""
+        residue = np.tile(np.arange(self.stride, dtype=np.int64), len(documents.low))
+        low, high = (np.repeat(side, self.stride) for side in (documents.low, documents.high))
+        return Intervals(low, high, low + residue, self.stride)
 
     def with_causal(self, causal: bool) -> Strided:
         """The same with `causal` replaced: not causal, both parts are symmetric."""
@@ -97,8 +103,3 @@ class Strided(Pattern, name="strided"):
     def from_spec(cls, spec: dict[str, Any]) -> Strided:
         """From `to_spec`."""
         return cls(**spec)
-
-
-def _windows(sides: Sides, residue: Rows, modulus: int) -> Windows:
-    end = max(span.last for span, _ in sides) + 1
-    return Windows(np.zeros_like(residue), np.full_like(residue, end), residue, modulus)

@@ -12,6 +12,7 @@ from longattn.patterncache.indices import Affine
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.block_runs import restrict_band
+from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 
 
@@ -97,6 +98,13 @@ class Full(Pattern, name="full"):
         for branch in whole_branches(rectangle):
             yield from restrict_band(branch, self.band)
 
+    def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch]:
+        """A tile for each document."""
+        heads = Span(0, rectangle.heads.length)
+        for sides in span_pairs(rectangle):
+            each = documents.meeting(sides)
+            yield from interval_branches(heads, sides, each, each, self.band)
+
 
 @dataclass(frozen=True)
 class Window(Pattern, name="window"):
@@ -170,3 +178,16 @@ class Window(Pattern, name="window"):
                 yield from restrict_band(far, Band(self.size, None))
                 if not self.causal:
                     yield from restrict_band(far, Band(None, -self.size))
+
+    def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch]:
+        """The band, then the sinks outside it: a tile for each document."""
+        heads = Span(0, rectangle.heads.length)
+        for sides in span_pairs(rectangle):
+            each = documents.meeting(sides)
+            yield from interval_branches(heads, sides, each, each, self._near)
+            if not self.sinks:
+                continue
+            sinks = replace(each, high=np.minimum(each.high, each.low + self.sinks))
+            yield from interval_branches(heads, sides, each, sinks, Band(self.size, None))
+            if not self.causal:
+                yield from interval_branches(heads, sides, each, sinks, Band(None, -self.size))

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from longattn.patterncache.indices import Affine, Index, Listed, index_of
 from longattn.patterncache.plan import Band, Branch
+from longattn.patterncache.planning.intervals import expand, lands, query_tiles
 from longattn.patterncache.planning.listing import listed_part
 from longattn.patterncache.spans import Rows
 
@@ -52,24 +53,18 @@ def cut_runs(index: Index, at: tuple[int, int], size: int) -> tuple[Runs, Rows]:
     whole, step = runs_of(index, at), index.step * at[1]
     if step > size:
         # Neighbours are blocks apart: every row is a run of its own.
-        owner, first = _expand(whole.count)
+        owner, first = expand(whole.count)
         count = np.ones_like(first)
         block = (whole.position[owner] + first * step) // size
     else:
         low = whole.position // size
-        owner, block = _expand((whole.position + (whole.count - 1) * step) // size - low + 1)
+        owner, block = expand((whole.position + (whole.count - 1) * step) // size - low + 1)
         block += low[owner]
         begin = whole.position[owner]
         first = np.maximum(-((begin - block * size) // step), 0)
         count = np.minimum(((block + 1) * size - 1 - begin) // step, whole.count[owner] - 1) - first + 1
     runs = Runs(whole.tile[owner], whole.row[owner] + first * index.step, whole.position[owner] + first * step, count)
     return runs, block
-
-
-def _expand(counts: Rows) -> tuple[Rows, Rows]:
-    """For each c of counts: its index c times, beside 0 .. c - 1."""
-    owner = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-    return owner, np.arange(len(owner), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def made_of_runs(branch: Branch, band: Band | None) -> bool:
@@ -129,7 +124,7 @@ def _dense(branch: Branch, q: Runs, k: Runs, pairs: tuple[Rows, Rows]) -> Iterat
         listed = k_of[begin[members][:, None] + np.arange(int(length[members[0]]), dtype=np.int64)]
         yield replace(
             branch,
-            q=_tiles(q.row[owner[members]], int(q.count[owner[members[0]]]), branch.q.step),
+            q=query_tiles(q.row[owner[members]], int(q.count[owner[members[0]]]), branch.q.step),
             k=_key_runs(k.row[listed], int(k.count[listed[0, 0]]), branch.k.step),
         )
 
@@ -141,19 +136,12 @@ def _banded(branch: Branch, q: Runs, k: Runs, pairs: tuple[Rows, Rows], offset: 
         a, b = q_of[members], k_of[members]
         cut = replace(
             branch,
-            q=_tiles(q.row[a], int(q.count[a[0]]), branch.q.step),
+            q=query_tiles(q.row[a], int(q.count[a[0]]), branch.q.step),
             k=index_of(k.row[b], int(k.count[b[0]]), branch.k.step),
             band=band,
         )
-        if _lands(cut, band):
+        if lands(cut, band):
             yield cut
-
-
-def _lands(branch: Branch, band: Band) -> bool:
-    """Whether a band that reaches into a uniform branch shows a pair of it: wide strides can step over a narrow band."""
-    if band.low is None or band.high is None or band.high - band.low + 1 >= max(branch.steps):
-        return True
-    return bool(branch.seeing.any())
 
 
 def _alike(order: Rows, *keys: Rows) -> Iterator[Rows]:
@@ -165,12 +153,6 @@ def _alike(order: Rows, *keys: Rows) -> Iterator[Rows]:
     for key in keys:
         changed |= np.diff(key[ranked]) != 0
     yield from np.split(ranked, np.flatnonzero(changed) + 1)
-
-
-def _tiles(starts: Rows, count: int, step: int) -> Index:
-    """Query tiles: affine only where the strides alone say that no row stands in two."""
-    index = index_of(starts, count, step)
-    return index if isinstance(index, Listed) or index.distinct else Listed(starts[:, None], count, step)
 
 
 def _key_runs(starts: Rows, run: int, step: int) -> Index:
@@ -196,7 +178,7 @@ def restrict_band(branch: Branch, band: Band) -> Iterator[Branch]:
         farthest = narrowed.offset + (narrowed.q.count - 1) * q_step
         if tighter.covers(nearest, farthest):
             yield replace(branch, band=None)
-        elif not tighter.misses(nearest, farthest) and _lands(narrowed, tighter):
+        elif not tighter.misses(nearest, farthest) and lands(narrowed, tighter):
             yield narrowed
     elif made_of_runs(branch, tighter):
         q, k = runs_of(branch.q, branch.q_at), runs_of(branch.k, branch.k_at)
