@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from longattn.patterncache.caching.freeze import ENTRY_BYTES, freeze, size_of
+from longattn.patterncache.caching.freeze import ENTRY_BYTES, first_estimate, freeze
 from longattn.patterncache.caching.hit_curve import HitCurve
 from longattn.patterncache.caching.policy import POLICIES, Entry
 from longattn.patterncache.caching.profile import BuildProfile
@@ -44,8 +44,9 @@ class PatternCache:
     Args:
         max_size: entries kept at most; 0 builds every time and keeps nothing. Default 1000.
         policy: "s3fifo", which a scan does not flush, or "lru", which evicts exactly the least recently used. Default "s3fifo".
-        max_bytes: bytes kept at most: each value's `nbytes` as it is when built, and `ENTRY_BYTES` an entry. A value beyond that by
-            itself is not kept; 0 keeps nothing. Default None: no limit.
+        max_bytes: bytes kept at most: each value's `nbytes` as it is when built, of plans all that they hold by now, and `ENTRY_BYTES` an
+            entry. What plans gather in use counts at the next miss and in `get_stats`. A value beyond the limit by itself is not kept; 0
+            keeps nothing. Default None: no limit.
         enable_profiling: statistics get a `profile` entry. Default False.
         grow_to: entries that the cache may allow itself: when it has evicted as many as it holds, `max_size` becomes what the hit curve
             since then asks for, up to this. It never shrinks by itself. Default None: `max_size` stays.
@@ -176,7 +177,7 @@ class PatternCache:
                 raise
             flight.value, flight.built = value, True
             seconds = time.perf_counter() - started
-            nbytes = size_of(value) + ENTRY_BYTES
+            nbytes = first_estimate(value) + ENTRY_BYTES
             logger.debug("build %s: %.3f ms, %d bytes", key, 1e3 * seconds, nbytes)
             self._keep(key, value, nbytes, seconds, flight)
             return value
@@ -248,6 +249,8 @@ class PatternCache:
         keys built last.
         """
         with self._lock:
+            evicted = self._store.measure(every=True)
+            self._note_evicted(evicted)
             hits, misses, store = self._hits, self._misses, self._store
             stats: dict[str, Any] = {
                 "hits": hits,
@@ -262,7 +265,8 @@ class PatternCache:
             }
             if self._profile is not None:
                 stats["profile"] = self._profile.as_dict(self._entries.values())
-            return stats
+        self._log(evicted, self.max_size)
+        return stats
 
     def hit_curve(self) -> HitCurve:
         """How many hits more room would have brought since the size last changed, from the evicted keys that came back."""

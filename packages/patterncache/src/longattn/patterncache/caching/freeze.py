@@ -15,6 +15,10 @@ ENTRY_BYTES = 512
 """What an entry is taken to cost beside its value's `nbytes`: key, dict slots, small objects. An estimate, the same for each."""
 
 
+BRANCH_BYTES = 500
+"""What a branch is taken to hold until its plan is measured, beside its lists."""
+
+
 def freeze(value: T) -> T:
     """The same value, with arrays read-only and plans packed, those in tuples too.
 
@@ -40,6 +44,18 @@ def size_of(value: object) -> int:
         return sum(size_of(part) for part in value)
     nbytes = getattr(value, "nbytes", 0)
     return int(nbytes) if isinstance(nbytes, (int, np.integer)) else 0
+
+
+def first_estimate(value: object) -> int:
+    """Bytes that a new value is taken to hold until it is measured: its data, and the branches of plans."""
+    if type(value) is tuple:
+        return sum(first_estimate(part) for part in value)
+    return size_of(value) + (BRANCH_BYTES * len(value.branches) if type(value) is Plan else 0)
+
+
+def grows(value: object) -> bool:
+    """Whether a value may hold more later than now: plans do."""
+    return any(grows(part) for part in value) if type(value) is tuple else type(value) is Plan
 
 
 def wide_size_of(value: object) -> int:

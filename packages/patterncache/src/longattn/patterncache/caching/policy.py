@@ -23,9 +23,9 @@ AGEING = 300
 
 
 class Entry:
-    """One kept value. A hit sets `used` to the cache's clock and adds one to `hits`; nothing else changes."""
+    """One kept value. A hit sets `used` to the cache's clock and adds one to `hits`; nothing else changes but measured bytes."""
 
-    __slots__ = ("before", "counted", "hits", "key", "nbytes", "used", "value")
+    __slots__ = ("before", "counted", "hits", "key", "measured", "nbytes", "used", "value")
 
     def __init__(self, key: Hashable, value: Any, nbytes: int, used: int) -> None:
         self.key = key
@@ -33,6 +33,8 @@ class Entry:
         self.nbytes = nbytes
         self.used = used
         self.hits = 0
+        # Hits when the bytes were last measured; -1: they are an estimate.
+        self.measured = -1
         # Hits that the policy has already acted upon.
         self.counted = 0
         # How often it was asked for before it came in, as far as is remembered; less what has aged since.
@@ -115,6 +117,10 @@ class Policy(Protocol):
         """There is room for so many from now on; no more are there."""
         ...
 
+    def recount(self) -> None:
+        """Bytes of entries have changed."""
+        ...
+
     def __iter__(self) -> Iterator[Entry]:
         """All entries, in no order."""
         ...
@@ -153,6 +159,9 @@ class LRU:
                 return entry
             self._push(entry)
 
+    def recount(self) -> None:
+        """Bytes do not matter to it."""
+
     def resize(self, max_size: int) -> None:
         """Only what is remembered changes."""
         self.ghosts.resize(REMEMBERED * max_size)
@@ -190,6 +199,12 @@ class S3FIFO:
         """The small queue stays a fiftieth of the room."""
         self._set_size(max_size)
         self.ghosts.resize(REMEMBERED * max_size)
+
+    def recount(self) -> None:
+        """Bytes of entries have changed."""
+        self._small_bytes, self._main_bytes = (
+            sum(entry.nbytes for entry in some) for some in (self._small, self._main)
+        )
 
     def recall(self, key: Hashable) -> int:
         """How often `key` was asked for before it left, 0 where that is not remembered."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from longattn.patterncache.caching.freeze import ENTRY_BYTES, wide_size_of
+from longattn.patterncache.caching.freeze import ENTRY_BYTES, grows, size_of, wide_size_of
+from longattn.patterncache.caching.held_bytes import held_bytes
 from longattn.patterncache.caching.hit_curve import HitCurve
 from longattn.patterncache.caching.policy import POLICIES, Entry
 
@@ -29,7 +30,7 @@ class Store:
         self.entries: dict[Hashable, Entry] = {}
         self.max_size, self.max_bytes, self.grow_to = max_size, max_bytes, grow_to
         self.inserted = self.evictions = self.nbytes = 0
-        self._wide_bytes = 0
+        self._wide_bytes = self._data_bytes = 0
         self._order = POLICIES[policy](max_size, max_bytes)
         self._exact = policy == "lru" and max_bytes is None
         # Of the hit curve: what had been when the size last changed, and the evictions up to which it has been looked at.
@@ -39,7 +40,8 @@ class Store:
         """Let an entry in, where there is room for it at all, and return those that left. `hits` and `asked` are the cache's so far."""
         if not self.max_size or (self.max_bytes is not None and entry.nbytes > self.max_bytes):
             return []
-        before, evicted = self._order.recall(entry.key), []
+        evicted = self.measure() if self.max_bytes is not None else []
+        before = self._order.recall(entry.key)
         if self._is_due():
             self._looked_at = self.evictions
             self._set_size(
@@ -51,7 +53,30 @@ class Store:
         self.entries[entry.key] = entry
         self.nbytes += entry.nbytes
         self._wide_bytes += wide_size_of(entry.value)
+        self._data_bytes += size_of(entry.value)
         self._order.insert(entry, before)
+        return evicted
+
+    def measure(self, *, every: bool = False) -> list[Entry]:
+        """Count what plans hold by now, and return what left because that is above the limit.
+
+        A plan gathers what it is used for (cut branches, masks, lowered forms) after it was taken in. One that was hit is measured again
+        when its hits have doubled; with `every`, whenever it was hit.
+        """
+        grown = False
+        for entry in self.entries.values():
+            hits = entry.hits
+            if entry.measured < hits if every else 2 * entry.measured < hits - 1 or entry.measured < 0:
+                entry.measured = hits
+                if grows(entry.value):
+                    before, entry.nbytes = entry.nbytes, held_bytes(entry.value) + ENTRY_BYTES
+                    self.nbytes += entry.nbytes - before
+                    grown = True
+        if grown:
+            self._order.recount()
+        evicted = []
+        while not self._fits(0, more=0):
+            evicted.append(self._evict())
         return evicted
 
     def resize(self, max_size: int, hits: int, asked: int) -> list[Entry]:
@@ -73,15 +98,16 @@ class Store:
         grows = self.grow_to is not None and self.max_size < self.grow_to
         return grows and self.evictions - self._looked_at >= self.max_size
 
-    def _fits(self, nbytes: int) -> bool:
+    def _fits(self, nbytes: int, more: int = 1) -> bool:
         in_bytes = self.max_bytes is None or self.nbytes + nbytes <= self.max_bytes
-        return in_bytes and len(self.entries) < self.max_size
+        return in_bytes and len(self.entries) + more <= self.max_size
 
     def _evict(self) -> Entry:
         entry = self._order.evict()
         del self.entries[entry.key]
         self.nbytes -= entry.nbytes
         self._wide_bytes -= wide_size_of(entry.value)
+        self._data_bytes -= size_of(entry.value)
         self.evictions += 1
         return entry
 
@@ -94,8 +120,7 @@ class Store:
     @property
     def compression(self) -> float:
         """Bytes of the values as if unpacked, over their bytes; 1.0 where there are none."""
-        packed = self.nbytes - ENTRY_BYTES * len(self.entries)
-        return self._wide_bytes / packed if packed else 1.0
+        return self._wide_bytes / self._data_bytes if self._data_bytes else 1.0
 
     def check_valid(self) -> None:
         """Assert the invariants: bounded; bytes equal a recount; no entry is lost."""
