@@ -15,7 +15,7 @@ from longattn.kernels.native import row
 from longattn.kernels.native.arguments import CallArgument
 from longattn.kernels.native.building import refusal
 from longattn.patterncache import Branch, Full, Plan, Rectangle, Span
-from longattn.patterncache.index import Affine, Listed
+from longattn.patterncache.indices import Affine, Listed
 from longattn.patterncache.plan import Band
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=str(refusal()))

@@ -13,7 +13,7 @@ from longattn.kernels.native.arguments import PackedJobs
 from longattn.kernels.native.lowering import Job, Lowered, RowSet, lower, query_rows
 from longattn.kernels.native.progressions import Periodic, Progression, multiset, period_of, rows_of
 from longattn.patterncache import Branch, Dilated, Full, Plan, Rectangle, Restrict, Span, Window
-from longattn.patterncache.index import Affine, Listed
+from longattn.patterncache.indices import Affine, Listed
 from longattn.patterncache.testing import patterns, spans
 
 LONGNET = Dilated((8, 16, 32), (1, 2, 4))

@@ -22,8 +22,8 @@ from longattn.patterncache import (
     Window,
     parse_pattern,
 )
-from longattn.patterncache.index import Rows
 from longattn.patterncache.plan import Counts
+from longattn.patterncache.spans import Rows
 from longattn.patterncache.testing import check_pattern, check_plan, patterns, rectangles
 
 COMBINED = [

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from longattn.patterncache import Dilated, Full, Listed, PatternCache, Rectangle, Span
-from longattn.patterncache.freeze import ENTRY_BYTES
+from longattn.patterncache.caching.freeze import ENTRY_BYTES
+from longattn.patterncache.caching.held_bytes import held_bytes
 
 KEYS = st.integers(0, 9)
 
@@ -172,10 +173,10 @@ def test_arrays_of_a_plan_are_read_only():
 
 
 def test_bytes_of_a_plan_are_its_own():
-    """A plan is taken at its `nbytes` and the constant."""
+    """A plan is taken at all that it holds, and the constant."""
     cache, pattern = PatternCache(), Dilated((4, 8), (1, 2))
     plan = cache.get_or_build("plan", lambda: pattern.plan(Rectangle(2, Span(0, 8), Span(0, 8))))
-    assert cache.get_stats()["bytes"] == plan.nbytes + ENTRY_BYTES
+    assert cache.get_stats()["bytes"] == held_bytes(plan) + ENTRY_BYTES
 
 
 def test_profiling_counts_keys():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from longattn.patterncache import DeviceTier, Dilated, IndexArrays, PatternCache, index_arrays
+from longattn.patterncache.analysis.propagation import square
 from longattn.patterncache.testing import dense_counts
-from longattn.patterncache.walks import square
 
 torch = pytest.importorskip("torch")
 

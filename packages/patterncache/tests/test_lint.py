@@ -22,10 +22,10 @@ from longattn.patterncache import (
     Strided,
     Window,
 )
-from longattn.patterncache.lint import lint
-from longattn.patterncache.reach import direct_depth, layers_needed, reach
+from longattn.patterncache.analysis.lint import lint
+from longattn.patterncache.analysis.propagation import stretches
+from longattn.patterncache.analysis.reach import direct_depth, layers_needed, reach
 from longattn.patterncache.testing import dilated, patterns
-from longattn.patterncache.walks import stretches
 
 LONGNET = ((2048, 4096, 8192), (1, 2, 4))
 
@@ -177,3 +177,9 @@ def test_a_bad_value_is_named(call, error, words):
     """The message names the parameter, what was expected and what came."""
     with pytest.raises(error, match=words):
         call()
+
+
+def test_a_document_asks_about_its_own_start():
+    """A token's sight of itself is asked at its true position: the second document's first token sees itself, its second that one."""
+    pattern = Documents([0, 1, 14], Dilated((256,), (3,), queries="all", causal=True))
+    assert (1, (1,)) == (pattern.lint(3, 1).starved, pattern.lint(3, 1).first_starved)

@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from longattn.patterncache import Dilated, Full, Window, from_bigbird, from_hf, from_natten
+from longattn.patterncache.analysis.propagation import square
 from longattn.patterncache.testing import check_pattern
-from longattn.patterncache.walks import square
 
 
 def mistral(**more):

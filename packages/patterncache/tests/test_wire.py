@@ -20,9 +20,9 @@ from longattn.patterncache import (
     plan_from_bytes,
     plan_to_bytes,
 )
-from longattn.patterncache.narrow import Narrow, PackedListed, pack_plan
+from longattn.patterncache.analysis.propagation import square
+from longattn.patterncache.planning.packed_lists import Narrow, PackedListed, pack_plan
 from longattn.patterncache.testing import check_plan, patterns, rectangles
-from longattn.patterncache.walks import square
 
 
 def numbers():
@@ -102,7 +102,7 @@ RANK = """
 import sys
 import torch.distributed as dist
 from longattn.patterncache import PatternCache, Dilated, Window, build_on_one, check_same_plan
-from longattn.patterncache.walks import square
+from longattn.patterncache.analysis.propagation import square
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)

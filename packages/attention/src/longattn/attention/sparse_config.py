@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longattn.patterncache import BlockLayout, BlockSparse
-from longattn.patterncache.block_layout import LAYOUTS
-from longattn.patterncache.index import check_int
+from longattn.patterncache.patterns.block_layout import LAYOUTS
+from longattn.patterncache.spans import check_int
 
 
 @dataclass(frozen=True)

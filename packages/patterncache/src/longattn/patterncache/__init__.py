@@ -7,87 +7,89 @@ from typing import TYPE_CHECKING
 logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
-    from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
-    from longattn.patterncache.band import pieces
-    from longattn.patterncache.block_layout import BlockLayout
-    from longattn.patterncache.block_sparse import BlockSparse
-    from longattn.patterncache.by_head import ByHead
-    from longattn.patterncache.cache import PatternCache
-    from longattn.patterncache.compressed_rows import IndexArrays, index_arrays
-    from longattn.patterncache.device_tier import DeviceTier, IndexTensors
-    from longattn.patterncache.dilated import Dilated
-    from longattn.patterncache.documents import Documents
-    from longattn.patterncache.flex_export import FlexMask
-    from longattn.patterncache.foreign import from_block_mask, from_mask_mod
-    from longattn.patterncache.global_cache import (
+    from longattn.patterncache.analysis.lint import Gap, Lint
+    from longattn.patterncache.analysis.reach import Reach
+    from longattn.patterncache.caching.cache import PatternCache
+    from longattn.patterncache.caching.device_tier import DeviceTier, IndexTensors
+    from longattn.patterncache.caching.global_cache import (
         get_global_device_tier,
         get_global_pattern_cache,
         reset_global_pattern_cache,
     )
-    from longattn.patterncache.hierarchical import HierarchicalBlocks
-    from longattn.patterncache.index import Affine, Listed, Rectangle, Span
-    from longattn.patterncache.lint import Gap, Lint
-    from longattn.patterncache.model_configs import from_bigbird, from_hf, from_natten
-    from longattn.patterncache.pattern import Pattern, parse_pattern
-    from longattn.patterncache.periodic import Periodic
+    from longattn.patterncache.caching.ranks import build_on_one, check_same_plan
+    from longattn.patterncache.caching.view import CacheView
+    from longattn.patterncache.caching.wire import plan_digest, plan_from_bytes, plan_to_bytes
+    from longattn.patterncache.indices import Affine, Listed
+    from longattn.patterncache.interop.csr import IndexArrays, index_arrays
+    from longattn.patterncache.interop.flex import FlexMask
+    from longattn.patterncache.interop.masks import from_block_mask, from_mask_mod
+    from longattn.patterncache.interop.model_configs import from_bigbird, from_hf, from_natten
+    from longattn.patterncache.pattern import Pattern
+    from longattn.patterncache.patterns.block_layout import BlockLayout
+    from longattn.patterncache.patterns.block_sparse import BlockSparse
+    from longattn.patterncache.patterns.by_head import ByHead
+    from longattn.patterncache.patterns.combined import Intersection, Restrict, Sum, Union
+    from longattn.patterncache.patterns.dilated import Dilated
+    from longattn.patterncache.patterns.documents import Documents
+    from longattn.patterncache.patterns.hierarchical import HierarchicalBlocks
+    from longattn.patterncache.patterns.periodic import Periodic
+    from longattn.patterncache.patterns.registry import parse_pattern
+    from longattn.patterncache.patterns.scored_blocks import ScoredBlocks
+    from longattn.patterncache.patterns.strided import Strided
+    from longattn.patterncache.patterns.window import Full, Window
     from longattn.patterncache.plan import Band, Branch, Plan
-    from longattn.patterncache.ranks import build_on_one, check_same_plan
-    from longattn.patterncache.reach import Reach
-    from longattn.patterncache.scored import ScoredBlocks
-    from longattn.patterncache.strided import Strided
-    from longattn.patterncache.view import CacheView
-    from longattn.patterncache.window import Full, Window
-    from longattn.patterncache.wire import plan_digest, plan_from_bytes, plan_to_bytes
+    from longattn.patterncache.planning.bands import pieces
+    from longattn.patterncache.spans import Rectangle, Span
 
 _HOME = {
-    "Affine": "index",
+    "Affine": "indices",
     "Band": "plan",
-    "BlockLayout": "block_layout",
-    "BlockSparse": "block_sparse",
+    "BlockLayout": "patterns.block_layout",
+    "BlockSparse": "patterns.block_sparse",
     "Branch": "plan",
-    "ByHead": "by_head",
-    "CacheView": "view",
-    "DeviceTier": "device_tier",
-    "Dilated": "dilated",
-    "Documents": "documents",
-    "FlexMask": "flex_export",
-    "Full": "window",
-    "Gap": "lint",
-    "HierarchicalBlocks": "hierarchical",
-    "IndexArrays": "compressed_rows",
-    "IndexTensors": "device_tier",
-    "Intersection": "algebra",
-    "Lint": "lint",
-    "Listed": "index",
-    "Pattern": "pattern",
-    "PatternCache": "cache",
-    "Periodic": "periodic",
+    "ByHead": "patterns.by_head",
+    "CacheView": "caching.view",
+    "DeviceTier": "caching.device_tier",
+    "Dilated": "patterns.dilated",
+    "Documents": "patterns.documents",
+    "FlexMask": "interop.flex",
+    "Full": "patterns.window",
+    "Gap": "analysis.lint",
+    "HierarchicalBlocks": "patterns.hierarchical",
+    "IndexArrays": "interop.csr",
+    "IndexTensors": "caching.device_tier",
+    "Intersection": "patterns.combined",
+    "Lint": "analysis.lint",
+    "Listed": "indices",
+    "Pattern": "patterns.registry",
+    "PatternCache": "caching.cache",
+    "Periodic": "patterns.periodic",
     "Plan": "plan",
-    "Reach": "reach",
-    "Rectangle": "index",
-    "Restrict": "algebra",
-    "ScoredBlocks": "scored",
-    "Span": "index",
-    "Strided": "strided",
-    "Sum": "algebra",
-    "Union": "algebra",
-    "Window": "window",
-    "build_on_one": "ranks",
-    "check_same_plan": "ranks",
-    "from_bigbird": "model_configs",
-    "from_block_mask": "foreign",
-    "from_hf": "model_configs",
-    "from_mask_mod": "foreign",
-    "from_natten": "model_configs",
-    "get_global_device_tier": "global_cache",
-    "get_global_pattern_cache": "global_cache",
-    "index_arrays": "compressed_rows",
-    "parse_pattern": "pattern",
-    "pieces": "band",
-    "plan_digest": "wire",
-    "plan_from_bytes": "wire",
-    "plan_to_bytes": "wire",
-    "reset_global_pattern_cache": "global_cache",
+    "Reach": "analysis.reach",
+    "Rectangle": "spans",
+    "Restrict": "patterns.combined",
+    "ScoredBlocks": "patterns.scored_blocks",
+    "Span": "spans",
+    "Strided": "patterns.strided",
+    "Sum": "patterns.combined",
+    "Union": "patterns.combined",
+    "Window": "patterns.window",
+    "build_on_one": "caching.ranks",
+    "check_same_plan": "caching.ranks",
+    "from_bigbird": "interop.model_configs",
+    "from_block_mask": "interop.masks",
+    "from_hf": "interop.model_configs",
+    "from_mask_mod": "interop.masks",
+    "from_natten": "interop.model_configs",
+    "get_global_device_tier": "caching.global_cache",
+    "get_global_pattern_cache": "caching.global_cache",
+    "index_arrays": "interop.csr",
+    "parse_pattern": "patterns.registry",
+    "pieces": "planning.bands",
+    "plan_digest": "caching.wire",
+    "plan_from_bytes": "caching.wire",
+    "plan_to_bytes": "caching.wire",
+    "reset_global_pattern_cache": "caching.global_cache",
 }
 
 __all__ = [

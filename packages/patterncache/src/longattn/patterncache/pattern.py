@@ -9,41 +9,24 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import lru_cache
 from importlib import import_module
+from operator import index
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from longattn.patterncache.index import Rectangle, Rows, Span, check_int
-from longattn.patterncache.listed import listed_branches
 from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
+from longattn.patterncache.planning.intervals import Intervals
+from longattn.patterncache.planning.listing import listed_branches
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 
 if TYPE_CHECKING:
-    from longattn.patterncache.flex_export import FlexMask
-    from longattn.patterncache.lint import Lint
-    from longattn.patterncache.reach import Reach
+    from longattn.patterncache.analysis.lint import Lint
+    from longattn.patterncache.analysis.reach import Reach
+    from longattn.patterncache.interop.flex import FlexMask
 
 _REGISTRY: dict[str, type[Pattern]] = {}
-
-_HOME = {
-    "block_layout": "block_layout",
-    "block_sparse": "block_sparse",
-    "by_head": "by_head",
-    "dilated": "dilated",
-    "documents": "documents",
-    "full": "window",
-    "hierarchical_blocks": "hierarchical",
-    "intersection": "algebra",
-    "periodic": "periodic",
-    "restrict": "algebra",
-    "strided": "strided",
-    "sum": "algebra",
-    "union": "algebra",
-    "window": "window",
-}
-"""Submodule of each pattern of ours, so that a string can be read before anybody imported its class."""
 
 
 class Pattern(ABC):
@@ -121,6 +104,13 @@ class Pattern(ABC):
         """Branches whose counts add up to this pattern's. The default lists rows."""
         yield from listed_branches(self.counts, rectangle)
 
+    def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch] | None:
+        """Branches of this pattern within each of many documents, positions counted from a document's start, planned at once.
+
+        Default None: not known; `Documents` then plans one document after the other.
+        """
+        return None
+
     def counts(self, rectangle: Rectangle) -> Counts:
         """(heads, queries, keys) int64, dense: for tests, oracles and small sizes."""
         self.check_rectangle(rectangle)
@@ -136,16 +126,18 @@ class Pattern(ABC):
         return make_plan(rectangle, self.branches(rectangle))
 
     def reach(self, layers: int, N: int, num_heads: int = 8) -> Reach:
-        """How many of `N` tokens a token has heard of after `layers` layers, exactly; see `longattn.patterncache.reach`."""
-        return import_module("longattn.patterncache.reach").reach(self, layers, N, num_heads)
+        """How many of `N` tokens a token has heard of after `layers` layers, exactly; see `longattn.patterncache.analysis.reach`."""
+        return import_module("longattn.patterncache.analysis.reach").reach(self, layers, N, num_heads)
 
     def lint(self, N: int, num_heads: int = 8, *, head_dim: int = 64, dtype: str = "float32") -> Lint:
         """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work. `str()` of it is for reading."""
-        return import_module("longattn.patterncache.lint").lint(self, N, num_heads, head_dim=head_dim, dtype=dtype)
+        return import_module("longattn.patterncache.analysis.lint").lint(
+            self, N, num_heads, head_dim=head_dim, dtype=dtype
+        )
 
     def describe(self, N: int = 32, num_heads: int = 8, head: int = 0, png: str | PathLike[str] | None = None) -> str:
         """`lint` of `N` tokens as text, below a map of what each of them sees in one head, for small N; and as a picture at `png`."""
-        return import_module("longattn.patterncache.lint").describe(self, N, num_heads, head, png)
+        return import_module("longattn.patterncache.analysis.lint").describe(self, N, num_heads, head, png)
 
     def to_dense(self, N: int, num_heads: int = 8) -> Counts:
         """(num_heads, N, N) int64: the counts of all of `N` tokens. For small N."""
@@ -153,8 +145,8 @@ class Pattern(ABC):
         return self.counts(Rectangle(num_heads, Span(0, length), Span(0, length)))
 
     def to_block_mask(self, N: int, num_heads: int = 8, *, block_size: int = 128, device: Any = "cpu") -> FlexMask:
-        """FlexAttention's BlockMask and score_mod of `N` tokens, from strides; see `longattn.patterncache.flex_export`. Needs torch."""
-        export = import_module("longattn.patterncache.flex_export").to_block_mask
+        """FlexAttention's BlockMask and score_mod of `N` tokens, from strides; see `longattn.patterncache.interop.flex`. Needs torch."""
+        export = import_module("longattn.patterncache.interop.flex").to_block_mask
         return export(self, N, num_heads, block_size=block_size, device=device)
 
     def canonical(self) -> str:
@@ -166,19 +158,19 @@ class Pattern(ABC):
         return kept
 
     def __or__(self, other: Pattern) -> Pattern:
-        return self._combined("Union", other)
+        return self._combined("union", other)
 
     def __and__(self, other: Pattern) -> Pattern:
-        return self._combined("Intersection", other)
+        return self._combined("intersection", other)
 
     def __add__(self, other: Pattern) -> Pattern:
-        return self._combined("Sum", other)
+        return self._combined("sum", other)
 
     def _combined(self, how: str, other: Pattern) -> Pattern:
         if not isinstance(other, Pattern):
             return NotImplemented
-        # Imported late: the algebra is made of patterns.
-        combination = getattr(import_module("longattn.patterncache.algebra"), how)((self, other))
+        combination: Any = registered(how)
+        combination = combination((self, other))
         return combination.parts[0] if len(combination.parts) == 1 else combination
 
 
@@ -188,46 +180,30 @@ def spec_text(value: object) -> str:
         return "{" + ",".join([f'"{name}":{spec_text(value[name])}' for name in sorted(value)]) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join([spec_text(entry) for entry in value]) + "]"
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str) and value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
         return f'"{value}"'
-    return str(value) if isinstance(value, (int, float)) else json.dumps(value)
+    if isinstance(value, int):
+        # A pattern is a constant of the graph: `index` and `hex` make one of a symbolic number, so that another value compiles anew.
+        return str(index(value))
+    return str(float.fromhex(value.hex())) if isinstance(value, float) else json.dumps(value)
 
 
-_KEPT_TEXT = 4096
-"""Characters of the longest canonical string whose pattern is kept: a block mask's may be megabytes, and its plan is cached anyway."""
-
-
-def parse_pattern(text: str) -> Pattern:
-    """The pattern of a canonical string.
-
-    Raises:
-        ValueError: text is not `["name",{spec}]`, or no pattern of that name is registered in this process.
-    """
-    return _parse_kept(text) if len(text) <= _KEPT_TEXT else _parse(text)
-
-
-def _parse(text: str) -> Pattern:
-    try:
-        name, spec = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"pattern must be a canonical string '[\"name\",{{...}}]', got {text!r}") from error
-    return build_pattern(name, spec)
-
-
-_parse_kept = lru_cache(maxsize=4096)(_parse)
+def registered(name: str) -> type[Pattern]:
+    """The class of a name. Those of this package are registered once any of them is imported."""
+    if name not in _REGISTRY:
+        raise ValueError(
+            f"pattern must name one of {sorted(_REGISTRY)} (import the module that defines yours), got {name!r}"
+        )
+    return _REGISTRY[name]
 
 
 def build_pattern(name: str, spec: dict[str, Any]) -> Pattern:
     """The pattern registered under `name`, from its spec."""
-    if name in _HOME:
-        import_module(f"longattn.patterncache.{_HOME[name]}")
-    if name not in _REGISTRY:
-        raise ValueError(
-            f"pattern must name one of {sorted({*_REGISTRY, *_HOME})} (import the module that defines yours), got {name!r}"
-        )
-    return _REGISTRY[name].from_spec(spec)
+    return registered(name).from_spec(spec)
 
 
 def check_pattern_type(name: str, value: object) -> Pattern:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from longattn.patterncache.index import Affine, Index, Listed, Rectangle, Rows, Span
+from longattn.patterncache.indices import Affine, Index, Listed
+from longattn.patterncache.spans import Rectangle, Rows, Span
 
 Counts = npt.NDArray[np.int64]
 

@@ -8,21 +8,22 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 from hypothesis import strategies as st
 
-from longattn.patterncache.algebra import Intersection, Restrict, Sum, Union
-from longattn.patterncache.band import pieces, strips
-from longattn.patterncache.block_layout import LAYOUTS, BlockLayout
-from longattn.patterncache.block_sparse import BlockSparse
-from longattn.patterncache.compressed_rows import IndexArrays
-from longattn.patterncache.dilated import HEADS, QUERIES, Dilated
-from longattn.patterncache.documents import Documents
-from longattn.patterncache.hierarchical import HierarchicalBlocks
-from longattn.patterncache.index import Rectangle, Span
-from longattn.patterncache.pattern import Pattern, parse_pattern
-from longattn.patterncache.periodic import Periodic
+from longattn.patterncache.interop.csr import IndexArrays
+from longattn.patterncache.pattern import Pattern
+from longattn.patterncache.patterns.block_layout import LAYOUTS, BlockLayout
+from longattn.patterncache.patterns.block_sparse import BlockSparse
+from longattn.patterncache.patterns.combined import Intersection, Restrict, Sum, Union
+from longattn.patterncache.patterns.dilated import HEADS, QUERIES, Dilated
+from longattn.patterncache.patterns.documents import Documents
+from longattn.patterncache.patterns.hierarchical import HierarchicalBlocks
+from longattn.patterncache.patterns.periodic import Periodic
+from longattn.patterncache.patterns.registry import parse_pattern
+from longattn.patterncache.patterns.strided import HEADS as STRIDED_HEADS
+from longattn.patterncache.patterns.strided import Strided
+from longattn.patterncache.patterns.window import Full, Window
 from longattn.patterncache.plan import Counts, Plan, add_branch_counts
-from longattn.patterncache.strided import HEADS as STRIDED_HEADS
-from longattn.patterncache.strided import Strided
-from longattn.patterncache.window import Full, Window
+from longattn.patterncache.planning.bands import pieces, strips
+from longattn.patterncache.spans import Rectangle, Span
 
 COVERED = 256
 """Positions that drawn block masks cover: no drawn span reaches further."""

@@ -18,8 +18,8 @@ from longattn.kernels.eager.masks import dress
 from longattn.kernels.eager.tiles import Tile, head_groups, kept_tensors
 from longattn.kernels.state import state_dtype
 from longattn.patterncache import Branch, Plan
-from longattn.patterncache.band import pieces, strips
-from longattn.patterncache.index import Affine, Index
+from longattn.patterncache.indices import Affine, Index
+from longattn.patterncache.planning.bands import pieces, strips
 
 
 def walk(

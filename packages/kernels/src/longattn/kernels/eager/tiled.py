@@ -22,7 +22,7 @@ from longattn.kernels.eager.tile_walk import blocks, finish, new_state
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.state import state_dtype
 from longattn.patterncache import Branch
-from longattn.patterncache.band import narrow_tile
+from longattn.patterncache.planning.bands import narrow_tile
 
 TILE = 256
 """Rows of q, and of k, in a tile: large enough that a torch call is mostly arithmetic."""

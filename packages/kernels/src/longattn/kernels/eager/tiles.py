@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longattn.kernels.state import merge_into
 from longattn.patterncache import Plan, Span
-from longattn.patterncache.index import Affine, Index, Listed
+from longattn.patterncache.indices import Affine, Index, Listed
 
 Kept = dict[Any, Tensor]
 _KEPT = "index tensors"

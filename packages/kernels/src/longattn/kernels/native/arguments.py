@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longattn.kernels.native.lowering import Job, Lowered, RowSet
 from longattn.kernels.native.progressions import Periodic
-from longattn.patterncache.index import Affine
+from longattn.patterncache.indices import Affine
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAR = 1 << 60

@@ -24,8 +24,9 @@ from longattn.kernels.native.progressions import (
     rows_of,
 )
 from longattn.patterncache import Branch, Plan, Span
-from longattn.patterncache.index import Affine, Index, Rows
+from longattn.patterncache.indices import Affine, Index
 from longattn.patterncache.plan import Band
+from longattn.patterncache.spans import Rows
 
 _MOST_TILES = 8192
 """Tiles of one head's branches up to which row classes are looked for: Python looks at each of them."""

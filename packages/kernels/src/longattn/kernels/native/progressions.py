@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from longattn.patterncache.index import Rows
+from longattn.patterncache.spans import Rows
 
 LONGEST_PERIOD = 4096
 """Rows that a period may have: rates that share no factor multiply."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from longattn.kernels.triton.row_classes import FAR, RowClass, Runs, row_classes
 from longattn.patterncache import Branch
-from longattn.patterncache.index import Rows
+from longattn.patterncache.spans import Rows
 
 JOB_FIELDS = ("head", "start", "step", "count", "origin", "scale", "dense", "edge", "end", "part")
 """Columns of `jobs`: an owned block of rows; entries dense .. edge are dense, edge .. end are edges."""

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from longattn.patterncache import Branch
-from longattn.patterncache.index import Affine, Index, Rows
+from longattn.patterncache.indices import Affine, Index
+from longattn.patterncache.spans import Rows
 
 SHORT_RUN = 16
 """Lists of runs shorter than this are gathered row by row; longer ones are strided runs of their own."""

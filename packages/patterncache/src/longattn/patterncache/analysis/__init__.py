@@ -1,0 +1,1 @@
+"""What a pattern does to a sequence: lint, reach, and pictures."""

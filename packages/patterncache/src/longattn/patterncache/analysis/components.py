@@ -1,0 +1,81 @@
+"""Which tokens of a plan hang together at all: its islands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from longattn.patterncache.indices import Affine, Index
+from longattn.patterncache.plan import Branch, Plan
+from longattn.patterncache.spans import Rows
+
+
+def islands(plan: Plan) -> Rows:
+    """(tokens,) int64: the first token of each one's island. No walk of any length, in any direction, leaves an island."""
+    length = plan.rectangle.shape[1]
+    if any(_is_chain(branch, length) for branch in plan.branches):
+        return np.zeros(length, np.int64)
+    label = np.arange(length, dtype=np.int64)
+    # Tokens joined to the next one: many tiles and branches say so of the same ones.
+    joined = np.zeros(length, np.bool_)
+    ends = [np.stack([a.ravel(), b.ravel()]) for branch in plan.branches for a, b in _links(branch, joined)]
+    first = np.flatnonzero(joined)
+    links = np.concatenate([np.stack([first, first + 1]), *ends], 1)
+    while links.size:
+        at = label[links]
+        links, at = links[:, at[0] != at[1]], at[:, at[0] != at[1]]
+        # Labels are first tokens of what is joined so far; each hooks below the lowest that it meets.
+        np.minimum.at(label, at.max(axis=0), at.min(axis=0))
+        while (label != (shorter := label[label])).any():
+            label = shorter
+    return label
+
+
+def _is_chain(branch: Branch, length: int) -> bool:
+    """Whether a branch joins every token to the next, by itself."""
+    every = Affine(0, 1, 0, length, 1)
+    shown = branch.band is None or bool(branch.band.sees(np.array([1, -1])).any())
+    return shown and branch.steps == (1, 1) and all(_same_rows(index, every) for index in (branch.q, branch.k))
+
+
+def _same_rows(index: Index, one: Affine) -> bool:
+    return isinstance(index, Affine) and (index.start, index.tiles, index.count) == (one.start, one.tiles, one.count)
+
+
+def _links(branch: Branch, joined: npt.NDArray[np.bool_]) -> Iterator[tuple[Rows, Rows]]:
+    """Pairs of tokens that, with those marked in `joined`, join all that the branch joins; far fewer than its pairs."""
+    q, k = branch.q.rows(), branch.k.rows()
+    if branch.band is None:
+        yield q[:, :1], k[:, :1]
+        yield _chain(q, joined)
+        yield _chain(k, joined)
+    elif branch.uniform:
+        begin, end = branch.key_range()
+        seeing = begin <= end
+        begin, end = begin[seeing], end[seeing]
+        yield q[:, seeing], k[:, begin]
+        # Keys next to each other hang together where some query sees both.
+        cover = np.zeros(branch.k.count + 1, np.int64)
+        np.add.at(cover, begin, 1)
+        np.add.at(cover, end, -1)
+        together = np.flatnonzero(np.cumsum(cover)[: branch.k.count - 1] > 0)
+        yield k[:, together], k[:, together + 1]
+    else:
+        yield listed_pairs(branch)
+
+
+def _chain(rows: Rows, joined: npt.NDArray[np.bool_]) -> tuple[Rows, Rows]:
+    """Pairs that join each tile's rows one after the other; neighbours are marked in `joined` instead."""
+    before, after = rows[:, :-1], rows[:, 1:]
+    near = after == before + 1
+    joined[before[near]] = True
+    return before[~near], after[~near]
+
+
+def listed_pairs(branch: Branch) -> tuple[Rows, Rows]:
+    """(queries, keys) of every pair that a branch with listed visibility shows."""
+    assert branch.visible is not None
+    t, a, b = np.nonzero(branch.visible)
+    return branch.q.rows()[t, a], branch.k.rows()[t, b]

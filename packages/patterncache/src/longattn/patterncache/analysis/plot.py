@@ -1,0 +1,57 @@
+"""`draw`: a pattern as a PNG. Matplotlib, the extra `png`, is imported only here, when asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from os import PathLike
+
+import numpy as np
+
+from longattn.patterncache.analysis.lint import Lint, keys_per_query
+from longattn.patterncache.analysis.propagation import square
+from longattn.patterncache.interop.csr import head_classes
+from longattn.patterncache.pattern import Pattern
+from longattn.patterncache.spans import Span
+
+MOST_TOKENS = 2048
+"""Tokens of the largest map: more would not be seen."""
+
+
+def draw(pattern: Pattern, verdict: Lint, head: int, path: str | PathLike[str]) -> None:
+    """Write a PNG: who sees whom in one head, beside it the keys of each query, of every kind of head; the lint line above.
+
+    Args:
+        pattern: what to draw.
+        verdict: its lint, which says how long and of how many heads.
+        head: whose map, below the number of heads.
+        path: of the file, whatever its ending.
+
+    Raises:
+        ValueError: no token, or more than 2048.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    length, num_heads = verdict.length, verdict.num_heads
+    if not 1 <= length <= MOST_TOKENS:
+        raise ValueError(f"N must be 1 to {MOST_TOKENS} for a picture, got {length}")
+    figure = import_module("matplotlib.figure").Figure(figsize=(9.0, 6.4), layout="constrained")
+    agg = import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    grid, keys = figure.subplots(1, 2, width_ratios=(2, 1), sharey=True)
+    counts = pattern.counts(replace(square(length, num_heads), heads=Span(head, 1)))[0]
+    most = max(1, int(counts.max(initial=0)))
+    shown = grid.imshow(
+        np.ma.masked_equal(counts, 0), cmap="viridis_r", vmin=1, vmax=max(2, most), interpolation="nearest"
+    )
+    grid.set(title=f"{verdict.pattern}, head {head} of {num_heads}", xlabel="key", ylabel="query")
+    if most > 1:
+        figure.colorbar(shown, ax=grid, label="times seen", ticks=range(1, most + 1), shrink=0.7)
+    plan = pattern.plan(square(length, num_heads))
+    classes, seen = keys_per_query(plan)
+    for c in range(len(head_classes(plan)[1])):
+        keys.plot(
+            seen[c], np.arange(length), label=f"heads {', '.join(map(str, np.flatnonzero(classes == c)[:4]))}", lw=1
+        )
+    keys.set(title="keys per query", xlabel="keys")
+    keys.legend(fontsize="small")
+    figure.suptitle(verdict.line.removeprefix("lint: ").replace("; ", "\n", 1), fontsize="small", wrap=True)
+    agg.print_png(str(path))

@@ -1,0 +1,1 @@
+"""The thread-safe cache of plans, and plans for devices and other processes."""

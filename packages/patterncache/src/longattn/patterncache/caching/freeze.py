@@ -1,0 +1,65 @@
+"""What a cache does to a value before it is kept: `freeze` and `size_of`."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+
+from longattn.patterncache.plan import Plan
+from longattn.patterncache.planning.packed_lists import pack_plan
+
+T = TypeVar("T")
+
+ENTRY_BYTES = 512
+"""What an entry is taken to cost beside its value's `nbytes`: key, dict slots, small objects. An estimate, the same for each."""
+
+
+BRANCH_BYTES = 500
+"""What a branch is taken to hold until its plan is measured, beside its lists."""
+
+
+def freeze(value: T) -> T:
+    """The same value, with arrays read-only and plans packed, those in tuples too.
+
+    An array that has its own memory becomes read-only, and a view of it is handed out, which nobody can make writeable again. One
+    that looks into another's memory is copied. Plans are immutable already. Lists, dicts and other objects are left as they are:
+    whoever caches one promises not to change it. DLPack and torch.from_numpy write through a read-only array without a word.
+    """
+    frozen: Any = value
+    if type(value) is tuple:
+        frozen = tuple(freeze(part) for part in value)
+    elif type(value) is np.ndarray:
+        owned = value if value.base is None else value.copy()
+        owned.flags.writeable = False
+        frozen = owned.view()
+    elif type(value) is Plan:
+        frozen = pack_plan(value)
+    return frozen
+
+
+def size_of(value: object) -> int:
+    """Bytes of data: `nbytes` where the value has it, the sum over a tuple, else 0."""
+    if type(value) is tuple:
+        return sum(size_of(part) for part in value)
+    nbytes = getattr(value, "nbytes", 0)
+    return int(nbytes) if isinstance(nbytes, (int, np.integer)) else 0
+
+
+def first_estimate(value: object) -> int:
+    """Bytes that a new value is taken to hold until it is measured: its data, and the branches of plans."""
+    if type(value) is tuple:
+        return sum(first_estimate(part) for part in value)
+    return size_of(value) + (BRANCH_BYTES * len(value.branches) if type(value) is Plan else 0)
+
+
+def grows(value: object) -> bool:
+    """Whether a value may hold more later than now: plans do."""
+    return any(grows(part) for part in value) if type(value) is tuple else type(value) is Plan
+
+
+def wide_size_of(value: object) -> int:
+    """As `size_of`, with the index data of plans as if it were not packed."""
+    if type(value) is tuple:
+        return sum(wide_size_of(part) for part in value)
+    return value.wide_nbytes if type(value) is Plan else size_of(value)

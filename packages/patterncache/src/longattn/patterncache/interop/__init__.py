@@ -1,0 +1,1 @@
+"""Patterns from and for other libraries."""

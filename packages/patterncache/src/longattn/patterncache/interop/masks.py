@@ -1,0 +1,193 @@
+"""Patterns from other libraries' masks: exactly what they show, or a refusal. Torch is imported only where a BlockMask is handed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from longattn.patterncache.patterns.block_sparse import BlockSparse
+from longattn.patterncache.patterns.periodic import Periodic, Run
+from longattn.patterncache.spans import check_int
+
+Shown = npt.NDArray[np.bool_]
+
+MOST_CELLS = 1 << 28
+"""(head, query, key) triples of a mask that are looked at one by one: a quarter of a gigabyte of booleans."""
+
+_MOST_PERIOD, _MOST_RUNS = 64, 4096
+
+_BLOCKS = (128, 64, 32, 16, 8, 4, 2, 1)
+
+
+def from_mask_mod(
+    mask_mod: Callable[..., Any],
+    N: int,
+    num_heads: int | None = None,
+    batch: int = 1,
+    *,
+    as_tensor: Callable[[npt.NDArray[np.int64]], Any] = np.asarray,
+    compact: bool = False,
+) -> BlockSparse | Periodic:
+    """The pattern of a FlexAttention mask_mod over `N` tokens: a block mask of the largest blocks, 128 to 1, that say it exactly.
+
+    With `compact`, a `Periodic` whose plans hold no index data: for masks that repeat along their diagonal.
+
+    Args:
+        mask_mod: (b, h, q, k) -> whether q sees k; elementwise over broadcast int64 arrays, True or False each.
+        N: tokens, >= 1: queries and keys.
+        num_heads: heads to ask about, which are the heads of the result; None (default): heads do not differ, and 0 is asked.
+        batch: how many batch entries to ask; a pattern has none, so they must agree. Default 1.
+        as_tensor: makes what mask_mod takes of an int64 array; `torch.from_numpy` for one written with torch functions.
+        compact: demand a `Periodic`. Default False.
+
+    Raises:
+        TypeError, ValueError: an argument is not such a value; mask_mod does not return booleans of the broadcast shape; batch
+            entries differ; num_heads * N * N is above 2 ** 28; or `compact` is demanded of a mask that differs by head, or does not
+            repeat with a period of at most 64 in few runs.
+    """
+    if not callable(mask_mod):
+        raise TypeError(f"mask_mod must be callable as mask_mod(b, h, q, k), got {mask_mod!r}")
+    length, batch = check_int("N", N, minimum=1), check_int("batch", batch, minimum=1)
+    heads = 1 if num_heads is None else check_int("num_heads", num_heads, minimum=1)
+    shown = _asked(mask_mod, 0, (heads, length, length), as_tensor)
+    for entry in range(1, batch):
+        if not np.array_equal(shown, _asked(mask_mod, entry, shown.shape, as_tensor)):
+            raise ValueError(f"mask_mod must say the same for all of batch={batch}, got another mask for entry {entry}")
+    if compact:
+        return _repeating(shown)
+    return _coarsest(shown[0] if num_heads is None else shown)
+
+
+def from_block_mask(block_mask: Any) -> BlockSparse:
+    """The pattern of a FlexAttention BlockMask: its full blocks, and what its mask_mod leaves of the partial ones.
+
+    Args:
+        block_mask: a `torch.nn.attention.flex_attention.BlockMask` with one batch entry and one or more heads.
+
+    Raises:
+        TypeError, ValueError: it is no BlockMask, has several batch entries, or is above 2 ** 28 (head, query, key) triples.
+    """
+    names = (
+        "kv_num_blocks",
+        "kv_indices",
+        "full_kv_num_blocks",
+        "full_kv_indices",
+        "mask_mod",
+        "BLOCK_SIZE",
+        "seq_lengths",
+    )
+    missing = [name for name in names if not hasattr(block_mask, name)]
+    if missing:
+        raise TypeError(
+            f"block_mask must be a FlexAttention BlockMask, got {type(block_mask).__name__} without {missing}"
+        )
+    batch, heads = block_mask.kv_num_blocks.shape[:2]
+    if batch != 1:
+        raise ValueError(f"block_mask must have one batch entry, for a pattern has none, got {batch}")
+    partial = _listed_blocks(block_mask.kv_num_blocks, block_mask.kv_indices)
+    full = np.zeros_like(partial)
+    if block_mask.full_kv_num_blocks is not None:
+        full = _listed_blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    shape = (heads, *block_mask.seq_lengths)
+    shown = _asked(block_mask.mask_mod, 0, shape, import_module("torch").from_numpy)
+    sizes, lengths = block_mask.BLOCK_SIZE, block_mask.seq_lengths
+    i, j = (np.arange(length) // size for length, size in zip(lengths, sizes, strict=True))
+    shown = full[:, i[:, None], j] | (partial[:, i[:, None], j] & shown)
+    return _coarsest(shown if heads > 1 else shown[0])
+
+
+def _listed_blocks(number: Any, indices: Any) -> Shown:
+    """(heads, query blocks, key blocks) from BlockMask's lists: the first `number` of each row of `indices`."""
+    counts, listed = number[0].cpu().numpy(), indices[0].cpu().numpy()
+    shown = np.zeros(listed.shape, bool)
+    head, row, at = np.nonzero(np.arange(listed.shape[-1]) < counts[..., None])
+    shown[head, row, listed[head, row, at]] = True
+    return shown
+
+
+def _asked(mask_mod: Callable[..., Any], entry: int, shape: tuple[int, ...], as_tensor: Callable[..., Any]) -> Shown:
+    """What a mask_mod says of one batch entry, (heads, queries, keys)."""
+    if int(np.prod(shape, dtype=np.float64)) > MOST_CELLS:
+        raise ValueError(f"mask must have at most {MOST_CELLS} (head, query, key) triples, got {shape}")
+    axes = [
+        np.arange(length, dtype=np.int64).reshape([-1 if a == b else 1 for b in range(3)])
+        for a, length in enumerate(shape)
+    ]
+    found = np.asarray(mask_mod(as_tensor(np.full((1, 1, 1), entry, np.int64)), *map(as_tensor, axes)))
+    if found.dtype != np.bool_:
+        raise TypeError(f"mask_mod must return booleans, got {found.dtype}")
+    try:
+        return np.broadcast_to(found, shape)
+    except ValueError as error:
+        raise ValueError(f"mask_mod must return what broadcasts to {shape}, got shape {found.shape}") from error
+
+
+def _coarsest(shown: Shown) -> BlockSparse:
+    """The same mask in the largest blocks that say it, with `causal` where that lets blocks be larger."""
+    q, k = shown.shape[-2:]
+    past = np.tri(q, k, dtype=bool)
+    causal = not (shown & ~past).any()
+    for size in _BLOCKS:
+        corners = np.arange(0, q, size), np.arange(0, k, size)
+        some = _reduced(np.logical_or, shown, corners)
+        if np.array_equal(some, _reduced(np.logical_and, shown, corners)):
+            return BlockSparse(size, some)
+        # Hidden only because it is the future: whole blocks of the past, triangles on the diagonal.
+        if causal and np.array_equal(
+            some, _reduced(np.logical_and, shown | (~past & _spread(some, size, (q, k))), corners)
+        ):
+            return BlockSparse(size, some, causal=True)
+    raise AssertionError("blocks of one position say any mask")
+
+
+def _repeating(shown: Shown) -> Periodic:
+    """A mask that is the same one period further on, in the fewest runs."""
+    if (shown[1:] != shown[:1]).any():
+        raise ValueError(
+            "mask_mod must be the same for all heads where a compact plan is demanded, got heads that differ"
+        )
+    mask = shown[0]
+    found = [
+        Periodic(period, runs, len(mask))
+        for period in range(1, min(_MOST_PERIOD, (len(mask) + 1) // 2) + 1)
+        if np.array_equal(mask[period:, period:], mask[:-period, :-period])
+        and (runs := _runs(mask, period)) is not None
+    ]
+    if not found:
+        raise ValueError(
+            f"mask_mod must repeat along its diagonal, with a period of at most {_MOST_PERIOD} in at most {_MOST_RUNS} runs, where a "
+            f"compact plan is demanded, got a mask of {len(mask)} tokens that does not"
+        )
+    return min(found, key=lambda pattern: len(pattern.runs))
+
+
+def _runs(mask: Shown, period: int) -> list[Run] | None:
+    """The runs of a periodic mask; None where they are too many."""
+    runs: list[Run] = []
+    for a in range(period):
+        last = a + (len(mask) - 1 - a) // period * period
+        # The first row of a residue says what lies ahead, the last one what lies behind.
+        shown = np.concatenate([mask[a, :a:-1], mask[last, last::-1]])
+        distance = np.concatenate([np.arange(a + 1 - len(mask), 0), np.arange(last + 1)])
+        for b in range(period):
+            some = np.flatnonzero((a - distance) % period == b)
+            flags = np.concatenate([[False], shown[some], [False]]).astype(np.int8)
+            starts, ends = np.flatnonzero(np.diff(flags) == 1), np.flatnonzero(np.diff(flags) == -1) - 1
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+                low = None if start == 0 else int(distance[some[start]])
+                runs.append((a, b, low, None if end == len(some) - 1 else int(distance[some[end]])))
+            if len(runs) > _MOST_RUNS:
+                return None
+    return runs
+
+
+def _reduced(how: np.ufunc, shown: Shown, corners: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]) -> Shown:
+    return how.reduceat(how.reduceat(shown, corners[0], axis=-2), corners[1], axis=-1)
+
+
+def _spread(blocks: Shown, size: int, shape: tuple[int, int]) -> Shown:
+    return blocks.repeat(size, axis=-2).repeat(size, axis=-1)[..., : shape[0], : shape[1]]

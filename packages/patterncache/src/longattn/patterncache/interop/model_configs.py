@@ -1,0 +1,218 @@
+"""Patterns of models and libraries, from their configurations: exactly what they show, or a refusal. Nothing of theirs is imported.
+
+Configurations are read by attribute, as transformers 5 and NATTEN 0.21 define them. What a configuration does not decide (padding,
+packing, images that see themselves) is not in the pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from longattn.patterncache.interop.masks import from_mask_mod
+from longattn.patterncache.pattern import Pattern
+from longattn.patterncache.patterns.block_sparse import BlockSparse
+from longattn.patterncache.patterns.combined import Sum
+from longattn.patterncache.patterns.dilated import Dilated
+from longattn.patterncache.patterns.window import Full, Window
+from longattn.patterncache.spans import check_int
+
+_ENCODERS = {"albert", "bert", "camembert", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta"}
+_DENSE_DECODERS = {
+    "codegen", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "llama", "mpt", "olmo", "olmo2", "opt",
+    "phi", "stablelm",
+}  # fmt: skip
+_SLIDING_DECODERS = {"mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2"}
+
+
+def from_hf(config: Any, layer: int = 0) -> Pattern:
+    """The pattern of one layer of a transformers model.
+
+    Read are `layer_types` (full, sliding and chunked attention), `attention_layers` (GPT-Neo), `sliding_window` with
+    `use_sliding_window` and `max_window_layers`, and `model_type`, which says whether a model without those is known to be dense, and
+    whether it looks ahead. A sliding window of w is the last w tokens; in an encoder, w tokens to each side.
+
+    Args:
+        config: a `PreTrainedConfig` or what has its attributes; of a multimodal one, its text part is read.
+        layer: which layer, from 0. Default 0.
+
+    Raises:
+        TypeError, ValueError: config has no model_type, layer is not one of its layers, or it says something that is no exact pattern:
+            an encoder-decoder, an attention of another kind, or a model that is not known here.
+    """
+    config = getattr(config, "text_config", None) or config
+    kind = getattr(config, "model_type", None)
+    if not isinstance(kind, str):
+        raise TypeError(f"config must be a transformers configuration with a model_type, got {type(config).__name__}")
+    if kind == "big_bird":
+        raise ValueError(
+            "config must be read with from_bigbird where model_type is 'big_bird': its pattern needs a length"
+        )
+    for name in ("is_encoder_decoder", "use_bidirectional_attention", "attention_window"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"config must not have {name}, which no pattern says exactly, got {getattr(config, name)!r}"
+            )
+    named = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    layers = len(named) if named else getattr(config, "num_hidden_layers", 1)
+    if check_int("layer", layer, minimum=0) >= layers:
+        raise ValueError(f"layer must be below {layers}, the layers of this {kind}, got {layer}")
+    causal = kind not in _ENCODERS or bool(getattr(config, "is_decoder", False))
+    if named:
+        return _of_kind(config, named[layer], causal)
+    if kind in _SLIDING_DECODERS:
+        # Others have the attribute too, and do not read it.
+        first = getattr(config, "max_window_layers", 0) if kind in ("qwen2", "qwen2_moe", "qwen3") else 0
+        slides = getattr(config, "use_sliding_window", True) and layer >= first
+        size = getattr(config, "sliding_window", None)
+        return Window(size) if slides and size is not None else Full(causal=True)
+    if kind in _DENSE_DECODERS or kind in _ENCODERS:
+        return Full(causal=causal)
+    known = sorted(_ENCODERS | _DENSE_DECODERS | _SLIDING_DECODERS)
+    raise ValueError(f"config must have layer_types, or a model_type of {', '.join(known)}; got {kind!r}")
+
+
+def _of_kind(config: Any, kind: object, causal: bool) -> Pattern:
+    """The pattern of a layer type."""
+    if kind in ("full_attention", "global"):
+        return Full(causal=causal)
+    attribute = {
+        "sliding_attention": "sliding_window",
+        "local": "window_size",
+        "chunked_attention": "attention_chunk_size",
+    }
+    if kind not in attribute:
+        raise ValueError(f"layer_types must be full_attention, {', '.join(attribute)} or global, got {kind!r}")
+    size = check_int(attribute[str(kind)], getattr(config, attribute[str(kind)], None), minimum=1)
+    if kind == "chunked_attention":
+        return Dilated((size,), (1,), causal=causal)
+    # Looking both ways, transformers counts the window to each side.
+    return Window(size) if causal else Window(size + 1, causal=False)
+
+
+def from_bigbird(config: Any, N: int, rand_attn: npt.ArrayLike | None = None) -> Pattern:
+    """BigBird's attention as transformers computes it over `N` tokens, multiplicities included.
+
+    First and last block see all and are seen by all, every block sees its neighbours, and its random blocks, which count again where they
+    are seen already. In evaluation transformers draws no blocks: block 0 stands in for each of them, and so counts 1 + r times.
+
+    Args:
+        config: a BigBirdConfig or what has attention_type, block_size and num_random_blocks.
+        N: tokens, at least 1. Up to (5 + 2 r) blocks the model is dense.
+        rand_attn: (heads, blocks - 2, r) or (blocks - 2, r) integers, the blocks drawn for query blocks 1 to blocks - 2. Default None: as
+            in evaluation.
+
+    Raises:
+        TypeError, ValueError: an attribute is missing or no such value, or rand_attn has another shape or names no block.
+    """
+    kind = getattr(config, "attention_type", None)
+    if kind not in ("block_sparse", "original_full"):
+        raise TypeError(f"config must have an attention_type of block_sparse or original_full, got {kind!r}")
+    if getattr(config, "is_decoder", False) and kind == "block_sparse":
+        raise ValueError("config must not be a decoder's: transformers computes block_sparse without causality")
+    length, size = check_int("N", N, minimum=1), check_int("block_size", getattr(config, "block_size", None), minimum=1)
+    drawn = check_int("num_random_blocks", getattr(config, "num_random_blocks", None), minimum=0)
+    if kind == "original_full" or length <= (5 + 2 * drawn) * size:
+        return Full(causal=bool(getattr(config, "is_decoder", False)))
+    blocks = -(-length // size)
+    rand = np.zeros((blocks - 2, drawn), np.int64) if rand_attn is None else np.asarray(rand_attn)
+    if rand.shape[-2:] != (blocks - 2, drawn) or rand.ndim not in (2, 3):
+        raise ValueError(f"rand_attn must be ([heads,] {blocks - 2}, {drawn}), got {rand.shape}")
+    if not np.issubdtype(rand.dtype, np.integer):
+        raise TypeError(f"rand_attn must be integers, got {rand.dtype}")
+    if rand.size and (rand.min() < 0 or rand.max() >= blocks):
+        raise ValueError(f"rand_attn must name blocks 0 to {blocks - 1}, got {rand.min()} to {rand.max()}")
+    at = np.arange(blocks)
+    fixed = abs(at[:, None] - at) <= 1
+    fixed[[0, -1]] = fixed[:, [0, -1]] = True
+    counts = np.broadcast_to(fixed.astype(np.int64), (*rand.shape[:-2], blocks, blocks)).copy()
+    row = np.broadcast_to(at[1:-1, None], rand.shape)
+    head = np.broadcast_to(np.arange(len(rand))[:, None, None], rand.shape) if rand.ndim == 3 else None
+    np.add.at(counts, (row, rand) if head is None else (head, row, rand), 1)
+    layers = tuple(BlockSparse(size, counts >= times) for times in range(1, int(counts.max()) + 1))
+    return layers[0] if len(layers) == 1 else Sum(layers)
+
+
+def from_natten(
+    shape: int | Sequence[int],
+    kernel_size: int | Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+) -> Pattern:
+    """NATTEN's neighborhood attention over a token layout of one to three axes, tokens in row-major order.
+
+    On an axis without causality a query sees `kernel_size` keys of its residue modulo the dilation, with itself in the middle where there
+    is room; at the borders the neighborhood is moved inside. A causal axis shows the last `kernel_size`, fewer at the border. With a
+    stride s, queries of s neighbours see what one of them would.
+
+    Args:
+        shape: tokens of each axis.
+        kernel_size, stride, dilation, is_causal: as NATTEN's na1d, na2d and na3d take them: one for all axes, or one for each.
+
+    Raises:
+        TypeError, ValueError: not such values, kernel_size times dilation above an axis, stride above kernel_size, or more than 2 ** 28
+            pairs (a causal axis alone, with neither stride nor dilation, is a `Window` and may be of any length).
+    """
+    sizes = tuple(
+        check_int("shape", s, minimum=1) for s in ((shape,) if isinstance(shape, (int, np.integer)) else shape)
+    )
+    if not 1 <= len(sizes) <= 3:
+        raise ValueError(f"shape must have one to three axes, got {sizes}")
+    kernels, strides, dilations = (
+        tuple(check_int(name, entry, minimum=1) for entry in _of_axes(name, value, len(sizes)))
+        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+    )
+    causals = _of_axes("is_causal", is_causal, len(sizes))
+    for size, kernel, step, apart in zip(sizes, kernels, strides, dilations, strict=True):
+        if kernel * apart > size or step > kernel:
+            raise ValueError(
+                f"kernel_size must be at least its stride, and at most the axis over the dilation; got kernel_size={kernel}, "
+                f"stride={step}, dilation={apart} on {size} tokens"
+            )
+    if len(sizes) == 1 and causals[0] and strides == dilations == (1,):
+        return Window(kernels[0])
+
+    def shown(b: Any, h: Any, q: Any, k: Any) -> Any:
+        axes = zip(
+            np.unravel_index(q, sizes),
+            np.unravel_index(k, sizes),
+            sizes,
+            kernels,
+            strides,
+            dilations,
+            causals,
+            strict=True,
+        )
+        seen = np.ones(np.broadcast_shapes(q.shape, k.shape), bool)
+        for axis in axes:
+            seen &= _neighbours(*axis)
+        return seen
+
+    return from_mask_mod(shown, int(np.prod(sizes)))
+
+
+def _neighbours(q: Any, k: Any, size: int, kernel: int, stride: int, dilation: int, causal: bool) -> Any:
+    """Whether q sees k on one axis."""
+    residue = q % dilation
+    members = (size - 1 - residue) // dilation + 1
+    at, other = q // dilation, k // dilation
+    group = at // stride * stride
+    if causal:
+        leader = np.minimum(group + stride - 1, members - 1)
+        near = (other <= at) & (leader - other < kernel)
+    else:
+        begin = np.clip(np.minimum(group + stride // 2, members - 1) - kernel // 2, 0, members - kernel)
+        near = (other >= begin) & (other < begin + kernel)
+    return near & (k % dilation == residue)
+
+
+def _of_axes(name: str, value: Any, axes: int) -> tuple[Any, ...]:
+    found = (value,) * axes if isinstance(value, (bool, int, np.integer, np.bool_)) else tuple(value)
+    if len(found) != axes:
+        raise ValueError(f"{name} must be one value, or one for each of {axes} axes, got {value!r}")
+    return found

@@ -1,0 +1,282 @@
+"""`BlockSparse`: a boolean matrix of blocks says who sees whom."""
+
+from __future__ import annotations
+
+import zlib
+from base64 import b64decode, b64encode
+from binascii import Error as Base64Error
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from longattn.patterncache.pattern import Pattern, check_causal
+from longattn.patterncache.patterns.window import whole_branches
+from longattn.patterncache.plan import Band, Branch, Counts
+from longattn.patterncache.planning.block_runs import Runs, cut_runs, made_of_runs, regroup
+from longattn.patterncache.planning.listing import listed_part
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
+
+if TYPE_CHECKING:
+    from longattn.patterncache.patterns.scored_blocks import ScoredBlocks
+
+Mask = npt.NDArray[np.bool_]
+
+_GATHERED_CELLS = 1 << 18
+"""Mask cells of small tiles that are looked up in one go."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Bits:
+    """A mask, beside what torch.compile reads when it traces `canonical` or `with_causal`: it can read text, but no such array.
+
+    Attributes:
+        mask: bool. An array over bytes can never be made writable again, which one that owns its memory can.
+        shape: its shape.
+        packed: its bits packed, deflated and in base64.
+    """
+
+    mask: Mask
+    shape: tuple[int, ...]
+    packed: str
+
+    @classmethod
+    def of(cls, mask: Mask) -> _Bits:
+        """A copy of a mask."""
+        packed = zlib.compress(np.packbits(mask.reshape(-1)).tobytes(), 1)
+        own = np.frombuffer(mask.tobytes(), bool).reshape(mask.shape)
+        return cls(own, own.shape, b64encode(packed).decode("ascii"))
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
+class BlockSparse(Pattern, name="block_sparse"):
+    """Query block a sees key block b iff mask[a, b]; position i is in block i // block_size. The last block may be short.
+
+    Args:
+        block_size: positions of a block, >= 1.
+        mask: bool, (q_blocks, k_blocks), or (heads, q_blocks, k_blocks) for the global query heads of a module. Any array-like,
+            torch tensors of any device included. It is copied; `mask` of the pattern is read-only for good.
+        causal: hide j > i, on positions. Default False.
+
+    Raises:
+        TypeError, ValueError: block_size is not an integer >= 1, the mask is not bool, empty or of another rank, causal no bool.
+        ValueError: later, from plan and counts, where positions lie beyond the mask or its heads are not the rectangle's.
+    """
+
+    block_size: int
+    causal: bool
+    _bits: _Bits
+
+    def __init__(self, block_size: int, mask: npt.ArrayLike, causal: bool = False) -> None:
+        object.__setattr__(self, "block_size", check_int("block_size", block_size, minimum=1))
+        object.__setattr__(self, "_bits", _Bits.of(_check_mask(mask)))
+        object.__setattr__(self, "causal", check_causal(causal))
+
+    @staticmethod
+    def from_scores(
+        scores: Any,
+        block_size: int,
+        *,
+        topk: int | None = None,
+        topp: float | None = None,
+        causal: bool = False,
+        keep_diagonal: bool = True,
+    ) -> ScoredBlocks:
+        """Block masks chosen by data: forward and transposed lists on the device of the scores, without a wait; cached nowhere.
+
+        Args:
+            scores: floating tensor (heads, q_blocks, k_blocks) or (q_blocks, k_blocks); -inf is never chosen. No gradient flows.
+            block_size: positions of a block, >= 1.
+            topk: key blocks per query block, >= 1; fewer where fewer are legal.
+            topp: in (0, 1]: the fewest best key blocks whose softmax over the row adds up to at least this.
+            causal: only blocks up to the query's own are legal, and j > i is hidden. Default False.
+            keep_diagonal: a query block sees its own in any case. Default True.
+
+        Raises:
+            TypeError, ValueError: an argument is not such a value, or not exactly one of topk and topp is given.
+        """
+        return import_module("longattn.patterncache.patterns.scored_blocks").choose_blocks(
+            scores, block_size, topk, topp, causal, keep_diagonal
+        )
+
+    @property
+    def mask(self) -> Mask:
+        """(q_blocks, k_blocks) or (heads, q_blocks, k_blocks), read-only."""
+        return self._bits.mask
+
+    @property
+    def binary(self) -> bool:
+        """Always: a block is seen or not."""
+        return True
+
+    @property
+    def filters(self) -> bool:
+        """Always: any branch can be cut into blocks."""
+        return True
+
+    @property
+    def covers(self) -> tuple[int, int]:
+        """(queries, keys): how many positions from 0 the mask says something about."""
+        return self.mask.shape[-2] * self.block_size, self.mask.shape[-1] * self.block_size
+
+    def check_rectangle(self, rectangle: Rectangle) -> None:
+        """Raise ValueError where positions lie beyond the mask, or its heads are not the module's."""
+        heads = self.mask.shape[0] if self.mask.ndim == 3 else rectangle.num_heads
+        if heads != rectangle.num_heads:
+            raise ValueError(f"mask must have one entry per head, num_heads={rectangle.num_heads}, got {heads} heads")
+        sides = (("queries", rectangle.queries), ("keys", rectangle.keys))
+        for (name, spans), length in zip(sides, self.covers, strict=True):
+            last = max((span.last for span in spans if span.length), default=-1)
+            if last >= length:
+                raise ValueError(
+                    f"{name} must lie below {length}, the length that mask {self.mask.shape} covers in blocks of "
+                    f"{self.block_size}, got position {last}"
+                )
+
+    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
+        """mask[h, i // block_size, j // block_size], and j <= i if causal."""
+        blocks = (i // self.block_size, j // self.block_size)
+        shown = self.mask[blocks] & (h >= 0) if self.mask.ndim == 2 else self.mask[(h, *blocks)]
+        return (shown & (j <= i) if self.causal else shown).astype(np.int64)
+
+    def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """Per query block one list of key blocks; of blocks on the diagonal of a causal mask one more, banded branch."""
+        for branch in whole_branches(rectangle):
+            yield from self.within(branch, rectangle)
+
+    def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` cut at block borders, without the pairs of blocks that the mask hides."""
+        band = branch.band
+        if self.causal:
+            band = Band(0, None) if band is None else band & Band(0, None)
+        if not (branch.q.tiles and branch.q.count and branch.k.count):
+            return
+        for heads, mask in self._head_masks(branch.heads, rectangle):
+            part = Branch(heads, branch.q, branch.k, branch.q_at, branch.k_at, band)
+            if made_of_runs(part, band):
+                q, q_block = cut_runs(part.q, part.q_at, self.block_size)
+                k, k_block = cut_runs(part.k, part.k_at, self.block_size)
+                yield from regroup(part, q, k, _allowed_pairs(mask, (q, q_block), (k, k_block)), band)
+            else:
+                yield from listed_part(part, _Lookup(mask, self.block_size))
+
+    def _head_masks(self, heads: Span, rectangle: Rectangle) -> Iterator[tuple[Span, Mask]]:
+        """(rows of the head axis, their mask), heads of equal masks together where they are evenly spaced."""
+        if self.mask.ndim == 2:
+            yield heads, self.mask
+            return
+        groups: dict[bytes, list[int]] = {}
+        present = rectangle.heads.take(heads.start, heads.length, heads.step).positions()
+        for row, head in enumerate(present):
+            groups.setdefault(self.mask[head].tobytes(), []).append(row)
+        for rows in groups.values():
+            even = len(set(np.diff(rows))) <= 1
+            step = rows[1] - rows[0] if len(rows) > 1 else 1
+            for first in rows[:1] if even else rows:
+                yield heads.take(first, len(rows) if even else 1, step if even else 1), self.mask[present[first]]
+
+    def with_causal(self, causal: bool) -> BlockSparse:
+        """The same with `causal` replaced; the mask and its packed text are shared."""
+        twin: BlockSparse = object.__new__(BlockSparse)
+        for name, value in (("block_size", self.block_size), ("_bits", self._bits), ("causal", check_causal(causal))):
+            object.__setattr__(twin, name, value)
+        return twin
+
+    def to_spec(self) -> dict[str, Any]:
+        """block_size, causal, and the mask: its shape, and its bits packed, deflated and in base64."""
+        bits = self._bits
+        return {"block_size": self.block_size, "causal": self.causal, "shape": list(bits.shape), "mask": bits.packed}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> BlockSparse:
+        """From `to_spec`.
+
+        Raises:
+            ValueError: the text is not one, or holds more or fewer bits than the shape.
+        """
+        shape, text = tuple(spec["shape"]), spec["mask"]
+        cells = int(np.prod(shape, dtype=np.int64))
+        try:
+            packed = zlib.decompress(b64decode(text, validate=True))
+        except (Base64Error, zlib.error) as error:
+            raise ValueError(f"mask must be packed bits, deflated and in base64, got {text[:40]!r}") from error
+        if len(packed) != -(-cells // 8):
+            raise ValueError(f"mask must hold {cells} bits for shape {shape}, got {len(packed)} bytes")
+        mask = np.unpackbits(np.frombuffer(packed, np.uint8), count=cells).astype(bool).reshape(shape)
+        return cls(spec["block_size"], mask, spec["causal"])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BlockSparse):
+            return NotImplemented
+        same = (self.block_size, self.causal) == (other.block_size, other.causal)
+        return same and (self.mask is other.mask or np.array_equal(self.mask, other.mask))
+
+    def __hash__(self) -> int:
+        return hash((self.block_size, self.causal, self._bits.shape, self._bits.packed))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BlockSparse.from_spec, (self.to_spec(),)
+
+    def __repr__(self) -> str:
+        seen = f"{int(self.mask.sum())} of {self.mask.size} True"
+        return f"BlockSparse(block_size={self.block_size}, mask=<{self.mask.shape}, {seen}>, causal={self.causal})"
+
+
+@dataclass(frozen=True)
+class _Lookup:
+    """Whether a mask shows pairs of positions."""
+
+    mask: Mask
+    block_size: int
+
+    def __call__(self, i: Rows, j: Rows) -> Mask:
+        return self.mask[i // self.block_size, j // self.block_size]
+
+
+def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Rows]) -> tuple[Rows, Rows]:
+    """(query runs, key runs) of one tile each whose blocks the mask lets see; the pairs of a query run stand together."""
+    (q, q_block), (k, k_block) = q_side, k_side
+    tiles = np.arange(int(q.tile[-1]) + 2)
+    q_begin, k_begin = (np.searchsorted(runs.tile, tiles) for runs in (q, k))
+    shapes = np.stack([np.diff(q_begin), np.diff(k_begin)], 1)
+    found: list[tuple[Rows, Rows]] = []
+    for nq, nk in np.unique(shapes, axis=0).tolist():
+        alike = np.flatnonzero((shapes == (nq, nk)).all(axis=1))
+        at_once = max(1, _GATHERED_CELLS // (nq * nk))
+        for first in range(0, len(alike), at_once):
+            some = alike[first : first + at_once]
+            q_of, k_of = q_begin[some][:, None] + np.arange(nq), k_begin[some][:, None] + np.arange(nk)
+            shown = _gather(mask, q_block[q_of], k_block[k_of])
+            flat = np.flatnonzero(shown)
+            rows = np.arange(len(some) * nq + 1, dtype=np.int64)
+            row = np.repeat(rows[:-1], np.diff(np.searchsorted(flat, rows * nk)))
+            found.append((q_of.ravel()[row], k_of[row // nq, flat - row * nk]))
+    return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
+
+
+def _gather(mask: Mask, a: Rows, b: Rows) -> Mask:
+    """mask[a, b] for blocks a (tiles, queries) and b (tiles, keys), as (tiles, queries, keys)."""
+    if len(a) == 1:
+        (a0, a1), (b0, b1) = ((int(x[0, 0]), int(x[0, -1]) + 1) for x in (a, b))
+        if (np.diff(a) == 1).all() and (np.diff(b) == 1).all():
+            return mask[a0:a1, b0:b1][None]
+    return mask[a[:, :, None], b[:, None, :]]
+
+
+def _check_mask(value: Any) -> Mask:
+    """`value` as a bool array, or raise TypeError or ValueError that names the mask."""
+    value = value.detach().cpu() if hasattr(value, "detach") and hasattr(value, "cpu") else value
+    try:
+        mask = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"mask must be one array, got rows of different lengths: {value!r}") from error
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask must be bool, got {mask.dtype} ({type(value).__name__})")
+    if mask.ndim not in (2, 3) or not mask.size:
+        raise ValueError(
+            f"mask must be (q_blocks, k_blocks) or (heads, q_blocks, k_blocks), not empty, got {mask.shape}"
+        )
+    return mask

@@ -1,0 +1,297 @@
+"""Patterns made of patterns: `Restrict`, and what `a | b`, `a & b` and `a + b` mean.
+
+`Union` counts the largest of its parts, `Intersection` the smallest, `Sum` all of them. Parts are kept in the order of their
+canonical strings, so that equal combinations written differently are equal and share a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Self
+
+import numpy as np
+
+from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
+from longattn.patterncache.patterns.block_sparse import BlockSparse
+from longattn.patterncache.plan import Branch, Counts
+from longattn.patterncache.spans import Rectangle, Rows
+
+
+@dataclass(frozen=True)
+class Restrict(Pattern, name="restrict"):
+    """counts of `a` where `b` sees at all, else 0: `b` filters, and never adds.
+
+    Args:
+        a: the pattern whose multiplicities count.
+        b: the pattern that must also see the pair.
+    """
+
+    a: Pattern
+    b: Pattern
+
+    def __post_init__(self) -> None:
+        check_pattern_type("a", self.a)
+        check_pattern_type("b", self.b)
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        """Whether either part is causal."""
+        return self.a.causal or self.b.causal
+
+    @property
+    def positional(self) -> bool:
+        """Whether either part is positional."""
+        return self.a.positional or self.b.positional
+
+    @property
+    def binary(self) -> bool:
+        """Whether a is."""
+        return self.a.binary
+
+    @property
+    def filters(self) -> bool:
+        """Whether both parts do."""
+        return self.a.filters and self.b.filters
+
+    @property
+    def listing(self) -> bool:
+        """Where b cannot filter, or either part lists."""
+        return not self.b.filters or self.a.listing or self.b.listing
+
+    def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` within a, then within b."""
+        return _through(self.b, self.a.within(branch, rectangle), rectangle)
+
+    def check_rectangle(self, rectangle: Rectangle) -> None:
+        """Both parts must mean something there."""
+        self.a.check_rectangle(rectangle)
+        self.b.check_rectangle(rectangle)
+
+    def with_causal(self, causal: bool) -> Restrict:
+        """Both parts with their causal field replaced."""
+        return Restrict(self.a.with_causal(causal), self.b.with_causal(causal))
+
+    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
+        """counts of a where b > 0."""
+        return np.where(self.b.count(h, i, j, num_heads) > 0, self.a.count(h, i, j, num_heads), 0)
+
+    def to_spec(self) -> dict[str, Any]:
+        """Both parts, as [name, spec]."""
+        return {name: [part.name, part.to_spec()] for name, part in (("a", self.a), ("b", self.b))}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Restrict:
+        """From [name, spec] of both parts."""
+        return cls(build_pattern(*spec["a"]), build_pattern(*spec["b"]))
+
+    def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """Where b filters, what it leaves of a's branches; else listed."""
+        if self.b.filters:
+            return _through(self.b, self.a.branches(rectangle), rectangle)
+        return super().branches(rectangle)
+
+
+def _through(b: Pattern, branches: Iterator[Branch], rectangle: Rectangle) -> Iterator[Branch]:
+    for branch in branches:
+        yield from b.within(branch, rectangle)
+
+
+@dataclass(frozen=True)
+class _Combination(Pattern):
+    """What the three have in common: parts without an order, all asked about the same rectangle."""
+
+    parts: Sequence[Pattern]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parts, (tuple, list)) or not self.parts:
+            raise TypeError(f"parts must be a tuple of at least one Pattern, got {self.parts!r}")
+        parts: list[Pattern] = []
+        for at, part in enumerate(self.parts):
+            check_pattern_type(f"parts[{at}]", part)
+            parts += part.parts if isinstance(part, _Combination) and type(part) is type(self) else (part,)
+        # Sorted: neither order nor brackets change what is meant.
+        object.__setattr__(self, "parts", tuple(sorted(self._simplified(parts), key=lambda part: part.canonical())))
+
+    def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
+        """Fewer parts that mean the same, where that is cheap to see."""
+        return parts
+
+    @property
+    def positional(self) -> bool:
+        """Whether any part is positional."""
+        return any(part.positional for part in self.parts)
+
+    def check_rectangle(self, rectangle: Rectangle) -> None:
+        """All parts must mean something there."""
+        for part in self.parts:
+            part.check_rectangle(rectangle)
+
+    def with_causal(self, causal: bool) -> Self:
+        """All parts with their causal field replaced; itself where that says nothing new, parts that differ included."""
+        if causal == self.causal:
+            return self
+        return type(self)(tuple(part.with_causal(causal) for part in self.parts))
+
+    def to_spec(self) -> dict[str, Any]:
+        """The parts, as [name, spec]."""
+        return {"parts": [[part.name, part.to_spec()] for part in self.parts]}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """From the parts' [name, spec]."""
+        return cls(tuple(build_pattern(*part) for part in spec["parts"]))
+
+    def _part_counts(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> list[Counts]:
+        return [part.count(h, i, j, num_heads) for part in self.parts]
+
+
+@dataclass(frozen=True)
+class Union(_Combination, name="union"):
+    """counts = the largest of the parts': `a | b`. Block masks of one block size become one mask; else rows are listed.
+
+    Args:
+        parts: patterns, at least one.
+
+    Raises:
+        TypeError: parts is not a tuple or list of patterns, or empty.
+    """
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        """Whether every part is causal."""
+        return all(part.causal for part in self.parts)
+
+    @property
+    def binary(self) -> bool:
+        """Whether every part is."""
+        return all(part.binary for part in self.parts)
+
+    @property
+    def listing(self) -> bool:
+        """Unless there is one part only, that does not."""
+        return len(self.parts) > 1 or self.parts[0].listing
+
+    def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
+        return _joined(list(dict.fromkeys(parts)), np.logical_or, same_causal=True)
+
+    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
+        """Elementwise maximum."""
+        return reduce(np.maximum, self._part_counts(h, i, j, num_heads))
+
+    def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """One part's own, or listed rows."""
+        return self.parts[0].branches(rectangle) if len(self.parts) == 1 else super().branches(rectangle)
+
+
+@dataclass(frozen=True)
+class Intersection(_Combination, name="intersection"):
+    """counts = the smallest of the parts': `a & b`. In strides where one part counts at most once and the others can filter it.
+
+    Args:
+        parts: patterns, at least one.
+
+    Raises:
+        TypeError: parts is not a tuple or list of patterns, or empty.
+    """
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        """Whether any part is causal."""
+        return any(part.causal for part in self.parts)
+
+    @property
+    def binary(self) -> bool:
+        """Whether any part is."""
+        return any(part.binary for part in self.parts)
+
+    @property
+    def filters(self) -> bool:
+        """Whether every part does."""
+        return all(part.filters for part in self.parts)
+
+    def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` within every part."""
+        found = iter((branch,))
+        for part in self.parts:
+            found = _through(part, found, rectangle)
+        return found
+
+    def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
+        return _joined(list(dict.fromkeys(parts)), np.logical_and, same_causal=False)
+
+    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
+        """Elementwise minimum."""
+        return reduce(np.minimum, self._part_counts(h, i, j, num_heads))
+
+    def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """The branches of a part that counts at most once, within the others; or listed rows."""
+        base = self._base()
+        if base is None:
+            return super().branches(rectangle)
+        found = self.parts[base].branches(rectangle)
+        for part in (*self.parts[:base], *self.parts[base + 1 :]):
+            found = _through(part, found, rectangle)
+        return found
+
+    @property
+    def listing(self) -> bool:
+        """Where no part can be filtered by the others, or any part lists."""
+        return self._base() is None or any(part.listing for part in self.parts)
+
+    def _base(self) -> int | None:
+        """Which part's branches the others filter, or None."""
+        for at, base in enumerate(self.parts):
+            others = (*self.parts[:at], *self.parts[at + 1 :])
+            # The smallest of counts is not the base's where the base counts twice and another part once.
+            if (base.binary or not others) and all(part.filters for part in others):
+                return at
+        return None
+
+
+@dataclass(frozen=True)
+class Sum(_Combination, name="sum"):
+    """counts = the sum of the parts': `a + b`. A key that two parts show counts twice, as with two branches of `Dilated`.
+
+    Args:
+        parts: patterns, at least one.
+
+    Raises:
+        TypeError: parts is not a tuple or list of patterns, or empty.
+    """
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        """Whether every part is causal."""
+        return all(part.causal for part in self.parts)
+
+    @property
+    def listing(self) -> bool:
+        """Where any part does."""
+        return any(part.listing for part in self.parts)
+
+    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
+        """Elementwise sum."""
+        return reduce(np.add, self._part_counts(h, i, j, num_heads))
+
+    def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """The branches of every part."""
+        for part in self.parts:
+            yield from part.branches(rectangle)
+
+
+def _joined(parts: list[Pattern], join: np.ufunc, *, same_causal: bool) -> list[Pattern]:
+    """`parts` with block masks of one block size and shape joined to one mask."""
+    others: list[Pattern] = []
+    masks: dict[tuple[object, ...], BlockSparse] = {}
+    for part in parts:
+        if not isinstance(part, BlockSparse):
+            others.append(part)
+            continue
+        key = (part.block_size, part.mask.shape, part.causal if same_causal else None)
+        kept = masks.get(key, part)
+        if kept is not part:
+            part = BlockSparse(part.block_size, join(kept.mask, part.mask), kept.causal or part.causal)
+        masks[key] = part
+    return [*others, *masks.values()]

@@ -1,0 +1,234 @@
+"""`Dilated`: LongNet's dilated attention (Ding et al. 2023, arXiv:2307.02486, equations 3 to 8).
+
+A branch (segment s, rate r, offset o) lets i and j see each other iff i // s == j // s and (i % s) % r == (j % s) % r == o.
+Branches mix by their softmax denominators, which is: counts add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from longattn.patterncache.indices import Affine, index_of
+from longattn.patterncache.pattern import Pattern, check_causal
+from longattn.patterncache.plan import Band, Branch, Counts
+from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, congruent_indices
+
+HEADS = ("shared", "blocks", "split")
+QUERIES = ("dilated", "all")
+
+
+@dataclass(frozen=True)
+class Dilated(Pattern, name="dilated"):
+    """Dilated attention over any length: the last segment is short, nothing needs to divide, padding keys are never invented.
+
+    Args:
+        segment_lengths: segment s of each branch, in positions, integers >= 1.
+        dilation_rates: rate r of each branch, integers >= 1, as many as segments. r > s is legal.
+        heads: how heads are assigned. "shared" (default, the LongNet paper): every head does every branch, at offset h % r.
+            "blocks" (torchscale's layout): offset h // ceil(H / r). "split" (fkodom's): branch i serves only its own contiguous
+            group of heads, at offset i % r; group sizes differ by at most one, extras to the first groups.
+        queries: "dilated" (default): queries are dilated like keys. "all": every query of the segment sees the dilated keys.
+        causal: hide j > i. Default False.
+
+    Raises:
+        TypeError, ValueError: a list that is empty or not of integers >= 1, lists of different lengths, an unknown choice.
+    """
+
+    segment_lengths: Sequence[int]
+    dilation_rates: Sequence[int]
+    heads: str = "shared"
+    queries: str = "dilated"
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("segment_lengths", "dilation_rates"):
+            object.__setattr__(self, name, _check_list(name, getattr(self, name)))
+        if len(self.segment_lengths) != len(self.dilation_rates):
+            raise ValueError(
+                "dilation_rates must have as many entries as segment_lengths, "
+                f"got {len(self.dilation_rates)} rates {self.dilation_rates} "
+                f"and {len(self.segment_lengths)} segments {self.segment_lengths}"
+            )
+        for name, choices in (("heads", HEADS), ("queries", QUERIES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        check_causal(self.causal)
+
+    @property
+    def binary(self) -> bool:
+        """Where every head has one branch at most."""
+        return len(self.segment_lengths) == 1 or self.heads == "split"
+
+    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
+        """The branches' conditions, added."""
+        total = np.zeros(np.broadcast_shapes(h.shape, i.shape, j.shape), np.int64)
+        for b, (s, r) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
+            offset = self._offset(b, h, num_heads)
+            shown = (i // s == j // s) & ((j % s) % r == offset) & (offset >= 0)
+            if self.queries == "dilated":
+                shown = shown & ((i % s) % r == offset)
+            if self.causal:
+                shown = shown & (j <= i)
+            total += shown
+        return total
+
+    def _offset(self, b: int, h: Rows, num_heads: int) -> Rows:
+        """Offset of branch b for global heads h; -1 where the branch does not serve the head."""
+        r = self.dilation_rates[b]
+        if self.heads == "shared":
+            return h % r
+        if self.heads == "blocks":
+            return h // -(-num_heads // r)
+        begin, end = self._group(b, num_heads)
+        return np.where((h >= begin) & (h < end), b % r, -1)
+
+    def _group(self, b: int, num_heads: int) -> tuple[int, int]:
+        """Heads [begin, end) of branch b under "split"."""
+        branches = len(self.segment_lengths)
+        if branches > num_heads:
+            raise ValueError(
+                f'heads="split" must have at most one branch per head, got {branches} branches for num_heads={num_heads}'
+            )
+        size, extra = divmod(num_heads, branches)
+        begin = b * size + min(b, extra)
+        return begin, begin + size + (b < extra)
+
+    def head_classes(self, b: int, rectangle: Rectangle) -> Iterator[tuple[Span, int]]:
+        """For branch b: (rows of the rectangle's head axis, their offset), one pair per offset that has heads."""
+        r, num_heads, heads = self.dilation_rates[b], rectangle.num_heads, rectangle.heads
+        if self.heads == "shared":
+            for offset in range(min(r, num_heads)):
+                yield Span(*heads.congruent(offset, r)), offset
+            return
+        if self.heads == "blocks":
+            size = -(-num_heads // r)
+            groups = [(o * size, min(num_heads, (o + 1) * size), o) for o in range(min(r, -(-num_heads // size)))]
+        else:
+            groups = [(*self._group(b, num_heads), b % r)]
+        for begin, end, offset in groups:
+            first, count, step = congruent_indices(heads, np.array([begin]), np.array([end]), np.zeros(1, np.int64), 1)
+            yield Span(int(first[0]), int(count[0]), step), offset
+
+    def with_causal(self, causal: bool) -> Dilated:
+        """The same with `causal` replaced."""
+        return replace(self, causal=causal)
+
+    def to_spec(self) -> dict[str, Any]:
+        """Lists and choices as JSON values."""
+        return {
+            "segment_lengths": list(self.segment_lengths),
+            "dilation_rates": list(self.dilation_rates),
+            "heads": self.heads,
+            "queries": self.queries,
+            "causal": self.causal,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Dilated:
+        """From `to_spec`."""
+        return cls(**spec)
+
+    def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """Strided tiles: one per segment, gathered into branches of equal tiles."""
+        for b in range(len(self.segment_lengths)):
+            for heads, offset in self.head_classes(b, rectangle):
+                if heads.length:
+                    yield from self._class_branches(b, heads, offset, rectangle)
+
+    def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch]:
+        """A tile for each segment of each document, which counts segments and residues from its start."""
+        band = Band(0, None) if self.causal else None
+        for sides in span_pairs(rectangle):
+            each = documents.meeting(sides)
+            for b, (s, r) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
+                low, high = each.segments(s)
+                for heads, offset in self.head_classes(b, rectangle):
+                    keys = Intervals(low, high, low + offset, r)
+                    queries = keys if self.queries == "dilated" else replace(keys, modulus=1)
+                    if heads.length:
+                        yield from interval_branches(heads, sides, queries, keys, band)
+
+    def _class_branches(self, b: int, heads: Span, offset: int, rectangle: Rectangle) -> Iterator[Branch]:
+        q_row = 0
+        for q in rectangle.queries:
+            k_row = 0
+            for k in rectangle.keys:
+                if q.length and k.length:
+                    yield from self._segments(b, heads, offset, (q, q_row), (k, k_row))
+                k_row += k.length
+            q_row += q.length
+
+    def _segments(
+        self, b: int, heads: Span, offset: int, q_side: tuple[Span, int], k_side: tuple[Span, int]
+    ) -> Iterator[Branch]:
+        s, r = self.segment_lengths[b], self.dilation_rates[b]
+        (q, q_row), (k, k_row) = q_side, k_side
+        tiles = q.length // s if self._is_regular(b, q, k) else 0
+        if tiles:
+            # The usual case needs no arrays: whole segments, all alike. What is left of a short last one is below.
+            yield self._whole_segments(b, heads, offset, tiles, q_side, k_side)
+            left = q.take(tiles * s, q.length - tiles * s)
+            if left.length:
+                yield from self._segments(b, heads, offset, (left, q_row + tiles * s), (left, k_row + tiles * s))
+            return
+        low = np.arange(max(q.start, k.start) // s, min(q.last, k.last) // s + 1, dtype=np.int64) * s
+        # Where r does not divide s the residue of a segment's members moves from segment to segment.
+        residue = low + offset
+        q_rate = r if self.queries == "dilated" else 1
+        q_first, q_count, q_step = congruent_indices(q, low, low + s, residue, q_rate)
+        k_first, k_count, k_step = congruent_indices(k, low, low + s, residue, r)
+        q_begin, k_begin = q.start + q.step * q_first, k.start + k.step * k_first
+        shown = (q_count > 0) & (k_count > 0)
+        nearest = q_begin - (k_begin + (k_count - 1) * k_step * k.step)
+        farthest = q_begin + (q_count - 1) * q_step * q.step - k_begin
+        banded = np.zeros(len(low), bool)
+        if self.causal:
+            shown &= farthest >= 0
+            banded = nearest < 0
+        # Tiles of one branch share their size and, where a band cuts them, their geometry.
+        kind = np.stack([q_count, k_count, banded, np.where(banded, q_begin - k_begin, 0)])
+        q_at, k_at = (q.start - q_row * q.step, q.step), (k.start - k_row * k.step, k.step)
+        for members in _equal_columns(kind, np.flatnonzero(shown)):
+            at = members[0]
+            yield Branch(
+                heads,
+                index_of(q_first[members] + q_row, int(q_count[at]), q_step),
+                index_of(k_first[members] + k_row, int(k_count[at]), k_step),
+                q_at,
+                k_at,
+                Band(0, None) if banded[at] else None,
+            )
+
+    def _is_regular(self, b: int, q: Span, k: Span) -> bool:
+        """Whether tiles follow from figures alone: the same contiguous positions, from a border on, the same residues in each segment."""
+        s, r = self.segment_lengths[b], self.dilation_rates[b]
+        return q == k and q.step == 1 and q.start % s == 0 and s % r == 0 and self.queries == "dilated"
+
+    def _whole_segments(
+        self, b: int, heads: Span, offset: int, tiles: int, q_side: tuple[Span, int], k_side: tuple[Span, int]
+    ) -> Branch:
+        s, r = self.segment_lengths[b], self.dilation_rates[b]
+        q, k = (Affine(row + offset, tiles, s if tiles > 1 else 0, s // r, r) for _, row in (q_side, k_side))
+        q_at, k_at = ((span.start - row, 1) for span, row in (q_side, k_side))
+        return Branch(heads, q, k, q_at, k_at, Band(0, None) if self.causal and s > r else None)
+
+
+def _equal_columns(kind: Rows, members: Rows) -> Iterator[Rows]:
+    """Groups of `members` whose columns of `kind` are equal; the usual case, all alike but the last, costs one comparison."""
+    while len(members):
+        alike = (kind[:, members] == kind[:, members[:1]]).all(axis=0)
+        yield members[alike]
+        members = members[~alike]
+
+
+def _check_list(name: str, value: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of integers >= 1, got {value!r} ({type(value).__name__})")
+    if len(value) == 0:
+        raise ValueError(f"{name} must have at least one entry, got {value!r}")
+    return tuple(check_int(f"{name}[{at}]", entry, minimum=1) for at, entry in enumerate(value))

@@ -1,0 +1,63 @@
+"""All patterns of this package, by name, and `parse_pattern`, which reads the canonical string of any registered pattern.
+
+The registry stands above what it registers: importing it imports every pattern, and importing any pattern imports it (the room's
+`__init__`), so that an unpickled pattern combines and parses as any other.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+from longattn.patterncache.pattern import Pattern, build_pattern
+from longattn.patterncache.patterns.block_layout import BlockLayout
+from longattn.patterncache.patterns.block_sparse import BlockSparse
+from longattn.patterncache.patterns.by_head import ByHead
+from longattn.patterncache.patterns.combined import Intersection, Restrict, Sum, Union
+from longattn.patterncache.patterns.dilated import Dilated
+from longattn.patterncache.patterns.documents import Documents
+from longattn.patterncache.patterns.hierarchical import HierarchicalBlocks
+from longattn.patterncache.patterns.periodic import Periodic
+from longattn.patterncache.patterns.strided import Strided
+from longattn.patterncache.patterns.window import Full, Window
+
+PATTERNS: tuple[type[Pattern], ...] = (
+    BlockLayout,
+    BlockSparse,
+    ByHead,
+    Dilated,
+    Documents,
+    Full,
+    HierarchicalBlocks,
+    Intersection,
+    Periodic,
+    Restrict,
+    Strided,
+    Sum,
+    Union,
+    Window,
+)
+"""Patterns that this package registers."""
+
+_KEPT_TEXT = 4096
+"""Characters of the longest canonical string whose pattern is kept: a block mask's may be megabytes, and its plan is cached anyway."""
+
+
+def parse_pattern(text: str) -> Pattern:
+    """The pattern of a canonical string.
+
+    Raises:
+        ValueError: text is not `["name",{spec}]`, or no pattern of that name is registered in this process.
+    """
+    return _parse_kept(text) if len(text) <= _KEPT_TEXT else _parse(text)
+
+
+def _parse(text: str) -> Pattern:
+    try:
+        name, spec = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"pattern must be a canonical string '[\"name\",{{...}}]', got {text!r}") from error
+    return build_pattern(name, spec)
+
+
+_parse_kept = lru_cache(maxsize=4096)(_parse)

@@ -1,0 +1,147 @@
+"""`Span` and `Rectangle`: which positions of the whole sequence the rows at hand are.
+
+A *position* is a place in the whole sequence; a *row* is a place in the tensor at hand. A `Span` maps one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import index
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
+
+
+def check_int(name: str, value: object, *, minimum: int) -> int:
+    """Return `value` as int, or raise TypeError / ValueError that names it. Booleans, floats and strings are refused."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {shortened(value)} ({type(value).__name__})")
+    # `index` also makes a constant of a symbolic size that torch.compile traces: another value is another graph.
+    number = index(value)
+    if number < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {number}")
+    return number
+
+
+def shortened(value: object, most: int = 200) -> str:
+    """The repr of a value for an error message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`length` positions from `start`, `step` apart: start, start + step, ...
+
+    Contiguous shards have step 1, striped ring shards step = ring size; a zigzag shard is two spans.
+
+    Raises:
+        TypeError, ValueError: start or length is not an integer >= 0, or step not an integer >= 1.
+    """
+
+    start: int
+    length: int
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", check_int("start", self.start, minimum=0))
+        object.__setattr__(self, "length", check_int("length", self.length, minimum=0))
+        object.__setattr__(self, "step", check_int("step", self.step, minimum=1))
+
+    @property
+    def last(self) -> int:
+        """The last position (start - step when empty)."""
+        return self.start + (self.length - 1) * self.step
+
+    def positions(self) -> Rows:
+        """(length,) int64."""
+        return np.arange(self.length, dtype=np.int64) * self.step + self.start
+
+    def congruent(self, residue: int, modulus: int) -> tuple[int, int, int]:
+        """The members equal to `residue` modulo `modulus`, as (first index, count, index step) within this span."""
+        first, count, step = congruent_indices(
+            self, np.zeros(1, np.int64), np.array([self.last + 1]), np.array([residue]), modulus
+        )
+        return int(first[0]), int(count[0]), step
+
+    def take(self, first: int, count: int, step: int = 1) -> Span:
+        """The sub-span of members first, first + step, ... (`count` of them)."""
+        return Span(self.start + first * self.step if count else 0, count, self.step * step)
+
+
+def congruent_indices(span: Span, low: Rows, high: Rows, residue: Rows, modulus: int) -> tuple[Rows, Rows, int]:
+    """For each window [low, high) of positions: which members of `span` lie in it and equal `residue` modulo `modulus`.
+
+    Returns (first index, count, index step); the step is the same for all windows. Solves start + a * step = residue (mod modulus)
+    by the extended Euclid, so that a strided span over a dilated residue is again affine.
+    """
+    gcd = int(np.gcd(span.step, modulus))
+    stride = modulus // gcd
+    inverse = pow(span.step // gcd, -1, stride) if stride > 1 else 0
+    solvable = (residue - span.start) % gcd == 0
+    phase = ((residue - span.start) // gcd * inverse) % stride
+    begin = np.maximum(-((span.start - low) // span.step), 0)
+    end = np.minimum((high - 1 - span.start) // span.step, span.length - 1)
+    first = begin + (phase - begin) % stride
+    count = np.where(solvable & (first <= end), (end - first) // stride + 1, 0)
+    return first, count, stride
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Rectangle:
+    """What a plan is for: some of the `num_heads` query heads x query positions x key positions.
+
+    Args:
+        num_heads: query heads of the whole module; head assignment depends on it.
+        queries, keys: one span, or a tuple of spans whose rows follow one another in the tensor (zigzag shards: two).
+        heads: the global query heads present here; None is all of them.
+
+    Raises:
+        TypeError, ValueError: a count or span that is not one, or heads beyond num_heads.
+    """
+
+    num_heads: int
+    queries: tuple[Span, ...]
+    keys: tuple[Span, ...]
+    heads: Span
+
+    def __init__(
+        self,
+        num_heads: int,
+        queries: Span | Sequence[Span],
+        keys: Span | Sequence[Span],
+        heads: Span | None = None,
+    ) -> None:
+        total = check_int("num_heads", num_heads, minimum=1)
+        heads = Span(0, total) if heads is None else heads
+        if not isinstance(heads, Span):
+            raise TypeError(f"heads must be a Span of global query heads or None, got {heads!r}")
+        if heads.length and heads.last >= total:
+            raise ValueError(f"heads must lie below num_heads={total}, got {heads}")
+        object.__setattr__(self, "num_heads", total)
+        object.__setattr__(self, "queries", _span_tuple("queries", queries))
+        object.__setattr__(self, "keys", _span_tuple("keys", keys))
+        object.__setattr__(self, "heads", heads)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(heads, queries, keys)."""
+        return self.heads.length, sum(s.length for s in self.queries), sum(s.length for s in self.keys)
+
+    def query_positions(self) -> Rows:
+        """(queries,) int64, in row order."""
+        return np.concatenate([s.positions() for s in self.queries] or [np.empty(0, np.int64)])
+
+    def key_positions(self) -> Rows:
+        """(keys,) int64, in row order."""
+        return np.concatenate([s.positions() for s in self.keys] or [np.empty(0, np.int64)])
+
+
+def _span_tuple(name: str, value: object) -> tuple[Span, ...]:
+    spans = (value,) if isinstance(value, Span) else value
+    if not isinstance(spans, (tuple, list)) or not all(isinstance(s, Span) for s in spans):
+        raise TypeError(f"{name} must be a Span or a tuple of Spans, got {value!r}")
+    return tuple(spans)
