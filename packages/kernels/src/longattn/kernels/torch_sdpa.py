@@ -14,6 +14,7 @@ from torch import Tensor
 from longattn.kernels.call import Call
 from longattn.kernels.capability import FLOATS, Capability
 from longattn.kernels.state import state_dtype
+from longattn.kernels.strides import separated, separated_call
 from longattn.kernels.tiles import Tile
 from longattn.kernels.walk import finish, new_state, walk
 
@@ -67,6 +68,7 @@ def backward(
 
 def forward_through(kernel: Forward, call: Call) -> tuple[Tensor, Tensor]:
     """`forward` tile by tile through one of torch's kernels."""
+    call = separated_call(call)
     out, lse = new_state(call, triangles=True)
     for tile in walk(call, triangles=True, cells=_cells(call)):
         q, k, v = map(_dense, (tile.queries(call.q), tile.keys(call.k), tile.keys(call.v)))
@@ -83,9 +85,10 @@ def backward_through(
     kernel: Backward, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """`backward` tile by tile through the gradient of one of torch's kernels."""
+    call = separated_call(call)
     dtype, d = state_dtype(call.q.dtype), call.q.shape[-1]
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
-    grad_out, out = grad_out.to(call.q.dtype), out.to(call.q.dtype)
+    grad_out, out = separated(grad_out.to(call.q.dtype)), separated(out.to(call.q.dtype))
     # A finite pivot for rows that saw nothing: their scores are all -inf, so P stays 0.
     lse = lse.masked_fill(lse == -torch.inf, 0)
     others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
