@@ -70,7 +70,9 @@ def test_any_shared_memory(name, pattern, group, layouts, mask, padding, seed):
     check(name, case, replace(data, mask=mask, padding=hidden))
 
 
-@pytest.mark.parametrize("name", [name for name in backends("cpu") if torch.bfloat16 in row(name).capability.dtypes_on("cpu")])
+@pytest.mark.parametrize(
+    "name", [name for name in backends("cpu") if torch.bfloat16 in row(name).capability.dtypes_on("cpu")]
+)
 @pytest.mark.parametrize("queries", [1, 3])
 def test_few_queries_over_windows(name: str, queries: int):
     """A decode step whose keys are windows of one line of numbers, in half precision."""

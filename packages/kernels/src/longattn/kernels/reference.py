@@ -52,8 +52,12 @@ def reference_attention(
     # log 0 = -inf hides a key. Rows that see nothing get finite scores first, and are cleared afterwards: no NaN in any gradient.
     blind = (times == 0).all(-1, keepdim=True)
     scores = torch.where(blind, 0.0, scores + times.log())
-    lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.sum(-1)
-    weights = torch.where(blind, 0.0, (scores - lse.unsqueeze(-1)).exp())
+    # Divided by their sum, not by exp(lse): beside a bias such as finfo.min lse has no digits left for how many keys there are.
+    pivot = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.sum(-1, keepdim=True)
+    weights = (scores - pivot).exp()
+    total = weights.sum(-1, keepdim=True)
+    lse = (pivot + torch.where(total == 0, 1.0, total).log()).squeeze(-1)
+    weights = torch.where(blind, 0.0, weights / total)
     out = (weights if keep is None else weights * keep) @ v
     lse = torch.where(blind.squeeze(-1), -torch.inf, lse)
     return AttentionState(out.transpose(1, 2), lse.transpose(1, 2))

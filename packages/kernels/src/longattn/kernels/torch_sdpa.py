@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longattn.kernels.call import Call
 from longattn.kernels.capability import FLOATS, Capability
+from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.state import state_dtype
 from longattn.kernels.strides import separated, separated_call
 from longattn.kernels.tiles import Tile
@@ -54,11 +55,13 @@ def _cpu_backward(
     return kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
 
 
+@exact_forward
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
     return forward_through(_cpu_forward, call)
 
 
+@exact_backward
 def backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -126,7 +129,9 @@ def _additive(tile: Tile, dtype: torch.dtype) -> Tensor | None:
         return None
     # A float32 bias of a bfloat16 q stays float32: -100 is not the same as -100.5.
     bias = (
-        torch.zeros((), dtype=dtype, device=tile.seen.device) if tile.bias is None else tile.bias.to(state_dtype(dtype))
+        torch.zeros((), dtype=dtype, device=tile.seen.device)
+        if tile.bias is None
+        else bounded(tile.bias).to(state_dtype(dtype))
     )
     return torch.where(tile.seen, bias, -torch.inf)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longattn.kernels.call import Call
 from longattn.kernels.capability import Capability
+from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.torch_sdpa import Forward, backward_through, forward_through
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -72,10 +73,12 @@ class ViewsRow:
     CAPABILITY: Capability
     cudnn: bool
 
+    @exact_forward
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
         return forward_through(self._forward, call)
 
+    @exact_backward
     def backward(
         self, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, None]:

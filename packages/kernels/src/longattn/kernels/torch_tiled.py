@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longattn.kernels.call import Call
 from longattn.kernels.capability import FLOATS, Capability
+from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.grouping import dropped, group_rows, masked_scores, ungroup_rows
 from longattn.kernels.masks import dress
 from longattn.kernels.state import state_dtype
@@ -49,6 +50,7 @@ class TiledRow:
         dropout=True,
     )
 
+    @exact_forward
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
         out, lse = new_state(call, triangles=False, filled=True)
@@ -61,6 +63,7 @@ class TiledRow:
                     _stream_queries(call, branch, block, rows, out, lse)
         return finish(call, out), lse
 
+    @exact_backward
     def backward(
         self, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, None]:

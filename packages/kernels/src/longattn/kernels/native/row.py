@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longattn.kernels.call import Call
 from longattn.kernels.capability import Capability
+from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.native import building
 from longattn.kernels.native.arguments import SIZES, TYPES, CallArgument, PackedJobs, packed
 from longattn.kernels.native.lowering import Lowered, lower
@@ -50,6 +51,7 @@ def prepare() -> str | None:
     return None
 
 
+@exact_forward
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads) float32."""
     lowered = lower(call.plan)
@@ -72,6 +74,7 @@ def _is_short(call: Call, lowered: Lowered, half: bool) -> bool:
     return rows <= _SHORT_ROWS[half] and call.q.dtype == call.k.dtype == call.v.dtype and packed(lowered, 0).even
 
 
+@exact_backward
 def backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -111,7 +114,7 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _in_known_type(x: Tensor) -> Tensor:
-    return x if x.dtype in TYPES or x.dtype == torch.bool else x.to(torch.float32)
+    return x if x.dtype in TYPES or x.dtype == torch.bool else bounded(x).to(torch.float32)
 
 
 def _unwritten(like: Tensor, dtype: torch.dtype, complete: bool) -> Tensor:
