@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longattn.kernels.check import check_flag
-from longattn.kernels.entry import attend
+from longattn.kernels.check import check_flag, check_qkv, check_scale
+from longattn.kernels.entry import attend, autocast
 from longattn.patterncache import Full
 
 
@@ -25,6 +25,13 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, sm_sc
     """
     if check_flag("causal", causal) is None:
         raise TypeError("causal must be True or False, got None")
+    check_scale(sm_scale, "sm_scale")
     q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x for x in (q, k, v))
-    dtype = q.dtype if isinstance(q, Tensor) else None
-    return attend(q, k, v, Full(causal=causal), softmax_scale=sm_scale, out_dtype=dtype).out.transpose(1, 2)
+    q, k, v = autocast(q, k, v)
+    check_qkv(q, k, v)
+    if causal and q.shape[1] > k.shape[1]:
+        raise ValueError(
+            f"causal must be False where queries outnumber keys, got Nq={q.shape[1]}, Nk={k.shape[1]}: "
+            "longattn.kernels.attend takes q_spans, which say where such queries stand"
+        )
+    return attend(q, k, v, Full(causal=causal), softmax_scale=sm_scale, out_dtype=q.dtype).out.transpose(1, 2)
