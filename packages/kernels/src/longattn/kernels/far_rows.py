@@ -119,8 +119,9 @@ class _FarRows:
         return x[self.batch, self.on_device, self.head].to(self.dtype)
 
     def keys(self, x: Tensor) -> Tensor:
-        """All rows of x (batch, Nk, kv_heads, d)."""
-        return x[self.batch, :, self.kv_head].to(self.dtype)
+        """All rows of x (batch, Nk, kv_heads, d); padded ones are zero, whatever they hold."""
+        rows, padding = x[self.batch, :, self.kv_head].to(self.dtype), self.call.key_padding
+        return rows if padding is None else rows.masked_fill(padding[self.batch].unsqueeze(-1), 0)
 
     def lookup(self, x: Tensor) -> Tensor:
         """(rows, Nk) of what broadcasts to (batch, heads, Nq, Nk)."""

@@ -105,7 +105,7 @@ def _prepare(
         architecture=architecture_of(q.device),
     )
     row = select(problem, asked.backend or None)
-    if asked.key_padding is not None:
+    if asked.key_padding is not None and not row.capability.skips_padding:
         # 0 * NaN is NaN: what padding holds must not meet a product at all.
         k, v = (_without_padding(x, asked.key_padding, environment) for x in (k, v))
     call = Call(

@@ -22,6 +22,8 @@ def reference_attention(
 ) -> AttentionState:
     """Attention by its definition, in float64, differentiable by autograd. O(heads * Nq * Nk) memory.
 
+    NaN and Inf in padded keys have no influence; in keys hidden by counts of 0 or a bias of -inf they have: 0 * NaN is NaN.
+
     Args:
         q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim), kv_heads dividing heads. Any floating dtype.
         counts: (heads, Nq, Nk) or (batch, heads, Nq, Nk), how many times each query sees each key; 0 hides it.

@@ -21,6 +21,7 @@ CAPABILITY = Capability(
     tolerance={torch.float32: (2e-5, 2e-5), torch.float16: (2e-3, 2e-3), torch.bfloat16: (1.6e-2, 1.6e-2)},
     max_head_dim=256,
     dropout=True,
+    skips_padding=True,
 )
 
 _TASKS_A_THREAD = 4
