@@ -11,7 +11,7 @@ from longattn.attention import (
     RingBufferConfig,
     pattern_attention,
 )
-from longattn.patterncache import Dilated, Full, Span, Window
+from longattn.patterncache import Dilated, Full, Span, Window, from_mask_mod
 
 
 def test_packed_cross_attention_with_more_queries_than_keys():
@@ -114,3 +114,17 @@ def test_a_plan_is_for_a_rectangle():
         for value in (8, Span(0, 8), (2, 8, 8)):
             with pytest.raises(TypeError, match="rectangle must be a Rectangle, such as"):
                 pattern.plan(value)  # type: ignore[arg-type]
+
+
+def test_torch_tables_in_a_mask_mod():
+    """They want tensors, and the error says how they get them."""
+    document = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+
+    def mod(b, h, q, k):
+        return (q >= k) & (document[q] == document[k])
+
+    with pytest.raises(TypeError, match=r"mask_mod must take int64 arrays .* needs as_tensor=torch.from_numpy, got"):
+        from_mask_mod(mod, 8)
+    assert from_mask_mod(mod, 8, as_tensor=torch.from_numpy).to_dense(8, 1).sum() == 21
+    with pytest.raises(TypeError, match="mask_mod must return booleans; one written with torch"):
+        from_mask_mod(lambda b, h, q, k: q - k, 8)

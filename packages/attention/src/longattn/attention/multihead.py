@@ -134,7 +134,8 @@ class MultiheadPatternAttention(ProjectedModule):
         query, key and value may be packed as (1, total, embed_dim) with cu_seqlens, or jagged nested tensors (batch, lengths, embed_dim).
 
         Returns:
-            (batch, Nq, embed_dim), or that and weights (batch, heads, Nq, Nk) in the module's dtype.
+            (batch, Nq, embed_dim), a tensor and no pair (as torch.nn.MultiheadAttention returns even without weights), or with
+            need_weights a pair: that, and weights (batch, heads, Nq, Nk) in the module's dtype.
         """
         given = given_options(options)
         key = query if key is None else key
