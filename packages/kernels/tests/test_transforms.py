@@ -242,7 +242,7 @@ def test_fused_attention_names_a_bad_argument():
         ((q, q, [1.0]), TypeError, "v must be a torch.Tensor"),
         ((q[0], q, q), ValueError, "q must have shape"),
         ((q, q[:, :, :3], q[:, :, :3], True), ValueError, "queries outnumber keys"),
-        ((q, q, q, False, "x"), TypeError, "softmax_scale must be None or a number"),
+        ((q, q, q, False, "x"), TypeError, "sm_scale must be None or a number"),
     ):
         with pytest.raises(error, match=words):
             fused_attention(*arguments)

@@ -95,6 +95,7 @@ else:
             replace(SMALL, prior=True, mask="bhqk", padding=True, head_dim=40),
             replace(SMALL, pattern=Full(causal=True), mask="+hq", dropout_p=0.3, shard=(3, 8)),
             replace(SMALL, pattern=Window(30), layouts=("strided_dim", "heads_first", "sliced", "plain", "expanded_dim")),
+            replace(SMALL, pattern=LONGNET, layouts=("unfolded", "unfolded_heads", "unfolded", "plain", "expanded_seq")),
             replace(SMALL, softmax_scale=-0.5, batch=2, dtype=HALF, prior=True),
             replace(SMALL, softmax_scale=0.0, mask="k", pattern=Full(causal=True)),
             replace(SMALL, softmax_scale=40.0, pattern=Full()),
@@ -104,12 +105,41 @@ else:
             replace(SMALL, lengths=(4, 0), pattern=Full(), prior=True),
             replace(SMALL, batch=0),
         ],
-        ids=["masks", "bias_dropout", "strides", "negative_scale", "zero_scale", "huge_logits", "listed", "blind_rows",
+        ids=["masks", "bias_dropout", "strides", "shared_memory", "negative_scale", "zero_scale", "huge_logits", "listed", "blind_rows",
              "no_queries", "no_keys", "no_batch"],
     )  # fmt: skip
     def test_calls(case: Case):
         """Masks, bias, padding, dropout, priors, strides, scales, rows that see nothing, and nothing at all."""
         check_backend("triton", case)
+
+    def test_a_finite_bias_hides_nothing():
+        """Rows of finfo.min alone, beside -inf and beside ordinary numbers, with gradients; the kernel by itself keeps lse a number."""
+        from longattn.kernels.triton import row as triton_row
+
+        case = replace(SMALL, pattern=LONGNET.with_causal(True), lengths=(40, 40))
+        for dtype in (torch.float32, torch.float64):
+            bias = torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+            low = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).min
+            bias[3], bias[7], bias[7, 5:9], bias[12, :10] = low, -torch.inf, low, low
+            found = []
+            for compute, options in ((run_case, {"backend": "triton"}), (expect_case, {})):
+                data = replace(case.tensors(), mask=bias)
+                q, k, v = (x.requires_grad_() for x in (data.q, data.k, data.v))
+                state = compute(case, data, **options)
+                grads = torch.autograd.grad(state.out, (q, k, v), data.grad_out.to(state.out.dtype))
+                found.append((state.out.detach(), state.lse.detach(), *grads))
+            for got, expected in zip(*found, strict=True):
+                assert_near(got, expected, 1e-4, 1e-4, str(dtype))
+        seen: list[torch.Tensor] = []
+        bare = triton_row.forward.__wrapped__  # type: ignore[attr-defined]
+        data = replace(case.tensors(), mask=torch.full((40, 40), torch.finfo(torch.float32).min))
+        dispatch_row = row("triton")
+        object.__setattr__(dispatch_row, "forward", lambda call: (seen.append(bare(call)[1]), bare(call))[1])
+        try:
+            run_case(case, data, backend="triton")
+        finally:
+            object.__setattr__(dispatch_row, "forward", triton_row.forward)
+        assert seen[0].isfinite().all()
 
     @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
     def test_head_dim_in_chunks(monkeypatch: pytest.MonkeyPatch, deterministic: bool):

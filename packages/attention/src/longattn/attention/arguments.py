@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longattn.attention.sequences.varlen import check_positions_start, documents_of, query_spans
 from longattn.attention.validate import check_start, refuse_unknown
+from longattn.kernels.dispatch.capability import dtype_name
 from longattn.patterncache import Full
 
 
@@ -74,8 +75,14 @@ def positions(query: Tensor, key: Tensor, given: dict[str, Any]) -> tuple[Tensor
 
 
 def hidden_rows(key: Tensor, key_padding_mask: object, given: dict[str, Any]) -> Tensor | None:
-    """(batch, keys) bool: rows that nobody sees, whatever they hold; None: none, or a mask that is refused later, by name."""
+    """(batch, keys) bool: rows that nobody sees, whatever they hold; None: none, or a mask that is refused later, by name.
+
+    Raises:
+        TypeError: key_padding_mask is a tensor of something else.
+    """
     mask = key_padding_mask if isinstance(key_padding_mask, Tensor) else None
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask must be bool, True = padding, got {dtype_name(mask.dtype)}")
     if mask is not None and mask.shape != key.shape[:2]:
         return None
     starts = given.get("positions_start")

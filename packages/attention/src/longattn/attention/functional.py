@@ -137,6 +137,9 @@ def pattern_attention(
             sees another.
         cu_seqlens_q: those of the queries, where they are others: in each document the last of its keys. Default cu_seqlens.
 
+    What padded keys hold reaches nothing, NaN and Inf included. Keys hidden by the pattern, causality or attention_mask weigh 0 but may be
+    read, so they must be finite.
+
     q, k and v may be jagged nested tensors (batch, lengths, heads, head_dim), or DTensors sharded on the sequence; then so are out and
     lse. Under a schedule over a process group they are this rank's rows, and masks have its rows and the whole sequence's columns.
 

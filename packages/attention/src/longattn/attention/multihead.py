@@ -134,7 +134,8 @@ class MultiheadPatternAttention(ProjectedModule):
         query, key and value may be packed as (1, total, embed_dim) with cu_seqlens, or jagged nested tensors (batch, lengths, embed_dim).
 
         Returns:
-            (batch, Nq, embed_dim), or that and weights (batch, heads, Nq, Nk) in the module's dtype.
+            (batch, Nq, embed_dim), a tensor and no pair (as torch.nn.MultiheadAttention returns even without weights), or with
+            need_weights a pair: that, and weights (batch, heads, Nq, Nk) in the module's dtype.
         """
         given = given_options(options)
         key = query if key is None else key
@@ -149,7 +150,7 @@ class MultiheadPatternAttention(ProjectedModule):
             k = q if key is query else packed[1]
             return jagged_like(query, self(q, k, k if value is key else packed[2], is_causal, **given, **ends))
         for name, x in (("query", query), ("key", key), ("value", value)):
-            check_embedded(name, x, self.embed_dim, self.out_proj.weight.dtype)
+            check_embedded(name, x, self.embed_dim, self._dtype())
         query, key, value = _zero_padded(query, key, value, hidden_rows(key, key_padding_mask, given))
         q, k, v = self._project(query, key, value)
         if self.rotary_base is not None:
@@ -159,6 +160,12 @@ class MultiheadPatternAttention(ProjectedModule):
         if not need_weights:
             return out
         return out, self.attention.weights(q, k, is_causal, attention_mask, key_padding_mask)
+
+    def _dtype(self) -> torch.dtype | None:
+        """What the embeddings must be of; None where layers were put in place of ours that keep it to themselves."""
+        weights = [getattr(getattr(self, name, None), "weight", None) for name in self._projection_names]
+        known = all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights)
+        return weights[0].dtype if known and isinstance(weights[0], Tensor) else None
 
 
 def _zero_padded(query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,14 @@ _HINTS = {
     "softcap": "no row of longattn.kernels caps scores",
     "alibi_slopes": "no row takes slopes; give longattn.attention.sequences.alibi.alibi_bias(...) as attention_mask",
     "cu_seqlens_k": "cu_seqlens is that of the keys",
+    "causal": "is_causal is the call's name, and a pattern has a causal of its own",
+    "window_size": "give Window(size) as the pattern",
+    "enable_gqa": "it is always on: k and v may have fewer heads, a number that divides q's",
+    "block_mask": "give longattn.patterncache.from_block_mask(block_mask) as the pattern",
+    "mask_mod": "give longattn.patterncache.from_mask_mod(mask_mod, ...) as the pattern",
+    "max_seqlen": "lengths are read from cu_seqlens",
+    "max_seqlen_q": "lengths are read from cu_seqlens_q",
+    "max_seqlen_k": "lengths are read from cu_seqlens",
     "is_causal": "causal is the constructor's name; is_causal belongs to the call",
 }
 
@@ -36,9 +44,20 @@ def check_pattern_argument(pattern: object) -> Pattern:
     """A Pattern."""
     if not isinstance(pattern, Pattern):
         raise TypeError(
-            f"pattern must be a Pattern such as Dilated or Window, got {pattern!r} ({type(pattern).__name__})"
+            f"pattern must be a Pattern such as Dilated or Window, got {_shown(pattern)} ({type(pattern).__name__})"
         )
     return pattern
+
+
+def _shown(value: object) -> str:
+    """Itself; of a mask or what makes one, where it belongs."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}: a mask goes to attention_mask, beside Full()"
+    if hasattr(value, "to_dense") and hasattr(value, "mask_mod"):
+        return "a block mask: give longattn.patterncache.from_block_mask(...) of it"
+    if callable(value) and not isinstance(value, type):
+        return f"{value!r}: a mask_mod goes through longattn.patterncache.from_mask_mod"
+    return repr(value)
 
 
 def check_size(name: str, value: object) -> int:
@@ -77,11 +96,14 @@ def check_start(name: str, value: object) -> int | None:
     return value
 
 
-def check_embedded(name: str, x: object, embed_dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor (batch, seq, embed_dim) in the module's dtype (or under autocast, any floating dtype)."""
+def check_embedded(name: str, x: object, embed_dim: int, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor (batch, seq, embed_dim) in the module's dtype (or under autocast, or where that is not known, any floating dtype)."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor (batch, seq, {embed_dim}), got {type(x).__name__}")
-    if not x.dtype.is_floating_point or (x.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
+    if dtype is None and not x.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+    autocast = dtype is None or torch.is_autocast_enabled(x.device.type)
+    if not x.dtype.is_floating_point or (x.dtype != dtype and not autocast):
         raise TypeError(f"{name} must have the module's dtype {dtype}, got {x.dtype}")
     if x.dim() != 3 or x.shape[2] != embed_dim:
         raise ValueError(f"{name} must have shape (batch, seq, {embed_dim}), got {tuple(x.shape)}")

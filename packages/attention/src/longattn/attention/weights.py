@@ -91,7 +91,8 @@ def _weights(
     scores = q.transpose(1, 2).to(dtype) @ keys * scale
     if attention_mask is not None and floating:
         # Hidden pairs carry -inf from log(0) already; another -inf has no gradient.
-        scores = scores + attention_mask.to(dtype).masked_fill(attention_mask == -torch.inf, 0)
+        bias, most = attention_mask.masked_fill(attention_mask == -torch.inf, 0), torch.finfo(dtype).max
+        scores = scores + bias.clamp(-most, most).to(dtype) if bias.dtype == torch.float64 else scores + bias.to(dtype)
     blind = (times == 0).all(-1, keepdim=True)
     scores = torch.where(blind, 0.0, scores + times.log())
     return torch.where(blind, 0.0, torch.softmax(scores, -1)).to(q.dtype), times

@@ -182,14 +182,14 @@ def check_shapes(q_shape: object, k_shape: object) -> None:
         )
 
 
-def check_scale(scale: object) -> float | None:
+def check_scale(scale: object, name: str = "softmax_scale") -> float | None:
     """None (head_dim ** -0.5), or a number."""
     if scale is None:
         return None
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"softmax_scale must be None or a number, got {scale!r} ({type(scale).__name__})")
+        raise TypeError(f"{name} must be None or a number, got {scale!r} ({type(scale).__name__})")
     if not math.isfinite(scale):
-        raise ValueError(f"softmax_scale must be None or a finite number, got {scale!r}")
+        raise ValueError(f"{name} must be None or a finite number, got {scale!r}")
     return float(scale)
 
 

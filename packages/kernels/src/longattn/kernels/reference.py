@@ -22,6 +22,8 @@ def reference_attention(
 ) -> AttentionState:
     """Attention by its definition, in float64, differentiable by autograd. O(heads * Nq * Nk) memory.
 
+    NaN and Inf in padded keys have no influence; in keys hidden by counts of 0 or a bias of -inf they have: 0 * NaN is NaN.
+
     Args:
         q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim), kv_heads dividing heads. Any floating dtype.
         counts: (heads, Nq, Nk) or (batch, heads, Nq, Nk), how many times each query sees each key; 0 hides it.
@@ -52,8 +54,12 @@ def reference_attention(
     # log 0 = -inf hides a key. Rows that see nothing get finite scores first, and are cleared afterwards: no NaN in any gradient.
     blind = (times == 0).all(-1, keepdim=True)
     scores = torch.where(blind, 0.0, scores + times.log())
-    lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.sum(-1)
-    weights = torch.where(blind, 0.0, (scores - lse.unsqueeze(-1)).exp())
+    # Divided by their sum, not by exp(lse): beside a bias such as finfo.min lse has no digits left for how many keys there are.
+    pivot = scores.detach().amax(-1, keepdim=True) if scores.shape[-1] else scores.sum(-1, keepdim=True)
+    weights = (scores - pivot).exp()
+    total = weights.sum(-1, keepdim=True)
+    lse = (pivot + torch.where(total == 0, 1.0, total).log()).squeeze(-1)
+    weights = torch.where(blind, 0.0, weights / total)
     out = (weights if keep is None else weights * keep) @ v
     lse = torch.where(blind.squeeze(-1), -torch.inf, lse)
     return AttentionState(out.transpose(1, 2), lse.transpose(1, 2))

@@ -5,6 +5,7 @@ Needs the extra `longattn-kernels[testing]`. Nothing that ships imports this mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,10 @@ from longattn.kernels.state import AttentionState, merge, state_dtype
 from longattn.patterncache import Pattern, Rectangle, Span
 from longattn.patterncache.testing import patterns, spans
 
-LAYOUTS = ("plain", "heads_first", "sliced", "expanded_batch", "expanded_heads", "expanded_dim", "strided_dim")
+LAYOUTS = (
+    "plain", "heads_first", "sliced", "expanded_batch", "expanded_seq", "expanded_heads", "expanded_dim", "strided_dim",
+    "unfolded", "unfolded_heads",
+)  # fmt: skip
 """How a tensor (batch, seq, heads, head_dim) may lie in memory; see `lay_out`."""
 
 MASKS = (None, "", "k", "qk", "hqk", "bk", "hq", "bhqk")
@@ -133,14 +137,23 @@ class Tensors:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """A tensor like x (batch, seq, heads, ...), with other strides; "expanded" layouts also repeat its first entry of that axis."""
+    """A tensor like x (batch, seq, heads, ...), with other strides.
+
+    "expanded" layouts also repeat its first entry of that axis; in "unfolded" ones neighbours share all but one number: windows of a
+    hop of 1 over one line of numbers for each head, or over one line for all.
+    """
     if layout == "heads_first":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "sliced":
         return torch.cat([x, x], 1)[:, : x.shape[1]]
     if layout == "strided_dim":
         return torch.stack([x, x], -1)[..., 0]
-    axis = {"expanded_batch": 0, "expanded_heads": 2, "expanded_dim": x.dim() - 1}.get(layout)
+    if layout in ("unfolded", "unfolded_heads") and x.numel():
+        axis, width = 1 if layout == "unfolded" else x.dim() - 2, x.shape[-1]
+        shape = [n for at, n in enumerate(x.shape[:-1]) if at != axis] + [x.shape[axis] + width - 1]
+        numbers = x.reshape(-1).repeat(-(-math.prod(shape) // x.numel()))
+        return numbers[: math.prod(shape)].view(shape).unfold(-1, width, 1).movedim(-2, axis)
+    axis = {"expanded_batch": 0, "expanded_seq": 1, "expanded_heads": 2, "expanded_dim": x.dim() - 1}.get(layout)
     return x if axis is None else x.narrow(axis, 0, min(1, x.shape[axis])).expand(x.shape)
 
 

@@ -122,6 +122,11 @@ class Pattern(ABC):
 
     def plan(self, rectangle: Rectangle) -> Plan:
         """This pattern in strides, for one rectangle. `plan.counts() == pattern.counts(rectangle)`, always."""
+        if not isinstance(rectangle, Rectangle):
+            raise TypeError(
+                "rectangle must be a Rectangle, such as Rectangle(heads, Span(0, N), Span(0, N)), "
+                f"got {rectangle!r} ({type(rectangle).__name__})"
+            )
         self.check_rectangle(rectangle)
         return make_plan(rectangle, self.branches(rectangle))
 

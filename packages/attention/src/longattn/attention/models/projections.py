@@ -36,6 +36,10 @@ class ProjectedModule(WiredModule):
                 self.add_module(f"{name}_proj", nn.Linear(self.embed_dim, width, bias=bias, **place))
         self.register_load_state_dict_pre_hook(_match_layout)
 
+    @property
+    def _projection_names(self) -> tuple[str, ...]:
+        return ("out_proj", "qkv_proj") if self.fused_qkv else ("out_proj", "q_proj", "k_proj", "v_proj")
+
     def _widths(self) -> tuple[int, int, int]:
         kv_dim = self.kv_heads * self.head_dim
         return self.num_heads * self.head_dim, kv_dim, kv_dim
@@ -57,6 +61,9 @@ class ProjectedModule(WiredModule):
             flat = [getattr(self, f"{name}_proj")(x) for name, x in zip("qkv", (query, key, value), strict=True)]
         elif query is key and key is value:
             flat = self.qkv_proj(query).split(self._widths(), -1)
+        elif not isinstance(self.qkv_proj, nn.Linear) or not self.qkv_proj.weight.is_floating_point():
+            # A layer in its place, of whose weight a part need not be what it does: all it makes of each, and a part of that.
+            flat = [self.qkv_proj(x).split(self._widths(), -1)[at] for at, x in enumerate((query, key, value))]
         else:
             pairs = zip((query, key, value), self.qkv_parameters(), strict=True)
             flat = [linear(x, weight, bias) for x, (weight, bias) in pairs]

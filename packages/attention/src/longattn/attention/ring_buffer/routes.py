@@ -173,6 +173,8 @@ class _Calls:
     def weights(self, parts: list[Part]) -> Tensor:
         """(batch, heads, Nq, Nk), columns in position order; dense."""
         q, config = self.request.q, self.config
+        if not parts:
+            return q.new_zeros((q.shape[0], q.shape[2], q.shape[1], 0))
         keys = torch.cat([part.k for part in parts], 1)
         pattern = Window(config.buffer_size, config.sinks) if self.request.causal else _EVERYTHING
         # Columns are positions without the gap behind the sinks, which no window reaches across.

@@ -70,6 +70,11 @@ class Ring(OverGroup, name="ring"):
             size = members.place.size
         elif lengths is not None:
             raise ValueError(f"lengths must be None without a group, got {lengths!r}")
+        elif size is None:
+            raise TypeError(
+                "size must be an integer >= 1, got None, and neither is there a group: torch.distributed.group.WORLD is None until "
+                "init_process_group() was called"
+            )
         object.__setattr__(self, "size", check_size("size", size))
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "members", members)

@@ -32,11 +32,13 @@ def documents_of(pattern: Pattern, cu_seqlens: Any, total: int, name: str = "cu_
     return found
 
 
-def query_spans(cu_q: Sequence[int], cu_k: Sequence[int]) -> tuple[Span, ...]:
+def query_spans(cu_q: Sequence[int], cu_k: Sequence[int], positional: bool = True) -> tuple[Span, ...]:
     """Positions of packed queries: in each document, the last of its keys'.
 
+    positional: whether more matters than the document. Where it does not, queries that outnumber its keys take their positions in turn.
+
     Raises:
-        ValueError: another number of documents, or one with more queries than keys.
+        ValueError: another number of documents, or one with more queries than keys; without positions, one with queries and no keys.
     """
     if len(cu_q) != len(cu_k):
         raise ValueError(
@@ -44,12 +46,16 @@ def query_spans(cu_q: Sequence[int], cu_k: Sequence[int]) -> tuple[Span, ...]:
         )
     spans = []
     for document, ((q_low, q_high), (k_low, k_high)) in enumerate(zip(pairwise(cu_q), pairwise(cu_k), strict=True)):
-        if q_high - q_low > k_high - k_low:
+        queries, keys = q_high - q_low, k_high - k_low
+        if queries > keys and (positional or not keys):
+            wanted = "more queries than keys" if positional else "queries without keys"
             raise ValueError(
-                f"cu_seqlens_q must give no document more queries than keys, got {q_high - q_low} and {k_high - k_low} "
-                f"in document {document}"
+                f"cu_seqlens_q must give no document {wanted}, got {queries} and {keys} in document {document}"
             )
-        spans.append(Span(k_high - (q_high - q_low), q_high - q_low))
+        while queries > keys:
+            spans.append(Span(k_low, keys))
+            queries -= keys
+        spans.append(Span(k_high - queries, queries))
     return tuple(spans)
 
 
@@ -85,7 +91,7 @@ def packed_call(
     )
     if queries.cu_seqlens == found.cu_seqlens:
         return found, []
-    spans = [span for span in query_spans(queries.cu_seqlens, found.cu_seqlens) if span.length]
+    spans = [span for span in query_spans(queries.cu_seqlens, found.cu_seqlens, pattern.positional) if span.length]
     return found, [number for span in spans for number in (span.start, span.length, span.step)]
 
 
@@ -147,7 +153,7 @@ def aligned_attention(
 ) -> tuple[Tensor, Tensor]:
     """`attention` where element b's first `positions_start[b]` keys are padding and positions begin after them.
 
-    Elements with equally much padding are one call on what they have without it. Padded queries see nothing: zero, lse -inf.
+    Elements with equally much padding are one call on what they have without it. Padded queries see nothing: zero, lse -inf (with a sink: its logit).
     Raises TypeError or ValueError unless positions_start is (batch,) integers within the keys.
     """
     refuse_traced("positions_start")
@@ -177,7 +183,7 @@ def aligned_attention(
         if padding is not None:
             part["key_padding_mask"] = padding[at][:, start:]
         out, lse = attention(q[at][:, hidden:], k[at][:, start:], v[at][:, start:], **(options | part))
-        outs.append((_above(out, hidden, 0.0), _above(lse, hidden, -torch.inf)))
+        outs.append((_above(out, hidden, 0.0), _above(lse, hidden, -torch.inf, options.get("sink_logits"))))
         order += members
     return _in_order([pair[0] for pair in outs], order), _in_order([pair[1] for pair in outs], order)
 
@@ -194,9 +200,12 @@ def check_positions_start(value: object, k: Tensor) -> list[int]:
     return starts
 
 
-def _above(x: Tensor, rows: int, value: float) -> Tensor:
-    """x below so many rows of a value."""
-    return torch.cat((x.new_full((x.shape[0], rows, *x.shape[2:]), value), x), 1) if rows else x
+def _above(x: Tensor, rows: int, value: float, each: Tensor | None = None) -> Tensor:
+    """x below so many rows of a value; or of one for each head, as a learned sink has it."""
+    if not rows:
+        return x
+    shape = (x.shape[0], rows, *x.shape[2:])
+    return torch.cat((x.new_full(shape, value) if each is None else each.to(x.dtype).expand(shape), x), 1)
 
 
 def _in_order(parts: list[Tensor], order: list[int]) -> Tensor:

@@ -28,6 +28,7 @@ class Capability:
         listed, attention_mask, bias, bias_grad, key_padding, dropout, gqa, backward: whether supported.
         deterministic: device types on which equal inputs give equal bits; empty is any.
         architectures: patterns of the architectures that can run it, such as "sm_9?"; empty is any. Asked only where one is named.
+        skips_padding: never reads padded rows of k and v, so that it is handed them as they are; others get copies with zeros there.
         tolerance: dtype -> (absolute, relative) error of outputs against the oracle on unit normal inputs; gradients get 4x.
     """
 
@@ -45,6 +46,7 @@ class Capability:
     backward: bool = True
     deterministic: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
+    skips_padding: bool = False
 
     def dtypes_on(self, device: str) -> tuple[torch.dtype, ...]:
         """Element types on a device type."""

@@ -109,7 +109,7 @@ class PreparedCall:
     ) -> Call:
         """The call as a row takes it."""
         asked = self.arguments
-        if key_padding is not None:
+        if key_padding is not None and not self.row.capability.skips_padding:
             # 0 * NaN is NaN: what padding holds must not meet a product at all.
             k, v = (_without_padding(x, key_padding, environment) for x in (k, v))
         return Call(

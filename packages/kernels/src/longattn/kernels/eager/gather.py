@@ -15,6 +15,7 @@ from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, 
 from longattn.kernels.eager.masks import tile_picks
 from longattn.kernels.eager.tile_walk import finish, new_state, walk
 from longattn.kernels.eager.tiles import Tile
+from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.state import state_dtype
 
 CAPABILITY = Capability(
@@ -37,6 +38,7 @@ _CELLS = 1 << 21
 """Scores that may stand at a time: 8 MiB in float32."""
 
 
+@exact_forward
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
     out, lse = new_state(call, triangles=False)
@@ -54,6 +56,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return finish(call, out), lse
 
 
+@exact_backward
 def backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

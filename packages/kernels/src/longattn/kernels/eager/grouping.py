@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.eager.tiles import Tile
+from longattn.kernels.far_rows import bounded
 
 
 def group_rows(x: Tensor, tile: Tile) -> Tensor:
@@ -23,7 +24,7 @@ def masked_scores(q: Tensor, k: Tensor, tile: Tile, scale: float) -> Tensor:
     scores = (q @ k.transpose(-1, -2)).mul_(scale)
     whole = (-1, tile.heads.length, tile.q.count, tile.k.count)
     if tile.bias is not None:
-        scores += group_rows(tile.bias.expand(whole), tile)
+        scores += group_rows(bounded(tile.bias).expand(whole), tile)
     if tile.seen is not None:
         scores.masked_fill_(~group_rows(tile.seen.expand(whole), tile), -torch.inf)
     return scores

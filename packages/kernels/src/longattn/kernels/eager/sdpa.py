@@ -13,8 +13,10 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import FLOATS, Capability
+from longattn.kernels.eager.strides import separated, separated_call
 from longattn.kernels.eager.tile_walk import finish, new_state, walk
 from longattn.kernels.eager.tiles import Tile
+from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.state import state_dtype
 
 CAPABILITY = Capability(
@@ -53,11 +55,13 @@ def _cpu_backward(
     return kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
 
 
+@exact_forward
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
     return forward_through(_cpu_forward, call)
 
 
+@exact_backward
 def backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -67,6 +71,7 @@ def backward(
 
 def forward_through(kernel: Forward, call: Call) -> tuple[Tensor, Tensor]:
     """`forward` tile by tile through one of torch's kernels."""
+    call = separated_call(call)
     out, lse = new_state(call, triangles=True)
     for tile in walk(call, triangles=True, cells=_cells(call)):
         q, k, v = map(_dense, (tile.queries(call.q), tile.keys(call.k), tile.keys(call.v)))
@@ -83,9 +88,10 @@ def backward_through(
     kernel: Backward, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """`backward` tile by tile through the gradient of one of torch's kernels."""
+    call = separated_call(call)
     dtype, d = state_dtype(call.q.dtype), call.q.shape[-1]
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
-    grad_out, out = grad_out.to(call.q.dtype), out.to(call.q.dtype)
+    grad_out, out = separated(grad_out.to(call.q.dtype)), separated(out.to(call.q.dtype))
     # A finite pivot for rows that saw nothing: their scores are all -inf, so P stays 0.
     lse = lse.masked_fill(lse == -torch.inf, 0)
     others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
@@ -123,7 +129,9 @@ def _additive(tile: Tile, dtype: torch.dtype) -> Tensor | None:
         return None
     # A float32 bias of a bfloat16 q stays float32: -100 is not the same as -100.5.
     bias = (
-        torch.zeros((), dtype=dtype, device=tile.seen.device) if tile.bias is None else tile.bias.to(state_dtype(dtype))
+        torch.zeros((), dtype=dtype, device=tile.seen.device)
+        if tile.bias is None
+        else bounded(tile.bias).to(state_dtype(dtype))
     )
     return torch.where(tile.seen, bias, -torch.inf)
 

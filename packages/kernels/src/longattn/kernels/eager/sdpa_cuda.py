@@ -16,6 +16,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.eager.sdpa import Forward, backward_through, forward_through
+from longattn.kernels.far_rows import exact_backward, exact_forward
 
 _DTYPES = (torch.float16, torch.bfloat16)
 
@@ -72,10 +73,12 @@ class ViewsRow:
     CAPABILITY: Capability
     cudnn: bool
 
+    @exact_forward
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
         return forward_through(self._forward, call)
 
+    @exact_backward
     def backward(
         self, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, None]:

@@ -20,6 +20,7 @@ from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, 
 from longattn.kernels.eager.masks import dress
 from longattn.kernels.eager.tile_walk import blocks, finish, new_state
 from longattn.kernels.eager.tiles import Tile
+from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.state import state_dtype
 from longattn.patterncache import Branch
 from longattn.patterncache.planning.bands import narrow_tile
@@ -49,6 +50,7 @@ class TiledRow:
         dropout=True,
     )
 
+    @exact_forward
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
         out, lse = new_state(call, triangles=False, filled=True)
@@ -61,6 +63,7 @@ class TiledRow:
                     _stream_queries(call, branch, block, rows, out, lse)
         return finish(call, out), lse
 
+    @exact_backward
     def backward(
         self, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, None]:

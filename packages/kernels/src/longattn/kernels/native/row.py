@@ -10,6 +10,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.eager.tile_walk import finish
+from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.native import building
 from longattn.kernels.native.arguments import SIZES, TYPES, CallArgument, PackedJobs, packed
 from longattn.kernels.native.bound import BoundBackward, BoundForward, is_plain, readable_as_it_lies
@@ -21,6 +22,7 @@ CAPABILITY = Capability(
     tolerance={torch.float32: (2e-5, 2e-5), torch.float16: (2e-3, 2e-3), torch.bfloat16: (1.6e-2, 1.6e-2)},
     max_head_dim=256,
     dropout=True,
+    skips_padding=True,
 )
 
 _TASKS_A_THREAD = 4
@@ -51,6 +53,7 @@ def prepare() -> str | None:
     return None
 
 
+@exact_forward
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads) float32."""
     lowered = lower(call.plan)
@@ -73,6 +76,7 @@ def _is_short(call: Call, lowered: Lowered, half: bool) -> bool:
     return rows <= _SHORT_ROWS[half] and call.q.dtype == call.k.dtype == call.v.dtype and packed(lowered, 0).even
 
 
+@exact_backward
 def backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -112,7 +116,7 @@ def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _in_known_type(x: Tensor) -> Tensor:
-    return x if x.dtype in TYPES or x.dtype == torch.bool else x.to(torch.float32)
+    return x if x.dtype in TYPES or x.dtype == torch.bool else bounded(x).to(torch.float32)
 
 
 def _unwritten(like: Tensor, dtype: torch.dtype, complete: bool) -> Tensor:

@@ -62,6 +62,13 @@ static INLINE void look_up(const char* from, int64_t stride, const KeyTile& tile
         for (int64_t j = 0; j < tile.n; j++) scores[j] = change(scores[j], numbers[tile.rows[j] * stride]);
 }
 
+// A bias that is a number hides nothing: beyond 1e30, beside which scores vanish, it ends, so that its product with `by` is a number too.
+static INLINE float added(float score, float bias, float by) {
+    const float low = bias == NONE ? NONE : -1e30f, high = bias == -NONE ? -NONE : 1e30f;
+    bias = bias < -1e30f ? low : bias;
+    return score + (bias > 1e30f ? high : bias) * by;
+}
+
 // What a band, a mask or a bias does to a strip of scores; `factor` takes the bias to the units of the scores. `top` anew, if any.
 class Veil {
     const Call& call;
@@ -71,9 +78,9 @@ class Veil {
         const Lookup& x = call.bias;
         const char* from = x.data + (b * x.batch + h * x.head + n * x.row) * size_of(x.type);
         const float by = factor;
-        if (x.type == FLOAT32) look_up<float>(from, x.key, tile, scores, [by](float s, float y) { return s + y * by; });
+        if (x.type == FLOAT32) look_up<float>(from, x.key, tile, scores, [by](float s, float y) { return added(s, y, by); });
         else if (x.type == BFLOAT16)
-            look_up<uint16_t>(from, x.key, tile, scores, [by](float s, uint16_t y) { return s + from_bfloat16(y) * by; });
+            look_up<uint16_t>(from, x.key, tile, scores, [by](float s, uint16_t y) { return added(s, from_bfloat16(y), by); });
         else
             look_up<uint16_t>(from, x.key, tile, scores, [by](float s, uint16_t y) { return s + from_float16(y) * by; });
     }

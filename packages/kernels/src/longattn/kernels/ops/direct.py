@@ -30,6 +30,7 @@ from longattn.kernels.ops.attend_op import rectangle_gradients
 from longattn.patterncache import Plan
 
 _PLAIN = (Tensor, Parameter)
+_STRIDED = torch.strided
 _is_compiling = torch.compiler.is_compiling
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -77,7 +78,7 @@ def signature(
     Arguments are as the caller gave them. Values of another type than the documented one have no signature: they could equal one that
     was checked before (1 == True), so they are checked.
     """
-    if not is_plain() or type(q) not in _PLAIN or type(k) not in _PLAIN or type(v) not in _PLAIN:
+    if not (is_plain() and is_plain_tensor(q) and is_plain_tensor(k) and is_plain_tensor(v)):
         return None
     assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
     text = getattr(pattern, "_canonical", None)
@@ -96,7 +97,7 @@ def signature(
     beside: tuple[Hashable, ...] = ()
     if attention_mask is not None or key_padding_mask is not None:
         given = (attention_mask, key_padding_mask)
-        if any(x is not None and type(x) not in _PLAIN for x in given) or _bias_wants_grad(attention_mask):
+        if any(x is not None and not is_plain_tensor(x) for x in given) or _bias_wants_grad(attention_mask):
             return None
         beside = tuple(None if x is None else described(x) for x in given)  # type: ignore[arg-type]
     return (
@@ -120,8 +121,14 @@ def signature(
 
 
 def is_plain_tensor(x: object) -> bool:
-    """Whether x is a torch.Tensor or a parameter, and no other subclass."""
-    return type(x) in _PLAIN
+    """Whether x is a torch.Tensor or a parameter and no other subclass, strided, and its memory holds what it says.
+
+    torch keeps some views as flags (`is_neg`, of the imaginary part of a conjugate), which its dispatcher resolves and a row would not.
+    """
+    if type(x) not in _PLAIN:
+        return False
+    assert isinstance(x, Tensor)
+    return x.layout is _STRIDED and not x.is_nested and not x.is_neg()
 
 
 def _bias_wants_grad(mask: Any) -> bool:

@@ -13,6 +13,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.table import RowFailure
+from longattn.kernels.far_rows import bounded
 from longattn.kernels.problem import architecture_of
 from longattn.kernels.triton.configurations import Configuration, choose
 from longattn.kernels.triton.forward_kernel import forward_kernel
@@ -78,7 +79,9 @@ def mask_arguments(call: Call) -> dict[str, Any]:
     padding = None if call.key_padding is None else call.key_padding.view(torch.uint8)
     nq, nk = call.q.shape[1], call.k.shape[1]
     found: dict[str, Any] = {}
-    for name, x in (("mask", mask), ("bias", call.bias)):
+    # The kernels read a bias in float32, which ends before float64 does.
+    bias = call.bias if call.bias is None or call.bias.dtype != torch.float64 else bounded(call.bias)
+    for name, x in (("mask", mask), ("bias", bias)):
         wide = None if x is None else x.expand(call.q.shape[0], call.q.shape[2], nq, nk)
         found |= {f"{name}_ptr": wide, f"{name}_strides": None if wide is None else wide.stride()}
     return found | {"padding_ptr": padding, "padding_strides": None if padding is None else padding.stride()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
+from longattn.kernels.far_rows import exact_backward, exact_forward
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether triton, once imported, interprets its kernels on tensors of any device."""
@@ -29,6 +30,7 @@ CAPABILITY = Capability(
 )
 
 
+@exact_forward
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
     from longattn.kernels.triton import launching as launch
@@ -36,6 +38,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     return launch.forward(call)
 
 
+@exact_backward
 def backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:

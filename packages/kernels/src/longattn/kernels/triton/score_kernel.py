@@ -13,6 +13,7 @@ import triton.language as tl
 JOB_WIDTH = tl.constexpr(10)
 ENTRY_WIDTH = tl.constexpr(8)
 LOG2_E = tl.constexpr(1.4426950408889634)
+HUGE = tl.constexpr(1e30)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -116,6 +117,9 @@ def hide(
         )
         # bias: HBM -> registers, for one tile
         bias = tl.load(at, mask=q_valid & k_valid, other=0.0).to(tl.float32)
+        # A finite bias hides nothing: it ends where its product with log2 e is still a number (see far_rows).
+        bias = tl.where((bias < -HUGE) & (bias > float("-inf")), -HUGE, bias)
+        bias = tl.where((bias > HUGE) & (bias < float("inf")), HUGE, bias)
         scores += bias * LOG2_E
     return tl.where(seen, scores, float("-inf"))
 

@@ -117,9 +117,17 @@ def _asked(mask_mod: Callable[..., Any], entry: int, shape: tuple[int, ...], as_
         np.arange(length, dtype=np.int64).reshape([-1 if a == b else 1 for b in range(3)])
         for a, length in enumerate(shape)
     ]
-    found = np.asarray(mask_mod(as_tensor(np.full((1, 1, 1), entry, np.int64)), *map(as_tensor, axes)))
+    hint = (
+        ""
+        if as_tensor is not np.asarray
+        else "; one written with torch functions or tables needs as_tensor=torch.from_numpy"
+    )
+    try:
+        found = np.asarray(mask_mod(as_tensor(np.full((1, 1, 1), entry, np.int64)), *map(as_tensor, axes)))
+    except TypeError as error:
+        raise TypeError(f"mask_mod must take int64 arrays (b, h, q, k){hint}, got {error}") from error
     if found.dtype != np.bool_:
-        raise TypeError(f"mask_mod must return booleans, got {found.dtype}")
+        raise TypeError(f"mask_mod must return booleans{hint}, got {found.dtype}")
     try:
         return np.broadcast_to(found, shape)
     except ValueError as error:
