@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from longattn.attention.call_options import CallOptions, given_options, hidden_rows, positions, refuse_weights
 from longattn.attention.modules import PatternAttention
-from longattn.attention.packed import jagged_like, pack_jagged
+from longattn.attention.packed import jagged_like, pack_jagged, refuse_jagged_shards
 from longattn.attention.projections import ProjectedModule
 from longattn.attention.rotary import rotate
 from longattn.attention.schedule import Schedule
@@ -19,6 +19,7 @@ from longattn.attention.validate import (
     check_positive,
     check_size,
 )
+from longattn.attention.whereabouts import Whereabouts, on_local
 from longattn.attention.wiring import Wiring
 from longattn.patterncache import Pattern
 
@@ -142,6 +143,7 @@ class MultiheadPatternAttention(ProjectedModule):
         if check_bool("need_weights", need_weights):
             refuse_weights(query, given)
         if query.is_nested:
+            refuse_jagged_shards("query", self.attention.schedule)
             masks = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
             packed, ends = pack_jagged({"query": query, "key": key, "value": value}, given := given | masks)
             # What was one tensor stays one, for a fused projection.
@@ -150,10 +152,12 @@ class MultiheadPatternAttention(ProjectedModule):
             return jagged_like(query, self(q, k, k if value is key else packed[2], is_causal, **given, **ends))
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_embedded(name, x, self.embed_dim, self.out_proj.weight.dtype)
-        query, key, value = _zero_padded(query, key, value, hidden_rows(key, key_padding_mask, given))
+        where = Whereabouts(query, key, self.attention.schedule)
+        hidden = hidden_rows(where, key_padding_mask, given)
+        query, key, value = _zero_padded(query, key, value, hidden)
         q, k, v = self._project(query, key, value)
         if self.rotary_base is not None:
-            q, k = (rotate(x, at, self.rotary_base) for x, at in zip((q, k), positions(q, k, given), strict=True))
+            q, k = (_turned(x, at, self.rotary_base) for x, at in zip((q, k), positions(where, given), strict=True))
         out = self.attention(q, k, v, is_causal, attention_mask, key_padding_mask, **given)
         out = self.out_proj(self.norm(out.flatten(2)))
         if not need_weights:
@@ -164,10 +168,17 @@ class MultiheadPatternAttention(ProjectedModule):
 def _zero_padded(query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if rows is None:
         return query, key, value
-    hidden = rows.unsqueeze(-1)
-    padded_key = key.masked_fill(hidden, 0)
+    padded_key = _filled(key, rows)
     return (
         padded_key if query is key else query,
         padded_key,
-        padded_key if value is key else value.masked_fill(hidden, 0),
+        padded_key if value is key else _filled(value, rows),
     )
+
+
+def _filled(x: Tensor, rows: Tensor) -> Tensor:
+    return on_local(lambda here: here.masked_fill(rows.unsqueeze(-1), 0), x)
+
+
+def _turned(x: Tensor, at: Tensor, base: float) -> Tensor:
+    return on_local(lambda here: rotate(here, at, base), x)

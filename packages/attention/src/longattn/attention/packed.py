@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longattn.attention.extents import Extents, row_numbers
+from longattn.attention.schedule import Schedule, check_schedule_argument
+from longattn.attention.validate import check_pattern_argument
+from longattn.attention.whereabouts import Whereabouts
+from longattn.kernels.check import check_key_padding
 from longattn.kernels.philox import as_seed
 from longattn.patterncache import Documents, Pattern, Span
 
@@ -62,9 +67,17 @@ def refuse_traced(name: str) -> None:
 
 
 def packed_call(
-    q: Tensor, k: Tensor, pattern: Pattern, start: int | None, cu_seqlens: Any, cu_seqlens_q: Any
+    q: Tensor,
+    k: Tensor,
+    pattern: Pattern,
+    start: int | None,
+    cu_seqlens: Any,
+    cu_seqlens_q: Any,
+    extents: Extents,
 ) -> tuple[Documents, list[int]]:
-    """(the pattern within each document, positions of the queries as flat spans, empty for the default ones).
+    """(the pattern within each document, positions of the whole's queries as flat spans, empty for the default ones).
+
+    cu_seqlens are of the whole sequence, also where q and k are one rank's rows of it.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -79,9 +92,9 @@ def packed_call(
             raise ValueError(
                 f"{name} must be packed as (1, total, heads, head_dim) where cu_seqlens is given, got {tuple(x.shape)}"
             )
-    found = documents_of(pattern, cu_seqlens, k.shape[1])
+    found = documents_of(pattern, cu_seqlens, extents.nk)
     queries = documents_of(
-        pattern, found.cu_seqlens if cu_seqlens_q is None else cu_seqlens_q, q.shape[1], "cu_seqlens_q"
+        pattern, found.cu_seqlens if cu_seqlens_q is None else cu_seqlens_q, extents.nq, "cu_seqlens_q"
     )
     if queries.cu_seqlens == found.cu_seqlens:
         return found, []
@@ -94,11 +107,21 @@ def ragged_attention(
 ) -> tuple[Tensor, Tensor]:
     """`attention` where lengths differ by element: jagged, or padded on the left."""
     if q.is_nested:
+        refuse_jagged_shards("q", options.get("schedule"))
         return jagged_attention(attention, q, k, v, positions_start=positions_start, **options)
     if options.pop("cu_seqlens") is not None or options.pop("cu_seqlens_q") is not None:
         raise ValueError("positions_start must be None where cu_seqlens is given: packed documents have no padding")
     assert positions_start is not None
     return aligned_attention(attention, q, k, v, positions_start, **options)
+
+
+def refuse_jagged_shards(name: str, schedule: Any) -> None:
+    """Raise ValueError where a jagged tensor would be one rank's part of a longer sequence: its offsets say nothing of the whole."""
+    if isinstance(schedule, Schedule) and schedule.distributed:
+        raise ValueError(
+            f"{name} must be no nested tensor under a schedule over a process group: give this rank's rows as (1, rows, ...), and "
+            f"cu_seqlens of the whole sequence"
+        )
 
 
 def jagged_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -151,7 +174,10 @@ def aligned_attention(
     Raises TypeError or ValueError unless positions_start is (batch,) integers within the keys.
     """
     refuse_traced("positions_start")
-    starts = check_positions_start(positions_start, k)
+    schedule = check_schedule_argument(options.get("schedule"))
+    if schedule.distributed or options.get("dropout_p"):
+        return _aligned_in_place(attention, q, k, v, positions_start, schedule, options)
+    starts = check_positions_start(positions_start, k.shape[0], k.shape[1])
     batch, nq, nk = q.shape[0], q.shape[1], k.shape[1]
     given = options.pop("q_start", None)
     q_row = nk - nq if given is None else int(given)
@@ -162,12 +188,9 @@ def aligned_attention(
     mask, padding = options.pop("attention_mask", None), options.pop("key_padding_mask", None)
     mask = None if mask is None else mask.expand(*mask.shape[:-2], nq, nk) if mask.dim() > 1 else mask.expand(nq, nk)
     outs: list[tuple[Tensor, Tensor]] = []
-    seed = as_seed(options.get("seed")) if options.get("dropout_p") else None
     order: list[int] = []
     for start in sorted(set(starts)):
         members = [b for b in range(batch) if starts[b] == start]
-        if options.get("dropout_p") and seed is not None:
-            options["seed"] = seed + start  # else elements of two groups would drop alike
         at = slice(None) if len(members) == batch else torch.tensor(members, device=q.device)
         hidden = min(nq, max(0, start - q_row))
         part = {"q_start": max(0, q_row - start)}
@@ -182,15 +205,65 @@ def aligned_attention(
     return _in_order([pair[0] for pair in outs], order), _in_order([pair[1] for pair in outs], order)
 
 
-def check_positions_start(value: object, k: Tensor) -> list[int]:
-    """(batch,) integers in [0, Nk], as a list."""
+def _aligned_in_place(
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions_start: object,
+    schedule: Schedule,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """The same with every row left in its place, where rows are one rank's or are counted by their place in the whole (dropout).
+
+    Padding is a document of its own before the others, hidden as keys; so positions of the rest begin after it, on any rank.
+    """
+    where = Whereabouts(q, k, schedule)
+    extents, pattern = where.extents(), check_pattern_argument(options["pattern"])
+    starts = check_positions_start(positions_start, k.shape[0], extents.nk)
+    first = extents.first_query(options.pop("q_start", None))
+    if first < 0:
+        raise ValueError(
+            f"q_start must be given where queries outnumber keys and positions matter, got Nq={extents.nq}, Nk={extents.nk}"
+        )
+    end = max(extents.nk, first + extents.nq)
+    keys = row_numbers(extents.k_rows).to(k.device)
+    queries = row_numbers(extents.q_rows).to(q.device) + first
+    mask, padding = options.pop("attention_mask", None), options.pop("key_padding_mask", None)
+    check_key_padding(padding, q, k)
+    seed = as_seed(options.get("seed")) if options.get("dropout_p") else None
+    outs: list[tuple[Tensor, Tensor]] = []
+    order: list[int] = []
+    for start in sorted(set(starts)):
+        members = [b for b in range(len(starts)) if starts[b] == start]
+        at = torch.tensor(members, device=q.device)
+        part: dict[str, Any] = {"q_start": first, "attention_mask": mask}
+        if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+            part["attention_mask"] = mask[at]
+        # Every rank hides something or none does, whatever rows it holds.
+        hidden = (keys < start).expand(len(members), -1)
+        given = None if padding is None else padding[at]
+        part["key_padding_mask"] = given if not start else hidden if given is None else hidden | given
+        part["pattern"] = Documents((0, start, end), pattern) if start else pattern
+        if seed is not None:
+            part["seed"] = seed + start  # else elements of two groups would drop alike
+        out, lse = attention(q[at], k[at], v[at], **(options | part))
+        if start and options.get("sink_logits") is not None:
+            lse = lse.masked_fill((queries < start).unsqueeze(-1), -torch.inf)
+        outs.append((out, lse))
+        order += members
+    return _in_order([pair[0] for pair in outs], order), _in_order([pair[1] for pair in outs], order)
+
+
+def check_positions_start(value: object, batch: int, nk: int) -> list[int]:
+    """(batch,) integers in [0, Nk] of the whole sequence, as a list."""
     if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
         raise TypeError(f"positions_start must be an integer tensor (batch,), got {value!r} ({type(value).__name__})")
-    if value.shape != k.shape[:1]:
-        raise ValueError(f"positions_start must have shape ({k.shape[0]},), got {tuple(value.shape)}")
+    if value.shape != (batch,):
+        raise ValueError(f"positions_start must have shape ({batch},), got {tuple(value.shape)}")
     starts = value.tolist()
-    if any(not 0 <= start <= k.shape[1] for start in starts):
-        raise ValueError(f"positions_start must lie in [0, {k.shape[1]}], the keys there are, got {starts}")
+    if any(not 0 <= start <= nk for start in starts):
+        raise ValueError(f"positions_start must lie in [0, {nk}], the keys there are, got {starts}")
     return starts
 
 
@@ -203,6 +276,6 @@ def _in_order(parts: list[Tensor], order: list[int]) -> Tensor:
     """The parts' elements as the batch has them."""
     if len(parts) == 1:
         return parts[0]
-    back = torch.empty(len(order), dtype=torch.int64)
-    back[torch.tensor(order)] = torch.arange(len(order))
+    # torch.device may be a context of another device.
+    back = torch.tensor(order, device="cpu").argsort()
     return torch.cat(parts)[back.to(parts[0].device)]

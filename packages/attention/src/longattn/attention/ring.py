@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from longattn.attention.extents import Extents
 from longattn.attention.group import Members, OverGroup
 from longattn.attention.layouts import LAYOUTS, LayoutName, Spans, check_layout, take
 from longattn.attention.passes import GradientSum, Run, Shard, Step, Work, query_spans
@@ -104,6 +105,14 @@ class Ring(OverGroup, name="ring"):
     def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
         """With a group, the roll: lengths, and rank 0's seed."""
         return seed if self.members is None else super().agree(nq, nk, flags, seed)
+
+    def extents(self, nq: int, nk: int, roll: Tensor | None) -> Extents:
+        """This rank's rows; all of them where all ranks are played here."""
+        return Extents.of_whole(nq, nk) if self.members is None else super().extents(nq, nk, roll)
+
+    def gather_keys(self, x: Tensor, nq: int, nk: int, roll: Tensor | None) -> Tensor:
+        """From every rank; as it is where all ranks are played here."""
+        return x if self.members is None else super().gather_keys(x, nq, nk, roll)
 
 
 class _PlayedRun(Run):

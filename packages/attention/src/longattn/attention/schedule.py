@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from longattn.attention.extents import Extents
 from longattn.attention.layouts import Spans
 from longattn.attention.passes import GradientSum, Run, Shard, Step, Work, query_spans
 from longattn.patterncache import Span
@@ -68,9 +69,29 @@ class Schedule(ABC):
     def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
         """What `Work.asked.seed` is to be. Default: the seed. Process groups call the roll, and take rank 0's seed.
 
-        flags: 1 where there is key padding, 2 where a mask has rows of its own for each query.
+        flags: what `extents.mask_flags` says of this rank's masks.
         """
         return seed
+
+    def extents(self, nq: int, nk: int, roll: Tensor | None) -> Extents:
+        """Where this process's rows of q and k, `nq` and `nk` of them, stand in the whole; roll is what `agree` gave.
+
+        Raises:
+            NotImplementedError: a schedule of one's own over processes that does not say.
+        """
+        if self.distributed:
+            raise NotImplementedError(f"{type(self).__name__} must define extents() for what depends on positions")
+        return Extents.of_whole(nq, nk)
+
+    def gather_keys(self, x: Tensor, nq: int, nk: int, roll: Tensor | None) -> Tensor:
+        """All rows of the whole sequence of keys, in order, from this rank's rows (batch, nk, ...); differentiable.
+
+        Raises:
+            NotImplementedError: a schedule of one's own over processes that does not say.
+        """
+        if self.distributed:
+            raise NotImplementedError(f"{type(self).__name__} must define gather_keys() for weights")
+        return x
 
     @property
     def ranks(self) -> int:
