@@ -1,15 +1,17 @@
 """Cases for every rank: what depends on a row's place or on the whole length is Local's, for each module, option and engine."""
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
-from ring_process_setup import LONGNET, WORLD, randn
+from ring_process_setup import LONGNET, RANK, WORLD, randn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 
 from longattn.attention import (
     DilatedTransformerEncoderLayer,
@@ -18,23 +20,29 @@ from longattn.attention import (
     MultiheadPatternAttention,
     PatternAttention,
     Ring,
+    pattern_attention,
 )
 from longattn.attention.all_gather import AllGather
 from longattn.attention.layouts import LAYOUTS, select_rows
 from longattn.attention.schedule import Schedule
 from longattn.attention.ulysses import Ulysses
+from longattn.patterncache import Full
 
+NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+N = 13
 WIDE: dict[str, Any] = {"dtype": torch.float64}
 SMALL: dict[str, Any] = {"segment_lengths": (4, 12), "dilation_rates": (1, 2), "dim_feedforward": 16}
 MESH = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("ring",))
 GRID = init_device_mesh("cpu", (2, WORLD // 2) if WORLD > 2 else (1, WORLD), mesh_dim_names=("ring", "heads"))
 
+Make = Callable[..., nn.Module]
+
 
 def engines() -> list[Schedule]:
-    """Every schedule over the whole world, 2-D ones included."""
+    """Every schedule over the whole world, one of two dimensions included."""
     group = dist.group.WORLD
-    both = [Ulysses(GRID["heads"], inner=Ring(GRID["ring"], layout="zigzag"))]
-    return [*(Ring(group, layout=layout) for layout in LAYOUTS), AllGather(group), Ulysses(group), *both]
+    both = Ulysses(GRID["heads"], inner=Ring(GRID["ring"], layout="zigzag"))
+    return [*(Ring(group, layout=layout) for layout in LAYOUTS), AllGather(group), Ulysses(group), both]
 
 
 def attention(schedule: Schedule | None, **options: Any) -> nn.Module:
@@ -49,9 +57,8 @@ def multihead(schedule: Schedule | None, **options: Any) -> nn.Module:
 
 def layer(schedule: Schedule | None, **options: Any) -> nn.Module:
     """An encoder layer with rotary positions."""
-    return DilatedTransformerEncoderLayer(
-        16, 4, **SMALL, causal=True, rotary_base=50.0, schedule=schedule, **options, **WIDE
-    )
+    given = {"causal": True, "rotary_base": 50.0, "schedule": schedule, **SMALL, **options, **WIDE}
+    return DilatedTransformerEncoderLayer(16, 4, **given)
 
 
 def longnet(schedule: Schedule | None, **options: Any) -> nn.Module:
@@ -59,33 +66,54 @@ def longnet(schedule: Schedule | None, **options: Any) -> nn.Module:
     return LongNet(11, 16, 4, 2, **SMALL, schedule=schedule, **options, **WIDE)
 
 
-MODULES: dict[Callable[..., nn.Module], int] = {attention: 3, multihead: 1, layer: 1, longnet: 1}
-"""Modules, and how many tensors each takes."""
-
 AXES = {"key_padding_mask": 1, "attention_mask": -2}
 """Along which axis an option has this rank's rows, where the whole has more than one."""
 
+WRONG: list[str] = []
+"""What did not hold so far in a case: all checks are made on every rank, so that none waits for another that gave up."""
 
-def tensors_of(make: Callable[..., nn.Module], length: int) -> list[Tensor]:
+
+def done() -> None:
+    """Assert that nothing was wrong since the last time."""
+    found, WRONG[:] = list(WRONG), []
+    assert not found, f"{len(found)} wrong\n" + "\n".join(found[:4])
+
+
+def close(found: Tensor, expected: Tensor, what: str) -> None:
+    """Note what differs."""
+    try:
+        torch.testing.assert_close(found, expected)
+    except AssertionError as error:
+        WRONG.append(f"{what}: {error}")
+
+
+def tensors_of(make: Make, length: int, batch: int) -> list[Tensor]:
     """The whole sequence's."""
     if make is longnet:
-        return [torch.randint(11, (2, length), generator=torch.Generator().manual_seed(7))]
+        return [torch.randint(11, (batch, length), generator=torch.Generator().manual_seed(7))]
     if make is attention:
-        return [randn(2, length, 4, 4, seed=n) for n in range(3)]
-    return [randn(2, length, 16)]
+        return [randn(batch, length, 4, 4, seed=n) for n in range(3)]
+    return [randn(batch, length, 16)]
 
 
 def run(module: nn.Module, tensors: list[Tensor], options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """What the module returns; then gradients of the inputs and of the parameters for a loss that weighs nothing by its place."""
+    """What the module returns, and gradients of the inputs and of the parameters."""
+    torch.manual_seed(1)
     leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in tensors]
     found = module(*leaves, **options)
-    found = list(found) if isinstance(found, tuple) else [found]
-    dense = [x.to_dense() if x.is_sparse else x for x in found]
+    dense = [x.to_dense() if x.is_sparse else x for x in (found if isinstance(found, tuple) else (found,))]
     loss = sum(x.square().sum() for x in (y.full_tensor() if isinstance(y, DTensor) else y for y in dense))
     wanted = [x for x in leaves if x.requires_grad] + list(module.parameters())
-    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wanted, strict=True)]
-    return dense, grads
+    grads = torch.autograd.grad(loss, wanted)  # type: ignore[arg-type]
+    return dense, list(grads)
+
+
+def cut(options: dict[str, Any], rows: Callable[[Tensor, int], Tensor]) -> dict[str, Any]:
+    """What a rank is given of options for the whole."""
+    return {
+        name: rows(x, AXES[name] % x.dim()) if name in AXES and x.dim() > 1 and x.shape[AXES[name]] > 1 else x
+        for name, x in options.items()
+    }
 
 
 def mine(schedule: Schedule, x: Tensor, axis: int = 1) -> Tensor:
@@ -93,108 +121,231 @@ def mine(schedule: Schedule, x: Tensor, axis: int = 1) -> Tensor:
     return select_rows(x, axis, schedule.held(x.shape[axis])).contiguous()
 
 
-def part_of(schedule: Schedule, options: dict[str, Any]) -> dict[str, Any]:
-    """What a rank is given of options for the whole."""
-    return {
-        name: mine(schedule, x, AXES[name] % x.dim()) if name in AXES and x.dim() > 1 and x.shape[AXES[name]] > 1 else x
-        for name, x in options.items()
-    }
-
-
-def check_plain(schedule: Schedule, make: Callable[..., nn.Module], length: int, given: dict, **made: Any) -> None:
+def check_plain(schedule: Schedule, make: Make, given: dict, length: int = N, batch: int = 2, **made: Any) -> None:
     """On this rank's rows, outputs and gradients are Local's on the whole; parameters' gradients add up to it."""
     torch.manual_seed(0)
-    module = make(schedule, **made)
-    alone = copy.deepcopy(module)
-    inner = [m for m in alone.modules() if isinstance(m, PatternAttention)]
-    for one in inner:
-        one.schedule = Local()
-    tensors = tensors_of(make, length)
-    torch.manual_seed(1)
+    alone = make(Local(), **made)
+    module = copy.deepcopy(alone)
+    for one in module.modules():
+        if isinstance(one, PatternAttention):
+            one.schedule = schedule
+    tensors = tensors_of(make, length, batch)
     expected, wanted = run(alone, tensors, given)
-    torch.manual_seed(1)
-    found, grads = run(module, [mine(schedule, x) for x in tensors], part_of(schedule, given))
-    what = f"{make.__name__} under {schedule} of {length} rows, {given} {made}"
+    here = cut(given, lambda x, axis: mine(schedule, x, axis))
+    found, grads = run(module, [mine(schedule, x) for x in tensors], here)
+    what = f"{make.__name__} under {schedule}, {length} rows, {list(given)} {made}"
     for a, b, axis in zip(found, expected, (1, 2), strict=False):
-        torch.testing.assert_close(a, mine(schedule, b, axis), msg=lambda m: f"{what}: {m}")
+        close(a, mine(schedule, b, axis), what)
     inputs = len(grads) - len(list(module.parameters()))
     for n, (a, b) in enumerate(zip(grads, wanted, strict=True)):
-        if n < inputs:
-            b = mine(schedule, b)
-        else:
+        if n >= inputs:
             dist.all_reduce(a)
-        torch.testing.assert_close(a, b, msg=lambda m, n=n: f"gradient {n} of {what}: {m}")
+        close(a, mine(schedule, b) if n < inputs else b, f"gradient {n} of {what}")
 
 
 def check_sharded(
-    schedule: Schedule | None, make: Callable[..., nn.Module], length: int, given: dict, **made: Any
+    schedule: Schedule | None, make: Make, given: dict, length: int = N, batch: int = 2, **made: Any
 ) -> None:
     """The same for DTensors: full outputs and gradients are Local's."""
     torch.manual_seed(0)
-    module = make(schedule, **made)
-    torch.manual_seed(0)
-    alone = make(None, **made)
-    tensors = tensors_of(make, length)
-    torch.manual_seed(1)
+    alone = make(schedule, **made)
+    module = distribute_module(copy.deepcopy(alone), MESH)
+    for one in alone.modules():
+        if isinstance(one, PatternAttention):
+            one.schedule = Local()
+    tensors = tensors_of(make, length, batch)
     expected, wanted = run(alone, tensors, given)
-    module = distribute_module(module, MESH)
     rows = -(-length // WORLD)
-    cut = [slice(dist.get_rank() * rows, min(length, (dist.get_rank() + 1) * rows))]
-    local = {
-        name: x.movedim(AXES[name] % x.dim(), 0)[cut[0]].movedim(0, AXES[name] % x.dim()).contiguous()
-        if name in AXES and x.dim() > 1 and x.shape[AXES[name]] > 1
-        else x
-        for name, x in given.items()
-    }
-    torch.manual_seed(1)
-    found, grads = run(module, [distribute_tensor(x, MESH, [Shard(1)]) for x in tensors], local)
-    what = f"{make.__name__} of DTensors under {schedule}, {length} rows, {given} {made}"
+    here = cut(given, lambda x, axis: x[(slice(None),) * axis + (slice(RANK * rows, (RANK + 1) * rows),)].contiguous())
+    found, grads = run(module, [distribute_tensor(x, MESH, [Shard(1)]) for x in tensors], here)
+    what = f"{make.__name__} of DTensors under {schedule}, {length} rows, {list(given)} {made}"
     for a, b in [*zip(found, expected, strict=True), *zip(grads, wanted, strict=True)]:
-        assert isinstance(a, DTensor), what
-        torch.testing.assert_close(a.full_tensor(), b, msg=lambda m: f"{what}: {m}")
+        close(a.full_tensor(), b, what)  # type: ignore[union-attr]
+
+
+PADDING = randn(2, N, seed=3) < -0.5
+STARTS = {"positions_start": torch.tensor([3, 9])}
+DOCUMENTS = {"cu_seqlens": [0, 2, 2, 9, N]}
 
 
 def case_a_positions_go_on_from_rank_to_rank() -> None:
     """Rotary positions of LongNet, a layer and a multihead module, at q_start too."""
     for schedule in engines():
-        for make in (multihead, layer, longnet):
-            check_plain(schedule, make, 13, {})
-        check_plain(schedule, multihead, 13, {"q_start": 5})
+        check_plain(schedule, longnet, {})
+        check_plain(schedule, multihead, {"q_start": 5})
+    check_plain(engines()[0], layer, {})
+    done()
 
 
 def case_b_modules_take_sharded_tensors() -> None:
     """DTensors sharded on the sequence, under whatever schedule the module has by itself."""
-    for make in MODULES:
-        check_sharded(None, make, 13, {})
-    check_sharded(Ring(size=3), attention, 13, {})
+    for make in (attention, multihead, layer, longnet):
+        check_sharded(None, make, {})
+    group = dist.group.WORLD
+    for schedule in (Ring(size=3), Ring(group), AllGather(group), Ulysses(group)):
+        check_sharded(schedule, attention, {})
+    done()
 
 
 def case_c_left_padding_is_of_the_whole() -> None:
-    """`positions_start`, with and without rotary positions; more padding than a rank has rows; dropout."""
-    starts = {"positions_start": torch.tensor([3, 9])}
+    """`positions_start`, with and without rotary positions; more padding than a rank has rows; dropout; sinks."""
     for schedule in engines():
-        for make in MODULES:
-            check_plain(schedule, make, 13, starts)
-        check_plain(schedule, attention, 13, starts, dropout=0.4)
-        check_plain(schedule, attention, 13, starts | {"sink_logits": randn(4), "is_causal": False})
+        check_plain(schedule, multihead, STARTS)
+        check_plain(schedule, attention, STARTS | {"key_padding_mask": PADDING}, dropout=0.4)
+        check_plain(schedule, attention, STARTS | {"sink_logits": randn(4), "is_causal": False})
+    check_plain(engines()[0], longnet, STARTS)
+    done()
 
 
 def case_d_weights_are_of_all_keys() -> None:
-    """`need_weights`: this rank's rows, the whole sequence's columns; padding and masks; sparse."""
-    padding = randn(2, 13, seed=3) < -0.5
-    given = {"need_weights": True, "key_padding_mask": padding, "attention_mask": randn(1, 4, 13, 13, seed=4)}
+    """`need_weights`: this rank's rows, the whole sequence's columns; padding and masks; sparse; gradients go home."""
+    given = {"need_weights": True, "key_padding_mask": PADDING, "attention_mask": randn(1, 4, N, N, seed=4)}
     for schedule in engines():
-        check_plain(schedule, attention, 13, given)
-        check_plain(schedule, attention, 13, given, sparse_weights=True)
-        check_plain(schedule, multihead, 13, {"need_weights": True})
+        check_plain(schedule, attention, given)
+        check_plain(schedule, attention, given, sparse_weights=True)
+        check_plain(schedule, multihead, {"need_weights": True})
+    check_sharded(None, multihead, given)
+    done()
 
 
 def case_e_a_mask_of_one_row_on_one_rank() -> None:
-    """A rank with one row of a mask has not a mask for every row; a mask without rows is the same on all."""
-    for length in (3, 2, 13):
+    """A rank with one row of a mask has not a mask for every row; a mask without rows is the same on all, also of one axis."""
+    for length in (WORLD + 1, WORLD, N):
+        masks = [randn(2, 1, length, length, seed=5) < 0.7, randn(1, 4, length, length, seed=6)]
+        masks += [randn(4, 1, length, seed=6), randn(length, seed=6)]
         for schedule in engines():
-            rows = {"attention_mask": randn(2, 1, length, length, seed=5) < 0.7}
-            bias = {"attention_mask": randn(1, 4, length, length, seed=6)}
-            flat = {"attention_mask": randn(1, length, seed=6)}
-            for given in (rows, bias, flat, {"attention_mask": randn(length, seed=6)}):
-                check_plain(schedule, attention, length, given)
+            for mask in masks:
+                check_plain(schedule, attention, {"attention_mask": mask}, length)
+    # Lengths that everybody knows do not say whose mask has rows.
+    known = Ulysses(dist.group.WORLD, lengths=WORLD + 1)
+    check_plain(known, attention, {"attention_mask": randn(WORLD + 1, WORLD + 1, seed=6)}, WORLD + 1)
+    done()
+
+
+def case_packed_documents_go_on_from_rank_to_rank() -> None:
+    """`cu_seqlens` of the whole, under every engine; queries that are the last of each document."""
+    for schedule in engines():
+        check_plain(schedule, attention, DOCUMENTS, batch=1)
+        check_plain(schedule, multihead, DOCUMENTS, batch=1)
+        q, k = randn(1, 6, 4, 4), randn(1, N, 4, 4, seed=1)
+        ends = DOCUMENTS | {"cu_seqlens_q": [0, 1, 1, 4, 6]}
+        expected = pattern_attention(q, k, k, LONGNET, **ends)  # type: ignore[call-overload]
+        part = [mine(schedule, x) for x in (q, k, k)]
+        found = pattern_attention(*part, LONGNET, schedule=schedule, **ends)  # type: ignore[call-overload]
+        close(found, mine(schedule, expected), f"cu_seqlens_q under {schedule}")
+    done()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "is_causal": {"is_causal": False},
+    "padding": {"key_padding_mask": PADDING},
+    "mask": {"attention_mask": randn(N, N, seed=5) < 0.7},
+    "bias": {"attention_mask": randn(2, 4, N, N, seed=6)},
+    "q_start": {"q_start": 5},
+    "positions_start": STARTS,
+    "cu_seqlens": DOCUMENTS,
+    "sinks": {"sink_logits": randn(4)},
+    "weights": {"need_weights": True},
+}
+"""Options of a module's call."""
+
+TAKEN = {
+    attention: set(OPTIONS),
+    multihead: set(OPTIONS),
+    layer: set(OPTIONS) - {"weights"},
+    longnet: set(OPTIONS) - {"weights", "is_causal", "mask", "bias"},
+}
+"""Modules, and what each takes."""
+
+
+def case_every_option_of_every_module_under_every_engine() -> None:
+    """Plain tensors and DTensors: equal to Local on the whole, out and gradients. By default a module and an option meet some engines."""
+    found = engines()
+    for number, make in enumerate(TAKEN):
+        for place, option in enumerate(sorted(TAKEN[make])):
+            chosen = found if NIGHTLY else [found[(number + place) % len(found)]]
+            batch = 1 if option == "cu_seqlens" else 2
+            for schedule in chosen:
+                for made in ({}, {"dropout": 0.3}) if NIGHTLY and make in (attention, multihead) else ({},):
+                    check_plain(schedule, make, OPTIONS[option], batch=batch, **made)
+            if NIGHTLY or (number + place) % 3 == 0:
+                check_sharded(None, make, OPTIONS[option], batch=batch)
+    done()
+
+
+def case_what_cannot_be_is_refused_by_name() -> None:
+    """The same ranks twice, DTensors cut otherwise, nested tensors, masks of different kinds; on every rank, before anything travels."""
+    group = dist.group.WORLD
+    x = randn(2, 2 * WORLD, 4, 4)
+    sharded = distribute_tensor(x, MESH, [Shard(1)])
+    whole = distribute_tensor(x, MESH, [Replicate()])
+    by_batch = distribute_tensor(randn(WORLD, 4, 4, 4), MESH, [Shard(0)])
+    jagged = torch.nested.nested_tensor([randn(3, 4, 4), randn(2, 4, 4)], layout=torch.jagged)
+    sparse = PatternAttention(LONGNET, sparse_weights=True)
+    refusals: list[tuple[str, Callable[[], Any]]] = [
+        ("q must be no nested tensor", lambda: pattern_attention(jagged, jagged, jagged, Full(), schedule=Ring(group))),
+        ("schedule must be None or in one process", lambda: attention(Ring(group))(whole, whole, whole)),
+        ("a DTensor holds nothing sparse", lambda: sparse(sharded, sharded, sharded, need_weights=True)),
+        ("cu_seqlens must end with the packed length", lambda: attention(Ring(group))(*[x[:1]] * 3, cu_seqlens=[0, 3])),
+        ("positions_start must lie in", lambda: attention(Ring(group))(x, x, x, positions_start=torch.tensor([0, 99]))),
+    ]
+    if WORLD > 1:
+        mixed = randn(1, 2 * WORLD) if RANK else None
+        some_rows = randn(2 * WORLD if RANK else 1, 2 * WORLD * WORLD)
+        refusals += [
+            ("inner must be over another dimension", lambda: Ulysses(group, inner=Ring(group))),
+            ("schedule must be None, in one process", lambda: attention(Ring(group, layout="zigzag"))(*[sharded] * 3)),
+            (
+                "dropout_p must be 0 where the batch is sharded",
+                lambda: pattern_attention(by_batch, by_batch, by_batch, Full(), dropout_p=0.5, seed=1),
+            ),
+            (
+                "attention_mask must be given on every rank",
+                lambda: attention(Ulysses(group))(x, x, x, attention_mask=mixed),
+            ),
+            (
+                "attention_mask must have this rank's rows",
+                lambda: attention(Ulysses(group))(x, x, x, attention_mask=some_rows),
+            ),
+        ]
+    for words, call in refusals:
+        try:
+            with pytest.raises(ValueError, match=words):
+                call()
+        except (AssertionError, pytest.fail.Exception, TypeError) as error:
+            WRONG.append(f"{words}: {error}")
+    done()
+
+
+def case_masks_and_sinks_may_be_sharded_tensors() -> None:
+    """DTensors among the options, whatever their placements; what all share gets the whole gradient."""
+    q, padding, sinks, bias = randn(2, N, 4, 4), PADDING, randn(4), randn(4, N, N, seed=6)
+    plain = [x.clone().requires_grad_() for x in (q, sinks, bias)]
+    shared = [
+        distribute_tensor(q, MESH, [Shard(1)]),
+        *(distribute_tensor(x, MESH, [Replicate()]) for x in (sinks, bias)),
+    ]
+    leaves = [x.requires_grad_() for x in shared]
+    given = {"key_padding_mask": distribute_tensor(padding, MESH, [Shard(1)])}
+    module = attention(None)
+    found = module(*leaves[:1] * 3, sink_logits=leaves[1], attention_mask=leaves[2], **given)
+    expected = module(*plain[:1] * 3, sink_logits=plain[1], attention_mask=plain[2], key_padding_mask=padding)
+    close(found.full_tensor(), expected, "out")
+    grads = torch.autograd.grad(found.full_tensor().square().sum(), leaves)
+    for name, a, b in zip("qsb", grads, torch.autograd.grad(expected.square().sum(), plain), strict=True):
+        close(a.full_tensor(), b, f"gradient of {name}")  # type: ignore[union-attr]
+    done()
+
+
+def case_rotary_positions_compile() -> None:
+    """fullgraph, with lengths that ranks exchange inside the graph."""
+    for schedule in engines() if NIGHTLY else engines()[1:2]:
+        torch.manual_seed(0)
+        module = multihead(schedule)
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        x = mine(schedule, randn(2, N, 16)).requires_grad_()
+        expected, found = module(x), compiled(x)
+        close(found, expected, f"{schedule}")
+        close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)), f"{schedule}")  # type: ignore[misc]
+    done()

@@ -148,7 +148,7 @@ def pattern_attention(
         TypeError, ValueError: a bad argument, by name; or no row fits, with each one's reasons.
     """
     refuse_unknown("pattern_attention()", unknown)
-    sharded = any(is_sharded(x) for x in (q, k, v))
+    sharded = is_sharded(q) or is_sharded(k) or is_sharded(v)
     if sharded or positions_start is not None or (isinstance(q, Tensor) and q.is_nested):
         options: dict[str, Any] = {
             "is_causal": is_causal,

@@ -238,7 +238,7 @@ def _aligned_in_place(
         members = [b for b in range(len(starts)) if starts[b] == start]
         at = torch.tensor(members, device=q.device)
         part: dict[str, Any] = {"q_start": first, "attention_mask": mask}
-        if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+        if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] > 1:
             part["attention_mask"] = mask[at]
         # Every rank hides something or none does, whatever rows it holds.
         hidden = (keys < start).expand(len(members), -1)
