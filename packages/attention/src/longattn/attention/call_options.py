@@ -9,7 +9,8 @@ from torch import Tensor
 
 from longattn.attention.extents import row_numbers
 from longattn.attention.layouts import take
-from longattn.attention.packed import check_positions_start, documents_of, query_spans, refuse_traced
+from longattn.attention.left_padding import check_positions_start
+from longattn.attention.packed import documents_of, query_spans, refuse_traced
 from longattn.attention.validate import check_start, refuse_unknown
 from longattn.attention.whereabouts import Whereabouts
 from longattn.patterncache import Full

@@ -82,18 +82,25 @@ def schedule_over(q: DTensor, k: DTensor, schedule: Schedule | None) -> Schedule
 
 def _checked(q: DTensor, k: DTensor, along: int, schedule: Any) -> Schedule:
     """That schedule, if it is over the sequence's mesh dimension and cuts as DTensor does. All ranks see the same."""
-    members, inner = getattr(schedule, "members", None), getattr(schedule, "inner", None)
-    wanted = Place.of(q.device_mesh.get_group(along))
-    fits = isinstance(members, Members) and members.place == wanted and (inner is None or not inner.distributed)
-    if fits and members.silent:
-        held = [count_rows(rows) for rows in members.laid_out(q.shape[1]).rows()]
-        fits = all(held == _chunks(x, along) for x in (q, k))
-    if not fits or (members.layout != "contiguous" and members.place.size > 1):
+    if not _fits(q, k, along, schedule):
         raise ValueError(
             f"schedule must be None, in one process, or a contiguous one over the ranks and rows of the placements of q, "
             f"{q.placements} on {q.device_mesh}, got {schedule}"
         )
     return schedule
+
+
+def _fits(q: DTensor, k: DTensor, along: int, schedule: Any) -> bool:
+    members, inner = getattr(schedule, "members", None), getattr(schedule, "inner", None)
+    if not isinstance(members, Members) or (inner is not None and inner.distributed):
+        return False
+    if members.place != Place.of(q.device_mesh.get_group(along)):
+        return False
+    if members.silent:
+        held = [count_rows(rows) for rows in members.laid_out(q.shape[1]).rows()]
+        if any(held != _chunks(x, along) for x in (q, k)):
+            return False
+    return members.layout == "contiguous" or members.place.size == 1
 
 
 def local_options(like: DTensor, options: dict[str, Any]) -> dict[str, Any]:
@@ -109,11 +116,13 @@ def _local(name: str, x: DTensor, like: DTensor) -> Tensor:
     placements, gradients = [], []
     for placement in like.placements:
         axis = _AXES[name][placement.dim] if isinstance(placement, Shard) else None
-        there = axis is not None and x.dim() >= (-axis if axis < 0 else axis + 1)
-        shared = axis is None or not there or (axis < 0 and x.shape[axis] == 1)
-        placements.append(Replicate() if shared else Shard(axis % x.dim()))
+        if axis is None or x.dim() < (-axis if axis < 0 else axis + 1) or (axis < 0 and x.shape[axis] == 1):
+            placements.append(Replicate())
+        else:
+            placements.append(Shard(axis % x.dim()))
         # What all share has a part of its gradient on each rank.
-        gradients.append(placements[-1] if not shared or placement == Replicate() else Partial())
+        shared = placements[-1] == Replicate() and placement != Replicate()
+        gradients.append(Partial() if shared else placements[-1])
     return x.redistribute(placements=placements).to_local(grad_placements=gradients)
 
 
