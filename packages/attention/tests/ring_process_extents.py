@@ -174,6 +174,7 @@ def case_a_positions_go_on_from_rank_to_rank() -> None:
         check_plain(schedule, longnet, {})
         check_plain(schedule, multihead, {"q_start": 5})
     check_plain(engines()[0], layer, {})
+    check_plain(Ring(dist.group.WORLD, layout="striped", lengths=N), multihead, {})
     done()
 
 

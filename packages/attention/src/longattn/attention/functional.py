@@ -138,7 +138,8 @@ def pattern_attention(
         cu_seqlens_q: those of the queries, where they are others: in each document the last of its keys. Default cu_seqlens.
 
     q, k and v may be jagged nested tensors (batch, lengths, heads, head_dim), or DTensors sharded on the sequence; then so are out and
-    lse. Under a schedule over a process group they are this rank's rows, and masks have its rows and the whole sequence's columns.
+    lse. Under a schedule over a process group they are this rank's rows, and masks have its rows and the whole sequence's columns; q_start,
+    positions_start and cu_seqlens speak of the whole sequence, the same on every rank.
 
     Returns:
         (batch, Nq, heads, head_dim) in q's dtype, zero where a query sees nothing; with return_lse also lse (batch, Nq, heads) in

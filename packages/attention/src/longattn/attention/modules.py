@@ -92,7 +92,8 @@ class PatternAttention(WiredModule):
         """Attend. `is_causal=None` takes the constructor's; masks and `CallOptions` as in `pattern_attention`.
 
         Returns:
-            query's shape and dtype; with need_weights also the weights, without dropout.
+            query's shape and dtype; with need_weights also the weights, without dropout: of this rank's rows, and of all keys of the
+            whole sequence, where a schedule is over a process group.
         """
         given = given_options(options)
         if not (isinstance(query, Tensor) and query.is_nested):

@@ -32,8 +32,8 @@ _HOME = {"local": "schedule", "ring": "ring", "all_gather": "all_gather", "ulyss
 class Schedule(ABC):
     """Cuts queries into shards and feeds them keys. Any schedule gives what `Local` gives: out, lse and gradients.
 
-    To write one's own: subclass with a name (`class Mine(Schedule, name="mine")`), give `start`, `to_spec` and `from_spec`. It crosses
-    into the op as its canonical string, JSON `["name",{spec}]`, so what it holds must be there.
+    To write one's own: subclass with a name (`class Mine(Schedule, name="mine")`), give `start`, `to_spec` and `from_spec`, and over
+    processes `extents` and `gather_keys`. It crosses into the op as its canonical string, JSON `["name",{spec}]`, so what it holds must be there.
     """
 
     name: ClassVar[str]
