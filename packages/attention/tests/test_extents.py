@@ -6,6 +6,7 @@ import torch
 from longattn.attention import Local, MultiheadPatternAttention, Ring
 from longattn.attention.extents import (
     BIAS,
+    CONFLICT,
     HAS_ROWS,
     ONE_FOR_ALL,
     PADDING,
@@ -66,6 +67,7 @@ def test_a_mask_has_rows_where_the_whole_has(masks, has_rows):
             "attention_mask must have entries for each head",
         ),
         ([mask_flags(None, ROWS.expand(2, -1, -1, -1), 5), mask_flags(None, ROWS, 5)], "for each batch element"),
+        ([mask_flags(None, ROWS, 5), CONFLICT], "elsewhere in the mesh they differ"),
         (
             [mask_flags(None, ROWS, 5), mask_flags(None, ONE, 5)],
             "attention_mask must have this rank's rows on every rank",

@@ -66,19 +66,22 @@ BY_ELEMENT = 32
 """A mask with entries of its own for each element of the batch."""
 BIAS = 64
 """A floating mask."""
+CONFLICT = 128
+"""Of a group that speaks as one: its ranks do not agree."""
 
 
 def mask_flags(key_padding: Tensor | None, mask: Tensor | None, nq: int) -> int:
     """What a rank with `nq` queries says of its masks. One row where there is one query may be either kind."""
-    flags = PADDING * (key_padding is not None)
+    flags = 0 if key_padding is None else PADDING
     if mask is None:
         return flags
-    sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    flags += MASK + BIAS * mask.is_floating_point()
-    flags += BY_ELEMENT * (sizes[0] != 1) + BY_HEAD * (sizes[1] != 1)
-    if sizes[2] != 1:
-        return flags + HAS_ROWS
-    return flags + ONE_FOR_ALL * (nq != 1)
+    batch, heads, rows, _ = (1,) * (4 - mask.dim()) + tuple(mask.shape)
+    # Plain branches: in traced code sizes are symbols, and flags must not be.
+    flags |= MASK | (BIAS if mask.is_floating_point() else 0)
+    flags |= (BY_ELEMENT if batch != 1 else 0) | (BY_HEAD if heads != 1 else 0)
+    if rows != 1:
+        return flags | HAS_ROWS
+    return flags | ONE_FOR_ALL if nq != 1 else flags
 
 
 _SHARED = {
@@ -99,6 +102,10 @@ def agreed_flags(flags: list[int]) -> int:
     Raises:
         ValueError: masks of different kinds, on every rank alike.
     """
+    if any(each & CONFLICT for each in flags):
+        raise ValueError(
+            "attention_mask and key_padding_mask must be of one kind on every rank: elsewhere in the mesh they differ"
+        )
     for bit, words in _SHARED.items():
         if len({each & bit for each in flags}) > 1:
             raise ValueError(words)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from longattn.attention.extents import HAS_ROWS, MASK, ONE_FOR_ALL, Extents, agreed_flags
+from longattn.attention.extents import CONFLICT, HAS_ROWS, MASK, ONE_FOR_ALL, Extents, agreed_flags
 from longattn.attention.gathering import gather_rows
 from longattn.attention.group import Members, OverGroup, Whole, check_masks, total_rows
 from longattn.attention.head_exchange import HeadExchange
@@ -133,11 +133,11 @@ class Ulysses(OverGroup, name="ulysses"):
 
 
 def _as_one(flags: list[int], nq: int) -> int:
-    """What a group with `nq` queries says of its masks; where its ranks do not agree, what any of them says: they raise later, alike."""
+    """What a group with `nq` queries says of its masks to the other groups; where its ranks do not agree, that they do not: all raise."""
     try:
         found = agreed_flags(flags)
     except ValueError:
-        return flags[0]
+        return CONFLICT
     # One row is one row, whoever holds it.
     return found & ~HAS_ROWS if found & MASK and not found & ONE_FOR_ALL and nq == 1 else found
 
