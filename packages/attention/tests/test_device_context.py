@@ -36,7 +36,7 @@ CALLS = {
     "seed": lambda: pattern_attention(X, X, X, PATTERN, dropout_p=0.5, seed=5),
     "drawn seed": drawn,
     "masked in a tiled row": lambda: pattern_attention(
-        X, X, X, PATTERN, attention_mask=X[:, :, 0, :1].unsqueeze(1) > 0, backend="torch_tiled"
+        X, X, X, PATTERN, attention_mask=X[:, :, 0, :1].unsqueeze(1) > 0, backend="tiled"
     ),
     "positions_start": lambda: pattern_attention(X, X, X, PATTERN, positions_start=STARTS),
     "positions_start and dropout": lambda: pattern_attention(

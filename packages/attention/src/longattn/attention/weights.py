@@ -125,7 +125,7 @@ def _sparse_weights(
     size = (batch, heads, nq, nk)
     at = torch.cat(indices, 1) if indices else torch.zeros(4, 0, dtype=torch.int64, device=q.device)
     kept = torch.cat(values) if values else q.new_zeros(0)
-    return torch.sparse_coo_tensor(at, kept, size, check_invariants=True).coalesce()
+    return torch.sparse_coo_tensor(at, kept, size, device=q.device, check_invariants=True).coalesce()
 
 
 def _weights(
