@@ -49,6 +49,7 @@ def case_b_modules_take_sharded_tensors() -> None:
     """DTensors sharded on the sequence, under whatever schedule the module has by itself."""
     for make in (attention, multihead, layer, longnet):
         check_sharded(None, make, {})
+    check_sharded(None, attention, {}, dropout=0.4)
     group = dist.group.WORLD
     for schedule in (Ring(size=3), Ring(group), AllGather(group), Ulysses(group)):
         check_sharded(schedule, attention, {})
