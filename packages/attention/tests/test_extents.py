@@ -7,12 +7,12 @@ from longattn.attention import Local, MultiheadPatternAttention, Ring
 from longattn.attention.extents import (
     BIAS,
     CONFLICT,
-    HAS_ROWS,
     ONE_FOR_ALL,
     PADDING,
     Extents,
     agreed_flags,
     mask_flags,
+    mask_has_rows,
     row_numbers,
 )
 from longattn.attention.schedule import Schedule
@@ -52,8 +52,16 @@ def test_rows_of_a_part():
 def test_a_mask_has_rows_where_the_whole_has(masks, has_rows):
     """One row on one rank says nothing by itself."""
     found = agreed_flags([mask_flags(None, mask, nq) for mask, nq in masks])
-    assert bool(found & HAS_ROWS) == has_rows
+    assert mask_has_rows(found) == has_rows
     assert not found & PADDING
+
+
+def test_groups_decide_together():
+    """Of a mesh: a group in which all have one row learns from another what its rows are."""
+    unsure = agreed_flags([mask_flags(None, ONE, 1), mask_flags(None, ONE, 1)])
+    sure = agreed_flags([mask_flags(None, ONE, 2), mask_flags(None, ONE, 1)])
+    assert mask_has_rows(unsure) and not mask_has_rows(sure)
+    assert not mask_has_rows(agreed_flags([unsure, sure]))
 
 
 @pytest.mark.parametrize(

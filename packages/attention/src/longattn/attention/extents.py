@@ -94,10 +94,7 @@ _SHARED = {
 
 
 def agreed_flags(flags: list[int]) -> int:
-    """What the masks of all ranks together are, from what each says of its own.
-
-    A mask is one for all queries only where that is so for the whole sequence: where no rank is certain, each has one query, and what
-    it holds is that query's.
+    """What the masks of all ranks together are, from what each says of its own. A group speaks to other groups with it, as one.
 
     Raises:
         ValueError: masks of different kinds, on every rank alike.
@@ -117,4 +114,13 @@ def agreed_flags(flags: list[int]) -> int:
             "attention_mask must have this rank's rows on every rank, or one row for all queries on every rank: "
             "got one row on some and more on others"
         )
-    return found if not found & MASK or found & ONE_FOR_ALL else found | HAS_ROWS
+    return found
+
+
+def mask_has_rows(flags: int) -> bool:
+    """Whether the mask of which all ranks of a call say this has rows of its own for each query.
+
+    It is one for all only where that is so for the whole sequence: where no rank is certain, each has one query, and what it holds is
+    that query's.
+    """
+    return bool(flags & MASK) and not flags & ONE_FOR_ALL

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.attention.extents import HAS_ROWS, Extents, agreed_flags
+from longattn.attention.extents import Extents, agreed_flags, mask_has_rows
 from longattn.attention.gathering import gather_rows
 from longattn.attention.layouts import LAYOUTS, Layout, LayoutName, Spans, check_layout, count_rows, neighbours, take
 from longattn.attention.passes import Work, query_spans
@@ -166,8 +166,8 @@ class Whole:
         roll = work.asked.seed
         self.me = members.place.rank
         self.seed = roll[0, 3] if roll is not None and work.asked.dropout_p else None
-        flags = 0 if roll is None else agreed_flags(roll[: members.place.size, 2].tolist())
-        self.rows = bool(flags & HAS_ROWS)
+        # Of all groups: a mask is of one kind in the whole sequence.
+        self.rows = roll is not None and mask_has_rows(agreed_flags(roll[:, 2].tolist()))
         self.queries, self.keys = members.layouts(work.queries[0].shape[1], work.k.shape[1], roll)
         self.nq, self.nk = total_rows(self.queries), total_rows(self.keys)
         spans = query_spans(work.asked, self.nq, self.nk)

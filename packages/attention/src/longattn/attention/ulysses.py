@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from longattn.attention.extents import CONFLICT, HAS_ROWS, MASK, ONE_FOR_ALL, Extents, agreed_flags
+from longattn.attention.extents import CONFLICT, MASK, Extents, agreed_flags
 from longattn.attention.gathering import gather_rows
 from longattn.attention.group import Members, OverGroup, Whole, check_masks, total_rows
 from longattn.attention.head_exchange import HeadExchange
@@ -129,17 +129,15 @@ class Ulysses(OverGroup, name="ulysses"):
         if not self.inner.distributed:
             return roll
         nq, nk = (int(n) for n in roll[:, :2].sum(0))
-        return torch.cat([roll, self.inner.call_roll(nq, nk, _as_one(roll[:, 2].tolist(), nq), int(roll[0, 3]))])
+        return torch.cat([roll, self.inner.call_roll(nq, nk, _as_one(roll[:, 2].tolist()), int(roll[0, 3]))])
 
 
-def _as_one(flags: list[int], nq: int) -> int:
-    """What a group with `nq` queries says of its masks to the other groups; where its ranks do not agree, that they do not: all raise."""
+def _as_one(flags: list[int]) -> int:
+    """What a group says of its masks to the other groups; where its ranks do not agree, that they do not: all raise."""
     try:
-        found = agreed_flags(flags)
+        return agreed_flags(flags)
     except ValueError:
         return CONFLICT
-    # One row is one row, whoever holds it.
-    return found & ~HAS_ROWS if found & MASK and not found & ONE_FOR_ALL and nq == 1 else found
 
 
 class _HeadsRun(Run):
