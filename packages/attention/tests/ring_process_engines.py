@@ -124,6 +124,15 @@ def case_options() -> None:
             check(schedule, pattern, 37, q_start=5)
 
 
+def case_masks_where_ranks_hold_one_row() -> None:
+    """Whether a mask has rows is the whole sequence's affair, in a mesh of two dimensions too; the bias's gradient comes home."""
+    length = dist.get_world_size() + 1
+    for schedule in engines():
+        if isinstance(schedule, Ulysses):
+            check(schedule, PATTERNS[1], length, attention_mask=randn(8, 1, length, seed=9))
+            check(schedule, PATTERNS[1], length, attention_mask=randn(2, 1, length, length, seed=9))
+
+
 def case_dropout_is_the_same_everywhere() -> None:
     """Given a seed, and drawn: then it is rank 0's, whatever the others draw."""
     for schedule in engines():

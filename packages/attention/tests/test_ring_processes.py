@@ -69,3 +69,10 @@ def test_every_engine_equals_local(world, tmp_path):
 def test_traffic_overlap_and_training(world, tmp_path):
     """Bytes counted are bytes sent; computing overlaps sending; training, sharding and checkpoints give one process's numbers."""
     check_world(["traffic", "training"], world, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4] if NIGHTLY else [2])
+def test_positions_and_lengths_are_of_the_whole(world, tmp_path):
+    """Every option of every module, plain and as DTensors, equals Local on the whole sequence or is refused by name."""
+    check_world(["extents"], world, tmp_path)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 
 from longattn.attention.sequences.varlen import check_positions_start, documents_of, query_spans
 from longattn.attention.validate import check_start, refuse_unknown
 from longattn.kernels.dispatch.capability import dtype_name
+from longattn.attention.extents import row_numbers
+from longattn.attention.schedules.layouts import take
+from longattn.attention.left_padding import check_positions_start
+from longattn.attention.sequences.varlen import documents_of, query_spans, refuse_traced
+from longattn.attention.whereabouts import Whereabouts
 from longattn.patterncache import Full
 
 
@@ -49,45 +53,45 @@ def refuse_weights(x: Tensor, given: dict[str, Any]) -> None:
         )
 
 
-def positions(query: Tensor, key: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Where the rows of query and key (batch, seq, ...) stand: each (seq,), or (batch, seq) with `positions_start`.
+def positions(where: Whereabouts, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Where the rows of a call's query and key stand: each (rows,), or (batch, rows) with `positions_start`.
 
     Raises:
         TypeError, ValueError: a bad option, by name.
     """
-    nq, nk = query.shape[1], key.shape[1]
     ends = given.get("cu_seqlens")
     if ends is not None:
-        keys = documents_of(Full(), ends, nk).cu_seqlens
-        found = documents_of(Full(), given.get("cu_seqlens_q", keys), nq, "cu_seqlens_q").cu_seqlens
-        spans = query_spans(found, keys), query_spans(keys, keys)
-        q, k = (torch.cat([torch.arange(s.start, s.start + s.length) for s in each]) for each in spans)
-        return q.to(query.device), k.to(query.device)
-    start = check_start("q_start", given.get("q_start"))
-    q = torch.arange(nq, device=query.device) + (nk - nq if start is None else start)
-    k = torch.arange(nk, device=query.device)
-    padded = given.get("positions_start")
+        refuse_traced("cu_seqlens")
+        extents = where.extents()
+        keys = documents_of(Full(), ends, extents.nk).cu_seqlens
+        found = documents_of(Full(), given.get("cu_seqlens_q", keys), extents.nq, "cu_seqlens_q").cu_seqlens
+        spans = take(query_spans(found, keys), extents.q_rows), take(query_spans(keys, keys), extents.k_rows)
+        q, k = (row_numbers(each).to(where.device) for each in spans)
+        return q, k
+    q, k = where.positions(check_start("q_start", given.get("q_start")))
+    padded = where.local("positions_start", given.get("positions_start"))
     if padded is not None:
-        check_positions_start(padded, key)
         # Of what is padding, positions are below zero: nobody sees it.
         q, k = (x - padded.to(x.device).unsqueeze(-1) for x in (q, k))
     return q, k
 
 
-def hidden_rows(key: Tensor, key_padding_mask: object, given: dict[str, Any]) -> Tensor | None:
-    """(batch, keys) bool: rows that nobody sees, whatever they hold; None: none, or a mask that is refused later, by name.
+def hidden_rows(where: Whereabouts, key_padding_mask: object, given: dict[str, Any]) -> Tensor | None:
+    """(batch, keys) bool: rows of this process's key that nobody sees; None: none, or a mask that is refused later, by name.
 
     Raises:
         TypeError: key_padding_mask is a tensor of something else.
     """
-    mask = key_padding_mask if isinstance(key_padding_mask, Tensor) else None
+    mask = where.local("key_padding_mask", key_padding_mask) if isinstance(key_padding_mask, Tensor) else None
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask must be bool, True = padding, got {dtype_name(mask.dtype)}")
-    if mask is not None and mask.shape != key.shape[:2]:
+    if mask is not None and mask.shape != (where.batch, where.nk):
         return None
-    starts = given.get("positions_start")
+    starts = where.local("positions_start", given.get("positions_start"))
     if starts is None:
         return mask
-    check_positions_start(starts, key)
-    left = torch.arange(key.shape[1], device=key.device) < starts.to(key.device).unsqueeze(-1)
+    refuse_traced("positions_start")
+    extents = where.extents()
+    check_positions_start(starts, where.batch, extents.nk)
+    left = row_numbers(extents.k_rows).to(where.device) < starts.to(where.device).unsqueeze(-1)
     return left if mask is None else left | mask

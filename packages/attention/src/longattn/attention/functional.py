@@ -13,7 +13,10 @@ from torch import Tensor
 from longattn.attention.schedules import op as scheduled_op
 from longattn.attention.schedules.base import Local, Schedule, check_schedule_argument
 from longattn.attention.sequences.varlen import packed_call, ragged_attention
+from longattn.attention.extents import Extents, mask_flags
+from longattn.attention.schedules.base import Schedule, check_schedule_argument
 from longattn.attention.validate import check_bool, check_pattern_argument, check_start, refuse_unknown
+from longattn.attention.whereabouts import is_sharded
 from longattn.kernels import entry
 from longattn.kernels.check import (
     check_attention_mask,
@@ -141,7 +144,8 @@ def pattern_attention(
     read, so they must be finite.
 
     q, k and v may be jagged nested tensors (batch, lengths, heads, head_dim), or DTensors sharded on the sequence; then so are out and
-    lse. Under a schedule over a process group they are this rank's rows, and masks have its rows and the whole sequence's columns.
+    lse. Under a schedule over a process group they are this rank's rows, and masks have its rows and the whole sequence's columns; q_start,
+    positions_start and cu_seqlens speak of the whole sequence, the same on every rank.
 
     Returns:
         (batch, Nq, heads, head_dim) in q's dtype, zero where a query sees nothing; with return_lse also lse (batch, Nq, heads) in
@@ -181,8 +185,7 @@ def pattern_attention(
             drawn = as_seed(seed) if dropout_p else None
             out, lse = direct.run_prepared(prepared, key, q, k, v, attention_mask, key_padding_mask, drawn, environment)
             return (out, lse) if return_lse else out
-    # A DTensor is known by what it says of itself: its module is heavy to import.
-    sharded = hasattr(q, "placements")
+    sharded = is_sharded(q) or is_sharded(k) or is_sharded(v)
     if sharded or positions_start is not None or (isinstance(q, Tensor) and q.is_nested):
         options: dict[str, Any] = {
             "is_causal": is_causal,
@@ -199,8 +202,9 @@ def pattern_attention(
             "environment": environment,
             "cu_seqlens": cu_seqlens,
             "cu_seqlens_q": cu_seqlens_q,
+            "pattern": pattern,
         }
-        whole = functools.partial(pattern_attention, pattern=pattern, return_lse=True)
+        whole = functools.partial(pattern_attention, return_lse=True)
         if sharded:
             attend_sharded = import_module("longattn.attention.schedules.dtensor").sharded_attention
             found = attend_sharded(whole, q, k, v, options | {"positions_start": positions_start})
@@ -215,25 +219,28 @@ def pattern_attention(
     check_qkv(q, k, v)
     start = check_start("q_start", q_start)
     q_spans = [] if start is None else [start, q.shape[1], 1]
-    if cu_seqlens is not None or cu_seqlens_q is not None:
-        pattern, q_spans = packed_call(q, k, pattern, start, cu_seqlens, cu_seqlens_q)
-        if len(q_spans) > 3 and not isinstance(schedule, Local):
-            raise ValueError(f"schedule must be Local() where cu_seqlens_q differs from cu_seqlens, got {schedule}")
     check_key_padding(key_padding_mask, q, k)
-    if not schedule.distributed:
-        check_whole(q, k, pattern, q_spans, attention_mask)
     check_bool("return_lse", return_lse)
     check_scale(softmax_scale)
     check_flag("deterministic", deterministic)
     check_sinks(sink_logits, q)
     check_environment(environment)
     seed = as_seed(seed) if check_dropout("dropout_p", dropout_p) else None
+    nq, nk = q.shape[1], k.shape[1]
+    _check_mask(attention_mask, q, k, schedule)
+    # Asked once a call: lengths of the whole, and one seed: shards and steps drop the same pairs.
+    roll = schedule.agree(nq, nk, mask_flags(key_padding_mask, attention_mask, nq), seed)
+    if cu_seqlens is not None or cu_seqlens_q is not None:
+        # Of a schedule in one process, all rows are here.
+        extents = schedule.extents(nq, nk, roll) if schedule.distributed else Extents.of_whole(nq, nk)
+        pattern, q_spans = packed_call(q, k, pattern, start, cu_seqlens, cu_seqlens_q, extents)
+    if not schedule.distributed:
+        _check_positions(q, k, pattern, q_spans)
     floating = attention_mask is not None and attention_mask.dtype != torch.bool
     asked = OpArguments(
         None if floating else attention_mask,
         key_padding_mask,
-        # Drawn once a call: shards and steps drop the same pairs.
-        schedule.agree(q.shape[1], k.shape[1], _flags(key_padding_mask, attention_mask), seed),
+        roll,
         pattern.canonical(),
         q_spans,
         [],
@@ -261,15 +268,15 @@ def pattern_attention(
     return (out, state.lse) if return_lse else out
 
 
-def _flags(key_padding: Tensor | None, mask: Tensor | None) -> int:
-    """What ranks must know of one another's masks, as `Schedule.agree` takes it."""
-    has_rows = mask is not None and mask.dim() > 1 and mask.shape[-2] > 1
-    return (key_padding is not None) + 2 * has_rows
-
-
-def check_whole(q: Tensor, k: Tensor, pattern: Pattern, q_spans: list[int], mask: object) -> None:
-    """What only the whole sequence can show: the mask's shape, and that positions of queries are known."""
+def _check_mask(mask: object, q: Tensor, k: Tensor, schedule: Schedule) -> None:
+    """The mask's dtype and shape; of one rank's, all but its columns, which are the whole sequence's."""
+    if schedule.distributed and isinstance(mask, Tensor) and mask.dim():
+        k = k.new_empty(()).expand(k.shape[0], mask.shape[-1], *k.shape[2:])
     check_attention_mask(mask, q, k)
+
+
+def _check_positions(q: Tensor, k: Tensor, pattern: Pattern, q_spans: list[int]) -> None:
+    """Positions of queries are known, where all of the sequence is here to see it."""
     if not q_spans and q.shape[1] > k.shape[1] and pattern.positional:
         raise ValueError(
             f"q_start must be given where queries outnumber keys and positions matter, got Nq={q.shape[1]}, Nk={k.shape[1]}"

@@ -14,7 +14,8 @@ from longattn.attention.validate import (
     check_pattern_argument,
     check_positive,
 )
-from longattn.attention.weights import attention_weights, sparse_attention_weights
+from longattn.attention.weights import weights_of
+from longattn.attention.whereabouts import Whereabouts
 from longattn.attention.wiring import Resources, WiredModule, Wiring
 from longattn.kernels.check import check_dropout, check_qkv
 from longattn.kernels.dispatch.table import check_backend_name
@@ -91,7 +92,8 @@ class PatternAttention(WiredModule):
         """Attend. `is_causal=None` takes the constructor's; masks and `CallOptions` as in `pattern_attention`.
 
         Returns:
-            query's shape and dtype; with need_weights also the weights, without dropout.
+            query's shape and dtype; with need_weights also the weights, without dropout: of this rank's rows, and of all keys of the
+            whole sequence, where a schedule is over a process group.
         """
         given = given_options(options)
         if not (isinstance(query, Tensor) and query.is_nested):
@@ -125,8 +127,11 @@ class PatternAttention(WiredModule):
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """The weights of such a call, (batch, heads, Nq, Nk) in query's dtype: dense, or sparse COO with `sparse_weights`."""
-        weigh = sparse_attention_weights if self.sparse_weights else attention_weights
-        return weigh(query, key, self.pattern_for(is_causal), self.softmax_scale, attention_mask, key_padding_mask)
+        masks = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
+        where = Whereabouts(query, key, self.schedule)
+        return weights_of(
+            where, query, key, self.pattern_for(is_causal), self.softmax_scale, masks, self.sparse_weights
+        )
 
     def extra_repr(self) -> str:
         """The pattern, and what differs from the defaults."""

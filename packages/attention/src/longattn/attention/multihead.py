@@ -13,12 +13,15 @@ from longattn.attention.modules import PatternAttention
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.sequences.rotary import rotate
 from longattn.attention.sequences.varlen import jagged_like, pack_jagged
+from longattn.attention.sequences.varlen import jagged_like, pack_jagged, refuse_jagged_shards
+from longattn.attention.models.projections import ProjectedModule
 from longattn.attention.validate import (
     check_bool,
     check_embedded,
     check_positive,
     check_size,
 )
+from longattn.attention.whereabouts import Whereabouts, on_local
 from longattn.attention.wiring import Wiring
 from longattn.patterncache import Pattern
 
@@ -143,6 +146,7 @@ class MultiheadPatternAttention(ProjectedModule):
         if check_bool("need_weights", need_weights):
             refuse_weights(query, given)
         if query.is_nested:
+            refuse_jagged_shards("query", self.attention.schedule)
             masks = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
             packed, ends = pack_jagged({"query": query, "key": key, "value": value}, given := given | masks)
             # What was one tensor stays one, for a fused projection.
@@ -151,10 +155,12 @@ class MultiheadPatternAttention(ProjectedModule):
             return jagged_like(query, self(q, k, k if value is key else packed[2], is_causal, **given, **ends))
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_embedded(name, x, self.embed_dim, self._dtype())
-        query, key, value = _zero_padded(query, key, value, hidden_rows(key, key_padding_mask, given))
+        where = Whereabouts(query, key, self.attention.schedule)
+        hidden = hidden_rows(where, key_padding_mask, given)
+        query, key, value = _zero_padded(query, key, value, hidden)
         q, k, v = self._project(query, key, value)
         if self.rotary_base is not None:
-            q, k = (rotate(x, at, self.rotary_base) for x, at in zip((q, k), positions(q, k, given), strict=True))
+            q, k = (_turned(x, at, self.rotary_base) for x, at in zip((q, k), positions(where, given), strict=True))
         out = self.attention(q, k, v, is_causal, attention_mask, key_padding_mask, **given)
         out = self.out_proj(self.norm(out.flatten(2)))
         if not need_weights:
@@ -171,10 +177,17 @@ class MultiheadPatternAttention(ProjectedModule):
 def _zero_padded(query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if rows is None:
         return query, key, value
-    hidden = rows.unsqueeze(-1)
-    padded_key = key.masked_fill(hidden, 0)
+    padded_key = _filled(key, rows)
     return (
         padded_key if query is key else query,
         padded_key,
-        padded_key if value is key else value.masked_fill(hidden, 0),
+        padded_key if value is key else _filled(value, rows),
     )
+
+
+def _filled(x: Tensor, rows: Tensor) -> Tensor:
+    return on_local(lambda here: here.masked_fill(rows.unsqueeze(-1), 0), x)
+
+
+def _turned(x: Tensor, at: Tensor, base: float) -> Tensor:
+    return on_local(lambda here: rotate(here, at, base), x)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from longattn.attention.extents import Extents
+from longattn.attention.layouts import Spans, take
+from longattn.attention.whereabouts import Whereabouts
 from longattn.patterncache import Pattern, Rectangle, Span
 
 
@@ -28,8 +35,50 @@ def attention_weights(
     Returns:
         (batch, heads, Nq, Nk) in q's dtype; rows sum to one, or to zero where a query sees nothing.
     """
-    rows = Span(max(0, k.shape[1] - q.shape[1]), q.shape[1])
+    rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
     return _weights(q, k, pattern, rows, softmax_scale, attention_mask, key_padding_mask)[0]
+
+
+def weights_of(
+    where: Whereabouts,
+    q: Tensor,
+    k: Tensor,
+    pattern: Pattern,
+    softmax_scale: float | None,
+    masks: dict[str, Tensor | None],
+    sparse: bool,
+) -> Tensor:
+    """The weights of a module's call: this process's rows of queries, and all keys of the whole sequence as columns.
+
+    Keys of other ranks are gathered, and their gradients go home. Of DTensors, a DTensor with its rows sharded as theirs.
+
+    Raises:
+        ValueError: sparse weights of DTensors.
+    """
+    like = where.like
+    if like is not None and sparse:
+        raise ValueError("need_weights must be False for DTensors with sparse_weights: a DTensor holds nothing sparse")
+    if like is not None:
+        q, k = (getattr(x, "to_local")() for x in (q, k))  # noqa: B009
+        masks = {name: where.local(name, x) for name, x in masks.items()}
+    padding = masks["key_padding_mask"]
+    extents = where.extents()
+    if where.schedule.distributed:
+        gather = partial(where.schedule.gather_keys, nq=where.nq, nk=where.nk, roll=where.roll)
+        k, padding = gather(k), None if padding is None else gather(padding)
+    weigh = _sparse_weights if sparse else _dense_weights
+    found = weigh(q, k, pattern, extents.query_spans(), softmax_scale, masks["attention_mask"], padding)
+    return found if like is None else _placed(found, like, (like.shape[0], like.shape[2], extents.nq, extents.nk))
+
+
+def _dense_weights(*asked: Any) -> Tensor:
+    return _weights(*asked)[0]
+
+
+def _placed(weights: Tensor, like: Any, shape: tuple[int, ...]) -> Tensor:
+    """(batch, heads, Nq, Nk) of a rank as a DTensor: what is sharded on axis 1 of q is so on axis 2 here."""
+    sharded = import_module("longattn.attention.sharded_tensors")
+    return sharded.placed_like(weights, like, shape, sharded.moved(like.placements, {1: 2}))
 
 
 _CELLS = 1 << 21
@@ -48,14 +97,27 @@ def sparse_attention_weights(
 
     Strips of queries are made densely, one after the other, and only what is seen is kept. Arguments and errors as there.
     """
+    rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
+    return _sparse_weights(q, k, pattern, rows, softmax_scale, attention_mask, key_padding_mask)
+
+
+def _sparse_weights(
+    q: Tensor,
+    k: Tensor,
+    pattern: Pattern,
+    positions: Spans,
+    softmax_scale: float | None,
+    attention_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+) -> Tensor:
     (batch, nq, heads, _), nk = q.shape, k.shape[1]
-    first, strip = max(0, nk - nq), max(1, _CELLS // max(1, batch * heads * nk))
+    strip = max(1, _CELLS // max(1, batch * heads * nk))
     wide = None if attention_mask is None else attention_mask.expand(batch, heads, nq, nk)
     indices, values = [], []
     for begin in range(0, nq, strip):
         part = q[:, begin : begin + strip]
         mask = None if wide is None else wide[:, :, begin : begin + strip]
-        rows = Span(first + begin, part.shape[1])
+        rows = take(positions, (Span(begin, part.shape[1]),))
         weights, times = _weights(part, k, pattern, rows, softmax_scale, mask, key_padding_mask)
         at = times.expand(weights.shape).nonzero().unbind(1)
         values.append(weights[at])
@@ -63,14 +125,14 @@ def sparse_attention_weights(
     size = (batch, heads, nq, nk)
     at = torch.cat(indices, 1) if indices else torch.zeros(4, 0, dtype=torch.int64, device=q.device)
     kept = torch.cat(values) if values else q.new_zeros(0)
-    return torch.sparse_coo_tensor(at, kept, size, check_invariants=True).coalesce()
+    return torch.sparse_coo_tensor(at, kept, size, device=q.device, check_invariants=True).coalesce()
 
 
 def _weights(
     q: Tensor,
     k: Tensor,
     pattern: Pattern,
-    rows: Span,
+    rows: Spans,
     softmax_scale: float | None,
     attention_mask: Tensor | None,
     key_padding_mask: Tensor | None,

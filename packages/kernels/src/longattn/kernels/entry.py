@@ -261,7 +261,7 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in autocast's dtype where it is on for their device (float64 stays), as torch does for its own attention."""
-    if not torch._C._is_any_autocast_enabled():
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return q, k, v
     # torch refuses the question itself on devices such as "meta".
     if not isinstance(q, Tensor) or not torch.amp.is_autocast_available(q.device.type):

@@ -47,7 +47,8 @@ def keep_scale(seed: int, p: float, batch: Tensor, head: Tensor, i: Tensor, j: T
 
 def draw_seed() -> Tensor:
     """A 0-dim int64 seed on the CPU from torch's generator."""
-    return torch.randint(2**63 - 1, (), dtype=torch.int64)
+    # Said, because torch.device may be a context of another device.
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
 def as_seed(seed: Tensor | int | None) -> Tensor:
@@ -62,4 +63,4 @@ def as_seed(seed: Tensor | int | None) -> Tensor:
         raise ValueError(
             f"seed must be a 0-dim int64 tensor on the CPU, got shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device}"
         )
-    return torch.as_tensor(seed, dtype=torch.int64)
+    return torch.as_tensor(seed, dtype=torch.int64, device="cpu")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longattn.attention.schedules.layouts import Spans
 from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work, query_spans
+from longattn.attention.extents import Extents
 from longattn.patterncache import Span
 from longattn.patterncache.pattern import spec_text
 
@@ -31,8 +32,8 @@ _HOME = {"local": "base", "ring": "ring", "all_gather": "all_gather", "ulysses":
 class Schedule(ABC):
     """Cuts queries into shards and feeds them keys. Any schedule gives what `Local` gives: out, lse and gradients.
 
-    To write one's own: subclass with a name (`class Mine(Schedule, name="mine")`), give `start`, `to_spec` and `from_spec`. It crosses
-    into the op as its canonical string, JSON `["name",{spec}]`, so what it holds must be there.
+    To write one's own: subclass with a name (`class Mine(Schedule, name="mine")`), give `start`, `to_spec` and `from_spec`, and over
+    processes `extents` and `gather_keys`. It crosses into the op as its canonical string, JSON `["name",{spec}]`, so what it holds must be there.
     """
 
     name: ClassVar[str]
@@ -68,9 +69,29 @@ class Schedule(ABC):
     def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
         """What `Work.asked.seed` is to be. Default: the seed. Process groups call the roll, and take rank 0's seed.
 
-        flags: 1 where there is key padding, 2 where a mask has rows of its own for each query.
+        flags: what `extents.mask_flags` says of this rank's masks.
         """
         return seed
+
+    def extents(self, nq: int, nk: int, roll: Tensor | None) -> Extents:
+        """Where this process's rows of q and k, `nq` and `nk` of them, stand in the whole; roll is what `agree` gave.
+
+        Raises:
+            NotImplementedError: a schedule of one's own over processes that does not say.
+        """
+        if self.distributed:
+            raise NotImplementedError(f"{type(self).__name__} must define extents() for what depends on positions")
+        return Extents.of_whole(nq, nk)
+
+    def gather_keys(self, x: Tensor, nq: int, nk: int, roll: Tensor | None) -> Tensor:
+        """All rows of the whole sequence of keys, in order, from this rank's rows (batch, nk, ...); differentiable.
+
+        Raises:
+            NotImplementedError: a schedule of one's own over processes that does not say.
+        """
+        if self.distributed:
+            raise NotImplementedError(f"{type(self).__name__} must define gather_keys() for weights")
+        return x
 
     @property
     def ranks(self) -> int:

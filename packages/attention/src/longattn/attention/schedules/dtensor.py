@@ -7,35 +7,144 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from longattn.attention.schedules.ring import Ring
+from longattn.attention.schedules.group import Members
+from longattn.attention.schedules.layouts import count_rows
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.transport import Place, call_roll
+from longattn.kernels.philox import as_seed
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
 """(q, k, v, **options) to (out, lse)."""
 
+_AXES = {
+    "key_padding_mask": (0, 1),
+    "attention_mask": (-4, -2),
+    "positions_start": (0, None),
+    "sink_logits": (None, None),
+}
+"""Options that may be DTensors: which axes are the batch's and the sequence's. Counted from the end, an axis of one row is everybody's."""
+
 
 def sharded_attention(whole: Attention, q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """out and lse as DTensors placed as q, differentiable. Masks in `options` are plain tensors: this rank's part, as for a `Ring`.
+    """out and lse as DTensors placed as q, differentiable. Plain masks in `options` are this rank's part, as for a `Ring`.
 
     Args:
         whole: attends to this rank's part.
         q, k, v: DTensors with equal placements: the sequence sharded over at most one mesh dimension, the batch over any others.
-        options: of `pattern_attention`; a schedule of None is a contiguous Ring over the mesh dimension of the sequence, or Local().
+        options: of `pattern_attention`; a schedule in one process is replaced by a contiguous Ring over the mesh dimension of the sequence.
 
     Raises:
-        TypeError, ValueError: not all DTensors, other placements, or different ones, by name.
+        TypeError, ValueError: not all DTensors, other placements, different ones, or a schedule over other ranks, by name.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, DTensor):
-            raise TypeError(f"{name} must be a DTensor where another of q, k and v is one, got {type(x).__name__}")
-        if x.placements != q.placements or x.device_mesh != q.device_mesh:
-            raise ValueError(f"{name} must have the placements of q, {q.placements}, got {x.placements}")
-    along = _sequence_dimension(q)
-    if options["schedule"] is None and along is not None:
-        options = options | {"schedule": _ring_over(q, k, along)}
+    check_placements({"q": q, "k": k, "v": v})
+    options = local_options(q, options) | {"schedule": schedule_over(q, k, options["schedule"])}
+    if options.get("dropout_p"):
+        options["seed"] = _shared_seed(q, options.get("seed"))
     out, lse = whole(q.to_local(), k.to_local(), v.to_local(), **options)
-    return _placed(out, q, q.shape), _placed(lse, q, q.shape[:3])
+    return placed_like(out, q, q.shape), placed_like(lse, q, q.shape[:3])
+
+
+def check_placements(tensors: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError unless all are DTensors placed as the first is."""
+    names = list(tensors)
+    first = tensors[names[0]]
+    for name, x in tensors.items():
+        if not isinstance(x, DTensor):
+            others = ", ".join(names[:-1])
+            raise TypeError(
+                f"{name} must be a DTensor where another of {others} and {names[-1]} is one, got {type(x).__name__}"
+            )
+        if x.placements != first.placements or x.device_mesh != first.device_mesh:
+            raise ValueError(f"{name} must have the placements of {names[0]}, {first.placements}, got {x.placements}")
+
+
+def schedule_over(q: DTensor, k: DTensor, schedule: Schedule | None) -> Schedule | None:
+    """The schedule that attends to DTensors with the sequence on axis 1, where `schedule` is asked for.
+
+    One process's schedules become a Ring over the ranks that hold the sequence: they give the same numbers, and each has all keys.
+
+    Raises:
+        ValueError: other placements, or a schedule whose ranks or rows are not those of the placements.
+    """
+    check_placements({"query": q, "key": k})
+    along, given = _sequence_dimension(q), schedule is not None and schedule.distributed
+    if along is None:
+        if given:
+            raise ValueError(
+                f"schedule must be None or in one process where no rank has only a part of the sequence, got {schedule} for {q.placements}"
+            )
+        return schedule
+    return _checked(q, k, along, schedule) if given else _ring_over(q, k, along)
+
+
+def _checked(q: DTensor, k: DTensor, along: int, schedule: Any) -> Schedule:
+    """That schedule, if it is over the sequence's mesh dimension and cuts as DTensor does. All ranks see the same."""
+    if not _fits(q, k, along, schedule):
+        raise ValueError(
+            f"schedule must be None, in one process, or a contiguous one over the ranks and rows of the placements of q, "
+            f"{q.placements} on {q.device_mesh}, got {schedule}"
+        )
+    return schedule
+
+
+def _fits(q: DTensor, k: DTensor, along: int, schedule: Any) -> bool:
+    members, inner = getattr(schedule, "members", None), getattr(schedule, "inner", None)
+    if not isinstance(members, Members) or (inner is not None and inner.distributed):
+        return False
+    if members.place != Place.of(q.device_mesh.get_group(along)):
+        return False
+    if members.silent:
+        held = [count_rows(rows) for rows in members.laid_out(q.shape[1]).rows()]
+        if any(held != _chunks(x, along) for x in (q, k)):
+            return False
+    return members.layout == "contiguous" or members.place.size == 1
+
+
+def local_options(like: DTensor, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `pattern_attention` with each DTensor among them as this rank's part of it; plain tensors are that already."""
+    return {
+        name: _local(name, x, like) if name in _AXES and isinstance(x, DTensor) else x for name, x in options.items()
+    }
+
+
+def _local(name: str, x: DTensor, like: DTensor) -> Tensor:
+    if x.device_mesh != like.device_mesh:
+        raise ValueError(f"{name} must be on the mesh of q, {like.device_mesh}, got {x.device_mesh}")
+    placements, gradients = [], []
+    for placement in like.placements:
+        axis = _AXES[name][placement.dim] if isinstance(placement, Shard) else None
+        if axis is None or x.dim() < (-axis if axis < 0 else axis + 1) or (axis < 0 and x.shape[axis] == 1):
+            placements.append(Replicate())
+        else:
+            placements.append(Shard(axis % x.dim()))
+        # What all share has a part of its gradient on each rank.
+        shared = placements[-1] == Replicate() and placement != Replicate()
+        gradients.append(Partial() if shared else placements[-1])
+    return x.redistribute(placements=placements).to_local(grad_placements=gradients)
+
+
+def on_local(function: Callable[[Tensor], Tensor], x: DTensor) -> Tensor:
+    """`function` of x, row by row: of its local part, placed as it was."""
+    return placed_like(function(x.to_local()), x, x.shape)
+
+
+def placed_like(x: Tensor, like: DTensor, shape: Any, placements: Any = None) -> Tensor:
+    """This rank's part as a DTensor of a shape on the mesh of `like`; placements: default its own."""
+    stride = [1]
+    for size in reversed(shape[1:]):
+        stride.insert(0, stride[0] * size)
+    where = like.placements if placements is None else placements
+    return DTensor.from_local(
+        x, like.device_mesh, where, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+    )
+
+
+def moved(placements: Any, axes: dict[int, int]) -> tuple[Any, ...]:
+    """Placements of a tensor whose axes stand elsewhere: {axis: where it is now}."""
+    return tuple(Shard(axes.get(p.dim, p.dim)) if isinstance(p, Shard) else p for p in placements)
 
 
 def _sequence_dimension(q: DTensor) -> int | None:
@@ -52,19 +161,31 @@ def _sequence_dimension(q: DTensor) -> int | None:
 
 
 def _ring_over(q: DTensor, k: DTensor, along: int) -> Ring:
-    mesh = q.device_mesh
-    lengths = None
-    if q.shape[1] == k.shape[1]:
-        # DTensor cuts as torch.chunk does: equal chunks, rounded up, and what is left.
-        chunk = -(-q.shape[1] // mesh.size(along))
-        lengths = [max(0, min(chunk, q.shape[1] - chunk * rank)) for rank in range(mesh.size(along))]
-    return Ring(mesh.get_group(along), lengths=lengths)
+    lengths = _chunks(q, along) if q.shape[1] == k.shape[1] else None
+    return Ring(q.device_mesh.get_group(along), lengths=lengths)
 
 
-def _placed(x: Tensor, like: DTensor, shape: Any) -> Tensor:
-    stride = [1]
-    for size in reversed(shape[1:]):
-        stride.insert(0, stride[0] * size)
-    return DTensor.from_local(
-        x, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
-    )
+def _chunks(x: DTensor, along: int) -> list[int]:
+    """Rows of each rank: DTensor cuts as torch.chunk does: equal chunks, rounded up, and what is left."""
+    ranks, length = x.device_mesh.size(along), x.shape[1]
+    chunk = -(-length // ranks)
+    return [max(0, min(chunk, length - chunk * rank)) for rank in range(ranks)]
+
+
+def _shared_seed(q: DTensor, seed: Any) -> Tensor:
+    """One seed on all ranks that hold the same elements: those of a ring agree by themselves, those of other dimensions here.
+
+    Raises:
+        ValueError: the batch is sharded: what is dropped depends on an element's place in the whole batch.
+    """
+    found = as_seed(seed)
+    for dimension, placement in enumerate(q.placements):
+        if q.device_mesh.size(dimension) == 1 or placement == Shard(1):
+            continue
+        if placement == Shard(0):
+            raise ValueError(
+                f"dropout_p must be 0 where the batch is sharded, got placements {q.placements}: pairs are dropped by their place in "
+                f"the whole batch; give local tensors and a schedule"
+            )
+        found = call_roll(Place.of(q.device_mesh.get_group(dimension)), (int(found),))[0, 0]
+    return found

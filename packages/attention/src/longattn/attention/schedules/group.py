@@ -26,6 +26,9 @@ from longattn.attention.schedules.layouts import (
 )
 from longattn.attention.schedules.passes import Work, query_spans
 from longattn.attention.schedules.transport import Place, call_roll
+from longattn.attention.extents import Extents, agreed_flags, mask_has_rows
+from longattn.attention.gathering import gather_rows
+from longattn.attention.schedules.layouts import LAYOUTS, Layout, LayoutName, Spans, check_layout, count_rows, neighbours, take
 from longattn.kernels.check import check_attention_mask
 from longattn.patterncache import parse_pattern
 
@@ -90,6 +93,23 @@ class Members:
         """This rank's rows."""
         return self.laid_out(length).rows()[self.place.rank]
 
+    def layouts(self, nq: int, nk: int, roll: Tensor | None) -> tuple[Layout, Layout]:
+        """How queries and keys of a call are cut over the ranks, of which this one has `nq` and `nk`.
+
+        Raises:
+            ValueError: lengths that do not fit the layout.
+        """
+        if roll is not None:
+            table = roll[: self.place.size].tolist()
+            lengths = [[row[n] for row in table] for n in range(2)]
+        elif isinstance(self.lengths, int):
+            lengths = [[count_rows(rows) for rows in self.laid_out(self.lengths).rows()]] * 2
+        else:
+            assert self.lengths is not None
+            lengths = [list(self.lengths)] * 2
+        _check_mine(lengths, self.place.rank, (nq, nk), self)
+        return _fitting(self, lengths[0]), _fitting(self, lengths[1])
+
 
 class OverGroup(Schedule):
     """What schedules over one process group share.
@@ -120,6 +140,16 @@ class OverGroup(Schedule):
             return None
         return torch.ops.longattn.roll_call(seed, nq, nk, flags, self.canonical())
 
+    def extents(self, nq: int, nk: int, roll: Tensor | None) -> Extents:
+        """As the layout has it, at the lengths that all ranks have together."""
+        queries, keys = self.members.layouts(nq, nk, roll)
+        me = self.members.place.rank
+        return Extents(total_rows(queries), total_rows(keys), queries.rows()[me], keys.rows()[me])
+
+    def gather_keys(self, x: Tensor, nq: int, nk: int, roll: Tensor | None) -> Tensor:
+        """From every rank."""
+        return gather_rows(self.members.place, x, self.members.layouts(nq, nk, roll)[1])
+
     @property
     def ranks(self) -> int:
         """Ranks of the group."""
@@ -136,7 +166,7 @@ class Whole:
     Attributes:
         queries, keys: the two layouts. me: this rank.
         spans: of each rank's queries. seed: rank 0's, or None.
-        nq, nk: lengths. rows: whether masks have rows of their own for each query, on any rank; None: nobody asked.
+        nq, nk: lengths. rows: whether the whole sequence's mask has rows of its own for each query, as far as ranks asked.
 
     Raises:
         ValueError: lengths that do not fit the layout, on every rank alike.
@@ -145,25 +175,18 @@ class Whole:
     def __init__(self, members: Members, work: Work) -> None:
         roll = work.asked.seed
         self.me = members.place.rank
-        size, mine = members.place.size, (work.queries[0].shape[1], work.k.shape[1])
         self.seed = roll[0, 3] if roll is not None and work.asked.dropout_p else None
-        self.rows: bool | None = None
-        if roll is not None:
-            table = roll[:size].tolist()
-            lengths = [[row[n] for row in table] for n in range(2)]
-            self.rows = any(row[2] & 2 for row in table)
-            if len({row[2] & 1 for row in table}) > 1:
-                raise ValueError("key_padding_mask must be given on every rank or on none")
-        elif isinstance(members.lengths, int):
-            lengths = [[count_rows(rows) for rows in members.laid_out(members.lengths).rows()]] * 2
-        else:
-            assert members.lengths is not None
-            lengths = [list(members.lengths)] * 2
-        _check_mine(lengths, self.me, mine, members)
-        self.queries, self.keys = (_fitting(members, found) for found in lengths)
-        self.nq, self.nk = (sum(found) for found in lengths)
+        # Of all groups: a mask is of one kind in the whole sequence.
+        self.rows = roll is not None and mask_has_rows(agreed_flags(roll[:, 2].tolist()))
+        self.queries, self.keys = members.layouts(work.queries[0].shape[1], work.k.shape[1], roll)
+        self.nq, self.nk = total_rows(self.queries), total_rows(self.keys)
         spans = query_spans(work.asked, self.nq, self.nk)
         self.spans = [take(spans, rows) for rows in self.queries.rows()]
+
+
+def total_rows(layout: Layout) -> int:
+    """Rows of all ranks together."""
+    return sum(count_rows(rows) for rows in layout.rows())
 
 
 def _check_mine(lengths: list[list[int]], me: int, mine: tuple[int, int], members: Members) -> None:
@@ -204,7 +227,7 @@ def _roll_call(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str)
 
 
 def _roll_call_fake(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
-    return torch.empty((parse_schedule(schedule).ranks, COLUMNS), dtype=torch.int64)
+    return torch.empty((parse_schedule(schedule).ranks, COLUMNS), dtype=torch.int64, device="cpu")
 
 
 LIBRARY.impl("roll_call", _roll_call, "CompositeExplicitAutograd")

@@ -23,7 +23,7 @@ class HeadExchange:
         ValueError: fewer kv heads than ranks.
     """
 
-    def __init__(self, place: Place, whole: Whole, work: Work, mask_rows: bool | None) -> None:
+    def __init__(self, place: Place, whole: Whole, work: Work, mask_rows: bool) -> None:
         self.place, self.whole, self.allocator = place, whole, work.environment.allocator
         self.mask_rows = mask_rows
         kv_heads, query_heads = work.k.shape[2], work.queries[0].shape[2]
@@ -64,17 +64,13 @@ class HeadExchange:
         parts = [padding] * len(shapes)
         return self.whole.keys.join(swap(self.place, "padding", parts, shapes, self.allocator))
 
-    def _has_rows(self, mask: Tensor) -> bool:
-        own = mask.shape[-2] > 1
-        return own if self.mask_rows is None else self.mask_rows
-
     def mask_to_heads(self, mask: Tensor) -> Tensor:
         """A mask of this rank's rows and all heads, broadcastable, as one of all rows and this rank's heads."""
         by_row = _by_row(mask)
-        if by_row.shape[2] > 1 and not self._has_rows(mask):
+        if by_row.shape[2] > 1 and not self.mask_rows:
             share = self.shares[self.query_heads][self.whole.me]
             return by_row[:, :, share.start : share.start + share.length].transpose(1, 2)
-        if not self._has_rows(mask):
+        if not self.mask_rows:
             return mask
         if by_row.shape[2] > 1:
             return self.to_heads(by_row, self.whole.queries).transpose(1, 2)
@@ -85,7 +81,7 @@ class HeadExchange:
     def mask_to_rows(self, gradient: Tensor, bias: Tensor) -> Tensor:
         """This rank's part of the gradient of `bias` from that of what `mask_to_heads` made of it."""
         by_row, wanted = _by_row(gradient), _by_row(bias)
-        if not self._has_rows(bias):
+        if not self.mask_rows:
             if wanted.shape[2] == 1:
                 return gradient.reshape(bias.shape)
             whole = torch.zeros(wanted.shape, dtype=gradient.dtype, device=gradient.device)

@@ -22,6 +22,7 @@ from longattn.attention.schedules.group import Members, OverGroup
 from longattn.attention.schedules.layouts import LAYOUTS, LayoutName, Spans, check_layout, take
 from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work, query_spans
 from longattn.attention.schedules.ring_process import GroupRun
+from longattn.attention.extents import Extents
 from longattn.attention.validate import check_size
 from longattn.patterncache import Span
 
@@ -109,6 +110,14 @@ class Ring(OverGroup, name="ring"):
     def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
         """With a group, the roll: lengths, and rank 0's seed."""
         return seed if self.members is None else super().agree(nq, nk, flags, seed)
+
+    def extents(self, nq: int, nk: int, roll: Tensor | None) -> Extents:
+        """This rank's rows; all of them where all ranks are played here."""
+        return Extents.of_whole(nq, nk) if self.members is None else super().extents(nq, nk, roll)
+
+    def gather_keys(self, x: Tensor, nq: int, nk: int, roll: Tensor | None) -> Tensor:
+        """From every rank; as it is where all ranks are played here."""
+        return x if self.members is None else super().gather_keys(x, nq, nk, roll)
 
 
 class _PlayedRun(Run):

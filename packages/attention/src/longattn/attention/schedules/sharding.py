@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule, check_schedule_argument
 from longattn.attention.schedules.layouts import Spans, count_rows, select_rows
 from longattn.attention.schedules.transport import Place, call_roll, swap
 from longattn.kernels.dispatch.environment import TorchAllocator
+from longattn.attention.extents import row_numbers
+from longattn.attention.schedules.layouts import count_rows, select_rows
 
 
 def shard_sequence(x: Tensor, schedule: Schedule, dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,7 @@ def shard_sequence(x: Tensor, schedule: Schedule, dim: int = 1) -> tuple[Tensor,
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     rows = schedule.held(x.shape[dim])
-    return select_rows(x, dim % x.dim(), rows).contiguous(), _positions(rows).to(x.device)
+    return select_rows(x, dim % x.dim(), rows).contiguous(), row_numbers(rows).to(x.device)
 
 
 def unshard_sequence(x: Tensor, schedule: Schedule, group: object = None, dim: int = 1) -> Tensor:
@@ -74,13 +75,8 @@ def _gathered(x: Tensor, axis: int, place: Place, lengths: Sequence[int], schedu
     allocator = TorchAllocator()
     parts = swap(place, "rows", [x] * len(lengths), shapes, allocator)
     # Each rank says where its rows stand: that serves every schedule alike.
-    stands = swap(place, "positions", [_positions(rows)] * len(lengths), [(n,) for n in lengths], allocator)
+    stands = swap(place, "positions", [row_numbers(rows)] * len(lengths), [(n,) for n in lengths], allocator)
     whole = x.new_empty((*x.shape[:axis], sum(lengths), *x.shape[axis + 1 :]))
     for part, positions in zip(parts, stands, strict=True):
         whole.index_copy_(axis, positions.to(x.device), part)
     return whole
-
-
-def _positions(rows: Spans) -> Tensor:
-    """(rows,) int64 on the CPU."""
-    return torch.cat([torch.arange(s.length) * s.step + s.start for s in rows])

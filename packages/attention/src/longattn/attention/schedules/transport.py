@@ -92,6 +92,10 @@ class Place:
         """Ranks of the group."""
         return dist.get_world_size(self.group)
 
+    def members(self) -> list[int]:
+        """The group's ranks, by their numbers in the world."""
+        return dist.get_process_group_ranks(self.group)
+
 
 class Exchange:
     """Parcels under way.
@@ -126,7 +130,7 @@ class Exchange:
 def call_roll(place: Place, row: Sequence[int]) -> Tensor:
     """(ranks, len(row)) int64 on the CPU: the integers that each rank brought."""
     group = place.group
-    mine = torch.tensor(row, dtype=torch.int64)
+    mine = torch.tensor(row, dtype=torch.int64, device="cpu")
     if "cpu" not in dist.get_backend_config(group) and dist.get_backend(group) == "nccl":
         mine = mine.to(torch.device("cuda", torch.cuda.current_device()))
     rows = [torch.empty_like(mine) for _ in range(place.size)]

@@ -20,6 +20,9 @@ from longattn.attention.schedules.group import Members, OverGroup, Whole, check_
 from longattn.attention.schedules.head_exchange import HeadExchange
 from longattn.attention.schedules.layouts import LayoutName, Spans, count_rows, take
 from longattn.attention.schedules.passes import Run, Shard, Work
+from longattn.attention.extents import CONFLICT, MASK, Extents, agreed_flags
+from longattn.attention.gathering import gather_rows
+from longattn.attention.schedules.group import Members, OverGroup, Whole, check_masks, total_rows
 
 
 @dataclass(frozen=True, init=False)
@@ -53,6 +56,20 @@ class Ulysses(OverGroup, name="ulysses"):
             raise TypeError(f"inner must be None or a Schedule such as Ring(mesh['ring']), got {type(inner).__name__}")
         object.__setattr__(self, "members", Members.of(group, layout, lengths))
         object.__setattr__(self, "inner", Local() if inner is None else inner)
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        """This group and the inner ones must be different dimensions: this rank is all that two of them share."""
+        own, inner = self.members.place, self.inner
+        while isinstance(inner, OverGroup) and inner.distributed:
+            other = inner.members.place
+            shared = set(own.members()) & set(other.members())
+            if len(shared) > 1:
+                raise ValueError(
+                    f"inner must be over another dimension than group: they may share this rank only, got ranks {sorted(shared)} in "
+                    f"both groups; make a DeviceMesh of two dimensions, and give each of them one"
+                )
+            inner = getattr(inner, "inner", None)
 
     def start(self, work: Work) -> Run:
         """A run of `inner` on this rank's heads, which are here when it returns."""
@@ -78,6 +95,30 @@ class Ulysses(OverGroup, name="ulysses"):
         """Whether lengths are known without a roll call, here and inside."""
         return self.members.silent and (not isinstance(self.inner, OverGroup) or self.inner.silent)
 
+    def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
+        """The roll, also where there is a mask: whether its rows travel is not to be seen from one rank's alone."""
+        if self.silent and seed is None and not flags & MASK:
+            return None
+        return torch.ops.longattn.roll_call(seed, nq, nk, flags, self.canonical())
+
+    def extents(self, nq: int, nk: int, roll: Tensor | None) -> Extents:
+        """This rank's part of what the inner schedule's rank, the whole of this group, has."""
+        queries, keys = self.members.layouts(nq, nk, roll)
+        whole = self.inner.extents(total_rows(queries), total_rows(keys), self._inner_roll(roll))
+        me = self.members.place.rank
+        rows = take(whole.q_rows, queries.rows()[me]), take(whole.k_rows, keys.rows()[me])
+        return Extents(whole.nq, whole.nk, *rows)
+
+    def gather_keys(self, x: Tensor, nq: int, nk: int, roll: Tensor | None) -> Tensor:
+        """From every rank of this group, and then of the inner one."""
+        queries, keys = self.members.layouts(nq, nk, roll)
+        x = gather_rows(self.members.place, x, keys)
+        return self.inner.gather_keys(x, total_rows(queries), total_rows(keys), self._inner_roll(roll))
+
+    def _inner_roll(self, roll: Tensor | None) -> Tensor | None:
+        """The inner schedule's part of a roll."""
+        return roll[self.members.place.size :] if roll is not None and self.inner.distributed else None
+
     @property
     def ranks(self) -> int:
         """Rows of the roll: those of this group, then those of the inner one."""
@@ -89,17 +130,24 @@ class Ulysses(OverGroup, name="ulysses"):
         if not self.inner.distributed:
             return roll
         nq, nk = (int(n) for n in roll[:, :2].sum(0))
-        return torch.cat([roll, self.inner.call_roll(nq, nk, flags, int(roll[0, 3]))])
+        return torch.cat([roll, self.inner.call_roll(nq, nk, _as_one(roll[:, 2].tolist()), int(roll[0, 3]))])
+
+
+def _as_one(flags: list[int]) -> int:
+    """What a group says of its masks to the other groups; where its ranks do not agree, that they do not: all raise."""
+    try:
+        return agreed_flags(flags)
+    except ValueError:
+        return CONFLICT
 
 
 class _HeadsRun(Run):
     def __init__(self, ulysses: Ulysses, work: Work) -> None:
         members, inner, roll = ulysses.members, ulysses.inner, work.asked.seed
         self.work, self.whole = work, Whole(members, work)
-        has_rows = self.whole.rows
-        self.exchange = HeadExchange(members.place, self.whole, work, has_rows)
+        self.exchange = HeadExchange(members.place, self.whole, work, self.whole.rows)
         mask, bias = (None if x is None else self.exchange.mask_to_heads(x) for x in (work.mask, work.bias))
-        rest = self.whole.seed if roll is None or not inner.distributed else roll[members.place.size :]
+        rest = self.whole.seed if not inner.distributed else ulysses._inner_roll(roll)
         asked = work.asked._replace(heads=self.exchange.heads, seed=rest)
         queries = tuple(self.exchange.to_heads(x, self.whole.queries) for x in work.queries)
         k, v = (self.exchange.to_heads(x, self.whole.keys) for x in (work.k, work.v))

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.kernels.philox import as_seed
+from longattn.attention.extents import Extents
+from longattn.attention.left_padding import attend_in_place, check_positions_start, in_order
+from longattn.attention.schedule import Schedule, check_schedule_argument
 from longattn.patterncache import Documents, Pattern, Span
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
@@ -68,9 +70,17 @@ def refuse_traced(name: str) -> None:
 
 
 def packed_call(
-    q: Tensor, k: Tensor, pattern: Pattern, start: int | None, cu_seqlens: Any, cu_seqlens_q: Any
+    q: Tensor,
+    k: Tensor,
+    pattern: Pattern,
+    start: int | None,
+    cu_seqlens: Any,
+    cu_seqlens_q: Any,
+    extents: Extents,
 ) -> tuple[Documents, list[int]]:
-    """(the pattern within each document, positions of the queries as flat spans, empty for the default ones).
+    """(the pattern within each document, positions of the whole's queries as flat spans, empty for the default ones).
+
+    cu_seqlens are of the whole sequence, also where q and k are one rank's rows of it.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -85,9 +95,9 @@ def packed_call(
             raise ValueError(
                 f"{name} must be packed as (1, total, heads, head_dim) where cu_seqlens is given, got {tuple(x.shape)}"
             )
-    found = documents_of(pattern, cu_seqlens, k.shape[1])
+    found = documents_of(pattern, cu_seqlens, extents.nk)
     queries = documents_of(
-        pattern, found.cu_seqlens if cu_seqlens_q is None else cu_seqlens_q, q.shape[1], "cu_seqlens_q"
+        pattern, found.cu_seqlens if cu_seqlens_q is None else cu_seqlens_q, extents.nq, "cu_seqlens_q"
     )
     if queries.cu_seqlens == found.cu_seqlens:
         return found, []
@@ -100,11 +110,21 @@ def ragged_attention(
 ) -> tuple[Tensor, Tensor]:
     """`attention` where lengths differ by element: jagged, or padded on the left."""
     if q.is_nested:
+        refuse_jagged_shards("q", options.get("schedule"))
         return jagged_attention(attention, q, k, v, positions_start=positions_start, **options)
     if options.pop("cu_seqlens") is not None or options.pop("cu_seqlens_q") is not None:
         raise ValueError("positions_start must be None where cu_seqlens is given: packed documents have no padding")
     assert positions_start is not None
     return aligned_attention(attention, q, k, v, positions_start, **options)
+
+
+def refuse_jagged_shards(name: str, schedule: Any) -> None:
+    """Raise ValueError where a jagged tensor would be one rank's part of a longer sequence: its offsets say nothing of the whole."""
+    if isinstance(schedule, Schedule) and schedule.distributed:
+        raise ValueError(
+            f"{name} must be no nested tensor under a schedule over a process group: give this rank's rows as (1, rows, ...), and "
+            f"cu_seqlens of the whole sequence"
+        )
 
 
 def jagged_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -157,7 +177,10 @@ def aligned_attention(
     Raises TypeError or ValueError unless positions_start is (batch,) integers within the keys.
     """
     refuse_traced("positions_start")
-    starts = check_positions_start(positions_start, k)
+    schedule = check_schedule_argument(options.get("schedule"))
+    if schedule.distributed or options.get("dropout_p"):
+        return attend_in_place(attention, q, k, v, positions_start, schedule, options)
+    starts = check_positions_start(positions_start, k.shape[0], k.shape[1])
     batch, nq, nk = q.shape[0], q.shape[1], k.shape[1]
     given = options.pop("q_start", None)
     q_row = nk - nq if given is None else int(given)
@@ -168,12 +191,9 @@ def aligned_attention(
     mask, padding = options.pop("attention_mask", None), options.pop("key_padding_mask", None)
     mask = None if mask is None else mask.expand(*mask.shape[:-2], nq, nk) if mask.dim() > 1 else mask.expand(nq, nk)
     outs: list[tuple[Tensor, Tensor]] = []
-    seed = as_seed(options.get("seed")) if options.get("dropout_p") else None
     order: list[int] = []
     for start in sorted(set(starts)):
         members = [b for b in range(batch) if starts[b] == start]
-        if options.get("dropout_p") and seed is not None:
-            options["seed"] = seed + start  # else elements of two groups would drop alike
         at = slice(None) if len(members) == batch else torch.tensor(members, device=q.device)
         hidden = min(nq, max(0, start - q_row))
         part = {"q_start": max(0, q_row - start)}
@@ -185,19 +205,7 @@ def aligned_attention(
         out, lse = attention(q[at][:, hidden:], k[at][:, start:], v[at][:, start:], **(options | part))
         outs.append((_above(out, hidden, 0.0), _above(lse, hidden, -torch.inf, options.get("sink_logits"))))
         order += members
-    return _in_order([pair[0] for pair in outs], order), _in_order([pair[1] for pair in outs], order)
-
-
-def check_positions_start(value: object, k: Tensor) -> list[int]:
-    """(batch,) integers in [0, Nk], as a list."""
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
-        raise TypeError(f"positions_start must be an integer tensor (batch,), got {value!r} ({type(value).__name__})")
-    if value.shape != k.shape[:1]:
-        raise ValueError(f"positions_start must have shape ({k.shape[0]},), got {tuple(value.shape)}")
-    starts = value.tolist()
-    if any(not 0 <= start <= k.shape[1] for start in starts):
-        raise ValueError(f"positions_start must lie in [0, {k.shape[1]}], the keys there are, got {starts}")
-    return starts
+    return in_order([pair[0] for pair in outs], order), in_order([pair[1] for pair in outs], order)
 
 
 def _above(x: Tensor, rows: int, value: float, each: Tensor | None = None) -> Tensor:
@@ -207,11 +215,3 @@ def _above(x: Tensor, rows: int, value: float, each: Tensor | None = None) -> Te
     shape = (x.shape[0], rows, *x.shape[2:])
     return torch.cat((x.new_full(shape, value) if each is None else each.to(x.dtype).expand(shape), x), 1)
 
-
-def _in_order(parts: list[Tensor], order: list[int]) -> Tensor:
-    """The parts' elements as the batch has them."""
-    if len(parts) == 1:
-        return parts[0]
-    back = torch.empty(len(order), dtype=torch.int64)
-    back[torch.tensor(order)] = torch.arange(len(order))
-    return torch.cat(parts)[back.to(parts[0].device)]

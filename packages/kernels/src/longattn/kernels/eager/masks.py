@@ -57,7 +57,7 @@ def _seen(call: Call, branch: Branch, tile: Tile, bias: Tensor | None, first: in
 def tile_picks(mask: Tensor, tile: Tile) -> tuple[Tensor, ...]:
     """Index tensors of the tile's part of a tensor broadcastable to (batch, heads, Nq, Nk); an axis of length 1 is picked at 0."""
     picks = (
-        torch.tensor([[[[tile.batch]]]]),
+        torch.tensor([[[[tile.batch]]]], device="cpu"),
         torch.from_numpy(tile.heads.positions())[None, :, None, None],
         index_tensor(tile.q, mask.device, tile.kept).view(-1, 1, tile.q.count, 1),
         index_tensor(tile.k, mask.device, tile.kept).view(-1, 1, 1, tile.k.count),

@@ -1,0 +1,96 @@
+"""`Whereabouts`: of a module's call, where its rows stand. Asked once, by whatever in the call depends on positions.
+
+Ranks exchange their lengths for it, unless the schedule was given them. In traced code the lengths are an op's result, and positions
+that of another, `longattn::row_positions`, so that a graph serves any lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from longattn.attention.extents import Extents, row_numbers
+from longattn.attention.schedule import Schedule, parse_schedule
+
+
+def _sharded() -> Any:
+    return import_module("longattn.attention.sharded_tensors")
+
+
+def on_local(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of x, row by row; of a DTensor's local part, placed as it was."""
+    return _sharded().on_local(function, x) if is_sharded(x) else function(x)
+
+
+def is_sharded(x: object) -> bool:
+    """Whether x is a DTensor: known by what it says of itself, because its module is heavy to import."""
+    return hasattr(x, "placements")
+
+
+class Whereabouts:
+    """Of one call's query and key.
+
+    Attributes:
+        schedule: the one that orders the call: for DTensors sharded on the sequence, one over the ranks that hold it.
+        batch, nq, nk: elements, and rows of this process's query and key. device: where they are.
+
+    Raises:
+        TypeError, ValueError: DTensors placed otherwise, or not as the schedule's rows are, by name.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, schedule: Schedule) -> None:
+        self.like, here = None, (query, key)
+        if is_sharded(query) or is_sharded(key):
+            schedule = _sharded().schedule_over(query, key, schedule)
+            self.like, here = query, tuple(x.to_local() for x in cast(Any, here))
+        self.schedule = schedule
+        self.batch, self.device = here[1].shape[0], here[1].device
+        self.nq, self.nk = here[0].shape[1], here[1].shape[1]
+        self._roll: Tensor | None = None
+        self._asked = False
+
+    @property
+    def roll(self) -> Tensor | None:
+        """What ranks said of their lengths, as `Schedule.extents` takes it."""
+        if not self._asked:
+            self._roll, self._asked = self.schedule.agree(self.nq, self.nk, 0, None), True
+        return self._roll
+
+    def extents(self) -> Extents:
+        """The call's whole sequence, and what of it is here. Not in traced code."""
+        return self.schedule.extents(self.nq, self.nk, self.roll)
+
+    def local(self, name: str, x: Any) -> Any:
+        """This process's part of the option of that name: of a DTensor, where query is one."""
+        return _sharded().local_options(self.like, {name: x})[name] if is_sharded(self.like) and is_sharded(x) else x
+
+    def positions(self, start: int | None) -> tuple[Tensor, Tensor]:
+        """Where rows of query and key stand, each (rows,) int64, where the whole's first query stands at `start`; None: the last of keys."""
+        if self.schedule.distributed:
+            q, k = torch.ops.longattn.row_positions(self.roll, self.nq, self.nk, start, self.schedule.canonical())
+            return q.to(self.device), k.to(self.device)
+        q = torch.arange(self.nq, device=self.device) + (self.nk - self.nq if start is None else start)
+        return q, torch.arange(self.nk, device=self.device)
+
+
+LIBRARY = torch.library.Library("longattn", "FRAGMENT")
+LIBRARY.define("row_positions(Tensor? roll, SymInt nq, SymInt nk, SymInt? start, str schedule) -> (Tensor, Tensor)")
+
+
+def _row_positions(roll: Tensor | None, nq: int, nk: int, start: int | None, schedule: str) -> tuple[Tensor, Tensor]:
+    extents = parse_schedule(schedule).extents(nq, nk, roll)
+    return row_numbers(extents.q_rows) + extents.first_query(start), row_numbers(extents.k_rows)
+
+
+def _row_positions_fake(
+    roll: Tensor | None, nq: int, nk: int, start: int | None, schedule: str
+) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty(n, dtype=torch.int64, device="cpu") for n in (nq, nk))  # type: ignore[return-value]
+
+
+LIBRARY.impl("row_positions", _row_positions, "CompositeExplicitAutograd")
+torch.library.register_fake("longattn::row_positions", _row_positions_fake, lib=LIBRARY)
