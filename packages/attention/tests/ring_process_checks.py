@@ -20,10 +20,10 @@ from longattn.attention import (
     PatternAttention,
     Ring,
 )
-from longattn.attention.all_gather import AllGather
-from longattn.attention.layouts import LAYOUTS, select_rows
-from longattn.attention.schedule import Schedule
-from longattn.attention.ulysses import Ulysses
+from longattn.attention.schedules.all_gather import AllGather
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.layouts import LAYOUTS, select_rows
+from longattn.attention.schedules.ulysses import Ulysses
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 N = 13

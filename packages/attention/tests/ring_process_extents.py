@@ -26,8 +26,8 @@ from ring_process_setup import LONGNET, RANK, WORLD, randn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from longattn.attention import PatternAttention, Ring, pattern_attention
-from longattn.attention.all_gather import AllGather
-from longattn.attention.ulysses import Ulysses
+from longattn.attention.schedules.all_gather import AllGather
+from longattn.attention.schedules.ulysses import Ulysses
 from longattn.patterncache import Full
 
 PADDING = randn(2, N, seed=3) < -0.5

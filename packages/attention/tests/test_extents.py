@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from longattn.attention import Local, MultiheadPatternAttention, Ring
-from longattn.attention.extents import (
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.extents import (
     BIAS,
     CONFLICT,
     ONE_FOR_ALL,
@@ -15,7 +16,6 @@ from longattn.attention.extents import (
     mask_has_rows,
     row_numbers,
 )
-from longattn.attention.schedule import Schedule
 from longattn.patterncache import Full, Span
 
 ROWS, ONE = torch.ones(1, 2, 5, 7, dtype=torch.bool), torch.ones(1, 2, 1, 7, dtype=torch.bool)

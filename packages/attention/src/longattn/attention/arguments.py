@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
-from longattn.attention.sequences.varlen import check_positions_start, documents_of, query_spans
+from longattn.attention.schedules.extents import row_numbers
+from longattn.attention.schedules.layouts import take
+from longattn.attention.schedules.whereabouts import Whereabouts
+from longattn.attention.sequences.left_padding import check_positions_start
+from longattn.attention.sequences.varlen import documents_of, query_spans, refuse_traced
 from longattn.attention.validate import check_start, refuse_unknown
 from longattn.kernels.dispatch.capability import dtype_name
-from longattn.attention.extents import row_numbers
-from longattn.attention.schedules.layouts import take
-from longattn.attention.left_padding import check_positions_start
-from longattn.attention.sequences.varlen import documents_of, query_spans, refuse_traced
-from longattn.attention.whereabouts import Whereabouts
 from longattn.patterncache import Full
 
 

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from longattn.attention.schedules import op as scheduled_op
 from longattn.attention.schedules.base import Local, Schedule, check_schedule_argument
+from longattn.attention.schedules.extents import Extents, mask_flags
+from longattn.attention.schedules.whereabouts import is_sharded
 from longattn.attention.sequences.varlen import packed_call, ragged_attention
-from longattn.attention.extents import Extents, mask_flags
-from longattn.attention.schedules.base import Schedule, check_schedule_argument
 from longattn.attention.validate import check_bool, check_pattern_argument, check_start, refuse_unknown
-from longattn.attention.whereabouts import is_sharded
 from longattn.kernels import entry
 from longattn.kernels.check import (
     check_attention_mask,

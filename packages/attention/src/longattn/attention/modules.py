@@ -9,13 +9,13 @@ from torch import Tensor
 from longattn.attention.arguments import CallOptions, given_options, refuse_weights
 from longattn.attention.functional import pattern_attention
 from longattn.attention.schedules.base import Local, Schedule
+from longattn.attention.schedules.whereabouts import Whereabouts
 from longattn.attention.validate import (
     check_bool,
     check_pattern_argument,
     check_positive,
 )
 from longattn.attention.weights import weights_of
-from longattn.attention.whereabouts import Whereabouts
 from longattn.attention.wiring import Resources, WiredModule, Wiring
 from longattn.kernels.check import check_dropout, check_qkv
 from longattn.kernels.dispatch.table import check_backend_name

@@ -11,17 +11,15 @@ from longattn.attention.arguments import CallOptions, given_options, hidden_rows
 from longattn.attention.models.projections import ProjectedModule
 from longattn.attention.modules import PatternAttention
 from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.whereabouts import Whereabouts, on_local
 from longattn.attention.sequences.rotary import rotate
-from longattn.attention.sequences.varlen import jagged_like, pack_jagged
 from longattn.attention.sequences.varlen import jagged_like, pack_jagged, refuse_jagged_shards
-from longattn.attention.models.projections import ProjectedModule
 from longattn.attention.validate import (
     check_bool,
     check_embedded,
     check_positive,
     check_size,
 )
-from longattn.attention.whereabouts import Whereabouts, on_local
 from longattn.attention.wiring import Wiring
 from longattn.patterncache import Pattern
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.attention.extents import Extents
-from longattn.attention.layouts import Spans, take
-from longattn.attention.whereabouts import Whereabouts
+from longattn.attention.schedules.extents import Extents
+from longattn.attention.schedules.layouts import Spans, take
+from longattn.attention.schedules.whereabouts import Whereabouts
 from longattn.patterncache import Pattern, Rectangle, Span
 
 
@@ -77,7 +77,7 @@ def _dense_weights(*asked: Any) -> Tensor:
 
 def _placed(weights: Tensor, like: Any, shape: tuple[int, ...]) -> Tensor:
     """(batch, heads, Nq, Nk) of a rank as a DTensor: what is sharded on axis 1 of q is so on axis 2 here."""
-    sharded = import_module("longattn.attention.sharded_tensors")
+    sharded = import_module("longattn.attention.schedules.dtensor")
     return sharded.placed_like(weights, like, shape, sharded.moved(like.placements, {1: 2}))
 
 

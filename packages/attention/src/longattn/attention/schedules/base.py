@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
+from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.layouts import Spans
 from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work, query_spans
-from longattn.attention.extents import Extents
 from longattn.patterncache import Span
 from longattn.patterncache.pattern import spec_text
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from longattn.attention.schedules.ring import Ring
+from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.group import Members
 from longattn.attention.schedules.layouts import count_rows
-from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.ring import Ring
 from longattn.attention.schedules.transport import Place, call_roll
 from longattn.kernels.philox import as_seed
 

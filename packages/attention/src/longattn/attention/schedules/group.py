@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule, parse_schedule
+from longattn.attention.schedules.extents import Extents, agreed_flags, mask_has_rows
+from longattn.attention.schedules.gathering import gather_rows
 from longattn.attention.schedules.layouts import (
     LAYOUTS,
     Layout,
@@ -26,9 +28,6 @@ from longattn.attention.schedules.layouts import (
 )
 from longattn.attention.schedules.passes import Work, query_spans
 from longattn.attention.schedules.transport import Place, call_roll
-from longattn.attention.extents import Extents, agreed_flags, mask_has_rows
-from longattn.attention.gathering import gather_rows
-from longattn.attention.schedules.layouts import LAYOUTS, Layout, LayoutName, Spans, check_layout, count_rows, neighbours, take
 from longattn.kernels.check import check_attention_mask
 from longattn.patterncache import parse_pattern
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.group import Members, OverGroup
 from longattn.attention.schedules.layouts import LAYOUTS, LayoutName, Spans, check_layout, take
 from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work, query_spans
 from longattn.attention.schedules.ring_process import GroupRun
-from longattn.attention.extents import Extents
 from longattn.attention.validate import check_size
 from longattn.patterncache import Span
 

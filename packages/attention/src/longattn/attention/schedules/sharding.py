@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule, check_schedule_argument
-from longattn.attention.schedules.layouts import Spans, count_rows, select_rows
+from longattn.attention.schedules.extents import row_numbers
+from longattn.attention.schedules.layouts import count_rows, select_rows
 from longattn.attention.schedules.transport import Place, call_roll, swap
 from longattn.kernels.dispatch.environment import TorchAllocator
-from longattn.attention.extents import row_numbers
-from longattn.attention.schedules.layouts import count_rows, select_rows
 
 
 def shard_sequence(x: Tensor, schedule: Schedule, dim: int = 1) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from longattn.attention.schedules.base import Local, Schedule, build_schedule
-from longattn.attention.schedules.group import Members, OverGroup, Whole, check_masks
+from longattn.attention.schedules.extents import CONFLICT, MASK, Extents, agreed_flags
+from longattn.attention.schedules.gathering import gather_rows
+from longattn.attention.schedules.group import Members, OverGroup, Whole, check_masks, total_rows
 from longattn.attention.schedules.head_exchange import HeadExchange
 from longattn.attention.schedules.layouts import LayoutName, Spans, count_rows, take
 from longattn.attention.schedules.passes import Run, Shard, Work
-from longattn.attention.extents import CONFLICT, MASK, Extents, agreed_flags
-from longattn.attention.gathering import gather_rows
-from longattn.attention.schedules.group import Members, OverGroup, Whole, check_masks, total_rows
 
 
 @dataclass(frozen=True, init=False)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.attention.extents import Extents
-from longattn.attention.left_padding import attend_in_place, check_positions_start, in_order
-from longattn.attention.schedule import Schedule, check_schedule_argument
+from longattn.attention.schedules.base import Schedule, check_schedule_argument
+from longattn.attention.schedules.extents import Extents
+from longattn.attention.sequences.left_padding import attend_in_place, check_positions_start, in_order
 from longattn.patterncache import Documents, Pattern, Span
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
@@ -214,4 +214,3 @@ def _above(x: Tensor, rows: int, value: float, each: Tensor | None = None) -> Te
         return x
     shape = (x.shape[0], rows, *x.shape[2:])
     return torch.cat((x.new_full(shape, value) if each is None else each.to(x.dtype).expand(shape), x), 1)
-

@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from longattn.attention.extents import Extents, row_numbers
-from longattn.attention.schedule import Schedule, parse_schedule
+from longattn.attention.schedules.base import Schedule, parse_schedule
+from longattn.attention.schedules.extents import Extents, row_numbers
 
 
 def _sharded() -> Any:
-    return import_module("longattn.attention.sharded_tensors")
+    return import_module("longattn.attention.schedules.dtensor")
 
 
 def on_local(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.attention.layouts import Layout, count_rows
-from longattn.attention.transport import Place, swap
-from longattn.kernels.environment import TorchAllocator
+from longattn.attention.schedules.layouts import Layout, count_rows
+from longattn.attention.schedules.transport import Place, swap
+from longattn.kernels.dispatch.environment import TorchAllocator
 
 
 def gather_rows(place: Place, x: Tensor, layout: Layout) -> Tensor:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.attention.extents import row_numbers
-from longattn.attention.schedule import Schedule
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.extents import row_numbers
+from longattn.attention.schedules.whereabouts import Whereabouts
 from longattn.attention.validate import check_pattern_argument
-from longattn.attention.whereabouts import Whereabouts
 from longattn.kernels.check import check_key_padding
 from longattn.kernels.philox import as_seed
 from longattn.patterncache import Documents

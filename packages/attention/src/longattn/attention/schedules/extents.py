@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longattn.attention.layouts import Spans, take
+from longattn.attention.schedules.layouts import Spans, take
 from longattn.patterncache import Span
 
 
