@@ -81,6 +81,9 @@ if TYPE_CHECKING:
     from longattn.attention.traffic import (
         choose,
     )
+    from longattn.attention.transformers_models import (
+        use_pattern,
+    )
     from longattn.attention.ulysses import (
         Ulysses,
     )
@@ -137,6 +140,7 @@ _HOME = {
     "shard_sequence": "sharding",
     "sparse_attention_weights": "weights",
     "unshard_sequence": "sharding",
+    "use_pattern": "transformers_models",
 }
 
 __all__ = [
@@ -181,6 +185,7 @@ __all__ = [
     "shard_sequence",
     "sparse_attention_weights",
     "unshard_sequence",
+    "use_pattern",
 ]
 
 if not TYPE_CHECKING:
