@@ -146,7 +146,7 @@ def refuse_unbacked(config: Any) -> None:
     modeling = sys.modules.get(home)
     if config is None or modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         return
-    owners = [x for x in vars(modeling).values() if getattr(x, "config_class", None) is type(config)]
+    owners = [x for x in vars(modeling).values() if isinstance(x, type) and getattr(x, "config_class", None) is type(config)]
     if not any(getattr(owner, "_supports_attention_backend", False) for owner in owners):
         raise ValueError(
             f"attn_implementation must be 'eager' or 'sdpa' for {config.model_type!r} (or another of its own): its layers call no "

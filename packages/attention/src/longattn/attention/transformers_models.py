@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,9 +93,9 @@ def attention_layers(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module]
 
 def _calls_interface(kind: type) -> bool:
     """Whether a class's own code, a method of it or of a parent, asks for the registered function."""
-    methods = (value for base in kind.__mro__ for value in vars(base).values())
-    codes = (getattr(getattr(m, "__wrapped__", m), "__code__", None) for m in methods)
-    return any(code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
+    methods = (inspect.unwrap(value) for base in kind.__mro__ for value in vars(base).values() if callable(value))
+    codes = (getattr(method, "__code__", None) for method in methods)
+    return any(code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= {*code.co_names} for code in codes)
 
 
 def _entry(model: Any, pattern: Assignment | None) -> str | dict[str, str]:

@@ -24,6 +24,9 @@ FIELD = "longattn_pattern"
 _LAYER = "_longattn_pattern"
 """Attribute of a layer that `use_pattern` gave a pattern of its own."""
 
+_PARSED: dict[str, Pattern] = {}
+"""Patterns by canonical string: a graph finds one here, where it could not read the string."""
+
 _called: ContextVar[set[int] | None] = ContextVar("longattn_layers_called", default=None)
 
 
@@ -55,8 +58,16 @@ def assign(config: Any, entry: str | dict[str, str]) -> None:
             assign(getattr(config, name), entry)
 
 
+def parsed(canonical: str) -> Pattern:
+    """`parse_pattern`, once for each string."""
+    if canonical not in _PARSED:
+        _PARSED[canonical] = parse_pattern(canonical)
+    return _PARSED[canonical]
+
+
 def set_layer(module: torch.nn.Module, canonical: str) -> None:
     """Give a layer its pattern."""
+    parsed(canonical)
     setattr(module, _LAYER, canonical)
 
 
@@ -74,7 +85,7 @@ def pattern_of_layer(module: torch.nn.Module) -> Pattern:
             f"use_pattern(model) must be called once after loading a model with patterns for each layer, got {FIELD}={text!r} "
             f"in the configuration of {type(module).__name__}"
         )
-    return parse_pattern(text)
+    return parsed(text)
 
 
 def patterns_of_model(config: Any) -> Iterable[Pattern]:
@@ -83,8 +94,8 @@ def patterns_of_model(config: Any) -> Iterable[Pattern]:
     if entry is None:
         raise ValueError(f"{FIELD} must be in the configuration under {IMPLEMENTATION!r}: use_pattern(model, pattern) sets it")
     if isinstance(entry, str):
-        return (parse_pattern(entry),)
-    return (Full(), *(parse_pattern(text) for text in entry.values()))
+        return (parsed(entry),)
+    return (Full(), *(parsed(text) for text in entry.values()))
 
 
 def note_call(module: torch.nn.Module) -> None:
