@@ -68,7 +68,12 @@ def test_a_layer_of_a_model(config, layer, expected):
             ValueError,
             "layer_types must be .*linear_attention",
         ),
-        (Config(model_type="olmo3", layer_types=["sliding_attention"]), 0, TypeError, "sliding_window must be an integer"),
+        (
+            Config(model_type="olmo3", layer_types=["sliding_attention"]),
+            0,
+            TypeError,
+            "sliding_window must be an integer",
+        ),
         (Config(model_type="reformer"), 0, ValueError, "a model_type of .*got 'reformer'"),
         (Config(model_type="big_bird"), 0, ValueError, "from_bigbird"),
         (Config(model_type="x", layer_types=["sliding_attention"]), 0, ValueError, "a model_type of .*got 'x'"),
@@ -77,8 +82,20 @@ def test_a_layer_of_a_model(config, layer, expected):
         (Config(model_type="llama", sliding_window=8), 0, ValueError, "must not have sliding_window"),
         (Config(model_type="llama", attention_block_size=8), 0, ValueError, "must not have attention_block_size"),
         (mistral(sliding_window=8, dilation_rates=[1]), 0, ValueError, "must not have dilation_rates"),
-        (Config(model_type="llama4_text", layer_types=["chunked_attention"], attention_chunk_size=4, is_causal=False), 0, ValueError, "is_causal must not be False"),
-        (Config(model_type="t5gemma", is_encoder_decoder=True, text_config=Config(model_type="llama")), 0, ValueError, "is_encoder_decoder"),
+        (
+            Config(
+                model_type="llama4_text", layer_types=["chunked_attention"], attention_chunk_size=4, is_causal=False
+            ),
+            0,
+            ValueError,
+            "is_causal must not be False",
+        ),
+        (
+            Config(model_type="t5gemma", is_encoder_decoder=True, text_config=Config(model_type="llama")),
+            0,
+            ValueError,
+            "is_encoder_decoder",
+        ),
     ],
 )
 def test_what_is_no_exact_pattern_is_refused(config, layer, error, words):
@@ -88,14 +105,16 @@ def test_what_is_no_exact_pattern_is_refused(config, layer, error, words):
 
 
 def test_every_configuration_of_transformers_is_read_or_refused():
-    """By name; and what is said to look back only makes causal masks, in the code of its model. Nightly all of them, else a tenth."""
+    """By name; and what is said to look back only makes causal masks, in the code of its model. Nightly all of them, else some."""
     auto = pytest.importorskip("transformers.models.auto.configuration_auto")
     invalid = pytest.importorskip("huggingface_hub.errors").StrictDataclassClassValidationError
     nightly = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
     both_ways = ("ultrabert", "ultravbert", "embedding_gemma2", "modernbert", "bert", "albert")
     names = list(auto.CONFIG_MAPPING)
-    made, read = 0, {}
-    for name in names if nightly else {*names[::10], *both_ways, "neomme", "lxmert", "deepseek_v32", "gpt_oss", "qwen2_vl"}:
+    made, read, refused = 0, {}, {}
+    for name in (
+        names if nightly else {*names[::25], *both_ways, "neomme", "lxmert", "deepseek_v32", "gpt_oss", "qwen2_vl"}
+    ):
         try:
             config = auto.CONFIG_MAPPING[name]()
         except (TypeError, ValueError, AttributeError, invalid):  # nothing without arguments
@@ -104,8 +123,10 @@ def test_every_configuration_of_transformers_is_read_or_refused():
         try:
             read[name] = from_hf(config), config
         except (TypeError, ValueError) as error:
-            assert "config must" in str(error) or "layer_types must" in str(error) or "_layers must" in str(error), name
-    assert (made > 400 and len(read) > 80) if nightly else (made > 40 and len(read) > 8)
+            refused[name] = str(error)
+    assert (made > 400 and len(read) > 80) if nightly else (made > 20 and len(read) > 7)
+    named = ("config must", "layer_types must", "_layers must")
+    assert [name for name, words in refused.items() if not any(each in words for each in named)] == []
     for name, (pattern, config) in read.items():
         text = getattr(config, "text_config", None) or config
         home = inspect.getfile(type(text)).replace("configuration_", "modeling_")

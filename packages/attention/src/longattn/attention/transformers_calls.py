@@ -84,12 +84,12 @@ def attend(
     placed = mask is not None and mask.dtype in (torch.int64, torch.int32)
     causal = mask.dtype == torch.int64 if placed and mask is not None else causal and mask is None
     form = pattern.with_causal(causal)
-    if not isinstance(pattern, Full) and not causal and (crosses(module) or (q.shape[1] != k.shape[1] and not placed)):
-        if crosses(module) or mask is None or mask.shape[-2] == 1 < q.shape[1]:
-            raise ValueError(
-                f"pattern must be Full() in cross attention, whose queries and keys share no positions, got {pattern}; "
-                f"use_pattern(model, {{'*self_attn*': pattern}}) leaves other layers dense"
-            )
+    beside = q.shape[1] != k.shape[1] and not placed and (mask is None or mask.shape[-2] == 1 < q.shape[1])
+    if not isinstance(pattern, Full) and not causal and (crosses(module) or beside):
+        raise ValueError(
+            f"pattern must be Full() in cross attention, whose queries and keys share no positions, got {pattern}; "
+            f"use_pattern(model, {{'*self_attn*': pattern}}) leaves other layers dense"
+        )
     if mask is None:
         return pattern_attention(q, k, v, form, attention_mask=bias, **options)
     if mask.dtype == torch.int32:
@@ -120,10 +120,10 @@ def _padded(
         starts = first_keys(there)[:, None]
         rows = torch.arange(nk, device=q.device)
         there, q, k, v = (_rows(x, (rows + starts) % nk) for x in (there, q, k, v))
-        return _rows(
-            pattern_attention(q, k, v, form, key_padding_mask=~there, **options), (rows - starts + nk) % nk
-        )
-    counted = _remembered(mask, form, q, lambda: _counts(form, q, nk, torch.arange(nk - nq, nk), 0, first_keys(there)))
+        return _rows(pattern_attention(q, k, v, form, key_padding_mask=~there, **options), (rows - starts + nk) % nk)
+    counted = _remembered(
+        mask, form, q, lambda: _counts(form, q, nk, torch.arange(nk - nq, nk), torch.zeros(1), first_keys(there))
+    )
     return _under_counts(q, k, v, counted, there[:, None, None], bias, options)
 
 
@@ -140,14 +140,16 @@ def _on_positions(
     starts = head[:, 0, 0, 1].expand(q.shape[0])
     counted = None
     if not isinstance(form, Full):
-        counted = _remembered(mask, form, q, lambda: _counts(form, q, k.shape[1], head[0, 0, :, 0], head[0, 0, :1, 2], starts))
+        counted = _remembered(
+            mask, form, q, lambda: _counts(form, q, k.shape[1], head[0, 0, :, 0], head[0, 0, :1, 2], starts)
+        )
     return _under_counts(q, k, v, counted, seen, bias, options)
 
 
-def _counts(form: Pattern, q: Tensor, keys: int, q_rows: Tensor, first: Tensor | int, starts: Tensor) -> Tensor:
+def _counts(form: Pattern, q: Tensor, keys: int, q_rows: Tensor, first: Tensor, starts: Tensor) -> Tensor:
     """What the pattern counts: bool where no key counts twice."""
-    at = first if isinstance(first, Tensor) else torch.full((1,), first)
-    counts = pattern_counts(q_rows.to(q.device), at.to(q.device), starts.to(q.device), keys, form.canonical(), q.shape[2])
+    where = (x.to(q.device) for x in (q_rows, first, starts))
+    counts = pattern_counts(*where, keys, form.canonical(), q.shape[2])
     return counts > 0 if form.binary else counts.to(q.dtype).log()
 
 
@@ -155,7 +157,10 @@ def _remembered(mask: Tensor, form: Pattern, q: Tensor, make: Any) -> Tensor:
     """What `make` makes, once for all layers that get this mask: kept with it."""
     if torch.compiler.is_compiling():
         return make()
-    kept = mask.__dict__.setdefault("_longattn_counts", {})
+    kept: dict[Any, Tensor] | None = getattr(mask, "_longattn_counts", None)
+    if kept is None:
+        kept = {}
+        setattr(mask, "_longattn_counts", kept)  # noqa: B010
     key = form.canonical(), q.shape[2], q.dtype, q.device
     if key not in kept:
         kept[key] = make()

@@ -58,9 +58,7 @@ def make_mask_function(patterns: Callable[[Any], Iterable[Pattern]]) -> Callable
         there = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
         traced = torch.compiler.is_compiling()
         # A static cache has its offset on the device. To read it would wait for it, and break a graph: there, a mask of one shape.
-        fixed = isinstance(q_offset, Tensor) and (traced or q_offset.device.type != "cpu")
-        begin = q_offset if fixed else int(q_offset)
-        dropped = kv_offset if isinstance(kv_offset, Tensor) and (traced or fixed) else int(kv_offset)
+        begin, dropped = (_read(x, traced) for x in (q_offset, kv_offset))
         plain = causal or mask_function is masking_utils.bidirectional_mask_function
         if plain and isinstance(begin, int) and isinstance(dropped, int) and not dropped:
             both_ways = not getattr(config, "is_causal", True)
@@ -69,7 +67,7 @@ def make_mask_function(patterns: Callable[[Any], Iterable[Pattern]]) -> Callable
         own |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         if mask_function is not None:
             own["mask_function"] = mask_function
-        seen = masking_utils.sdpa_mask(batch_size, q_length, kv_length, begin, dropped, **own)  # type: ignore[arg-type]
+        seen: Any = masking_utils.sdpa_mask(batch_size, q_length, kv_length, begin, dropped, **own)  # type: ignore[arg-type]
         if all(isinstance(pattern, Full) for pattern in used):
             return seen
         if isinstance(begin, int) and isinstance(dropped, int) and begin + q_length == dropped + kv_length:
@@ -80,6 +78,13 @@ def make_mask_function(patterns: Callable[[Any], Iterable[Pattern]]) -> Callable
         return _with_positions(seen, begin, dropped, there)
 
     return make_mask
+
+
+def _read(offset: int | Tensor, traced: bool) -> int | Tensor:
+    """An offset as an integer, where that breaks no graph and waits for no device."""
+    if isinstance(offset, Tensor) and (traced or offset.device.type != "cpu"):
+        return offset
+    return int(offset)
 
 
 def _placement(
@@ -114,13 +119,10 @@ def first_keys(there: Tensor) -> Tensor:
     return there.to(torch.int32).argmax(1)
 
 
-@torch.library.custom_op("longattn::pattern_counts", mutates_args=())
-def pattern_counts(
-    q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonical: str, heads: int
-) -> Tensor:
+def _count(q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonical: str, heads: int) -> Tensor:
     """(batch, heads, Nq, keys) int64 counts: query rows (Nq,), keys from `first_row` (1,) on, positions from 0 at each of `starts`.
 
-    Opaque to graphs, and read on the host. What lies before an element's start counts 0.
+    Positions are read on the host. What lies before an element's start counts 0.
     """
     pattern = parse_pattern(canonical)
     rows, first = q_rows.cpu().numpy().astype(np.int64), int(first_row[0])
@@ -135,7 +137,11 @@ def pattern_counts(
     return torch.from_numpy(np.broadcast_to(found, shape)[members].astype(np.int64)).to(q_rows.device)
 
 
-@pattern_counts.register_fake
+pattern_counts = torch.library.custom_op("longattn::pattern_counts", _count, mutates_args=())
+"""`_count`, opaque to graphs."""
+
+
+@torch.library.register_fake("longattn::pattern_counts")
 def _(q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonical: str, heads: int) -> Tensor:
     return q_rows.new_empty((starts.shape[0], heads, q_rows.shape[0], keys), dtype=torch.int64)
 
@@ -146,7 +152,9 @@ def refuse_unbacked(config: Any) -> None:
     modeling = sys.modules.get(home)
     if config is None or modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         return
-    owners = [x for x in vars(modeling).values() if isinstance(x, type) and getattr(x, "config_class", None) is type(config)]
+    owners = [
+        x for x in vars(modeling).values() if isinstance(x, type) and getattr(x, "config_class", None) is type(config)
+    ]
     if not any(getattr(owner, "_supports_attention_backend", False) for owner in owners):
         raise ValueError(
             f"attn_implementation must be 'eager' or 'sdpa' for {config.model_type!r} (or another of its own): its layers call no "

@@ -57,7 +57,7 @@ def use_pattern(
             f"{'do not' if bad else 'does'}; a pattern by layer may leave layers out"
         )
     register_with_transformers({})
-    before, kept = _state(model), {name: getattr(layer, "_longattn_pattern", None) for name, layer in layers.items()}
+    before, kept = _state(model), {name: saved.of_layer(layer) for name, layer in layers.items()}
     try:
         saved.assign(model.config, entry)
         _set_implementation(model)
@@ -74,7 +74,7 @@ def use_pattern(
     except BaseException:
         _restore(before)
         for name, layer in layers.items():
-            layer.__dict__.pop("_longattn_pattern", None) if kept[name] is None else saved.set_layer(layer, kept[name])
+            saved.set_layer(layer, kept[name])
         raise
     return tuple(name for name in layers if name in chosen)
 
@@ -125,7 +125,9 @@ def _chosen(entry: str | dict[str, str], layers: Mapping[str, Any]) -> dict[str,
         key = int(text) if text.lstrip("-").isdigit() else text
         members = [name for name in layers if saved.matches(key, name)]
         if not members:
-            raise ValueError(f"pattern must have keys that are layers, such as {next(iter(layers), None)!r}, got {key!r}")
+            raise ValueError(
+                f"pattern must have keys that are layers, such as {next(iter(layers), None)!r}, got {key!r}"
+            )
         for name in members:
             if found.setdefault(name, canonical) != canonical:
                 raise ValueError(f"pattern must name a layer once, got {name!r} under two patterns")

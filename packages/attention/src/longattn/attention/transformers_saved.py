@@ -5,7 +5,7 @@ A configuration's entry `attn_implementation` is what transformers reads when it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
@@ -65,8 +65,16 @@ def parsed(canonical: str) -> Pattern:
     return _PARSED[canonical]
 
 
-def set_layer(module: torch.nn.Module, canonical: str) -> None:
-    """Give a layer its pattern."""
+def of_layer(module: torch.nn.Module) -> str | None:
+    """What `set_layer` gave a layer."""
+    return getattr(module, _LAYER, None)
+
+
+def set_layer(module: torch.nn.Module, canonical: str | None) -> None:
+    """Give a layer its pattern; None: it has none of its own."""
+    if canonical is None:
+        module.__dict__.pop(_LAYER, None)
+        return
     parsed(canonical)
     setattr(module, _LAYER, canonical)
 
@@ -77,7 +85,7 @@ def pattern_of_layer(module: torch.nn.Module) -> Pattern:
     Raises:
         ValueError: the configuration has none, or several and nobody said which layer has which.
     """
-    text = getattr(module, _LAYER, None)
+    text = of_layer(module)
     if text is None:
         text = getattr(getattr(module, "config", None), FIELD, None)
     if not isinstance(text, str):
@@ -92,7 +100,9 @@ def patterns_of_model(config: Any) -> Iterable[Pattern]:
     """Every pattern that a layer may have."""
     entry = getattr(config, FIELD, None)
     if entry is None:
-        raise ValueError(f"{FIELD} must be in the configuration under {IMPLEMENTATION!r}: use_pattern(model, pattern) sets it")
+        raise ValueError(
+            f"{FIELD} must be in the configuration under {IMPLEMENTATION!r}: use_pattern(model, pattern) sets it"
+        )
     if isinstance(entry, str):
         return (parsed(entry),)
     return (Full(), *(parsed(text) for text in entry.values()))
@@ -108,7 +118,7 @@ def note_call(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def calls() -> Any:
+def calls() -> Iterator[set[int]]:
     """The ids of layers that call within, as a set that grows."""
     found: set[int] = set()
     token = _called.set(found)

@@ -36,7 +36,9 @@ _LAYERED_DECODERS = {
 }  # fmt: skip
 """Of these `layer_types` (or `attention_layers`) is the whole truth, and every layer looks back only."""
 
-_STRUCTURE = re.compile(r"window|sparse|block|chunk|dilat|local|lsh|landmark|stride|attention_type|attn_type|bidirection|index_topk")
+_STRUCTURE = re.compile(
+    r"window|sparse|block|chunk|dilat|local|lsh|landmark|stride|attention_type|attn_type|bidirection|index_topk"
+)
 """Names of fields that may say who sees whom."""
 
 _NO_STRUCTURE = {
@@ -80,7 +82,9 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
     for name in ("is_encoder_decoder", "use_bidirectional_attention", "attention_window"):
         for part in (config, whole):
             if vars(part).get(name):
-                raise ValueError(f"config must not have {name}, which no pattern says exactly, got {vars(part)[name]!r}")
+                raise ValueError(
+                    f"config must not have {name}, which no pattern says exactly, got {vars(part)[name]!r}"
+                )
     known = _ENCODERS | _DENSE_DECODERS | _SLIDING_DECODERS | _LAYERED_DECODERS
     if kind not in known:
         raise ValueError(f"config must have a model_type of {', '.join(sorted(known))}; got {kind!r}")
@@ -89,7 +93,9 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
     layers = len(named) if named else check_int("num_hidden_layers", getattr(config, "num_hidden_layers", 1), minimum=0)
     if check_int("layer", layer, minimum=0) >= layers:
         raise ValueError(f"layer must be below {layers}, the layers of this {kind}, got {layer}")
-    causal = (kind not in _ENCODERS or bool(getattr(config, "is_decoder", False))) and getattr(config, "is_causal", True) is not False
+    causal = (kind not in _ENCODERS or bool(getattr(config, "is_decoder", False))) and getattr(
+        config, "is_causal", True
+    ) is not False
     if named:
         return _of_kind(config, named[layer], causal)
     if kind in _LAYERED_DECODERS:
@@ -106,7 +112,13 @@ def _refuse_structure(config: Any, kind: str, named: bool) -> None:
     """Raise ValueError for a field that may say who sees whom, and is not read here."""
     read = _NO_STRUCTURE | (_OF_LAYERS if named or kind in _SLIDING_DECODERS else set())
     for name, value in vars(config).items():
-        if _STRUCTURE.search(name) and name not in read and value not in (None, False, 0) and value != [] and value != {}:
+        if (
+            _STRUCTURE.search(name)
+            and name not in read
+            and value not in (None, False, 0)
+            and value != []
+            and value != {}
+        ):
             raise ValueError(
                 f"config must not have {name} where model_type is {kind!r}: it may say who sees whom, and is not known here, got {value!r}"
             )
