@@ -143,8 +143,16 @@ def generated(model, given, **options):
 def computed(family, case, implementation):
     """What one case computes, as a list of tensors; None where the family has no such case."""
     kind = FAMILIES[family][0]
-    padding = {"padded left": "left", "padded right": "right", "static cache": "left", "beams": "left", "compile": "left"}.get(case)
-    if (kind == "image" and padding and case != "compile") or (case in ("static cache", "beams") and kind in ("encoder", "image")):
+    padding = {
+        "padded left": "left",
+        "padded right": "right",
+        "static cache": "left",
+        "beams": "left",
+        "compile": "left",
+    }.get(case)
+    if (kind == "image" and padding and case != "compile") or (
+        case in ("static cache", "beams") and kind in ("encoder", "image")
+    ):
         return None
     model, (given, rows) = build(family, implementation), inputs(family, padding)
     if case == "static cache":
@@ -156,7 +164,14 @@ def computed(family, case, implementation):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-            for name in ("dropout", "attention_dropout", "dropout_prob", "layerdrop", "activation_dropout", "resid_dropout"):
+            for name in (
+                "dropout",
+                "attention_dropout",
+                "dropout_prob",
+                "layerdrop",
+                "activation_dropout",
+                "resid_dropout",
+            ):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
         output(model, given, rows).square().mean().backward()
