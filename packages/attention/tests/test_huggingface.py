@@ -277,6 +277,7 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 @pytest.mark.parametrize("implementation", ["longattn_full", "longattn_dilated", "longattn_relative"])
 def test_padded_steps_read_no_more_where_there_are_more_layers(implementation):
     """The mask is read once a step, and its layers share what it says."""
@@ -314,8 +315,22 @@ def test_a_mask_says_which_way_a_model_looks():
 
 
 def test_what_calls_no_attention_function_is_refused_at_its_first_call():
-    """Bloom makes masks for attention functions and calls none."""
+    """Bloom makes masks for attention functions and calls none; what reads masks elsewhere is refused too."""
+    with pytest.raises(ValueError, match="'nllb-moe': its experts read"):
+        mask_function(Full())(2, 7, 7, config=transformers.NllbMoeConfig())
     config = transformers.BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=4)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="longattn_full")
     with pytest.raises(ValueError, match="for 'bloom'(?s:.*)call no registered attention function"):
         model(tokens())
+
+
+def test_a_causal_mask_is_causal_for_layers_that_do_not_say_so():
+    """As those of some decoders do."""
+    silent = torch.nn.Module()
+    silent.is_causal = False
+    q, k, v = heads(3)
+    found, expected = (
+        attention_function(Full())(layer, q, k, v, mask_function(Full())(2, 7, 7))[0] for layer in (silent, LAYER)
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found[:, 0], v[:, :, 0])

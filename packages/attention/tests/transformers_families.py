@@ -176,7 +176,7 @@ def computed(family, case, implementation):
                     setattr(module, name, 0.0)
         output(model, given, rows).square().mean().backward()
         return [p.grad for p in model.parameters() if p.grad is not None]
-    if case == "compile" and implementation != "eager":
+    if case == "compile":
         torch._dynamo.reset()
         model = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():

@@ -3,7 +3,7 @@
 A mask is a tensor of four axes, since transformers hands such a one on untouched, and layers, devices and checkpointing move tensors and
 nothing else. Which form it has is in its dtype and shape, which cost no read of a device:
 
-* None: every key is there, and queries are the last of them. Causal where the module is.
+* None: every key is there, and queries are the last of them. Causal where the module is; our function says it for no causal model.
 * int64 (batch, 1, 1, n): causal. The first n keys are in use, queries are the last of these; 1 where a key is there. (1, 1, 0, n): all are.
 * bool (batch, 1, 1, Nk): no causality. True where a key is there.
 * int32 (batch, 1, Nq, 3 + Nk): a mask of the model's own, with positions: those of the query row, of the element's first token and of
@@ -100,7 +100,8 @@ def _placement(
     if filled is None:
         # Modules of a decoder that looks both ways still say that they are causal.
         return torch.ones(1, 1, 1, length, dtype=torch.bool, device=device) if both_ways else None
-    return None if filled == kv_length else torch.zeros(1, 1, 0, filled, dtype=torch.int64, device=device)
+    # Never None: layers of some decoders do not say that they are causal.
+    return torch.zeros(1, 1, 0, filled, dtype=torch.int64, device=device)
 
 
 def _with_positions(seen: Tensor, begin: int | Tensor, dropped: int | Tensor, there: Tensor | None) -> Tensor:
@@ -146,8 +147,15 @@ def _(q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonical: s
     return q_rows.new_empty((starts.shape[0], heads, q_rows.shape[0], keys), dtype=torch.int64)
 
 
+READERS = {"nllb-moe": "its experts read the attention mask too"}
+"""Models that read their masks outside of attention, by type."""
+
+
 def refuse_unbacked(config: Any) -> None:
     """Raise ValueError where a model makes masks for attention functions, and calls none: what it then computes is not the pattern."""
+    reader = READERS.get(getattr(config, "model_type", ""))
+    if reader is not None:
+        raise ValueError(f"attn_implementation must be 'eager' for {config.model_type!r}: {reader}")
     home = type(config).__module__.replace(".configuration_", ".modeling_")
     modeling = sys.modules.get(home)
     if config is None or modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
