@@ -49,7 +49,7 @@ EXPECTED = {
         build_attention
         register_attention
         AttentionConfig
-        register_with_transformers
+        register_with_transformers use_pattern
         register_with_xformers
         sparse_attention_weights
         """,

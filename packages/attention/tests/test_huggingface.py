@@ -2,8 +2,16 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.attention.integrations.huggingface import DEFAULT_PATTERNS, register_with_transformers
+from longattn.attention.integrations.huggingface import (
+    DEFAULT_PATTERNS,
+    attention_function,
+    mask_function,
+    register_with_transformers,
+)
+from longattn.attention.transformers_calls import HARMLESS
 from longattn.patterncache import BlockLayout, Dilated, Full, Rectangle, Span, Window
 
 transformers = pytest.importorskip(
@@ -139,24 +147,47 @@ def test_right_padding_hides_keys():
     torch.testing.assert_close(model(ids, attention_mask=mask).logits[0, :8], model(ids[:1, :8]).logits[0])
 
 
+def mistral(implementation):
+    """The same random weights, with a sliding window of 5 and a window's cache."""
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**CONFIG, sliding_window=5)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).double().eval()
+
+
 def test_a_models_own_window_is_kept():
-    """Mistral's sliding window under Full is eager's; with a pattern that has positions, lost positions are refused."""
-    models = {}
-    for name in ("eager", "longattn_full", "longattn_dilated"):
-        torch.manual_seed(0)
-        config = transformers.MistralConfig(**CONFIG, sliding_window=5)
-        models[name] = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=name).double().eval()
+    """Mistral's sliding window under Full is eager's, also with the cache that drops keys."""
+    models = {name: mistral(name) for name in ("eager", "longattn_full")}
     ids = tokens()
     torch.testing.assert_close(models["longattn_full"](ids).logits, models["eager"](ids).logits)
     options = {"max_new_tokens": 6, "do_sample": False}
     expected = models["eager"].generate(ids, **options)
     assert torch.equal(models["longattn_full"].generate(ids, **options), expected)
-    with pytest.raises(ValueError, match="a cache that dropped"):
-        models["longattn_dilated"].generate(ids, **options)
+
+
+@pytest.mark.parametrize("implementation", ["longattn_dilated", "longattn_window", "longattn_relative"])
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=str)
+def test_a_pattern_within_a_models_own_window_keeps_its_positions(implementation, cache):
+    """With caches that drop keys or have room, and padding on the left: what is generated is what the whole sequence says."""
+    register_with_transformers(PATTERNS | {"longattn_relative": Window(3)})
+    model, ids = mistral(implementation), tokens(2, 9)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    with pytest.raises(ValueError, match="no left padding"):
-        models["longattn_dilated"](ids, attention_mask=mask)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, disable_compile=True, **cache)
+    for row, begin in ((0, 3), (1, 0)):
+        for length in range(9, 17):
+            expected = model(out[row : row + 1, begin:length]).logits[0, -1].argmax()
+            assert expected == out[row, length]
+
+
+def test_positions_within_a_models_own_window_are_eagers():
+    """The whole sequence under Dilated and Mistral's window is eager under both as one mask."""
+    ids, span = tokens(), Span(0, 21)
+    counts = PATTERNS["longattn_dilated"].counts(Rectangle(4, span, span))
+    counts = torch.from_numpy(counts * Window(5).counts(Rectangle(4, span, span))).double()
+    expected = mistral("eager")(ids, attention_mask=counts.log().nan_to_num(neginf=-1e9)[None].expand(2, -1, -1, -1))
+    found = mistral("longattn_dilated")(ids).logits
+    assert (counts.sum(-1) > 0).all()
+    torch.testing.assert_close(found, expected.logits)
 
 
 def test_what_cannot_be_done_says_so():
@@ -169,11 +200,136 @@ def test_what_cannot_be_done_says_so():
         llama("longattn_other")
     config = transformers.Gemma2Config(**CONFIG, head_dim=8, attn_logit_softcapping=50.0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="longattn_full").eval()
-    with pytest.raises(ValueError, match="softcap must be None"):
+    with pytest.raises(ValueError, match="softcap must be None(?s:.*)attn_implementation='eager'"):
         model(tokens())
+    with pytest.raises(ValueError, match="must not have the name 'longattn'"):
+        register_with_transformers({"longattn": Full()})
 
 
 def test_the_default_names():
     """One call registers four patterns, all causal ones."""
     assert set(DEFAULT_PATTERNS) == {"longattn_full", "longattn_dilated", "longattn_window", "longattn_block_sparse"}
     assert all(pattern.causal for pattern in DEFAULT_PATTERNS.values())
+
+
+LAYER = torch.nn.Module()
+"""A layer of a decoder, as far as an attention function asks."""
+LAYER.is_causal = True
+
+
+def heads(seed, keys=7, number=3):
+    """q, k and v as a layer gives them: (batch, heads, seq, head_dim)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 4, keys, 8, generator=generator, dtype=torch.float64) for _ in range(number)]
+
+
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks", "cu_seq_lens_q", "max_length_k", "alibi"])
+def test_what_a_layer_says_and_we_do_not_know_is_refused(name):
+    """By name, with the way out; None and False say nothing."""
+    attention = attention_function(Full())
+    with pytest.raises(ValueError, match=f"{name} must be None for a pattern(?s:.*)(use|give) "):
+        attention(LAYER, *heads(1), None, **{name: torch.zeros(1)})
+    attention(LAYER, *heads(1), None, **{name: None}, output_attentions=False)
+    with pytest.raises(ValueError, match="output_attentions must be None(?s:.*)eager"):
+        attention(LAYER, *heads(1), None, output_attentions=True)
+
+
+def test_what_is_harmless_is_taken():
+    """Every keyword of the table."""
+    found, _ = attention_function(Full())(LAYER, *heads(1), None, **dict.fromkeys(HARMLESS, 3))
+    torch.testing.assert_close(found, attention_function(Full())(LAYER, *heads(1), None)[0])
+
+
+@pytest.mark.parametrize("pattern", [Full(), Window(3), Window(3, sinks=1), Dilated((4, 8), (1, 2))], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_position_bias_is_added_to_scores(pattern, padded, own):
+    """In every form of a mask, with its gradient: the oracle is a softmax over a table."""
+    q, k, v = heads(2)
+    bias = torch.randn(1, 4, 7, 7, dtype=torch.float64, requires_grad=True)
+    there = torch.ones(2, 7, dtype=torch.bool)
+    there[0, :2] = not padded
+    options = {"mask_function": lambda b, h, i, j: (j <= i) & (j > i - 5)} if own else {}
+    mask = mask_function(pattern)(2, 7, 7, attention_mask=there, **options)
+    found, _ = attention_function(pattern)(LAYER, q, k, v, mask, scaling=0.3, position_bias=bias)
+    table = torch.zeros(2, 4, 7, 7, dtype=torch.float64)
+    for b, begin in enumerate((2 * padded, 0)):
+        span = Span(0, 7 - begin)
+        table[b, :, begin:, begin:] = torch.from_numpy(pattern.with_causal(True).counts(Rectangle(4, span, span)))
+    if own:
+        table = table * torch.ones(7, 7).triu(-4)
+    scores = 0.3 * q @ k.transpose(-1, -2) + bias + table.log()
+    expected = (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    (ours,), (theirs,) = (torch.autograd.grad((x * weights).sum(), bias) for x in (found, expected.nan_to_num()))
+    torch.testing.assert_close(ours[:, :, 2:], theirs[:, :, 2:])
+
+
+class Reads(TorchDispatchMode):
+    """How often a value is read from a tensor."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("implementation", ["longattn_full", "longattn_dilated", "longattn_relative"])
+def test_padded_steps_read_no_more_where_there_are_more_layers(implementation):
+    """The mask is read once a step, and its layers share what it says."""
+    register_with_transformers(PATTERNS | {"longattn_relative": Window(3)})
+    ids, mask = tokens(2, 9), torch.ones(2, 10, dtype=torch.int64)
+    mask[0, :4] = 0
+    reads = []
+    for layers in (1, 4):
+        model = llama(implementation, num_hidden_layers=layers)
+        with torch.no_grad():
+            cache = model(ids, attention_mask=mask[:, :9], use_cache=True).past_key_values
+            with Reads() as found:
+                model(ids[:, :1], attention_mask=mask, past_key_values=cache)
+        reads.append(found.number)
+    assert reads[0] == reads[1]
+
+
+@pytest.mark.parametrize("implementation", ["longattn_full", "longattn_dilated"])
+def test_padded_prompts_compile_in_one_graph(implementation):
+    """With a mask, which no graph reads; logits are those without compilation."""
+    model, ids, mask = llama(implementation), tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :5] = 0
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="eager")(ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(found[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()])
+
+
+def test_a_mask_says_which_way_a_model_looks():
+    """A decoder made to look both ways does, though its layers say that they are causal."""
+    ids, models = tokens(), [llama(name, is_causal=False) for name in ("longattn_full", "eager")]
+    found, expected = (model(ids).logits for model in models)
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, llama("eager")(ids).logits)
+
+
+def test_what_calls_no_attention_function_is_refused_at_its_first_call():
+    """Bloom makes masks for attention functions and calls none; what reads masks elsewhere is refused too."""
+    with pytest.raises(ValueError, match="'nllb-moe': its experts read"):
+        mask_function(Full())(2, 7, 7, config=transformers.NllbMoeConfig())
+    config = transformers.BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=4)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="longattn_full")
+    with pytest.raises(ValueError, match="for 'bloom'(?s:.*)call no registered attention function"):
+        model(tokens())
+
+
+def test_a_causal_mask_is_causal_for_layers_that_do_not_say_so():
+    """As those of some decoders do."""
+    silent = torch.nn.Module()
+    silent.is_causal = False
+    q, k, v = heads(3)
+    found, expected = (
+        attention_function(Full())(layer, q, k, v, mask_function(Full())(2, 7, 7))[0] for layer in (silent, LAYER)
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found[:, 0], v[:, :, 0])

@@ -50,6 +50,18 @@ def test_left_padding_is_as_if_it_were_not_there(name, nq):
             torch.testing.assert_close(whole[b], found[b])
 
 
+def test_queries_beside_padded_keys_are_not_padding():
+    """Cross attention: `Full()` with q_start=0 hides padded keys and no query, as the mask of padding does."""
+    (q,), (k, v) = tensors(2, 6, 2, 8, count=1), tensors(2, 9, 2, 8, count=2)
+    starts = torch.tensor([4, 0])
+    hidden = torch.arange(9) < starts[:, None]
+    for options in ({"pattern": Full()}, {"pattern": Full(causal=True), "is_causal": False}):
+        found = attention(q, k, v, positions_start=starts, q_start=0, **options)
+        torch.testing.assert_close(found, attention(q, k, v, key_padding_mask=hidden, **options))
+    out, lse = attention(q, k, v, pattern=Full(causal=True), positions_start=starts, q_start=0)
+    assert not out[0, :4].any() and (lse[0, :4] == -torch.inf).all()
+
+
 def test_left_padding_takes_masks_and_a_place():
     """attention_mask, key_padding_mask and q_start count rows as they stand."""
     q, k, v = tensors(2, 9, 2, 8)

@@ -1,5 +1,8 @@
 """Models and libraries, read from their configurations: exact counts or a refusal."""
 
+import inspect
+import os
+from pathlib import Path
 from types import SimpleNamespace as Config
 
 import numpy as np
@@ -33,6 +36,11 @@ def mistral(**more):
         (Config(model_type="bert", num_hidden_layers=12), 11, Full()),
         (Config(model_type="bert", num_hidden_layers=12, is_decoder=True), 0, Full(causal=True)),
         (Config(model_type="llama", num_hidden_layers=2), 0, Full(causal=True)),
+        (Config(model_type="llama", num_hidden_layers=2, is_causal=False), 0, Full()),
+        (mistral(sliding_window=8, is_causal=False), 0, Window(9, causal=False)),
+        (Config(model_type="ultrabert", layer_types=["sliding_attention"], sliding_window=128), 0, Window(129, causal=False)),
+        (Config(model_type="embedding_gemma2", text_config=Config(model_type="embedding_gemma2_text", layer_types=["sliding_attention"], sliding_window=8)), 0, Window(9, causal=False)),
+        (Config(model_type="qwen2_moe", layer_types=["full_attention"], sliding_window=None, decoder_sparse_step=1, chunk_size_feed_forward=0), 0, Full(causal=True)),
     ],
 )  # fmt: skip
 def test_a_layer_of_a_model(config, layer, expected):
@@ -55,20 +63,77 @@ def test_a_layer_of_a_model(config, layer, expected):
             "use_bidirectional_attention",
         ),
         (
-            Config(model_type="x", layer_types=["linear_attention"]),
+            Config(model_type="olmo3", layer_types=["linear_attention"]),
             0,
             ValueError,
             "layer_types must be .*linear_attention",
         ),
-        (Config(model_type="x", layer_types=["sliding_attention"]), 0, TypeError, "sliding_window must be an integer"),
+        (
+            Config(model_type="olmo3", layer_types=["sliding_attention"]),
+            0,
+            TypeError,
+            "sliding_window must be an integer",
+        ),
         (Config(model_type="reformer"), 0, ValueError, "a model_type of .*got 'reformer'"),
         (Config(model_type="big_bird"), 0, ValueError, "from_bigbird"),
+        (Config(model_type="x", layer_types=["sliding_attention"]), 0, ValueError, "a model_type of .*got 'x'"),
+        (Config(model_type="olmo3"), 0, ValueError, "must have layer_types"),
+        (Config(model_type="llama", num_hidden_layers={"vision": 2}), 0, TypeError, "num_hidden_layers must be"),
+        (Config(model_type="llama", sliding_window=8), 0, ValueError, "must not have sliding_window"),
+        (Config(model_type="llama", attention_block_size=8), 0, ValueError, "must not have attention_block_size"),
+        (mistral(sliding_window=8, dilation_rates=[1]), 0, ValueError, "must not have dilation_rates"),
+        (
+            Config(
+                model_type="llama4_text", layer_types=["chunked_attention"], attention_chunk_size=4, is_causal=False
+            ),
+            0,
+            ValueError,
+            "is_causal must not be False",
+        ),
+        (
+            Config(model_type="t5gemma", is_encoder_decoder=True, text_config=Config(model_type="llama")),
+            0,
+            ValueError,
+            "is_encoder_decoder",
+        ),
     ],
 )
 def test_what_is_no_exact_pattern_is_refused(config, layer, error, words):
     """The message names what stands in the way."""
     with pytest.raises(error, match=words):
         from_hf(config, layer)
+
+
+def test_every_configuration_of_transformers_is_read_or_refused():
+    """By name; and what is said to look back only makes causal masks, in the code of its model. Nightly all of them, else some."""
+    auto = pytest.importorskip("transformers.models.auto.configuration_auto")
+    invalid = pytest.importorskip("huggingface_hub.errors").StrictDataclassClassValidationError
+    nightly = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+    both_ways = ("ultrabert", "ultravbert", "embedding_gemma2", "modernbert", "bert", "albert")
+    names = list(auto.CONFIG_MAPPING)
+    made, read, refused = 0, {}, {}
+    for name in (
+        names if nightly else {*names[::25], *both_ways, "neomme", "lxmert", "deepseek_v32", "gpt_oss", "qwen2_vl"}
+    ):
+        try:
+            config = auto.CONFIG_MAPPING[name]()
+        except (TypeError, ValueError, AttributeError, invalid):  # nothing without arguments
+            continue
+        made += 1
+        try:
+            read[name] = from_hf(config), config
+        except (TypeError, ValueError) as error:
+            refused[name] = str(error)
+    assert (made > 400 and len(read) > 80) if nightly else (made > 20 and len(read) > 7)
+    named = ("config must", "layer_types must", "_layers must")
+    assert [name for name, words in refused.items() if not any(each in words for each in named)] == []
+    for name, (pattern, config) in read.items():
+        text = getattr(config, "text_config", None) or config
+        home = inspect.getfile(type(text)).replace("configuration_", "modeling_")
+        code = Path(home).read_text(encoding="utf-8")
+        makes = "create_causal_mask" in code or "create_sliding_window_causal_mask" in code
+        assert not pattern.causal or makes, f"{name}: {pattern}"
+    assert not any(read[name][0].causal for name in both_ways)
 
 
 def bigbird_by_hand(blocks, size, length, rand):

@@ -81,6 +81,9 @@ if TYPE_CHECKING:
     from longattn.attention.schedules.traffic import (
         choose,
     )
+    from longattn.attention.integrations.transformers_models import (
+        use_pattern,
+    )
     from longattn.attention.schedules.ulysses import (
         Ulysses,
     )
@@ -137,6 +140,7 @@ _HOME = {
     "shard_sequence": "schedules.sharding",
     "sparse_attention_weights": "weights",
     "unshard_sequence": "schedules.sharding",
+    "use_pattern": "integrations.transformers_models",
 }
 
 __all__ = [
@@ -181,6 +185,7 @@ __all__ = [
     "shard_sequence",
     "sparse_attention_weights",
     "unshard_sequence",
+    "use_pattern",
 ]
 
 if not TYPE_CHECKING:

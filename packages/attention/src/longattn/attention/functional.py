@@ -135,6 +135,7 @@ def pattern_attention(
         deterministic: equal inputs give equal bits. Default: torch.are_deterministic_algorithms_enabled().
         environment: where plans are cached and memory comes from. Default: the global cache, plain torch; always so in traced code.
         positions_start: (batch,) integers: so many first keys of each element are padding on the left, and positions begin after them.
+            Queries before that are padding too, but where q_start places them and positions do not matter (cross attention).
         cu_seqlens: cumulative lengths from 0 of documents packed as (1, total, heads, head_dim); positions restart in each, and none
             sees another.
         cu_seqlens_q: those of the queries, where they are others: in each document the last of its keys. Default cu_seqlens.
@@ -208,7 +209,10 @@ def pattern_attention(
             attend_sharded = import_module("longattn.attention.schedules.dtensor").sharded_attention
             found = attend_sharded(whole, q, k, v, options | {"positions_start": positions_start})
         else:
-            found = ragged_attention(whole, q, k, v, positions_start, options)
+            check_pattern_argument(pattern)
+            placed = pattern if is_causal is None else pattern.with_causal(check_bool("is_causal", is_causal))
+            crossing = q_start is not None and not placed.positional
+            found = ragged_attention(whole, q, k, v, positions_start, options, crossing)
         return found if check_bool("return_lse", return_lse) else found[0]
     schedule = check_schedule_argument(schedule)
     check_pattern_argument(pattern)

@@ -106,16 +106,22 @@ def packed_call(
 
 
 def ragged_attention(
-    attention: Attention, q: Tensor, k: Tensor, v: Tensor, positions_start: Tensor | None, options: dict[str, Any]
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions_start: Tensor | None,
+    options: dict[str, Any],
+    crossing: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`attention` where lengths differ by element: jagged, or padded on the left."""
+    """`attention` where lengths differ by element: jagged, or padded on the left. `crossing` is that of `aligned_attention`."""
     if q.is_nested:
         refuse_jagged_shards("q", options.get("schedule"))
         return jagged_attention(attention, q, k, v, positions_start=positions_start, **options)
     if options.pop("cu_seqlens") is not None or options.pop("cu_seqlens_q") is not None:
         raise ValueError("positions_start must be None where cu_seqlens is given: packed documents have no padding")
     assert positions_start is not None
-    return aligned_attention(attention, q, k, v, positions_start, **options)
+    return aligned_attention(attention, q, k, v, positions_start, crossing=crossing, **options)
 
 
 def refuse_jagged_shards(name: str, schedule: Any) -> None:
@@ -169,11 +175,19 @@ def jagged_like(q: Tensor, packed: Tensor) -> Tensor:
 
 
 def aligned_attention(
-    attention: Attention, q: Tensor, k: Tensor, v: Tensor, positions_start: Tensor, **options: Any
+    attention: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions_start: Tensor,
+    *,
+    crossing: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`attention` where element b's first `positions_start[b]` keys are padding and positions begin after them.
 
-    Elements with equally much padding are one call on what they have without it. Padded queries see nothing: zero, lse -inf (with a sink: its logit).
+    Elements with equally much padding are one call on what they have without it. Padded queries see nothing: zero, lse -inf (with a
+    sink: its logit); with `crossing` no query is padded: they stand beside the keys, as in cross attention, and positions mean nothing.
     Raises TypeError or ValueError unless positions_start is (batch,) integers within the keys.
     """
     refuse_traced("positions_start")
@@ -195,7 +209,7 @@ def aligned_attention(
     for start in sorted(set(starts)):
         members = [b for b in range(batch) if starts[b] == start]
         at = slice(None) if len(members) == batch else torch.tensor(members, device=q.device)
-        hidden = min(nq, max(0, start - q_row))
+        hidden = 0 if crossing else min(nq, max(0, start - q_row))
         part = {"q_start": max(0, q_row - start)}
         if mask is not None:
             per_element = mask[at] if mask.dim() == 4 and mask.shape[0] > 1 else mask

@@ -6,6 +6,7 @@ packing, images that see themselves) is not in the pattern.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,20 +21,47 @@ from longattn.patterncache.patterns.dilated import Dilated
 from longattn.patterncache.patterns.window import Full, Window
 from longattn.patterncache.spans import check_int
 
-_ENCODERS = {"albert", "bert", "camembert", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta"}
+_ENCODERS = {
+    "albert", "bert", "camembert", "distilbert", "electra", "embedding_gemma2_text", "modernbert", "roberta", "ultrabert", "xlm-roberta",
+}  # fmt: skip
 _DENSE_DECODERS = {
     "codegen", "falcon", "gemma", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "llama", "mpt", "olmo", "olmo2", "opt",
     "phi", "stablelm",
 }  # fmt: skip
 _SLIDING_DECODERS = {"mistral", "mixtral", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2"}
+_LAYERED_DECODERS = {
+    "afmoe", "beam", "cohere2", "cohere2_moe", "cwm", "dory", "dots1", "exaone4", "exaone_moe", "gemma2", "gemma3_text", "gemma3n_text",
+    "gpt_neo", "gpt_oss", "granite_swa", "granitemoe_swa", "laguna", "lfm2", "llama4_text", "mellum", "mimo_v2_flash", "ministral",
+    "modernbert-decoder", "olmo3", "qwen2_5_vl_text", "qwen2_vl_text", "smollm3", "vaultgemma",
+}  # fmt: skip
+"""Of these `layer_types` (or `attention_layers`) is the whole truth, and every layer looks back only."""
+
+_STRUCTURE = re.compile(
+    r"window|sparse|block|chunk|dilat|local|lsh|landmark|stride|attention_type|attn_type|bidirection|index_topk"
+)
+"""Names of fields that may say who sees whom."""
+
+_NO_STRUCTURE = {
+    "attention_types", "block_auto_adjust_ff_dim", "block_dim", "block_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of",
+    "block_use_swiglu", "chunk_size_feed_forward", "decoder_sparse_step", "mlp_only_layers", "num_local_experts", "sparse_pred_ignore_index",
+    "sparse_prediction",
+}  # fmt: skip
+"""Those that say nothing of it, or say it again."""
+
+_OF_LAYERS = {
+    "_sliding_window_pattern", "attention_chunk_size", "local_attention", "max_window_layers", "prefix_dense_sliding_window_pattern",
+    "sliding_window", "sliding_window_pattern", "swa_num_attention_heads", "use_sliding_window", "window_size",
+}  # fmt: skip
+"""What `layer_types` was made from, or what a layer of a type reads."""
 
 
 def from_hf(config: Any, layer: int = 0) -> Pattern:
     """The pattern of one layer of a transformers model.
 
     Read are `layer_types` (full, sliding and chunked attention), `attention_layers` (GPT-Neo), `sliding_window` with
-    `use_sliding_window` and `max_window_layers`, and `model_type`, which says whether a model without those is known to be dense, and
-    whether it looks ahead. A sliding window of w is the last w tokens; in an encoder, w tokens to each side.
+    `use_sliding_window` and `max_window_layers`, `is_causal`, and `model_type`, which says whether a model is known here, and whether it
+    looks ahead. A sliding window of w is the last w tokens; where a model looks both ways, w tokens to each side. Any other field
+    that has a value and may say who sees whom is refused.
 
     Args:
         config: a `PreTrainedConfig` or what has its attributes; of a multimodal one, its text part is read.
@@ -43,7 +71,7 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
         TypeError, ValueError: config has no model_type, layer is not one of its layers, or it says something that is no exact pattern:
             an encoder-decoder, an attention of another kind, or a model that is not known here.
     """
-    config = getattr(config, "text_config", None) or config
+    whole, config = config, getattr(config, "text_config", None) or config
     kind = getattr(config, "model_type", None)
     if not isinstance(kind, str):
         raise TypeError(f"config must be a transformers configuration with a model_type, got {type(config).__name__}")
@@ -52,27 +80,48 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
             "config must be read with from_bigbird where model_type is 'big_bird': its pattern needs a length"
         )
     for name in ("is_encoder_decoder", "use_bidirectional_attention", "attention_window"):
-        if getattr(config, name, None):
-            raise ValueError(
-                f"config must not have {name}, which no pattern says exactly, got {getattr(config, name)!r}"
-            )
+        for part in (config, whole):
+            if vars(part).get(name):
+                raise ValueError(
+                    f"config must not have {name}, which no pattern says exactly, got {vars(part)[name]!r}"
+                )
+    known = _ENCODERS | _DENSE_DECODERS | _SLIDING_DECODERS | _LAYERED_DECODERS
+    if kind not in known:
+        raise ValueError(f"config must have a model_type of {', '.join(sorted(known))}; got {kind!r}")
     named = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
-    layers = len(named) if named else getattr(config, "num_hidden_layers", 1)
+    _refuse_structure(config, kind, bool(named))
+    layers = len(named) if named else check_int("num_hidden_layers", getattr(config, "num_hidden_layers", 1), minimum=0)
     if check_int("layer", layer, minimum=0) >= layers:
         raise ValueError(f"layer must be below {layers}, the layers of this {kind}, got {layer}")
-    causal = kind not in _ENCODERS or bool(getattr(config, "is_decoder", False))
+    causal = (kind not in _ENCODERS or bool(getattr(config, "is_decoder", False))) and getattr(
+        config, "is_causal", True
+    ) is not False
     if named:
         return _of_kind(config, named[layer], causal)
+    if kind in _LAYERED_DECODERS:
+        raise ValueError(f"config must have layer_types where model_type is {kind!r}, got {named!r}")
     if kind in _SLIDING_DECODERS:
-        # Others have the attribute too, and do not read it.
         first = getattr(config, "max_window_layers", 0) if kind in ("qwen2", "qwen2_moe", "qwen3") else 0
         slides = getattr(config, "use_sliding_window", True) and layer >= first
         size = getattr(config, "sliding_window", None)
-        return Window(size) if slides and size is not None else Full(causal=True)
-    if kind in _DENSE_DECODERS or kind in _ENCODERS:
-        return Full(causal=causal)
-    known = sorted(_ENCODERS | _DENSE_DECODERS | _SLIDING_DECODERS)
-    raise ValueError(f"config must have layer_types, or a model_type of {', '.join(known)}; got {kind!r}")
+        return _of_kind(config, "sliding_attention" if slides and size is not None else "full_attention", causal)
+    return Full(causal=causal)
+
+
+def _refuse_structure(config: Any, kind: str, named: bool) -> None:
+    """Raise ValueError for a field that may say who sees whom, and is not read here."""
+    read = _NO_STRUCTURE | (_OF_LAYERS if named or kind in _SLIDING_DECODERS else set())
+    for name, value in vars(config).items():
+        if (
+            _STRUCTURE.search(name)
+            and name not in read
+            and value not in (None, False, 0)
+            and value != []
+            and value != {}
+        ):
+            raise ValueError(
+                f"config must not have {name} where model_type is {kind!r}: it may say who sees whom, and is not known here, got {value!r}"
+            )
 
 
 def _of_kind(config: Any, kind: object, causal: bool) -> Pattern:
@@ -88,6 +137,8 @@ def _of_kind(config: Any, kind: object, causal: bool) -> Pattern:
         raise ValueError(f"layer_types must be full_attention, {', '.join(attribute)} or global, got {kind!r}")
     size = check_int(attribute[str(kind)], getattr(config, attribute[str(kind)], None), minimum=1)
     if kind == "chunked_attention":
+        if not causal:
+            raise ValueError("is_causal must not be False with chunked_attention, which looks back only")
         return Dilated((size,), (1,), causal=causal)
     # Looking both ways, transformers counts the window to each side.
     return Window(size) if causal else Window(size + 1, causal=False)

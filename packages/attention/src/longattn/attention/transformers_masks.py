@@ -1,0 +1,170 @@
+"""What a model of transformers says of positions: the masks that our mask function makes, and their meaning for the attention function.
+
+A mask is a tensor of four axes, since transformers hands such a one on untouched, and layers, devices and checkpointing move tensors and
+nothing else. Which form it has is in its dtype and shape, which cost no read of a device:
+
+* None: every key is there, and queries are the last of them. Causal where the module is; our function says it for no causal model.
+* int64 (batch, 1, 1, n): causal. The first n keys are in use, queries are the last of these; 1 where a key is there. (1, 1, 0, n): all are.
+* bool (batch, 1, 1, Nk): no causality. True where a key is there.
+* int32 (batch, 1, Nq, 3 + Nk): a mask of the model's own, with positions: those of the query row, of the element's first token and of
+  the first key, then what the row sees.
+* bool or floating (batch, heads, Nq, Nk): a mask of the model's own or of the caller, causality in it; queries are the last keys.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longattn.patterncache import Full, Pattern, Rectangle, Span, Window, parse_pattern
+
+HEADER = 3
+"""Columns before the keys in an int32 mask."""
+
+
+def is_relative(pattern: Pattern) -> bool:
+    """Whether only distances matter, so that padding on the left moves nothing."""
+    return isinstance(pattern, Full) or (isinstance(pattern, Window) and not pattern.sinks)
+
+
+def make_mask_function(patterns: Callable[[Any], Iterable[Pattern]]) -> Callable[..., Tensor | None]:
+    """The function that makes a model's mask, where `patterns(config)` are those that its layers may have.
+
+    Raises, when called: ValueError for a model that does not hand its masks on to attention functions.
+    """
+
+    def make_mask(
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
+        mask_function: Callable[..., Any] | None = None,
+        attention_mask: Tensor | None = None,
+        device: torch.device | str = "cpu",
+        config: Any = None,
+        **options: Any,
+    ) -> Tensor | None:
+        from transformers import masking_utils
+
+        refuse_unbacked(config)
+        used = tuple(patterns(config))
+        causal = mask_function in (None, masking_utils.causal_mask_function)
+        there = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
+        traced = torch.compiler.is_compiling()
+        # A static cache has its offset on the device. To read it would wait for it, and break a graph: there, a mask of one shape.
+        begin, dropped = (_read(x, traced) for x in (q_offset, kv_offset))
+        plain = causal or mask_function is masking_utils.bidirectional_mask_function
+        if plain and isinstance(begin, int) and isinstance(dropped, int) and not dropped:
+            both_ways = not getattr(config, "is_causal", True)
+            return _placement(begin + q_length if causal else None, kv_length, there, both_ways, device)
+        own: dict[str, Any] = options | {"attention_mask": attention_mask, "device": device}
+        own |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        if mask_function is not None:
+            own["mask_function"] = mask_function
+        seen: Any = masking_utils.sdpa_mask(batch_size, q_length, kv_length, begin, dropped, **own)  # type: ignore[arg-type]
+        if all(isinstance(pattern, Full) for pattern in used):
+            return seen
+        if isinstance(begin, int) and isinstance(dropped, int) and begin + q_length == dropped + kv_length:
+            # Queries are the last keys: distances are right, and positions too where none begins later.
+            shifted = dropped > 0 or (there is not None and (traced or not bool(there[:, 0].all())))
+            if not shifted or all(is_relative(pattern) for pattern in used):
+                return seen
+        return _with_positions(seen, begin, dropped, there)
+
+    return make_mask
+
+
+def _read(offset: int | Tensor, traced: bool) -> int | Tensor:
+    """An offset as an integer, where that breaks no graph and waits for no device."""
+    if isinstance(offset, Tensor) and (traced or offset.device.type != "cpu"):
+        return offset
+    return int(offset)
+
+
+def _placement(
+    filled: int | None, kv_length: int, there: Tensor | None, both_ways: bool, device: torch.device | str
+) -> Tensor | None:
+    """The mask of keys alone: causal where `filled`, the keys in use, is given. The one read of a device in a step is here."""
+    length = kv_length if filled is None else filled
+    there = None if there is None else there[:, :length].bool()
+    padded = there is not None and (torch.compiler.is_compiling() or not bool(there.all()))
+    if there is not None and padded:
+        rows = there if filled is None else there.to(torch.int64)
+        return rows[:, None, None]
+    if filled is None:
+        # Modules of a decoder that looks both ways still say that they are causal.
+        return torch.ones(1, 1, 1, length, dtype=torch.bool, device=device) if both_ways else None
+    # Never None: layers of some decoders do not say that they are causal.
+    return torch.zeros(1, 1, 0, filled, dtype=torch.int64, device=device)
+
+
+def _with_positions(seen: Tensor, begin: int | Tensor, dropped: int | Tensor, there: Tensor | None) -> Tensor:
+    """The int32 mask."""
+    batch, _, nq, _ = seen.shape
+    head = torch.zeros(batch, 1, nq, HEADER, dtype=torch.int32, device=seen.device)
+    head[..., 0] = torch.arange(nq, device=seen.device) + begin
+    if there is not None:
+        head[..., 1] = first_keys(there)[:, None, None]
+    head[..., 2] = dropped
+    return torch.cat((head, seen.to(torch.int32)), -1)
+
+
+def first_keys(there: Tensor) -> Tensor:
+    """(batch,) where the first key that is there stands."""
+    return there.to(torch.int32).argmax(1)
+
+
+def _count(q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonical: str, heads: int) -> Tensor:
+    """(batch, heads, Nq, keys) int64 counts: query rows (Nq,), keys from `first_row` (1,) on, positions from 0 at each of `starts`.
+
+    Positions are read on the host. What lies before an element's start counts 0.
+    """
+    pattern = parse_pattern(canonical)
+    rows, first = q_rows.cpu().numpy().astype(np.int64), int(first_row[0])
+    unique, members = np.unique(starts.cpu().numpy().astype(np.int64), return_inverse=True)
+    i = rows[None, None, :, None] - unique[:, None, None, None]
+    j = (first + np.arange(keys, dtype=np.int64))[None, None, None, :] - unique[:, None, None, None]
+    last = int(max(i.max(initial=0), j.max(initial=0)))
+    pattern.check_rectangle(Rectangle(heads, Span(0, last + 1), Span(0, last + 1)))
+    h = np.arange(heads, dtype=np.int64)[None, :, None, None]
+    found = pattern.count(h, np.maximum(i, 0), np.maximum(j, 0), heads) * ((i >= 0) & (j >= 0))
+    shape = (len(unique), heads, len(rows), keys)
+    return torch.from_numpy(np.broadcast_to(found, shape)[members].astype(np.int64)).to(q_rows.device)
+
+
+pattern_counts = torch.library.custom_op("longattn::pattern_counts", _count, mutates_args=())
+"""`_count`, opaque to graphs."""
+
+
+@torch.library.register_fake("longattn::pattern_counts")
+def _(q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonical: str, heads: int) -> Tensor:
+    return q_rows.new_empty((starts.shape[0], heads, q_rows.shape[0], keys), dtype=torch.int64)
+
+
+READERS = {"nllb-moe": "its experts read the attention mask too"}
+"""Models that read their masks outside of attention, by type."""
+
+
+def refuse_unbacked(config: Any) -> None:
+    """Raise ValueError where a model makes masks for attention functions, and calls none: what it then computes is not the pattern."""
+    reader = READERS.get(getattr(config, "model_type", ""))
+    if reader is not None:
+        raise ValueError(f"attn_implementation must be 'eager' for {config.model_type!r}: {reader}")
+    home = type(config).__module__.replace(".configuration_", ".modeling_")
+    modeling = sys.modules.get(home)
+    if config is None or modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        return
+    owners = [
+        x for x in vars(modeling).values() if isinstance(x, type) and getattr(x, "config_class", None) is type(config)
+    ]
+    if not any(getattr(owner, "_supports_attention_backend", False) for owner in owners):
+        raise ValueError(
+            f"attn_implementation must be 'eager' or 'sdpa' for {config.model_type!r} (or another of its own): its layers call no "
+            f"registered attention function, so no pattern would be computed, and its own masks would be lost"
+        )

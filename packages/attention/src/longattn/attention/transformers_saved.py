@@ -1,0 +1,135 @@
+"""Which pattern a model of transformers has: kept in its configuration, so that a checkpoint says what it was trained with.
+
+A configuration's entry `attn_implementation` is what transformers reads when it loads one: a name that nobody registered is refused there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from longattn.patterncache import Full, Pattern, parse_pattern
+
+IMPLEMENTATION = "longattn"
+"""The `attn_implementation` of models whose configuration says the pattern."""
+
+FIELD = "longattn_pattern"
+"""The entry of a configuration: a canonical string, or canonical strings by layer."""
+
+_LAYER = "_longattn_pattern"
+"""Attribute of a layer that `use_pattern` gave a pattern of its own."""
+
+_PARSED: dict[str, Pattern] = {}
+"""Patterns by canonical string: a graph finds one here, where it could not read the string."""
+
+_called: ContextVar[set[int] | None] = ContextVar("longattn_layers_called", default=None)
+
+
+def record(config: Any, name: str, pattern: Pattern) -> None:
+    """Write name and pattern into a configuration.
+
+    Raises:
+        ValueError: a checkpoint was loaded that says another pattern.
+    """
+    told, text = config.__dict__.get(FIELD), pattern.canonical()
+    # Loading takes the name out of the configuration: where it is there, this process wrote both, and a name may be registered anew.
+    if told == text and config.__dict__.get("attn_implementation") == name:
+        return
+    if told not in (None, text) and "attn_implementation" not in config.__dict__:
+        raise ValueError(
+            f"{name!r} must be registered for the pattern that the checkpoint was saved with, {told}, got {text}; "
+            f"register_with_transformers({{{name!r}: parse_pattern(...)}}) restores it, use_pattern(model, pattern) sets another"
+        )
+    setattr(config, FIELD, text)
+    config.attn_implementation = name
+
+
+def assign(config: Any, entry: str | dict[str, str]) -> None:
+    """Write what `use_pattern` was given into a configuration and those within it."""
+    setattr(config, FIELD, entry)
+    config.attn_implementation = IMPLEMENTATION
+    for name in getattr(config, "sub_configs", {}):
+        if getattr(config, name, None) is not None:
+            assign(getattr(config, name), entry)
+
+
+def parsed(canonical: str) -> Pattern:
+    """`parse_pattern`, once for each string."""
+    if canonical not in _PARSED:
+        _PARSED[canonical] = parse_pattern(canonical)
+    return _PARSED[canonical]
+
+
+def of_layer(module: torch.nn.Module) -> str | None:
+    """What `set_layer` gave a layer."""
+    return getattr(module, _LAYER, None)
+
+
+def set_layer(module: torch.nn.Module, canonical: str | None) -> None:
+    """Give a layer its pattern; None: it has none of its own."""
+    if canonical is None:
+        module.__dict__.pop(_LAYER, None)
+        return
+    parsed(canonical)
+    setattr(module, _LAYER, canonical)
+
+
+def pattern_of_layer(module: torch.nn.Module) -> Pattern:
+    """The pattern of a layer of a model under `IMPLEMENTATION`.
+
+    Raises:
+        ValueError: the configuration has none, or several and nobody said which layer has which.
+    """
+    text = of_layer(module)
+    if text is None:
+        text = getattr(getattr(module, "config", None), FIELD, None)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"use_pattern(model) must be called once after loading a model with patterns for each layer, got {FIELD}={text!r} "
+            f"in the configuration of {type(module).__name__}"
+        )
+    return parsed(text)
+
+
+def patterns_of_model(config: Any) -> Iterable[Pattern]:
+    """Every pattern that a layer may have."""
+    entry = getattr(config, FIELD, None)
+    if entry is None:
+        raise ValueError(
+            f"{FIELD} must be in the configuration under {IMPLEMENTATION!r}: use_pattern(model, pattern) sets it"
+        )
+    if isinstance(entry, str):
+        return (parsed(entry),)
+    return (Full(), *(parsed(text) for text in entry.values()))
+
+
+def note_call(module: torch.nn.Module) -> None:
+    """Say to a probe that runs that a layer called."""
+    if torch.compiler.is_compiling():
+        return
+    called = _called.get()
+    if called is not None:
+        called.add(id(module))
+
+
+@contextmanager
+def calls() -> Iterator[set[int]]:
+    """The ids of layers that call within, as a set that grows."""
+    found: set[int] = set()
+    token = _called.set(found)
+    try:
+        yield found
+    finally:
+        _called.reset(token)
+
+
+def matches(key: int | str, name: str) -> bool:
+    """Whether a layer's name is that of a key: the first number in it, or a shell pattern."""
+    if isinstance(key, str):
+        return fnmatchcase(name, key)
+    return next((int(part) for part in name.split(".") if part.isdigit()), None) == key
