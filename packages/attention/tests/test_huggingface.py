@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longattn.attention.integrations.huggingface import DEFAULT_PATTERNS, register_with_transformers
 from longattn.attention.integrations.huggingface import (
     DEFAULT_PATTERNS,
     attention_function,
     mask_function,
     register_with_transformers,
 )
-from longattn.attention.transformers_calls import HARMLESS
+from longattn.attention.integrations.transformers_calls import HARMLESS
 from longattn.patterncache import BlockLayout, Dilated, Full, Rectangle, Span, Window
 
 transformers = pytest.importorskip(

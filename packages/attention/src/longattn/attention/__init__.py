@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from longattn.attention.integrations.huggingface import (
         register_with_transformers,
     )
+    from longattn.attention.integrations.transformers_models import (
+        use_pattern,
+    )
     from longattn.attention.integrations.xformers import (
         register_with_xformers,
     )
@@ -80,9 +83,6 @@ if TYPE_CHECKING:
     )
     from longattn.attention.schedules.traffic import (
         choose,
-    )
-    from longattn.attention.integrations.transformers_models import (
-        use_pattern,
     )
     from longattn.attention.schedules.ulysses import (
         Ulysses,

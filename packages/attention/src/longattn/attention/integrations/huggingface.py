@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.attention.functional import pattern_attention
-from longattn.attention import transformers_saved as saved
+from longattn.attention.integrations import transformers_saved as saved
+from longattn.attention.integrations.transformers_calls import WAYS_OUT, attend, refuse_keywords
+from longattn.attention.integrations.transformers_masks import make_mask_function
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
-from longattn.attention.sequences.varlen import aligned_attention
 from longattn.attention.sparse_config import SparsePatternConfig
-from longattn.attention.transformers_calls import WAYS_OUT, attend, refuse_keywords
-from longattn.attention.transformers_masks import make_mask_function
 from longattn.attention.validate import check_pattern_argument
 from longattn.patterncache import Dilated, Full, Pattern, Window
 

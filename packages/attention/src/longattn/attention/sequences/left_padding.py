@@ -28,8 +28,9 @@ def attend_in_place(
     positions_start: object,
     schedule: Schedule,
     options: dict[str, Any],
+    crossing: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`attention` with padding on the left: (out, lse), as `packed.aligned_attention` says.
+    """`attention` with padding on the left: (out, lse), as `varlen.aligned_attention` says.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -44,7 +45,6 @@ def attend_in_place(
         )
     end = max(extents.nk, first + extents.nq)
     keys = row_numbers(extents.k_rows).to(k.device)
-    queries = row_numbers(extents.q_rows).to(q.device) + first
     mask, padding = options.pop("attention_mask", None), options.pop("key_padding_mask", None)
     check_key_padding(padding, q, k)
     seed = as_seed(options.get("seed")) if options.get("dropout_p") else None
@@ -60,12 +60,10 @@ def attend_in_place(
         hidden = (keys < start).expand(len(members), -1)
         given = None if padding is None else padding[at]
         part["key_padding_mask"] = given if not start else hidden if given is None else hidden | given
-        part["pattern"] = Documents((0, start, end), pattern) if start else pattern
+        part["pattern"] = Documents((0, start, end), pattern) if start and not crossing else pattern
         if seed is not None:
             part["seed"] = seed + start  # else elements of two groups would drop alike
         out, lse = attention(q[at], k[at], v[at], **(options | part))
-        if start and options.get("sink_logits") is not None:
-            lse = lse.masked_fill((queries < start).unsqueeze(-1), -torch.inf)
         outs.append((out, lse))
         order += members
     return in_order([pair[0] for pair in outs], order), in_order([pair[1] for pair in outs], order)

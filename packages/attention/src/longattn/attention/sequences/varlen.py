@@ -193,7 +193,7 @@ def aligned_attention(
     refuse_traced("positions_start")
     schedule = check_schedule_argument(options.get("schedule"))
     if schedule.distributed or options.get("dropout_p"):
-        return attend_in_place(attention, q, k, v, positions_start, schedule, options)
+        return attend_in_place(attention, q, k, v, positions_start, schedule, options, crossing)
     starts = check_positions_start(positions_start, k.shape[0], k.shape[1])
     batch, nq, nk = q.shape[0], q.shape[1], k.shape[1]
     given = options.pop("q_start", None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longattn.attention.functional import pattern_attention
-from longattn.attention.transformers_masks import HEADER, first_keys, is_relative, pattern_counts
+from longattn.attention.integrations.transformers_masks import HEADER, first_keys, is_relative, pattern_counts
 from longattn.patterncache import Full, Pattern
 
 HARMLESS = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from longattn.attention import transformers_saved as saved
-from longattn.attention.huggingface import register_with_transformers
+from longattn.attention.integrations import transformers_saved as saved
+from longattn.attention.integrations.huggingface import register_with_transformers
 from longattn.attention.validate import check_pattern_argument
 from longattn.patterncache import Full, Pattern, parse_pattern
 
