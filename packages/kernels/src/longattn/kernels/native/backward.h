@@ -126,6 +126,7 @@ public:
 private:
     // Q, dO, lse, delta: memory -> L2, stay for all keys.
     void begin(int64_t b, int64_t h, int64_t count, int64_t rows) {
+        const Flush none(false);  // a small q times the scale is what it is
         for (int64_t r = 0; r < rows; r++) {
             float *q_row = Q + r * shape.wide, *dO_row = dO + r * shape.wide;
             lse[r] = -NONE, delta[r] = 0;

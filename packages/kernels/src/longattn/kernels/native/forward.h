@@ -4,6 +4,7 @@
 // tile of keys is packed once and stays for all rows of the task; scores of one strip stand at a time. Scores are in units in which
 // exp is 2^(unit * score): q is scaled by what is left of scale * log2 e.
 #pragma once
+#include "flush.h"
 #include "philox.h"
 #include "strip.h"
 
@@ -89,6 +90,7 @@ private:
     int64_t begin(const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t count) {
         queries->take(job.queries, t, first, count);
         int64_t rows = round_up(count, MR);
+        const Flush none(false);  // a small q times the scale is what it is
         for (int64_t r = 0; r < rows; r++) {
             float* row = Q + r * shape.wide;
             if (r < count) load_words<Op>(row, call.q.at(b, queries->rows[r], h), call.q.type, shape.dim, shape.wide, units.q_factor);

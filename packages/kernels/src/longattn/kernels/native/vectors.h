@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -39,7 +40,25 @@ static INLINE void store(float* p, Floats x) { *(LooseFloats*)p = x; }
 // x - 0 is x for every x, so that this is one broadcast; for a word of two bfloat16 it must be integer arithmetic.
 static INLINE Floats splat(float x) { return x - Floats{}; }
 static INLINE Floats splat_word(const float* p) { return (Floats)(*(const Word*)p - Ints{}); }
+static INLINE Ints splat_int(int32_t x) { return x - Ints{}; }
 static INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+// Of two vectors, in blocks of WIDTH lanes: the first's even block, then the second's; and the same of the odd ones. Numbers of lanes are
+// constants, as the one shuffle that GCC and Clang share asks.
+constexpr int lower_lane(int lane, int width) { return lane & width ? lane - width + VL : lane; }
+constexpr int upper_lane(int lane, int width) { return lane & width ? lane + VL : lane + width; }
+template <int WIDTH, class Vector, int... LANE>
+static INLINE Vector lower_lanes(Vector a, Vector b, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(a, b, lower_lane(LANE, WIDTH)...);
+}
+template <int WIDTH, class Vector, int... LANE>
+static INLINE Vector upper_lanes(Vector a, Vector b, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(a, b, upper_lane(LANE, WIDTH)...);
+}
+template <int WIDTH, class Vector>
+static INLINE Vector lower_lanes(Vector a, Vector b) { return lower_lanes<WIDTH>(a, b, std::make_integer_sequence<int, VL>()); }
+template <int WIDTH, class Vector>
+static INLINE Vector upper_lanes(Vector a, Vector b) { return upper_lanes<WIDTH>(a, b, std::make_integer_sequence<int, VL>()); }
 
 static INLINE float sum(Floats x) {
 #if defined(__AVX512F__)
@@ -115,11 +134,11 @@ static INLINE uint16_t to_bfloat16(float x) {
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
-// Multiplying by 2^112 moves float16's exponent, denormals included, to float32's.
+// float16's exponent counts from 112 more than float32's; a denormal is so many times 2^-24. No number on the way is a denormal float32.
 static INLINE float from_float16(uint16_t x) {
-    uint32_t shifted = uint32_t(x & 0x7fff) << 13;
-    uint32_t special = (x & 0x7c00) == 0x7c00 ? 0x7f800000u | shifted : to_bits(from_bits(shifted) * 0x1p112f);
-    return from_bits(special | uint32_t(x & 0x8000) << 16);
+    const uint32_t magnitude = x & 0x7fff, shifted = (magnitude << 13) + (magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u);
+    const uint32_t small = to_bits(float(int32_t(magnitude)) * 0x1p-24f);
+    return from_bits((magnitude < 0x400 ? small : shifted) | uint32_t(x & 0x8000) << 16);
 }
 static INLINE uint16_t to_float16(float x) {
     uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000;
