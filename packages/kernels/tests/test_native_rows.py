@@ -110,6 +110,74 @@ def test_denormals(dtype: torch.dtype):
     assert small.isfinite().all() and (small >= 0).all() and (small <= 4 * tiny).all()
 
 
+@pytest.fixture
+def flushing() -> object:
+    """Sets whether torch's threads flush denormals, and puts it back."""
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("rows", [2, 100])
+@pytest.mark.parametrize("flush", [False, True])
+def test_float16_denormals_keep_their_value(
+    level: str, rows: int, flush: bool, flushing, monkeypatch: pytest.MonkeyPatch
+):
+    """As q, k, v and gradients, read and written, in short and long calls: they are ordinary float32."""
+    monkeypatch.setenv("LONGATTN_NATIVE", level)
+    small = torch.tensor([2.0**-24, 3 * 2.0**-24, -(2.0**-20), 2.0**-14 - 2.0**-24]).half()
+    v = small.repeat(2).expand(1, 100, 2, 8).contiguous()
+    big = torch.full((1, 100, 2, 8), 2.0**14).half()
+    lonely = torch.zeros(1, 100, 2, 8).half()
+    lonely[:, 1] = 2.0**-16
+    flushing(flush)
+    for q, k in ((big, lonely), (lonely, big)):
+        q = q[:, :rows].clone().requires_grad_()
+        wanted = torch.softmax(torch.einsum("bihd,bjhd->bhij", q.double(), k.double()), -1)  # scale 1
+        state = attend(q, k, v, Full(), backend="native", softmax_scale=1.0, q_start=0)
+        assert torch.allclose(state.lse.double(), torch.einsum("bihd,bjhd->bihj", q.double(), k.double()).logsumexp(-1), atol=1e-5)
+        assert torch.allclose(state.out.double(), torch.einsum("bhij,bjhd->bihd", wanted, v.double()), rtol=1e-5, atol=0)
+    stored = attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16, q_start=0).out
+    assert torch.equal(stored, v[:, :rows])
+    k, v = lonely.clone().requires_grad_(), v.clone().requires_grad_()
+    attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16, q_start=0).out.backward(v.detach()[:, :rows])
+    assert torch.allclose(v.grad.double(), v.detach().double() * rows / 100, rtol=1e-2, atol=2.0**-25)
+
+
+@pytest.mark.parametrize("level", levels())
+def test_float32_denormals_are_read(level: str, monkeypatch: pytest.MonkeyPatch):
+    """As q or k beside numbers that make a score of them, whatever the scale; what is computed may be flushed, inputs are not."""
+    monkeypatch.setenv("LONGATTN_NATIVE", level)
+    tiny, huge = torch.zeros(1, 100, 1, 8), torch.full((1, 100, 1, 8), 2.0**126)
+    tiny[:, 1] = 2.0**-128
+    v = torch.randn(1, 100, 1, 8)
+    for q, k in ((tiny, huge), (huge, tiny)):
+        scores = torch.einsum("bihd,bjhd->bihj", q.double(), k.double()) * 8**-0.5
+        state = attend(q, k, v, Full(), backend="native")
+        assert torch.allclose(state.lse.double(), scores.logsumexp(-1), atol=1e-5)
+        assert attend(q[:, :2], k, v, Full(), backend="native", q_start=0).lse.allclose(state.lse[:, :2], atol=1e-5)
+
+
+@pytest.mark.parametrize("many", [1, 3])
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormals_of_others_are_as_before(many: int, flush: bool, threads, flushing):
+    """The thread's setting outlives forward, backward and short calls, either way; and no bit of ours depends on it."""
+    threads(many)
+    q = torch.randn(1, 100, 2, 8).requires_grad_()
+    bits = [attend(q, q, q, Full(), backend="native").out]
+    flushing(flush)
+    tiny = torch.full((1000,), 1e-40)
+    before = tiny * 0.5
+    assert bool(before.any()) != flush
+    out = attend(q, q, q, Full(), backend="native").out
+    assert torch.equal(tiny * 0.5, before)
+    out.sum().backward()
+    assert torch.equal(tiny * 0.5, before)
+    with torch.no_grad():
+        attend(q[:, :1], q, q, Full(), backend="native")
+    assert torch.equal(tiny * 0.5, before) and torch.equal(bits[0], out)
+
+
 @pytest.mark.parametrize("level", levels())
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [9, 100])

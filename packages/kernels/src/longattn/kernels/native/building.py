@@ -30,10 +30,30 @@ from longattn.kernels.native import cachefolder, compiling
 from longattn.kernels.native.compiling import COMPILERS, Compiler, NativeBuildError
 from longattn.kernels.native.cpu import LEVELS, levels
 
-__all__ = ["COMPILERS", "FLAGS", "NativeBuildError", "Target", "build_native", "current", "library", "loaded", "refusal", "target"]
+__all__ = [
+    "COMPILERS",
+    "FLAGS",
+    "NativeBuildError",
+    "Target",
+    "build_native",
+    "current",
+    "library",
+    "loaded",
+    "refusal",
+    "target",
+]
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-w")
-_ENTRIES = ("sizes", "scratch", "attend", "attend_backward", "short_scratch", "attend_short", "decode_scratch", "decode")
+_ENTRIES = (
+    "sizes",
+    "scratch",
+    "attend",
+    "attend_backward",
+    "short_scratch",
+    "attend_short",
+    "decode_scratch",
+    "decode",
+)
 
 logger = logging.getLogger("longattn.kernels")
 _guard = Lock()

@@ -36,7 +36,7 @@ def refusal_of(folder: Path) -> str | None:
     """Why nothing in the folder may be loaded; None also where it is not there yet."""
     try:
         about = folder.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as problem:
         return f"the cache folder {folder} cannot be read: {problem.strerror}; LONGATTN_CACHE names another"

@@ -56,7 +56,11 @@ def find() -> Compiler | str:
         except ValueError as problem:
             return f"CXX must be a command line, got {preferred!r}: {problem}"
         first = shutil.which(words[0]) if words else None
-        return Compiler((first, *words[1:]), _identity(words)) if first else f"no C++ compiler: CXX={preferred} is not to be found"
+        return (
+            Compiler((first, *words[1:]), _identity(words))
+            if first
+            else f"no C++ compiler: CXX={preferred} is not to be found"
+        )
     for name in COMPILERS:
         if found := shutil.which(name):
             return Compiler((found,), _identity([name]))
@@ -93,14 +97,14 @@ def _zig_flags(flags: Sequence[str]) -> list[str]:
     return [*(flag for flag in flags if flag not in features), f"-mcpu={named}"]
 
 
-def run(compiler: Compiler, command: Sequence[str], longest_s: float = LONGEST_S) -> None:
+def run(compiler: Compiler, command: Sequence[str], longest_s: float | None = None) -> None:
     """Run a compiler's command. What it started is gone when this returns, also where it took too long or was interrupted.
 
     Raises:
         NativeBuildError: it fails, with its last line, or takes too long.
         OSError: it cannot be started.
     """
-    name = " ".join(compiler.words)
+    name, longest_s = " ".join(compiler.words), LONGEST_S if longest_s is None else longest_s
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     ) as process:

@@ -90,7 +90,7 @@ public:
             const int64_t n = queries.rows[first + r], position = queries.positions[first + r], low = tile.low, high = tile.high;
             for (int64_t j = 0; sight == SOME && j < tile.padded; j++) {
                 int64_t distance = position - tile.positions[j];
-                row[j] = (distance >= low) & (distance <= high) ? row[j] : NONE;
+                row[j] = ((distance >= low) & (distance <= high)) ? row[j] : NONE;
             }
             if (call.bias.data) bias(tile, b, h, n, row);
             if (call.mask.data)
