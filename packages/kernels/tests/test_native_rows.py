@@ -134,13 +134,13 @@ def test_float16_denormals_keep_their_value(
     for q, k in ((big, lonely), (lonely, big)):
         q = q[:, :rows].clone().requires_grad_()
         wanted = torch.softmax(torch.einsum("bihd,bjhd->bhij", q.double(), k.double()), -1)  # scale 1
-        state = attend(q, k, v, Full(), backend="native", softmax_scale=1.0, q_start=0)
+        state = attend(q, k, v, Full(), backend="native", softmax_scale=1.0)
         assert torch.allclose(state.lse.double(), torch.einsum("bihd,bjhd->bihj", q.double(), k.double()).logsumexp(-1), atol=1e-5)
         assert torch.allclose(state.out.double(), torch.einsum("bhij,bjhd->bihd", wanted, v.double()), rtol=1e-5, atol=0)
-    stored = attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16, q_start=0).out
+    stored = attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16).out
     assert torch.equal(stored, v[:, :rows])
     k, v = lonely.clone().requires_grad_(), v.clone().requires_grad_()
-    attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16, q_start=0).out.backward(v.detach()[:, :rows])
+    attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16).out.backward(v.detach()[:, :rows])
     assert torch.allclose(v.grad.double(), v.detach().double() * rows / 100, rtol=1e-2, atol=2.0**-25)
 
 
@@ -155,7 +155,7 @@ def test_float32_denormals_are_read(level: str, monkeypatch: pytest.MonkeyPatch)
         scores = torch.einsum("bihd,bjhd->bihj", q.double(), k.double()) * 8**-0.5
         state = attend(q, k, v, Full(), backend="native")
         assert torch.allclose(state.lse.double(), scores.logsumexp(-1), atol=1e-5)
-        assert attend(q[:, :2], k, v, Full(), backend="native", q_start=0).lse.allclose(state.lse[:, :2], atol=1e-5)
+        assert attend(q[:, :2], k, v, Full(), backend="native").lse.allclose(state.lse[:, :2], atol=1e-5)
 
 
 @pytest.mark.parametrize("many", [1, 3])
