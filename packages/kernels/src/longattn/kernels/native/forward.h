@@ -74,12 +74,14 @@ public:
                 Sight sight = tile->seen(nearest, farthest);
                 if (sight == NOTHING) continue;
                 if (!packed) pack(b, kv_head), packed = true;
-                scores_of<Op>(Q + r * shape.wide, height, Kt, shape, *tile, scores, top);
-                if (veil.needed(sight)) veil.hide(*tile, sight, b, h, *queries, r, real, scores, top);
-                for (int64_t i = 0; i < height; i++) softmax(r, i, b, h);
+                const Reach<Op::GROUP> reach(*tile, sight, *queries, r, real);
+                scores_of<Op>(Q + r * shape.wide, height, Kt, shape, *tile, reach, scores, top);
+                if (veil.needed(sight)) veil.hide(*tile, sight, reach, b, h, *queries, r, real, scores, top);
+                for (int64_t i = 0; i < height; i++) softmax(r, i, reach.from[i / MR], reach.to[i / MR], b, h);
                 accumulate<Op>(
-                    height, tile->padded / Op::PAIR, Op::PAIR == 2 ? (const float*)halves : scores, KEYS / Op::PAIR, 1, V,
-                    shape.columns, acc + r * shape.columns, [&](int64_t i) { return splat(factor[i]); });
+                    height, [&](int64_t i) { return Steps{reach.from[i / MR] / Op::PAIR, reach.to[i / MR] / Op::PAIR}; },
+                    Op::PAIR == 2 ? (const float*)halves : scores, KEYS / Op::PAIR, 1, V, shape.columns, acc + r * shape.columns,
+                    [&](int64_t i) { return splat(factor[i]); });
             }
         }
         for (int64_t r = 0; r < count; r++) finish(job, b, h, r);
@@ -112,7 +114,8 @@ private:
     }
 
     // One row: the running max moves, scores become weights, and what stood before is to be scaled by `factor`.
-    void softmax(int64_t r, int64_t i, int64_t b, int64_t h) {
+    void softmax(int64_t r, int64_t i, int64_t from, int64_t to, int64_t b, int64_t h) {
+        if (from == to) return;
         float* row = scores + i * KEYS;
         float before = m[r + i], now = std::fmax(before, largest(load(top + i * VL)));
         // Finite where nothing was seen yet, so that -inf - -inf does not arise.
@@ -123,7 +126,7 @@ private:
         Floats total = load(l + (r + i) * VL) * scaled;
         const Floats unit = splat(units.unit), less = splat(pivot);
         if (call.drop > 0) keep_row(call, *tile, b, h, queries->positions[least(r + i, queries->n - 1)], keep);
-        for (int64_t j = 0; j < tile->padded; j += VL * Op::PAIR) {
+        for (int64_t j = from; j < to; j += VL * Op::PAIR) {
             Floats p[2];
             for (int n = 0; n < Op::PAIR; n++) {
                 p[n] = exp2<Op::DEGREE>(load(row + j + n * VL) * unit - less);
