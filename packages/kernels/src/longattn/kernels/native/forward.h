@@ -117,13 +117,12 @@ private:
     void softmax(int64_t r, int64_t i, int64_t from, int64_t to, int64_t b, int64_t h) {
         if (from == to) return;
         float* row = scores + i * KEYS;
-        float before = m[r + i], now = std::fmax(before, largest(load(top + i * VL)));
+        const float before = m[r + i], here = largest(load(top + i * VL)), now = here > before ? here : before;
         // Finite where nothing was seen yet, so that -inf - -inf does not arise.
-        float pivot = now == NONE ? 0.f : now * units.unit;
-        Floats scaled = exp2<5>(splat(before == NONE ? NONE : before * units.unit - pivot));
+        const float pivot = now == NONE ? 0.f : now * units.unit;
+        factor[i] = before == now ? 1.f : before == NONE ? 0.f : exp2<5>(splat(before * units.unit - pivot))[0];
         m[r + i] = now;
-        factor[i] = scaled[0];
-        Floats total = load(l + (r + i) * VL) * scaled;
+        Floats total = load(l + (r + i) * VL) * factor[i];
         const Floats unit = splat(units.unit), less = splat(pivot);
         if (call.drop > 0) keep_row(call, *tile, b, h, queries->positions[least(r + i, queries->n - 1)], keep);
         for (int64_t j = from; j < to; j += VL * Op::PAIR) {
