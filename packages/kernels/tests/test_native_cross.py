@@ -21,7 +21,15 @@ def build_and_run(compiler: str, made: Path, *emulator: str) -> str:
     """What the driver prints; it fails where a number differs from the definition's."""
     flags = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC")]
     static = ["-static"] if emulator else []
-    command = [*shlex.split(compiler), *flags, *static, f"-I{files('longattn.kernels.native')}", str(DRIVER), "-o", str(made)]
+    command = [
+        *shlex.split(compiler),
+        *flags,
+        *static,
+        f"-I{files('longattn.kernels.native')}",
+        str(DRIVER),
+        "-o",
+        str(made),
+    ]
     subprocess.run(command, check=True, timeout=600)
     done = subprocess.run([*emulator, str(made)], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -266,7 +266,12 @@ def test_on_disk_before_it_has_its_name(script: Script, ours: Path, monkeypatch:
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_line_says_what_is_compiled(
-    terminal: bool, script: Script, folder: Path, ours: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    terminal: bool,
+    script: Script,
+    folder: Path,
+    ours: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     """On a terminal; else in the log. A library that is there says nothing."""
     compiler = script(f'cp {ours} "$made"')

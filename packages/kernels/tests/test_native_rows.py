@@ -14,7 +14,7 @@ from longattn.kernels.native.cpu import levels
 from longattn.kernels.native.row import _key_parts
 from longattn.kernels.poison import poisoned_memory
 from longattn.kernels.testing import Case, Tensors, cases, check_backend, run_case
-from longattn.patterncache import BlockSparse, Dilated, Full, Restrict, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Restrict, Span, Window
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
 
@@ -76,6 +76,37 @@ def test_lengths_beside_the_tiles(dtype: torch.dtype, head_dim: int, length: int
     check_backend("native", Case(Full(causal=length % 2 == 0), (length, 300), batch=1, head_dim=head_dim, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Window(1),
+        Window(5),
+        Window(17, causal=False),
+        Window(64, sinks=3),
+        Window(250),
+        Restrict(Window(40), Dilated((64, 512), (1, 8), causal=True)),
+        BlockSparse(10, torch.eye(62).bool()),
+    ],
+    ids=str,
+)
+def test_narrow_bands(pattern, dtype: torch.dtype):
+    """Register tiles of rows meet a part of a tile of keys, or nothing of it, forward and back."""
+    check_backend("native", Case(pattern, (620, 620), batch=1, kv_heads=1, dtype=dtype))
+    check_backend(
+        "native", Case(pattern, (101, 620), batch=1, kv_heads=1, padding=True, dropout_p=0.1, mask="+bhqk", dtype=dtype)
+    )
+
+
+def test_positions_far_apart():
+    """Of keys in one tile: beyond what 32 bits hold."""
+    far = Span(0, 40, 2**33)
+    q, k, v = torch.randn(3, 1, 40, 2, 8)
+    state = attend(q, k, v, Full(causal=True), q_spans=far, k_spans=far, backend="native")
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+    assert torch.allclose(state.out, expected.transpose(1, 2), atol=1e-5)
+
+
 @pytest.mark.parametrize("many", [1, 2, 3, 8])
 @pytest.mark.parametrize("pattern", [Full(causal=True), LONGNET, LISTED, LISTED + LONGNET, Window(7, sinks=3)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,8 +166,12 @@ def test_float16_denormals_keep_their_value(
         q = q[:, :rows].clone().requires_grad_()
         wanted = torch.softmax(torch.einsum("bihd,bjhd->bhij", q.double(), k.double()), -1)  # scale 1
         state = attend(q, k, v, Full(), backend="native", softmax_scale=1.0)
-        assert torch.allclose(state.lse.double(), torch.einsum("bihd,bjhd->bihj", q.double(), k.double()).logsumexp(-1), atol=1e-5)
-        assert torch.allclose(state.out.double(), torch.einsum("bhij,bjhd->bihd", wanted, v.double()), rtol=1e-5, atol=0)
+        assert torch.allclose(
+            state.lse.double(), torch.einsum("bihd,bjhd->bihj", q.double(), k.double()).logsumexp(-1), atol=1e-5
+        )
+        assert torch.allclose(
+            state.out.double(), torch.einsum("bhij,bjhd->bihd", wanted, v.double()), rtol=1e-5, atol=0
+        )
     stored = attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16).out
     assert torch.equal(stored, v[:, :rows])
     k, v = lonely.clone().requires_grad_(), v.clone().requires_grad_()
