@@ -101,10 +101,11 @@ def test_narrow_bands(pattern, dtype: torch.dtype):
 def test_positions_far_apart():
     """Of keys in one tile: beyond what 32 bits hold."""
     far = Span(0, 40, 2**33)
-    q, k, v = torch.randn(3, 1, 40, 2, 8)
+    q, k, v = (torch.randn(1, 40, 2, 8) for _ in range(3))
     state = attend(q, k, v, Full(causal=True), q_spans=far, k_spans=far, backend="native")
-    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
-    assert torch.allclose(state.out, expected.transpose(1, 2), atol=1e-5)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)  # pyright: ignore[reportArgumentType]
+    assert torch.allclose(state.out, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("many", [1, 2, 3, 8])
@@ -176,6 +177,7 @@ def test_float16_denormals_keep_their_value(
     assert torch.equal(stored, v[:, :rows])
     k, v = lonely.clone().requires_grad_(), v.clone().requires_grad_()
     attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16).out.backward(v.detach()[:, :rows])
+    assert v.grad is not None
     assert torch.allclose(v.grad.double(), v.detach().double() * rows / 100, rtol=1e-2, atol=2.0**-25)
 
 
