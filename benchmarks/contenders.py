@@ -10,12 +10,14 @@ from benchmarks.comparison import Contender, pattern_oracle
 from benchmarks.peers.dense import dense_attention
 from benchmarks.peers.fkodom_style import fkodom_style_attention
 from benchmarks.peers.flex_permuted import flex_permuted_attention
+from benchmarks.peers.flex_window import flex_window_attention
 from benchmarks.peers.fma_peak import multiply_adds_of_attention
 from benchmarks.peers.gathered_blocks import GatheredBlocks
 from benchmarks.peers.torchscale_style import torchscale_style_attention
 from longattn.attention import pattern_attention
 from longattn.attention.schedules.base import Schedule
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Window
 
 
 def ours(pattern: Pattern, *, schedule: Schedule | None = None, backend: str | None = None) -> Contender:
@@ -66,6 +68,11 @@ def flex_permuted(segments: Sequence[int], rates: Sequence[int], causal: bool) -
         flex_permuted_attention, segment_lengths=segments, dilation_rates=rates, causal=causal
     )
     return Contender(attention, pattern_oracle(Dilated(segments, rates, heads="shared", causal=causal)))
+
+
+def flex_window(size: int) -> Contender:
+    """FlexAttention on a causal window."""
+    return Contender(functools.partial(flex_window_attention, size=size), pattern_oracle(Window(size)))
 
 
 def fma_peak(causal: bool) -> Contender:

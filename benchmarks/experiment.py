@@ -24,6 +24,7 @@ CASES: dict[str, str] = {
     "cache": "benchmarks.cases.cache",
     "planning": "benchmarks.cases.planning",
     "decode": "benchmarks.cases.decode",
+    "windows": "benchmarks.cases.windows",
 }
 
 

@@ -23,7 +23,8 @@ _WORTH_COMPILING = 1024
 
 
 @lru_cache
-def _attend(length: int) -> Callable[..., Tensor]:
+def attend(length: int) -> Callable[..., Tensor]:
+    """FlexAttention for sequences of that length."""
     return torch.compile(flex_attention, dynamic=False) if length >= _WORTH_COMPILING else flex_attention  # type: ignore[return-value]
 
 
@@ -96,5 +97,5 @@ def flex_permuted_attention(
     order, blocks, score = _prepare(length, heads, tuple(segment_lengths), tuple(dilation_rates), causal, q.device)
     index = order.T[None, :, :, None].expand_as(q)
     mine = [x.gather(1, index).transpose(1, 2) for x in (q, k, v)]
-    out = _attend(length)(*mine, score_mod=score, block_mask=blocks).transpose(1, 2)
+    out = attend(length)(*mine, score_mod=score, block_mask=blocks).transpose(1, 2)
     return torch.empty_like(q).scatter_(1, index, out)

@@ -11,17 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from longattn.kernels.native import compiling
 from longattn.kernels.native.building import current
 
 
 @lru_cache
 def _library() -> ctypes.CDLL:
-    target = current()
+    target, compiler = current(), compiling.find()
+    if isinstance(compiler, str):
+        raise RuntimeError(compiler)
     source = Path(__file__).with_name("fma_peak.cpp")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "fma_peak.so"
-        headers = f"-I{files('longattn.kernels.native')}"
-        subprocess.run([target.compiler or "c++", *target.flags, headers, str(source), "-o", str(made)], check=True)
+        flags = (*target.flags, f"-I{files('longattn.kernels.native')}")
+        subprocess.run(compiler.command(flags, str(source), str(made)), check=True)
         return ctypes.CDLL(str(made))
 
 

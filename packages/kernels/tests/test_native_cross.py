@@ -1,8 +1,13 @@
 """The generic form on another architecture: compiled for aarch64 and run by qemu, where both are installed."""
 
+import os
+import shlex
 import shutil
 import subprocess
+import sys
+import textwrap
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,8 +20,17 @@ DRIVER = Path(__file__).with_name("native_driver.cpp")
 def build_and_run(compiler: str, made: Path, *emulator: str) -> str:
     """What the driver prints; it fails where a number differs from the definition's."""
     flags = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC")]
-    command = [compiler, *flags, "-static", f"-I{files('longattn.kernels.native')}", str(DRIVER), "-o", str(made)]
-    subprocess.run(command, check=True, timeout=300)
+    static = ["-static"] if emulator else []
+    command = [
+        *shlex.split(compiler),
+        *flags,
+        *static,
+        f"-I{files('longattn.kernels.native')}",
+        str(DRIVER),
+        "-o",
+        str(made),
+    ]
+    subprocess.run(command, check=True, timeout=600)
     done = subprocess.run([*emulator, str(made)], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -31,3 +45,22 @@ def test_the_definition_holds_without_python(compiler: str, emulator: tuple[str,
         if shutil.which(tool) is None:
             pytest.skip(f"there is no {tool} here")
     assert "4 floats a vector" in build_and_run(compiler, tmp_path / "driver", *emulator)
+
+
+@pytest.mark.parametrize("compiler", ["clang++", f"{sys.executable} -m ziglang c++"], ids=["clang", "zig"])
+def test_clang_builds_a_library_that_serves(compiler: str, tmp_path: Path):
+    """Its vectors are another dialect; the wheel of the extra `compiler` is a Clang as well."""
+    there = find_spec("ziglang") if "ziglang" in compiler else shutil.which(compiler)
+    if there is None:
+        pytest.skip(f"there is no {compiler.split()[-2:][0]} here")
+    code = """
+        import torch
+        from longattn.kernels.testing import Case, check_backend
+        from longattn.patterncache import Dilated
+        pattern = Dilated((8, 16, 32), (1, 2, 4), causal=True)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            check_backend("native", Case(pattern, (300, 300), head_dim=40, dtype=dtype))
+            check_backend("native", Case(pattern, (3, 300), head_dim=40, dtype=dtype))
+    """
+    environment = {**os.environ, "CXX": compiler, "LONGATTN_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment, timeout=900)

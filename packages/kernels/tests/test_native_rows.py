@@ -14,7 +14,7 @@ from longattn.kernels.native.cpu import levels
 from longattn.kernels.native.row import _key_parts
 from longattn.kernels.poison import poisoned_memory
 from longattn.kernels.testing import Case, Tensors, cases, check_backend, run_case
-from longattn.patterncache import BlockSparse, Dilated, Full, Restrict, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Restrict, Span, Window
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
 
@@ -76,6 +76,38 @@ def test_lengths_beside_the_tiles(dtype: torch.dtype, head_dim: int, length: int
     check_backend("native", Case(Full(causal=length % 2 == 0), (length, 300), batch=1, head_dim=head_dim, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Window(1),
+        Window(5),
+        Window(17, causal=False),
+        Window(64, sinks=3),
+        Window(250),
+        Restrict(Window(40), Dilated((64, 512), (1, 8), causal=True)),
+        BlockSparse(10, torch.eye(62).bool()),
+    ],
+    ids=str,
+)
+def test_narrow_bands(pattern, dtype: torch.dtype):
+    """Register tiles of rows meet a part of a tile of keys, or nothing of it, forward and back."""
+    check_backend("native", Case(pattern, (620, 620), batch=1, kv_heads=1, dtype=dtype))
+    check_backend(
+        "native", Case(pattern, (101, 620), batch=1, kv_heads=1, padding=True, dropout_p=0.1, mask="+bhqk", dtype=dtype)
+    )
+
+
+def test_positions_far_apart():
+    """Of keys in one tile: beyond what 32 bits hold."""
+    far = Span(0, 40, 2**33)
+    q, k, v = (torch.randn(1, 40, 2, 8) for _ in range(3))
+    state = attend(q, k, v, Full(causal=True), q_spans=far, k_spans=far, backend="native")
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)  # pyright: ignore[reportArgumentType]
+    assert torch.allclose(state.out, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("many", [1, 2, 3, 8])
 @pytest.mark.parametrize("pattern", [Full(causal=True), LONGNET, LISTED, LISTED + LONGNET, Window(7, sinks=3)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,6 +140,79 @@ def test_denormals(dtype: torch.dtype):
     assert torch.allclose(state.out, v.float().mean(1, keepdim=True).expand_as(state.out), atol=1e-2)
     small = attend(q, q, q, Full(), backend="native").out
     assert small.isfinite().all() and (small >= 0).all() and (small <= 4 * tiny).all()
+
+
+@pytest.fixture
+def flushing() -> object:
+    """Sets whether torch's threads flush denormals, and puts it back."""
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("rows", [2, 100])
+@pytest.mark.parametrize("flush", [False, True])
+def test_float16_denormals_keep_their_value(
+    level: str, rows: int, flush: bool, flushing, monkeypatch: pytest.MonkeyPatch
+):
+    """As q, k, v and gradients, read and written, in short and long calls: they are ordinary float32."""
+    monkeypatch.setenv("LONGATTN_NATIVE", level)
+    small = torch.tensor([2.0**-24, 3 * 2.0**-24, -(2.0**-20), 2.0**-14 - 2.0**-24]).half()
+    v = small.repeat(2).expand(1, 100, 2, 8).contiguous()
+    big = torch.full((1, 100, 2, 8), 2.0**14).half()
+    lonely = torch.zeros(1, 100, 2, 8).half()
+    lonely[:, 1] = 2.0**-16
+    flushing(flush)
+    for q, k in ((big, lonely), (lonely, big)):
+        q = q[:, :rows].clone().requires_grad_()
+        wanted = torch.softmax(torch.einsum("bihd,bjhd->bhij", q.double(), k.double()), -1)  # scale 1
+        state = attend(q, k, v, Full(), backend="native", softmax_scale=1.0)
+        assert torch.allclose(
+            state.lse.double(), torch.einsum("bihd,bjhd->bihj", q.double(), k.double()).logsumexp(-1), atol=1e-5
+        )
+        assert torch.allclose(
+            state.out.double(), torch.einsum("bhij,bjhd->bihd", wanted, v.double()), rtol=1e-5, atol=0
+        )
+    stored = attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16).out
+    assert torch.equal(stored, v[:, :rows])
+    k, v = lonely.clone().requires_grad_(), v.clone().requires_grad_()
+    attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16).out.backward(v.detach()[:, :rows])
+    assert v.grad is not None
+    assert torch.allclose(v.grad.double(), v.detach().double() * rows / 100, rtol=1e-2, atol=2.0**-25)
+
+
+@pytest.mark.parametrize("level", levels())
+def test_float32_denormals_are_read(level: str, monkeypatch: pytest.MonkeyPatch):
+    """As q or k beside numbers that make a score of them, whatever the scale; what is computed may be flushed, inputs are not."""
+    monkeypatch.setenv("LONGATTN_NATIVE", level)
+    tiny, huge = torch.zeros(1, 100, 1, 8), torch.full((1, 100, 1, 8), 2.0**126)
+    tiny[:, 1] = 2.0**-128
+    v = torch.randn(1, 100, 1, 8)
+    for q, k in ((tiny, huge), (huge, tiny)):
+        scores = torch.einsum("bihd,bjhd->bihj", q.double(), k.double()) * 8**-0.5
+        state = attend(q, k, v, Full(), backend="native")
+        assert torch.allclose(state.lse.double(), scores.logsumexp(-1), atol=1e-5)
+        assert attend(q[:, :2], k, v, Full(), backend="native").lse.allclose(state.lse[:, :2], atol=1e-5)
+
+
+@pytest.mark.parametrize("many", [1, 3])
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormals_of_others_are_as_before(many: int, flush: bool, threads, flushing):
+    """The thread's setting outlives forward, backward and short calls, either way; and no bit of ours depends on it."""
+    threads(many)
+    q = torch.randn(1, 100, 2, 8).requires_grad_()
+    bits = [attend(q, q, q, Full(), backend="native").out]
+    flushing(flush)
+    tiny = torch.full((1000,), 1e-40)
+    before = tiny * 0.5
+    assert bool(before.any()) != flush
+    out = attend(q, q, q, Full(), backend="native").out
+    assert torch.equal(tiny * 0.5, before)
+    out.sum().backward()
+    assert torch.equal(tiny * 0.5, before)
+    with torch.no_grad():
+        attend(q[:, :1], q, q, Full(), backend="native")
+    assert torch.equal(tiny * 0.5, before) and torch.equal(bits[0], out)
 
 
 @pytest.mark.parametrize("level", levels())

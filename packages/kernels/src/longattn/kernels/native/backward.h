@@ -126,6 +126,7 @@ public:
 private:
     // Q, dO, lse, delta: memory -> L2, stay for all keys.
     void begin(int64_t b, int64_t h, int64_t count, int64_t rows) {
+        const Flush none(false);  // a small q times the scale is what it is
         for (int64_t r = 0; r < rows; r++) {
             float *q_row = Q + r * shape.wide, *dO_row = dO + r * shape.wide;
             lse[r] = -NONE, delta[r] = 0;
@@ -169,28 +170,41 @@ private:
     void strip(int64_t r, int64_t height, int64_t real, Sight sight, int64_t b, int64_t h, const Share& share) {
         const KeyTile& keys = *tile;
         float top[STRIP * VL];
-        scores_of<Op>(Q + r * shape.wide, height, Kt, shape, keys, scores, top);
-        if (veil.needed(sight)) veil.hide(keys, sight, b, h, *queries, r, real, scores, nullptr);
-        products_of<Op>(dO + r * shape.wide, height, Vt, shape, keys.padded, products);
-        for (int64_t i = 0; i < height; i += Op::PAIR) weigh(r, i, b, h);
+        const Reach<Op::GROUP> reach(keys, sight, *queries, r, real);
+        scores_of<Op>(Q + r * shape.wide, height, Kt, shape, keys, reach, scores, top);
+        if (veil.needed(sight)) veil.hide(keys, sight, reach, b, h, *queries, r, real, scores, nullptr);
+        products_of<Op>(dO + r * shape.wide, height, Vt, shape, keys.padded, reach, products);
+        for (int64_t i = 0; i < height; i += Op::PAIR) weigh(r, i, reach.from[i / MR], reach.to[i / MR], b, h);
         const auto one = [](int64_t) { return splat(1.f); };
-        const int64_t all = round_up(keys.padded, MR), steps = height / Op::PAIR, from = r / Op::PAIR * shape.columns;
+        const int64_t all = round_up(keys.padded, MR), from = r / Op::PAIR * shape.columns;
         if (share.dkv) {
+            // Of each register tile of keys: the rows from the first to the last that meets it.
+            Steps met[KEYS / MR + 1] = {};
+            for (int64_t i = 0; i < height; i += MR)
+                for (int64_t j = reach.from[i / MR] / MR; j * MR < reach.to[i / MR]; j++)
+                    met[j] = {met[j].to ? met[j].from : i / Op::PAIR, least(height, i + MR) / Op::PAIR};
+            const auto steps = [&](int64_t j) { return met[j / MR]; };
             accumulate<Op>(all, steps, p_pairs, 1, KEYS, dO_rows + from, shape.columns, dv, one);
             accumulate<Op>(all, steps, ds_pairs, 1, KEYS, Q_rows + from, shape.columns, dk, one);
         }
         if (share.dq)
-            accumulate<Op>(height, keys.padded / Op::PAIR, ds_rows, KEYS / Op::PAIR, 1, K, shape.columns, dq + r * shape.columns, one);
+            accumulate<Op>(
+                height, [&](int64_t i) { return Steps{reach.from[i / MR] / Op::PAIR, reach.to[i / MR] / Op::PAIR}; }, ds_rows,
+                KEYS / Op::PAIR, 1, K, shape.columns, dq + r * shape.columns, one);
     }
 
-    // One row (or pair of rows) of scores and of dO v: in place they become P and dS.
-    INLINE void weigh(int64_t r, int64_t i, int64_t b, int64_t h) {
+    // One row (or pair of rows) of scores and of dO v: in place they become P and dS, zeros but for the keys from .. to.
+    INLINE void weigh(int64_t r, int64_t i, int64_t from, int64_t to, int64_t b, int64_t h) {
         const Floats unit = splat(units.unit);
         for (int row = 0; row < Op::PAIR; row++) {
             float *p_row = scores + (i + row) * KEYS, *ds_row = products + (i + row) * KEYS;
             const Floats pivot = splat(lse[r + i + row]), less = splat(delta[r + i + row]);
             if (call.drop > 0) keep_row(call, *tile, b, h, queries->positions[least(r + i + row, queries->n - 1)], keep);
-            for (int64_t j = 0; j < tile->padded; j += VL) {
+            for (float* zeros : {p_row, ds_row}) {
+                memset(zeros, 0, from * 4);
+                memset(zeros + to, 0, (tile->padded - to) * 4);
+            }
+            for (int64_t j = from; j < to; j += VL) {
                 Floats p = exp2<Op::DEGREE>(load(p_row + j) * unit - pivot), dp = load(ds_row + j);
                 Floats kept = call.drop > 0 ? load(keep + j) : splat(1.f);
                 store(ds_row + j, p * (dp * kept - less));

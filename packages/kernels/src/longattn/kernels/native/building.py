@@ -1,14 +1,14 @@
 """Compiles the native row's source with the machine's compiler, once, and loads it.
 
 1. `target` says without compiling which library is wanted and, where that is known already, why there can be none: switched off, an
-   unknown machine, no compiler, a cache folder that cannot be written.
+   unknown machine, no compiler, a cache folder that cannot be written or is not ours alone.
 2. `library` loads it from the cache folder, or compiles it there first. It is asked for by the first call that the row serves. What
    fails then is remembered as one more reason.
 3. A compile writes a file of its own and renames it: of two processes that build at once, neither sees half a file.
 
-A file's name is a hash of source, flags and compiler. LONGATTN_NATIVE=0 switches the row off, another value is the widest level to use.
-Read once a process: LONGATTN_CACHE is the folder (default: longattn in the user's cache folder), LONGATTN_NATIVE_FLAGS are further
-compiler flags, CXX is the compiler.
+A file's name is a hash of source, flags and compiler, and a digest of its bytes. LONGATTN_NATIVE=0 switches the row off, another value is
+the widest level to use. Read once a process: LONGATTN_CACHE is the folder (default: longattn in the user's cache folder),
+LONGATTN_NATIVE_FLAGS are further compiler flags, CXX is the compiler's command line.
 """
 
 from __future__ import annotations
@@ -17,27 +17,46 @@ import ctypes
 import hashlib
 import logging
 import os
-import shutil
-import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
+from time import perf_counter
 
+from longattn.kernels.native import cachefolder, compiling
+from longattn.kernels.native.compiling import COMPILERS, Compiler, NativeBuildError
 from longattn.kernels.native.cpu import LEVELS, levels
 
+__all__ = [
+    "COMPILERS",
+    "FLAGS",
+    "NativeBuildError",
+    "Target",
+    "build_native",
+    "current",
+    "library",
+    "loaded",
+    "refusal",
+    "target",
+]
+
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-w")
-COMPILERS = ("c++", "g++", "clang++")
-_TIMEOUT_S = 120
+_ENTRIES = (
+    "sizes",
+    "scratch",
+    "attend",
+    "attend_backward",
+    "short_scratch",
+    "attend_short",
+    "decode_scratch",
+    "decode",
+)
 
 logger = logging.getLogger("longattn.kernels")
 _guard = Lock()
-
-
-class NativeBuildError(RuntimeError):
-    """The native library cannot be had; the message says why."""
 
 
 @dataclass
@@ -45,16 +64,18 @@ class Target:
     """The library that a value of LONGATTN_NATIVE asks for.
 
     Attributes:
-        level: one of `LEVELS`. compiler, flags: how it is made. path: where it is kept.
+        level: one of `LEVELS`. compiler, flags: how it is made. folder, stem: where it is kept, and how its name begins.
         refusal: why it cannot be had, or None.
-        loaded: the library, once it is.
+        path: its file, once it is there. loaded: the library, once it is.
     """
 
     level: str
-    compiler: str | None
+    compiler: Compiler | None
     flags: tuple[str, ...]
-    path: Path
+    folder: Path
+    stem: str
     refusal: str | None
+    path: Path | None = None
     loaded: ctypes.CDLL | None = None
 
 
@@ -68,7 +89,9 @@ def build_native() -> Path:
         NativeBuildError: there is no library to be had; the message is the reason that the row gives.
     """
     library()
-    return current().path
+    path = current().path
+    assert path is not None
+    return path
 
 
 def current() -> Target:
@@ -106,13 +129,26 @@ def _load(wanted: Target) -> None:
     if wanted.refusal is not None or wanted.loaded is not None:
         return
     try:
-        if not wanted.path.exists():
-            compile_to(wanted)
-        wanted.loaded = ctypes.CDLL(str(wanted.path))
+        wanted.path = cachefolder.find(wanted.folder, wanted.stem) or compile_for(wanted)
+        wanted.loaded = _opened(wanted.path)
     except NativeBuildError as problem:
         wanted.refusal = str(problem)
     except OSError as problem:
-        wanted.refusal = f"the library {wanted.path} cannot be made or loaded: {problem}"
+        wanted.refusal = f"the library {wanted.folder / wanted.stem} cannot be made or loaded: {problem}"
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    """The library, with everything that is called in it. One that is not ours, which a compiler may well have made, is not kept."""
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as problem:
+        cachefolder.set_aside(path, "cannot be loaded")
+        raise NativeBuildError(f"the library {path} cannot be loaded: {problem}") from problem
+    missing = [name for entry in _ENTRIES if not hasattr(found, name := f"longattn_{entry}")]
+    if missing:
+        cachefolder.set_aside(path, f"has no {missing[0]}")
+        raise NativeBuildError(f"the library {path} is not ours: it has no {', '.join(missing)}")
+    return found
 
 
 @lru_cache
@@ -121,13 +157,17 @@ def target(choice: str) -> Target:
     here = levels()
     named = choice.strip().lower()
     level = named if named in here else here[0] if here else "generic"
-    compiler = _compiler()
     flags = (*FLAGS, *LEVELS[level], *os.environ.get("LONGATTN_NATIVE_FLAGS", "").split())
-    path = cache_folder() / f"native-{level}-{_hash(flags, compiler)}.so"
-    return Target(level, compiler, flags, path, _refusal_of(named, here, compiler, path))
+    wanted = Target(level, None, flags, Path(), f"native-{level}", _not_for_here(named, here))
+    if wanted.refusal is None:
+        try:
+            wanted.refusal = _look(wanted)
+        except OSError as problem:
+            wanted.refusal = f"compiler, source or cache folder cannot be read: {problem}"
+    return wanted
 
 
-def _refusal_of(named: str, here: tuple[str, ...], compiler: str | None, path: Path) -> str | None:
+def _not_for_here(named: str, here: tuple[str, ...]) -> str | None:
     if named == "0":
         return "switched off by LONGATTN_NATIVE=0"
     if named not in ("", "1", *LEVELS):
@@ -136,60 +176,65 @@ def _refusal_of(named: str, here: tuple[str, ...], compiler: str | None, path: P
         return "this machine's processor is not known"
     if named in LEVELS and named not in here:
         return f"LONGATTN_NATIVE={named} is wider than this processor, which has {here[0]}"
-    if path.exists():
-        return None
-    if compiler is None:
-        return f"no C++ compiler: CXX is not set, and none of {', '.join(COMPILERS)} is on PATH"
-    there = next(folder for folder in (path.parent, *path.parent.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return f"the cache folder {path.parent} cannot be written; LONGATTN_CACHE names another"
     return None
 
 
-def compile_to(wanted: Target) -> None:
-    """Compile the source for a target, as a file that appears whole.
+def _look(wanted: Target) -> str | None:
+    """Find compiler and folder, or say why they will not do."""
+    folder, compiler = cachefolder.cache_folder(), compiling.find()
+    if isinstance(folder, str):
+        return folder
+    wanted.folder = folder
+    wanted.compiler = None if isinstance(compiler, str) else compiler
+    wanted.stem = f"native-{wanted.level}-{_hash(wanted.flags, wanted.compiler)}"
+    wrong = cachefolder.refusal_of(folder)
+    if wrong is not None or (folder.is_dir() and any(folder.glob(f"{wanted.stem}.*.so"))):
+        return wrong
+    return compiler if isinstance(compiler, str) else cachefolder.unwritable(folder)
+
+
+def compile_for(wanted: Target) -> Path:
+    """Compile the source for a target, as a file that appears whole. Says so in one line on a terminal, or in the log.
 
     Raises:
-        NativeBuildError: the compiler fails, with its last line.
+        NativeBuildError: there is no compiler, or it fails, with its last line.
         OSError: the folder cannot be written.
     """
-    assert wanted.compiler is not None
-    wanted.path.parent.mkdir(parents=True, exist_ok=True)
+    compiler = wanted.compiler
+    if compiler is None:
+        raise NativeBuildError(str(compiling.find()))
+    cachefolder.make(wanted.folder)
     source = files("longattn.kernels.native").joinpath("attend.cpp")
-    with tempfile.TemporaryDirectory(dir=wanted.path.parent, prefix="building-") as own:
-        made = Path(own) / wanted.path.name
-        command = [wanted.compiler, *wanted.flags, str(source), "-o", str(made)]
-        logger.debug("native row: %s", " ".join(command))
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
-        except subprocess.TimeoutExpired as problem:
-            raise NativeBuildError(f"the compiler {wanted.compiler} took longer than {_TIMEOUT_S} s") from problem
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-            raise NativeBuildError(f"the compiler {wanted.compiler} failed: {last}")
-        os.replace(made, wanted.path)
+    begun = perf_counter()
+    what = f"compiling the native row ({wanted.level}) with {' '.join(compiler.words)} into {wanted.folder}"
+    terminal = sys.stderr if sys.stderr is not None and sys.stderr.isatty() else None
+    if terminal is not None:
+        print(f"longattn: {what} ...", end="", file=terminal, flush=True)
+    outcome = "failed"
+    try:
+        with tempfile.TemporaryDirectory(dir=wanted.folder, prefix="building-") as own:
+            made = Path(own) / "native.so"
+            command = compiler.command(wanted.flags, str(source), str(made))
+            logger.debug("native row: %s", " ".join(command))
+            compiling.run(compiler, command)
+            if not made.exists():
+                raise NativeBuildError(f"the compiler {' '.join(compiler.words)} ended well and wrote no library")
+            kept = cachefolder.keep(made, wanted.folder, wanted.stem)
+        outcome = "done"
+        return kept
+    finally:
+        took = f"{outcome} in {perf_counter() - begun:.1f} s"
+        if terminal is not None:
+            print(f" {took}", file=terminal, flush=True)
+        else:
+            logger.info("native row: %s: %s", what, took)
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept: LONGATTN_CACHE, or longattn in the user's cache folder."""
-    named = os.environ.get("LONGATTN_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~"), ".cache")) / "longattn"
-
-
-def _compiler() -> str | None:
-    preferred = os.environ.get("CXX")
-    return next((found for name in ([preferred] if preferred else COMPILERS) if (found := shutil.which(name))), None)
-
-
-def _hash(flags: tuple[str, ...], compiler: str | None) -> str:
-    known = hashlib.sha256(" ".join(flags).encode())
+def _hash(flags: tuple[str, ...], compiler: Compiler | None) -> str:
+    known = hashlib.sha256(os.fsencode(" ".join(flags)))
     folder = files("longattn.kernels.native")
     for name in sorted(f.name for f in folder.iterdir() if f.name.endswith((".cpp", ".h"))):
         known.update(name.encode() + folder.joinpath(name).read_bytes())
     if compiler is not None:
-        # A compiler that was replaced makes another library.
-        about = os.stat(compiler)
-        known.update(f"{os.path.realpath(compiler)} {about.st_size} {about.st_mtime_ns}".encode())
+        known.update(os.fsencode(compiler.identity))
     return known.hexdigest()[:20]

@@ -82,19 +82,23 @@ static INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 struct Queries {
     int64_t n;
     int64_t rows[ROWS], positions[ROWS];
+    int64_t near[ROWS / MR], far[ROWS / MR];  // smallest and largest position of each register tile of rows
 
     void take(const RowSet& set, int64_t t, int64_t first, int64_t count) {
         n = count;
         for (int64_t i = 0; i < n; i++) {
             rows[i] = set.row(t, first + i);
-            positions[i] = set.position(rows[i]);
+            const int64_t at = positions[i] = set.position(rows[i]), tile = i / MR;
+            near[tile] = i % MR ? least(near[tile], at) : at;
+            far[tile] = i % MR ? most(far[tile], at) : at;
         }
     }
+    // Of `count` rows from row `first` on, which begins a register tile.
     void range(int64_t first, int64_t count, int64_t& nearest, int64_t& farthest) const {
-        nearest = farthest = positions[first];
-        for (int64_t i = first + 1; i < first + count; i++) {
-            nearest = least(nearest, positions[i]);
-            farthest = most(farthest, positions[i]);
+        nearest = near[first / MR], farthest = far[first / MR];
+        for (int64_t i = first / MR + 1; i < (first + count + MR - 1) / MR; i++) {
+            nearest = least(nearest, near[i]);
+            farthest = most(farthest, far[i]);
         }
     }
 };

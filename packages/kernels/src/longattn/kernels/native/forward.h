@@ -4,6 +4,7 @@
 // tile of keys is packed once and stays for all rows of the task; scores of one strip stand at a time. Scores are in units in which
 // exp is 2^(unit * score): q is scaled by what is left of scale * log2 e.
 #pragma once
+#include "flush.h"
 #include "philox.h"
 #include "strip.h"
 
@@ -73,12 +74,14 @@ public:
                 Sight sight = tile->seen(nearest, farthest);
                 if (sight == NOTHING) continue;
                 if (!packed) pack(b, kv_head), packed = true;
-                scores_of<Op>(Q + r * shape.wide, height, Kt, shape, *tile, scores, top);
-                if (veil.needed(sight)) veil.hide(*tile, sight, b, h, *queries, r, real, scores, top);
-                for (int64_t i = 0; i < height; i++) softmax(r, i, b, h);
+                const Reach<Op::GROUP> reach(*tile, sight, *queries, r, real);
+                scores_of<Op>(Q + r * shape.wide, height, Kt, shape, *tile, reach, scores, top);
+                if (veil.needed(sight)) veil.hide(*tile, sight, reach, b, h, *queries, r, real, scores, top);
+                for (int64_t i = 0; i < height; i++) softmax(r, i, reach.from[i / MR], reach.to[i / MR], b, h);
                 accumulate<Op>(
-                    height, tile->padded / Op::PAIR, Op::PAIR == 2 ? (const float*)halves : scores, KEYS / Op::PAIR, 1, V,
-                    shape.columns, acc + r * shape.columns, [&](int64_t i) { return splat(factor[i]); });
+                    height, [&](int64_t i) { return Steps{reach.from[i / MR] / Op::PAIR, reach.to[i / MR] / Op::PAIR}; },
+                    Op::PAIR == 2 ? (const float*)halves : scores, KEYS / Op::PAIR, 1, V, shape.columns, acc + r * shape.columns,
+                    [&](int64_t i) { return splat(factor[i]); });
             }
         }
         for (int64_t r = 0; r < count; r++) finish(job, b, h, r);
@@ -89,6 +92,7 @@ private:
     int64_t begin(const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t count) {
         queries->take(job.queries, t, first, count);
         int64_t rows = round_up(count, MR);
+        const Flush none(false);  // a small q times the scale is what it is
         for (int64_t r = 0; r < rows; r++) {
             float* row = Q + r * shape.wide;
             if (r < count) load_words<Op>(row, call.q.at(b, queries->rows[r], h), call.q.type, shape.dim, shape.wide, units.q_factor);
@@ -110,18 +114,18 @@ private:
     }
 
     // One row: the running max moves, scores become weights, and what stood before is to be scaled by `factor`.
-    void softmax(int64_t r, int64_t i, int64_t b, int64_t h) {
+    void softmax(int64_t r, int64_t i, int64_t from, int64_t to, int64_t b, int64_t h) {
+        if (from == to) return;
         float* row = scores + i * KEYS;
-        float before = m[r + i], now = std::fmax(before, largest(load(top + i * VL)));
+        const float before = m[r + i], here = largest(load(top + i * VL)), now = here > before ? here : before;
         // Finite where nothing was seen yet, so that -inf - -inf does not arise.
-        float pivot = now == NONE ? 0.f : now * units.unit;
-        Floats scaled = exp2<5>(splat(before == NONE ? NONE : before * units.unit - pivot));
+        const float pivot = now == NONE ? 0.f : now * units.unit;
+        factor[i] = before == now ? 1.f : before == NONE ? 0.f : exp2<5>(splat(before * units.unit - pivot))[0];
         m[r + i] = now;
-        factor[i] = scaled[0];
-        Floats total = load(l + (r + i) * VL) * scaled;
+        Floats total = load(l + (r + i) * VL) * factor[i];
         const Floats unit = splat(units.unit), less = splat(pivot);
         if (call.drop > 0) keep_row(call, *tile, b, h, queries->positions[least(r + i, queries->n - 1)], keep);
-        for (int64_t j = 0; j < tile->padded; j += VL * Op::PAIR) {
+        for (int64_t j = from; j < to; j += VL * Op::PAIR) {
             Floats p[2];
             for (int n = 0; n < Op::PAIR; n++) {
                 p[n] = exp2<Op::DEGREE>(load(row + j + n * VL) * unit - less);

@@ -2,6 +2,8 @@
 #pragma once
 #include "call.h"
 
+constexpr int64_t NEAR = int64_t(1) << 30;
+
 enum Sight { NOTHING, SOME, ALL };
 
 struct KeyTile {
@@ -10,12 +12,18 @@ struct KeyTile {
     int64_t first, last;            // smallest and largest position
     bool neighbours;                // rows follow one another in memory
     int64_t rows[KEYS], positions[KEYS];
+    int64_t near[KEYS / VL], far[KEYS / VL];  // smallest and largest position of each vector of keys
+    int32_t after[KEYS];            // positions from `first` on, where all are below NEAR; else `wide`
+    bool wide;
     float bias[KEYS];               // log2 of the count, -inf beyond n
 
     // What queries at positions from `nearest` to `farthest` see of it.
     Sight seen(int64_t nearest, int64_t farthest) const {
         if (farthest - first < low || nearest - last > high) return NOTHING;
         return nearest - last >= low && farthest - first <= high ? ALL : SOME;
+    }
+    bool meets(int64_t vector, int64_t nearest, int64_t farthest) const {
+        return farthest - near[vector] >= low && nearest - far[vector] <= high;
     }
 };
 
@@ -93,6 +101,41 @@ public:
             tile.positions[j] = tile.positions[0];
             tile.bias[j] = NONE;
         }
+        tile.wide = tile.last - tile.first >= NEAR;
+        for (int64_t j = 0; j < tile.padded; j++) {
+            int64_t &near = tile.near[j / VL], &far = tile.far[j / VL];
+            near = j % VL ? least(near, tile.positions[j]) : tile.positions[j];
+            far = j % VL ? most(far, tile.positions[j]) : tile.positions[j];
+            tile.after[j] = int32_t(least(tile.positions[j] - tile.first, NEAR));
+        }
         return true;
+    }
+};
+
+// What each register tile of a strip's rows meets of a tile of keys: the keys from .. to, in groups of GROUP. Work follows it, so that a
+// narrow band costs little more than its pairs.
+template <int GROUP>
+struct Reach {
+    static_assert(GROUP % VL == 0 && STRIP % MR == 0 && KEYS % GROUP == 0, "whole vectors, whole register tiles, whole groups");
+    int64_t from[STRIP / MR], to[STRIP / MR];
+
+    // `rows` query rows from row `first` on; `sight` is what they see of the tile together.
+    Reach(const KeyTile& tile, Sight sight, const Queries& queries, int64_t first, int64_t rows) {
+        for (int64_t r = 0; r < rows; r += MR) {
+            int64_t &begin = from[r / MR] = 0, &end = to[r / MR] = round_up(tile.padded, GROUP);
+            if (sight == ALL) continue;
+            const int64_t near = queries.near[(first + r) / MR], far = queries.far[(first + r) / MR];
+            while (begin < end && !met(tile, begin, near, far)) begin += GROUP;
+            while (begin < end && !met(tile, end - GROUP, near, far)) end -= GROUP;
+        }
+    }
+
+    bool none(int64_t row) const { return from[row / MR] == to[row / MR]; }
+
+private:
+    static bool met(const KeyTile& tile, int64_t j, int64_t near, int64_t far) {
+        for (int64_t v = j / VL; v < (j + GROUP) / VL; v++)
+            if (tile.meets(v, near, far)) return true;
+        return false;
     }
 };

@@ -13,7 +13,11 @@ struct Shape {
 
 static INLINE void load_floats(float* to, const char* from, int64_t type, int64_t n, float factor) {
     const uint16_t* halves = (const uint16_t*)from;
-    if (type == FLOAT32)
+    // No product with 1: in a task it would make a denormal zero.
+    if (type == FLOAT32 && factor == 1) memcpy(to, from, n * 4);
+    else if (type == BFLOAT16 && factor == 1)
+        for (int64_t i = 0; i < n; i++) to[i] = from_bfloat16(halves[i]);
+    else if (type == FLOAT32)
         for (int64_t i = 0; i < n; i++) to[i] = ((const float*)from)[i] * factor;
     else if (type == BFLOAT16)
         for (int64_t i = 0; i < n; i++) to[i] = from_bfloat16(halves[i]) * factor;
@@ -48,28 +52,24 @@ static INLINE void load_words(float* to, const char* from, int64_t type, int64_t
     for (int64_t i = dim; i < width * 2; i++) halves[i] = 0;
 }
 
-// VL x VL words, transposed in registers: log2(VL) rounds of exchanging halves.
+// One round of a transposition: rows whose numbers differ in the bit WIDTH exchange lanes; then the wider ones.
+template <int WIDTH>
+static INLINE void exchange(Ints (&x)[VL]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) {
+        if (i & WIDTH) continue;
+        const Ints low = lower_lanes<WIDTH>(x[i], x[i + WIDTH]), high = upper_lanes<WIDTH>(x[i], x[i + WIDTH]);
+        x[i] = low, x[i + WIDTH] = high;
+    }
+    if constexpr (2 * WIDTH < VL) exchange<2 * WIDTH>(x);
+}
+
+// VL x VL words, transposed in registers: log2(VL) rounds.
 static INLINE void transpose(const float* from, int64_t ldf, float* to, int64_t ldt) {
-    Ints x[VL], y[VL];
+    Ints x[VL];
 #pragma GCC unroll 16
     for (int i = 0; i < VL; i++) x[i] = *(const LooseInts*)(from + i * ldf);
-    Ints lane;
-    for (int i = 0; i < VL; i++) lane[i] = i;
-#pragma GCC unroll 4
-    for (int width = 1; width < VL; width *= 2) {
-        // Lanes with the bit `width` clear keep row i and take from row i + width, shifted; the others the other way round.
-        Ints upper = (lane & width) != 0;
-        Ints low = upper ? (lane - width) + VL : lane;
-        Ints high = upper ? lane + VL : lane + width;
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; i++) {
-            if (i & width) continue;
-            y[i] = __builtin_shuffle(x[i], x[i + width], low);
-            y[i + width] = __builtin_shuffle(x[i], x[i + width], high);
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; i++) x[i] = y[i];
-    }
+    exchange<1>(x);
 #pragma GCC unroll 16
     for (int i = 0; i < VL; i++) *(LooseInts*)(to + i * ldt) = x[i];
 }

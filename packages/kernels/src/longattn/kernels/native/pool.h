@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "call.h"
+#include "flush.h"
 
 class Pool {
     std::mutex taken, guard;
@@ -64,11 +65,12 @@ class Pool {
     }
 
 public:
-    // task(thread, i) for every i < tasks; no thread runs two at a time.
+    // task(thread, i) for every i < tasks; no thread runs two at a time. In a task results below 2^-126 are zeros.
     template <class Task>
     void run(int64_t threads, int64_t tasks, const Task& task) {
         std::atomic<int64_t> next{0};
         const std::function<void(int64_t)> each = [&](int64_t thread) {
+            const Flush small(true);
             for (int64_t i; (i = next.fetch_add(1)) < tasks;) task(thread, i);
         };
         threads = least(threads, tasks);

@@ -7,13 +7,14 @@
 
 struct Float32 {
     static constexpr int PAIR = 1;    // numbers in a step of K
+    static constexpr int GROUP = VL;  // keys that are weighed at a time
     static constexpr int DEGREE = 5;  // of the polynomial for exp2
     static INLINE Floats add(Floats sum, Floats a, Floats b) { return sum + a * b; }
 };
 
 #if defined(__AVX512BF16__)
 struct BFloat16 {
-    static constexpr int PAIR = 2;
+    static constexpr int PAIR = 2, GROUP = 2 * VL;
     static constexpr int DEGREE = 3;
     static INLINE Floats add(Floats sum, Floats a, Floats b) {
         return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);

@@ -75,9 +75,10 @@ struct StoredHalf : Widened {
 #else
         Halves halves;
         memcpy(&halves, p, sizeof halves);
-        const Ints bits = __builtin_convertvector(halves, Ints), magnitude = (bits & 0x7fff) << 13;
-        const Ints special = magnitude | 0x7f800000, normal = (Ints)((Floats)magnitude * 0x1p112f);
-        return (Floats)(((bits & 0x7c00) == 0x7c00 ? special : normal) | (bits & 0x8000) << 16);
+        const Ints bits = __builtin_convertvector(halves, Ints), magnitude = bits & 0x7fff;
+        const Ints shifted = (magnitude << 13) + (magnitude >= 0x7c00 ? splat_int(0x70000000) : splat_int(0x38000000));
+        const Ints small = (Ints)(__builtin_convertvector(magnitude, Floats) * 0x1p-24f);  // as from_float16
+        return (Floats)((magnitude < 0x400 ? small : shifted) | (bits & 0x8000) << 16);
 #endif
     }
     static INLINE Pair step(const char* p) { return {widened(p), widened(p + 2 * VL)}; }
@@ -115,16 +116,11 @@ static INLINE typename Stored::Key key_of(const char* p, int64_t n) {
 }
 
 // The sums over lanes of VL vectors, sum i in lane i: log2(VL) rounds in which two vectors become one. Leaves nothing of x.
+template <int WIDTH = 1>
 static INLINE Floats sums_of_lanes(Floats (&x)[VL]) {
-    Ints lane;
-    for (int i = 0; i < VL; i++) lane[i] = i;
-#pragma GCC unroll 4
-    for (int width = 1; width < VL; width *= 2) {
-        const Ints upper = (lane & width) != 0;
-        const Ints low = upper ? (lane - width) + VL : lane, high = upper ? lane + VL : lane + width;
 #pragma GCC unroll 16
-        for (int i = 0; i < VL; i += 2 * width)
-            x[i] = __builtin_shuffle(x[i], x[i + width], low) + __builtin_shuffle(x[i], x[i + width], high);
-    }
+    for (int i = 0; i < VL; i += 2 * WIDTH)
+        x[i] = lower_lanes<WIDTH>(x[i], x[i + WIDTH]) + upper_lanes<WIDTH>(x[i], x[i + WIDTH]);
+    if constexpr (2 * WIDTH < VL) return sums_of_lanes<2 * WIDTH>(x);
     return x[0];
 }

@@ -3,63 +3,85 @@
 #include "keys.h"
 #include "pack.h"
 
+// visit(Count<n>()) for n = 1 .. MOST: n as a constant.
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+template <int MOST, class Visit>
+static INLINE void with_count(int64_t n, Visit visit) {
+    if (n == MOST) return visit(Count<MOST>());
+    if constexpr (MOST > 1) with_count<MOST - 1>(n, visit);
+}
+
+// For all register tiles of `rows` x keys that meet: visit(row, key, Count<vectors of keys>()). A panel of keys stays for all rows of the strip.
+template <int GROUP, class Visit>
+static INLINE void tiles_of(int64_t rows, int64_t padded, const Reach<GROUP>& reach, Visit visit) {
+    for (int64_t j = 0; j < padded; j += PW)
+        for (int64_t r = 0; r < rows; r += MR) {
+            const int64_t begin = most(j, reach.from[r / MR]), end = least(j + PW, reach.to[r / MR]);
+            if (begin < end) with_count<NV>((end - begin) / VL, [&](auto n) { visit(r, begin, n); });
+        }
+}
+
 // scores (rows x KEYS) = A B + bias for each key, and top, the largest of each row in each lane. B is packed in panels.
 template <class Op>
-static void scores_of(const float* A, int64_t rows, const float* B, const Shape<Op>& shape, const KeyTile& tile, float* scores,
-                      float* top) {
+static void scores_of(const float* A, int64_t rows, const float* B, const Shape<Op>& shape, const KeyTile& tile,
+                      const Reach<Op::GROUP>& reach, float* scores, float* top) {
     for (int64_t r = 0; r < rows * VL; r += VL) store(top + r, splat(NONE));
-    for (int64_t j = 0; j < tile.padded; j += PW) {
-        const float* panel = B + j * shape.wide;  // K^T panel: L2 -> L1, stays for all rows of the strip
-        for (int64_t r = 0; r < rows; r += MR) {
-            float* C = scores + r * KEYS + j;
-            register_tile<Op, MR, NV>(
-                shape.words, A + r * shape.wide, shape.wide, 1, panel, PW,
-                [&](Floats(&s)[MR][NV]) {
-                    for (int n = 0; n < NV; n++) {
-                        Floats bias = load(tile.bias + j + n * VL);
-                        for (int i = 0; i < MR; i++) s[i][n] = bias;
+    tiles_of(rows, tile.padded, reach, [&](int64_t r, int64_t j, auto count) {
+        constexpr int N = decltype(count)::value;
+        const float* panel = B + j / PW * PW * shape.wide + j % PW;  // K^T panel: L2 -> L1
+        float* C = scores + r * KEYS + j;
+        register_tile<Op, MR, N>(
+            shape.words, A + r * shape.wide, shape.wide, 1, panel, PW,
+            [&](Floats(&s)[MR][N]) {
+                for (int n = 0; n < N; n++) {
+                    Floats bias = load(tile.bias + j + n * VL);
+                    for (int i = 0; i < MR; i++) s[i][n] = bias;
+                }
+            },
+            [&](Floats(&s)[MR][N]) {
+                for (int i = 0; i < MR; i++) {
+                    Floats m = load(top + (r + i) * VL);
+                    for (int n = 0; n < N; n++) {
+                        store(C + i * KEYS + n * VL, s[i][n]);
+                        m = max(m, s[i][n]);
                     }
-                },
-                [&](Floats(&s)[MR][NV]) {
-                    for (int i = 0; i < MR; i++) {
-                        Floats m = load(top + (r + i) * VL);
-                        for (int n = 0; n < NV; n++) {
-                            store(C + i * KEYS + n * VL, s[i][n]);
-                            m = max(m, s[i][n]);
-                        }
-                        store(top + (r + i) * VL, m);
-                    }
-                });
-        }
-    }
+                    store(top + (r + i) * VL, m);
+                }
+            });
+    });
 }
 
 // The plain product: C (rows x KEYS) = A B, for dO V^T.
 template <class Op>
-static void products_of(const float* A, int64_t rows, const float* B, const Shape<Op>& shape, int64_t padded, float* out) {
-    for (int64_t j = 0; j < padded; j += PW)
-        for (int64_t r = 0; r < rows; r += MR)
-            register_tile<Op, MR, NV>(
-                shape.words, A + r * shape.wide, shape.wide, 1, B + j * shape.wide, PW,
-                [&](Floats(&s)[MR][NV]) {
-                    for (int i = 0; i < MR; i++)
-                        for (int n = 0; n < NV; n++) s[i][n] = Floats{};
-                },
-                [&](Floats(&s)[MR][NV]) {
-                    for (int i = 0; i < MR; i++)
-                        for (int n = 0; n < NV; n++) store(out + (r + i) * KEYS + j + n * VL, s[i][n]);
-                });
+static void products_of(const float* A, int64_t rows, const float* B, const Shape<Op>& shape, int64_t padded,
+                        const Reach<Op::GROUP>& reach, float* out) {
+    tiles_of(rows, padded, reach, [&](int64_t r, int64_t j, auto count) {
+        constexpr int N = decltype(count)::value;
+        register_tile<Op, MR, N>(
+            shape.words, A + r * shape.wide, shape.wide, 1, B + j / PW * PW * shape.wide + j % PW, PW,
+            [&](Floats(&s)[MR][N]) {
+                for (int i = 0; i < MR; i++)
+                    for (int n = 0; n < N; n++) s[i][n] = Floats{};
+            },
+            [&](Floats(&s)[MR][N]) {
+                for (int i = 0; i < MR; i++)
+                    for (int n = 0; n < N; n++) store(out + (r + i) * KEYS + j + n * VL, s[i][n]);
+            });
+    });
 }
 
-// scores[j] = change(scores[j], j-th key's number) for the keys of a tile, in numbers of some type with a stride.
+// scores[j] = change(scores[j], j-th key's number) for the keys from .. to of a tile, in numbers of some type with a stride.
 template <class Number, class Change>
-static INLINE void look_up(const char* from, int64_t stride, const KeyTile& tile, float* scores, Change change) {
-    const Number* numbers = (const Number*)from;
+static INLINE void look_up(const char* at, int64_t stride, const KeyTile& tile, int64_t from, int64_t to, float* scores, Change change) {
+    const Number* numbers = (const Number*)at;
     if (tile.neighbours && stride == 1) {
         numbers += tile.rows[0];
-        for (int64_t j = 0; j < tile.n; j++) scores[j] = change(scores[j], numbers[j]);
+        for (int64_t j = from; j < to; j++) scores[j] = change(scores[j], numbers[j]);
     } else
-        for (int64_t j = 0; j < tile.n; j++) scores[j] = change(scores[j], numbers[tile.rows[j] * stride]);
+        for (int64_t j = from; j < to; j++) scores[j] = change(scores[j], numbers[tile.rows[j] * stride]);
 }
 
 // A bias that is a number hides nothing: beyond 1e30, beside which scores vanish, it ends, so that its product with `by` is a number too.
@@ -74,15 +96,39 @@ class Veil {
     const Call& call;
     const float factor;
 
-    void bias(const KeyTile& tile, int64_t b, int64_t h, int64_t n, float* scores) const {
+    void bias(const KeyTile& tile, int64_t from, int64_t to, int64_t b, int64_t h, int64_t n, float* scores) const {
         const Lookup& x = call.bias;
-        const char* from = x.data + (b * x.batch + h * x.head + n * x.row) * size_of(x.type);
+        const char* at = x.data + (b * x.batch + h * x.head + n * x.row) * size_of(x.type);
         const float by = factor;
+<<<<<<< HEAD
         if (x.type == FLOAT32) look_up<float>(from, x.key, tile, scores, [by](float s, float y) { return added(s, y, by); });
         else if (x.type == BFLOAT16)
             look_up<uint16_t>(from, x.key, tile, scores, [by](float s, uint16_t y) { return added(s, from_bfloat16(y), by); });
+=======
+        if (x.type == FLOAT32) look_up<float>(at, x.key, tile, from, to, scores, [by](float s, float y) { return s + y * by; });
+        else if (x.type == BFLOAT16)
+            look_up<uint16_t>(at, x.key, tile, from, to, scores, [by](float s, uint16_t y) { return s + from_bfloat16(y) * by; });
+>>>>>>> w/native
         else
-            look_up<uint16_t>(from, x.key, tile, scores, [by](float s, uint16_t y) { return s + from_float16(y) * by; });
+            look_up<uint16_t>(at, x.key, tile, from, to, scores, [by](float s, uint16_t y) { return s + from_float16(y) * by; });
+    }
+
+    // Keys outside the band of a query at `position`.
+    static void band(const KeyTile& tile, int64_t from, int64_t to, int64_t position, float* scores) {
+        const int64_t low = position - tile.high, high = position - tile.low;  // of positions that it sees
+        if (tile.wide) {
+            for (int64_t j = from; j < to; j++) {
+                const int64_t at = tile.positions[j];
+                scores[j] = ((at >= low) & (at <= high)) ? scores[j] : NONE;
+            }
+            return;
+        }
+        const Ints begin = splat_int(int32_t(most(-1, least(NEAR, low - tile.first))));
+        const Ints end = splat_int(int32_t(most(-1, least(NEAR, high - tile.first))));
+        for (int64_t j = from; j < to; j += VL) {
+            const Ints at = *(const LooseInts*)(tile.after + j);
+            store(scores + j, ((at >= begin) & (at <= end)) ? load(scores + j) : splat(NONE));
+        }
     }
 
 public:
@@ -90,34 +136,40 @@ public:
 
     bool needed(Sight sight) const { return sight == SOME || call.mask.data || call.bias.data; }
 
-    void hide(const KeyTile& tile, Sight sight, int64_t b, int64_t h, const Queries& queries, int64_t first, int64_t rows,
-              float* scores, float* top) const {
+    template <int GROUP>
+    void hide(const KeyTile& tile, Sight sight, const Reach<GROUP>& reach, int64_t b, int64_t h, const Queries& queries, int64_t first,
+              int64_t rows, float* scores, float* top) const {
         for (int64_t r = 0; r < rows; r++) {
             float* row = scores + r * KEYS;
-            const int64_t n = queries.rows[first + r], position = queries.positions[first + r], low = tile.low, high = tile.high;
-            for (int64_t j = 0; sight == SOME && j < tile.padded; j++) {
-                int64_t distance = position - tile.positions[j];
-                row[j] = (distance >= low) & (distance <= high) ? row[j] : NONE;
-            }
-            if (call.bias.data) bias(tile, b, h, n, row);
+            const int64_t n = queries.rows[first + r], from = reach.from[r / MR], to = reach.to[r / MR], last = least(to, tile.n);
+            if (sight == SOME) band(tile, from, to, queries.positions[first + r], row);
+            if (call.bias.data) bias(tile, from, last, b, h, n, row);
             if (call.mask.data)
                 look_up<uint8_t>(call.mask.data + b * call.mask.batch + h * call.mask.head + n * call.mask.row, call.mask.key, tile,
-                                 row, [](float s, uint8_t seen) { return seen ? s : NONE; });
+                                 from, last, row, [](float s, uint8_t seen) { return seen ? s : NONE; });
             if (!top) continue;
             Floats m = splat(NONE);
-            for (int64_t j = 0; j < tile.padded; j += VL) m = max(m, load(row + j));
+            for (int64_t j = from; j < to; j += VL) m = max(m, load(row + j));
             store(top + r * VL, m);
         }
     }
 };
 
-// C (rows x columns) = C * factor for each row + A B, where A's numbers are at A[row * lda + k * step].
-template <class Op, int N, class Factor>
-static INLINE void accumulate_columns(int64_t rows, int64_t K, const float* A, int64_t lda, int64_t step, const float* B, int64_t ldb,
+// Steps of K from .. to.
+struct Steps {
+    int64_t from, to;
+};
+
+// C (rows x columns) = C * factor for each row + A B, where A's numbers are at A[row * lda + k * step], and steps(row) says over which k a
+// register tile of rows sums; over none it is left as it is.
+template <class Op, int N, class Of, class Factor>
+static INLINE void accumulate_columns(int64_t rows, Of steps, const float* A, int64_t lda, int64_t step, const float* B, int64_t ldb,
                                       float* C, int64_t ldc, Factor factor) {
-    for (int64_t r = 0; r < rows; r += MR)
+    for (int64_t r = 0; r < rows; r += MR) {
+        const Steps k = steps(r);
+        if (k.from == k.to) continue;
         register_tile<Op, MR, N>(
-            K, A + r * lda, lda, step, B, ldb,
+            k.to - k.from, A + r * lda + k.from * step, lda, step, B + k.from * ldb, ldb,
             [&](Floats(&s)[MR][N]) {
                 for (int i = 0; i < MR; i++)
                     for (int n = 0; n < N; n++) s[i][n] = load(C + (r + i) * ldc + n * VL) * factor(r + i);
@@ -126,18 +178,16 @@ static INLINE void accumulate_columns(int64_t rows, int64_t K, const float* A, i
                 for (int i = 0; i < MR; i++)
                     for (int n = 0; n < N; n++) store(C + (r + i) * ldc + n * VL, s[i][n]);
             });
+    }
 }
 
-template <class Op, class Factor>
-static void accumulate(int64_t rows, int64_t K, const float* A, int64_t lda, int64_t step, const float* B, int64_t columns, float* C,
+template <class Op, class Of, class Factor>
+static void accumulate(int64_t rows, Of steps, const float* A, int64_t lda, int64_t step, const float* B, int64_t columns, float* C,
                        Factor factor) {
-    int64_t c = 0;
-    for (; c + PW <= columns; c += PW) accumulate_columns<Op, NV>(rows, K, A, lda, step, B + c, columns, C + c, columns, factor);
-    switch ((columns - c) / VL) {
-        case 3: accumulate_columns<Op, 3>(rows, K, A, lda, step, B + c, columns, C + c, columns, factor); break;
-        case 2: accumulate_columns<Op, 2>(rows, K, A, lda, step, B + c, columns, C + c, columns, factor); break;
-        case 1: accumulate_columns<Op, 1>(rows, K, A, lda, step, B + c, columns, C + c, columns, factor); break;
-    }
+    for (int64_t c = 0; c < columns; c += PW)
+        with_count<NV>(least(NV, (columns - c) / VL), [&](auto count) {
+            accumulate_columns<Op, decltype(count)::value>(rows, steps, A, lda, step, B + c, columns, C + c, columns, factor);
+        });
 }
 
 // Two vectors of numbers as one of bfloat16, in order; and two rows of numbers as pairs (row 0, row 1) for each column.

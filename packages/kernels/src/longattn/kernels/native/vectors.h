@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -39,29 +40,53 @@ static INLINE void store(float* p, Floats x) { *(LooseFloats*)p = x; }
 // x - 0 is x for every x, so that this is one broadcast; for a word of two bfloat16 it must be integer arithmetic.
 static INLINE Floats splat(float x) { return x - Floats{}; }
 static INLINE Floats splat_word(const float* p) { return (Floats)(*(const Word*)p - Ints{}); }
-static INLINE Floats max(Floats a, Floats b) { return a > b ? a : b; }
-
-static INLINE float sum(Floats x) {
+static INLINE Ints splat_int(int32_t x) { return x - Ints{}; }
+// Of two operands with a NaN both take the second.
+static INLINE Floats max(Floats a, Floats b) {
 #if defined(__AVX512F__)
-    return _mm512_reduce_add_ps((__m512)x);
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
 #else
-    float total = x[0];
-    for (int i = 1; i < VL; i++) total += x[i];
-    return total;
+    return a > b ? a : b;
+#endif
+}
+static INLINE Floats min(Floats a, Floats b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
 #endif
 }
 
-static INLINE float largest(Floats x) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    float most = x[0];
-    for (int i = 1; i < VL; i++) most = x[i] > most ? x[i] : most;
-    return most;
-#endif
+// Of two vectors, in blocks of WIDTH lanes: the first's even block, then the second's; and the same of the odd ones. Numbers of lanes are
+// constants, as the one shuffle that GCC and Clang share asks.
+constexpr int lower_lane(int lane, int width) { return lane & width ? lane - width + VL : lane; }
+constexpr int upper_lane(int lane, int width) { return lane & width ? lane + VL : lane + width; }
+template <int WIDTH, class Vector, int... LANE>
+static INLINE Vector lower_lanes(Vector a, Vector b, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(a, b, lower_lane(LANE, WIDTH)...);
 }
+template <int WIDTH, class Vector, int... LANE>
+static INLINE Vector upper_lanes(Vector a, Vector b, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(a, b, upper_lane(LANE, WIDTH)...);
+}
+template <int WIDTH, class Vector>
+static INLINE Vector lower_lanes(Vector a, Vector b) { return lower_lanes<WIDTH>(a, b, std::make_integer_sequence<int, VL>()); }
+template <int WIDTH, class Vector>
+static INLINE Vector upper_lanes(Vector a, Vector b) { return upper_lanes<WIDTH>(a, b, std::make_integer_sequence<int, VL>()); }
 
-// 2^x for x <= 127; 0 where the result would be below 2^-126, -inf included; NaN where x is. Relative error 7.5e-8 (DEGREE 5) or 7.5e-5 (DEGREE 3, for
+// Lanes halved until one is left.
+template <int WIDTH = VL / 2, class Join>
+static INLINE float joined(Floats x, Join join) {
+    x = join(x, upper_lanes<WIDTH>(x, x));
+    if constexpr (WIDTH > 1) return joined<WIDTH / 2>(x, join);
+    return x[0];
+}
+static INLINE float sum(Floats x) { return joined(x, [](Floats a, Floats b) { return a + b; }); }
+static INLINE float largest(Floats x) { return joined(x, [](Floats a, Floats b) { return max(a, b); }); }
+
+// 2^x for x <= 127; 0 where the result would be below 2^-126, -inf included; NaN where x is. Relative error 1e-7 (DEGREE 5) or 7.5e-5 (DEGREE 3, for
 // probabilities that are rounded to bfloat16 next): minimax polynomials of the fraction.
 template <int DEGREE>
 static INLINE Floats exp2(Floats x) {
@@ -69,13 +94,12 @@ static INLINE Floats exp2(Floats x) {
     x = (Floats)_mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);  // of two operands with a NaN it takes the second
     Floats f = (Floats)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
-    const Floats given = x;
-    x = x > -126.f ? x : splat(-127.f);
-    x = x < 127.f ? x : splat(127.f);
-    Ints whole = __builtin_convertvector(x + 128.f, Ints) - 128;  // truncation of a positive number is its floor
-    Floats f = x - __builtin_convertvector(whole, Floats);
+    x = max(splat(-127.f), min(splat(127.f), x));
+    const Floats rounded = x + 12582912.f;  // 1.5 * 2^23: the sum's last bits are the nearest whole number
+    const Floats f = x - (rounded - 12582912.f);
 #endif
     Floats p;
+#if defined(__AVX512DQ__)
     if (DEGREE == 3) {
         p = f * 0.07802452147006989f + 0.2260671705007553f;
         p = p * f + 0.6958335041999817f;
@@ -87,11 +111,20 @@ static INLINE Floats exp2(Floats x) {
         p = p * f + 0.6931530833244324f;
         p = p * f + 0.9999999403953552f;
     }
-#if defined(__AVX512DQ__)
     return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
-    const Floats power = p * (Floats)((whole + 127) << 23);  // exponent field 0 is the number 0
-    return given == given ? power : given;
+    if (DEGREE == 3) {
+        p = f * 0.0551716685295105f + 0.2426111251115799f;
+        p = p * f + 0.6932609677314758f;
+        p = p * f + 0.9999280571937561f;
+    } else {
+        p = f * 0.001326472731307149f + 0.009671512991189957f;
+        p = p * f + 0.05550733581185341f;
+        p = p * f + 0.24022242426872253f;
+        p = p * f + 0.6931470036506653f;
+        p = p * f + 1.f;
+    }
+    return p * (Floats)(((Ints)rounded << 23) + 0x3f800000);  // of -127 the exponent field is 0, and so is the number
 #endif
 }
 
@@ -115,11 +148,11 @@ static INLINE uint16_t to_bfloat16(float x) {
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
-// Multiplying by 2^112 moves float16's exponent, denormals included, to float32's.
+// float16's exponent counts from 112 more than float32's; a denormal is so many times 2^-24. No number on the way is a denormal float32.
 static INLINE float from_float16(uint16_t x) {
-    uint32_t shifted = uint32_t(x & 0x7fff) << 13;
-    uint32_t special = (x & 0x7c00) == 0x7c00 ? 0x7f800000u | shifted : to_bits(from_bits(shifted) * 0x1p112f);
-    return from_bits(special | uint32_t(x & 0x8000) << 16);
+    const uint32_t magnitude = x & 0x7fff, shifted = (magnitude << 13) + (magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u);
+    const uint32_t small = to_bits(float(int32_t(magnitude)) * 0x1p-24f);
+    return from_bits((magnitude < 0x400 ? small : shifted) | uint32_t(x & 0x8000) << 16);
 }
 static INLINE uint16_t to_float16(float x) {
     uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000;

@@ -1,0 +1,117 @@
+"""The folder of compiled libraries. What lies in it is executed, so it is ours alone, and a library is what it was when it was made.
+
+A library's name ends with a digest of its bytes, which is checked before it is loaded. One that is damaged, empty or somebody else's is
+moved aside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import stat
+from pathlib import Path
+
+logger = logging.getLogger("longattn.kernels")
+
+_ASIDE = ".damaged"
+
+
+def cache_folder() -> Path | str:
+    """LONGATTN_CACHE, or longattn in the user's cache folder; or why that is no folder to keep libraries in."""
+    named = os.environ.get("LONGATTN_CACHE")
+    if named:
+        # A shell that did not expand it would have us write into a folder called "~".
+        return Path(named) if os.path.isabs(named) else f"LONGATTN_CACHE must be an absolute path, got {named!r}"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # its specification: a relative path is to be ignored
+        base = os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(base):
+        return "there is no cache folder: this user has no home; LONGATTN_CACHE names one"
+    return Path(base) / "longattn"
+
+
+def refusal_of(folder: Path) -> str | None:
+    """Why nothing in the folder may be loaded; None also where it is not there yet."""
+    try:
+        about = folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as problem:
+        return f"the cache folder {folder} cannot be read: {problem.strerror}; LONGATTN_CACHE names another"
+    wrong = None
+    if stat.S_ISLNK(about.st_mode):
+        wrong = "is a symbolic link"
+    elif not stat.S_ISDIR(about.st_mode):
+        wrong = "is no folder"
+    elif not _ours(about):
+        wrong = f"belongs to user {about.st_uid}"
+    elif about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        wrong = f"is writable by others (mode {stat.S_IMODE(about.st_mode):o}, 700 would do)"
+    return wrong and f"the cache folder {folder} {wrong}; LONGATTN_CACHE names another"
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be put into the folder, as far as looking tells."""
+    there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return None
+    return f"the cache folder {folder} cannot be written; LONGATTN_CACHE names another"
+
+
+def make(folder: Path) -> None:
+    """See that the folder is there, and ours.
+
+    Raises:
+        OSError: it cannot be made.
+        PermissionError: it is not ours alone.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    wrong = refusal_of(folder)
+    if wrong is not None:
+        raise PermissionError(wrong)
+
+
+def find(folder: Path, stem: str) -> Path | None:
+    """The whole library of that stem, if there is one. Others of its name are moved aside."""
+    if refusal_of(folder) is not None or not folder.is_dir():
+        return None
+    for path in sorted(folder.glob(f"{stem}.*.so")):
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            if is_whole(path):
+                return path
+            set_aside(path, "is not what was compiled")
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is ours and its bytes are those that its name states."""
+    about = path.lstat()
+    return stat.S_ISREG(about.st_mode) and _ours(about) and path.name.split(".")[-2] == digest(path)
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Rename a file so that it is not found again."""
+    logger.warning("native row: %s %s; it is now %s%s", path, why, path.name, _ASIDE)
+    os.replace(path, path.with_name(path.name + _ASIDE))
+
+
+def keep(made: Path, folder: Path, stem: str) -> Path:
+    """Move a library into the folder, on disk before it has its name: of two processes, and of a crash, nobody sees half a file."""
+    with open(made, "rb") as file:
+        os.fsync(file.fileno())
+    kept = folder / f"{stem}.{digest(made)}.so"
+    os.replace(made, kept)
+    return kept
+
+
+def digest(path: Path) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def _ours(about: os.stat_result) -> bool:
+    return not hasattr(os, "geteuid") or about.st_uid == os.geteuid()
