@@ -79,6 +79,28 @@ class Pattern(ABC):
         """Branches of the pairs of `branch` that this pattern sees, where `filters` is True."""
         raise NotImplementedError(f"{type(self).__name__} does not filter branches")
 
+    @property
+    def complements(self) -> bool:
+        """Whether `without` works, so that others can be joined with this pattern in strides. Default False."""
+        return False
+
+    def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """Branches of the pairs of `branch` that this pattern does not see, where `complements` is True."""
+        raise NotImplementedError(f"{type(self).__name__} does not complement branches")
+
+    @property
+    def layered(self) -> bool:
+        """Whether `support` and `excess` work. Default: where no count is above 1."""
+        return self.binary
+
+    def support(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """Branches of min(count, 1), where `layered` is True."""
+        return self.branches(rectangle)
+
+    def excess(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """Branches of max(count - 1, 0), where `layered` is True."""
+        return iter(())
+
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """Raise ValueError where this pattern means nothing on part of `rectangle`. Default: it always means something."""
         return

@@ -149,12 +149,27 @@ class BlockSparse(Pattern, name="block_sparse"):
 
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` cut at block borders, without the pairs of blocks that the mask hides."""
-        band = branch.band
+        yield from self._cut(branch, rectangle, Band(0, None) if self.causal else Band(), shown=True)
+
+    @property
+    def complements(self) -> bool:
+        """Always: what a mask hides is a mask."""
+        return True
+
+    def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` in the blocks that the mask hides, and, where causal, in the future of those that it shows."""
+        yield from self._cut(branch, rectangle, Band(), shown=False)
         if self.causal:
-            band = Band(0, None) if band is None else band & Band(0, None)
+            yield from self._cut(branch, rectangle, Band(None, -1), shown=True)
+
+    def _cut(self, branch: Branch, rectangle: Rectangle, seen: Band, *, shown: bool) -> Iterator[Branch]:
+        """`branch` within a band in the blocks that the mask shows, or in those that it hides."""
+        band = seen if branch.band is None else branch.band & seen
+        band = None if band == Band() else band
         if not (branch.q.tiles and branch.q.count and branch.k.count):
             return
         for heads, mask in self._head_masks(branch.heads, rectangle):
+            mask = mask if shown else ~mask
             part = Branch(heads, branch.q, branch.k, branch.q_at, branch.k_at, band)
             if made_of_runs(part, band):
                 q, q_block = cut_runs(part.q, part.q_at, self.block_size)

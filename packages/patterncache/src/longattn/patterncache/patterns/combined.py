@@ -98,6 +98,20 @@ def _through(b: Pattern, branches: Iterator[Branch], rectangle: Rectangle) -> It
         yield from b.within(branch, rectangle)
 
 
+def _outside(parts: Sequence[Pattern], branches: Iterator[Branch], rectangle: Rectangle) -> Iterator[Branch]:
+    """What none of the parts sees of some branches."""
+    for branch in branches:
+        left = iter((branch,))
+        for part in parts:
+            left = _without(part, left, rectangle)
+        yield from left
+
+
+def _without(part: Pattern, branches: Iterator[Branch], rectangle: Rectangle) -> Iterator[Branch]:
+    for branch in branches:
+        yield from part.without(branch, rectangle)
+
+
 @dataclass(frozen=True)
 class _Combination(Pattern):
     """What the three have in common: parts without an order, all asked about the same rectangle."""
@@ -149,7 +163,8 @@ class _Combination(Pattern):
 
 @dataclass(frozen=True)
 class Union(_Combination, name="union"):
-    """counts = the largest of the parts': `a | b`. Block masks of one block size become one mask; else rows are listed.
+    """counts = the largest of the parts': `a | b`. In strides where all parts but one have a complement (`Pattern.complements`) and that
+    one is `layered`; else rows are listed. Block masks of one block size become one mask.
 
     Args:
         parts: patterns, at least one.
@@ -170,8 +185,15 @@ class Union(_Combination, name="union"):
 
     @property
     def listing(self) -> bool:
-        """Unless there is one part only, that does not."""
-        return len(self.parts) > 1 or self.parts[0].listing
+        """Where no order of the parts can be told apart in strides, or any part lists."""
+        return self._other() is None or any(part.listing for part in self.parts)
+
+    def _other(self) -> int | None:
+        """Which part the others are told apart from: the one without a complement, or the first; None where there are several."""
+        others = [at for at, part in enumerate(self.parts) if not (part.complements and part.filters and part.binary)]
+        if len(others) > 1 or (others and len(self.parts) > 1 and not self.parts[others[0]].layered):
+            return None
+        return others[0] if others else 0
 
     def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
         return _joined(list(dict.fromkeys(parts)), np.logical_or, same_causal=True)
@@ -181,13 +203,26 @@ class Union(_Combination, name="union"):
         return reduce(np.maximum, self._part_counts(h, i, j, num_heads))
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """One part's own, or listed rows."""
-        return self.parts[0].branches(rectangle) if len(self.parts) == 1 else super().branches(rectangle)
+        """Of every part what no part before it shows, and what the last counts beyond one; or listed rows.
+
+        With b counted at most once, max(a, b) = b + a outside b + (a - 1) inside b.
+        """
+        at = self._other()
+        if at is None:
+            yield from super().branches(rectangle)
+            return
+        other, filters = self.parts[at], (*self.parts[:at], *self.parts[at + 1 :])
+        for turn, part in enumerate((*filters, other)):
+            yield from _outside(filters[:turn], part.branches(rectangle), rectangle)
+        if filters:
+            for turn, part in enumerate(filters):
+                again = _outside(filters[:turn], other.excess(rectangle), rectangle)
+                yield from _through(part, again, rectangle)
 
 
 @dataclass(frozen=True)
 class Intersection(_Combination, name="intersection"):
-    """counts = the smallest of the parts': `a & b`. In strides where one part counts at most once and the others can filter it.
+    """counts = the smallest of the parts': `a & b`. In strides where a part counts at most once and all but one can filter.
 
     Args:
         parts: patterns, at least one.
@@ -226,11 +261,11 @@ class Intersection(_Combination, name="intersection"):
         return reduce(np.minimum, self._part_counts(h, i, j, num_heads))
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """The branches of a part that counts at most once, within the others; or listed rows."""
+        """What one part sees, once, within the others; or listed rows."""
         base = self._base()
         if base is None:
             return super().branches(rectangle)
-        found = self.parts[base].branches(rectangle)
+        found = (self.parts[base].branches if len(self.parts) == 1 else self.parts[base].support)(rectangle)
         for part in (*self.parts[:base], *self.parts[base + 1 :]):
             found = _through(part, found, rectangle)
         return found
@@ -244,8 +279,9 @@ class Intersection(_Combination, name="intersection"):
         """Which part's branches the others filter, or None."""
         for at, base in enumerate(self.parts):
             others = (*self.parts[:at], *self.parts[at + 1 :])
-            # The smallest of counts is not the base's where the base counts twice and another part once.
-            if (base.binary or not others) and all(part.filters for part in others):
+            # The smallest of counts is 1 wherever all see, once any part counts at most once.
+            once = base.layered and (base.binary or any(part.binary for part in others))
+            if (once or not others) and all(part.filters for part in others):
                 return at
         return None
 

@@ -11,7 +11,7 @@ import numpy as np
 from longattn.patterncache.indices import Affine
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
-from longattn.patterncache.planning.block_runs import restrict_band
+from longattn.patterncache.planning.block_runs import exclude_band, restrict_band
 from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 
@@ -74,6 +74,15 @@ class Full(Pattern, name="full"):
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within the band."""
         yield from restrict_band(branch, self.band)
+
+    @property
+    def complements(self) -> bool:
+        """Always: it is a band."""
+        return True
+
+    def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` outside the band."""
+        yield from exclude_band(branch, self.band)
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """1, or j <= i."""
@@ -141,6 +150,15 @@ class Window(Pattern, name="window"):
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within the band."""
         yield from restrict_band(branch, self._near)
+
+    @property
+    def complements(self) -> bool:
+        """Where there are no sinks."""
+        return not self.sinks
+
+    def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` outside the band."""
+        yield from exclude_band(branch, self._near)
 
     @property
     def _near(self) -> Band:
