@@ -19,7 +19,7 @@ import numpy as np
 from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
 from longattn.patterncache.planning.intervals import Intervals
 from longattn.patterncache.planning.listing import listed_branches
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
 if TYPE_CHECKING:
     from longattn.patterncache.analysis.lint import Lint
@@ -216,9 +216,9 @@ def spec_text(value: object) -> str:
 
 def registered(name: str) -> type[Pattern]:
     """The class of a name. Those of this package are registered once any of them is imported."""
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise ValueError(
-            f"pattern must name one of {sorted(_REGISTRY)} (import the module that defines yours), got {name!r}"
+            f"pattern must name one of {sorted(_REGISTRY)} (import the module that defines yours), got {shortened(name)}"
         )
     return _REGISTRY[name]
 
@@ -231,12 +231,14 @@ def build_pattern(name: str, spec: dict[str, Any]) -> Pattern:
 def check_pattern_type(name: str, value: object) -> Pattern:
     """Return `value`, or raise TypeError that names the parameter."""
     if not isinstance(value, Pattern):
-        raise TypeError(f"{name} must be a Pattern such as Dilated or Window, got {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"{name} must be a Pattern such as Dilated or Window, got {shortened(value)} ({type(value).__name__})"
+        )
     return value
 
 
 def check_causal(value: object) -> bool:
     """Return `value`, or raise TypeError unless it is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"causal must be True or False, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"causal must be True or False, got {shortened(value)} ({type(value).__name__})")
     return value

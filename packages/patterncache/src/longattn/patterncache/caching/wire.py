@@ -128,7 +128,7 @@ def _spans(spans: tuple[Span, ...]) -> list[list[int]]:
 
 
 def _read_spans(spans: list[list[int]]) -> tuple[Span, ...]:
-    return tuple(Span(*span) for span in spans)
+    return tuple(Span(*map(_integer, span)) for span in spans)
 
 
 def _index_head(index: Index, lists: list[bytes]) -> list[Any]:

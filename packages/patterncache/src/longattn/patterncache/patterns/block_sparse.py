@@ -8,6 +8,7 @@ from binascii import Error as Base64Error
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +19,15 @@ from longattn.patterncache.patterns.window import whole_branches
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.block_runs import Runs, cut_runs, made_of_runs, regroup
 from longattn.patterncache.planning.listing import listed_part
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
 if TYPE_CHECKING:
     from longattn.patterncache.patterns.scored_blocks import ScoredBlocks
 
 Mask = npt.NDArray[np.bool_]
+
+MOST_CELLS = 1 << 28
+"""Cells of a mask that is read from text: a quarter of a gigabyte of booleans."""
 
 _GATHERED_CELLS = 1 << 18
 """Mask cells of small tiles that are looked up in one go."""
@@ -213,13 +217,18 @@ class BlockSparse(Pattern, name="block_sparse"):
             ValueError: the text is not one, or holds more or fewer bits than the shape.
         """
         shape, text = tuple(spec["shape"]), spec["mask"]
-        cells = int(np.prod(shape, dtype=np.int64))
+        cells = prod(check_int(f"shape[{axis}]", length, minimum=0) for axis, length in enumerate(shape))
+        if cells > MOST_CELLS:
+            raise ValueError(f"shape must have at most {MOST_CELLS} cells, got {cells}")
         try:
-            packed = zlib.decompress(b64decode(text, validate=True))
-        except (Base64Error, zlib.error) as error:
-            raise ValueError(f"mask must be packed bits, deflated and in base64, got {text[:40]!r}") from error
+            # One byte more than there may be shows that there are too many, without making them all.
+            packed = zlib.decompressobj().decompress(b64decode(text, validate=True), -(-cells // 8) + 1)
+        except (Base64Error, zlib.error, TypeError, ValueError) as error:
+            raise ValueError(f"mask must be packed bits, deflated and in base64, got {shortened(text, 40)}") from error
         if len(packed) != -(-cells // 8):
-            raise ValueError(f"mask must hold {cells} bits for shape {shape}, got {len(packed)} bytes")
+            raise ValueError(
+                f"mask must hold {cells} bits for shape {shape}, got {'more' if len(packed) > -(-cells // 8) else len(packed)} bytes"
+            )
         mask = np.unpackbits(np.frombuffer(packed, np.uint8), count=cells).astype(bool).reshape(shape)
         return cls(spec["block_size"], mask, spec["causal"])
 
@@ -287,7 +296,7 @@ def _check_mask(value: Any) -> Mask:
     try:
         mask = np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"mask must be one array, got rows of different lengths: {value!r}") from error
+        raise ValueError(f"mask must be one array, got rows of different lengths: {shortened(value)}") from error
     if mask.dtype != np.bool_:
         raise TypeError(f"mask must be bool, got {mask.dtype} ({type(value).__name__})")
     if mask.ndim not in (2, 3) or not mask.size:
