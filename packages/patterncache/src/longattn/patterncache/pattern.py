@@ -80,6 +80,14 @@ class Pattern(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not filter branches")
 
     @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """(period, closed): shifting positions by the period changes nothing; closed: no pair crosses a multiple of it.
+
+        Default (None, False): unknown. `lint` and `reach` look at one period of a closed pattern only.
+        """
+        return None, False
+
+    @property
     def complements(self) -> bool:
         """Whether `without` works, so that others can be joined with this pattern in strides. Default False."""
         return False

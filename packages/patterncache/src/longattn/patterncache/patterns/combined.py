@@ -6,9 +6,10 @@ canonical strings, so that equal combinations written differently are equal and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import lcm
 from typing import Any, Self
 
 import numpy as np
@@ -60,6 +61,11 @@ class Restrict(Pattern, name="restrict"):
         """Where b cannot filter, or either part lists."""
         return not self.b.filters or self.a.listing or self.b.listing
 
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """The parts' common one; one closed part closes what both must see."""
+        return _joint_period((self.a, self.b), any)
+
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within a, then within b."""
         return _through(self.b, self.a.within(branch, rectangle), rectangle)
@@ -91,6 +97,14 @@ class Restrict(Pattern, name="restrict"):
         if self.b.filters:
             return _through(self.b, self.a.branches(rectangle), rectangle)
         return super().branches(rectangle)
+
+
+def _joint_period(parts: Sequence[Pattern], closes: Callable[[Iterable[bool]], bool]) -> tuple[int | None, bool]:
+    """The parts' common period; whether it is closed is for `any` or `all` of them to say."""
+    periods = [period for period, _ in (part.repeats for part in parts) if period is not None]
+    if len(periods) < len(parts):
+        return None, False
+    return lcm(*periods), closes(closed for _, closed in (part.repeats for part in parts))
 
 
 def _through(b: Pattern, branches: Iterator[Branch], rectangle: Rectangle) -> Iterator[Branch]:
@@ -136,6 +150,11 @@ class _Combination(Pattern):
     def positional(self) -> bool:
         """Whether any part is positional."""
         return any(part.positional for part in self.parts)
+
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """The parts' common one; what any part may see needs all of them closed."""
+        return _joint_period(self.parts, all)
 
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """All parts must mean something there."""
@@ -245,6 +264,11 @@ class Intersection(_Combination, name="intersection"):
     def filters(self) -> bool:
         """Whether every part does."""
         return all(part.filters for part in self.parts)
+
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """The parts' common one; one closed part closes what all must see."""
+        return _joint_period(self.parts, any)
 
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within every part."""

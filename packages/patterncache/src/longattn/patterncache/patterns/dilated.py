@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,11 @@ class Dilated(Pattern, name="dilated"):
     def binary(self) -> bool:
         """Where every head has one branch at most."""
         return len(self.segment_lengths) == 1 or self.heads == "split"
+
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """Segments of all branches end together there."""
+        return lcm(*self.segment_lengths), True
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """The branches' conditions, added."""

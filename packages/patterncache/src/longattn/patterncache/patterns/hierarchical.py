@@ -51,6 +51,11 @@ class HierarchicalBlocks(Pattern, name="hierarchical_blocks"):
         """Always: a key of several levels counts once."""
         return True
 
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """The outermost block."""
+        return self.size(self.levels - 1), True
+
     def size(self, level: int) -> int:
         """Positions of a block of a level."""
         return self.block_size * self.fanout**level

@@ -84,6 +84,11 @@ class Full(Pattern, name="full"):
         """`branch` outside the band."""
         yield from exclude_band(branch, self.band)
 
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """Any shift, and every border is crossed."""
+        return 1, False
+
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """1, or j <= i."""
         shown = (j <= i) if self.causal else np.ones(np.broadcast_shapes(i.shape, j.shape), bool)
@@ -163,6 +168,11 @@ class Window(Pattern, name="window"):
     @property
     def _near(self) -> Band:
         return Band(0 if self.causal else 1 - self.size, self.size - 1)
+
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """Any shift, where there are no sinks."""
+        return None if self.sinks else 1, False
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """1 within the window or at a sink, never twice."""
