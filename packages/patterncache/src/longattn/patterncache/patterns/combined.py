@@ -6,16 +6,15 @@ canonical strings, so that equal combinations written differently are equal and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import lcm
 from typing import Any, Self
 
 import numpy as np
 
 from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
-from longattn.patterncache.patterns.block_sparse import BlockSparse
+from longattn.patterncache.patterns.joining import joined, joint_period, outside, through
 from longattn.patterncache.plan import Branch, Counts
 from longattn.patterncache.spans import Rectangle, Rows
 
@@ -64,11 +63,11 @@ class Restrict(Pattern, name="restrict"):
     @property
     def repeats(self) -> tuple[int | None, bool]:
         """The parts' common one; one closed part closes what both must see."""
-        return _joint_period((self.a, self.b), any)
+        return joint_period((self.a, self.b), any)
 
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within a, then within b."""
-        return _through(self.b, self.a.within(branch, rectangle), rectangle)
+        return through(self.b, self.a.within(branch, rectangle), rectangle)
 
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """Both parts must mean something there."""
@@ -95,35 +94,8 @@ class Restrict(Pattern, name="restrict"):
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
         """Where b filters, what it leaves of a's branches; else listed."""
         if self.b.filters:
-            return _through(self.b, self.a.branches(rectangle), rectangle)
+            return through(self.b, self.a.branches(rectangle), rectangle)
         return super().branches(rectangle)
-
-
-def _joint_period(parts: Sequence[Pattern], closes: Callable[[Iterable[bool]], bool]) -> tuple[int | None, bool]:
-    """The parts' common period; whether it is closed is for `any` or `all` of them to say."""
-    periods = [period for period, _ in (part.repeats for part in parts) if period is not None]
-    if len(periods) < len(parts):
-        return None, False
-    return lcm(*periods), closes(closed for _, closed in (part.repeats for part in parts))
-
-
-def _through(b: Pattern, branches: Iterator[Branch], rectangle: Rectangle) -> Iterator[Branch]:
-    for branch in branches:
-        yield from b.within(branch, rectangle)
-
-
-def _outside(parts: Sequence[Pattern], branches: Iterator[Branch], rectangle: Rectangle) -> Iterator[Branch]:
-    """What none of the parts sees of some branches."""
-    for branch in branches:
-        left = iter((branch,))
-        for part in parts:
-            left = _without(part, left, rectangle)
-        yield from left
-
-
-def _without(part: Pattern, branches: Iterator[Branch], rectangle: Rectangle) -> Iterator[Branch]:
-    for branch in branches:
-        yield from part.without(branch, rectangle)
 
 
 @dataclass(frozen=True)
@@ -154,7 +126,7 @@ class _Combination(Pattern):
     @property
     def repeats(self) -> tuple[int | None, bool]:
         """The parts' common one; what any part may see needs all of them closed."""
-        return _joint_period(self.parts, all)
+        return joint_period(self.parts, all)
 
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """All parts must mean something there."""
@@ -215,7 +187,7 @@ class Union(_Combination, name="union"):
         return others[0] if others else 0
 
     def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
-        return _joined(list(dict.fromkeys(parts)), np.logical_or, same_causal=True)
+        return joined(list(dict.fromkeys(parts)), np.logical_or, same_causal=True)
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """Elementwise maximum."""
@@ -232,11 +204,11 @@ class Union(_Combination, name="union"):
             return
         other, filters = self.parts[at], (*self.parts[:at], *self.parts[at + 1 :])
         for turn, part in enumerate((*filters, other)):
-            yield from _outside(filters[:turn], part.branches(rectangle), rectangle)
+            yield from outside(filters[:turn], part.branches(rectangle), rectangle)
         if filters:
             for turn, part in enumerate(filters):
-                again = _outside(filters[:turn], other.excess(rectangle), rectangle)
-                yield from _through(part, again, rectangle)
+                again = outside(filters[:turn], other.excess(rectangle), rectangle)
+                yield from through(part, again, rectangle)
 
 
 @dataclass(frozen=True)
@@ -268,17 +240,17 @@ class Intersection(_Combination, name="intersection"):
     @property
     def repeats(self) -> tuple[int | None, bool]:
         """The parts' common one; one closed part closes what all must see."""
-        return _joint_period(self.parts, any)
+        return joint_period(self.parts, any)
 
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within every part."""
         found = iter((branch,))
         for part in self.parts:
-            found = _through(part, found, rectangle)
+            found = through(part, found, rectangle)
         return found
 
     def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
-        return _joined(list(dict.fromkeys(parts)), np.logical_and, same_causal=False)
+        return joined(list(dict.fromkeys(parts)), np.logical_and, same_causal=False)
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """Elementwise minimum."""
@@ -291,7 +263,7 @@ class Intersection(_Combination, name="intersection"):
             return super().branches(rectangle)
         found = (self.parts[base].branches if len(self.parts) == 1 else self.parts[base].support)(rectangle)
         for part in (*self.parts[:base], *self.parts[base + 1 :]):
-            found = _through(part, found, rectangle)
+            found = through(part, found, rectangle)
         return found
 
     @property
@@ -339,19 +311,3 @@ class Sum(_Combination, name="sum"):
         """The branches of every part."""
         for part in self.parts:
             yield from part.branches(rectangle)
-
-
-def _joined(parts: list[Pattern], join: np.ufunc, *, same_causal: bool) -> list[Pattern]:
-    """`parts` with block masks of one block size and shape joined to one mask."""
-    others: list[Pattern] = []
-    masks: dict[tuple[object, ...], BlockSparse] = {}
-    for part in parts:
-        if not isinstance(part, BlockSparse):
-            others.append(part)
-            continue
-        key = (part.block_size, part.mask.shape, part.causal if same_causal else None)
-        kept = masks.get(key, part)
-        if kept is not part:
-            part = BlockSparse(part.block_size, join(kept.mask, part.mask), kept.causal or part.causal)
-        masks[key] = part
-    return [*others, *masks.values()]
