@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longattn.patterncache import Periodic, Rectangle, Span, from_block_mask, from_mask_mod
+from longattn.patterncache import Documents, Full, Periodic, Rectangle, Span, Window, from_block_mask, from_mask_mod
 from longattn.patterncache.testing import check_pattern
 
 
@@ -25,11 +25,44 @@ def test_a_mask_mod_is_imported_exactly(length, heads, block, window, causal):
 
 
 def test_blocks_are_as_large_as_they_can_be():
-    """A causal mask is one triangle; a document mask of 64s is blocks of 64; a window is single cells."""
-    assert from_mask_mod(lambda b, h, q, k: q >= k, 100).block_size == 128
-    found = from_mask_mod(lambda b, h, q, k: (q // 64 == k // 64) & (q >= k), 256)
-    assert (found.block_size, found.causal, found.mask.tolist()) == (64, True, np.eye(4, dtype=bool).tolist())
-    assert from_mask_mod(lambda b, h, q, k: abs(q - k) < 3, 100).block_size == 1
+    """A prefix that all see is blocks of 32, with triangles after it; a lattice is single cells."""
+    found = from_mask_mod(lambda b, h, q, k: (k < 32) | (q // 64 == k // 64), 256)
+    assert (found.block_size, found.causal) == (32, False)
+    assert from_mask_mod(lambda b, h, q, k: (q - k) % 3 == 0, 100).block_size == 1
+
+
+DOCUMENTS = np.repeat(np.arange(5), [7, 1, 30, 2, 60])
+
+
+@pytest.mark.parametrize(
+    ("mask_mod", "expected"),
+    [
+        (lambda b, h, q, k: q >= k, Full(causal=True)),
+        (lambda b, h, q, k: (q >= 0) & (k >= 0), Full()),
+        (lambda b, h, q, k: (q - k < 9) & (q >= k), Window(9)),
+        (lambda b, h, q, k: abs(q - k) < 3, Window(3, causal=False)),
+        (lambda b, h, q, k: (q - k < 9) & (k - q < 3), Periodic(1, [(0, 0, -2, 8)], 100)),
+        (lambda b, h, q, k: DOCUMENTS[q] == DOCUMENTS[k], Documents([0, 7, 8, 38, 40, 100])),
+        (
+            lambda b, h, q, k: (DOCUMENTS[q] == DOCUMENTS[k]) & (q >= k) & (q - k < 12),
+            Documents([0, 7, 8, 38, 40, 100], Window(12)),
+        ),
+    ],
+)
+@pytest.mark.parametrize("heads", [None, 3])
+def test_bands_and_documents_are_named(mask_mod, expected, heads):
+    """As the pattern that they are, for all heads."""
+    assert expected == from_mask_mod(mask_mod, 100, heads, batch=2)
+
+
+def test_one_pair_more_is_not_overlooked():
+    """A window with a single pair beside it is no window."""
+
+    def mask_mod(b, h, q, k):
+        return (q >= k) & (q - k < 5) | (q == 90) & (k == 3)
+
+    pattern, i = from_mask_mod(mask_mod, 100), np.arange(100)
+    np.testing.assert_array_equal(pattern.to_dense(100, 1)[0], mask_mod(0, 0, i[:, None], i))
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 12), st.integers(1, 4), st.booleans())

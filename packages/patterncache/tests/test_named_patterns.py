@@ -1,5 +1,6 @@
 """Strided + local, hierarchical blocks, and documents."""
 
+import cProfile
 from itertools import pairwise
 
 import numpy as np
@@ -124,3 +125,16 @@ def test_a_bad_value_is_named(build, error, words):
     """The message names the parameter, what was expected and what came."""
     with pytest.raises(error, match=words):
         build()
+
+
+def test_documents_are_planned_together():
+    """Sixty-four documents cost as many interval calculations as one: segments alike share a branch."""
+    borders = np.cumsum(np.random.default_rng(0).integers(20, 120, 64)).tolist()
+    rectangle = Rectangle(8, Span(0, borders[-1]), Span(0, borders[-1]))
+    inner = Dilated((64, 128, 256), (1, 2, 4), causal=True)
+    with cProfile.Profile() as profile:
+        plan = Documents([0, *borders], inner).plan(rectangle)
+    calls = {
+        str(entry.code.co_name): entry.callcount for entry in profile.getstats() if not isinstance(entry.code, str)
+    }
+    assert calls["congruent_indices"] <= 30 and len(plan.branches) < 4 * 64

@@ -19,7 +19,7 @@ import numpy as np
 from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
 from longattn.patterncache.planning.intervals import Intervals
 from longattn.patterncache.planning.listing import listed_branches
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
 if TYPE_CHECKING:
     from longattn.patterncache.analysis.lint import Lint
@@ -78,6 +78,36 @@ class Pattern(ABC):
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """Branches of the pairs of `branch` that this pattern sees, where `filters` is True."""
         raise NotImplementedError(f"{type(self).__name__} does not filter branches")
+
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """(period, closed): shifting positions by the period changes nothing; closed: no pair crosses a multiple of it.
+
+        Default (None, False): unknown. `lint` and `reach` look at one period of a closed pattern only.
+        """
+        return None, False
+
+    @property
+    def complements(self) -> bool:
+        """Whether `without` works, so that others can be joined with this pattern in strides. Default False."""
+        return False
+
+    def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """Branches of the pairs of `branch` that this pattern does not see, where `complements` is True."""
+        raise NotImplementedError(f"{type(self).__name__} does not complement branches")
+
+    @property
+    def layered(self) -> bool:
+        """Whether `support` and `excess` work. Default: where no count is above 1."""
+        return self.binary
+
+    def support(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """Branches of min(count, 1), where `layered` is True."""
+        return self.branches(rectangle)
+
+    def excess(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """Branches of max(count - 1, 0), where `layered` is True."""
+        return iter(())
 
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """Raise ValueError where this pattern means nothing on part of `rectangle`. Default: it always means something."""
@@ -199,9 +229,9 @@ def spec_text(value: object) -> str:
 
 def registered(name: str) -> type[Pattern]:
     """The class of a name. Those of this package are registered once any of them is imported."""
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise ValueError(
-            f"pattern must name one of {sorted(_REGISTRY)} (import the module that defines yours), got {name!r}"
+            f"pattern must name one of {sorted(_REGISTRY)} (import the module that defines yours), got {shortened(name)}"
         )
     return _REGISTRY[name]
 
@@ -214,12 +244,14 @@ def build_pattern(name: str, spec: dict[str, Any]) -> Pattern:
 def check_pattern_type(name: str, value: object) -> Pattern:
     """Return `value`, or raise TypeError that names the parameter."""
     if not isinstance(value, Pattern):
-        raise TypeError(f"{name} must be a Pattern such as Dilated or Window, got {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"{name} must be a Pattern such as Dilated or Window, got {shortened(value)} ({type(value).__name__})"
+        )
     return value
 
 
 def check_causal(value: object) -> bool:
     """Return `value`, or raise TypeError unless it is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"causal must be True or False, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"causal must be True or False, got {shortened(value)} ({type(value).__name__})")
     return value

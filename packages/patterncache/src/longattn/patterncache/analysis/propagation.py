@@ -6,7 +6,6 @@ sets of tokens, so a layer is one OR over each tile's keys; no dense matrix of t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +16,7 @@ import numpy.typing as npt
 
 from longattn.patterncache.analysis.components import listed_pairs
 from longattn.patterncache.pattern import Pattern
-from longattn.patterncache.patterns.combined import Intersection, Restrict, Sum, Union
-from longattn.patterncache.patterns.dilated import Dilated
 from longattn.patterncache.patterns.documents import Documents
-from longattn.patterncache.patterns.hierarchical import HierarchicalBlocks
-from longattn.patterncache.patterns.window import Full, Window
 from longattn.patterncache.plan import Branch, Plan
 from longattn.patterncache.spans import Rectangle, Rows, Span
 
@@ -54,7 +49,7 @@ def stretches(pattern: Pattern, length: int, num_heads: int) -> list[Stretch]:
         borders = [min(border, length) for border in pattern.cu_seqlens]
         inside = (stretches(pattern.pattern, b - a, num_heads) for a, b in pairwise(borders) if a < b)
         return [part for parts in inside for part in parts] or stretches(pattern.pattern, 0, num_heads)
-    period, closed = _period(pattern)
+    period, closed = pattern.repeats
     parts = [(length, 1)]
     if closed and period is not None and period < length:
         parts = [(period, length // period), (length % period, 1)]
@@ -64,26 +59,6 @@ def stretches(pattern: Pattern, length: int, num_heads: int) -> list[Stretch]:
 def square(length: int, num_heads: int) -> Rectangle:
     """All heads, the first `length` positions as queries and keys."""
     return Rectangle(num_heads, Span(0, length), Span(0, length))
-
-
-def _period(pattern: Pattern) -> tuple[int | None, bool]:
-    """(period, closed): shifting positions by the period changes nothing; closed: no pair crosses a multiple of it."""
-    if isinstance(pattern, Dilated):
-        return math.lcm(*pattern.segment_lengths), True
-    if isinstance(pattern, HierarchicalBlocks):
-        return pattern.size(pattern.levels - 1), True
-    if isinstance(pattern, Full) or (isinstance(pattern, Window) and not pattern.sinks):
-        return 1, False
-    if isinstance(pattern, (Restrict, Intersection, Sum, Union)):
-        parts = (pattern.a, pattern.b) if isinstance(pattern, Restrict) else pattern.parts
-        known = [_period(part) for part in parts]
-        periods = [period for period, _ in known if period is not None]
-        if len(periods) < len(known):
-            return None, False
-        # One closed part closes what both must see; what either may see needs all of them.
-        every = any if isinstance(pattern, (Restrict, Intersection)) else all
-        return math.lcm(*periods), every(closed for _, closed in known)
-    return None, False
 
 
 @dataclass(frozen=True)

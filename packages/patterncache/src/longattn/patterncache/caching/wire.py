@@ -14,6 +14,9 @@ from longattn.patterncache.plan import Band, Branch, Plan
 from longattn.patterncache.planning.packed_lists import Narrow, pack_plan
 from longattn.patterncache.spans import Rectangle, Span
 
+_KINDS = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<i8")
+_MOST = 1 << 62
+
 _MAGIC = b"longattn plan 1\n"
 
 
@@ -56,14 +59,63 @@ def plan_from_bytes(data: bytes) -> Plan:
         for its_heads, q_head, k_head, q_at, k_at, band in head["branches"]:
             q, rest = _read_index(q_head, rest)
             k, rest = _read_index(k_head, rest)
-            seen = None if band is None else Band(*band)
+            seen = None if band is None else Band(*(None if bound is None else _integer(bound) for bound in band))
             (group,) = _read_spans(its_heads)
-            branches.append(Branch(group, q, k, (q_at[0], q_at[1]), (k_at[0], k_at[1]), seen))
+            branch = Branch(group, q, k, (int(q_at[0]), int(q_at[1])), (int(k_at[0]), int(k_at[1])), seen)
+            _check_branch(branch, rectangle)
+            branches.append(branch)
         if len(rest):
             raise ValueError(f"{len(rest)} bytes too many")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"data must be the bytes of plan_to_bytes, got {len(data)} others: {error}") from error
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, AttributeError, RecursionError) as error:
+        why = f"{error}"[:200]
+        raise ValueError(f"data must be the bytes of plan_to_bytes, got {len(data)} others: {why}") from error
     return pack_plan(Plan(rectangle, tuple(branches)))
+
+
+def _integer(value: object) -> int:
+    """An integer of at most 62 bits: sums of two stay within int64."""
+    if type(value) is not int or abs(value) > _MOST:
+        raise ValueError(f"{value!r} where an integer of at most 62 bits must stand")
+    return value
+
+
+def _check_branch(branch: Branch, rectangle: Rectangle) -> None:
+    """Raise ValueError unless rows and heads lie in the rectangle, and positions are the rectangle's own."""
+    heads, queries, keys = rectangle.shape
+    if branch.heads.length and branch.heads.last >= heads:
+        raise ValueError(f"heads {branch.heads} of {heads}")
+    if branch.q.tiles != branch.k.tiles:
+        raise ValueError(f"{branch.q.tiles} tiles of queries and {branch.k.tiles} of keys")
+    for index, at, spans, length in (
+        (branch.q, branch.q_at, rectangle.queries, queries),
+        (branch.k, branch.k_at, rectangle.keys, keys),
+    ):
+        first, last = _row_range(index)
+        if not 0 <= first <= last < length:
+            raise ValueError(f"rows {first} to {last} of {length}")
+        row = 0
+        for span in spans:
+            if row <= first < row + span.length:
+                if last >= row + span.length or at != (span.start - row * span.step, span.step):
+                    raise ValueError(f"rows {first} to {last} at {at}, in the span {span} from row {row} on")
+                break
+            row += span.length
+    if not branch.q.distinct:
+        raise ValueError("a query row in two tiles")
+
+
+def _row_range(index: Index) -> tuple[int, int]:
+    """First and last row of an index that has some, with steps forward."""
+    if index.step < 1 or index.tiles < 1 or index.count < 1:
+        raise ValueError(f"{index.tiles} tiles of {index.count} rows, {index.step} apart")
+    if isinstance(index, Affine):
+        if index.tile_step < 0:
+            raise ValueError(f"tiles {index.tile_step} apart")
+        return index.start, index.start + (index.tiles - 1) * index.tile_step + (index.count - 1) * index.step
+    if index.run < 1:
+        raise ValueError(f"runs of {index.run} rows")
+    starts = index.starts
+    return int(starts.min()), int(starts.max()) + (index.run - 1) * index.step
 
 
 def plan_digest(plan: Plan) -> str:
@@ -76,7 +128,7 @@ def _spans(spans: tuple[Span, ...]) -> list[list[int]]:
 
 
 def _read_spans(spans: list[list[int]]) -> tuple[Span, ...]:
-    return tuple(Span(*span) for span in spans)
+    return tuple(Span(*map(_integer, span)) for span in spans)
 
 
 def _index_head(index: Index, lists: list[bytes]) -> list[Any]:
@@ -91,8 +143,13 @@ def _index_head(index: Index, lists: list[bytes]) -> list[Any]:
 
 def _read_index(head: list[Any], rest: memoryview) -> tuple[Index, memoryview]:
     if len(head) == 5:
-        return Affine(*head), rest
+        return Affine(*map(_integer, head)), rest
     run, step, base, unit, axis, kind, shape = head
-    nbytes = int(np.prod(shape)) * np.dtype(kind).itemsize
+    run, step, base, unit = map(_integer, (run, step, base, unit))
+    if kind not in _KINDS or axis not in (None, 0, 1) or len(shape) != 2 or min(map(_integer, shape)) < 1:
+        raise ValueError(f"a list of kind {kind!r}, axis {axis!r} and shape {shape!r}")
+    nbytes = shape[0] * shape[1] * np.dtype(kind).itemsize
+    if nbytes > len(rest):
+        raise ValueError(f"a list of {nbytes} bytes in {len(rest)}")
     values: npt.NDArray[np.integer] = np.frombuffer(rest[:nbytes], np.dtype(kind)).reshape(shape)  # type: ignore[assignment]
     return Listed(Narrow(values, base, unit, axis).widen(), run, step), rest[nbytes:]

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from longattn.patterncache.interop.intervals_of_masks import pattern_of_intervals, strips
+from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.patterns.periodic import Periodic, Run
-from longattn.patterncache.spans import check_int
+from longattn.patterncache.spans import Rows, check_int
 
 Shown = npt.NDArray[np.bool_]
 
 MOST_CELLS = 1 << 28
 """(head, query, key) triples of a mask that are looked at one by one: a quarter of a gigabyte of booleans."""
+
+_STRIP_CELLS = 1 << 20
+"""Triples that are compared at once, which keeps them in the processor's cache."""
 
 _MOST_PERIOD, _MOST_RUNS = 64, 4096
 
@@ -31,8 +37,11 @@ def from_mask_mod(
     *,
     as_tensor: Callable[[npt.NDArray[np.int64]], Any] = np.asarray,
     compact: bool = False,
-) -> BlockSparse | Periodic:
-    """The pattern of a FlexAttention mask_mod over `N` tokens: a block mask of the largest blocks, 128 to 1, that say it exactly.
+) -> Pattern:
+    """The pattern of a FlexAttention mask_mod over `N` tokens, exactly: every pair is looked at.
+
+    Causal masks, windows and bands become `Full`, `Window` and `Periodic`, those of packed documents `Documents`; all other masks, and
+    where heads differ, block masks of the largest blocks, 128 to 1, that say the same.
 
     With `compact`, a `Periodic` whose plans hold no index data: for masks that repeat along their diagonal.
 
@@ -53,6 +62,10 @@ def from_mask_mod(
         raise TypeError(f"mask_mod must be callable as mask_mod(b, h, q, k), got {mask_mod!r}")
     length, batch = check_int("N", N, minimum=1), check_int("batch", batch, minimum=1)
     heads = 1 if num_heads is None else check_int("num_heads", num_heads, minimum=1)
+    _check_cells((heads, length, length))
+    named = None if compact else _named(mask_mod, batch, heads, length, as_tensor)
+    if named is not None:
+        return named
     shown = _asked(mask_mod, 0, (heads, length, length), as_tensor)
     for entry in range(1, batch):
         if not np.array_equal(shown, _asked(mask_mod, entry, shown.shape, as_tensor)):
@@ -93,6 +106,7 @@ def from_block_mask(block_mask: Any) -> BlockSparse:
     if block_mask.full_kv_num_blocks is not None:
         full = _listed_blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
     shape = (heads, *block_mask.seq_lengths)
+    _check_cells(shape)
     shown = _asked(block_mask.mask_mod, 0, shape, import_module("torch").from_numpy)
     sizes, lengths = block_mask.BLOCK_SIZE, block_mask.seq_lengths
     i, j = (np.arange(length) // size for length, size in zip(lengths, sizes, strict=True))
@@ -109,10 +123,41 @@ def _listed_blocks(number: Any, indices: Any) -> Shown:
     return shown
 
 
+def _check_cells(shape: tuple[int, ...]) -> None:
+    cells = prod(shape)
+    if cells > MOST_CELLS:
+        raise ValueError(f"mask must have at most {MOST_CELLS} (head, query, key) triples, got {shape}: {cells}")
+
+
+def _named(
+    mask_mod: Callable[..., Any], batch: int, heads: int, length: int, as_tensor: Callable[..., Any]
+) -> Pattern | None:
+    """The band, or documents of bands, that a mask is for all heads and batch entries; None where it is none."""
+
+    def sees(entry: int, h: Rows, q: Rows, k: Rows) -> Shown:
+        found = np.asarray(mask_mod(as_tensor(np.full((1, 1, 1), entry, np.int64)), *map(as_tensor, (h, q, k))))
+        return found if found.dtype == np.bool_ else np.zeros(1, bool)
+
+    def of_first_head(q: Rows, k: Rows) -> Shown:
+        found = sees(0, np.zeros((1, 1, 1), np.int64), q.reshape(1, -1, 1), k.reshape(1, -1, 1))
+        return np.broadcast_to(found.reshape(-1), q.shape) if found.size in (1, len(q)) else np.zeros(len(q), bool)
+
+    named = pattern_of_intervals(of_first_head, length)
+    if named is None:
+        return None
+    pattern, begin, end = named
+    every_head, keys = np.arange(heads).reshape(-1, 1, 1), np.arange(length).reshape(1, 1, -1)
+    for first, expected in strips(begin, end, max(1, _STRIP_CELLS // (heads * length))):
+        q = np.arange(first, first + len(expected)).reshape(1, -1, 1)
+        for entry in range(batch):
+            shown = sees(entry, every_head, q, keys)
+            if shown.shape[-2:] != expected.shape or (shown != expected).any():
+                return None
+    return pattern
+
+
 def _asked(mask_mod: Callable[..., Any], entry: int, shape: tuple[int, ...], as_tensor: Callable[..., Any]) -> Shown:
     """What a mask_mod says of one batch entry, (heads, queries, keys)."""
-    if int(np.prod(shape, dtype=np.float64)) > MOST_CELLS:
-        raise ValueError(f"mask must have at most {MOST_CELLS} (head, query, key) triples, got {shape}")
     axes = [
         np.arange(length, dtype=np.int64).reshape([-1 if a == b else 1 for b in range(3)])
         for a, length in enumerate(shape)

@@ -106,6 +106,15 @@ class BlockLayout(Pattern, name="block_layout"):
         """`branch` within that block mask."""
         return self._reaching(rectangle).within(branch, rectangle)
 
+    @property
+    def complements(self) -> bool:
+        """Always: what a mask hides is a mask."""
+        return True
+
+    def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` without that block mask."""
+        return self._reaching(rectangle).without(branch, rectangle)
+
     def _reaching(self, rectangle: Rectangle) -> BlockSparse:
         return _block_sparse(self, *(_blocks(spans, self.block_size) for spans in (rectangle.queries, rectangle.keys)))
 

@@ -8,6 +8,7 @@ from binascii import Error as Base64Error
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +19,15 @@ from longattn.patterncache.patterns.window import whole_branches
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.block_runs import Runs, cut_runs, made_of_runs, regroup
 from longattn.patterncache.planning.listing import listed_part
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
 if TYPE_CHECKING:
     from longattn.patterncache.patterns.scored_blocks import ScoredBlocks
 
 Mask = npt.NDArray[np.bool_]
+
+MOST_CELLS = 1 << 28
+"""Cells of a mask that is read from text: a quarter of a gigabyte of booleans."""
 
 _GATHERED_CELLS = 1 << 18
 """Mask cells of small tiles that are looked up in one go."""
@@ -149,12 +153,27 @@ class BlockSparse(Pattern, name="block_sparse"):
 
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` cut at block borders, without the pairs of blocks that the mask hides."""
-        band = branch.band
+        yield from self._cut(branch, rectangle, Band(0, None) if self.causal else Band(), shown=True)
+
+    @property
+    def complements(self) -> bool:
+        """Always: what a mask hides is a mask."""
+        return True
+
+    def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` in the blocks that the mask hides, and, where causal, in the future of those that it shows."""
+        yield from self._cut(branch, rectangle, Band(), shown=False)
         if self.causal:
-            band = Band(0, None) if band is None else band & Band(0, None)
+            yield from self._cut(branch, rectangle, Band(None, -1), shown=True)
+
+    def _cut(self, branch: Branch, rectangle: Rectangle, seen: Band, *, shown: bool) -> Iterator[Branch]:
+        """`branch` within a band in the blocks that the mask shows, or in those that it hides."""
+        band = seen if branch.band is None else branch.band & seen
+        band = None if band == Band() else band
         if not (branch.q.tiles and branch.q.count and branch.k.count):
             return
         for heads, mask in self._head_masks(branch.heads, rectangle):
+            mask = mask if shown else ~mask
             part = Branch(heads, branch.q, branch.k, branch.q_at, branch.k_at, band)
             if made_of_runs(part, band):
                 q, q_block = cut_runs(part.q, part.q_at, self.block_size)
@@ -198,13 +217,18 @@ class BlockSparse(Pattern, name="block_sparse"):
             ValueError: the text is not one, or holds more or fewer bits than the shape.
         """
         shape, text = tuple(spec["shape"]), spec["mask"]
-        cells = int(np.prod(shape, dtype=np.int64))
+        cells = prod(check_int(f"shape[{axis}]", length, minimum=0) for axis, length in enumerate(shape))
+        if cells > MOST_CELLS:
+            raise ValueError(f"shape must have at most {MOST_CELLS} cells, got {cells}")
         try:
-            packed = zlib.decompress(b64decode(text, validate=True))
-        except (Base64Error, zlib.error) as error:
-            raise ValueError(f"mask must be packed bits, deflated and in base64, got {text[:40]!r}") from error
+            # One byte more than there may be shows that there are too many, without making them all.
+            packed = zlib.decompressobj().decompress(b64decode(text, validate=True), -(-cells // 8) + 1)
+        except (Base64Error, zlib.error, TypeError, ValueError) as error:
+            raise ValueError(f"mask must be packed bits, deflated and in base64, got {shortened(text, 40)}") from error
         if len(packed) != -(-cells // 8):
-            raise ValueError(f"mask must hold {cells} bits for shape {shape}, got {len(packed)} bytes")
+            raise ValueError(
+                f"mask must hold {cells} bits for shape {shape}, got {'more' if len(packed) > -(-cells // 8) else len(packed)} bytes"
+            )
         mask = np.unpackbits(np.frombuffer(packed, np.uint8), count=cells).astype(bool).reshape(shape)
         return cls(spec["block_size"], mask, spec["causal"])
 
@@ -272,7 +296,7 @@ def _check_mask(value: Any) -> Mask:
     try:
         mask = np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"mask must be one array, got rows of different lengths: {value!r}") from error
+        raise ValueError(f"mask must be one array, got rows of different lengths: {shortened(value)}") from error
     if mask.dtype != np.bool_:
         raise TypeError(f"mask must be bool, got {mask.dtype} ({type(value).__name__})")
     if mask.ndim not in (2, 3) or not mask.size:

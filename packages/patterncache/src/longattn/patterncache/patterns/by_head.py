@@ -12,6 +12,9 @@ from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_
 from longattn.patterncache.plan import Branch, Counts
 from longattn.patterncache.spans import Rectangle, Rows, Span, congruent_indices
 
+MOST_HEADS = 1 << 20
+"""Heads that a module may have: each is looked at."""
+
 
 @dataclass(frozen=True)
 class ByHead(Pattern, name="by_head"):
@@ -34,11 +37,13 @@ class ByHead(Pattern, name="by_head"):
         for at, (heads, pattern) in enumerate(self.parts):
             if not isinstance(heads, Span):
                 raise TypeError(f"parts[{at}][0] must be a Span of heads, got {heads!r}")
+            if heads.length and heads.last >= MOST_HEADS:
+                raise ValueError(f"parts[{at}][0] must lie below {MOST_HEADS} heads, got {heads}")
             check_pattern_type(f"parts[{at}][1]", pattern)
             shared = sorted(taken.intersection(heads.positions().tolist()))
             if shared:
                 raise ValueError(
-                    f"parts[{at}] must not overlap the heads of an earlier part, got {heads}, which has {shared} too"
+                    f"parts[{at}] must not overlap the heads of an earlier part, got {heads}, which has {shared[:8]} too"
                 )
             taken.update(heads.positions().tolist())
         # Groups have no order; an empty one says nothing.

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
-from longattn.patterncache.patterns.block_sparse import BlockSparse
+from longattn.patterncache.patterns.joining import joined, joint_period, outside, through
 from longattn.patterncache.plan import Branch, Counts
 from longattn.patterncache.spans import Rectangle, Rows
 
@@ -60,9 +60,14 @@ class Restrict(Pattern, name="restrict"):
         """Where b cannot filter, or either part lists."""
         return not self.b.filters or self.a.listing or self.b.listing
 
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """The parts' common one; one closed part closes what both must see."""
+        return joint_period((self.a, self.b), any)
+
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within a, then within b."""
-        return _through(self.b, self.a.within(branch, rectangle), rectangle)
+        return through(self.b, self.a.within(branch, rectangle), rectangle)
 
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """Both parts must mean something there."""
@@ -89,13 +94,8 @@ class Restrict(Pattern, name="restrict"):
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
         """Where b filters, what it leaves of a's branches; else listed."""
         if self.b.filters:
-            return _through(self.b, self.a.branches(rectangle), rectangle)
+            return through(self.b, self.a.branches(rectangle), rectangle)
         return super().branches(rectangle)
-
-
-def _through(b: Pattern, branches: Iterator[Branch], rectangle: Rectangle) -> Iterator[Branch]:
-    for branch in branches:
-        yield from b.within(branch, rectangle)
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,11 @@ class _Combination(Pattern):
         """Whether any part is positional."""
         return any(part.positional for part in self.parts)
 
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """The parts' common one; what any part may see needs all of them closed."""
+        return joint_period(self.parts, all)
+
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """All parts must mean something there."""
         for part in self.parts:
@@ -149,7 +154,8 @@ class _Combination(Pattern):
 
 @dataclass(frozen=True)
 class Union(_Combination, name="union"):
-    """counts = the largest of the parts': `a | b`. Block masks of one block size become one mask; else rows are listed.
+    """counts = the largest of the parts': `a | b`. In strides where all parts but one have a complement (`Pattern.complements`) and that
+    one is `layered`; else rows are listed. Block masks of one block size become one mask.
 
     Args:
         parts: patterns, at least one.
@@ -170,24 +176,44 @@ class Union(_Combination, name="union"):
 
     @property
     def listing(self) -> bool:
-        """Unless there is one part only, that does not."""
-        return len(self.parts) > 1 or self.parts[0].listing
+        """Where no order of the parts can be told apart in strides, or any part lists."""
+        return self._other() is None or any(part.listing for part in self.parts)
+
+    def _other(self) -> int | None:
+        """Which part the others are told apart from: the one without a complement, or the first; None where there are several."""
+        others = [at for at, part in enumerate(self.parts) if not (part.complements and part.filters and part.binary)]
+        if len(others) > 1 or (others and len(self.parts) > 1 and not self.parts[others[0]].layered):
+            return None
+        return others[0] if others else 0
 
     def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
-        return _joined(list(dict.fromkeys(parts)), np.logical_or, same_causal=True)
+        return joined(list(dict.fromkeys(parts)), np.logical_or, same_causal=True)
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """Elementwise maximum."""
         return reduce(np.maximum, self._part_counts(h, i, j, num_heads))
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """One part's own, or listed rows."""
-        return self.parts[0].branches(rectangle) if len(self.parts) == 1 else super().branches(rectangle)
+        """Of every part what no part before it shows, and what the last counts beyond one; or listed rows.
+
+        With b counted at most once, max(a, b) = b + a outside b + (a - 1) inside b.
+        """
+        at = self._other()
+        if at is None:
+            yield from super().branches(rectangle)
+            return
+        other, filters = self.parts[at], (*self.parts[:at], *self.parts[at + 1 :])
+        for turn, part in enumerate((*filters, other)):
+            yield from outside(filters[:turn], part.branches(rectangle), rectangle)
+        if filters:
+            for turn, part in enumerate(filters):
+                again = outside(filters[:turn], other.excess(rectangle), rectangle)
+                yield from through(part, again, rectangle)
 
 
 @dataclass(frozen=True)
 class Intersection(_Combination, name="intersection"):
-    """counts = the smallest of the parts': `a & b`. In strides where one part counts at most once and the others can filter it.
+    """counts = the smallest of the parts': `a & b`. In strides where a part counts at most once and all but one can filter.
 
     Args:
         parts: patterns, at least one.
@@ -211,28 +237,33 @@ class Intersection(_Combination, name="intersection"):
         """Whether every part does."""
         return all(part.filters for part in self.parts)
 
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """The parts' common one; one closed part closes what all must see."""
+        return joint_period(self.parts, any)
+
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within every part."""
         found = iter((branch,))
         for part in self.parts:
-            found = _through(part, found, rectangle)
+            found = through(part, found, rectangle)
         return found
 
     def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
-        return _joined(list(dict.fromkeys(parts)), np.logical_and, same_causal=False)
+        return joined(list(dict.fromkeys(parts)), np.logical_and, same_causal=False)
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """Elementwise minimum."""
         return reduce(np.minimum, self._part_counts(h, i, j, num_heads))
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """The branches of a part that counts at most once, within the others; or listed rows."""
+        """What one part sees, once, within the others; or listed rows."""
         base = self._base()
         if base is None:
             return super().branches(rectangle)
-        found = self.parts[base].branches(rectangle)
+        found = (self.parts[base].branches if len(self.parts) == 1 else self.parts[base].support)(rectangle)
         for part in (*self.parts[:base], *self.parts[base + 1 :]):
-            found = _through(part, found, rectangle)
+            found = through(part, found, rectangle)
         return found
 
     @property
@@ -244,8 +275,9 @@ class Intersection(_Combination, name="intersection"):
         """Which part's branches the others filter, or None."""
         for at, base in enumerate(self.parts):
             others = (*self.parts[:at], *self.parts[at + 1 :])
-            # The smallest of counts is not the base's where the base counts twice and another part once.
-            if (base.binary or not others) and all(part.filters for part in others):
+            # The smallest of counts is 1 wherever all see, once any part counts at most once.
+            once = base.layered and (base.binary or any(part.binary for part in others))
+            if (once or not others) and all(part.filters for part in others):
                 return at
         return None
 
@@ -279,19 +311,3 @@ class Sum(_Combination, name="sum"):
         """The branches of every part."""
         for part in self.parts:
             yield from part.branches(rectangle)
-
-
-def _joined(parts: list[Pattern], join: np.ufunc, *, same_causal: bool) -> list[Pattern]:
-    """`parts` with block masks of one block size and shape joined to one mask."""
-    others: list[Pattern] = []
-    masks: dict[tuple[object, ...], BlockSparse] = {}
-    for part in parts:
-        if not isinstance(part, BlockSparse):
-            others.append(part)
-            continue
-        key = (part.block_size, part.mask.shape, part.causal if same_causal else None)
-        kept = masks.get(key, part)
-        if kept is not part:
-            part = BlockSparse(part.block_size, join(kept.mask, part.mask), kept.causal or part.causal)
-        masks[key] = part
-    return [*others, *masks.values()]

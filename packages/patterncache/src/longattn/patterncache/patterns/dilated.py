@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -15,11 +18,14 @@ import numpy as np
 from longattn.patterncache.indices import Affine, index_of
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
-from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
+from longattn.patterncache.planning.intervals import Intervals, Sides, interval_branches, span_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, congruent_indices
 
 HEADS = ("shared", "blocks", "split")
 QUERIES = ("dilated", "all")
+
+_MOST_PARTS = 64
+"""Segments of one branch in a segment of the next, up to which branches are told apart in strides."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,11 @@ class Dilated(Pattern, name="dilated"):
     def binary(self) -> bool:
         """Where every head has one branch at most."""
         return len(self.segment_lengths) == 1 or self.heads == "split"
+
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """Segments of all branches end together there."""
+        return lcm(*self.segment_lengths), True
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """The branches' conditions, added."""
@@ -153,6 +164,66 @@ class Dilated(Pattern, name="dilated"):
                     if heads.length:
                         yield from interval_branches(heads, sides, queries, keys, band)
 
+    @cached_property
+    def _nested(self) -> tuple[int, ...] | None:
+        """The branches from short segments to long, where what one sees within a shorter segment that branch sees too; else None."""
+        order = sorted(
+            range(len(self.segment_lengths)), key=lambda b: (self.segment_lengths[b], self.dilation_rates[b])
+        )
+        for a, b in pairwise(order):
+            (s, r), (longer, rarer) = ((self.segment_lengths[at], self.dilation_rates[at]) for at in (a, b))
+            if longer % s or rarer % r or s % r or longer > _MOST_PARTS * s:
+                return None
+        # Offsets h % r of one head agree where rates divide; h // ceil(H / r) need not.
+        return tuple(order) if self.heads == "shared" else None
+
+    @property
+    def layered(self) -> bool:
+        """Where it is binary, or where branches are nested as LongNet's are: segments and rates divide the next."""
+        return self.binary or self._nested is not None
+
+    def excess(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """Of each longer branch what lies within a segment of the branch before: that one sees it too."""
+        for a, b in pairwise(self._nested or ()):
+            yield from self._within_segments(b, self.segment_lengths[a], rectangle)
+
+    def support(self, rectangle: Rectangle) -> Iterator[Branch]:
+        """The shortest branch, and of each longer one what lies in two segments of the branch before."""
+        if self._nested is None:
+            yield from self.branches(rectangle)
+            return
+        yield from self._within_segments(self._nested[0], self.segment_lengths[self._nested[0]], rectangle)
+        for a, b in pairwise(self._nested):
+            yield from self._across_segments(b, self.segment_lengths[a], rectangle)
+
+    def _within_segments(self, b: int, size: int, rectangle: Rectangle) -> Iterator[Branch]:
+        """What branch b shows within segments of `size`, which divides its own."""
+        for sides in span_pairs(rectangle):
+            low = _starts(sides, size)
+            yield from self._shown(b, rectangle, sides, (low, low + size), (low, low + size))
+
+    def _across_segments(self, b: int, size: int, rectangle: Rectangle) -> Iterator[Branch]:
+        """What branch b shows in two different segments of `size`, which divides its own: queries of each part, keys around it."""
+        own = self.segment_lengths[b]
+        for sides in span_pairs(rectangle):
+            low = _starts(sides, own)
+            for part in range(0, own, size):
+                queries = low + part, low + part + size
+                yield from self._shown(b, rectangle, sides, queries, (low, queries[0]))
+                if not self.causal:
+                    yield from self._shown(b, rectangle, sides, queries, (queries[1], low + own))
+
+    def _shown(
+        self, b: int, rectangle: Rectangle, sides: Sides, queries: tuple[Rows, Rows], keys: tuple[Rows, Rows]
+    ) -> Iterator[Branch]:
+        """Branch b's keys among `keys`, [low, high) each, of its queries among `queries`."""
+        s, r = self.segment_lengths[b], self.dilation_rates[b]
+        for heads, offset in self.head_classes(b, rectangle):
+            residue = queries[0] // s * s + offset
+            asked = Intervals(*queries, residue, r if self.queries == "dilated" else 1)
+            band = Band(0, None) if self.causal else None
+            yield from interval_branches(heads, sides, asked, Intervals(*keys, residue, r), band)
+
     def _class_branches(self, b: int, heads: Span, offset: int, rectangle: Rectangle) -> Iterator[Branch]:
         q_row = 0
         for q in rectangle.queries:
@@ -216,6 +287,12 @@ class Dilated(Pattern, name="dilated"):
         q, k = (Affine(row + offset, tiles, s if tiles > 1 else 0, s // r, r) for _, row in (q_side, k_side))
         q_at, k_at = ((span.start - row, 1) for span, row in (q_side, k_side))
         return Branch(heads, q, k, q_at, k_at, Band(0, None) if self.causal and s > r else None)
+
+
+def _starts(sides: Sides, size: int) -> Rows:
+    """The first positions of the segments of `size` that have positions of both sides."""
+    begin, end = max(span.start for span, _ in sides), min(span.last for span, _ in sides)
+    return np.arange(begin // size, end // size + 1, dtype=np.int64) * size
 
 
 def _equal_columns(kind: Rows, members: Rows) -> Iterator[Rows]:

@@ -14,7 +14,7 @@ from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_
 from longattn.patterncache.patterns.window import Full
 from longattn.patterncache.plan import Branch, Counts
 from longattn.patterncache.planning.intervals import Intervals, moved, span_pairs
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,13 @@ def _inside(span: Span, borders: Rows) -> tuple[Rows, Rows]:
 
 def _check_cumulative(value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
-        raise TypeError(f"cu_seqlens must be a sequence of integers from 0, got {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"cu_seqlens must be a sequence of integers from 0, got {shortened(value)} ({type(value).__name__})"
+        )
     entries = value.tolist() if hasattr(value, "tolist") else list(value)
     found = tuple(check_int(f"cu_seqlens[{at}]", entry, minimum=0) for at, entry in enumerate(entries))
     if len(found) < 2 or found[0] or any(b < a for a, b in pairwise(found)):
-        raise ValueError(f"cu_seqlens must begin with 0, never fall, and have at least two entries, got {found}")
+        raise ValueError(
+            f"cu_seqlens must begin with 0, never fall, and have at least two entries, got {shortened(found)}"
+        )
     return found

@@ -42,7 +42,7 @@ class HierarchicalBlocks(Pattern, name="hierarchical_blocks"):
         for name, least in (("block_size", 1), ("levels", 1), ("fanout", 2)):
             object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=least))
         # Positions are int64.
-        if self.size(self.levels - 1) > 1 << 62:
+        if self.levels > 63 or self.size(self.levels - 1) > 1 << 62:
             raise ValueError(f"levels must keep the outermost block within 2 ** 62 positions, got {self.levels}")
         check_causal(self.causal)
 
@@ -50,6 +50,11 @@ class HierarchicalBlocks(Pattern, name="hierarchical_blocks"):
     def binary(self) -> bool:
         """Always: a key of several levels counts once."""
         return True
+
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """The outermost block."""
+        return self.size(self.levels - 1), True
 
     def size(self, level: int) -> int:
         """Positions of a block of a level."""

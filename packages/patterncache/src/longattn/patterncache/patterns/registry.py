@@ -7,6 +7,7 @@ The registry stands above what it registers: importing it imports every pattern,
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 
 from longattn.patterncache.pattern import Pattern, build_pattern
@@ -20,6 +21,7 @@ from longattn.patterncache.patterns.hierarchical import HierarchicalBlocks
 from longattn.patterncache.patterns.periodic import Periodic
 from longattn.patterncache.patterns.strided import Strided
 from longattn.patterncache.patterns.window import Full, Window
+from longattn.patterncache.spans import shortened
 
 PATTERNS: tuple[type[Pattern], ...] = (
     BlockLayout,
@@ -39,6 +41,9 @@ PATTERNS: tuple[type[Pattern], ...] = (
 )
 """Patterns that this package registers."""
 
+MOST_DEPTH = 200
+"""Brackets within brackets of a canonical string: about a hundred patterns within patterns."""
+
 _KEPT_TEXT = 4096
 """Characters of the longest canonical string whose pattern is kept: a block mask's may be megabytes, and its plan is cached anyway."""
 
@@ -53,11 +58,23 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def _parse(text: str) -> Pattern:
+    depth = _depth(text)
+    if depth > MOST_DEPTH:
+        raise ValueError(f"pattern must nest at most {MOST_DEPTH} brackets, got {depth}: {shortened(text)}")
     try:
         name, spec = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"pattern must be a canonical string '[\"name\",{{...}}]', got {text!r}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"pattern must be a canonical string '[\"name\",{{...}}]', got {shortened(text)}") from error
     return build_pattern(name, spec)
+
+
+def _depth(text: str) -> int:
+    """How deep brackets nest; those in texts count too, and names of patterns have none."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 _parse_kept = lru_cache(maxsize=4096)(_parse)

@@ -11,7 +11,7 @@ import numpy as np
 from longattn.patterncache.indices import Affine
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
-from longattn.patterncache.planning.block_runs import restrict_band
+from longattn.patterncache.planning.block_runs import exclude_band, restrict_band
 from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 
@@ -74,6 +74,20 @@ class Full(Pattern, name="full"):
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within the band."""
         yield from restrict_band(branch, self.band)
+
+    @property
+    def complements(self) -> bool:
+        """Always: it is a band."""
+        return True
+
+    def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` outside the band."""
+        yield from exclude_band(branch, self.band)
+
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """Any shift, and every border is crossed."""
+        return 1, False
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """1, or j <= i."""
@@ -143,8 +157,22 @@ class Window(Pattern, name="window"):
         yield from restrict_band(branch, self._near)
 
     @property
+    def complements(self) -> bool:
+        """Where there are no sinks."""
+        return not self.sinks
+
+    def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` outside the band."""
+        yield from exclude_band(branch, self._near)
+
+    @property
     def _near(self) -> Band:
         return Band(0 if self.causal else 1 - self.size, self.size - 1)
+
+    @property
+    def repeats(self) -> tuple[int | None, bool]:
+        """Any shift, where there are no sinks."""
+        return None if self.sinks else 1, False
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """1 within the window or at a sink, never twice."""

@@ -187,3 +187,11 @@ def restrict_band(branch: Branch, band: Band) -> Iterator[Branch]:
         yield from regroup(branch, q, k, pairs, tighter)
     else:
         yield from listed_part(branch, lambda i, j: tighter.sees(i - j))
+
+
+def exclude_band(branch: Branch, band: Band) -> Iterator[Branch]:
+    """`branch` without the pairs that `band` shows: what is nearer, and what is farther."""
+    if band.low is not None:
+        yield from restrict_band(branch, Band(None, band.low - 1))
+    if band.high is not None:
+        yield from restrict_band(branch, Band(band.high + 1, None))

@@ -1,0 +1,66 @@
+"""Imports stand at the top: those inside functions are counted, package by package, and each one is listed with its reason."""
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.workspace import ROOT
+
+# package -> {module below it: imports of our own modules inside functions, by statement or by name}
+LISTED: dict[str, dict[str, int]] = {
+    "patterncache": {
+        "__init__": 1,  # public names are lazy
+        "pattern": 4,  # lint, reach, describe and to_block_mask are methods of Pattern, and stand above it
+        "analysis.lint": 1,  # plot needs matplotlib, an extra
+        "patterns.block_sparse": 1,  # from_scores needs torch, an extra
+    },
+}
+
+
+def late_imports(tree: ast.Module) -> Iterator[ast.AST]:
+    """Imports of our modules inside functions, and `import_module` of one."""
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        for node in ast.walk(function):
+            if (
+                (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("longattn"))
+                or (isinstance(node, ast.Import) and any(alias.name.startswith("longattn") for alias in node.names))
+                or (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module" and is_ours(node))
+            ):
+                yield node
+
+
+def is_ours(call: ast.Call) -> bool:
+    """Whether an `import_module` names a module of ours, or one that is only known when it runs."""
+    name = call.args[0]
+    return not isinstance(name, ast.Constant) or str(name.value).startswith("longattn")
+
+
+def counted(package: str) -> dict[str, int]:
+    """Late imports by module."""
+    found: Counter[str] = Counter()
+    source = ROOT / "packages" / package / "src" / "longattn" / package
+    for path in sorted(source.rglob("*.py")):
+        module = ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__")
+        found[module] += len({(node.lineno, node.col_offset) for node in late_imports(parsed(path))})  # type: ignore[attr-defined]
+    return {module: many for module, many in found.items() if many}
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("package", sorted(LISTED))
+def test_late_imports_are_listed(package: str) -> None:
+    """No more than are listed, and no fewer: the list is the count."""
+    assert LISTED[package] == counted(package)
+
+
+def test_a_late_import_is_noticed() -> None:
+    """Both forms, and none of other people's modules."""
+    text = "def f():\n    import longattn.x\n    from longattn.y import z\n    import_module('longattn.z')\n    import_module('torch')\n"
+    assert 3 == len(list(late_imports(ast.parse(text))))
