@@ -16,7 +16,6 @@ from benchmarks.peers.gathered_blocks import GatheredBlocks
 from benchmarks.peers.torchscale_style import torchscale_style_attention
 from longattn.attention import pattern_attention
 from longattn.attention.schedules.base import Schedule
-from longattn.patterncache import BlockSparse, Dilated, Full, Pattern
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Window
 
 

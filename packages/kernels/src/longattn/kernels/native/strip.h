@@ -100,15 +100,9 @@ class Veil {
         const Lookup& x = call.bias;
         const char* at = x.data + (b * x.batch + h * x.head + n * x.row) * size_of(x.type);
         const float by = factor;
-<<<<<<< HEAD
-        if (x.type == FLOAT32) look_up<float>(from, x.key, tile, scores, [by](float s, float y) { return added(s, y, by); });
+        if (x.type == FLOAT32) look_up<float>(at, x.key, tile, from, to, scores, [by](float s, float y) { return added(s, y, by); });
         else if (x.type == BFLOAT16)
-            look_up<uint16_t>(from, x.key, tile, scores, [by](float s, uint16_t y) { return added(s, from_bfloat16(y), by); });
-=======
-        if (x.type == FLOAT32) look_up<float>(at, x.key, tile, from, to, scores, [by](float s, float y) { return s + y * by; });
-        else if (x.type == BFLOAT16)
-            look_up<uint16_t>(at, x.key, tile, from, to, scores, [by](float s, uint16_t y) { return s + from_bfloat16(y) * by; });
->>>>>>> w/native
+            look_up<uint16_t>(at, x.key, tile, from, to, scores, [by](float s, uint16_t y) { return added(s, from_bfloat16(y), by); });
         else
             look_up<uint16_t>(at, x.key, tile, from, to, scores, [by](float s, uint16_t y) { return s + from_float16(y) * by; });
     }
