@@ -25,6 +25,7 @@ CASES: dict[str, str] = {
     "planning": "benchmarks.cases.planning",
     "decode": "benchmarks.cases.decode",
     "windows": "benchmarks.cases.windows",
+    "host": "benchmarks.cases.host",
 }
 
 

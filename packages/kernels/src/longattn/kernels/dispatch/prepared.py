@@ -9,7 +9,6 @@ than before (it was reset, or the plan was evicted), the call is prepared anew.
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.memo import Memo
 from longattn.kernels.dispatch.table import Row, RowFailure, select
+from longattn.kernels.native.choice import raw_choice
 from longattn.kernels.ops.arguments import OpArguments
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
@@ -28,12 +28,8 @@ from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
 logger = logging.getLogger("longattn.kernels")
 
 T = TypeVar("T")
-Forward = Callable[..., "tuple[Tensor, Tensor]"]
+Forward = Callable[..., "tuple[Tensor, Tensor] | None"]
 Gradients = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
-
-# os.environ encodes each name that it is asked for; its own dict is read with the name encoded once.
-_ENVIRON: Any = getattr(os.environ, "_data", os.environ)
-_NATIVE: Any = os.environ.encodekey("LONGATTN_NATIVE") if hasattr(os.environ, "encodekey") else "LONGATTN_NATIVE"  # type: ignore[attr-defined]
 
 
 class PreparedCall:
@@ -144,7 +140,10 @@ class PreparedCall:
     ) -> tuple[Tensor, Tensor]:
         """(out, lse) of tensors of this signature."""
         if self._forward is not None:
-            return self._forward(q, k, v, seed, environment.allocator)
+            computed = self._forward(q, k, v, seed, environment.allocator)
+            if computed is not None:
+                return computed
+            self._asked_to_bind = False
         call = self.call(q, k, v, bias, mask, key_padding, prior, seed, plan, environment)
         computed = self.row.forward(call)
         if not self._asked_to_bind and self.row.bind is not None:
@@ -177,7 +176,10 @@ class PreparedCall:
         )
         bound = self._backward.get(key)
         if bound:
-            return bound(grad_out, grad_lse, q, k, v, out, lse, seed, environment.allocator)
+            gradients = bound(grad_out, grad_lse, q, k, v, out, lse, seed, environment.allocator)
+            if gradients is not None:
+                return gradients
+            bound = None
         call = self.call(q, k, v, bias, mask, key_padding, None, seed, plan, environment)
         gradients = self.row.backward(call, grad_out, grad_lse, out, lse, self.arguments.bias_grad)
         if bound is None and self.row.bind_backward is not None and len(self._backward) < _MOST_GRADIENT_FORMS:
@@ -256,7 +258,7 @@ def described(x: Tensor) -> tuple[Hashable, ...]:
 
 def process_settings() -> tuple[Hashable, ...]:
     """What of the process decides which row serves, and how."""
-    return torch.get_num_threads(), _ENVIRON.get(_NATIVE)
+    return torch.get_num_threads(), raw_choice()
 
 
 def plan_key(asked: OpArguments) -> tuple[Hashable, ...]:

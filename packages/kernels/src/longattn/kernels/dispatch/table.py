@@ -47,7 +47,7 @@ class Row:
         refusal: why this machine cannot run the row, as far as that is known without trying, or None.
         prepare: makes what the row needs of the machine, before its first call; the reason why that failed, or None.
         bind: of a call that was served, its forward with everything but pointers and seed in place, (q, k, v, seed, allocator) ->
-            (out, lse); or None where the row has no such form. bind_backward: the same of its backward, from (call, grad_out, grad_lse,
+            (out, lse), or None once it must be bound anew; None where the row has no such form. bind_backward: the same of its backward, from (call, grad_out, grad_lse,
             out, lse).
     """
 

@@ -174,7 +174,9 @@ def packed(lowered: Lowered, phase: int | None) -> PackedJobs:
     found = lowered.packed.get(phase)
     if not isinstance(found, PackedJobs):
         jobs = tuple(job for some in lowered.phases for job in some) if phase is None else lowered.phases[phase]
-        found = lowered.packed[phase] = PackedJobs(jobs)
+        made = PackedJobs(jobs)
+        kept = lowered.packed.setdefault(phase, made)
+        found = kept if isinstance(kept, PackedJobs) else made
     return found
 
 

@@ -7,6 +7,7 @@ the argument was made holds for every call of the same signature; that tensors s
 from __future__ import annotations
 
 import ctypes
+import weakref
 from struct import Struct
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import Allocator
 from longattn.kernels.native import building
-from longattn.kernels.native.arguments import TYPES, CallArgument, TensorArgument
+from longattn.kernels.native.arguments import TYPES, CallArgument, PackedJobs, TensorArgument
 
 _Bytes = ctypes.c_char * ctypes.sizeof(CallArgument)
 _write = Struct("=Q").pack_into
@@ -41,14 +42,18 @@ class BoundForward:
 
     Args:
         argument: the library's argument of that call.
+        jobs: what it points to. They live as long as the plan; a call after their end returns None.
         entry: name of the library's function.
         floats: of scratch.
         complete: every row of the result is written.
     """
 
-    __slots__ = ("_call", "_complete", "_device", "_floats", "_lse_shape", "_out_dtype", "_shape", "_template")
+    __slots__ = ("_call", "_complete", "_device", "_floats", "_jobs", "_lse_shape", "_out_dtype", "_shape", "_template")
 
-    def __init__(self, call: Call, argument: CallArgument, entry: str, floats: int, complete: bool) -> None:
+    def __init__(
+        self, call: Call, argument: CallArgument, jobs: PackedJobs, entry: str, floats: int, complete: bool
+    ) -> None:
+        self._jobs = weakref.ref(jobs)
         self._template = bytes(argument)
         self._call: Any = getattr(building.library(), entry)
         self._floats = (floats + _LINE // 4,)
@@ -58,8 +63,11 @@ class BoundForward:
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, allocator: Allocator
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | None:
         """Compute; out and lse are the allocator's."""
+        jobs = self._jobs()
+        if jobs is None:
+            return None
         device, empty = self._device, allocator.empty
         out = empty(self._shape, self._out_dtype, device, "output")
         lse = empty(self._lse_shape, torch.float32, device, "temp")
@@ -83,13 +91,17 @@ class BoundBackward:
 
     Args:
         argument: the library's argument of that backward.
+        jobs: what it points to, as for `BoundForward`.
         floats: of scratch.
         complete: whether every row of dq, and of dk and dv, is written.
     """
 
-    __slots__ = ("_call", "_complete", "_device", "_floats", "_keys", "_queries", "_template", "_types")
+    __slots__ = ("_call", "_complete", "_device", "_floats", "_jobs", "_keys", "_queries", "_template", "_types")
 
-    def __init__(self, call: Call, argument: CallArgument, floats: int, complete: tuple[bool, bool]) -> None:
+    def __init__(
+        self, call: Call, argument: CallArgument, jobs: PackedJobs, floats: int, complete: tuple[bool, bool]
+    ) -> None:
+        self._jobs = weakref.ref(jobs)
         self._template = bytes(argument)
         self._call: Any = building.library().longattn_attend_backward
         self._floats = (floats + _LINE // 4,)
@@ -107,8 +119,11 @@ class BoundBackward:
         lse: Tensor,
         seed: Tensor | None,
         allocator: Allocator,
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    ) -> tuple[Tensor, Tensor, Tensor, None] | None:
         """Compute; gradients are contiguous and torch's own memory."""
+        jobs = self._jobs()
+        if jobs is None:
+            return None
         make_queries, make_keys = (torch.empty if written else torch.zeros for written in self._complete)
         types = self._types
         dq = make_queries(self._queries, dtype=types[0])

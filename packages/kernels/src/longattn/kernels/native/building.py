@@ -27,6 +27,7 @@ from threading import Lock
 from time import perf_counter
 
 from longattn.kernels.native import cachefolder, compiling
+from longattn.kernels.native.choice import choice
 from longattn.kernels.native.compiling import COMPILERS, Compiler, NativeBuildError
 from longattn.kernels.native.cpu import LEVELS, levels
 
@@ -96,7 +97,7 @@ def build_native() -> Path:
 
 def current() -> Target:
     """The target that LONGATTN_NATIVE names now."""
-    return target(os.environ.get("LONGATTN_NATIVE", ""))
+    return target(choice())
 
 
 def refusal() -> str | None:

@@ -84,7 +84,9 @@ def lower(plan: Plan) -> Lowered:
     if found is None:
         for branch in plan.branches:
             _check(branch, plan.rectangle.shape)
-        found = plan.derived[_KEY] = _in_phases(plan, list(_jobs(plan)))
+        # Of two threads that lower at once, both use what the first one kept.
+        lowered: Lowered = plan.derived.setdefault(_KEY, _in_phases(plan, list(_jobs(plan))))
+        return lowered
     return found
 
 

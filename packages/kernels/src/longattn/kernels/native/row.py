@@ -197,7 +197,8 @@ def bind(call: Call) -> BoundForward | None:
         return None
     asked = _argument(call, *_new_state(call, lowered))
     entry = "longattn_attend_short" if _is_short(call, lowered, bool(asked.half)) else "longattn_attend"
-    return BoundForward(call, asked, entry, _give_jobs(entry, asked, packed(lowered, 0)), lowered.complete)
+    jobs = packed(lowered, 0)
+    return BoundForward(call, asked, jobs, entry, _give_jobs(entry, asked, jobs), lowered.complete)
 
 
 def bind_backward(
@@ -221,4 +222,5 @@ def bind_backward(
         ("dq", "dk", "dv"), (call.q, call.k, call.v), (complete[0], *complete[1:] * 2), strict=True
     ):
         asked.point_to(name, _unwritten(x, x.dtype, whole), tuple(x.shape))
-    return BoundBackward(call, asked, _give_jobs("longattn_attend_backward", asked, packed(lowered, None)), complete)
+    jobs = packed(lowered, None)
+    return BoundBackward(call, asked, jobs, _give_jobs("longattn_attend_backward", asked, jobs), complete)

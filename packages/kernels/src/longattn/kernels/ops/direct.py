@@ -27,7 +27,7 @@ from longattn.kernels.dispatch.prepared import (
 from longattn.kernels.dispatch.table import RowFailure
 from longattn.kernels.ops.arguments import OpArguments
 from longattn.kernels.ops.attend_op import rectangle_gradients
-from longattn.patterncache import Plan
+from longattn.patterncache import Pattern, Plan
 
 _PLAIN = (Tensor, Parameter)
 _STRIDED = torch.strided
@@ -82,9 +82,13 @@ def signature(
         return None
     assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
     text = getattr(pattern, "_canonical", None)
+    if text is None:
+        # isinstance of an abstract class is slow: it is asked once a pattern.
+        if not isinstance(pattern, Pattern):
+            return None
+        text = pattern.canonical()
     if (
-        text is None
-        or (softmax_scale is not None and type(softmax_scale) is not float)
+        (softmax_scale is not None and type(softmax_scale) is not float)
         or type(dropout_p) is not float
         or (backend is not None and type(backend) is not str)
         or not (is_causal is None or is_causal is True or is_causal is False)
