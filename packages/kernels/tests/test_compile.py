@@ -182,7 +182,7 @@ def test_checkpointing(selective: bool, p: float, compiled: bool, monkeypatch: p
     runs = []
     served = row("gather").forward
     monkeypatch.setattr(
-        "longattn.kernels.ops.attend_op.select",
+        "longattn.kernels.dispatch.prepared.select",
         lambda *_: type(row("gather"))(
             "gather", row("gather").capability, lambda call: (runs.append(1), served(call))[1], row("gather").backward
         ),

@@ -121,7 +121,7 @@ def test_explain_names_the_row_that_attend_uses(
         served.append(found.name)
         return found
 
-    monkeypatch.setattr("longattn.kernels.ops.attend_op.select", watch)
+    monkeypatch.setattr("longattn.kernels.dispatch.prepared.select", watch)
     q = torch.randn(1, 8, 2, 4).to(options.get("dtype", torch.float32))
     masks = {
         "attention_mask": torch.ones(8, 8, dtype=torch.bool) if "attention_mask" in options else None,

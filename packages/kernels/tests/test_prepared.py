@@ -3,7 +3,7 @@
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,14 +18,6 @@ from longattn.kernels.dispatch.table import RowFailure, row
 from longattn.patterncache import Dilated, Full, PatternCache, Rectangle, Span, Window
 
 PATTERN = Dilated((4, 8), (1, 2), causal=True)
-
-
-@pytest.fixture(autouse=True)
-def fresh_memo() -> Iterator[None]:
-    """No test sees another's calls."""
-    PREPARED.clear()
-    yield
-    PREPARED.clear()
 
 
 def qkv(n: int = 8, heads: int = 2, dim: int = 8, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -147,7 +147,7 @@ class PreparedCall:
         call = self.call(q, k, v, bias, mask, key_padding, prior, seed, plan, environment)
         computed = self.row.forward(call)
         if not self._asked_to_bind and self.row.bind is not None:
-            self._forward, self._asked_to_bind = self.row.bind(call), True
+            self._forward, self._asked_to_bind = self.row.bind(call, *computed), True
         return computed
 
     def backward(
@@ -183,7 +183,7 @@ class PreparedCall:
         call = self.call(q, k, v, bias, mask, key_padding, None, seed, plan, environment)
         gradients = self.row.backward(call, grad_out, grad_lse, out, lse, self.arguments.bias_grad)
         if bound is None and self.row.bind_backward is not None and len(self._backward) < _MOST_GRADIENT_FORMS:
-            self._backward[key] = self.row.bind_backward(call, grad_out, grad_lse, out, lse) or False
+            self._backward[key] = self.row.bind_backward(call, grad_out, grad_lse, out, lse, gradients) or False
         return gradients
 
 

@@ -46,9 +46,9 @@ class Row:
     Attributes:
         refusal: why this machine cannot run the row, as far as that is known without trying, or None.
         prepare: makes what the row needs of the machine, before its first call; the reason why that failed, or None.
-        bind: of a call that was served, its forward with everything but pointers and seed in place, (q, k, v, seed, allocator) ->
-            (out, lse), or None once it must be bound anew; None where the row has no such form. bind_backward: the same of its backward, from (call, grad_out, grad_lse,
-            out, lse).
+        bind: of a call that was served and what it gave, its forward with everything but pointers and seed in place, (q, k, v, seed, allocator) ->
+            (out, lse), or None once it must be bound anew; None where the row has no such form. bind_backward: the same of its backward, from the
+            arguments of `backward` and the gradients that it gave.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Row:
     backward: Backward
     refusal: Callable[[], str | None] | None = None
     prepare: Callable[[], str | None] | None = None
-    bind: Callable[[Call], Any] | None = None
-    bind_backward: Callable[[Call, Tensor, Tensor | None, Tensor, Tensor], Any] | None = None
+    bind: Callable[[Call, Tensor, Tensor], Any] | None = None
+    bind_backward: Callable[..., Any] | None = None
 
 
 @lru_cache

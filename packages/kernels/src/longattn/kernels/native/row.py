@@ -190,21 +190,32 @@ def _give_jobs(entry: str, asked: CallArgument, jobs: PackedJobs) -> int:
     return scratch_of(ctypes.byref(asked)) * (1 if short else asked.threads)
 
 
-def bind(call: Call) -> BoundForward | None:
-    """`forward` of such calls with everything in place but pointers and seed; None where a call has more than q, k and v."""
+def bind(call: Call, out: Tensor, lse: Tensor) -> BoundForward | None:
+    """`forward` of such calls with everything in place but pointers and seed; None where a call has more than q, k and v.
+
+    out, lse: what `forward` gave for this one.
+    """
     lowered = lower(call.plan)
     if not is_plain(call) or len(lowered.phases) != 1 or call.out_dtype not in TYPES:
         return None
-    asked = _argument(call, *_new_state(call, lowered))
+    asked = _argument(call, out, lse)
     entry = "longattn_attend_short" if _is_short(call, lowered, bool(asked.half)) else "longattn_attend"
     jobs = packed(lowered, 0)
     return BoundForward(call, asked, jobs, entry, _give_jobs(entry, asked, jobs), lowered.complete)
 
 
 def bind_backward(
-    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+    call: Call,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor | None],
 ) -> BoundBackward | None:
-    """`backward` of such calls likewise; None where it takes two passes, or a tensor is converted first."""
+    """`backward` of such calls likewise; None where it takes two passes, or a tensor is converted first.
+
+    gradients: what `backward` gave for this one.
+    """
     lowered = lower(call.plan)
     given = [x for x in (grad_out, grad_lse, out, lse) if x is not None]
     readable = all(readable_as_it_lies(x, call.q.dtype) for x in given) and lse.dtype == torch.float32
@@ -218,9 +229,7 @@ def bind_backward(
     if asked.key_parts != 1:
         return None
     complete = (lowered.complete, call.k.dtype != torch.float32)
-    for name, x, whole in zip(
-        ("dq", "dk", "dv"), (call.q, call.k, call.v), (complete[0], *complete[1:] * 2), strict=True
-    ):
-        asked.point_to(name, _unwritten(x, x.dtype, whole), tuple(x.shape))
+    for name, x in zip(("dq", "dk", "dv"), gradients[:3], strict=True):
+        asked.point_to(name, x, tuple(x.shape))
     jobs = packed(lowered, None)
     return BoundBackward(call, asked, jobs, _give_jobs("longattn_attend_backward", asked, jobs), complete)
