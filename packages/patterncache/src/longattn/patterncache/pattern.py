@@ -18,6 +18,7 @@ import numpy as np
 
 from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
 from longattn.patterncache.planning.intervals import Intervals
+from longattn.patterncache.planning.limits import counting_pairs
 from longattn.patterncache.planning.listing import listed_branches
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
@@ -150,15 +151,27 @@ class Pattern(ABC):
         found = self.count(h, i, j, rectangle.num_heads)
         return np.array(np.broadcast_to(found, rectangle.shape), dtype=np.int64)
 
-    def plan(self, rectangle: Rectangle) -> Plan:
-        """This pattern in strides, for one rectangle. `plan.counts() == pattern.counts(rectangle)`, always."""
+    def plan(self, rectangle: Rectangle, *, listed: str | None = None) -> Plan:
+        """This pattern in strides, for one rectangle. `plan.counts() == pattern.counts(rectangle)`, always.
+
+        Args:
+            rectangle: heads, queries and keys.
+            listed: what happens where a pattern without strides needs more than 2 ** 28 pairs looked at one by one. "limit": an
+                error that says what it would cost; "allow": they are. Default None: as `LONGATTN_LISTED` in the environment says,
+                which is read for each plan, else "limit".
+
+        Raises:
+            TypeError, ValueError: an argument is not such a value, the pattern means nothing on part of the rectangle, or too many
+                pairs.
+        """
         if not isinstance(rectangle, Rectangle):
             raise TypeError(
                 "rectangle must be a Rectangle, such as Rectangle(heads, Span(0, N), Span(0, N)), "
                 f"got {rectangle!r} ({type(rectangle).__name__})"
             )
-        self.check_rectangle(rectangle)
-        return make_plan(rectangle, self.branches(rectangle))
+        with counting_pairs(listed):
+            self.check_rectangle(rectangle)
+            return make_plan(rectangle, self.branches(rectangle))
 
     def reach(self, layers: int, N: int, num_heads: int = 8) -> Reach:
         """How many of `N` tokens a token has heard of after `layers` layers, exactly; see `longattn.patterncache.analysis.reach`."""

@@ -18,6 +18,7 @@ from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.patterns.window import whole_branches
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.block_runs import Runs, cut_runs, made_of_runs, regroup
+from longattn.patterncache.planning.limits import add_pairs
 from longattn.patterncache.planning.listing import listed_part
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
@@ -266,6 +267,7 @@ def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Ro
     tiles = np.arange(int(q.tile[-1]) + 2)
     q_begin, k_begin = (np.searchsorted(runs.tile, tiles) for runs in (q, k))
     shapes = np.stack([np.diff(q_begin), np.diff(k_begin)], 1)
+    add_pairs(int(shapes.prod(axis=1).sum()))
     found: list[tuple[Rows, Rows]] = []
     for nq, nk in np.unique(shapes, axis=0).tolist():
         alike = np.flatnonzero((shapes == (nq, nk)).all(axis=1))
