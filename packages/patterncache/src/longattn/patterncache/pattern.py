@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from operator import index
 from os import PathLike
@@ -23,8 +23,7 @@ from longattn.patterncache.planning.listing import listed_branches
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
 if TYPE_CHECKING:
-    from longattn.patterncache.analysis.lint import Lint
-    from longattn.patterncache.analysis.reach import Reach
+    from longattn.patterncache.analysis.results import Gap, Lint, Reach
     from longattn.patterncache.interop.flex import FlexMask
 
 _REGISTRY: dict[str, type[Pattern]] = {}
@@ -88,6 +87,28 @@ class Pattern(ABC):
         """
         return None, False
 
+    def stretches(self, length: int) -> Iterator[tuple[Pattern, int, int]]:
+        """(pattern, length, times) of parts, in order, that no pair enters or leaves, each seen from position 0 on.
+
+        `lint` and `reach` look at each once. Default: one period and the rest where `repeats` is closed, else one part.
+        """
+        period, closed = self.repeats
+        parts = [(length, 1)]
+        if closed and period is not None and period < length:
+            parts = [(period, length // period), (length % period, 1)]
+        yield from ((self, size, times) for size, times in parts if size or not length)
+
+    def direct_depth(self, length: int) -> int | None:
+        """Layers until each of `length` tokens has heard of all that it may, where that follows from the pattern's figures.
+
+        Asked only where no token stands apart from the others. Default None, beyond one token: `lint` follows them layer by layer.
+        """
+        return 0 if length <= 1 else None
+
+    def gaps(self, rectangle: Rectangle) -> Iterator[Gap]:
+        """Residues of dilated branches that no head of a rectangle serves, for `lint`. Default: none."""
+        return iter(())
+
     @property
     def complements(self) -> bool:
         """Whether `without` works, so that others can be joined with this pattern in strides. Default False."""
@@ -148,8 +169,8 @@ class Pattern(ABC):
         h = rectangle.heads.positions()[:, None, None]
         i = rectangle.query_positions()[None, :, None]
         j = rectangle.key_positions()[None, None, :]
-        found = self.count(h, i, j, rectangle.num_heads)
-        return np.array(np.broadcast_to(found, rectangle.shape), dtype=np.int64)
+        counts = self.count(h, i, j, rectangle.num_heads)
+        return np.array(np.broadcast_to(counts, rectangle.shape), dtype=np.int64)
 
     def plan(self, rectangle: Rectangle, *, listed: str | None = None) -> Plan:
         """This pattern in strides, for one rectangle. `plan.counts() == pattern.counts(rectangle)`, always.
@@ -175,17 +196,15 @@ class Pattern(ABC):
 
     def reach(self, layers: int, N: int, num_heads: int = 8) -> Reach:
         """How many of `N` tokens a token has heard of after `layers` layers, exactly; see `longattn.patterncache.analysis.reach`."""
-        return import_module("longattn.patterncache.analysis.reach").reach(self, layers, N, num_heads)
+        return _from_above("analysis.reach", "reach")(self, layers, N, num_heads)
 
     def lint(self, N: int, num_heads: int = 8, *, head_dim: int = 64, dtype: str = "float32") -> Lint:
         """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work. `str()` of it is for reading."""
-        return import_module("longattn.patterncache.analysis.lint").lint(
-            self, N, num_heads, head_dim=head_dim, dtype=dtype
-        )
+        return _from_above("analysis.lint", "lint")(self, N, num_heads, head_dim=head_dim, dtype=dtype)
 
     def describe(self, N: int = 32, num_heads: int = 8, head: int = 0, png: str | PathLike[str] | None = None) -> str:
         """`lint` of `N` tokens as text, below a map of what each of them sees in one head, for small N; and as a picture at `png`."""
-        return import_module("longattn.patterncache.analysis.lint").describe(self, N, num_heads, head, png)
+        return _from_above("analysis.lint", "describe")(self, N, num_heads, head, png)
 
     def to_dense(self, N: int, num_heads: int = 8) -> Counts:
         """(num_heads, N, N) int64: the counts of all of `N` tokens. For small N."""
@@ -194,8 +213,7 @@ class Pattern(ABC):
 
     def to_block_mask(self, N: int, num_heads: int = 8, *, block_size: int = 128, device: Any = "cpu") -> FlexMask:
         """FlexAttention's BlockMask and score_mod of `N` tokens, from strides; see `longattn.patterncache.interop.flex`. Needs torch."""
-        export = import_module("longattn.patterncache.interop.flex").to_block_mask
-        return export(self, N, num_heads, block_size=block_size, device=device)
+        return _from_above("interop.flex", "to_block_mask")(self, N, num_heads, block_size=block_size, device=device)
 
     def canonical(self) -> str:
         """The canonical string: equal for equal patterns, and `parse_pattern` reads it back. Kept with the pattern."""
@@ -220,6 +238,11 @@ class Pattern(ABC):
         combination: Any = registered(how)
         combination = combination((self, other))
         return combination.parts[0] if len(combination.parts) == 1 else combination
+
+
+def _from_above(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module that needs `Pattern`, for the methods that are short for it."""
+    return getattr(import_module(f"longattn.patterncache.{module}"), function)
 
 
 def spec_text(value: object) -> str:

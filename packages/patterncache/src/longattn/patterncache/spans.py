@@ -56,6 +56,11 @@ class Span:
         """The last position (start - step when empty)."""
         return self.start + (self.length - 1) * self.step
 
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """(start, length, step): `Span(*numbers)` is this span."""
+        return self.start, self.length, self.step
+
     def positions(self) -> Rows:
         """(length,) int64."""
         return np.arange(self.length, dtype=np.int64) * self.step + self.start

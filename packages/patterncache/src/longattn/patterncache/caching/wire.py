@@ -124,7 +124,7 @@ def plan_digest(plan: Plan) -> str:
 
 
 def _spans(spans: tuple[Span, ...]) -> list[list[int]]:
-    return [[span.start, span.length, span.step] for span in spans]
+    return [list(span.numbers) for span in spans]
 
 
 def _read_spans(spans: list[list[int]]) -> tuple[Span, ...]:

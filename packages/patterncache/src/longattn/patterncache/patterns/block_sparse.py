@@ -189,7 +189,7 @@ class BlockSparse(Pattern, name="block_sparse"):
             yield heads, self.mask
             return
         groups: dict[bytes, list[int]] = {}
-        present = rectangle.heads.take(heads.start, heads.length, heads.step).positions()
+        present = rectangle.heads.take(*heads.numbers).positions()
         for row, head in enumerate(present):
             groups.setdefault(self.mask[head].tobytes(), []).append(row)
         for rows in groups.values():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from longattn.patterncache.analysis.results import Gap
 from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
 from longattn.patterncache.plan import Branch, Counts
 from longattn.patterncache.spans import Rectangle, Rows, Span, congruent_indices
@@ -70,6 +71,11 @@ class ByHead(Pattern, name="by_head"):
         """Whether any part is."""
         return any(pattern.listing for _, pattern in self.parts)
 
+    def gaps(self, rectangle: Rectangle) -> Iterator[Gap]:
+        """Those of each part, among its own heads."""
+        for heads, pattern in self.parts:
+            yield from pattern.gaps(replace(rectangle, heads=heads))
+
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """Heads must be the module's, and every part must mean something for its own."""
         for heads, pattern in self.parts:
@@ -105,9 +111,7 @@ class ByHead(Pattern, name="by_head"):
 
     def to_spec(self) -> dict[str, Any]:
         """The parts, as [[start, length, step], [name, spec]]."""
-        return {
-            "parts": [[[h.start, h.length, h.step], [pattern.name, pattern.to_spec()]] for h, pattern in self.parts]
-        }
+        return {"parts": [[list(heads.numbers), [pattern.name, pattern.to_spec()]] for heads, pattern in self.parts]}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> ByHead:
