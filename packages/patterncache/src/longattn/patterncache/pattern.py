@@ -1,6 +1,6 @@
 """`Pattern`: who sees whom, as a count; and the canonical strings.
 
-A pattern knows nothing of lengths, tensors or devices. It answers two questions that must agree: `count(h, i, j)`, the boring
+A pattern knows nothing of lengths, tensors or devices. It answers two questions that must agree: `count(h, i, j)`, the
 elementwise meaning, and `plan(rectangle)`, the same in strides. Its canonical string is JSON, `["name",{spec}]`, and back.
 """
 
@@ -69,7 +69,7 @@ class Pattern(ABC):
 
     @property
     def listing(self) -> bool:
-        """Whether planning looks at every pair of rows (or of blocks) to list what is seen. Default: where `branches` is ours.
+        """Whether planning looks at every pair of rows (or of blocks) to list what is seen. Default: where `branches` is not overridden.
 
         `explain` takes the plan of a long rectangle to list rows where this is True, instead of making it.
         """
@@ -137,7 +137,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
-        """Elementwise over broadcast global heads h, query positions i, key positions j. The meaning, read by eye."""
+        """Elementwise over broadcast global heads h, query positions i, key positions j. This is the meaning of the pattern."""
 
     @abstractmethod
     def with_causal(self, causal: bool) -> Self:
@@ -258,7 +258,7 @@ def spec_text(value: object) -> str:
     if isinstance(value, str) and value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
         return f'"{value}"'
     if isinstance(value, int):
-        # A pattern is a constant of the graph: `index` and `hex` make one of a symbolic number, so that another value compiles anew.
+        # A pattern is a constant of a compiled graph: `index` and `hex` turn a symbolic number into one, so another value is compiled again.
         return str(index(value))
     return str(float.fromhex(value.hex())) if isinstance(value, float) else json.dumps(value)
 

@@ -221,7 +221,7 @@ TRACES: dict[str, Callable[[int], Sequence[Hashable]]] = {
 
 
 def belady(trace: Sequence[Hashable], size: int) -> float:
-    """Hit rate of whoever knows the future, and evicts what is asked for last."""
+    """Hit rate of Belady's policy, which knows the trace and evicts the entry whose next use is farthest away."""
     later, seen = [0] * len(trace), {}
     for i in reversed(range(len(trace))):
         later[i] = seen.get(trace[i], len(trace))

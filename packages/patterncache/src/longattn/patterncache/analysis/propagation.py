@@ -50,13 +50,13 @@ def square(length: int, num_heads: int) -> Rectangle:
 
 @dataclass(frozen=True)
 class Nodes:
-    """Tokens that stand for all: of tokens that share all their tiles, two are kept, for one token may differ from its like.
+    """Representative tokens. Of tokens that share all their tiles two are kept: a token knows itself, so one does not speak for another.
 
     Attributes:
         token: (nodes,) the tokens kept.
         number: (tokens,) their place in `token`, -1 for the others.
         weight: (nodes,) how many tokens a node is when it is reached.
-        repeat: (nodes,) how many tokens reach what this node does; 0 for the second of two.
+        repeat: (nodes,) how many tokens reach as many as this node does; 0 for the second of a pair.
     """
 
     token: Rows
@@ -111,7 +111,7 @@ class Walk:
 
     @cached_property
     def _hops(self) -> list[_Hop]:
-        # Late: a walk that is too long to follow is only asked for its nodes.
+        # Made on first use: a walk that is too long to follow needs its nodes only.
         return [_Hop(branch, self.nodes) for branch in self._plan.branches]
 
     def columns(self) -> Iterator[Span]:
@@ -140,7 +140,7 @@ class Walk:
         many = len(self.nodes.token)
         upto = np.arange(1, many + 1)[:, None] if self._causal else np.full((many, 1), many)
         full = np.clip(upto - np.arange(block.start, block.last + 1)[None] * 64, 0, 64).astype(np.uint64)
-        # A shift by all 64 bits is undefined, so the word of ones is said apart.
+        # A shift by all 64 bits is undefined, so a word of ones is made separately.
         return np.where(full == 64, ~np.uint64(0), (np.uint64(1) << (full % np.uint64(64))) - np.uint64(1))
 
     def reached(self, bits: Bits, block: Span) -> Rows:

@@ -44,7 +44,7 @@ def reach(pattern: Pattern, layers: int, length: int, num_heads: int = 8) -> Rea
 
 
 def _heard(walk: Walk, layers: int) -> npt.NDArray[np.int64]:
-    """(nodes,) int64: tokens that each has heard of; of nodes that nobody counts, what its like has."""
+    """(nodes,) int64: tokens that each node has heard of; nodes with `repeat` 0 get the largest figure of the others."""
     heard = np.zeros(len(walk.nodes.token), np.int64)
     for block in walk.columns():
         bits = walk.start(block)

@@ -65,12 +65,12 @@ class Lint:
         depth = "depth not followed" if not self.layers_known else f"all joined after {self.layers} layers"
         if self.layers_known and self.layers is None:
             depth = "no depth joins all tokens"
-        found = [f"{self.islands} island{'s' * (self.islands != 1)}", depth]
-        found += [f"{len(self.gaps)} branch(es) with uncovered residues"] * bool(self.gaps)
-        found += [f"{self.starved} tokens see only themselves"] * bool(self.starved)
-        found += [f"{self.blind} tokens see nothing"] * bool(self.blind)
-        found += [f"{self.fewest_keys} to {self.most_keys} keys per query, mean {self.mean_keys:.1f}"]
-        return f"lint: {self.pattern}, {self.length} tokens, {self.num_heads} heads: " + "; ".join(found)
+        verdicts = [f"{self.islands} island{'s' * (self.islands != 1)}", depth]
+        verdicts += [f"{len(self.gaps)} branch(es) with uncovered residues"] * bool(self.gaps)
+        verdicts += [f"{self.starved} tokens see only themselves"] * bool(self.starved)
+        verdicts += [f"{self.blind} tokens see nothing"] * bool(self.blind)
+        verdicts += [f"{self.fewest_keys} to {self.most_keys} keys per query, mean {self.mean_keys:.1f}"]
+        return f"lint: {self.pattern}, {self.length} tokens, {self.num_heads} heads: " + "; ".join(verdicts)
 
     def __str__(self) -> str:
         lines = [self.line]

@@ -22,9 +22,9 @@ BRANCH_BYTES = 500
 def freeze(value: T) -> T:
     """The same value, with arrays read-only and plans packed, those in tuples too.
 
-    An array that has its own memory becomes read-only, and a view of it is handed out, which nobody can make writeable again. One
-    that looks into another's memory is copied. Plans are immutable already. Lists, dicts and other objects are left as they are:
-    whoever caches one promises not to change it. DLPack and torch.from_numpy write through a read-only array without a word.
+    An array that has its own memory becomes read-only, and a view of it is handed out, which cannot be made writeable again. One
+    that is a view of another's memory is copied. Plans are immutable already. Lists, dicts and other objects are left as they are:
+    callers that cache one must not change it. DLPack and torch.from_numpy ignore the read-only flag.
     """
     frozen: Any = value
     if type(value) is tuple:

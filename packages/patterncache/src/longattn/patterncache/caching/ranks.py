@@ -38,11 +38,11 @@ def build_on_one(
         RuntimeError: on the ranks that wait for a build that failed; the rank that builds raises what its build raised.
     """
     mine = cache._cache.get(key)
-    said = _gather([_key_digest(key), _MISSING if mine is None else plan_digest(mine)], group)
-    _check_equal("must ask for the same key", [keys for keys, _ in said])
-    holders = [rank for rank, (_, digest) in enumerate(said) if digest != _MISSING]
-    _check_equal("must hold the same plan", [digest for _, digest in said if digest != _MISSING], holders)
-    if len(holders) == len(said):
+    answers = _gather([_key_digest(key), _MISSING if mine is None else plan_digest(mine)], group)
+    _check_equal("must ask for the same key", [keys for keys, _ in answers])
+    holders = [rank for rank, (_, digest) in enumerate(answers) if digest != _MISSING]
+    _check_equal("must hold the same plan", [digest for _, digest in answers if digest != _MISSING], holders)
+    if len(holders) == len(answers):
         return cache.get_or_build(key, build)
     plan = _spread(cache, key, build, holders[0] if holders else 0, group)
     check_same_plan(plan, group=group)
@@ -83,8 +83,8 @@ def _gather(texts: list[str], group: Any) -> list[list[str]]:
     mine = torch.frombuffer(bytearray("".join(texts).encode()), dtype=torch.uint8).to(_device(group))
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
-    found = [bytes(part.cpu().numpy()).decode() for part in parts]
-    return [[text[at : at + 64] for at in range(0, len(text), 64)] for text in found]
+    gathered = [bytes(part.cpu().numpy()).decode() for part in parts]
+    return [[text[at : at + 64] for at in range(0, len(text), 64)] for text in gathered]
 
 
 def _broadcast(data: bytes | None, source: int, group: Any) -> bytes:

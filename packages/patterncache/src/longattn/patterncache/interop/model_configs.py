@@ -34,7 +34,7 @@ _LAYERED_DECODERS = {
     "gpt_neo", "gpt_oss", "granite_swa", "granitemoe_swa", "laguna", "lfm2", "llama4_text", "mellum", "mimo_v2_flash", "ministral",
     "modernbert-decoder", "olmo3", "qwen2_5_vl_text", "qwen2_vl_text", "smollm3", "vaultgemma",
 }  # fmt: skip
-"""Of these `layer_types` (or `attention_layers`) is the whole truth, and every layer looks back only."""
+"""Models whose `layer_types` (or `attention_layers`) alone decide who sees whom; every layer looks back only."""
 
 _STRUCTURE = re.compile(
     r"window|sparse|block|chunk|dilat|local|lsh|landmark|stride|attention_type|attn_type|bidirection|index_topk"
@@ -46,13 +46,13 @@ _NO_STRUCTURE = {
     "block_use_swiglu", "chunk_size_feed_forward", "decoder_sparse_step", "mlp_only_layers", "num_local_experts", "sparse_pred_ignore_index",
     "sparse_prediction",
 }  # fmt: skip
-"""Those that say nothing of it, or say it again."""
+"""Fields whose names match `_STRUCTURE` but do not decide who sees whom, or repeat what another field says."""
 
 _OF_LAYERS = {
     "_sliding_window_pattern", "attention_chunk_size", "local_attention", "max_window_layers", "prefix_dense_sliding_window_pattern",
     "sliding_window", "sliding_window_pattern", "swa_num_attention_heads", "use_sliding_window", "window_size",
 }  # fmt: skip
-"""What `layer_types` was made from, or what a layer of a type reads."""
+"""Fields from which `layer_types` was made, or that a layer of some type reads."""
 
 
 def from_hf(config: Any, layer: int = 0) -> Pattern:
@@ -263,7 +263,7 @@ def _neighbours(q: Any, k: Any, size: int, kernel: int, stride: int, dilation: i
 
 
 def _of_axes(name: str, value: Any, axes: int) -> tuple[Any, ...]:
-    found = (value,) * axes if isinstance(value, (bool, int, np.integer, np.bool_)) else tuple(value)
-    if len(found) != axes:
+    values = (value,) * axes if isinstance(value, (bool, int, np.integer, np.bool_)) else tuple(value)
+    if len(values) != axes:
         raise ValueError(f"{name} must be one value, or one for each of {axes} axes, got {value!r}")
-    return found
+    return values

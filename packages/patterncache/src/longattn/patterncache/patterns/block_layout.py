@@ -23,7 +23,7 @@ Shown = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class BlockLayout(Pattern, name="block_layout"):
-    """Query block a sees key block b by a rule on (a, b); position i is in block i // block_size. What `BlockSparse` is for one length.
+    """Query block a sees key block b by a rule on (a, b); position i is in block i // block_size. It is `BlockSparse` for any length.
 
     A rule knows no length, so shards, prefixes and continuations of a sequence agree about every pair.
 

@@ -36,7 +36,7 @@ _GATHERED_CELLS = 1 << 18
 
 @dataclass(frozen=True, eq=False)
 class _Bits:
-    """A mask, beside what torch.compile reads when it traces `canonical` or `with_causal`: it can read text, but no such array.
+    """A mask, and the same as text: torch.compile traces `canonical` and `with_causal`, and can read text but no such array.
 
     Attributes:
         mask: bool. An array over bytes can never be made writable again, which one that owns its memory can.
@@ -268,7 +268,7 @@ def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Ro
     q_begin, k_begin = (np.searchsorted(runs.tile, tiles) for runs in (q, k))
     shapes = np.stack([np.diff(q_begin), np.diff(k_begin)], 1)
     add_pairs(int(shapes.prod(axis=1).sum()))
-    found: list[tuple[Rows, Rows]] = []
+    allowed: list[tuple[Rows, Rows]] = []
     for nq, nk in np.unique(shapes, axis=0).tolist():
         alike = np.flatnonzero((shapes == (nq, nk)).all(axis=1))
         at_once = max(1, _GATHERED_CELLS // (nq * nk))
@@ -279,8 +279,8 @@ def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Ro
             flat = np.flatnonzero(shown)
             rows = np.arange(len(some) * nq + 1, dtype=np.int64)
             row = np.repeat(rows[:-1], np.diff(np.searchsorted(flat, rows * nk)))
-            found.append((q_of.ravel()[row], k_of[row // nq, flat - row * nk]))
-    return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
+            allowed.append((q_of.ravel()[row], k_of[row // nq, flat - row * nk]))
+    return np.concatenate([a for a, _ in allowed]), np.concatenate([b for _, b in allowed])
 
 
 def _gather(mask: Mask, a: Rows, b: Rows) -> Mask:

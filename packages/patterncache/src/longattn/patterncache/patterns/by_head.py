@@ -104,7 +104,7 @@ class ByHead(Pattern, name="by_head"):
                 yield replace(branch, heads=Span(int(first[0]) + step * rows.start, rows.length, step * rows.step))
 
     def with_causal(self, causal: bool) -> ByHead:
-        """All parts with their causal field replaced; itself where that says nothing new, parts that differ included."""
+        """All parts with their causal field replaced; itself where `causal` has that value already, even if parts differ."""
         if causal == self.causal:
             return self
         return ByHead(tuple((heads, pattern.with_causal(causal)) for heads, pattern in self.parts))

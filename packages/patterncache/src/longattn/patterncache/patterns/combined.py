@@ -145,7 +145,7 @@ class _Combination(Pattern):
             part.check_rectangle(rectangle)
 
     def with_causal(self, causal: bool) -> Self:
-        """All parts with their causal field replaced; itself where that says nothing new, parts that differ included."""
+        """All parts with their causal field replaced; itself where `causal` has that value already, even if parts differ."""
         if causal == self.causal:
             return self
         return type(self)(tuple(part.with_causal(causal) for part in self.parts))

@@ -1,4 +1,4 @@
-"""The listed form of any pattern: exact for everything, strided for nothing.
+"""The listed form: rows named one by one. It is exact for every pattern, and strided for none.
 
 Query rows that see the same keys share a tile; a key that counts twice is listed twice. Built strip by strip, so that a long
 rectangle never stands in memory as a dense matrix.
