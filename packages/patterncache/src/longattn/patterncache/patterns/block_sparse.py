@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from longattn.patterncache.indices import Listed
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.patterns.window import whole_branches
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.block_runs import Runs, cut_runs, made_of_runs, regroup
-from longattn.patterncache.planning.limits import add_pairs
+from longattn.patterncache.planning.limits import CUT_AGAIN, add_pairs
 from longattn.patterncache.planning.listing import listed_part
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
@@ -179,7 +180,8 @@ class BlockSparse(Pattern, name="block_sparse"):
             if made_of_runs(part, band):
                 q, q_block = cut_runs(part.q, part.q_at, self.block_size)
                 k, k_block = cut_runs(part.k, part.k_at, self.block_size)
-                yield from regroup(part, q, k, _allowed_pairs(mask, (q, q_block), (k, k_block)), band)
+                cost = CUT_AGAIN if isinstance(part.k, Listed) else 1
+                yield from regroup(part, q, k, _allowed_pairs(mask, (q, q_block), (k, k_block), cost), band)
             else:
                 yield from listed_part(part, _Lookup(mask, self.block_size))
 
@@ -261,13 +263,16 @@ class _Lookup:
         return self.mask[i // self.block_size, j // self.block_size]
 
 
-def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Rows]) -> tuple[Rows, Rows]:
-    """(query runs, key runs) of one tile each whose blocks the mask lets see; the pairs of a query run stand together."""
+def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Rows], cost: int) -> tuple[Rows, Rows]:
+    """(query runs, key runs) of one tile each whose blocks the mask lets see; the pairs of a query run stand together.
+
+    Each pair counts as `cost` pairs of rows towards the limit of a plan.
+    """
     (q, q_block), (k, k_block) = q_side, k_side
     tiles = np.arange(int(q.tile[-1]) + 2)
     q_begin, k_begin = (np.searchsorted(runs.tile, tiles) for runs in (q, k))
     shapes = np.stack([np.diff(q_begin), np.diff(k_begin)], 1)
-    add_pairs(int(shapes.prod(axis=1).sum()))
+    add_pairs(cost * int(shapes.prod(axis=1).sum()))
     allowed: list[tuple[Rows, Rows]] = []
     for nq, nk in np.unique(shapes, axis=0).tolist():
         alike = np.flatnonzero((shapes == (nq, nk)).all(axis=1))

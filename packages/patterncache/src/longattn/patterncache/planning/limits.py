@@ -17,6 +17,9 @@ from longattn.patterncache.spans import shortened
 MOST_PAIRS = 1 << 28
 """(head, query, key) pairs that a plan looks at one by one unless more are allowed: some ten seconds."""
 
+CUT_AGAIN = 16
+"""Pairs of rows that a pair of runs counts for in a branch that a block mask has already cut: it takes about as long as so many."""
+
 PAIRS_PER_SECOND = 3e7
 """What a core lists, roughly; for error messages only."""
 
