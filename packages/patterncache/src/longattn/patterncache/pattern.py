@@ -185,7 +185,7 @@ class Pattern(ABC):
             TypeError, ValueError: an argument is not such a value, the pattern means nothing on part of the rectangle, or too many
                 pairs.
         """
-        if not isinstance(rectangle, Rectangle):
+        if not isinstance(rectangle, Rectangle):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 "rectangle must be a Rectangle, such as Rectangle(heads, Span(0, N), Span(0, N)), "
                 f"got {rectangle!r} ({type(rectangle).__name__})"
@@ -233,7 +233,7 @@ class Pattern(ABC):
         return self._combined("sum", other)
 
     def _combined(self, how: str, other: Pattern) -> Pattern:
-        if not isinstance(other, Pattern):
+        if not isinstance(other, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
             return NotImplemented
         combination: Any = registered(how)
         combination = combination((self, other))
@@ -245,12 +245,12 @@ def _from_above(module: str, function: str) -> Callable[..., Any]:
     return getattr(import_module(f"longattn.patterncache.{module}"), function)
 
 
-def spec_text(value: object) -> str:
+def spec_text(value: Any) -> str:
     """Compact JSON with sorted keys, by plain string operations, so that torch.compile can trace a pattern made in traced code."""
     if isinstance(value, dict):
-        return "{" + ",".join([f'"{name}":{spec_text(value[name])}' for name in sorted(value)]) + "}"
+        return "{" + ",".join([f'"{name}":{spec_text(value[name])}' for name in sorted(value)]) + "}"  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join([spec_text(entry) for entry in value]) + "]"
+        return "[" + ",".join([spec_text(entry) for entry in value]) + "]"  # pyright: ignore[reportUnknownVariableType]
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -265,7 +265,7 @@ def spec_text(value: object) -> str:
 
 def registered(name: str) -> type[Pattern]:
     """The class of a name. Those of this package are registered once any of them is imported."""
-    if not isinstance(name, str) or name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
             f"pattern must name one of {sorted(_REGISTRY)} (import the module that defines yours), got {shortened(name)}"
         )

@@ -222,7 +222,8 @@ TRACES: dict[str, Callable[[int], Sequence[Hashable]]] = {
 
 def belady(trace: Sequence[Hashable], size: int) -> float:
     """Hit rate of Belady's policy, which knows the trace and evicts the entry whose next use is farthest away."""
-    later, seen = [0] * len(trace), {}
+    later: list[int] = [0] * len(trace)
+    seen: dict[Hashable, int] = {}
     for i in reversed(range(len(trace))):
         later[i] = seen.get(trace[i], len(trace))
         seen[trace[i]] = i

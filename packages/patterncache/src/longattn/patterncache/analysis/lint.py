@@ -50,7 +50,9 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
     if known and depth is None:
         depth = layers_needed(pattern, parts)
     starved, blind, at = _Tally(), _Tally(), 0
-    fewest, most, pairs = [], [], 0
+    fewest: list[int] = []
+    most: list[int] = []
+    pairs = 0
     for part in parts:
         heads, keys = keys_per_query(part.plan)
         # True positions, not those from the stretch's start: a document asks where it begins.

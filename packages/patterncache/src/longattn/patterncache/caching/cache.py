@@ -79,7 +79,7 @@ class PatternCache:
         size = check_int("max_size", max_size, minimum=0)
         limit = None if max_bytes is None else check_int("max_bytes", max_bytes, minimum=0)
         most = None if grow_to is None else check_int("grow_to", grow_to, minimum=size)
-        if not isinstance(enable_profiling, bool):
+        if not isinstance(enable_profiling, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"enable_profiling must be a bool, got {enable_profiling!r}")
         with self._lock:
             # The size that a growing cache starts from, and returns to when it is cleared.

@@ -27,7 +27,7 @@ def held_bytes(value: object) -> int:
     total, left = 0, [value]
     while left:
         one: Any = left.pop()
-        kind = type(one)
+        kind: Any = type(one)  # pyright: ignore[reportUnknownVariableType]
         if kind is int or kind is str:
             if not _is_everywhere(one) and id(one) not in seen:
                 seen.add(id(one))
@@ -59,6 +59,7 @@ def _beside(one: Any, inside: list[Any]) -> int:
     if not inside and not isinstance(one, memoryview):
         nbytes = getattr(one, "nbytes", 0)
         return nbytes if isinstance(nbytes, int) else 0
-    has_attributes = type(one).__flags__ & _WRITTEN_IN_PYTHON and getattr(type(one), "__dictoffset__", 0)
+    kind: Any = type(one)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    has_attributes = kind.__flags__ & _WRITTEN_IN_PYTHON and getattr(kind, "__dictoffset__", 0)
     # Attribute values are stored inline, uncounted, until `__dict__` is read.
     return 16 + 8 * max(len(inside), 6) if has_attributes and not any(type(part) is dict for part in inside) else 0

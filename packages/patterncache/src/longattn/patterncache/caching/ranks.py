@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def build_on_one(
         ValueError: ranks ask for different keys, or hold different plans; they are named. All ranks raise.
         RuntimeError: on the ranks that wait for a build that failed; the rank that builds raises what its build raised.
     """
-    mine = cache._cache.get(key)
+    mine = cache._cache.get(key)  # pyright: ignore[reportPrivateUsage]
     answers = _gather([_key_digest(key), _MISSING if mine is None else plan_digest(mine)], group)
     _check_equal("must ask for the same key", [keys for keys, _ in answers])
     holders = [rank for rank, (_, digest) in enumerate(answers) if digest != _MISSING]
@@ -129,5 +129,5 @@ def _shown(key: object) -> str:
     if isinstance(key, Pattern):
         return key.canonical()
     if isinstance(key, tuple):
-        return f"({','.join(map(_shown, key))})"
+        return f"({','.join(map(_shown, cast('tuple[object, ...]', key)))})"
     return repr(key)

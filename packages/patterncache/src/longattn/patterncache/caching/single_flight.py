@@ -1,5 +1,7 @@
 """`Flight`: one build that others wait for, and what a fork does to it."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import os

@@ -55,7 +55,7 @@ def plan_from_bytes(data: bytes) -> Plan:
         rest = memoryview(data)[end + 1 :]
         num_heads, queries, keys, heads = head["rectangle"]
         rectangle = Rectangle(num_heads, _read_spans(queries), _read_spans(keys), *_read_spans(heads))
-        branches = []
+        branches: list[Branch] = []
         for its_heads, q_head, k_head, q_at, k_at, band in head["branches"]:
             q, rest = _read_index(q_head, rest)
             k, rest = _read_index(k_head, rest)

@@ -117,18 +117,19 @@ def from_block_mask(block_mask: Any) -> BlockSparse:
         full = _listed_blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
     shape = (heads, *block_mask.seq_lengths)
     _check_cells(shape)
-    shown = _asked(block_mask.mask_mod, 0, shape, import_module("torch").from_numpy)
-    sizes, lengths = block_mask.BLOCK_SIZE, block_mask.seq_lengths
-    i, j = (np.arange(length) // size for length, size in zip(lengths, sizes, strict=True))
-    shown = full[:, i[:, None], j] | (partial[:, i[:, None], j] & shown)
+    asked = _asked(block_mask.mask_mod, 0, shape, import_module("torch").from_numpy)
+    (queries, keys), (q_size, k_size) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
+    i, j = np.arange(int(queries)) // int(q_size), np.arange(int(keys)) // int(k_size)
+    shown: Shown = full[:, i[:, None], j] | (partial[:, i[:, None], j] & asked)
     return _coarsest(shown if heads > 1 else shown[0])
 
 
 def _listed_blocks(number: Any, indices: Any) -> Shown:
     """(heads, query blocks, key blocks) from BlockMask's lists: the first `number` of each row of `indices`."""
-    counts, listed = number[0].cpu().numpy(), indices[0].cpu().numpy()
+    counts: Rows = number[0].cpu().numpy()
+    listed: Rows = indices[0].cpu().numpy()
     shown = np.zeros(listed.shape, bool)
-    head, row, at = np.nonzero(np.arange(listed.shape[-1]) < counts[..., None])
+    head, row, at = np.nonzero(np.arange(listed.shape[-1]) < counts[..., None])  # pyright: ignore[reportUnknownArgumentType]
     shown[head, row, listed[head, row, at]] = True
     return shown
 

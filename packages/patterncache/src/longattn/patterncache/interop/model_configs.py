@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.patterns.combined import Sum
 from longattn.patterncache.patterns.dilated import Dilated
 from longattn.patterncache.patterns.window import Full, Window
-from longattn.patterncache.spans import check_int
+from longattn.patterncache.spans import Rows, check_int
 
 _ENCODERS = {
     "albert", "bert", "camembert", "distilbert", "electra", "embedding_gemma2_text", "modernbert", "roberta", "ultrabert", "xlm-roberta",
@@ -81,9 +81,9 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
         )
     for name in ("is_encoder_decoder", "use_bidirectional_attention", "attention_window"):
         for part in (config, whole):
-            if vars(part).get(name):
+            if _fields(part).get(name):
                 raise ValueError(
-                    f"config must not have {name}, which no pattern says exactly, got {vars(part)[name]!r}"
+                    f"config must not have {name}, which no pattern says exactly, got {_fields(part)[name]!r}"
                 )
     known = _ENCODERS | _DENSE_DECODERS | _SLIDING_DECODERS | _LAYERED_DECODERS
     if kind not in known:
@@ -108,10 +108,15 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
     return Full(causal=causal)
 
 
+def _fields(config: object) -> dict[str, Any]:
+    """What a configuration has, by name."""
+    return vars(config)
+
+
 def _refuse_structure(config: Any, kind: str, named: bool) -> None:
     """Raise ValueError for a field that may say who sees whom, and is not read here."""
-    read = _NO_STRUCTURE | (_OF_LAYERS if named or kind in _SLIDING_DECODERS else set())
-    for name, value in vars(config).items():
+    read = _NO_STRUCTURE | _OF_LAYERS if named or kind in _SLIDING_DECODERS else _NO_STRUCTURE
+    for name, value in _fields(config).items():
         if (
             _STRUCTURE.search(name)
             and name not in read
@@ -230,8 +235,8 @@ def from_natten(
 
     def shown(b: Any, h: Any, q: Any, k: Any) -> Any:
         axes = zip(
-            np.unravel_index(q, sizes),
-            np.unravel_index(k, sizes),
+            _coordinates(q, sizes),
+            _coordinates(k, sizes),
             sizes,
             kernels,
             strides,
@@ -245,6 +250,11 @@ def from_natten(
         return seen
 
     return from_mask_mod(shown, int(np.prod(sizes)))
+
+
+def _coordinates(tokens: Rows, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+    """Where tokens stand on each axis, in row-major order."""
+    return np.unravel_index(tokens, sizes)
 
 
 def _neighbours(q: Any, k: Any, size: int, kernel: int, stride: int, dilation: int, causal: bool) -> Any:
@@ -263,7 +273,8 @@ def _neighbours(q: Any, k: Any, size: int, kernel: int, stride: int, dilation: i
 
 
 def _of_axes(name: str, value: Any, axes: int) -> tuple[Any, ...]:
-    values = (value,) * axes if isinstance(value, (bool, int, np.integer, np.bool_)) else tuple(value)
+    single = isinstance(cast("object", value), (bool, int, np.integer, np.bool_))
+    values: tuple[Any, ...] = (value,) * axes if single else tuple(value)
     if len(values) != axes:
         raise ValueError(f"{name} must be one value, or one for each of {axes} axes, got {value!r}")
     return values

@@ -55,7 +55,7 @@ class BlockLayout(Pattern, name="block_layout"):
     causal: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layout, str):
+        if not isinstance(self.layout, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"layout must be one of {LAYOUTS}, got {self.layout!r} ({type(self.layout).__name__})")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")

@@ -270,7 +270,7 @@ def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Ro
     """
     (q, q_block), (k, k_block) = q_side, k_side
     tiles = np.arange(int(q.tile[-1]) + 2)
-    q_begin, k_begin = (np.searchsorted(runs.tile, tiles) for runs in (q, k))
+    q_begin, k_begin = np.searchsorted(q.tile, tiles), np.searchsorted(k.tile, tiles)
     shapes = np.stack([np.diff(q_begin), np.diff(k_begin)], 1)
     add_pairs(cost * int(shapes.prod(axis=1).sum()))
     allowed: list[tuple[Rows, Rows]] = []
@@ -279,13 +279,19 @@ def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Ro
         at_once = max(1, _GATHERED_CELLS // (nq * nk))
         for first in range(0, len(alike), at_once):
             some = alike[first : first + at_once]
-            q_of, k_of = q_begin[some][:, None] + np.arange(nq), k_begin[some][:, None] + np.arange(nk)
+            q_of = _ranges(q_begin[some], nq)
+            k_of = _ranges(k_begin[some], nk)
             shown = _gather(mask, q_block[q_of], k_block[k_of])
             flat = np.flatnonzero(shown)
             rows = np.arange(len(some) * nq + 1, dtype=np.int64)
-            row = np.repeat(rows[:-1], np.diff(np.searchsorted(flat, rows * nk)))
+            row = np.repeat(rows[:-1], np.diff(np.searchsorted(flat, rows * nk)))  # pyright: ignore[reportUnknownArgumentType]
             allowed.append((q_of.ravel()[row], k_of[row // nq, flat - row * nk]))
     return np.concatenate([a for a, _ in allowed]), np.concatenate([b for _, b in allowed])
+
+
+def _ranges(begin: Rows, count: int) -> Rows:
+    """(ranges, count) int64: `count` numbers from each beginning on."""
+    return begin[:, None] + np.arange(count, dtype=np.int64)
 
 
 def _gather(mask: Mask, a: Rows, b: Rows) -> Mask:

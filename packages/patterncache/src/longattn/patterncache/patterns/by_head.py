@@ -36,7 +36,7 @@ class ByHead(Pattern, name="by_head"):
             raise TypeError(f"parts must be a sequence of at least one (heads, pattern), got {self.parts!r}")
         taken: set[int] = set()
         for at, (heads, pattern) in enumerate(self.parts):
-            if not isinstance(heads, Span):
+            if not isinstance(heads, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"parts[{at}][0] must be a Span of heads, got {heads!r}")
             if heads.length and heads.last >= MOST_HEADS:
                 raise ValueError(f"parts[{at}][0] must lie below {MOST_HEADS} heads, got {heads}")

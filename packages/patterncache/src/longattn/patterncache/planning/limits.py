@@ -7,7 +7,7 @@ masks have already cut. Such work grows with queries x keys, so each plan counts
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ _PLANNING: ContextVar[_Count | None] = ContextVar("longattn_pairs_of_the_plan", 
 
 
 @contextmanager
-def counting_pairs(listed: str | None) -> Iterator[None]:
+def counting_pairs(listed: str | None) -> Generator[None, None, None]:
     """Count the pairs of the plan made inside.
 
     Args:

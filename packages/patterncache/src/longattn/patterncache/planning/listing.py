@@ -69,7 +69,8 @@ def listed_part(branch: Branch, shown: Callable[[Rows, Rows], npt.NDArray[np.boo
 
 def _equal_heads(matrix: Counts) -> list[Span]:
     """Runs of neighbouring heads with the same counts."""
-    groups, begin = [], 0
+    groups: list[Span] = []
+    begin = 0
     for h in range(1, len(matrix) + 1):
         if h == len(matrix) or not np.array_equal(matrix[h], matrix[begin]):
             groups.append(Span(begin, h - begin))
