@@ -13,8 +13,7 @@ from tests.workspace import ROOT
 LISTED: dict[str, dict[str, int]] = {
     "patterncache": {
         "__init__": 1,  # public names are lazy
-        "pattern": 4,  # lint, reach, describe and to_block_mask are methods of Pattern, and stand above it
-        "analysis.lint": 1,  # plot needs matplotlib, an extra
+        "pattern": 1,  # lint, reach, describe and to_block_mask are methods of Pattern, and stand above it
         "patterns.block_sparse": 1,  # from_scores needs torch, an extra
     },
 }

@@ -1,6 +1,7 @@
 """`lint` and `reach` beside brute force: dense counts, and powers of a dense matrix."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from longattn.patterncache import (
 )
 from longattn.patterncache.analysis.lint import lint
 from longattn.patterncache.analysis.propagation import stretches
-from longattn.patterncache.analysis.reach import direct_depth, layers_needed, reach
+from longattn.patterncache.analysis.reach import layers_needed, reach
 from longattn.patterncache.testing import dilated, patterns
 
 LONGNET = ((2048, 4096, 8192), (1, 2, 4))
@@ -113,7 +114,7 @@ def test_split_heads_leave_residues_uncovered():
 def test_the_depth_of_a_window_is_that_of_a_walk(length, size, sinks, causal):
     """Said from its figures where they say it, and so known at any length."""
     pattern = Window(size, sinks, causal)
-    said = direct_depth(pattern, length)
+    said = pattern.direct_depth(length)
     assert said is None or said == layers_needed(pattern, stretches(pattern, length, 1))
     assert lint(Window(512), 1 << 20).layers == -(-((1 << 20) - 1) // 511)
 
@@ -183,3 +184,49 @@ def test_a_document_asks_about_its_own_start():
     """A token's sight of itself is asked at its true position: the second document's first token sees itself, its second that one."""
     pattern = Documents([0, 1, 14], Dilated((256,), (3,), queries="all", causal=True))
     assert (1, (1,)) == (pattern.lint(3, 1).starved, pattern.lint(3, 1).first_starved)
+
+
+class Rooms(Pattern):
+    """A pattern of one's own: full attention in rooms of four, which says so itself."""
+
+    causal = False
+
+    def count(self, h, i, j, num_heads):
+        return ((i // 4 == j // 4) & (h >= 0)).astype(np.int64)
+
+    def stretches(self, length):
+        assert length % 4 == 0
+        yield Full(), 4, length // 4
+
+    def gaps(self, rectangle):
+        yield Gap(4, rectangle.num_heads, (1,))
+
+    def with_causal(self, causal):
+        return self
+
+    def to_spec(self):
+        return {}
+
+    @classmethod
+    def from_spec(cls, spec):
+        return cls()
+
+
+def test_a_pattern_of_ones_own_says_what_lint_asks():
+    """Its stretches make a long sequence cheap, its gaps are reported; both as the package's own patterns do it."""
+    own, packed = lint(Rooms(), 12, 3), lint(Documents([0, 4, 8, 12], Full()), 12, 3)
+    assert replace(own, pattern="Documents", gaps=()) == packed
+    assert own.gaps == (Gap(4, 3, (1,)),)
+    assert lint(Rooms(), 1 << 20).islands == 1 << 18
+    assert reach(Rooms(), 1, 12).most == 4
+    assert lint(Restrict(Rooms(), Full()), 12, 3).gaps == own.gaps
+
+
+def test_a_pattern_of_ones_own_says_its_depth():
+    """Asked instead of a walk, where nothing stands apart."""
+
+    class Deep(Full):
+        def direct_depth(self, length):
+            return 7
+
+    assert lint(Deep(), 12).layers == 7

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
-    from longattn.patterncache.analysis.lint import Gap, Lint
-    from longattn.patterncache.analysis.reach import Reach
+    from longattn.patterncache.analysis.results import Gap, Lint, Reach
     from longattn.patterncache.caching.cache import PatternCache
     from longattn.patterncache.caching.device_tier import DeviceTier, IndexTensors
     from longattn.patterncache.caching.global_cache import (
@@ -54,18 +53,18 @@ _HOME = {
     "Documents": "patterns.documents",
     "FlexMask": "interop.flex",
     "Full": "patterns.window",
-    "Gap": "analysis.lint",
+    "Gap": "analysis.results",
     "HierarchicalBlocks": "patterns.hierarchical",
     "IndexArrays": "interop.csr",
     "IndexTensors": "caching.device_tier",
     "Intersection": "patterns.combined",
-    "Lint": "analysis.lint",
+    "Lint": "analysis.results",
     "Listed": "indices",
     "Pattern": "patterns.registry",
     "PatternCache": "caching.cache",
     "Periodic": "patterns.periodic",
     "Plan": "plan",
-    "Reach": "analysis.reach",
+    "Reach": "analysis.results",
     "Rectangle": "spans",
     "Restrict": "patterns.combined",
     "ScoredBlocks": "patterns.scored_blocks",

@@ -70,7 +70,7 @@ class Listed:
 
     def __post_init__(self) -> None:
         starts = np.ascontiguousarray(self.starts, dtype=np.int64)
-        # A plan is shared: it must not change with an array that somebody else can write to.
+        # Plans are shared, so they do not keep an array that the caller can still write to.
         if starts.flags.writeable and np.may_share_memory(starts, self.starts):
             starts = starts.copy()
         starts.flags.writeable = False

@@ -1,6 +1,6 @@
 """`Pattern`: who sees whom, as a count; and the canonical strings.
 
-A pattern knows nothing of lengths, tensors or devices. It answers two questions that must agree: `count(h, i, j)`, the boring
+A pattern knows nothing of lengths, tensors or devices. It answers two questions that must agree: `count(h, i, j)`, the
 elementwise meaning, and `plan(rectangle)`, the same in strides. Its canonical string is JSON, `["name",{spec}]`, and back.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from operator import index
 from os import PathLike
@@ -18,12 +18,12 @@ import numpy as np
 
 from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
 from longattn.patterncache.planning.intervals import Intervals
+from longattn.patterncache.planning.limits import counting_pairs
 from longattn.patterncache.planning.listing import listed_branches
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
 if TYPE_CHECKING:
-    from longattn.patterncache.analysis.lint import Lint
-    from longattn.patterncache.analysis.reach import Reach
+    from longattn.patterncache.analysis.results import Gap, Lint, Reach
     from longattn.patterncache.interop.flex import FlexMask
 
 _REGISTRY: dict[str, type[Pattern]] = {}
@@ -69,7 +69,7 @@ class Pattern(ABC):
 
     @property
     def listing(self) -> bool:
-        """Whether planning looks at every pair of rows (or of blocks) to list what is seen. Default: where `branches` is ours.
+        """Whether planning looks at every pair of rows (or of blocks) to list what is seen. Default: where `branches` is not overridden.
 
         `explain` takes the plan of a long rectangle to list rows where this is True, instead of making it.
         """
@@ -86,6 +86,28 @@ class Pattern(ABC):
         Default (None, False): unknown. `lint` and `reach` look at one period of a closed pattern only.
         """
         return None, False
+
+    def stretches(self, length: int) -> Iterator[tuple[Pattern, int, int]]:
+        """(pattern, length, times) of parts, in order, that no pair enters or leaves, each seen from position 0 on.
+
+        `lint` and `reach` look at each once. Default: one period and the rest where `repeats` is closed, else one part.
+        """
+        period, closed = self.repeats
+        parts = [(length, 1)]
+        if closed and period is not None and period < length:
+            parts = [(period, length // period), (length % period, 1)]
+        yield from ((self, size, times) for size, times in parts if size or not length)
+
+    def direct_depth(self, length: int) -> int | None:
+        """Layers until each of `length` tokens has heard of all that it may, where that follows from the pattern's figures.
+
+        Asked only where no token stands apart from the others. Default None, beyond one token: `lint` follows them layer by layer.
+        """
+        return 0 if length <= 1 else None
+
+    def gaps(self, rectangle: Rectangle) -> Iterator[Gap]:
+        """Residues of dilated branches that no head of a rectangle serves, for `lint`. Default: none."""
+        return iter(())
 
     @property
     def complements(self) -> bool:
@@ -115,7 +137,7 @@ class Pattern(ABC):
 
     @abstractmethod
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
-        """Elementwise over broadcast global heads h, query positions i, key positions j. The meaning, read by eye."""
+        """Elementwise over broadcast global heads h, query positions i, key positions j. This is the meaning of the pattern."""
 
     @abstractmethod
     def with_causal(self, causal: bool) -> Self:
@@ -147,32 +169,42 @@ class Pattern(ABC):
         h = rectangle.heads.positions()[:, None, None]
         i = rectangle.query_positions()[None, :, None]
         j = rectangle.key_positions()[None, None, :]
-        found = self.count(h, i, j, rectangle.num_heads)
-        return np.array(np.broadcast_to(found, rectangle.shape), dtype=np.int64)
+        counts = self.count(h, i, j, rectangle.num_heads)
+        return np.array(np.broadcast_to(counts, rectangle.shape), dtype=np.int64)
 
-    def plan(self, rectangle: Rectangle) -> Plan:
-        """This pattern in strides, for one rectangle. `plan.counts() == pattern.counts(rectangle)`, always."""
-        if not isinstance(rectangle, Rectangle):
+    def plan(self, rectangle: Rectangle, *, listed: str | None = None) -> Plan:
+        """This pattern in strides, for one rectangle. `plan.counts() == pattern.counts(rectangle)`, always.
+
+        Args:
+            rectangle: heads, queries and keys.
+            listed: what happens where a pattern without strides needs more than 2 ** 28 pairs looked at one by one. "limit": an
+                error that says what it would cost; "allow": they are. Default None: as `LONGATTN_LISTED` in the environment says,
+                which is read for each plan, else "limit".
+
+        Raises:
+            TypeError, ValueError: an argument is not such a value, the pattern means nothing on part of the rectangle, or too many
+                pairs.
+        """
+        if not isinstance(rectangle, Rectangle):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 "rectangle must be a Rectangle, such as Rectangle(heads, Span(0, N), Span(0, N)), "
                 f"got {rectangle!r} ({type(rectangle).__name__})"
             )
-        self.check_rectangle(rectangle)
-        return make_plan(rectangle, self.branches(rectangle))
+        with counting_pairs(listed):
+            self.check_rectangle(rectangle)
+            return make_plan(rectangle, self.branches(rectangle))
 
     def reach(self, layers: int, N: int, num_heads: int = 8) -> Reach:
         """How many of `N` tokens a token has heard of after `layers` layers, exactly; see `longattn.patterncache.analysis.reach`."""
-        return import_module("longattn.patterncache.analysis.reach").reach(self, layers, N, num_heads)
+        return _from_above("analysis.reach", "reach")(self, layers, N, num_heads)
 
     def lint(self, N: int, num_heads: int = 8, *, head_dim: int = 64, dtype: str = "float32") -> Lint:
         """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work. `str()` of it is for reading."""
-        return import_module("longattn.patterncache.analysis.lint").lint(
-            self, N, num_heads, head_dim=head_dim, dtype=dtype
-        )
+        return _from_above("analysis.lint", "lint")(self, N, num_heads, head_dim=head_dim, dtype=dtype)
 
     def describe(self, N: int = 32, num_heads: int = 8, head: int = 0, png: str | PathLike[str] | None = None) -> str:
         """`lint` of `N` tokens as text, below a map of what each of them sees in one head, for small N; and as a picture at `png`."""
-        return import_module("longattn.patterncache.analysis.lint").describe(self, N, num_heads, head, png)
+        return _from_above("analysis.lint", "describe")(self, N, num_heads, head, png)
 
     def to_dense(self, N: int, num_heads: int = 8) -> Counts:
         """(num_heads, N, N) int64: the counts of all of `N` tokens. For small N."""
@@ -181,8 +213,7 @@ class Pattern(ABC):
 
     def to_block_mask(self, N: int, num_heads: int = 8, *, block_size: int = 128, device: Any = "cpu") -> FlexMask:
         """FlexAttention's BlockMask and score_mod of `N` tokens, from strides; see `longattn.patterncache.interop.flex`. Needs torch."""
-        export = import_module("longattn.patterncache.interop.flex").to_block_mask
-        return export(self, N, num_heads, block_size=block_size, device=device)
+        return _from_above("interop.flex", "to_block_mask")(self, N, num_heads, block_size=block_size, device=device)
 
     def canonical(self) -> str:
         """The canonical string: equal for equal patterns, and `parse_pattern` reads it back. Kept with the pattern."""
@@ -202,19 +233,24 @@ class Pattern(ABC):
         return self._combined("sum", other)
 
     def _combined(self, how: str, other: Pattern) -> Pattern:
-        if not isinstance(other, Pattern):
+        if not isinstance(other, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
             return NotImplemented
         combination: Any = registered(how)
         combination = combination((self, other))
         return combination.parts[0] if len(combination.parts) == 1 else combination
 
 
-def spec_text(value: object) -> str:
+def _from_above(module: str, function: str) -> Callable[..., Any]:
+    """A function of a module that needs `Pattern`, for the methods that are short for it."""
+    return getattr(import_module(f"longattn.patterncache.{module}"), function)
+
+
+def spec_text(value: Any) -> str:
     """Compact JSON with sorted keys, by plain string operations, so that torch.compile can trace a pattern made in traced code."""
     if isinstance(value, dict):
-        return "{" + ",".join([f'"{name}":{spec_text(value[name])}' for name in sorted(value)]) + "}"
+        return "{" + ",".join([f'"{name}":{spec_text(value[name])}' for name in sorted(value)]) + "}"  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join([spec_text(entry) for entry in value]) + "]"
+        return "[" + ",".join([spec_text(entry) for entry in value]) + "]"  # pyright: ignore[reportUnknownVariableType]
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -222,14 +258,14 @@ def spec_text(value: object) -> str:
     if isinstance(value, str) and value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
         return f'"{value}"'
     if isinstance(value, int):
-        # A pattern is a constant of the graph: `index` and `hex` make one of a symbolic number, so that another value compiles anew.
+        # A pattern is a constant of a compiled graph: `index` and `hex` turn a symbolic number into one, so another value is compiled again.
         return str(index(value))
     return str(float.fromhex(value.hex())) if isinstance(value, float) else json.dumps(value)
 
 
 def registered(name: str) -> type[Pattern]:
     """The class of a name. Those of this package are registered once any of them is imported."""
-    if not isinstance(name, str) or name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
             f"pattern must name one of {sorted(_REGISTRY)} (import the module that defines yours), got {shortened(name)}"
         )

@@ -1,4 +1,4 @@
-"""`Plan`: who sees whom in one rectangle, said in strides.
+"""`Plan`: who sees whom in one rectangle, in strides.
 
 A plan is a tuple of branches. The counts of a plan are the *sum* over its branches, so a key that two branches reach counts twice;
 within one branch every (query, key) pair counts once, unless a list names the key twice, and no query row stands in two tiles (keys may).
@@ -179,14 +179,14 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The branches of one rectangle. Immutable; what is derived from it (pieces) is kept with it."""
+    """The branches of one rectangle. Immutable; what is derived from it, such as its pieces, is kept in `derived`."""
 
     rectangle: Rectangle
     branches: tuple[Branch, ...]
 
     @property
     def empty(self) -> bool:
-        """Nobody sees anybody: nothing to launch, nothing to send."""
+        """No query sees a key: nothing to launch, nothing to send."""
         return not self.branches
 
     @property
@@ -218,7 +218,7 @@ class Plan:
 
 
 def _quotient(distance: Rows, step: int) -> Rows:
-    # A division by one is still a division, of a million numbers.
+    # Dividing a million numbers by one takes as long as by any other.
     return distance if step == 1 else distance // step
 
 

@@ -18,9 +18,9 @@ Rows = npt.NDArray[np.int64]
 def check_int(name: str, value: object, *, minimum: int) -> int:
     """Return `value` as int, or raise TypeError / ValueError that names it. Booleans, floats and strings are refused."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an integer >= {minimum}, got {shortened(value)} ({type(value).__name__})")
+        raise TypeError(f"{name} must be an integer >= {minimum}, got {shortened(value)} ({type(value).__name__})")  # pyright: ignore[reportUnknownArgumentType]
     # `index` also makes a constant of a symbolic size that torch.compile traces: another value is another graph.
-    number = index(value)
+    number = index(value)  # pyright: ignore[reportUnknownArgumentType]
     if number < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}, got {number}")
     return number
@@ -55,6 +55,11 @@ class Span:
     def last(self) -> int:
         """The last position (start - step when empty)."""
         return self.start + (self.length - 1) * self.step
+
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """(start, length, step): `Span(*numbers)` is this span."""
+        return self.start, self.length, self.step
 
     def positions(self) -> Rows:
         """(length,) int64."""
@@ -117,7 +122,7 @@ class Rectangle:
     ) -> None:
         total = check_int("num_heads", num_heads, minimum=1)
         heads = Span(0, total) if heads is None else heads
-        if not isinstance(heads, Span):
+        if not isinstance(heads, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"heads must be a Span of global query heads or None, got {heads!r}")
         if heads.length and heads.last >= total:
             raise ValueError(f"heads must lie below num_heads={total}, got {heads}")
@@ -140,8 +145,9 @@ class Rectangle:
         return np.concatenate([s.positions() for s in self.keys] or [np.empty(0, np.int64)])
 
 
-def _span_tuple(name: str, value: object) -> tuple[Span, ...]:
-    spans = (value,) if isinstance(value, Span) else value
-    if not isinstance(spans, (tuple, list)) or not all(isinstance(s, Span) for s in spans):
+def _span_tuple(name: str, value: Span | Sequence[Span]) -> tuple[Span, ...]:
+    if isinstance(value, Span):
+        return (value,)
+    if not isinstance(value, (tuple, list)) or not all(isinstance(s, Span) for s in value):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"{name} must be a Span or a tuple of Spans, got {value!r}")
-    return tuple(spans)
+    return tuple(value)

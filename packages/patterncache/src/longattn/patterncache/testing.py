@@ -221,8 +221,9 @@ TRACES: dict[str, Callable[[int], Sequence[Hashable]]] = {
 
 
 def belady(trace: Sequence[Hashable], size: int) -> float:
-    """Hit rate of whoever knows the future, and evicts what is asked for last."""
-    later, seen = [0] * len(trace), {}
+    """Hit rate of Belady's policy, which knows the trace and evicts the entry whose next use is farthest away."""
+    later: list[int] = [0] * len(trace)
+    seen: dict[Hashable, int] = {}
     for i in reversed(range(len(trace))):
         later[i] = seen.get(trace[i], len(trace))
         seen[trace[i]] = i

@@ -1,4 +1,4 @@
-"""Which tokens of a plan hang together at all: its islands."""
+"""The islands of a plan: connected components of its tokens, whichever way they see each other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def islands(plan: Plan) -> Rows:
     while links.size:
         at = label[links]
         links, at = links[:, at[0] != at[1]], at[:, at[0] != at[1]]
-        # Labels are first tokens of what is joined so far; each hooks below the lowest that it meets.
+        # A label is the first token of what is joined so far; each takes the lowest label among its links.
         np.minimum.at(label, at.max(axis=0), at.min(axis=0))
         while (label != (shorter := label[label])).any():
             label = shorter
@@ -56,7 +56,7 @@ def _links(branch: Branch, joined: npt.NDArray[np.bool_]) -> Iterator[tuple[Rows
         seeing = begin <= end
         begin, end = begin[seeing], end[seeing]
         yield q[:, seeing], k[:, begin]
-        # Keys next to each other hang together where some query sees both.
+        # Neighbouring keys are joined where some query sees both.
         cover = np.zeros(branch.k.count + 1, np.int64)
         np.add.at(cover, begin, 1)
         np.add.at(cover, end, -1)

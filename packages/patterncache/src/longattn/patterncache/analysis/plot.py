@@ -8,8 +8,9 @@ from os import PathLike
 
 import numpy as np
 
-from longattn.patterncache.analysis.lint import Lint, keys_per_query
+from longattn.patterncache.analysis.keys import keys_per_query
 from longattn.patterncache.analysis.propagation import square
+from longattn.patterncache.analysis.results import Lint
 from longattn.patterncache.interop.csr import head_classes
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.spans import Span

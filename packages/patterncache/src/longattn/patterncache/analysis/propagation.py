@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from longattn.patterncache.analysis.components import listed_pairs
 from longattn.patterncache.pattern import Pattern
-from longattn.patterncache.patterns.documents import Documents
 from longattn.patterncache.plan import Branch, Plan
 from longattn.patterncache.spans import Rectangle, Rows, Span
 
@@ -24,9 +22,6 @@ Bits = npt.NDArray[np.uint64]
 
 _BLOCK_BYTES = 1 << 23
 """Bytes of the bit columns that stand at once."""
-
-_MOST_DOCUMENTS = 64
-"""Borders of documents up to which each is a stretch of its own: short ones are quicker together."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +38,9 @@ class Stretch:
 
 
 def stretches(pattern: Pattern, length: int, num_heads: int) -> list[Stretch]:
-    """`length` tokens as repeated stretches: one period and a rest where the pattern is closed under one, else one."""
-    if isinstance(pattern, Documents) and len(pattern.cu_seqlens) <= _MOST_DOCUMENTS:
-        pattern.check_rectangle(square(length, num_heads))
-        borders = [min(border, length) for border in pattern.cu_seqlens]
-        inside = (stretches(pattern.pattern, b - a, num_heads) for a, b in pairwise(borders) if a < b)
-        return [part for parts in inside for part in parts] or stretches(pattern.pattern, 0, num_heads)
-    period, closed = pattern.repeats
-    parts = [(length, 1)]
-    if closed and period is not None and period < length:
-        parts = [(period, length // period), (length % period, 1)]
-    return [Stretch(pattern.plan(square(size, num_heads)), times) for size, times in parts if size or not length]
+    """`length` tokens as the stretches that the pattern is made of, each planned."""
+    pattern.check_rectangle(square(length, num_heads))
+    return [Stretch(part.plan(square(size, num_heads)), times) for part, size, times in pattern.stretches(length)]
 
 
 def square(length: int, num_heads: int) -> Rectangle:
@@ -63,13 +50,13 @@ def square(length: int, num_heads: int) -> Rectangle:
 
 @dataclass(frozen=True)
 class Nodes:
-    """Tokens that stand for all: of tokens that share all their tiles, two are kept, for one token may differ from its like.
+    """Representative tokens. Of tokens that share all their tiles two are kept: a token knows itself, so one does not speak for another.
 
     Attributes:
         token: (nodes,) the tokens kept.
         number: (tokens,) their place in `token`, -1 for the others.
         weight: (nodes,) how many tokens a node is when it is reached.
-        repeat: (nodes,) how many tokens reach what this node does; 0 for the second of two.
+        repeat: (nodes,) how many tokens reach as many as this node does; 0 for the second of a pair.
     """
 
     token: Rows
@@ -124,7 +111,7 @@ class Walk:
 
     @cached_property
     def _hops(self) -> list[_Hop]:
-        # Late: a walk that is too long to follow is only asked for its nodes.
+        # Made on first use: a walk that is too long to follow needs its nodes only.
         return [_Hop(branch, self.nodes) for branch in self._plan.branches]
 
     def columns(self) -> Iterator[Span]:
@@ -153,7 +140,7 @@ class Walk:
         many = len(self.nodes.token)
         upto = np.arange(1, many + 1)[:, None] if self._causal else np.full((many, 1), many)
         full = np.clip(upto - np.arange(block.start, block.last + 1)[None] * 64, 0, 64).astype(np.uint64)
-        # A shift by all 64 bits is undefined, so the word of ones is said apart.
+        # A shift by all 64 bits is undefined, so a word of ones is made separately.
         return np.where(full == 64, ~np.uint64(0), (np.uint64(1) << (full % np.uint64(64))) - np.uint64(1))
 
     def reached(self, bits: Bits, block: Span) -> Rows:
@@ -197,14 +184,14 @@ def _ranges(rows: Bits, begin: Rows, end: Rows) -> Bits:
     """OR of rows[begin] to rows[end], for every range."""
     if not begin.any():
         return np.bitwise_or.accumulate(rows, axis=0)[end]
-    found = np.empty((len(begin), rows.shape[1]), np.uint64)
+    joined = np.empty((len(begin), rows.shape[1]), np.uint64)
     size = np.ones_like(begin)
     size <<= np.frexp(end - begin + 1)[1] - 1
     width = 1
     while len(rows):
         # rows[a] is now the OR of `width` rows from a; two of them cover a range less than twice as long.
         some = size == width
-        found[some] = rows[begin[some]] | rows[end[some] - width + 1]
+        joined[some] = rows[begin[some]] | rows[end[some] - width + 1]
         rows = rows[:-width] | rows[width:]
         width *= 2
-    return found
+    return joined

@@ -1,50 +1,18 @@
-"""`Reach`: how many tokens a token has heard of after some layers, and how many layers it takes to hear of all."""
+"""`reach`: how many tokens a token has heard of after some layers, and how many layers it takes to hear of all."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from longattn.patterncache.analysis.components import islands
 from longattn.patterncache.analysis.propagation import Stretch, Walk, stretches
+from longattn.patterncache.analysis.results import Reach
 from longattn.patterncache.pattern import Pattern
-from longattn.patterncache.patterns.window import Full, Window
 from longattn.patterncache.spans import Span, check_int
 
 MOST_NODES = 1 << 17
 """Tokens of a stretch that `reach` follows one by one: beyond, a layer is gigabytes of bits."""
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What stacked layers of one pattern can hear of. Heads mix between layers, and a token always keeps what it has.
-
-    Attributes:
-        length: tokens.
-        layers: how many layers.
-        fewest, mean, most: tokens that a token has heard of after them, itself included.
-        complete: whether every token has heard of all, or of all before it where the pattern is causal.
-        needed: the least number of layers after which that is so; None: it never is.
-        islands: groups of tokens that no number of layers joins.
-    """
-
-    length: int
-    layers: int
-    fewest: int
-    mean: float
-    most: int
-    complete: bool
-    needed: int | None
-    islands: int
-
-    def __str__(self) -> str:
-        depth = "no depth is enough" if self.needed is None else f"{self.needed} are enough"
-        return (
-            f"reach: {self.length} tokens, {self.layers} layers: {self.fewest} to {self.most} tokens heard of, mean "
-            f"{self.mean:.1f}; {self.islands} island{'s' * (self.islands != 1)}; {depth}"
-        )
 
 
 def reach(pattern: Pattern, layers: int, length: int, num_heads: int = 8) -> Reach:
@@ -76,7 +44,7 @@ def reach(pattern: Pattern, layers: int, length: int, num_heads: int = 8) -> Rea
 
 
 def _heard(walk: Walk, layers: int) -> npt.NDArray[np.int64]:
-    """(nodes,) int64: tokens that each has heard of; of nodes that nobody counts, what its like has."""
+    """(nodes,) int64: tokens that each node has heard of; nodes with `repeat` 0 get the largest figure of the others."""
     heard = np.zeros(len(walk.nodes.token), np.int64)
     for block in walk.columns():
         bits = walk.start(block)
@@ -96,22 +64,6 @@ def count_islands(part: Stretch) -> int:
     return int((label == np.arange(len(label))).sum())
 
 
-def direct_depth(pattern: Pattern, length: int) -> int | None:
-    """`layers_needed` where it follows from the pattern's figures; None where it has to be followed."""
-    if length <= 1 or isinstance(pattern, Full):
-        return int(length > 1)
-    if not isinstance(pattern, Window) or pattern.size < 2:
-        return None
-    # A layer hands on over size - 1 tokens. Where the future is hidden, sinks know nothing but themselves, so the way back need only end
-    # next to them; else whoever hears of the last sink goes on from there.
-    far, step = length - 1, pattern.size - 1
-    if not pattern.sinks:
-        return -(-far // step)
-    if pattern.causal:
-        return max(1, -(-max(0, far - pattern.sinks) // step))
-    return min(-(-far // step), 1 - (-max(0, far - pattern.sinks + 1) // step))
-
-
 def layers_needed(pattern: Pattern, parts: list[Stretch]) -> int | None:
     """The least number of layers after which every token has heard of all that it may; None where it never has."""
     if sum(part.times for part in parts if part.length) > 1:
@@ -124,10 +76,10 @@ def layers_needed(pattern: Pattern, parts: list[Stretch]) -> int | None:
         walk = Walk(part.plan, pattern.causal)
         check_followed(walk)
         for block in walk.columns():
-            found = _layers_of(walk, block)
-            if found is None:
+            layers = _layers_of(walk, block)
+            if layers is None:
                 return None
-            needed = max(needed, found)
+            needed = max(needed, layers)
     return needed
 
 

@@ -1,8 +1,8 @@
 """`PatternCache`: bounded, thread-safe, one build per key.
 
 The life of a key: (1) the first thread to ask for it builds it, outside the lock, while others wait for that build; (2) it is kept
-and served, without a lock, until the policy evicts it; (3) asked for again, it is built again. A build that raises is kept by nobody:
-every waiter sees the exception, and the next caller tries anew. A build that is interrupted (KeyboardInterrupt, SystemExit) stops its
+and served, without a lock, until the policy evicts it; (3) asked for again, it is built again. A build that raises is not kept:
+every waiter gets the exception, and the next caller builds again. A build that is interrupted (KeyboardInterrupt, SystemExit) stops its
 own thread only: one of the waiters builds. What was being built when the cache was cleared goes to those who asked, and is not kept.
 
 A hit is a read of a dict and two plain additions without a call in between, which CPython does not interrupt while it has a GIL, so
@@ -75,16 +75,16 @@ class PatternCache:
     def configure(
         self, max_size: int, max_bytes: int | None = None, enable_profiling: bool = False, grow_to: int | None = None
     ) -> None:
-        """Start anew with other limits: as after `clear`, and as the constructor checks them."""
+        """Set other limits, checked as by the constructor, and forget everything, as `clear` does."""
         size = check_int("max_size", max_size, minimum=0)
         limit = None if max_bytes is None else check_int("max_bytes", max_bytes, minimum=0)
         most = None if grow_to is None else check_int("grow_to", grow_to, minimum=size)
-        if not isinstance(enable_profiling, bool):
+        if not isinstance(enable_profiling, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"enable_profiling must be a bool, got {enable_profiling!r}")
         with self._lock:
-            # A growing cache begins anew from here.
+            # The size that a growing cache starts from, and returns to when it is cleared.
             self._settings = (size, self.policy, limit, enable_profiling, most)
-            # Rebound, not emptied: whoever reads the old ones without the lock reads something whole.
+            # Replaced, not emptied: a hit that reads without the lock sees either the old store or the new one.
             self._store = Store(self.policy, size, limit, most)
             self._entries = self._store.entries
             self._flights = {}
@@ -208,7 +208,7 @@ class PatternCache:
                 self._profile.note_hits(entry)
 
     def _log(self, evicted: list[Entry], size: int) -> None:
-        """Logged, and let go, outside the lock: handlers and finalizers are other people's code."""
+        """Log and release outside the lock: log handlers and finalizers may call the cache."""
         for entry in evicted:
             logger.debug("evict %s", entry.key)
         if self.max_size != size:
@@ -293,7 +293,7 @@ class PatternCache:
 
     def _after_fork_in_child(self) -> None:
         self._lock = threading.Lock()
-        # The builds of other threads will not end here. Our own will, but nobody waits for it, and a waiter may have held its lock.
+        # Builds of other threads never end in the child. Builds of this thread do, without waiters; a waiter may have held the event's lock.
         mine = threading.get_ident()
         self._flights = {key: flight for key, flight in self._flights.items() if flight.owner == mine}
         for flight in self._flights.values():

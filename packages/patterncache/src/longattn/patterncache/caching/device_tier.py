@@ -46,9 +46,9 @@ class IndexTensors:
 class DeviceTier:
     """Tensors that stay beside the plans they belong to, made once for each device, bounded in bytes over all plans and devices.
 
-    The life of a plan's tensors: (1) the first who asks on a device makes them; (2) they stay while the plan does, in its cache or with
-    whoever holds it; (3) they go with the plan, or before it when the bytes of all are above the limit, the plan that was asked for
-    longest ago first. Who holds a tensor keeps it; it is made again for the next who asks.
+    The life of a plan's tensors: (1) the first call for a device makes them; (2) they stay as long as the plan, in its cache or with
+    a caller that holds it; (3) they go with the plan, or before it when the bytes of all are above the limit, the plan that was asked for
+    longest ago first. A caller that holds a tensor keeps it; the next call makes another.
 
     Args:
         max_bytes: of all tensors together. What is being added counts at the next ask. Default None: no limit; 0 keeps none.
@@ -62,7 +62,7 @@ class DeviceTier:
         self.configure(max_bytes)
 
     def configure(self, max_bytes: int | None = None) -> None:
-        """Start anew with another limit. Plans keep what they have, and it counts once they are asked for again."""
+        """Start with another limit and no counts. Plans keep their tensors, which count again from the next call for them on."""
         limit = None if max_bytes is None else check_int("max_bytes", max_bytes, minimum=0)
         with self._lock:
             self.max_bytes = limit
@@ -81,7 +81,7 @@ class DeviceTier:
             before = self._newest()
             if before is not None and before in self._shelves:
                 self._shelves[before] = (self._shelves[before][0], _nbytes(self._shelves[before][0](before)))
-            # Anew, so that it stands last.
+            # Removed and inserted, so that it comes last.
             self._shelves.pop(plan, None)
             self._shelves[plan] = (shelf_of, _nbytes(shelf_of(plan)))
             self._newest = ref(plan)
@@ -108,11 +108,11 @@ class DeviceTier:
         device = torch.device(device)
         with self._lock:
             shelf = plan.derived.setdefault(_SHELF, {})
-            found = shelf.get((device, transposed))
-            if found is None:
+            tensors = shelf.get((device, transposed))
+            if tensors is None:
                 arrays = index_arrays(plan, transposed=transposed)
                 # Copied by torch.tensor: from_numpy would look into arrays that say they are read-only, and write to them.
-                found = shelf[device, transposed] = IndexTensors(
+                tensors = shelf[device, transposed] = IndexTensors(
                     torch.tensor(arrays.head_class, device=device),
                     torch.tensor(arrays.indptr, device=device),
                     torch.tensor(arrays.indices, device=device),
@@ -120,7 +120,7 @@ class DeviceTier:
                     transposed,
                 )
             self.hold(plan, _own_shelf)
-            return found
+            return tensors
 
     def index_tensors(self, plan: Plan, device: Any = "cpu", *, transposed: bool = False) -> IndexTensors:
         """Copies of them, which the caller may write."""
@@ -143,5 +143,5 @@ def _own_shelf(plan: Plan) -> Shelf | None:
 
 
 def _nbytes(shelf: Mapping[Any, Any] | None) -> int:
-    # A copy: other threads add to it meanwhile.
+    # A copy, because other threads may add to the mapping during the sum.
     return sum(value.nbytes for value in list((shelf or {}).values()))

@@ -64,7 +64,7 @@ def get_global_pattern_cache() -> PatternCache:
             if _GLOBAL is None:
                 settings, device_bytes = _settings_from_environment(), _device_bytes_from_environment()
                 _TIER.configure(device_bytes)
-                _GLOBAL = PatternCache(**settings)
+                _GLOBAL = PatternCache(**settings)  # pyright: ignore[reportConstantRedefinition]
     return _GLOBAL
 
 

@@ -11,10 +11,10 @@ from weakref import ReferenceType
 import numpy as np
 
 _SHARED = (type, ModuleType, FunctionType, BuiltinFunctionType, MethodType, CodeType, ReferenceType, np.dtype)
-"""Kinds of objects that belong to everybody, or hold nothing."""
+"""Types whose objects the whole process shares, or that hold no data of their own."""
 
 _LONGEST_NAME = 64
-"""Characters of the longest text that is taken for a name, which the process has anyway."""
+"""Characters of the longest text that is taken for an attribute's name, which Python keeps once for all objects."""
 
 _WRITTEN_IN_PYTHON = 1 << 9
 """Py_TPFLAGS_HEAPTYPE."""
@@ -27,7 +27,7 @@ def held_bytes(value: object) -> int:
     total, left = 0, [value]
     while left:
         one: Any = left.pop()
-        kind = type(one)
+        kind: Any = type(one)  # pyright: ignore[reportUnknownVariableType]
         if kind is int or kind is str:
             if not _is_everywhere(one) and id(one) not in seen:
                 seen.add(id(one))
@@ -50,15 +50,16 @@ def held_bytes(value: object) -> int:
 
 
 def _is_everywhere(one: object) -> bool:
-    """Small integers and names."""
+    """Whether Python keeps one object for all users: small integers and names."""
     return (isinstance(one, int) and -5 <= one <= 256) or (isinstance(one, str) and len(one) <= _LONGEST_NAME)
 
 
 def _beside(one: Any, inside: list[Any]) -> int:
-    """What an object has that Python does not count as its own."""
+    """Bytes of an object that `sys.getsizeof` leaves out."""
     if not inside and not isinstance(one, memoryview):
         nbytes = getattr(one, "nbytes", 0)
         return nbytes if isinstance(nbytes, int) else 0
-    has_attributes = type(one).__flags__ & _WRITTEN_IN_PYTHON and getattr(type(one), "__dictoffset__", 0)
-    # Attributes stand beside an object until somebody asks for its dict.
+    kind: Any = type(one)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    has_attributes = kind.__flags__ & _WRITTEN_IN_PYTHON and getattr(kind, "__dictoffset__", 0)
+    # Attribute values are stored inline, uncounted, until `__dict__` is read.
     return 16 + 8 * max(len(inside), 6) if has_attributes and not any(type(part) is dict for part in inside) else 0

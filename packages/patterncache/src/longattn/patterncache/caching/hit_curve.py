@@ -40,7 +40,7 @@ class HitCurve:
         Raises:
             TypeError, ValueError: gain is not a number from 0 to 1.
         """
-        if isinstance(gain, bool) or not isinstance(gain, (int, float)):
+        if isinstance(gain, bool) or not isinstance(gain, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"gain must be a number from 0 to 1, got {gain!r}")
         if not 0 <= gain <= 1:
             raise ValueError(f"gain must be a number from 0 to 1, got {gain}")

@@ -256,8 +256,8 @@ class S3FIFO:
         self._main_bytes += entry.nbytes
 
     def _oldest(self) -> Entry:
-        """The head of the main queue, once all have gone round again that may."""
-        # Hits go on meanwhile; the count ends a race that they could win for ever.
+        """The head of the main queue, after entries with hits to spend have moved to its tail."""
+        # Other threads may hit entries during the loop; the bound ends it all the same.
         for _ in range((MOST_TURNS + 1) * len(self._main)):
             entry = self._main[0]
             hits = entry.hits

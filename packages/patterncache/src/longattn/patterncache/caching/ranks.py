@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -37,12 +37,12 @@ def build_on_one(
         ValueError: ranks ask for different keys, or hold different plans; they are named. All ranks raise.
         RuntimeError: on the ranks that wait for a build that failed; the rank that builds raises what its build raised.
     """
-    mine = cache._cache.get(key)
-    said = _gather([_key_digest(key), _MISSING if mine is None else plan_digest(mine)], group)
-    _check_equal("must ask for the same key", [keys for keys, _ in said])
-    holders = [rank for rank, (_, digest) in enumerate(said) if digest != _MISSING]
-    _check_equal("must hold the same plan", [digest for _, digest in said if digest != _MISSING], holders)
-    if len(holders) == len(said):
+    mine = cache._cache.get(key)  # pyright: ignore[reportPrivateUsage]
+    answers = _gather([_key_digest(key), _MISSING if mine is None else plan_digest(mine)], group)
+    _check_equal("must ask for the same key", [keys for keys, _ in answers])
+    holders = [rank for rank, (_, digest) in enumerate(answers) if digest != _MISSING]
+    _check_equal("must hold the same plan", [digest for _, digest in answers if digest != _MISSING], holders)
+    if len(holders) == len(answers):
         return cache.get_or_build(key, build)
     plan = _spread(cache, key, build, holders[0] if holders else 0, group)
     check_same_plan(plan, group=group)
@@ -83,8 +83,8 @@ def _gather(texts: list[str], group: Any) -> list[list[str]]:
     mine = torch.frombuffer(bytearray("".join(texts).encode()), dtype=torch.uint8).to(_device(group))
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
-    found = [bytes(part.cpu().numpy()).decode() for part in parts]
-    return [[text[at : at + 64] for at in range(0, len(text), 64)] for text in found]
+    gathered = [bytes(part.cpu().numpy()).decode() for part in parts]
+    return [[text[at : at + 64] for at in range(0, len(text), 64)] for text in gathered]
 
 
 def _broadcast(data: bytes | None, source: int, group: Any) -> bytes:
@@ -129,5 +129,5 @@ def _shown(key: object) -> str:
     if isinstance(key, Pattern):
         return key.canonical()
     if isinstance(key, tuple):
-        return f"({','.join(map(_shown, key))})"
+        return f"({','.join(map(_shown, cast('tuple[object, ...]', key)))})"
     return repr(key)

@@ -1,5 +1,7 @@
 """`Flight`: one build that others wait for, and what a fork does to it."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import os
@@ -10,7 +12,7 @@ from weakref import WeakSet
 
 
 class Flight:
-    """One build under way. It ends built, failed (`error`), or given up: interrupted, and then those who wait build by themselves.
+    """One build under way. It ends in one of three ways: built, failed (`error`), or interrupted, after which a waiting thread builds.
 
     Attributes:
         owner: the thread that builds.
@@ -62,7 +64,7 @@ _HELD: list[Forkable] = []
 
 
 def survive_forks(cache: Forkable) -> None:
-    """From now on a fork waits until `cache` is at rest, and the child gets it with a lock of its own."""
+    """From now on a fork waits for the lock of `cache`, and the child's cache gets a lock of its own."""
     with _LIVING_LOCK:
         _LIVING.add(cache)
 

@@ -74,14 +74,14 @@ class Store:
                     grown = True
         if grown:
             self._order.recount()
-        evicted = []
+        evicted: list[Entry] = []
         while not self._fits(0, more=0):
             evicted.append(self._evict())
         return evicted
 
     def resize(self, max_size: int, hits: int, asked: int) -> list[Entry]:
         """Hold so many from now on, and return those that left."""
-        evicted = []
+        evicted: list[Entry] = []
         while len(self.entries) > max_size:
             evicted.append(self._evict())
         self._set_size(max_size, hits, asked)

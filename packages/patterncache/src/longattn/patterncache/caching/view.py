@@ -26,7 +26,7 @@ class CacheView:
     """
 
     def __init__(self, upstream: PatternCache | None = None) -> None:
-        if upstream is not None and not isinstance(upstream, PatternCache):
+        if upstream is not None and not isinstance(upstream, PatternCache):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"upstream must be a PatternCache or None, got {upstream!r}")
         self._upstream = get_global_pattern_cache() if upstream is None else upstream
         self._hits = self._misses = 0
@@ -34,7 +34,7 @@ class CacheView:
 
     @property
     def _cache(self) -> Mapping[Hashable, Any]:
-        return self._upstream._cache
+        return self._upstream._cache  # pyright: ignore[reportPrivateUsage]
 
     def __len__(self) -> int:
         return len(self._upstream)

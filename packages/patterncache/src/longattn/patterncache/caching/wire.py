@@ -49,13 +49,13 @@ def plan_from_bytes(data: bytes) -> Plan:
     """
     try:
         if not data.startswith(_MAGIC):
-            raise ValueError("another beginning")
+            raise ValueError(f"they must begin with {_MAGIC!r}")
         end = data.index(b"\n", len(_MAGIC))
         head = json.loads(data[len(_MAGIC) : end])
         rest = memoryview(data)[end + 1 :]
         num_heads, queries, keys, heads = head["rectangle"]
         rectangle = Rectangle(num_heads, _read_spans(queries), _read_spans(keys), *_read_spans(heads))
-        branches = []
+        branches: list[Branch] = []
         for its_heads, q_head, k_head, q_at, k_at, band in head["branches"]:
             q, rest = _read_index(q_head, rest)
             k, rest = _read_index(k_head, rest)
@@ -68,14 +68,14 @@ def plan_from_bytes(data: bytes) -> Plan:
             raise ValueError(f"{len(rest)} bytes too many")
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, AttributeError, RecursionError) as error:
         why = f"{error}"[:200]
-        raise ValueError(f"data must be the bytes of plan_to_bytes, got {len(data)} others: {why}") from error
+        raise ValueError(f"data must be the bytes of plan_to_bytes, got {len(data)} other bytes: {why}") from error
     return pack_plan(Plan(rectangle, tuple(branches)))
 
 
 def _integer(value: object) -> int:
     """An integer of at most 62 bits: sums of two stay within int64."""
     if type(value) is not int or abs(value) > _MOST:
-        raise ValueError(f"{value!r} where an integer of at most 62 bits must stand")
+        raise ValueError(f"{value!r} is no integer of at most 62 bits")
     return value
 
 
@@ -124,7 +124,7 @@ def plan_digest(plan: Plan) -> str:
 
 
 def _spans(spans: tuple[Span, ...]) -> list[list[int]]:
-    return [[span.start, span.length, span.step] for span in spans]
+    return [list(span.numbers) for span in spans]
 
 
 def _read_spans(spans: list[list[int]]) -> tuple[Span, ...]:
@@ -134,7 +134,7 @@ def _read_spans(spans: list[list[int]]) -> tuple[Span, ...]:
 def _index_head(index: Index, lists: list[bytes]) -> list[Any]:
     if isinstance(index, Affine):
         return [index.start, index.tiles, index.tile_step, index.count, index.step]
-    # Packed anew, so that the bytes do not depend on whether it was.
+    # Packed again, so that equal plans have equal bytes whether or not their lists are packed.
     narrow = Narrow.of(index.starts, index.run * index.step)
     kind = narrow.values.dtype.newbyteorder("<")
     lists.append(np.ascontiguousarray(narrow.values, dtype=kind).tobytes())

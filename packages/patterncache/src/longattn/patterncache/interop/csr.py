@@ -52,16 +52,16 @@ def index_arrays(plan: Plan, *, transposed: bool = False) -> IndexArrays:
     rows, columns = (keys, queries) if transposed else (queries, keys)
     classes, members = head_classes(plan)
     indptr = np.zeros((len(members), rows + 1), np.int64)
-    found: list[tuple[Rows, Rows]] = []
+    cells_of_classes: list[tuple[Rows, Rows]] = []
     total = 0
     for c, some in enumerate(members):
         parts = [_cells(plan.branches[b], columns, transposed) for b in some]
         cells, counts = np.unique(np.concatenate(parts or [np.empty(0, np.int64)]), return_counts=True)
         row = cells // max(1, columns)
         indptr[c] = total + np.searchsorted(row, np.arange(rows + 1))
-        found.append((cells - row * columns, counts))
+        cells_of_classes.append((cells - row * columns, counts))
         total += len(cells)
-    indices, counts = (np.concatenate(side).astype(np.int32) for side in zip(*found, strict=True))
+    indices, counts = (np.concatenate(side).astype(np.int32) for side in zip(*cells_of_classes, strict=True))
     arrays = (classes.astype(np.int32), indptr, indices, counts)
     for array in arrays:
         array.flags.writeable = False

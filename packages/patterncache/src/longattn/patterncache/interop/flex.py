@@ -71,10 +71,17 @@ def to_block_mask(
     block_mask = import_module("torch.nn.attention.flex_attention").BlockMask.from_kv_blocks(
         *lists,
         BLOCK_SIZE=block_size,
-        mask_mod=lambda b, h, q, k: counted(h, q, k) > 0,
+        mask_mod=_mask_mod(counted),
         seq_lengths=(length, length),
     )
     return FlexMask(block_mask, _score_mod(counted) if _repeats(pattern, plan) else None)
+
+
+def _mask_mod(counted: Callable[..., Any]) -> Callable[..., Any]:
+    def mask_mod(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return counted(h, q, k) > 0
+
+    return mask_mod
 
 
 def _score_mod(counted: Callable[..., Any]) -> Callable[..., Any]:

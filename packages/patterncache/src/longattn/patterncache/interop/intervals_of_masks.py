@@ -1,7 +1,7 @@
 """Masks whose queries see one interval of keys each: found with a few looks at every row, and named as bands and documents.
 
 Each query is asked about itself, then where its interval begins and ends, by halving: about 2 * log2(N) questions a query. What the
-intervals have in common (documents that nobody looks out of, a widest reach back and ahead) makes the pattern, which the caller
+intervals have in common (documents whose queries see no key outside, a widest reach back and ahead) makes the pattern, which the caller
 compares with the mask, pair by pair.
 """
 
@@ -52,7 +52,7 @@ def _reach(seen: Callable[[Rows], npt.NDArray[np.bool_]], most: Rows) -> Rows:
 
 
 def _borders(begin: Rows, end: Rows) -> Rows:
-    """Where documents begin, and the end of the last: nobody sees across."""
+    """Where documents begin, and the end of the last: no query sees across a border."""
     earliest_later = np.minimum.accumulate(begin[::-1])[::-1]
     latest_before = np.concatenate([[0], np.maximum.accumulate(end)[:-1]])
     at = np.arange(len(begin))

@@ -14,7 +14,8 @@ from longattn.patterncache.interop.intervals_of_masks import pattern_of_interval
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.patterns.periodic import Periodic, Run
-from longattn.patterncache.spans import Rows, check_int
+from longattn.patterncache.planning.limits import VARIABLE, check_listed, cost_of, is_limited
+from longattn.patterncache.spans import Rows, check_int, shortened
 
 Shown = npt.NDArray[np.bool_]
 
@@ -26,7 +27,10 @@ _STRIP_CELLS = 1 << 20
 
 _MOST_PERIOD, _MOST_RUNS = 64, 4096
 
-_BLOCKS = (128, 64, 32, 16, 8, 4, 2, 1)
+_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+_CELLS_PER_SECOND, _BYTES_PER_CELL = 2e8, 5
+"""What a core compares, roughly, and what stands of an arbitrary mask at once; for error messages only."""
 
 
 def from_mask_mod(
@@ -37,6 +41,7 @@ def from_mask_mod(
     *,
     as_tensor: Callable[[npt.NDArray[np.int64]], Any] = np.asarray,
     compact: bool = False,
+    listed: str | None = None,
 ) -> Pattern:
     """The pattern of a FlexAttention mask_mod over `N` tokens, exactly: every pair is looked at.
 
@@ -52,20 +57,25 @@ def from_mask_mod(
         batch: how many batch entries to ask; a pattern has none, so they must agree. Default 1.
         as_tensor: makes what mask_mod takes of an int64 array; `torch.from_numpy` for one written with torch functions.
         compact: demand a `Periodic`. Default False.
+        listed: what happens where num_heads * N * N is above 2 ** 28. "limit": an error that says what comparing every pair would
+            cost, and whether the mask looks like a band or documents, which need no memory for it; "allow": pairs are compared.
+            Default None: as `LONGATTN_LISTED` in the environment says, else "limit".
 
     Raises:
         TypeError, ValueError: an argument is not such a value; mask_mod does not return booleans of the broadcast shape; batch
-            entries differ; num_heads * N * N is above 2 ** 28; or `compact` is demanded of a mask that differs by head, or does not
-            repeat with a period of at most 64 in few runs.
+            entries differ; too many pairs; or `compact` is demanded of a mask that differs by head, or does not repeat with a period
+            of at most 64 in few runs.
     """
     if not callable(mask_mod):
         raise TypeError(f"mask_mod must be callable as mask_mod(b, h, q, k), got {mask_mod!r}")
     length, batch = check_int("N", N, minimum=1), check_int("batch", batch, minimum=1)
     heads = 1 if num_heads is None else check_int("num_heads", num_heads, minimum=1)
-    _check_cells((heads, length, length))
-    named = None if compact else _named(mask_mod, batch, heads, length, as_tensor)
+    if listed is not None:
+        check_listed("listed", listed)
+    named = None if compact else _named(mask_mod, batch, heads, length, as_tensor, listed)
     if named is not None:
         return named
+    _check_allowed((heads, length, length), batch, listed, "an arbitrary mask", _BYTES_PER_CELL)
     shown = _asked(mask_mod, 0, (heads, length, length), as_tensor)
     for entry in range(1, batch):
         if not np.array_equal(shown, _asked(mask_mod, entry, shown.shape, as_tensor)):
@@ -107,18 +117,19 @@ def from_block_mask(block_mask: Any) -> BlockSparse:
         full = _listed_blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
     shape = (heads, *block_mask.seq_lengths)
     _check_cells(shape)
-    shown = _asked(block_mask.mask_mod, 0, shape, import_module("torch").from_numpy)
-    sizes, lengths = block_mask.BLOCK_SIZE, block_mask.seq_lengths
-    i, j = (np.arange(length) // size for length, size in zip(lengths, sizes, strict=True))
-    shown = full[:, i[:, None], j] | (partial[:, i[:, None], j] & shown)
+    asked = _asked(block_mask.mask_mod, 0, shape, import_module("torch").from_numpy)
+    (queries, keys), (q_size, k_size) = block_mask.seq_lengths, block_mask.BLOCK_SIZE
+    i, j = np.arange(int(queries)) // int(q_size), np.arange(int(keys)) // int(k_size)
+    shown: Shown = full[:, i[:, None], j] | (partial[:, i[:, None], j] & asked)
     return _coarsest(shown if heads > 1 else shown[0])
 
 
 def _listed_blocks(number: Any, indices: Any) -> Shown:
     """(heads, query blocks, key blocks) from BlockMask's lists: the first `number` of each row of `indices`."""
-    counts, listed = number[0].cpu().numpy(), indices[0].cpu().numpy()
+    counts: Rows = number[0].cpu().numpy()
+    listed: Rows = indices[0].cpu().numpy()
     shown = np.zeros(listed.shape, bool)
-    head, row, at = np.nonzero(np.arange(listed.shape[-1]) < counts[..., None])
+    head, row, at = np.nonzero(np.arange(listed.shape[-1]) < counts[..., None])  # pyright: ignore[reportUnknownArgumentType]
     shown[head, row, listed[head, row, at]] = True
     return shown
 
@@ -129,72 +140,103 @@ def _check_cells(shape: tuple[int, ...]) -> None:
         raise ValueError(f"mask must have at most {MOST_CELLS} (head, query, key) triples, got {shape}: {cells}")
 
 
+def _check_allowed(shape: tuple[int, ...], batch: int, listed: str | None, what: str, most_bytes: int) -> None:
+    """Raise ValueError with the cost of comparing every pair of a large mask, unless that is allowed."""
+    cells = prod(shape)
+    if cells > MOST_CELLS and is_limited(listed):
+        raise ValueError(
+            f"mask_mod must be asked about at most {MOST_CELLS} (head, query, key) triples, got {shape}: {cells}. Comparing all of "
+            f"{what} takes {cost_of(cells * batch, _CELLS_PER_SECOND, most_bytes)}; "
+            f'listed="allow" (or {VARIABLE}=allow in the environment) does so'
+        )
+
+
 def _named(
-    mask_mod: Callable[..., Any], batch: int, heads: int, length: int, as_tensor: Callable[..., Any]
+    mask_mod: Callable[..., Any],
+    batch: int,
+    heads: int,
+    length: int,
+    as_tensor: Callable[..., Any],
+    listed: str | None,
 ) -> Pattern | None:
     """The band, or documents of bands, that a mask is for all heads and batch entries; None where it is none."""
 
     def sees(entry: int, h: Rows, q: Rows, k: Rows) -> Shown:
-        found = np.asarray(mask_mod(as_tensor(np.full((1, 1, 1), entry, np.int64)), *map(as_tensor, (h, q, k))))
-        return found if found.dtype == np.bool_ else np.zeros(1, bool)
+        answer = np.asarray(mask_mod(as_tensor(np.full((1, 1, 1), entry, np.int64)), *map(as_tensor, (h, q, k))))
+        return answer if answer.dtype == np.bool_ else np.zeros(1, bool)
 
     def of_first_head(q: Rows, k: Rows) -> Shown:
-        found = sees(0, np.zeros((1, 1, 1), np.int64), q.reshape(1, -1, 1), k.reshape(1, -1, 1))
-        return np.broadcast_to(found.reshape(-1), q.shape) if found.size in (1, len(q)) else np.zeros(len(q), bool)
+        answer = sees(0, np.zeros((1, 1, 1), np.int64), q.reshape(1, -1, 1), k.reshape(1, -1, 1))
+        return np.broadcast_to(answer.reshape(-1), q.shape) if answer.size in (1, len(q)) else np.zeros(len(q), bool)
 
     named = pattern_of_intervals(of_first_head, length)
     if named is None:
         return None
     pattern, begin, end = named
-    every_head, keys = np.arange(heads).reshape(-1, 1, 1), np.arange(length).reshape(1, 1, -1)
+    _check_allowed((heads, length, length), batch, listed, f"what looks like {shortened(pattern)}", 0)
+    every_head, keys = np.arange(heads, dtype=np.int64), np.arange(length, dtype=np.int64).reshape(1, 1, -1)
     for first, expected in strips(begin, end, max(1, _STRIP_CELLS // (heads * length))):
-        q = np.arange(first, first + len(expected)).reshape(1, -1, 1)
+        q = np.arange(first, first + len(expected), dtype=np.int64).reshape(1, -1, 1)
         for entry in range(batch):
-            shown = sees(entry, every_head, q, keys)
+            shown = sees(entry, every_head.reshape(-1, 1, 1), q, keys)
             if shown.shape[-2:] != expected.shape or (shown != expected).any():
                 return None
     return pattern
 
 
 def _asked(mask_mod: Callable[..., Any], entry: int, shape: tuple[int, ...], as_tensor: Callable[..., Any]) -> Shown:
-    """What a mask_mod says of one batch entry, (heads, queries, keys)."""
-    axes = [
-        np.arange(length, dtype=np.int64).reshape([-1 if a == b else 1 for b in range(3)])
-        for a, length in enumerate(shape)
-    ]
+    """What a mask_mod says of one batch entry, (heads, queries, keys); asked some rows at a time, as its numbers take more room."""
+    heads, queries, keys = shape
+    shown, rows = np.empty(shape, bool), max(1, _STRIP_CELLS // max(1, heads * keys))
+    for first in range(0, queries, rows):
+        q = np.arange(first, min(first + rows, queries), dtype=np.int64)
+        shown[:, first : first + rows] = _asked_rows(mask_mod, entry, (heads, q, keys), as_tensor)
+    return shown
+
+
+def _asked_rows(
+    mask_mod: Callable[..., Any], entry: int, asked: tuple[int, Rows, int], as_tensor: Callable[..., Any]
+) -> Shown:
+    """What a mask_mod says of (heads, query positions, keys)."""
+    heads, q, keys = asked
+    shape = heads, len(q), keys
+    h, k = (np.arange(length, dtype=np.int64) for length in (heads, keys))
+    axes = h.reshape(-1, 1, 1), q.reshape(1, -1, 1), k.reshape(1, 1, -1)
     hint = (
         ""
         if as_tensor is not np.asarray
         else "; one written with torch functions or tables needs as_tensor=torch.from_numpy"
     )
     try:
-        found = np.asarray(mask_mod(as_tensor(np.full((1, 1, 1), entry, np.int64)), *map(as_tensor, axes)))
+        answer = np.asarray(mask_mod(as_tensor(np.full((1, 1, 1), entry, np.int64)), *map(as_tensor, axes)))
     except TypeError as error:
         raise TypeError(f"mask_mod must take int64 arrays (b, h, q, k){hint}, got {error}") from error
-    if found.dtype != np.bool_:
-        raise TypeError(f"mask_mod must return booleans{hint}, got {found.dtype}")
+    if answer.dtype != np.bool_:
+        raise TypeError(f"mask_mod must return booleans{hint}, got {answer.dtype}")
     try:
-        return np.broadcast_to(found, shape)
+        return np.broadcast_to(answer, shape)
     except ValueError as error:
-        raise ValueError(f"mask_mod must return what broadcasts to {shape}, got shape {found.shape}") from error
+        raise ValueError(f"mask_mod must return what broadcasts to {shape}, got shape {answer.shape}") from error
 
 
 def _coarsest(shown: Shown) -> BlockSparse:
     """The same mask in the largest blocks that say it, with `causal` where that lets blocks be larger."""
-    q, k = shown.shape[-2:]
-    past = np.tri(q, k, dtype=bool)
-    causal = not (shown & ~past).any()
-    for size in _BLOCKS:
-        corners = np.arange(0, q, size), np.arange(0, k, size)
-        some = _reduced(np.logical_or, shown, corners)
-        if np.array_equal(some, _reduced(np.logical_and, shown, corners)):
-            return BlockSparse(size, some)
-        # Hidden only because it is the future: whole blocks of the past, triangles on the diagonal.
-        if causal and np.array_equal(
-            some, _reduced(np.logical_and, shown | (~past & _spread(some, size, (q, k))), corners)
-        ):
-            return BlockSparse(size, some, causal=True)
-    raise AssertionError("blocks of one position say any mask")
+    future = ~np.tri(*shown.shape[-2:], dtype=bool)
+    some, every, causal = shown, shown, not (shown & future).any()
+    # Hidden only because it is the future: whole blocks of the past, triangles on the diagonal.
+    past = shown | future if causal else shown
+    coarsest: tuple[int, Shown, bool] = (1, shown, False)
+    # Blocks that say a mask are made of smaller ones that do, so the first size that fails is the last to try.
+    for size in _BLOCKS[1:]:
+        some, every = _halved(np.logical_or, some), _halved(np.logical_and, every)
+        past = _halved(np.logical_and, past) if causal else every
+        if np.array_equal(some, every):
+            coarsest = (size, some, False)
+        elif causal and (past >= some).all():
+            coarsest = (size, some, True)
+        else:
+            break
+    return BlockSparse(*coarsest)
 
 
 def _repeating(shown: Shown) -> Periodic:
@@ -204,18 +246,18 @@ def _repeating(shown: Shown) -> Periodic:
             "mask_mod must be the same for all heads where a compact plan is demanded, got heads that differ"
         )
     mask = shown[0]
-    found = [
+    candidates = [
         Periodic(period, runs, len(mask))
         for period in range(1, min(_MOST_PERIOD, (len(mask) + 1) // 2) + 1)
         if np.array_equal(mask[period:, period:], mask[:-period, :-period])
         and (runs := _runs(mask, period)) is not None
     ]
-    if not found:
+    if not candidates:
         raise ValueError(
             f"mask_mod must repeat along its diagonal, with a period of at most {_MOST_PERIOD} in at most {_MOST_RUNS} runs, where a "
             f"compact plan is demanded, got a mask of {len(mask)} tokens that does not"
         )
-    return min(found, key=lambda pattern: len(pattern.runs))
+    return min(candidates, key=lambda pattern: len(pattern.runs))
 
 
 def _runs(mask: Shown, period: int) -> list[Run] | None:
@@ -238,9 +280,11 @@ def _runs(mask: Shown, period: int) -> list[Run] | None:
     return runs
 
 
-def _reduced(how: np.ufunc, shown: Shown, corners: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]) -> Shown:
-    return how.reduceat(how.reduceat(shown, corners[0], axis=-2), corners[1], axis=-1)
-
-
-def _spread(blocks: Shown, size: int, shape: tuple[int, int]) -> Shown:
-    return blocks.repeat(size, axis=-2).repeat(size, axis=-1)[..., : shape[0], : shape[1]]
+def _halved(how: np.ufunc, blocks: Shown) -> Shown:
+    """Blocks of twice the size: two by two of them, and at the end what is left."""
+    for axis in (-2, -1):
+        pairs = np.moveaxis(blocks, axis, 0)
+        joined = pairs[::2].copy()
+        how(joined[: len(pairs) // 2], pairs[1::2], out=joined[: len(pairs) // 2])
+        blocks = np.moveaxis(joined, 0, axis)
+    return blocks

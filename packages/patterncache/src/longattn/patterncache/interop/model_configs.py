@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.patterns.combined import Sum
 from longattn.patterncache.patterns.dilated import Dilated
 from longattn.patterncache.patterns.window import Full, Window
-from longattn.patterncache.spans import check_int
+from longattn.patterncache.spans import Rows, check_int
 
 _ENCODERS = {
     "albert", "bert", "camembert", "distilbert", "electra", "embedding_gemma2_text", "modernbert", "roberta", "ultrabert", "xlm-roberta",
@@ -34,7 +34,7 @@ _LAYERED_DECODERS = {
     "gpt_neo", "gpt_oss", "granite_swa", "granitemoe_swa", "laguna", "lfm2", "llama4_text", "mellum", "mimo_v2_flash", "ministral",
     "modernbert-decoder", "olmo3", "qwen2_5_vl_text", "qwen2_vl_text", "smollm3", "vaultgemma",
 }  # fmt: skip
-"""Of these `layer_types` (or `attention_layers`) is the whole truth, and every layer looks back only."""
+"""Models whose `layer_types` (or `attention_layers`) alone decide who sees whom; every layer looks back only."""
 
 _STRUCTURE = re.compile(
     r"window|sparse|block|chunk|dilat|local|lsh|landmark|stride|attention_type|attn_type|bidirection|index_topk"
@@ -46,13 +46,13 @@ _NO_STRUCTURE = {
     "block_use_swiglu", "chunk_size_feed_forward", "decoder_sparse_step", "mlp_only_layers", "num_local_experts", "sparse_pred_ignore_index",
     "sparse_prediction",
 }  # fmt: skip
-"""Those that say nothing of it, or say it again."""
+"""Fields whose names match `_STRUCTURE` but do not decide who sees whom, or repeat what another field says."""
 
 _OF_LAYERS = {
     "_sliding_window_pattern", "attention_chunk_size", "local_attention", "max_window_layers", "prefix_dense_sliding_window_pattern",
     "sliding_window", "sliding_window_pattern", "swa_num_attention_heads", "use_sliding_window", "window_size",
 }  # fmt: skip
-"""What `layer_types` was made from, or what a layer of a type reads."""
+"""Fields from which `layer_types` was made, or that a layer of some type reads."""
 
 
 def from_hf(config: Any, layer: int = 0) -> Pattern:
@@ -81,9 +81,9 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
         )
     for name in ("is_encoder_decoder", "use_bidirectional_attention", "attention_window"):
         for part in (config, whole):
-            if vars(part).get(name):
+            if _fields(part).get(name):
                 raise ValueError(
-                    f"config must not have {name}, which no pattern says exactly, got {vars(part)[name]!r}"
+                    f"config must not have {name}, which no pattern says exactly, got {_fields(part)[name]!r}"
                 )
     known = _ENCODERS | _DENSE_DECODERS | _SLIDING_DECODERS | _LAYERED_DECODERS
     if kind not in known:
@@ -108,10 +108,15 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
     return Full(causal=causal)
 
 
+def _fields(config: object) -> dict[str, Any]:
+    """What a configuration has, by name."""
+    return vars(config)
+
+
 def _refuse_structure(config: Any, kind: str, named: bool) -> None:
     """Raise ValueError for a field that may say who sees whom, and is not read here."""
-    read = _NO_STRUCTURE | (_OF_LAYERS if named or kind in _SLIDING_DECODERS else set())
-    for name, value in vars(config).items():
+    read = _NO_STRUCTURE | _OF_LAYERS if named or kind in _SLIDING_DECODERS else _NO_STRUCTURE
+    for name, value in _fields(config).items():
         if (
             _STRUCTURE.search(name)
             and name not in read
@@ -230,8 +235,8 @@ def from_natten(
 
     def shown(b: Any, h: Any, q: Any, k: Any) -> Any:
         axes = zip(
-            np.unravel_index(q, sizes),
-            np.unravel_index(k, sizes),
+            _coordinates(q, sizes),
+            _coordinates(k, sizes),
             sizes,
             kernels,
             strides,
@@ -245,6 +250,11 @@ def from_natten(
         return seen
 
     return from_mask_mod(shown, int(np.prod(sizes)))
+
+
+def _coordinates(tokens: Rows, sizes: tuple[int, ...]) -> tuple[Any, ...]:
+    """Where tokens stand on each axis, in row-major order."""
+    return np.unravel_index(tokens, sizes)
 
 
 def _neighbours(q: Any, k: Any, size: int, kernel: int, stride: int, dilation: int, causal: bool) -> Any:
@@ -263,7 +273,8 @@ def _neighbours(q: Any, k: Any, size: int, kernel: int, stride: int, dilation: i
 
 
 def _of_axes(name: str, value: Any, axes: int) -> tuple[Any, ...]:
-    found = (value,) * axes if isinstance(value, (bool, int, np.integer, np.bool_)) else tuple(value)
-    if len(found) != axes:
+    single = isinstance(cast("object", value), (bool, int, np.integer, np.bool_))
+    values: tuple[Any, ...] = (value,) * axes if single else tuple(value)
+    if len(values) != axes:
         raise ValueError(f"{name} must be one value, or one for each of {axes} axes, got {value!r}")
-    return found
+    return values

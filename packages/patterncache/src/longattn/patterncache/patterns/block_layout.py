@@ -23,7 +23,7 @@ Shown = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class BlockLayout(Pattern, name="block_layout"):
-    """Query block a sees key block b by a rule on (a, b); position i is in block i // block_size. What `BlockSparse` is for one length.
+    """Query block a sees key block b by a rule on (a, b); position i is in block i // block_size. It is `BlockSparse` for any length.
 
     A rule knows no length, so shards, prefixes and continuations of a sequence agree about every pair.
 
@@ -55,7 +55,7 @@ class BlockLayout(Pattern, name="block_layout"):
     causal: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layout, str):
+        if not isinstance(self.layout, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"layout must be one of {LAYOUTS}, got {self.layout!r} ({type(self.layout).__name__})")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from longattn.patterncache.indices import Listed
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.patterns.window import whole_branches
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.block_runs import Runs, cut_runs, made_of_runs, regroup
+from longattn.patterncache.planning.limits import CUT_AGAIN, add_pairs
 from longattn.patterncache.planning.listing import listed_part
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
@@ -35,7 +37,7 @@ _GATHERED_CELLS = 1 << 18
 
 @dataclass(frozen=True, eq=False)
 class _Bits:
-    """A mask, beside what torch.compile reads when it traces `canonical` or `with_causal`: it can read text, but no such array.
+    """A mask, and the same as text: torch.compile traces `canonical` and `with_causal`, and can read text but no such array.
 
     Attributes:
         mask: bool. An array over bytes can never be made writable again, which one that owns its memory can.
@@ -178,7 +180,8 @@ class BlockSparse(Pattern, name="block_sparse"):
             if made_of_runs(part, band):
                 q, q_block = cut_runs(part.q, part.q_at, self.block_size)
                 k, k_block = cut_runs(part.k, part.k_at, self.block_size)
-                yield from regroup(part, q, k, _allowed_pairs(mask, (q, q_block), (k, k_block)), band)
+                cost = CUT_AGAIN if isinstance(part.k, Listed) else 1
+                yield from regroup(part, q, k, _allowed_pairs(mask, (q, q_block), (k, k_block), cost), band)
             else:
                 yield from listed_part(part, _Lookup(mask, self.block_size))
 
@@ -188,7 +191,7 @@ class BlockSparse(Pattern, name="block_sparse"):
             yield heads, self.mask
             return
         groups: dict[bytes, list[int]] = {}
-        present = rectangle.heads.take(heads.start, heads.length, heads.step).positions()
+        present = rectangle.heads.take(*heads.numbers).positions()
         for row, head in enumerate(present):
             groups.setdefault(self.mask[head].tobytes(), []).append(row)
         for rows in groups.values():
@@ -260,25 +263,35 @@ class _Lookup:
         return self.mask[i // self.block_size, j // self.block_size]
 
 
-def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Rows]) -> tuple[Rows, Rows]:
-    """(query runs, key runs) of one tile each whose blocks the mask lets see; the pairs of a query run stand together."""
+def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Rows], cost: int) -> tuple[Rows, Rows]:
+    """(query runs, key runs) of one tile each whose blocks the mask lets see; the pairs of a query run stand together.
+
+    Each pair counts as `cost` pairs of rows towards the limit of a plan.
+    """
     (q, q_block), (k, k_block) = q_side, k_side
     tiles = np.arange(int(q.tile[-1]) + 2)
-    q_begin, k_begin = (np.searchsorted(runs.tile, tiles) for runs in (q, k))
+    q_begin, k_begin = np.searchsorted(q.tile, tiles), np.searchsorted(k.tile, tiles)
     shapes = np.stack([np.diff(q_begin), np.diff(k_begin)], 1)
-    found: list[tuple[Rows, Rows]] = []
+    add_pairs(cost * int(shapes.prod(axis=1).sum()))
+    allowed: list[tuple[Rows, Rows]] = []
     for nq, nk in np.unique(shapes, axis=0).tolist():
         alike = np.flatnonzero((shapes == (nq, nk)).all(axis=1))
         at_once = max(1, _GATHERED_CELLS // (nq * nk))
         for first in range(0, len(alike), at_once):
             some = alike[first : first + at_once]
-            q_of, k_of = q_begin[some][:, None] + np.arange(nq), k_begin[some][:, None] + np.arange(nk)
+            q_of = _ranges(q_begin[some], nq)
+            k_of = _ranges(k_begin[some], nk)
             shown = _gather(mask, q_block[q_of], k_block[k_of])
             flat = np.flatnonzero(shown)
             rows = np.arange(len(some) * nq + 1, dtype=np.int64)
-            row = np.repeat(rows[:-1], np.diff(np.searchsorted(flat, rows * nk)))
-            found.append((q_of.ravel()[row], k_of[row // nq, flat - row * nk]))
-    return np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
+            row = np.repeat(rows[:-1], np.diff(np.searchsorted(flat, rows * nk)))  # pyright: ignore[reportUnknownArgumentType]
+            allowed.append((q_of.ravel()[row], k_of[row // nq, flat - row * nk]))
+    return np.concatenate([a for a, _ in allowed]), np.concatenate([b for _, b in allowed])
+
+
+def _ranges(begin: Rows, count: int) -> Rows:
+    """(ranges, count) int64: `count` numbers from each beginning on."""
+    return begin[:, None] + np.arange(count, dtype=np.int64)
 
 
 def _gather(mask: Mask, a: Rows, b: Rows) -> Mask:

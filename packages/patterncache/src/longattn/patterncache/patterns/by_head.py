@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from longattn.patterncache.analysis.results import Gap
 from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
 from longattn.patterncache.plan import Branch, Counts
 from longattn.patterncache.spans import Rectangle, Rows, Span, congruent_indices
@@ -35,7 +36,7 @@ class ByHead(Pattern, name="by_head"):
             raise TypeError(f"parts must be a sequence of at least one (heads, pattern), got {self.parts!r}")
         taken: set[int] = set()
         for at, (heads, pattern) in enumerate(self.parts):
-            if not isinstance(heads, Span):
+            if not isinstance(heads, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"parts[{at}][0] must be a Span of heads, got {heads!r}")
             if heads.length and heads.last >= MOST_HEADS:
                 raise ValueError(f"parts[{at}][0] must lie below {MOST_HEADS} heads, got {heads}")
@@ -70,6 +71,11 @@ class ByHead(Pattern, name="by_head"):
         """Whether any part is."""
         return any(pattern.listing for _, pattern in self.parts)
 
+    def gaps(self, rectangle: Rectangle) -> Iterator[Gap]:
+        """Those of each part, among its own heads."""
+        for heads, pattern in self.parts:
+            yield from pattern.gaps(replace(rectangle, heads=heads))
+
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """Heads must be the module's, and every part must mean something for its own."""
         for heads, pattern in self.parts:
@@ -98,16 +104,14 @@ class ByHead(Pattern, name="by_head"):
                 yield replace(branch, heads=Span(int(first[0]) + step * rows.start, rows.length, step * rows.step))
 
     def with_causal(self, causal: bool) -> ByHead:
-        """All parts with their causal field replaced; itself where that says nothing new, parts that differ included."""
+        """All parts with their causal field replaced; itself where `causal` has that value already, even if parts differ."""
         if causal == self.causal:
             return self
         return ByHead(tuple((heads, pattern.with_causal(causal)) for heads, pattern in self.parts))
 
     def to_spec(self) -> dict[str, Any]:
         """The parts, as [[start, length, step], [name, spec]]."""
-        return {
-            "parts": [[[h.start, h.length, h.step], [pattern.name, pattern.to_spec()]] for h, pattern in self.parts]
-        }
+        return {"parts": [[list(heads.numbers), [pattern.name, pattern.to_spec()]] for heads, pattern in self.parts]}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> ByHead:

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from longattn.patterncache.analysis.results import Gap
 from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
 from longattn.patterncache.patterns.joining import joined, joint_period, outside, through
 from longattn.patterncache.plan import Branch, Counts
@@ -64,6 +65,11 @@ class Restrict(Pattern, name="restrict"):
     def repeats(self) -> tuple[int | None, bool]:
         """The parts' common one; one closed part closes what both must see."""
         return joint_period((self.a, self.b), any)
+
+    def gaps(self, rectangle: Rectangle) -> Iterator[Gap]:
+        """Those of both parts."""
+        yield from self.a.gaps(rectangle)
+        yield from self.b.gaps(rectangle)
 
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within a, then within b."""
@@ -128,13 +134,18 @@ class _Combination(Pattern):
         """The parts' common one; what any part may see needs all of them closed."""
         return joint_period(self.parts, all)
 
+    def gaps(self, rectangle: Rectangle) -> Iterator[Gap]:
+        """Those of every part."""
+        for part in self.parts:
+            yield from part.gaps(rectangle)
+
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """All parts must mean something there."""
         for part in self.parts:
             part.check_rectangle(rectangle)
 
     def with_causal(self, causal: bool) -> Self:
-        """All parts with their causal field replaced; itself where that says nothing new, parts that differ included."""
+        """All parts with their causal field replaced; itself where `causal` has that value already, even if parts differ."""
         if causal == self.causal:
             return self
         return type(self)(tuple(part.with_causal(causal) for part in self.parts))
@@ -244,10 +255,10 @@ class Intersection(_Combination, name="intersection"):
 
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within every part."""
-        found = iter((branch,))
+        seen = iter((branch,))
         for part in self.parts:
-            found = through(part, found, rectangle)
-        return found
+            seen = through(part, seen, rectangle)
+        return seen
 
     def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
         return joined(list(dict.fromkeys(parts)), np.logical_and, same_causal=False)
@@ -261,10 +272,10 @@ class Intersection(_Combination, name="intersection"):
         base = self._base()
         if base is None:
             return super().branches(rectangle)
-        found = (self.parts[base].branches if len(self.parts) == 1 else self.parts[base].support)(rectangle)
+        seen = (self.parts[base].branches if len(self.parts) == 1 else self.parts[base].support)(rectangle)
         for part in (*self.parts[:base], *self.parts[base + 1 :]):
-            found = through(part, found, rectangle)
-        return found
+            seen = through(part, seen, rectangle)
+        return seen
 
     @property
     def listing(self) -> bool:

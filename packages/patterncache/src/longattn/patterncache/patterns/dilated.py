@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from longattn.patterncache.analysis.results import Gap
 from longattn.patterncache.indices import Affine, index_of
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
@@ -125,6 +126,14 @@ class Dilated(Pattern, name="dilated"):
             first, count, step = congruent_indices(heads, np.array([begin]), np.array([end]), np.zeros(1, np.int64), 1)
             yield Span(int(first[0]), int(count[0]), step), offset
 
+    def gaps(self, rectangle: Rectangle) -> Iterator[Gap]:
+        """Of each branch the residues that none of the heads has as its offset."""
+        for b, (segment, rate) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
+            covered = {offset for heads, offset in self.head_classes(b, rectangle) if heads.length}
+            missing = tuple(residue for residue in range(min(rate, segment)) if residue not in covered)
+            if missing:
+                yield Gap(segment, rate, missing)
+
     def with_causal(self, causal: bool) -> Dilated:
         """The same with `causal` replaced."""
         return replace(self, causal=causal)
@@ -225,14 +234,8 @@ class Dilated(Pattern, name="dilated"):
             yield from interval_branches(heads, sides, asked, Intervals(*keys, residue, r), band)
 
     def _class_branches(self, b: int, heads: Span, offset: int, rectangle: Rectangle) -> Iterator[Branch]:
-        q_row = 0
-        for q in rectangle.queries:
-            k_row = 0
-            for k in rectangle.keys:
-                if q.length and k.length:
-                    yield from self._segments(b, heads, offset, (q, q_row), (k, k_row))
-                k_row += k.length
-            q_row += q.length
+        for sides in span_pairs(rectangle):
+            yield from self._segments(b, heads, offset, *sides)
 
     def _segments(
         self, b: int, heads: Span, offset: int, q_side: tuple[Span, int], k_side: tuple[Span, int]

@@ -16,6 +16,9 @@ from longattn.patterncache.plan import Branch, Counts
 from longattn.patterncache.planning.intervals import Intervals, moved, span_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
+_MOST_STRETCHES = 64
+"""Borders of documents up to which `lint` looks at each alone: many short ones are quicker together."""
+
 
 @dataclass(frozen=True)
 class Documents(Pattern, name="documents"):
@@ -52,6 +55,15 @@ class Documents(Pattern, name="documents"):
     def _borders(self) -> Rows:
         return np.array(self.cu_seqlens, np.int64)
 
+    def stretches(self, length: int) -> Iterator[tuple[Pattern, int, int]]:
+        """Those of each document, where there are few."""
+        if len(self.cu_seqlens) > _MOST_STRETCHES:
+            yield self, length, 1
+            return
+        sizes = [b - a for a, b in pairwise(min(border, length) for border in self.cu_seqlens) if a < b]
+        for size in sizes or [0]:
+            yield from self.pattern.stretches(size)
+
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """Positions must lie in a document, and the pattern must mean something in each."""
         end = self.cu_seqlens[-1]
@@ -68,8 +80,8 @@ class Documents(Pattern, name="documents"):
         of_i, of_j = (np.searchsorted(self._borders, at, side="right") - 1 for at in (i, j))
         # A key of another document is asked about as the query itself, so that every question is a legal one.
         start, other = self._borders[of_i], of_i != of_j
-        found = self.pattern.count(h, i - start, np.where(other, i, j) - start, num_heads)
-        return np.where(other, 0, found)
+        inside = self.pattern.count(h, i - start, np.where(other, i, j) - start, num_heads)
+        return np.where(other, 0, inside)
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
         """Those of the pattern, for all documents at once where it can, else document by document."""
@@ -120,9 +132,9 @@ def _check_cumulative(value: Any) -> tuple[int, ...]:
             f"cu_seqlens must be a sequence of integers from 0, got {shortened(value)} ({type(value).__name__})"
         )
     entries = value.tolist() if hasattr(value, "tolist") else list(value)
-    found = tuple(check_int(f"cu_seqlens[{at}]", entry, minimum=0) for at, entry in enumerate(entries))
-    if len(found) < 2 or found[0] or any(b < a for a, b in pairwise(found)):
+    borders = tuple(check_int(f"cu_seqlens[{at}]", entry, minimum=0) for at, entry in enumerate(entries))
+    if len(borders) < 2 or borders[0] or any(b < a for a, b in pairwise(borders)):
         raise ValueError(
-            f"cu_seqlens must begin with 0, never fall, and have at least two entries, got {shortened(found)}"
+            f"cu_seqlens must begin with 0, never fall, and have at least two entries, got {shortened(borders)}"
         )
-    return found
+    return borders

@@ -41,18 +41,18 @@ class Periodic(Pattern, name="periodic"):
         object.__setattr__(self, "length", check_int("length", self.length, minimum=1))
         if not isinstance(self.runs, (tuple, list)):
             raise TypeError(f"runs must be a sequence of (a, b, low, high), got {self.runs!r}")
-        runs = []
+        runs: list[Run] = []
         for at, (a, b, low, high) in enumerate(self.runs):
             if (
                 check_int(f"runs[{at}][0]", a, minimum=0) >= self.period
                 or check_int(f"runs[{at}][1]", b, minimum=0) >= self.period
             ):
                 raise ValueError(f"runs[{at}] must have residues below period={self.period}, got {a} and {b}")
-            bounds = (
+            lowest, highest = (
                 None if bound is None else check_int(f"runs[{at}]", bound, minimum=-self.length)
                 for bound in (low, high)
             )
-            runs.append((int(a), int(b), *bounds))
+            runs.append((int(a), int(b), lowest, highest))
         object.__setattr__(self, "runs", tuple(sorted(runs, key=str)))
         check_causal(self.causal)
 

@@ -6,6 +6,7 @@ changes with every call: it is cached nowhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -54,14 +55,20 @@ class ScoredBlocks:
             raise ValueError(f"N must end in the last of {tuple(blocks)} blocks of {self.block_size}, got {length}")
         # (batch, heads, ...), both 1 where they are missing.
         number, indices = ((x if self.mask.ndim == 3 else x[None])[None] for x in self.forward_lists)
-        causal = self.causal
         return import_module("torch.nn.attention.flex_attention").BlockMask.from_kv_blocks(
             number,
             indices,
             BLOCK_SIZE=self.block_size,
-            mask_mod=lambda b, h, q, k: (q >= k) if causal else (q >= 0) & (k >= 0),
+            mask_mod=_mask_mod(self.causal),
             seq_lengths=(length, length),
         )
+
+
+def _mask_mod(causal: bool) -> Callable[..., Any]:
+    def mask_mod(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (q >= k) if causal else (q >= 0) & (k >= 0)
+
+    return mask_mod
 
 
 def choose_blocks(

@@ -19,20 +19,14 @@ from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 def whole_branches(rectangle: Rectangle) -> Iterator[Branch]:
     """Every head, every query, every key: one dense branch per pair of spans."""
     heads = Span(0, rectangle.heads.length)
-    q_row = 0
-    for q in rectangle.queries:
-        k_row = 0
-        for k in rectangle.keys:
-            if q.length and k.length:
-                yield Branch(
-                    heads,
-                    Affine(q_row, 1, 0, q.length, 1),
-                    Affine(k_row, 1, 0, k.length, 1),
-                    (q.start - q_row * q.step, q.step),
-                    (k.start - k_row * k.step, k.step),
-                )
-            k_row += k.length
-        q_row += q.length
+    for (q, q_row), (k, k_row) in span_pairs(rectangle):
+        yield Branch(
+            heads,
+            Affine(q_row, 1, 0, q.length, 1),
+            Affine(k_row, 1, 0, k.length, 1),
+            (q.start - q_row * q.step, q.step),
+            (k.start - k_row * k.step, k.step),
+        )
 
 
 @dataclass(frozen=True)
@@ -88,6 +82,10 @@ class Full(Pattern, name="full"):
     def repeats(self) -> tuple[int | None, bool]:
         """Any shift, and every border is crossed."""
         return 1, False
+
+    def direct_depth(self, length: int) -> int:
+        """One layer, where there are two tokens."""
+        return int(length > 1)
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """1, or j <= i."""
@@ -173,6 +171,19 @@ class Window(Pattern, name="window"):
     def repeats(self) -> tuple[int | None, bool]:
         """Any shift, where there are no sinks."""
         return None if self.sinks else 1, False
+
+    def direct_depth(self, length: int) -> int | None:
+        """As many layers as it takes to hand on over the whole length, or over what lies beyond the sinks."""
+        if length <= 1 or self.size < 2:
+            return super().direct_depth(length)
+        # A layer hands on over size - 1 tokens. Where the future is hidden, sinks know nothing but themselves, so the way back need only
+        # end next to them; else whoever hears of the last sink goes on from there.
+        far, step = length - 1, self.size - 1
+        if not self.sinks:
+            return -(-far // step)
+        if self.causal:
+            return max(1, -(-max(0, far - self.sinks) // step))
+        return min(-(-far // step), 1 - (-max(0, far - self.sinks + 1) // step))
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """1 within the window or at a sink, never twice."""

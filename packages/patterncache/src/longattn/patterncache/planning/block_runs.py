@@ -90,7 +90,7 @@ def regroup(branch: Branch, q: Runs, k: Runs, pairs: tuple[Rows, Rows], band: Ba
         nearest, farthest = offset - (k.count[k_of] - 1) * k_step, offset + (q.count[q_of] - 1) * q_step
         covered, missed = _through(band, nearest, farthest)
         cut = ~covered & ~missed
-        # First: a diagonal writes every row, so that the rest merges onto rows that are there.
+        # Banded branches come first: a diagonal writes every row, so later branches merge into rows that are already written.
         yield from _banded(branch, q, k, (q_of[cut], k_of[cut]), offset[cut], band)
         q_of, k_of = q_of[covered], k_of[covered]
     branch = replace(branch, band=None)

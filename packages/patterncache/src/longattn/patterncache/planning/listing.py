@@ -1,4 +1,4 @@
-"""The listed form of any pattern: exact for everything, strided for nothing.
+"""The listed form: rows named one by one. It is exact for every pattern, and strided for none.
 
 Query rows that see the same keys share a tile; a key that counts twice is listed twice. Built strip by strip, so that a long
 rectangle never stands in memory as a dense matrix.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
 
 from longattn.patterncache.indices import Listed
 from longattn.patterncache.plan import Branch, Counts
+from longattn.patterncache.planning.intervals import Sides, span_pairs
+from longattn.patterncache.planning.limits import add_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span
 
 _DENSE_CELLS = 1 << 24
@@ -22,20 +25,15 @@ _DENSE_CELLS = 1 << 24
 
 def listed_branches(counts: Callable[[Rectangle], Counts], rectangle: Rectangle) -> Iterator[Branch]:
     """Branches that list, for every query row, the key rows it sees, with repetition; per pair of spans, as positions differ."""
-    q_row = 0
-    for q in rectangle.queries:
-        k_row = 0
-        for k in rectangle.keys:
-            if rectangle.heads.length and q.length and k.length:
-                yield from _listed_spans(counts, rectangle, (q, q_row), (k, k_row))
-            k_row += k.length
-        q_row += q.length
+    # All of them at once, so that an error about too many comes before any work and names the whole.
+    add_pairs(prod(rectangle.shape))
+    if rectangle.heads.length:
+        for sides in span_pairs(rectangle):
+            yield from _listed_spans(counts, rectangle, sides)
 
 
-def _listed_spans(
-    counts: Callable[[Rectangle], Counts], rectangle: Rectangle, q_side: tuple[Span, int], k_side: tuple[Span, int]
-) -> Iterator[Branch]:
-    (q, q_row), (k, k_row) = q_side, k_side
+def _listed_spans(counts: Callable[[Rectangle], Counts], rectangle: Rectangle, sides: Sides) -> Iterator[Branch]:
+    (q, q_row), (k, k_row) = sides
     tiles: dict[tuple[Span, int, int], list[tuple[Rows, Rows]]] = {}
     strip = max(1, _DENSE_CELLS // (rectangle.heads.length * k.length))
     for first in range(0, q.length, strip):
@@ -55,6 +53,7 @@ def listed_part(branch: Branch, shown: Callable[[Rows, Rows], npt.NDArray[np.boo
 
     `shown` gets query positions (queries, 1) and key positions (1, keys) of a tile, and returns (queries, keys) bool.
     """
+    add_pairs(branch.q.tiles * branch.q.count * branch.k.count)
     visible = branch.visible
     tiles: dict[tuple[int, int], list[tuple[Rows, Rows]]] = {}
     for t, (q, k, i, j) in enumerate(zip(branch.q.rows(), branch.k.rows(), *branch.positions(), strict=True)):
@@ -70,7 +69,8 @@ def listed_part(branch: Branch, shown: Callable[[Rows, Rows], npt.NDArray[np.boo
 
 def _equal_heads(matrix: Counts) -> list[Span]:
     """Runs of neighbouring heads with the same counts."""
-    groups, begin = [], 0
+    groups: list[Span] = []
+    begin = 0
     for h in range(1, len(matrix) + 1):
         if h == len(matrix) or not np.array_equal(matrix[h], matrix[begin]):
             groups.append(Span(begin, h - begin))

@@ -1,7 +1,7 @@
 """`PackedListed`: a list of run starts in few bytes. Affine indices need none at all.
 
 Starts are kept as base + unit * small numbers, the unit being the length of a run where all starts are whole runs apart, or as the
-running sum of their differences where those are smaller still; 8, 16 or 32 bits each. They are widened anew at every use.
+running sum of their differences where those are smaller still; 8, 16 or 32 bits each. They are widened at every use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longattn.patterncache.plan import Branch, Plan
 from longattn.patterncache.spans import Rows
 
 LEAST_BYTES = 256
-"""Shorter lists stay as they are: what holds the numbers together would cost more."""
+"""Shorter lists stay as they are: the objects of the packed form take more than it saves."""
 
 _KINDS = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.int64)
 
@@ -61,7 +61,7 @@ class Narrow:
 
 
 class PackedListed(Listed):
-    """A `Listed` whose starts are packed. Equal to it in everything but bytes, and `starts` is made anew each time it is read."""
+    """A `Listed` whose starts are packed. It differs in memory only; `starts` is made each time it is read."""
 
     def __init__(self, listed: Listed) -> None:
         packed = Narrow.of(listed.starts, listed.run * listed.step)
