@@ -102,11 +102,15 @@ def cat(states: Sequence[RingBufferState]) -> RingBufferState:
         raise ValueError("states must hold at least one state, got none")
     first = states[0]
     for other in states[1:]:
-        for name in ("geometry", "dtype", "device", "owner"):
+        for name in ("geometry", "dtype", "device"):
             if getattr(other, name) != getattr(first, name):
                 raise ValueError(f"states must have one {name}, {getattr(first, name)}, got {getattr(other, name)}")
+    # A state that was loaded belongs to no module yet; it joins those of any.
+    owners = [s.owner for s in states if s.owner is not None]
+    if any(owner != owners[0] for owner in owners):
+        raise ValueError("states must be of one module, or of none yet, got states that different modules have used")
     whole = type(first)(first.geometry, sum(s.batch_size for s in states), first.dtype, first.device)
-    whole.owner = first.owner
+    whole.owner = owners[0] if owners else None
     whole.clocks = [c.clone() for s in states for c in (s.clocks * s.batch_size if s.uniform else s.clocks)]
     # Slots that only some rows hold are zero in the others.
     whole.kv.main.clear(0, whole.held)

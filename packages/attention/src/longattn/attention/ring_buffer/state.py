@@ -179,6 +179,8 @@ class RingBufferState(Rings):
     def cat(states: Sequence[RingBufferState]) -> RingBufferState:
         """The rows of several states as one batch, each row at its own position: continuous batching. A copy.
 
+        States that were loaded, and belong to no module yet, join those of any.
+
         Raises:
             TypeError, ValueError: no states, or states of different modules, dtypes or devices.
         """
