@@ -1,4 +1,4 @@
-"""Calls as programs without this library's Python: AOTInductor's packages, and what one graph cannot hold."""
+"""Calls as programs without this library's Python: AOTInductor's packages, and what TorchScript, ONNX and one graph cannot hold."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from longattn.attention import PatternAttention, Ring, pattern_attention
+from longattn.attention import MultiheadPatternAttention, PatternAttention, Ring, pattern_attention
 from longattn.kernels import attend
 from longattn.patterncache import Dilated, Full, Window
 
@@ -71,6 +71,34 @@ def test_a_package_of_aotinductor_runs(tmp_path):
 
 
 X = randn(1, 20, 2, 4)
+LAYERS = {
+    "module": (PatternAttention(LONGNET), (X, X, X)),
+    "ring": (PatternAttention(LONGNET, schedule=Ring(size=2)), (X, X, X)),
+    "multihead": (MultiheadPatternAttention(8, 2, LONGNET), (randn(1, 20, 8),) * 3),
+    "kernels": (lambda q, k, v: attend(q, k, v, Window(5)).out, (X, X, X)),
+}
+WAY_OUT = r"cannot be recorded by torch\.jit\.trace or exported to ONNX.*use torch\.export\.export"
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_tracing_to_torchscript_says_what_to_use(name):
+    """Recorded, the one length would be a constant."""
+    call, inputs = LAYERS[name]
+    with pytest.raises(NotImplementedError, match=WAY_OUT):
+        torch.jit.trace(call, inputs)
+    assert call(*inputs) is not None
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_export_to_onnx_says_what_to_use(tmp_path, monkeypatch):
+    """By TorchScript, and by torch.export, of which only the flag is set here: the exporter needs packages of its own."""
+    layer, inputs = LAYERS["module"]
+    with pytest.raises(NotImplementedError, match=WAY_OUT):
+        torch.onnx.export(layer, inputs, str(tmp_path / "attention.onnx"), dynamo=False)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.raises(NotImplementedError, match=WAY_OUT):
+        torch.export.export(layer, inputs, strict=False)
 
 
 def test_packed_documents_in_one_graph_are_refused_in_one_sentence():

@@ -26,6 +26,7 @@ from longattn.kernels.check import (
     check_qkv,
     check_scale,
     check_sinks,
+    refuse_torchscript,
 )
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.table import check_backend_name
@@ -185,6 +186,7 @@ def pattern_attention(
             drawn = as_seed(seed) if dropout_p else None
             out, lse = direct.run_prepared(prepared, key, q, k, v, attention_mask, key_padding_mask, drawn, environment)
             return (out, lse) if return_lse else out
+    refuse_torchscript()
     sharded = is_sharded(q) or is_sharded(k) or is_sharded(v)
     if sharded or positions_start is not None or (isinstance(q, Tensor) and q.is_nested):
         options: dict[str, Any] = {
