@@ -254,6 +254,27 @@ def test_a_state_is_a_value():
     assert "position=9" in repr(state)
 
 
+@pytest.mark.parametrize("loaded_first", [True, False])
+def test_a_loaded_state_joins_a_live_batch(loaded_first):
+    """Before any call is made on it; the batch is the module's, and goes on as the two streams do."""
+    module = attention(4, sinks=1)
+    _, live = module(*tokens(7, batch=1))
+    _, other = module(*tokens(3, batch=1, seed=1))
+    for loaded in (pickle.loads(pickle.dumps(other)), RingBufferState.from_state_dict(other.state_dict())):
+        states = [loaded, live] if loaded_first else [live, loaded]
+        whole, token = RingBufferState.cat(states), tokens(1, batch=2, seed=2)
+        assert whole.owner == live.owner
+        out = module(*token, is_decoder=True, buffer_state=whole)
+        for row, state in enumerate(states):
+            part = [x[row : row + 1] for x in token]
+            near(out[row : row + 1], module(*part, is_decoder=True, buffer_state=state.clone()))
+    unowned = [RingBufferState.from_state_dict(other.state_dict()) for _ in range(2)]
+    assert RingBufferState.cat(unowned).owner is None
+    _, foreign = attention(4, sinks=1)(*tokens(3, batch=1))
+    with pytest.raises(ValueError, match="states must be of one module"):
+        RingBufferState.cat([unowned[0], live, foreign])
+
+
 def test_a_state_moves_between_dtypes_and_devices():
     """`to` copies, or is the state itself; on "meta" shapes stay."""
     module = attention(4)

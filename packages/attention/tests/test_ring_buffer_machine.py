@@ -143,14 +143,8 @@ class Streams(RuleBasedStateMachine):
             other = RingBufferState.load(file)
         else:
             last, others = self.streams[-1]
-            other = (
-                RingBufferState.cat([s if s.owner else s.clone() for s in (state, last)])
-                if (state.owner == last.owner)
-                else state.clone()
-            )
-            rows = model.taken(index).rows
-            if state.owner == last.owner:
-                rows += others.taken(list(range(last.batch_size))).rows
+            other = RingBufferState.cat([state, last])
+            rows = model.taken(index).rows + others.taken(list(range(last.batch_size))).rows
             self.streams.append((other, StreamModel(self.config, rows)))
             return
         self.streams.append((other, model.taken(index)))

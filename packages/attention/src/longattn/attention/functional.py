@@ -26,6 +26,7 @@ from longattn.kernels.check import (
     check_qkv,
     check_scale,
     check_sinks,
+    refuse_torchscript,
 )
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.table import check_backend_name
@@ -185,6 +186,7 @@ def pattern_attention(
             drawn = as_seed(seed) if dropout_p else None
             out, lse = direct.run_prepared(prepared, key, q, k, v, attention_mask, key_padding_mask, drawn, environment)
             return (out, lse) if return_lse else out
+    refuse_torchscript()
     sharded = is_sharded(q) or is_sharded(k) or is_sharded(v)
     if sharded or positions_start is not None or (isinstance(q, Tensor) and q.is_nested):
         options: dict[str, Any] = {
@@ -237,8 +239,11 @@ def pattern_attention(
         # Of a schedule in one process, all rows are here.
         extents = schedule.extents(nq, nk, roll) if schedule.distributed else Extents.of_whole(nq, nk)
         pattern, q_spans = packed_call(q, k, pattern, start, cu_seqlens, cu_seqlens_q, extents)
+    k_spans: list[int] = []
     if not schedule.distributed:
         _check_positions(q, k, pattern, q_spans)
+        # Said, because AOTInductor's packages cannot hand an empty list to an op. On one rank the whole is not known here.
+        q_spans, k_spans = q_spans or last_positions(nq, nk, pattern.positional), [0, nk, 1]
     floating = attention_mask is not None and attention_mask.dtype != torch.bool
     asked = OpArguments(
         None if floating else attention_mask,
@@ -246,7 +251,7 @@ def pattern_attention(
         roll,
         pattern.canonical(),
         q_spans,
-        [],
+        k_spans,
         [q.shape[2], 0, q.shape[2]],
         scale=softmax_scale,
         dropout_p=float(dropout_p),
@@ -259,9 +264,6 @@ def pattern_attention(
     )
     bias = attention_mask if floating else None
     if key is not None:
-        asked = asked._replace(
-            q_spans=q_spans or last_positions(q.shape[1], k.shape[1], pattern.positional), k_spans=[0, k.shape[1], 1]
-        )
         out, lse = direct.prepare_and_run(key, q, k, v, bias, asked, environment)
         return (out, lse) if return_lse else out
     state = scheduled_op.run(q, k, v, bias, schedule.canonical(), asked)

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import torch
 
+from longattn.kernels.check import refuse_torchscript
 from longattn.patterncache import Pattern
 
 _HINTS = {
@@ -72,6 +73,8 @@ def check_size(name: str, value: object) -> int:
 def check_bool(name: str, value: object) -> bool:
     """True or False."""
     if not isinstance(value, bool):
+        # The TorchScript exporter to ONNX makes tensors of a module's defaults.
+        refuse_torchscript()
         raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
     return value
 

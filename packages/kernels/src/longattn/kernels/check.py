@@ -14,6 +14,19 @@ from longattn.kernels.state import AttentionState, state_dtype
 Names = tuple[str, str, str]
 
 
+def refuse_torchscript() -> None:
+    """Raise NotImplementedError where torch.jit.trace or an ONNX export records the call: lengths would be constants in what comes out."""
+    # Dynamo traces neither question, and cannot be within either.
+    if torch.compiler.is_dynamo_compiling():
+        return
+    onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    if onnx or torch._C._get_tracing_state() is not None:
+        raise NotImplementedError(
+            "attention cannot be recorded by torch.jit.trace or exported to ONNX, which have no such operator: use "
+            "torch.export.export, whose program torch._inductor.aoti_compile_and_package compiles, or torch.compile"
+        )
+
+
 def check_qkv(q: object, k: object, v: object, names: Names = ("q", "k", "v")) -> None:
     """q (batch, Nq, heads, head_dim), k and v (batch, Nk, kv_heads, head_dim): one floating dtype, one device, heads divisible.
 

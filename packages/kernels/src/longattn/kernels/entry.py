@@ -18,6 +18,7 @@ from longattn.kernels.check import (
     check_qkv,
     check_scale,
     check_sinks,
+    refuse_torchscript,
 )
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.table import check_backend_name
@@ -117,6 +118,7 @@ def attend(
             return AttentionState(
                 *direct.run_prepared(prepared, key, q, k, v, attention_mask, key_padding_mask, drawn, environment)
             )
+    refuse_torchscript()
     q, k, v = autocast(q, k, v)
     bias, asked = check_and_ask(
         q,

@@ -9,47 +9,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longattn.attention.ring_buffer.clock import Clock
 from longattn.attention.ring_buffer.linear_ring import LinearRing
-from longattn.attention.ring_buffer.rings import Geometry
+from longattn.attention.ring_buffer.saved import FORMAT, check_saved, clear_unused, used_slots
+from longattn.kernels.dispatch.capability import FLOATS, dtype_name
 
 if TYPE_CHECKING:
     from longattn.attention.ring_buffer.state import RingBufferState
 
-FORMAT = 1
-"""Of the dictionary; a later one may read earlier ones."""
-
 
 def to_plain(state: RingBufferState) -> dict[str, Any]:
     """Numbers, lists and tensors that hold what the state holds, slots in use only. Gradients stay behind."""
-    rings = {"kv": state.kv.main, "kv_evicted": state.kv.evicted, "outputs": state.outputs}
-    if state.hidden is not None:
-        rings |= {"hidden": state.hidden.main, "hidden_evicted": state.hidden.evicted}
-    used = {name: _used(name, ring, state) for name, ring in rings.items() if ring is not None}
+    count = used_slots(state.geometry, state.clocks)
+    used = {}
+    for name, ring in _by_name(state).items():
+        used[name] = ring.storage[:, :, :, : count[name], : ring.head_dim].detach().clone()
+        # A file must not show what others left in memory that this state never wrote.
+        clear_unused(name, used[name], state.geometry, state.clocks)
     return {
         "format": FORMAT,
         "geometry": asdict(state.geometry),
         "batch_size": state.batch_size,
-        "dtype": str(state.dtype).removeprefix("torch."),
+        "dtype": dtype_name(state.dtype),
         "clocks": [asdict(clock) for clock in state.clocks],
         "rings": used,
     }
 
 
-def _used(name: str, ring: LinearRing, state: RingBufferState) -> Tensor:
-    """A copy of the slots that were ever written, without the padding of rows."""
-    evicted = max(
-        0, *(c.position - state.geometry.buffer_size for c in state.clocks), *(c.restorable for c in state.clocks)
-    )
-    tokens = {
-        "kv": state.held,
-        "hidden": state.held,
-        "outputs": max(max(c.fed, c.fed_restorable) for c in state.clocks),
-    }
-    count = min(ring.slots, tokens.get(name, ring.slots if evicted else 0))
-    if name == "outputs" and any(c.fed_restorable for c in state.clocks):
-        count = ring.slots
-    return ring.storage[:, :, :, :count, : ring.head_dim].detach().clone()
+def _by_name(state: RingBufferState) -> dict[str, LinearRing]:
+    """The rings that a state has, but the backward one."""
+    rings = {"kv": state.kv.main, "kv_evicted": state.kv.evicted, "outputs": state.outputs}
+    if state.hidden is not None:
+        rings |= {"hidden": state.hidden.main, "hidden_evicted": state.hidden.evicted}
+    return {name: ring for name, ring in rings.items() if ring is not None}
 
 
 def from_plain(
@@ -64,35 +55,46 @@ def from_plain(
         saved: from `to_plain`, its tensors on any device. device, dtype: default those of `saved`.
 
     Raises:
-        ValueError: something is missing or does not fit.
+        ValueError: something is missing, unknown or does not fit.
     """
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"saved must be a dictionary of format {FORMAT} from state_dict(), got {type(saved).__name__}")
-    missing = {"geometry", "batch_size", "dtype", "clocks", "rings"} - saved.keys()
-    if missing:
-        raise ValueError(f"saved must hold {', '.join(sorted(missing))} as well")
-    rings: dict[str, Tensor] = saved["rings"]
+    checked = check_saved(saved)
+    rings = checked.rings
     place = rings["kv"].device if device is None else device
-    state = kind(Geometry(**saved["geometry"]), saved["batch_size"], dtype or getattr(torch, saved["dtype"]), place)
-    state.clocks = [Clock(**clock) for clock in saved["clocks"]]
+    if rings["kv"].device.type == "meta" != place.type:
+        raise ValueError(f"saved.rings must hold data to go to {place}, got tensors on meta")
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype must be one of {', '.join(map(dtype_name, FLOATS))}, got {dtype_name(dtype)}")
+    state = kind(checked.geometry, checked.batch_size, dtype or checked.dtype, place)
+    state.clocks = checked.clocks
     if "hidden" in rings:
         state.track_hidden()
     if "outputs" in rings:
         state.ready_outputs()
-    _fill(state, rings, slice(None))
+    if place.type != "meta":
+        _fill(state, rings, slice(None))
+        _restore_zeros(state, rings)
     return state
+
+
+@torch.no_grad()
+def _restore_zeros(state: RingBufferState, rings: dict[str, Tensor]) -> None:
+    """What calls rely on to be zero is zero, whatever was saved there: slots that hold nothing, and tokens that are padding."""
+    targets = _by_name(state)
+    for name, saved in rings.items():
+        clear_unused(name, targets[name].storage[:, :, :, : saved.shape[3]], state.geometry, state.clocks)
+    for name, hidden in (("kv", "hidden"), ("kv_evicted", "hidden_evicted")):
+        if hidden in rings:
+            count = rings[hidden].shape[3]
+            padding = targets[hidden].planes[0][:, :, :count]
+            targets[name].storage[:, :, :, :count].masked_fill_(padding, 0)
 
 
 def _fill(state: RingBufferState, rings: dict[str, Tensor], rows: slice) -> None:
     """Copy saved slots into the rings of a state, for some rows of its batch."""
-    targets = {"kv": state.kv.main, "kv_evicted": state.kv.evicted, "outputs": state.outputs}
-    if state.hidden is not None:
-        targets |= {"hidden": state.hidden.main, "hidden_evicted": state.hidden.evicted}
+    targets = _by_name(state)
     with torch.no_grad():
         for name, saved in rings.items():
             ring = targets[name]
-            if ring is None or saved.shape[3] > ring.slots:
-                raise ValueError(f"rings[{name!r}] does not fit the geometry, got {saved.shape[3]} slots")
             ring.storage[:, rows, :, : saved.shape[3], : ring.head_dim] = saved.to(ring.storage.device)
 
 
@@ -102,12 +104,17 @@ def cat(states: Sequence[RingBufferState]) -> RingBufferState:
         raise ValueError("states must hold at least one state, got none")
     first = states[0]
     for other in states[1:]:
-        for name in ("geometry", "dtype", "device", "owner"):
+        for name in ("geometry", "dtype", "device"):
             if getattr(other, name) != getattr(first, name):
                 raise ValueError(f"states must have one {name}, {getattr(first, name)}, got {getattr(other, name)}")
+    # A state that was loaded belongs to no module yet; it joins those of any.
+    owners = [s.owner for s in states if s.owner is not None]
+    if any(owner != owners[0] for owner in owners):
+        raise ValueError("states must be of one module, or of none yet, got states that different modules have used")
     whole = type(first)(first.geometry, sum(s.batch_size for s in states), first.dtype, first.device)
-    whole.owner = first.owner
-    whole.clocks = [c.clone() for s in states for c in (s.clocks * s.batch_size if s.uniform else s.clocks)]
+    whole.owner = owners[0] if owners else None
+    clocks = [c for s in states for c in (s.clocks * s.batch_size if s.uniform else s.clocks)]
+    whole.clocks = [c.clone() for c in clocks or first.clocks]
     # Slots that only some rows hold are zero in the others.
     whole.kv.main.clear(0, whole.held)
     if any(s.hidden is not None for s in states):

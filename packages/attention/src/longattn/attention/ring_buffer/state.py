@@ -139,8 +139,8 @@ class RingBufferState(Rings):
             self.outputs = None if self.outputs is None else self.outputs.taken(at)
         same = rows == list(range(size))
         self.backward = self.backward.clone() if same else self.backward.taken(at)
-        if not self.uniform and rows:
-            self.clocks = [self.clocks[row].clone() for row in rows]
+        if not self.uniform:
+            self.clocks = [self.clocks[row].clone() for row in rows] or self.clocks[:1]
             self.settle()
         return self
 
@@ -166,7 +166,11 @@ class RingBufferState(Rings):
         return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> RingBufferState:
-        """A copy on another device, or in another floating dtype; the state itself where nothing changes."""
+        """A copy on another device, or in another floating dtype; the state itself where nothing changes.
+
+        Raises:
+            ValueError: the dtype is not a floating one that attention takes.
+        """
         place = self.device if device is None else torch.empty(0, device=device).device
         kind = self.dtype if dtype is None else dtype
         if (place, kind) == (self.device, self.dtype):
@@ -178,6 +182,8 @@ class RingBufferState(Rings):
     @staticmethod
     def cat(states: Sequence[RingBufferState]) -> RingBufferState:
         """The rows of several states as one batch, each row at its own position: continuous batching. A copy.
+
+        States that were loaded, and belong to no module yet, join those of any.
 
         Raises:
             TypeError, ValueError: no states, or states of different modules, dtypes or devices.
@@ -193,7 +199,8 @@ class RingBufferState(Rings):
         """A state from `state_dict`. It belongs to the module that first uses it.
 
         Raises:
-            ValueError: something is missing or does not fit.
+            ValueError: a field is missing, unknown, or not of the type, range or shape that the others say. `saved` may come from
+                anywhere.
         """
         return plain.from_plain(cls, saved)
 
@@ -203,7 +210,7 @@ class RingBufferState(Rings):
 
     @classmethod
     def load(cls, file: File, map_location: torch.device | str | None = None) -> RingBufferState:
-        """A state that `save` wrote, on its device or on `map_location`."""
+        """A state that `save` wrote, on its device or on `map_location`. Raises as torch.load and `from_state_dict` do."""
         return cls.from_state_dict(torch.load(file, map_location=map_location, weights_only=True))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
 """`longattn::scheduled_attend` and its backward: the opaque border to torch, for a whole schedule.
 
 What travels between processes, and which rectangles are empty, is known only inside, so all of a schedule is one op to traced code: it
-crosses as its canonical string. The other arguments are those of `longattn::attend`, whose vmap rules serve here too; q_spans is [] or
-[start, length, step] of all queries, k_spans is [], and seed is what the schedule's `agree` gave.
+crosses as its canonical string. The other arguments are those of `longattn::attend`, whose vmap rules serve here too; q_spans and
+k_spans are of all queries and keys, and empty where only all ranks together know them; seed is what the schedule's `agree` gave.
 """
 
 from __future__ import annotations

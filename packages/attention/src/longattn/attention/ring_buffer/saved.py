@@ -1,0 +1,207 @@
+"""What a saved state holds, and the checks that it does: a file may come from anywhere, and decoding reads what it says is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longattn.attention.ring_buffer.clock import Clock
+from longattn.attention.ring_buffer.rings import Geometry
+from longattn.kernels.dispatch.capability import FLOATS, dtype_name
+
+FORMAT = 1
+"""Of the dictionary; a later one may read earlier ones."""
+
+MOST_TOKENS = 1 << 48
+"""Positions and other counts of tokens end here: no stream is so long."""
+
+MOST_BYTES = 1 << 40
+"""Of the rings that a saved state may ask for."""
+
+_DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
+_LINE = 64
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The fields of a saved state, checked."""
+
+    geometry: Geometry
+    batch_size: int
+    dtype: torch.dtype
+    clocks: list[Clock]
+    rings: dict[str, Tensor]
+
+
+def used_slots(geometry: Geometry, clocks: list[Clock]) -> dict[str, int]:
+    """How many slots of each ring are saved, by the ring's name: the first so many."""
+    held = min(geometry.sinks + geometry.buffer_size, max(c.position for c in clocks))
+    overwritten = any(c.fed_restorable for c in clocks)
+    outputs = geometry.buffer_size if overwritten else min(geometry.buffer_size, max(c.fed for c in clocks))
+    evicts = any(c.position > geometry.buffer_size or c.restorable for c in clocks)
+    evicted = geometry.max_rewind if evicts else 0
+    return {"kv": held, "kv_evicted": evicted, "outputs": outputs, "hidden": held, "hidden_evicted": evicted}
+
+
+def clear_unused(name: str, slots: Tensor, geometry: Geometry, clocks: list[Clock]) -> None:
+    """Zero what no call can read of a ring's saved slots, in place: it was never written, or belongs to tokens that are gone.
+
+    slots: (planes, batch, heads, slots, head_dim).
+    """
+    g, count = geometry, slots.shape[3]
+    if slots.is_meta:
+        return
+    for index, clock in enumerate(clocks):
+        rows = slots if len(clocks) == 1 else slots[:, index : index + 1]
+        if name in ("kv", "hidden"):
+            rows[:, :, :, min(clock.position, count) :].zero_()
+            continue
+        if name == "outputs":
+            start, stop, size = max(clock.fed_restorable, clock.fed - g.buffer_size), clock.fed, g.buffer_size
+        else:
+            stop, size = clock.position - g.buffer_size, g.max_rewind
+            start = max(g.sinks, clock.restorable, stop - g.max_rewind)
+        if count:
+            unused = torch.ones(count, dtype=torch.bool, device=slots.device)
+            unused[torch.arange(start, max(start, stop), device=slots.device) % size] = False
+            rows.masked_fill_(unused[:, None], 0)
+
+
+def check_saved(saved: object) -> SavedState:
+    """The fields of a dictionary from `state_dict()`.
+
+    Raises:
+        ValueError: a field is missing, unknown, of another type, out of range, or a tensor of another shape, dtype or device.
+    """
+    if not isinstance(saved, dict) or type(saved.get("format")) is not int or saved["format"] != FORMAT:
+        raise ValueError(f"saved must be a dictionary of format {FORMAT} from state_dict(), got {_shown(saved)}")
+    known = ("format", "geometry", "batch_size", "dtype", "clocks", "rings")
+    missing = sorted(set(known) - saved.keys())
+    if missing:
+        raise ValueError(f"saved must hold {', '.join(missing)} as well")
+    _check_fields("saved", saved, known)
+    geometry = _geometry(saved["geometry"])
+    batch_size = _integer("saved.batch_size", saved["batch_size"])
+    dtype = _DTYPES.get(saved["dtype"]) if isinstance(saved["dtype"], str) else None
+    if dtype is None:
+        raise ValueError(f"saved.dtype must be one of {', '.join(_DTYPES)}, got {_shown(saved['dtype'])}")
+    size = _nbytes(geometry, batch_size, dtype)
+    if size > MOST_BYTES:
+        raise ValueError(f"saved must describe rings of at most {MOST_BYTES} bytes, got {_shown(size)}")
+    clocks = _clocks(saved["clocks"], geometry, batch_size)
+    return SavedState(geometry, batch_size, dtype, clocks, _rings(saved["rings"], geometry, batch_size, dtype, clocks))
+
+
+def _geometry(saved: object) -> Geometry:
+    names = [field.name for field in fields(Geometry)]
+    given = _check_fields("saved.geometry", saved, names)
+    least = {"sinks": 0, "max_rewind": 0, "bptt_calls": 0}
+    geometry = Geometry(*(_integer(f"saved.geometry.{n}", given[n], least.get(n, 1)) for n in names))
+    if geometry.num_heads % geometry.kv_heads:
+        raise ValueError(f"saved.geometry.kv_heads must divide num_heads={geometry.num_heads}, got {geometry.kv_heads}")
+    return geometry
+
+
+def _nbytes(geometry: Geometry, batch_size: int, dtype: torch.dtype) -> int:
+    g = geometry
+    row = -(-g.head_dim * dtype.itemsize // _LINE) * _LINE
+    kept = 2 * g.kv_heads * (g.sinks + g.buffer_size + g.max_rewind)
+    return max(1, batch_size) * row * (kept + g.num_heads * g.buffer_size)
+
+
+def _clocks(saved: object, geometry: Geometry, batch_size: int) -> list[Clock]:
+    if not isinstance(saved, (list, tuple)) or len(saved) not in (1, batch_size) or not saved:
+        raise ValueError(f"saved.clocks must list one clock, or one for each of {batch_size} rows, got {_shown(saved)}")
+    return [_clock(f"saved.clocks[{index}]", clock, geometry) for index, clock in enumerate(saved)]
+
+
+def _clock(name: str, saved: object, geometry: Geometry) -> Clock:
+    counters = ("position", "restorable", "fed", "fed_restorable")
+    given = _check_fields(name, saved, (*counters, "decoded"))
+    position, restorable, fed, fed_restorable = (_integer(f"{name}.{n}", given[n]) for n in counters)
+    stretches = given["decoded"]
+    if not isinstance(stretches, (list, tuple)) or len(stretches) > geometry.buffer_size:
+        raise ValueError(
+            f"{name}.decoded must list at most buffer_size={geometry.buffer_size} stretches, got {_shown(stretches)}"
+        )
+    decoded = []
+    for stretch in stretches:
+        if not isinstance(stretch, (list, tuple)) or len(stretch) != 2:
+            raise ValueError(f"{name}.decoded must hold pairs [first position, count], got {_shown(stretch)}")
+        decoded.append([_integer(f"{name}.decoded", n) for n in stretch])
+    if any(first + count > then for (first, count), (then, _) in pairwise([*decoded, [position, 0]])):
+        raise ValueError(f"{name}.decoded must rise and end at position={position} at the latest")
+    if sum(count for _, count in decoded) > fed:
+        raise ValueError(f"{name}.decoded must count at most fed={fed} tokens")
+    return Clock(position, restorable, fed, fed_restorable, decoded)
+
+
+def _rings(
+    saved: object, geometry: Geometry, batch_size: int, dtype: torch.dtype, clocks: list[Clock]
+) -> dict[str, Tensor]:
+    g, names = geometry, ["kv"]
+    # Padding is known only where some call gave it, outputs where something was decoded.
+    if isinstance(saved, dict) and "hidden" in saved:
+        names.append("hidden")
+    if g.max_rewind:
+        names += [f"{name}_evicted" for name in names]
+    if (isinstance(saved, dict) and "outputs" in saved) or any(c.fed or c.fed_restorable for c in clocks):
+        names.append("outputs")
+    given = _check_fields("saved.rings", saved, names)
+    slots = used_slots(g, clocks)
+    heads = {"kv": (2, g.kv_heads, g.head_dim), "outputs": (1, g.num_heads, g.head_dim), "hidden": (1, 1, 1)}
+    for name in names:
+        kind = name.removesuffix("_evicted")
+        planes, count, width = heads[kind]
+        shape = (planes, batch_size, count, slots[name], width)
+        _check_tensor(f"saved.rings.{name}", given[name], shape, torch.bool if kind == "hidden" else dtype)
+        if given[name].device != given["kv"].device:
+            raise ValueError(
+                f"saved.rings.{name} must be on the device of kv, {given['kv'].device}, got {given[name].device}"
+            )
+    return {name: given[name] for name in names}
+
+
+def _check_tensor(name: str, x: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {_shown(x)}")
+    if x.dtype != dtype:
+        raise ValueError(f"{name} must have dtype {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
+    if tuple(x.shape) != shape:
+        raise ValueError(
+            f"{name} must have shape {shape}, as geometry, batch_size and clocks say, got {tuple(x.shape)}"
+        )
+
+
+def _check_fields(name: str, saved: object, known: Any) -> dict[str, Any]:
+    """A dictionary with exactly these keys."""
+    if not isinstance(saved, dict):
+        raise ValueError(f"{name} must be a dictionary with {', '.join(known)}, got {_shown(saved)}")
+    for key in known:
+        if key not in saved:
+            raise ValueError(f"{name} must hold {key} as well")
+    for key in saved:
+        if key not in known:
+            raise ValueError(f"{name} must hold {', '.join(known)} and nothing else, got {_shown(key)}")
+    return saved
+
+
+def _integer(name: str, value: object, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= MOST_TOKENS:
+        raise ValueError(f"{name} must be an integer from {least} to {MOST_TOKENS}, got {_shown(value)}")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A few words for any value: what a file holds may be of any length."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str):
+        return repr(value[:40])
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} of {len(value)}"
+    return repr(value) if value is None or isinstance(value, (bool, int, float)) else type(value).__name__
