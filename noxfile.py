@@ -228,6 +228,17 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the packages' tests, or those named after `--`, and print which lines and branches no test enters."""
+    extras = {"kernels": "testing,triton", "patterncache": "testing,torch"}
+    editable = [f"--editable=packages/{name}[{extras.get(name, 'testing')}]" for name in PACKAGES]
+    session.install(*constraints(session), *editable, *group("test", "coverage"))
+    session.env["COVERAGE_FILE"] = str(Path(session.create_tmp()).resolve() / "data")
+    tests = session.posargs or [f"packages/{name}/tests" for name in PACKAGES]
+    session.run("pytest", *WORKERS, "--cov", "--cov-report=term:skip-covered", *tests)
+
+
+@nox.session
 def sanitize(session: nox.Session) -> None:
     """Run the native row's tests on a library built with the address and undefined-behaviour sanitizers; a finding ends the run."""
     session.install(*constraints(session), *from_checkout("kernels"), *group("test"))
