@@ -1,0 +1,1 @@
+"""What developers of this checkout run; ships nothing."""
