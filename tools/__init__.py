@@ -1,1 +1,1 @@
-"""What developers of this checkout run; ships nothing."""
+"""What only developers of the checkout run; none of it is in a wheel."""
