@@ -26,6 +26,15 @@ PACKAGES = ("bufmgr", "patterncache", "kernels", "attention")  # bottom up
 OTHER_PYTHONS = ("3.12", "3.13", "3.14")
 WORKERS = ("--numprocesses=auto", "--dist=loadfile")  # of pytest-xdist: one a core, a file's tests together
 
+# `-- --smoke` runs these of a package and collects the rest: each public way in once, on what is installed. CI does so, because
+# `./run test` has already run every test from the checkout.
+SMOKE = {
+    "bufmgr": ("test_bufmgr_names", "test_bufmgr_manager", "test_bufmgr_release"),
+    "patterncache": ("test_named_patterns", "test_cache", "test_exports"),
+    "kernels": ("test_states", "test_attend", "test_environment"),
+    "attention": ("test_pattern_attention", "test_modules", "test_factory"),
+}
+
 
 def metadata(package: str) -> dict[str, Any]:
     """Return the [project] table of one package."""
@@ -80,8 +89,15 @@ def check_floors(session: nox.Session, package: str, kind: str) -> None:
 
 
 def run_tests(session: nox.Session, package: str, *options: str) -> None:
-    """Run one package's tests; arguments after `--` go to pytest."""
-    session.run("pytest", *WORKERS, f"packages/{package}/tests", *options, *session.posargs)
+    """Run one package's tests, or with `-- --smoke` a few; other arguments after `--` go to pytest."""
+    folder, arguments = f"packages/{package}/tests", list(session.posargs)
+    if "--smoke" not in arguments:
+        session.run("pytest", *WORKERS, folder, *options, *arguments)
+        return
+    arguments.remove("--smoke")
+    # Collecting imports every test's module: what it needs and the package does not declare is missing here.
+    session.run("pytest", "--collect-only", "-qq", folder, *options)
+    session.run("pytest", *WORKERS, *(f"{folder}/{name}.py" for name in SMOKE[package]), *options, *arguments)
 
 
 def test(session: nox.Session, package: str) -> None:
@@ -209,6 +225,17 @@ def bench(session: nox.Session) -> None:
     """Run the shortest benchmark once, to see that it still runs; its figures mean nothing."""
     session.install(*constraints(session), *from_checkout("attention"), *group("test"))
     session.run("python", "-m", "benchmarks.run", "--quick", *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the packages' tests, or those named after `--`, and print which lines and branches no test enters."""
+    extras = {"kernels": "testing,triton", "patterncache": "testing,torch"}
+    editable = [f"--editable=packages/{name}[{extras.get(name, 'testing')}]" for name in PACKAGES]
+    session.install(*constraints(session), *editable, *group("test", "coverage"))
+    session.env["COVERAGE_FILE"] = str(Path(session.create_tmp()).resolve() / "data")
+    tests = session.posargs or [f"packages/{name}/tests" for name in PACKAGES]
+    session.run("pytest", *WORKERS, "--cov", "--cov-report=term:skip-covered", *tests)
 
 
 @nox.session

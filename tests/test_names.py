@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -26,6 +27,13 @@ SEED_NAMES = {
 }
 
 MAX_LINES = 350
+
+# Base names that three modules or more may have, and why.
+SAME_NAMES = {
+    "__init__.py": "a package is a folder",
+    "testing.py": "each package's kit for its users' tests is imported by that name",
+    "arguments.py": "of the op, of a native task, and of the public functions: what is handed over at three borders",
+}
 
 
 def words(name: str) -> list[str]:
@@ -82,6 +90,12 @@ def test_symbols(path: Path) -> None:
     allowed = SEED_NAMES if path.is_relative_to(source("attention")) else set()
     found = {name for name in symbols(ast.parse(path.read_text(encoding="utf-8"))) if ranks(name)}
     assert set() == found - allowed
+
+
+def test_no_base_name_stands_three_times() -> None:
+    """Whoever looks for an idea by its file's name finds it, or one other."""
+    many = Counter(path.name for path in modules())
+    assert set() == {name for name, times in many.items() if times > 2} - SAME_NAMES.keys()
 
 
 def test_rooms_stay_small() -> None:
