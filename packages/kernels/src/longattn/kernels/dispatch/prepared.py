@@ -19,8 +19,8 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.memo import Memo
+from longattn.kernels.dispatch.native_choice import raw_choice
 from longattn.kernels.dispatch.table import Row, RowFailure, select
-from longattn.kernels.native.choice import raw_choice
 from longattn.kernels.ops.arguments import OpArguments
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.patterncache import Plan, Rectangle, Span, parse_pattern

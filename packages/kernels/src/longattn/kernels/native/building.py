@@ -26,8 +26,8 @@ from pathlib import Path
 from threading import Lock
 from time import perf_counter
 
+from longattn.kernels.dispatch.native_choice import choice
 from longattn.kernels.native import cachefolder, compiling
-from longattn.kernels.native.choice import choice
 from longattn.kernels.native.compiling import COMPILERS, Compiler, NativeBuildError
 from longattn.kernels.native.cpu import LEVELS, levels
 
