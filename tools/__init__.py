@@ -1,0 +1,1 @@
+"""What only developers of the checkout run; none of it is in a wheel."""
