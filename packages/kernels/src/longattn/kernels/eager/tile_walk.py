@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.eager.masks import dress
+from longattn.kernels.eager.masks import attach_masks
 from longattn.kernels.eager.tiles import Tile, head_groups, kept_tensors
 from longattn.kernels.lowering.write_order import WriteOrder
 from longattn.kernels.state import state_dtype
@@ -107,7 +107,7 @@ def _batches(
         for first in range(0, q.tiles, most):
             count = min(most, q.tiles - first)
             part = replace(tile, batch=b, q=q.tile_range(first, count), k=k.tile_range(first, count), causal=causal)
-            yield part if causal else dress(call, branch, part, first)
+            yield part if causal else attach_masks(call, branch, part, first)
 
 
 def _as_tiles(index: Index, length: int) -> Index:

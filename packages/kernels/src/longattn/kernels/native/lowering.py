@@ -99,7 +99,10 @@ def _check(branch: Branch, shape: tuple[int, int, int]) -> None:
         if low < 0 or high >= length:
             raise ValueError(f"a plan's {name} must lie in 0 .. {length}, got rows {low} to {high}")
     if branch.q.tiles != branch.k.tiles or not branch.q.distinct:
-        raise ValueError("a plan's branch must have as many tiles of keys as of queries, and no query row in two tiles")
+        raise ValueError(
+            "a plan's branch must have as many tiles of keys as of queries, and no query row in two tiles, got "
+            f"{branch.q.tiles} tiles of queries, {branch.k.tiles} of keys"
+        )
 
 
 def _extent(index: Index) -> tuple[int, int]:
