@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
+from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.eager.tile_walk import finish
 from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.native import building
@@ -198,7 +200,9 @@ def bind(call: Call) -> BoundForward | None:
     lowered = lower(call.plan)
     if not is_plain(call) or len(lowered.phases) != 1 or call.out_dtype not in TYPES:
         return None
-    asked = _argument(call, *_new_state(call, lowered))
+    # A state that only stands for later ones is none of the caller's memory.
+    state = _new_state(replace(call, allocator=TorchAllocator()), lowered)
+    asked = _argument(call, *state)
     entry = "longattn_attend_short" if _is_short(call, lowered, bool(asked.half)) else "longattn_attend"
     return BoundForward(call, asked, entry, _give_jobs(entry, asked, packed(lowered, 0)), lowered.complete)
 
