@@ -266,5 +266,5 @@ def ahead(session: nox.Session) -> None:
     session.install(*constraints(session), *from_checkout("kernels", "testing,triton"), *group("test"))
     cache = Path(session.cache_dir).resolve() / "triton"  # kept between runs: what did not change is not compiled again
     session.env["TRITON_CACHE_DIR"] = str(cache)
-    session.run("python", "-m", "longattn.kernels.triton.ahead", *session.posargs)
-    session.run("pytest", "packages/kernels/tests/test_triton_ahead.py")
+    session.run("python", "-m", "tools.triton_ahead", *session.posargs)
+    session.run("pytest", "tests/test_triton_ahead.py")

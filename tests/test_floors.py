@@ -1,13 +1,17 @@
 """Imports point only down: the contracts of pyproject.toml hold, and would notice if they did not."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.workspace import PACKAGES, ROOT
+from longattn import kernels
+from longattn.kernels import interface
+from tests.workspace import PACKAGES, ROOT, source
 
 MODULES = {
     f"{package}/{name}.py": "" for package in PACKAGES for name in ("__init__", "testing", "inner")
@@ -74,3 +78,59 @@ def test_contracts_allow_what_the_floors_allow(tmp_path: Path) -> None:
         path.write_text(text + "\n", encoding="utf-8")
     answer = lint_imports(config, [tmp_path])
     assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def inner_imports(path: Path) -> list[str]:
+    """Imports of modules of kernels other than its public names and its interface, by statement or by name, at any depth."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "longattn":
+            names = [f"longattn.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "longattn.kernels":
+            names = [
+                node.module if alias.name in kernels.__all__ else f"{node.module}.{alias.name}" for alias in node.names
+            ]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value.startswith("longattn.kernels.")
+        ):
+            names = [node.value.partition(":")[0]] if " " not in node.value else []
+        found += [f"{path.name}:{node.lineno}: {name}" for name in names if name.startswith("longattn.kernels.")]  # type: ignore[attr-defined]
+    return [line for line in found if not line.endswith(": longattn.kernels.interface")]
+
+
+def test_attention_comes_in_by_the_door() -> None:
+    """The attention package imports from kernels what is public and what is in the declared interface, nothing else."""
+    assert [] == [line for path in sorted(source("attention").rglob("*.py")) for line in inner_imports(path)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import longattn.kernels.state",
+        "from longattn.kernels import entry",
+        "def late():\n    from longattn.kernels.state import state_dtype",
+        "import_module('longattn.kernels.check')",
+    ],
+)
+def test_another_door_is_noticed(tmp_path: Path, line: str) -> None:
+    """Each way of going around the interface is found, and the interface is not."""
+    path = tmp_path / "inner.py"
+    path.write_text("from longattn.kernels import attend\nfrom longattn.kernels.interface import OpArguments\n")
+    assert [] == inner_imports(path)
+    path.write_text(f"{line}\n")
+    assert 1 == len(inner_imports(path))
+
+
+def test_the_door_has_a_list() -> None:
+    """Every name of the interface is listed, exists, and is used: what nobody needs is not promised."""
+    there = {name for name in vars(interface) if not name.startswith("__")}
+    assert there == set(interface.__all__) and len(interface.__all__) == len(there)
+    texts = [path.read_text(encoding="utf-8") for path in source("attention").rglob("*.py")]
+    assert [] == [name for name in there if not any(re.search(rf"\b{name}\b", text) for text in texts)]

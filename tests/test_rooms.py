@@ -16,6 +16,11 @@ LISTED: dict[str, dict[str, int]] = {
         "pattern": 1,  # lint, reach, describe and to_block_mask are methods of Pattern, and stand above it
         "patterns.block_sparse": 1,  # from_scores needs torch, an extra
     },
+    "kernels": {
+        "__init__": 1,  # public names are lazy
+        "dispatch.table": 2,  # a row's module is imported when the table is first read for it, or for a part of it
+        "triton.row": 2,  # forward and backward: triton is an extra, imported when the row first serves
+    },
 }
 
 

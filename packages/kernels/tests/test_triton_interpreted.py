@@ -154,7 +154,7 @@ else:
     @pytest.mark.parametrize("queries", [1, 3])
     def test_decode_splits_keys(dtype: torch.dtype, queries: int):
         """Few queries, many keys: heads that share a kv head are one tile, keys are split over programs, and partial states merge."""
-        from longattn.kernels.triton import launching as launch
+        from longattn.kernels.triton import launch_forward as launch
 
         case = replace(SMALL, lengths=(queries, 400), pattern=Full(causal=True), dtype=dtype, prior=True, padding=True)
         seen = []
@@ -192,7 +192,7 @@ else:
 
     def test_the_merge_kernel_merges_like_merge():
         """Any number of parts, and rows that saw nothing, whose memory was never written."""
-        from longattn.kernels.triton.launching import merge_states
+        from longattn.kernels.triton.launch_forward import merge_states
 
         out, lse = torch.randn(3, 1, 5, 2, 24), torch.randn(3, 1, 5, 2)
         lse[1, :, 2:] = lse[:, :, 4] = -torch.inf
@@ -249,11 +249,10 @@ else:
 
         Counted over everything but the kernels themselves, which the interpreter runs through numpy.
         """
-        from longattn.kernels.triton import launch_backward
-        from longattn.kernels.triton import launching as launch
+        from longattn.kernels.triton import launch_backward, launch_forward
 
         launched: list[str] = []
-        for module in (launch, launch_backward):
+        for module in (launch_forward, launch_backward):
             monkeypatch.setattr(module, "run", lambda kernel, *_, **__: launched.append(kernel.__name__))
         q, k, v = (torch.randn(1, 140, 2, 16, requires_grad=True) for _ in range(3))
 

@@ -10,6 +10,7 @@ import torch
 from longattn.kernels import attend, explain
 from longattn.kernels.dispatch import table as dispatch
 from longattn.kernels.dispatch.table import RowFailure, row
+from longattn.kernels.triton.availability import FAILURES, INTERPRETED
 from longattn.kernels.triton.configurations import (
     ARCHITECTURES,
     HEAD_DIMS,
@@ -18,7 +19,6 @@ from longattn.kernels.triton.configurations import (
     choose,
     table_architecture,
 )
-from longattn.kernels.triton.row import FAILURES, INTERPRETED
 from longattn.patterncache import Dilated, Full, Window
 
 SHAPE = (1, 4096, 8, 64)
@@ -27,7 +27,7 @@ SHAPE = (1, 4096, 8, 64)
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where triton is installed, whether or not it is."""
-    monkeypatch.setattr("longattn.kernels.triton.row._installed", lambda: None)
+    monkeypatch.setattr("longattn.kernels.triton.availability.missing", lambda: None)
 
 
 def test_nothing_imports_triton_before_the_row_is_used():

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from longattn.kernels.lowering.head_classes import head_classes
 from longattn.kernels.triton.joblist import ENTRY_FIELDS, JOB_FIELDS, JobTables
-from longattn.kernels.triton.passes import head_groups, key_tables, query_passes, query_tables
+from longattn.kernels.triton.passes import key_tables, query_passes, query_tables
 from longattn.kernels.triton.row_classes import row_classes
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Plan, Rectangle, Restrict, Span, Window
 from longattn.patterncache.testing import patterns, spans
@@ -119,9 +120,9 @@ def test_longnet_is_one_launch_of_unique_keys():
     tables = query_tables(plan, 0, (128, 128))
     assert launch.unique and (np.diff(tables.tiles) <= 0).all()
     unique = sum(
-        found.owned.rows * found.met.rows * len(heads)
-        for heads, branches in head_groups(plan, launch.branches, 1)
-        for found in row_classes(branches, own_keys=False, unique=True)
+        found.owned.rows * found.met.rows * len(alike.owners)
+        for alike in head_classes(4, launch.branches)
+        for found in row_classes(alike.branches, own_keys=False, unique=True)
     )
     pairs = sum(branch.pairs * branch.heads.length for branch in plan.branches)
     assert 0.78 < unique / pairs < 0.83

@@ -14,7 +14,7 @@ from longattn.attention.schedules.whereabouts import Whereabouts
 from longattn.attention.sequences.left_padding import check_positions_start
 from longattn.attention.sequences.varlen import documents_of, query_spans, refuse_traced
 from longattn.attention.validate import check_start, refuse_unknown
-from longattn.kernels.dispatch.capability import dtype_name
+from longattn.kernels.interface import dtype_name
 from longattn.patterncache import Full
 
 

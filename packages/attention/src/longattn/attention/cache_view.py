@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
-from longattn.kernels.eager.tiles import keep_tensors, kept_tensors
+from longattn.kernels.interface import keep_tensors, kept_tensors
 from longattn.patterncache import CacheView, Plan, get_global_device_tier
 
 T = TypeVar("T")

@@ -16,9 +16,15 @@ from longattn.attention.schedules.extents import Extents, mask_flags
 from longattn.attention.schedules.whereabouts import is_sharded
 from longattn.attention.sequences.varlen import packed_call, ragged_attention
 from longattn.attention.validate import check_bool, check_pattern_argument, check_start, refuse_unknown
-from longattn.kernels import entry
-from longattn.kernels.check import (
+from longattn.kernels import Environment
+from longattn.kernels.interface import (
+    OpArguments,
+    add_sink,
+    as_seed,
+    autocast,
+    call_signature,
     check_attention_mask,
+    check_backend_name,
     check_dropout,
     check_environment,
     check_flag,
@@ -27,14 +33,12 @@ from longattn.kernels.check import (
     check_scale,
     check_sinks,
     refuse_torchscript,
+    find_prepared,
+    last_positions,
+    prepare_and_run,
+    run_prepared,
+    state_dtype,
 )
-from longattn.kernels.dispatch.environment import Environment
-from longattn.kernels.dispatch.table import check_backend_name
-from longattn.kernels.ops import direct
-from longattn.kernels.ops.arguments import OpArguments
-from longattn.kernels.philox import as_seed
-from longattn.kernels.positions import last_positions
-from longattn.kernels.state import add_sink, state_dtype
 from longattn.patterncache import Pattern
 
 
@@ -165,7 +169,7 @@ def pattern_attention(
         and (schedule is None or type(schedule) is Local)
         and (return_lse is True or return_lse is False)
     ):
-        key = direct.signature(
+        key = call_signature(
             "pattern_attention",
             q,
             k,
@@ -181,10 +185,10 @@ def pattern_attention(
             environment=environment,
             q_start=q_start,
         )
-        prepared = None if key is None else direct.find_prepared(key)
+        prepared = None if key is None else find_prepared(key)
         if key is not None and prepared is not None:
             drawn = as_seed(seed) if dropout_p else None
-            out, lse = direct.run_prepared(prepared, key, q, k, v, attention_mask, key_padding_mask, drawn, environment)
+            out, lse = run_prepared(prepared, key, q, k, v, attention_mask, key_padding_mask, drawn, environment)
             return (out, lse) if return_lse else out
     refuse_torchscript()
     sharded = is_sharded(q) or is_sharded(k) or is_sharded(v)
@@ -220,7 +224,7 @@ def pattern_attention(
     check_pattern_argument(pattern)
     if is_causal is not None and check_bool("is_causal", is_causal) != pattern.causal:
         pattern = pattern.with_causal(is_causal)
-    q, k, v = entry.autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
     start = check_start("q_start", q_start)
     q_spans = [] if start is None else [start, q.shape[1], 1]
@@ -264,7 +268,7 @@ def pattern_attention(
     )
     bias = attention_mask if floating else None
     if key is not None:
-        out, lse = direct.prepare_and_run(key, q, k, v, bias, asked, environment)
+        out, lse = prepare_and_run(key, q, k, v, bias, asked, environment)
         return (out, lse) if return_lse else out
     state = scheduled_op.run(q, k, v, bias, schedule.canonical(), asked)
     if sink_logits is not None:

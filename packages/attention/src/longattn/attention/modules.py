@@ -17,8 +17,7 @@ from longattn.attention.validate import (
 )
 from longattn.attention.weights import weights_of
 from longattn.attention.wiring import Resources, WiredModule, Wiring
-from longattn.kernels.check import check_dropout, check_qkv
-from longattn.kernels.dispatch.table import check_backend_name
+from longattn.kernels.interface import check_backend_name, check_dropout, check_qkv
 from longattn.patterncache import Pattern
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from longattn.attention.cache_view import PatternCacheView, Profile
 from longattn.attention.validate import check_bool, refuse_unknown
 from longattn.bufmgr import AttentionBufferManager, MemoryPool, get_global_memory_pool
-from longattn.kernels.dispatch.environment import Environment
+from longattn.kernels import Environment
 
 LIGHTWEIGHT_BYTES = 1 << 20
 """A lightweight pool leases nothing smaller: there a lease costs more than the page faults that it saves."""

@@ -1,4 +1,4 @@
-"""Rows whose every bias is huge, such as a mask of finfo.min over all keys: a number like any other, for which float32 is too coarse.
+"""Query rows whose every key has a huge bias, such as a mask of finfo.min: their scores are numbers that float32 is too coarse for.
 
 At lse = -1e9 the next float32 is 64 away, so lse no longer says how many keys a row saw: parts of it would merge with wrong weights, and
 exp(score - lse), from which gradients are made, would be 1 for every key. `exact_forward` and `exact_backward` wrap the two functions of
@@ -29,7 +29,7 @@ _FAR = {torch.float64: 2.0**40}
 """|lse| from which a row is made again, by the dtype of its state; elsewhere 2^20, where float32 knows lse to 1/16."""
 
 _CELLS = 1 << 20
-"""Scores that stand at a time: 8 MiB."""
+"""Scores that are in memory at a time: 8 MiB."""
 
 State = tuple[Tensor, Tensor]
 
@@ -77,7 +77,7 @@ def exact_backward(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tu
 def _far_rows(call: Call, lse: Tensor) -> Tensor | None:
     """(batch, Nq, heads) bool, or None where no row is far."""
     if lse.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a graph cannot wait for the answer
+        return None  # a CUDA graph cannot branch on a value that is computed inside it
     limit = _FAR.get(lse.dtype, 2.0**20)
     if call.q.dtype == torch.float16 and call.q.is_cuda:
         limit = 2.0**14  # torch's kernels for CUDA take a bias in q's dtype, which ends at 65504
@@ -187,7 +187,7 @@ class _FarRows:
     ) -> None:
         """Add the share of these rows to (dq, dk, dv, dbias or None)."""
         call, grad, whole = self.call, self.queries(grad_out), self.queries(lse)
-        # What these keys weigh in a merged state. The same lse but for rounding: all.
+        # The weight of these keys in a merged state: 1 where both lse are equal but for rounding.
         ahead = whole - self.lse
         share = torch.where(ahead.abs() > whole.abs() * 2.0**-20, (-ahead).exp(), 1.0)
         weights = self.weights * share[:, None]

@@ -1,4 +1,4 @@
-"""Poisoned memory, for tests: whoever reads floating memory before writing it gets NaN."""
+"""Poisoned memory, for tests: floating memory that is read before it is written holds NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """While it is open, torch.empty and its kin give NaN: whoever reads floating memory before writing it gets caught."""
+    """Inside this context torch.empty and its relatives return NaN, so that a read before the first write shows in the result."""
     names = {torch: ("empty", "empty_like", "empty_strided"), torch.Tensor: ("new_empty", "new_empty_strided")}
     kept = [(owner, name, getattr(owner, name)) for owner in names for name in names[owner]]
     for owner, name, allocate in kept:

@@ -13,7 +13,7 @@ from longattn.attention.arguments import CallOptions
 from longattn.attention.multihead import MultiheadPatternAttention
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
 from longattn.attention.validate import check_positive, check_size
-from longattn.kernels.check import check_dropout
+from longattn.kernels.interface import check_dropout
 from longattn.patterncache import Dilated, Full, Pattern
 
 _ACTIVATIONS = {"gelu": gelu, "relu": relu, "silu": silu}

@@ -14,7 +14,7 @@ from longattn.attention.arguments import CallOptions
 from longattn.attention.models.layers import DilatedTransformerEncoderLayer
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
 from longattn.attention.validate import check_bool, check_size
-from longattn.kernels.check import check_dropout
+from longattn.kernels.interface import check_dropout
 
 
 class LongNet(nn.Module):

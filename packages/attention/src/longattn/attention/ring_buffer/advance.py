@@ -15,8 +15,7 @@ from longattn.attention.ring_buffer.rings import Rings
 from longattn.attention.ring_buffer.routes import by_parts, straight
 from longattn.attention.ring_buffer.state import RingBufferState
 from longattn.attention.ring_buffer.tiles import TilingProcessor
-from longattn.kernels.check import check_sinks
-from longattn.kernels.philox import as_seed
+from longattn.kernels.interface import as_seed, check_sinks
 
 
 class Options(NamedTuple):

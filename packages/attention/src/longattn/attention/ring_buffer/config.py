@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from longattn.attention.validate import check_bool, check_positive, check_size
-from longattn.kernels.check import check_dropout
-from longattn.kernels.dispatch.table import check_backend_name
+from longattn.kernels.interface import check_backend_name, check_dropout
 
 Positions = Literal["absolute", "cache"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longattn.bufmgr import get_global_memory_pool
-from longattn.kernels.native.decode_step import DecodeCache
+from longattn.kernels.interface import DecodeCache
 
 CACHE_LINE = 64
 """Bytes. Rows of floating numbers begin at a multiple of it, so that no two rows share a line."""

@@ -21,7 +21,7 @@ from longattn.attention.ring_buffer.state import RingBufferState
 from longattn.attention.ring_buffer.tiles import TilingProcessor
 from longattn.attention.ring_buffer.tuning import quickest
 from longattn.attention.validate import check_bool, check_size, refuse_unknown
-from longattn.kernels.entry import autocast
+from longattn.kernels.interface import autocast
 
 
 class RingBufferAttention(nn.Module):

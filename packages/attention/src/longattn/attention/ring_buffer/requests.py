@@ -11,8 +11,7 @@ from longattn.attention.ring_buffer.config import RingBufferConfig
 from longattn.attention.ring_buffer.parts import attended_before
 from longattn.attention.ring_buffer.rings import Geometry
 from longattn.attention.ring_buffer.state import RingBufferState
-from longattn.kernels.check import check_qkv
-from longattn.kernels.dispatch.capability import FLOATS, dtype_name
+from longattn.kernels.interface import FLOATS, check_qkv, dtype_name
 
 
 @dataclass(frozen=True)

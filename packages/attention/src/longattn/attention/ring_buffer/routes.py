@@ -15,8 +15,7 @@ from longattn.attention.ring_buffer.rings import Rings
 from longattn.attention.ring_buffer.tiles import TilingProcessor, Work
 from longattn.attention.weights import attention_weights
 from longattn.kernels import AttentionState, attend, merge
-from longattn.kernels.native.decode_step import decode_attention
-from longattn.kernels.state import add_sink
+from longattn.kernels.interface import add_sink, decode_attention
 from longattn.patterncache import Band, Full, Pattern, Span, Window
 
 _EVERYTHING = Full()

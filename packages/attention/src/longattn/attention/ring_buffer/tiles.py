@@ -19,7 +19,7 @@ from longattn.attention.ring_buffer.config import RingBufferConfig, TileOrder, T
 from longattn.attention.ring_buffer.parts import Part
 from longattn.attention.validate import check_size
 from longattn.kernels import AttentionState
-from longattn.kernels.state import add_sink, merge_into
+from longattn.kernels.interface import add_sink, merge_into
 
 Range = tuple[int, int]
 """First and count."""

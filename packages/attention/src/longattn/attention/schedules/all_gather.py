@@ -18,7 +18,7 @@ from longattn.attention.schedules.group import Members, OverGroup, Whole, check_
 from longattn.attention.schedules.layouts import LayoutName
 from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work
 from longattn.attention.schedules.transport import swap
-from longattn.kernels.state import state_dtype
+from longattn.kernels.interface import state_dtype
 from longattn.patterncache import Span
 
 

@@ -14,11 +14,8 @@ from torch import Tensor
 
 from longattn.attention.schedules.layouts import Spans, add_rows, select_rows
 from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step
-from longattn.kernels import AttentionState
-from longattn.kernels.dispatch.environment import Environment
-from longattn.kernels.ops.arguments import OpArguments
-from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients
-from longattn.kernels.state import merge_into, state_dtype
+from longattn.kernels import AttentionState, Environment
+from longattn.kernels.interface import OpArguments, attend_rectangle, merge_into, rectangle_gradients, state_dtype
 
 
 def forward(run: Run, asked: OpArguments, environment: Environment) -> tuple[Tensor, Tensor]:

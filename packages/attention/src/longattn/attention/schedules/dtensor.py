@@ -14,7 +14,7 @@ from longattn.attention.schedules.group import Members
 from longattn.attention.schedules.layouts import count_rows
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.schedules.transport import Place, call_roll
-from longattn.kernels.philox import as_seed
+from longattn.kernels.interface import as_seed
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
 """(q, k, v, **options) to (out, lse)."""

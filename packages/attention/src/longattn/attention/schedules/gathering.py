@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longattn.attention.schedules.layouts import Layout, count_rows
 from longattn.attention.schedules.transport import Place, swap
-from longattn.kernels.dispatch.environment import TorchAllocator
+from longattn.kernels.interface import TorchAllocator
 
 
 def gather_rows(place: Place, x: Tensor, layout: Layout) -> Tensor:

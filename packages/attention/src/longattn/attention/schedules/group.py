@@ -28,7 +28,7 @@ from longattn.attention.schedules.layouts import (
 )
 from longattn.attention.schedules.passes import Work, query_spans
 from longattn.attention.schedules.transport import Place, call_roll
-from longattn.kernels.check import check_attention_mask
+from longattn.kernels.interface import check_attention_mask
 from longattn.patterncache import parse_pattern
 
 Lengths = int | tuple[int, ...] | None

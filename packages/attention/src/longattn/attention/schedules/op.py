@@ -17,13 +17,18 @@ from torch.utils.flop_counter import register_flop_formula
 from longattn.attention.schedules import driver as scheduled
 from longattn.attention.schedules.base import parse_schedule
 from longattn.attention.schedules.passes import Work, query_spans
-from longattn.kernels.dispatch.environment import find_environment
-from longattn.kernels.dispatch.prepared import find_plan
-from longattn.kernels.entry import refuse_tangents
-from longattn.kernels.ops import transforms
-from longattn.kernels.ops.arguments import SCHEMA, OpArguments
-from longattn.kernels.ops.attend_op import no_second_order
-from longattn.kernels.state import AttentionState, state_dtype
+from longattn.kernels import AttentionState
+from longattn.kernels.interface import (
+    SCHEMA,
+    OpArguments,
+    find_environment,
+    find_plan,
+    map_backward,
+    map_forward,
+    no_second_order,
+    refuse_tangents,
+    state_dtype,
+)
 
 LIBRARY = torch.library.Library("longattn", "FRAGMENT")
 LIBRARY.define(
@@ -166,7 +171,7 @@ def _map_forward(call: Any, info: Any, in_dims: Any, inputs: Any) -> Any:
     def without(q: Any, k: Any, v: Any, bias: Any, *asked: Any) -> Any:
         return call(q, k, v, bias, inputs[4], *asked)
 
-    return transforms.map_forward(without, info.batch_size, in_dims[:4] + in_dims[5:], inputs[:4] + inputs[5:])
+    return map_forward(without, info.batch_size, in_dims[:4] + in_dims[5:], inputs[:4] + inputs[5:])
 
 
 def _map_backward(call: Any, info: Any, in_dims: Any, inputs: Any) -> Any:
@@ -175,7 +180,7 @@ def _map_backward(call: Any, info: Any, in_dims: Any, inputs: Any) -> Any:
     def without(*rest: Any) -> Any:
         return call(*rest[:8], inputs[8], *rest[8:])
 
-    return transforms.map_backward(without, info.batch_size, in_dims[:8] + in_dims[9:], inputs[:8] + inputs[9:])
+    return map_backward(without, info.batch_size, in_dims[:8] + in_dims[9:], inputs[:8] + inputs[9:])
 
 
 def _op_map_forward(info: Any, in_dims: Any, *inputs: Any) -> Any:

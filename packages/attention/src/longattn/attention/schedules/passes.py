@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.layouts import Spans
-from longattn.kernels.dispatch.environment import Environment
-from longattn.kernels.ops.arguments import OpArguments
-from longattn.kernels.state import state_dtype
+from longattn.kernels import Environment
+from longattn.kernels.interface import OpArguments, state_dtype
 from longattn.patterncache import Span
 
 

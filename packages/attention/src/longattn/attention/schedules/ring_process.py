@@ -20,8 +20,7 @@ from longattn.attention.schedules.layouts import Spans
 from longattn.attention.schedules.packing import Lease, Packing, packing_of
 from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work
 from longattn.attention.schedules.transport import Exchange, Parcel
-from longattn.kernels.ops.attend_op import find_plan
-from longattn.kernels.state import state_dtype
+from longattn.kernels.interface import find_plan, state_dtype
 
 
 @dataclass

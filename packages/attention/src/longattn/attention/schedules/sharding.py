@@ -10,7 +10,7 @@ from longattn.attention.schedules.base import Schedule, check_schedule_argument
 from longattn.attention.schedules.extents import row_numbers
 from longattn.attention.schedules.layouts import count_rows, select_rows
 from longattn.attention.schedules.transport import Place, call_roll, swap
-from longattn.kernels.dispatch.environment import TorchAllocator
+from longattn.kernels.interface import TorchAllocator
 
 
 def shard_sequence(x: Tensor, schedule: Schedule, dim: int = 1) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from longattn.attention.schedules.ring import Ring
 from longattn.attention.schedules.transport import Place
 from longattn.attention.schedules.ulysses import Ulysses
 from longattn.attention.validate import check_pattern_argument, check_size
-from longattn.kernels.state import state_dtype
+from longattn.kernels.interface import state_dtype
 from longattn.patterncache import Pattern, Rectangle, get_global_pattern_cache
 
 MOST_IMBALANCE = 1.25

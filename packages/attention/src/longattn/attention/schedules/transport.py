@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from longattn.kernels.dispatch.environment import Allocator
+from longattn.kernels.interface import Allocator
 
 Parcel = tuple[int, Tensor]
 """(rank in the group, what goes there or is filled from there)."""

@@ -15,8 +15,7 @@ from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.extents import row_numbers
 from longattn.attention.schedules.whereabouts import Whereabouts
 from longattn.attention.validate import check_pattern_argument
-from longattn.kernels.check import check_key_padding
-from longattn.kernels.philox import as_seed
+from longattn.kernels.interface import as_seed, check_key_padding
 from longattn.patterncache import Documents
 
 

@@ -35,7 +35,7 @@ CAPABILITY = Capability(
 )
 
 _CELLS = 1 << 21
-"""Scores that may stand at a time: 8 MiB in float32."""
+"""Scores that may be in memory at a time: 8 MiB in float32."""
 
 
 @exact_forward

@@ -14,7 +14,7 @@ from longattn.kernels.state import state_dtype
 from longattn.patterncache import Branch
 
 
-def dress(call: Call, branch: Branch, tile: Tile, first: int) -> Tile:
+def attach_masks(call: Call, branch: Branch, tile: Tile, first: int) -> Tile:
     """`tile`, whose tiles begin with the branch's `first`, with its masks, bias and dropout."""
     bias = None if call.bias is None else at_tile(call.bias, tile)
     keep = _keep(call, branch, tile) if call.dropout_p else None

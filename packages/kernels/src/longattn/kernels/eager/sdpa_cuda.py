@@ -60,7 +60,7 @@ def _aligned(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     bias = _aligned(mask.to(q.dtype), (*q.shape[:3], k.shape[2]))
     found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
-    # What it leaves in rows that see nothing is its own affair; our state is zero there.
+    # What it leaves in rows that see nothing is undefined; our state is zero there.
     blind = (mask == -torch.inf).all(-1, keepdim=True)
     # It pads its lse to whole blocks of rows.
     return found[0].masked_fill(blind, 0), found[1][..., : q.shape[2]]

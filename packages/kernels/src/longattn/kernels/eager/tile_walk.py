@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.eager.masks import dress
+from longattn.kernels.eager.masks import attach_masks
 from longattn.kernels.eager.tiles import Tile, head_groups, kept_tensors
+from longattn.kernels.lowering.write_order import WriteOrder
 from longattn.kernels.state import state_dtype
 from longattn.patterncache import Branch, Plan
 from longattn.patterncache.indices import Affine, Index
@@ -82,14 +83,12 @@ def writes(plan: Plan, triangles: bool) -> tuple[tuple[bool, ...], bool]:
     key = f"writes triangles={triangles}"
     found: tuple[tuple[bool, ...], bool] | None = plan.derived.get(key)
     if found is None:
-        written = np.zeros(plan.rectangle.shape[:2], bool)
-        fresh, complete = [], True
-        for branch in source_branches(plan, triangles):
+        source = source_branches(plan, triangles)
+        order, fresh = WriteOrder(plan, len(source)), []
+        for branch in source:
             at = (branch.heads.positions()[:, None], branch.q.rows().reshape(1, -1))
-            fresh.append(not written[at].any())
-            complete &= fresh[-1] or bool(written[at].all())
-            written[at] |= np.tile(branch.seeing, branch.q.tiles)
-        found = plan.derived[key] = (tuple(fresh), complete and bool(written.all()))
+            fresh.append(order.write(at, seeing=np.tile(branch.seeing, branch.q.tiles)) == 0)
+        found = plan.derived[key] = (tuple(fresh), order.complete)
     return found
 
 
@@ -108,7 +107,7 @@ def _batches(
         for first in range(0, q.tiles, most):
             count = min(most, q.tiles - first)
             part = replace(tile, batch=b, q=q.tile_range(first, count), k=k.tile_range(first, count), causal=causal)
-            yield part if causal else dress(call, branch, part, first)
+            yield part if causal else attach_masks(call, branch, part, first)
 
 
 def _as_tiles(index: Index, length: int) -> Index:

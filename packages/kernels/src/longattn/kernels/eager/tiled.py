@@ -17,7 +17,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import FLOATS, Capability
 from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, ungroup_rows
-from longattn.kernels.eager.masks import dress
+from longattn.kernels.eager.masks import attach_masks
 from longattn.kernels.eager.tile_walk import blocks, finish, new_state
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.far_rows import exact_backward, exact_forward
@@ -106,7 +106,7 @@ def _cut(call: Call, branch: Branch, block: Tile, q: Range, k: Range) -> Tile | 
     part = narrow_tile(branch, q, k)
     if part is None:
         return None
-    return dress(call, part, replace(block, q=block.q.narrow(*q), k=block.k.narrow(*k)), block.first)
+    return attach_masks(call, part, replace(block, q=block.q.narrow(*q), k=block.k.narrow(*k)), block.first)
 
 
 def _stream_keys(call: Call, branch: Branch, block: Tile, rows: Range, out: Tensor, lse: Tensor) -> None:

@@ -1,7 +1,7 @@
 // Backward from the merged lse: P = 2^(s - lse), dS = P * (dO v - delta), delta = rowsum(dO * O) - dlse; dv = P^T dO, dk = dS^T q,
 // dq = dS k. Every gradient has one owner, so there are no atomics and equal calls give equal bits.
 //
-// Rows of a task keep Q, dO and dq in L2, a tile of keys keeps K, K^T, V^T and its dk, dv; P and dS of a strip stand at a time. Either
+// Rows of a task keep Q, dO and dq in L2, a tile of keys keeps K, K^T, V^T and its dk, dv; P and dS of one strip are in memory at a time. Either
 // one pass makes all three (five products; who owns a kv head owns everything of it), or one pass makes dq and another dk and dv for a
 // range of key rows (seven products, but as many owners as there are threads).
 #pragma once
@@ -28,7 +28,7 @@ class Backward {
     const Call& call;
     const Shape<Op> shape;
     const Units units;
-    const Veil veil;
+    const PairMask pair_mask;
     float *Q, *dO, *Q_rows, *dO_rows, *dq, *lse, *delta, *Kt, *Vt, *K, *dk, *dv, *stage, *scores, *products, *keep;
     float *ds_rows, *p_pairs, *ds_pairs;  // bfloat16 operands; in float32 the scores and products themselves
     float* sums;
@@ -40,7 +40,7 @@ public:
 
     // `key_rows` of dk and dv are summed in scratch: 0 where the tensors are float32.
     Backward(const Call& call, float* from, int64_t key_rows)
-        : call(call), shape(call.dim), units(call.scale, PAIRS), veil(call, float(LOG2_E / units.unit)) {
+        : call(call), shape(call.dim), units(call.scale, PAIRS), pair_mask(call, float(LOG2_E / units.unit)) {
         float* at = from;
         auto take = [&](int64_t n) { float* mine = at; at += round_up(n, 16); return mine; };
         Q = take(ROWS * shape.wide);
@@ -112,11 +112,11 @@ public:
             for (int64_t r = 0; r < rows; r += STRIP) {
                 const int64_t height = least(STRIP, rows - r), real = least(height, count - r);
                 queries->range(r, real, nearest, farthest);
-                const Sight sight = tile->seen(nearest, farthest);
-                if (sight == NOTHING) continue;
+                const Visibility visibility = tile->seen(nearest, farthest);
+                if (visibility == NOTHING) continue;
                 if (!begun) begin(b, h, count, rows), begun = true;
                 if (!packed) pack(b, kv_head, share), packed = true;
-                strip(r, height, real, sight, b, h, share);
+                strip(r, height, real, visibility, b, h, share);
             }
             if (packed && share.dkv) add_keys(*to);
         }
@@ -167,12 +167,12 @@ private:
         memset(dv, 0, round_up(keys.padded, MR) * shape.columns * 4);
     }
 
-    void strip(int64_t r, int64_t height, int64_t real, Sight sight, int64_t b, int64_t h, const Share& share) {
+    void strip(int64_t r, int64_t height, int64_t real, Visibility visibility, int64_t b, int64_t h, const Share& share) {
         const KeyTile& keys = *tile;
         float top[STRIP * VL];
-        const Reach<Op::GROUP> reach(keys, sight, *queries, r, real);
+        const Reach<Op::GROUP> reach(keys, visibility, *queries, r, real);
         scores_of<Op>(Q + r * shape.wide, height, Kt, shape, keys, reach, scores, top);
-        if (veil.needed(sight)) veil.hide(keys, sight, reach, b, h, *queries, r, real, scores, nullptr);
+        if (pair_mask.needed(visibility)) pair_mask.hide(keys, visibility, reach, b, h, *queries, r, real, scores, nullptr);
         products_of<Op>(dO + r * shape.wide, height, Vt, shape, keys.padded, reach, products);
         for (int64_t i = 0; i < height; i += Op::PAIR) weigh(r, i, reach.from[i / MR], reach.to[i / MR], b, h);
         const auto one = [](int64_t) { return splat(1.f); };

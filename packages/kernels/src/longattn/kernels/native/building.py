@@ -139,7 +139,7 @@ def _load(wanted: Target) -> None:
 
 
 def _opened(path: Path) -> ctypes.CDLL:
-    """The library, with everything that is called in it. One that is not ours, which a compiler may well have made, is not kept."""
+    """The loaded library, checked to have every function that is called in it. A file without one of them is moved aside."""
     try:
         found = ctypes.CDLL(str(path))
     except OSError as problem:
@@ -181,7 +181,7 @@ def _not_for_here(named: str, here: tuple[str, ...]) -> str | None:
 
 
 def _look(wanted: Target) -> str | None:
-    """Find compiler and folder, or say why they will not do."""
+    """Find compiler and folder, or say why they cannot be used."""
     folder, compiler = cachefolder.cache_folder(), compiling.find()
     if isinstance(folder, str):
         return folder
@@ -195,7 +195,7 @@ def _look(wanted: Target) -> str | None:
 
 
 def compile_for(wanted: Target) -> Path:
-    """Compile the source for a target, as a file that appears whole. Says so in one line on a terminal, or in the log.
+    """Compile the source for a target; the file gets its name once it is complete. One line on a terminal, or in the log, says so.
 
     Raises:
         NativeBuildError: there is no compiler, or it fails, with its last line.

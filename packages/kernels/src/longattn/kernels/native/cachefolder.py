@@ -1,4 +1,4 @@
-"""The folder of compiled libraries. What lies in it is executed, so it is ours alone, and a library is what it was when it was made.
+"""The folder of compiled libraries. Its files are executed, so only the user may write to it, and a changed library is not loaded.
 
 A library's name ends with a digest of its bytes, which is checked before it is loaded. One that is damaged, empty or somebody else's is
 moved aside.
@@ -61,7 +61,7 @@ def unwritable(folder: Path) -> str | None:
 
 
 def make(folder: Path) -> None:
-    """See that the folder is there, and ours.
+    """Make the folder where it is missing, and check that it belongs to this user alone.
 
     Raises:
         OSError: it cannot be made.
@@ -76,7 +76,7 @@ def make(folder: Path) -> None:
 
 
 def find(folder: Path, stem: str) -> Path | None:
-    """The whole library of that stem, if there is one. Others of its name are moved aside."""
+    """The intact library of that stem, if there is one. Damaged ones of that name are moved aside."""
     if refusal_of(folder) is not None or not folder.is_dir():
         return None
     for path in sorted(folder.glob(f"{stem}.*.so")):
@@ -88,7 +88,7 @@ def find(folder: Path, stem: str) -> Path | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is ours and its bytes are those that its name states."""
+    """Whether a file belongs to this user and has the digest that its name states."""
     about = path.lstat()
     return stat.S_ISREG(about.st_mode) and _ours(about) and path.name.split(".")[-2] == digest(path)
 
@@ -100,7 +100,7 @@ def set_aside(path: Path, why: str) -> None:
 
 
 def keep(made: Path, folder: Path, stem: str) -> Path:
-    """Move a library into the folder, on disk before it has its name: of two processes, and of a crash, nobody sees half a file."""
+    """Move a library into the folder. It is flushed to disk before it gets its name, so that no process, and no crash, leaves half a file."""
     with open(made, "rb") as file:
         os.fsync(file.fileno())
     kept = folder / f"{stem}.{digest(made)}.so"
@@ -109,7 +109,7 @@ def keep(made: Path, folder: Path, stem: str) -> Path:
 
 
 def digest(path: Path) -> str:
-    """Of a file's bytes."""
+    """The digest of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 

@@ -6,7 +6,7 @@
 #include "vectors.h"
 
 constexpr int64_t KEYS = 256;    // keys of a tile: K^T, V and a strip of scores stay in L2
-constexpr int64_t STRIP = 96;    // query rows whose scores stand at a time
+constexpr int64_t STRIP = 96;    // query rows whose scores are in memory at a time
 constexpr int64_t ROWS = 768;    // most query rows that share one packing of a tile of keys
 
 struct Tensor {

@@ -1,4 +1,4 @@
-"""The machine's C++ compiler: which one, and a run of it that ends, whatever it does.
+"""The machine's C++ compiler: which one is used, and a run of it with a time limit.
 
 CXX is a command line ("ccache g++"). Without it the first of `COMPILERS` on PATH serves, else the compiler that the `ziglang` wheel
 brings (the extra `compiler`).
@@ -115,7 +115,7 @@ def run(compiler: Compiler, command: Sequence[str], longest_s: float | None = No
         finally:
             _end(process)
     if process.returncode:
-        # Whatever its language and encoding.
+        # Messages of a compiler come in the user's language and encoding.
         last = (said.decode("utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
         raise NativeBuildError(f"the compiler {name} failed: {last}")
 

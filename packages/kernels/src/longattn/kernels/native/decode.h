@@ -6,7 +6,7 @@
 constexpr int64_t RANGE = 1024, MOST_RANGES = 64;  // keys of a range, as a rule; ranges of a row
 constexpr int64_t WORTH = 1 << 18;                 // bytes for which it pays to wake a thread
 
-// Into how many ranges keys are cut: said by their number alone, so that bits depend on nothing else.
+// How many ranges keys are cut into. It depends on the number of keys alone, so that the bits of a result depend on nothing else.
 static INLINE int64_t ranges_of(int64_t keys) { return least(MOST_RANGES, most(1, (keys + RANGE - 1) / RANGE)); }
 
 // Keys and values of a cache as Python checked them: (rows, slots, dim), where `head` of both is unused.

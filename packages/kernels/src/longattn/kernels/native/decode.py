@@ -1,4 +1,4 @@
-"""A decode step through the library: a cache is checked and described once, a step hands over little more than two addresses."""
+"""A decoder step through the library. A cache is checked and described once; each step passes little more than two addresses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longattn.kernels.native import building
 from longattn.kernels.native.arguments import SIZES, TYPES, TensorArgument, check_memory
 
 MOST_WIDE = 256
-"""Numbers of the longest row that the library streams."""
+"""The largest head_dim that the library streams."""
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 
@@ -128,7 +128,7 @@ class StreamedCache:
 
 
 class _Apart:
-    """What a step says beside the cache, checked; keeps what it points to."""
+    """The arguments of a step beside the cache, checked; holds the tensors that they point to."""
 
     def __init__(
         self,
@@ -169,9 +169,10 @@ class _Apart:
 
 def _entry(loaded: ctypes.CDLL) -> tuple[Any, int]:
     """The library's decode step with the types of its arguments, and how many keys it takes without scratch."""
-    *found, one_range = (loaded.longattn_sizes(_int(i)) for i in range(6))
-    if (*found,) != (*SIZES, ctypes.sizeof(CacheArgument), ctypes.sizeof(ApartArgument)):
-        raise RuntimeError(f"the native library's structures have sizes {found}, which are not ours")
+    *sizes, one_range = (loaded.longattn_sizes(_int(i)) for i in range(6))
+    expected = (*SIZES, ctypes.sizeof(CacheArgument), ctypes.sizeof(ApartArgument))
+    if (*sizes,) != expected:
+        raise RuntimeError(f"the native library's structures must have sizes {expected}, got {(*sizes,)}")
     loaded.longattn_decode_scratch.restype = _int
     loaded.longattn_decode_scratch.argtypes = (_pointer, _int, _int, _int)
     entry = loaded.longattn_decode

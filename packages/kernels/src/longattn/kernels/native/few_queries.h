@@ -1,4 +1,4 @@
-// Few query rows over many keys: softmax(scale * q k^T) v where reading k and v is what there is to do.
+// Few query rows over many keys: softmax(scale * q k^T) v where reading k and v is most of the work.
 //
 // One task owns up to MOST_FEW query rows that share keys (all heads of a kv head's group) and a range of those keys. Keys and values are
 // streamed once, in their storage type, a tile of both at a time; Q, scores and the running m, l, acc stay in L1. A range leaves a part
@@ -8,7 +8,7 @@
 #include "stored.h"
 
 constexpr int64_t FEW_KEYS = 64;   // keys of a tile
-constexpr int64_t AHEAD = 16;      // keys from what is read to what is fetched: nearer is late, farther is a start anew for each tile
+constexpr int64_t AHEAD = 16;      // keys between what is read and what is prefetched: fewer arrive late, more start again with each tile
 constexpr int64_t MOST_FEW = 16;   // query rows of a task
 constexpr int64_t MOST_WIDE = 256; // numbers of a row
 
@@ -91,7 +91,7 @@ private:
                 at[n] = i;
                 n += !all.hidden[i * all.hidden_step];
             }
-        // Behind the last one: the last one again.
+        // The list is filled up with its last key.
         for (int64_t j = n; n && j < round_up(n, VL); j++) at[j] = at[n - 1];
         return i;
     }

@@ -1,4 +1,4 @@
-// What becomes of numbers below 2^-126, while a value of Flush lives; whatever the thread did before, it does again afterwards.
+// How this thread treats results below 2^-126 while a Flush object lives; its destructor restores the earlier setting.
 //
 // On Intel's x86 processors a result that small is made by microcode (64 ns for a vector of powers 2^x), and every vector that holds a
 // hidden score pays it. So tasks flush such results to zero. They do not take small inputs for zeros: a key of 1e-40 is what it is, and

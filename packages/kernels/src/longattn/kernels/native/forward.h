@@ -1,7 +1,7 @@
 // Forward: out = softmax(scale * q k^T + log counts) v and its lse, for the query rows of one task (FlashAttention, Dao et al. 2022).
 //
 // One task owns some rows of one tile of a job, for one head and batch element. Q and the running m, l, acc stay in L2 for all keys; a
-// tile of keys is packed once and stays for all rows of the task; scores of one strip stand at a time. Scores are in units in which
+// tile of keys is packed once and stays for all rows of the task; the scores of one strip are in memory at a time. Scores are in units in which
 // exp is 2^(unit * score): q is scaled by what is left of scale * log2 e.
 #pragma once
 #include "flush.h"
@@ -30,7 +30,7 @@ class Forward {
     const Call& call;
     const Shape<Op> shape;
     const Units units;
-    const Veil veil;
+    const PairMask pair_mask;
     float *Q, *acc, *m, *l, *Kt, *V, *stage, *scores, *top, *factor, *keep;
     uint32_t* halves;
     Queries* queries;
@@ -39,7 +39,7 @@ class Forward {
 public:
     // Lays out the scratch of one thread from `from` on; `floats` is how much of it there must be.
     Forward(const Call& call, float* from)
-        : call(call), shape(call.dim), units(call.scale, Op::PAIR == 2), veil(call, float(LOG2_E / units.unit)) {
+        : call(call), shape(call.dim), units(call.scale, Op::PAIR == 2), pair_mask(call, float(LOG2_E / units.unit)) {
         float* at = from;
         auto take = [&](int64_t n) { float* mine = at; at += round_up(n, 16); return mine; };
         Q = take(ROWS * shape.wide);
@@ -71,12 +71,12 @@ public:
             for (int64_t r = 0; r < rows; r += STRIP) {
                 int64_t height = least(STRIP, rows - r), real = least(height, count - r);
                 queries->range(r, real, nearest, farthest);
-                Sight sight = tile->seen(nearest, farthest);
-                if (sight == NOTHING) continue;
+                Visibility visibility = tile->seen(nearest, farthest);
+                if (visibility == NOTHING) continue;
                 if (!packed) pack(b, kv_head), packed = true;
-                const Reach<Op::GROUP> reach(*tile, sight, *queries, r, real);
+                const Reach<Op::GROUP> reach(*tile, visibility, *queries, r, real);
                 scores_of<Op>(Q + r * shape.wide, height, Kt, shape, *tile, reach, scores, top);
-                if (veil.needed(sight)) veil.hide(*tile, sight, reach, b, h, *queries, r, real, scores, top);
+                if (pair_mask.needed(visibility)) pair_mask.hide(*tile, visibility, reach, b, h, *queries, r, real, scores, top);
                 for (int64_t i = 0; i < height; i++) softmax(r, i, reach.from[i / MR], reach.to[i / MR], b, h);
                 accumulate<Op>(
                     height, [&](int64_t i) { return Steps{reach.from[i / MR] / Op::PAIR, reach.to[i / MR] / Op::PAIR}; },

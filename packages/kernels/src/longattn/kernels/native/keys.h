@@ -4,7 +4,7 @@
 
 constexpr int64_t NEAR = int64_t(1) << 30;
 
-enum Sight { NOTHING, SOME, ALL };
+enum Visibility { NOTHING, SOME, ALL };
 
 struct KeyTile {
     int64_t n, padded;              // keys, and the same rounded up to whole register tiles
@@ -18,7 +18,7 @@ struct KeyTile {
     float bias[KEYS];               // log2 of the count, -inf beyond n
 
     // What queries at positions from `nearest` to `farthest` see of it.
-    Sight seen(int64_t nearest, int64_t farthest) const {
+    Visibility seen(int64_t nearest, int64_t farthest) const {
         if (farthest - first < low || nearest - last > high) return NOTHING;
         return nearest - last >= low && farthest - first <= high ? ALL : SOME;
     }
@@ -119,11 +119,11 @@ struct Reach {
     static_assert(GROUP % VL == 0 && STRIP % MR == 0 && KEYS % GROUP == 0, "whole vectors, whole register tiles, whole groups");
     int64_t from[STRIP / MR], to[STRIP / MR];
 
-    // `rows` query rows from row `first` on; `sight` is what they see of the tile together.
-    Reach(const KeyTile& tile, Sight sight, const Queries& queries, int64_t first, int64_t rows) {
+    // `rows` query rows from row `first` on; `visibility` is what they see of the tile together.
+    Reach(const KeyTile& tile, Visibility visibility, const Queries& queries, int64_t first, int64_t rows) {
         for (int64_t r = 0; r < rows; r += MR) {
             int64_t &begin = from[r / MR] = 0, &end = to[r / MR] = round_up(tile.padded, GROUP);
-            if (sight == ALL) continue;
+            if (visibility == ALL) continue;
             const int64_t near = queries.near[(first + r) / MR], far = queries.far[(first + r) / MR];
             while (begin < end && !met(tile, begin, near, far)) begin += GROUP;
             while (begin < end && !met(tile, end - GROUP, near, far)) end -= GROUP;

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from longattn.kernels.lowering.head_classes import head_classes
+from longattn.kernels.lowering.write_order import WriteOrder
 from longattn.kernels.native.progressions import (
     LONGEST_PERIOD,
     Periodic,
@@ -99,7 +101,10 @@ def _check(branch: Branch, shape: tuple[int, int, int]) -> None:
         if low < 0 or high >= length:
             raise ValueError(f"a plan's {name} must lie in 0 .. {length}, got rows {low} to {high}")
     if branch.q.tiles != branch.k.tiles or not branch.q.distinct:
-        raise ValueError("a plan's branch must have as many tiles of keys as of queries, and no query row in two tiles")
+        raise ValueError(
+            "a plan's branch must have as many tiles of keys as of queries, and no query row in two tiles, got "
+            f"{branch.q.tiles} tiles of queries, {branch.k.tiles} of keys"
+        )
 
 
 def _extent(index: Index) -> tuple[int, int]:
@@ -131,16 +136,8 @@ def _jobs(plan: Plan) -> Iterator[list[Job]]:
 
 def _head_classes(plan: Plan) -> Iterator[tuple[Span, list[Branch]]]:
     """Heads that the same branches serve, as evenly spaced spans."""
-    served: list[list[int]] = [[] for _ in range(plan.rectangle.shape[0])]
-    for number, branch in enumerate(plan.branches):
-        for head in branch.heads.positions():
-            served[head].append(number)
-    classes: dict[tuple[int, ...], list[int]] = {}
-    for head, numbers in enumerate(served):
-        if numbers:
-            classes.setdefault(tuple(numbers), []).append(head)
-    for numbers, heads in classes.items():
-        branches = [plan.branches[n] for n in numbers]
+    for alike in head_classes(plan.rectangle.shape[0], plan.branches):
+        heads, branches = alike.owners, [branch for _, branch in alike.branches]
         steps = np.diff(heads)
         if len(steps) and (steps != steps[0]).any():
             yield from ((Span(head, 1), branches) for head in heads)
@@ -209,20 +206,14 @@ def _covers(band: Band, branch: Branch, q: Progression, k: Progression) -> bool:
 
 def _in_phases(plan: Plan, ordered: list[list[Job]]) -> Lowered:
     """Each list of jobs in the first phase after those that wrote any of its rows."""
-    heads, rows, _ = plan.rectangle.shape
-    latest = np.zeros((heads, rows), np.int32)  # one more than the last phase that wrote a row
+    order = WriteOrder(plan, len(ordered))
     phases: list[list[Job]] = []
-    complete = True
     for jobs in ordered:
         marks = [(job, np.ix_(job.heads.positions(), np.unique(query_rows(job)))) for job in jobs]
-        phase = max((int(latest[at].max(initial=0)) for _, at in marks), default=0)
+        phase = max((order.phase(at) for _, at in marks), default=0)
         phases += [[] for _ in range(phase + 1 - len(phases))]
-        for job, at in marks:
-            fresh = not latest[at].any()
-            complete &= fresh or bool(latest[at].all())
-            phases[phase].append(replace(job, fresh=fresh))
-            latest[at] = phase + 1
-    return Lowered(tuple(map(tuple, phases)), complete and bool(latest.all()))
+        phases[phase] += [replace(job, fresh=order.write(at, phase) == 0) for job, at in marks]
+    return Lowered(tuple(map(tuple, phases)), order.complete)
 
 
 def query_rows(job: Job) -> Rows:

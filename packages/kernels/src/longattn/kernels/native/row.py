@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
+from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.eager.tile_walk import finish
 from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.native import building
@@ -36,9 +38,12 @@ _SHORT_ROWS = {True: 32, False: 64}
 _LINE = 64
 """Bytes of a cache line, where scratch begins whatever the allocator's alignment."""
 
+_LEAST_OCCUPANCY = 5 / 7
+"""Share of the threads that must have work for one backward pass to be faster than two.
 
-_FIVE_OF_SEVEN = 5 / 7
-"""What one pass over the keys saves in products, and so how idle its threads may be before two passes are faster."""
+One pass makes all three gradients of a kv head in five matrix products, on one thread; two passes, over ranges of keys and then of queries,
+keep every thread busy but make the scores and their gradients twice, seven products.
+"""
 
 
 refusal = building.refusal
@@ -105,7 +110,7 @@ def _key_parts(asked: CallArgument) -> int:
     """1: whoever owns a kv head makes all three gradients of it; more: dk and dv in so many ranges of rows, dq apart."""
     owners = asked.batch * asked.kv_heads
     rounds = -(-owners // asked.threads)
-    if owners == 0 or owners >= _FIVE_OF_SEVEN * rounds * asked.threads:
+    if owners == 0 or owners >= _LEAST_OCCUPANCY * rounds * asked.threads:
         return 1
     return min(-(-_TASKS_A_THREAD * asked.threads // owners), max(1, asked.keys))
 
@@ -180,7 +185,7 @@ def _give_jobs(entry: str, asked: CallArgument, jobs: PackedJobs) -> int:
     library = building.library()
     sizes = tuple(library.longattn_sizes(ctypes.c_int64(i)) for i in range(3))
     if sizes != SIZES:
-        raise RuntimeError(f"the native library's structures have sizes {sizes}, expected {SIZES}")
+        raise RuntimeError(f"the native library's structures must have sizes {SIZES}, got {sizes}")
     asked.jobs, asked.job_count = jobs.address, jobs.count
     rows = jobs.rows * asked.batch // (asked.threads * _TASKS_A_THREAD)
     asked.rows = max(_LEAST_ROWS, min(_MOST_ROWS, rows))

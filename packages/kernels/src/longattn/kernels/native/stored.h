@@ -1,7 +1,7 @@
 // Rows as they are stored, two vectors of numbers at a time, widened in registers on their way from memory.
 //
-// A step is 2 * VL neighbouring numbers. Which of them come in which vector is the type's own business: sums over a row do not care, and
-// `in_order` puts a row of results right.
+// A step is 2 * VL neighbouring numbers. Each storage type decides which of them go to which vector: a sum over a row does not depend on
+// it, and `in_order` restores the order of a row of results.
 #pragma once
 #include "product.h"
 

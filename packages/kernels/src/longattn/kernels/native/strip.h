@@ -1,4 +1,4 @@
-// A strip of query rows against a tile of keys: scores, what hides them, and products with what became of them.
+// A strip of query rows against a tile of keys: scores, the mask of pairs, and products with the probabilities or gradients of scores.
 #pragma once
 #include "keys.h"
 #include "pack.h"
@@ -91,8 +91,9 @@ static INLINE float added(float score, float bias, float by) {
     return score + (bias > 1e30f ? high : bias) * by;
 }
 
-// What a band, a mask or a bias does to a strip of scores; `factor` takes the bias to the units of the scores. `top` anew, if any.
-class Veil {
+// Applies band, mask and bias to a strip of scores. `factor` converts the bias to the units of the scores; `top`, where given, is
+// computed again.
+class PairMask {
     const Call& call;
     const float factor;
 
@@ -126,17 +127,17 @@ class Veil {
     }
 
 public:
-    Veil(const Call& call, float factor) : call(call), factor(factor) {}
+    PairMask(const Call& call, float factor) : call(call), factor(factor) {}
 
-    bool needed(Sight sight) const { return sight == SOME || call.mask.data || call.bias.data; }
+    bool needed(Visibility visibility) const { return visibility == SOME || call.mask.data || call.bias.data; }
 
     template <int GROUP>
-    void hide(const KeyTile& tile, Sight sight, const Reach<GROUP>& reach, int64_t b, int64_t h, const Queries& queries, int64_t first,
-              int64_t rows, float* scores, float* top) const {
+    void hide(const KeyTile& tile, Visibility visibility, const Reach<GROUP>& reach, int64_t b, int64_t h, const Queries& queries,
+              int64_t first, int64_t rows, float* scores, float* top) const {
         for (int64_t r = 0; r < rows; r++) {
             float* row = scores + r * KEYS;
             const int64_t n = queries.rows[first + r], from = reach.from[r / MR], to = reach.to[r / MR], last = least(to, tile.n);
-            if (sight == SOME) band(tile, from, to, queries.positions[first + r], row);
+            if (visibility == SOME) band(tile, from, to, queries.positions[first + r], row);
             if (call.bias.data) bias(tile, from, last, b, h, n, row);
             if (call.mask.data)
                 look_up<uint8_t>(call.mask.data + b * call.mask.batch + h * call.mask.head + n * call.mask.row, call.mask.key, tile,

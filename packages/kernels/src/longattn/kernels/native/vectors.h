@@ -148,7 +148,7 @@ static INLINE uint16_t to_bfloat16(float x) {
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
-// float16's exponent counts from 112 more than float32's; a denormal is so many times 2^-24. No number on the way is a denormal float32.
+// float16's exponent bias is 112 less than float32's; a denormal is its mantissa times 2^-24. No number on the way is a denormal float32.
 static INLINE float from_float16(uint16_t x) {
     const uint32_t magnitude = x & 0x7fff, shifted = (magnitude << 13) + (magnitude >= 0x7c00 ? 0x70000000u : 0x38000000u);
     const uint32_t small = to_bits(float(int32_t(magnitude)) * 0x1p-24f);

@@ -1,4 +1,4 @@
-"""The ops as torch.func's transforms want them: `autograd.Function`s with setup_context, and vmap rules.
+"""The ops in the form that torch.func's transforms need: `autograd.Function`s with setup_context, and vmap rules.
 
 vmap folds the mapped axis into the batch. A bias gradient is summed per mapped element, and dropout counts batch elements within one,
 so those calls run one by one.

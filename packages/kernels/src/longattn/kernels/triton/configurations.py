@@ -1,4 +1,4 @@
-"""Tile sizes: one table per architecture and head_dim. `ahead` compiles every line of it for its target and checks what it needs.
+"""Tile sizes: one table per architecture and head_dim. `nox -s ahead` compiles every line of it for its target.
 
 A line is (rows of the owned tile, rows of the streamed tile, warps, pipeline stages), and, where whole tiles would not fit in registers,
 the columns of head_dim that a product over it takes at a time. Lines are chosen by the element size as well: a float32 tile is twice as

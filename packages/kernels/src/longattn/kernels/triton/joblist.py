@@ -7,14 +7,14 @@ length. Only where a pattern lists single rows do entries point into a table of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from longattn.kernels.lowering.head_classes import HeadClass
 from longattn.kernels.triton.row_classes import FAR, RowClass, Runs, row_classes
-from longattn.patterncache import Branch
 from longattn.patterncache.spans import Rows
 
 JOB_FIELDS = ("head", "start", "step", "count", "origin", "scale", "dense", "edge", "end", "part")
@@ -69,7 +69,7 @@ class _Building:
 
 
 def job_tables(
-    groups: Iterable[tuple[Sequence[int], Sequence[tuple[int, Branch]]]],
+    classes: Iterable[HeadClass],
     *,
     own_keys: bool,
     unique: bool,
@@ -80,16 +80,16 @@ def job_tables(
     """Tables of one launch.
 
     Args:
-        groups: (heads that own, (member, branch) pairs that they share); see `row_classes`.
+        classes: heads that own, and the (member, branch) pairs that they share; see `row_classes`.
         own_keys, unique: as in `row_classes`. listed: whether rows are gathered.
         block: rows of a job, rows of a tile of the other side.
         parts: cut each list into so many.
     """
     building = _Building(block, listed)
-    for heads, branches in groups:
-        for found in row_classes(branches, own_keys=own_keys, unique=unique):
+    for alike in classes:
+        for found in row_classes(alike.branches, own_keys=own_keys, unique=unique):
             for part in split_keys(found, parts, block[1]):
-                _add_class(building, np.asarray(heads, np.int64), part)
+                _add_class(building, np.asarray(alike.owners, np.int64), part)
     if not building.jobs:
         building.jobs, building.tiles = [np.zeros((0, len(JOB_FIELDS)), np.int64)], [np.zeros(0, np.int64)]
     jobs, tiles = np.concatenate(building.jobs), np.concatenate(building.tiles)

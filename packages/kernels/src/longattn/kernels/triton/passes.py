@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from longattn.kernels.lowering.head_classes import HeadClass, head_classes
+from longattn.kernels.lowering.write_order import WriteOrder
 from longattn.kernels.triton.joblist import JobTables, job_tables
 from longattn.kernels.triton.row_classes import gathered
 from longattn.patterncache import Branch, Plan
-
-Groups = list[tuple[list[int], list[tuple[int, Branch]]]]
 
 
 @dataclass(frozen=True)
@@ -49,64 +48,30 @@ def query_passes(plan: Plan) -> Passes:
         banded = any(branch.band is not None for branch in plan.branches)
         alike = len({branch.q.step for branch in plan.branches}) <= 1
         together = not banded or alike or gathered(plan.branches)
-        levels = [0] * len(plan.branches) if together else _levels(plan)
-        found = plan.derived["triton passes"] = _in_levels(plan, levels, not banded and not gathered(plan.branches))
+        found = plan.derived["triton passes"] = _in_phases(plan, together, not banded and not gathered(plan.branches))
     return found
 
 
-def _levels(plan: Plan) -> list[int]:
-    """For each branch the number of the launch that takes it: after every earlier branch with which it shares a row."""
-    next_level = np.zeros(plan.rectangle.shape[:2], np.int64)
-    levels = []
+def _in_phases(plan: Plan, together: bool, unique: bool) -> Passes:
+    order = WriteOrder(plan, len(plan.branches))
+    phases: list[list[Branch]] = []
     for branch in plan.branches:
         at = (branch.heads.positions()[:, None], branch.q.rows().reshape(1, -1))
-        levels.append(int(next_level[at].max()))
-        next_level[at] = levels[-1] + 1
-    return levels
-
-
-def _in_levels(plan: Plan, levels: Sequence[int], unique: bool) -> Passes:
-    written = np.zeros(plan.rectangle.shape[:2], bool)
-    launches, complete = [], True
-    for level in range(max(levels, default=-1) + 1):
-        branches = tuple(branch for branch, mine in zip(plan.branches, levels, strict=True) if mine == level)
-        before = written.copy()
-        for branch in branches:
-            at = (branch.heads.positions()[:, None], branch.q.rows().reshape(1, -1))
-            complete &= level == 0 or bool(before[at].all())
-            written[at] = True
-        launches.append(Pass(branches, unique and len(branches) > 1, level == 0))
-    return Passes(tuple(launches), complete and bool(written.all()))
-
-
-def head_groups(plan: Plan, branches: Sequence[Branch], members: int) -> Groups:
-    """Owners of `members` neighbouring query heads each, those with the same branches together."""
-    serves = np.zeros((plan.rectangle.shape[0], len(branches)), bool)
-    for number, branch in enumerate(branches):
-        serves[branch.heads.positions(), number] = True
-    alike: dict[bytes, list[int]] = {}
-    for owner in range(len(serves) // members):
-        alike.setdefault(serves[owner * members : (owner + 1) * members].tobytes(), []).append(owner)
-    groups: Groups = []
-    for owners in alike.values():
-        first = owners[0] * members
-        own = [(m, branches[int(b)]) for m in range(members) for b in np.flatnonzero(serves[first + m])]
-        if own:
-            groups.append((owners, own))
-    return groups
+        first = order.write(at, 0 if together else None)
+        phase = 0 if together else first
+        phases += [[] for _ in range(phase + 1 - len(phases))]
+        phases[phase].append(branch)
+    launches = [Pass(tuple(some), unique and len(some) > 1, phase == 0) for phase, some in enumerate(phases)]
+    return Passes(tuple(launches), order.complete)
 
 
 def packable(plan: Plan, members: int) -> bool:
     """Whether the heads that share a kv head are in the same branches, so that they can be rows of one tile."""
-    groups = head_groups(plan, plan.branches, members)
+    classes = head_classes(plan.rectangle.shape[0], plan.branches, members)
     return all(
-        len({tuple(id(b) for m, b in own if m == member) for member in range(members)}) == 1 for _, own in groups
+        len({tuple(id(b) for m, b in alike.branches if m == member) for member in range(members)}) == 1
+        for alike in classes
     )
-
-
-def key_groups(plan: Plan, members: int) -> Groups:
-    """Owners of keys: kv heads, each with the branches of all its query heads."""
-    return head_groups(plan, plan.branches, members)
 
 
 @dataclass(frozen=True)
@@ -142,15 +107,17 @@ def tables_on(
 def query_tables(plan: Plan, number: int, block: tuple[int, int], pack: int = 1, parts: int = 1) -> JobTables:
     """Tables of the `number`-th launch where queries own; packed, of the heads that share a kv head as one owner."""
     launch = query_passes(plan).launches[number]
-    groups = head_groups(plan, launch.branches, pack)
+    classes = head_classes(plan.rectangle.shape[0], launch.branches, pack)
     if pack > 1:
-        groups = [(owners, [(m, b) for m, b in own if m == 0]) for owners, own in groups]
+        classes = [HeadClass(alike.owners, [(m, b) for m, b in alike.branches if m == 0]) for alike in classes]
     listed, size = gathered(launch.branches), (max(1, block[0] // pack), block[1])
-    return job_tables(groups, own_keys=False, unique=launch.unique, listed=listed, block=size, parts=parts)
+    return job_tables(classes, own_keys=False, unique=launch.unique, listed=listed, block=size, parts=parts)
 
 
 def key_tables(plan: Plan, members: int, block: tuple[int, int]) -> JobTables:
     """Tables of the one launch where keys own."""
     listed = gathered(plan.branches)
     unique = not listed and all(branch.band is None for branch in plan.branches)
-    return job_tables(key_groups(plan, members), own_keys=True, unique=unique, listed=listed, block=block)
+    # Owners are kv heads, each with the branches of all its query heads.
+    classes = head_classes(plan.rectangle.shape[0], plan.branches, members)
+    return job_tables(classes, own_keys=True, unique=unique, listed=listed, block=block)

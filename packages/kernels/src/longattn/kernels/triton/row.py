@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from functools import lru_cache
-from importlib import metadata
-
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.far_rows import exact_backward, exact_forward
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether triton, once imported, interprets its kernels on tensors of any device."""
+from longattn.kernels.triton import availability
 
 CAPABILITY = Capability(
-    devices=("cuda", "cpu") if INTERPRETED else ("cuda",),
+    devices=("cuda", "cpu") if availability.INTERPRETED else ("cuda",),
     dtypes={"": (torch.float16, torch.bfloat16, torch.float32)},
     tolerance={
         torch.float32: (2e-5, 2e-5),
@@ -29,13 +23,15 @@ CAPABILITY = Capability(
     architectures=("sm_8?*", "sm_9?*", "sm_1??*", "gfx90a", "gfx94?", "gfx950"),
 )
 
+refusal = availability.refusal
+
 
 @exact_forward
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
-    from longattn.kernels.triton import launching as launch
+    from longattn.kernels.triton import launch_forward
 
-    return launch.forward(call)
+    return launch_forward.forward(call)
 
 
 @exact_backward
@@ -46,22 +42,3 @@ def backward(
     from longattn.kernels.triton import launch_backward
 
     return launch_backward.backward(call, grad_out, grad_lse, out, lse)
-
-
-@lru_cache
-def _installed() -> str | None:
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return "triton is not installed: pip install 'longattn-kernels[triton]'"
-    major, minor = (int(part) for part in version.split(".")[:2])
-    return None if (major, minor) >= (3, 6) else f"triton={version} is older than 3.6"
-
-
-FAILURES: list[str] = []
-"""Configurations whose compilation failed in this process, and why."""
-
-
-def refusal() -> str | None:
-    """Why triton cannot serve here, or None. Whether a GPU is here is not asked: `explain` speaks of any device."""
-    return _installed() or (FAILURES[0] if FAILURES else None)

@@ -8,8 +8,8 @@ pytest.importorskip("triton", reason="triton is not installed: the extra longatt
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel does not compile", allow_module_level=True)
 
-from longattn.kernels.triton.ahead import Line, compile_line, lines
 from longattn.kernels.triton.configurations import ARCHITECTURES, TABLE, Configuration
+from tools.triton_ahead import Line, compile_line, lines
 
 
 def test_a_shipped_line_has_no_fault():

@@ -1,7 +1,7 @@
 # pyright: reportMissingImports=false
 """Ahead of time: compile every shipped configuration for its target, without a GPU, and see what it needs.
 
-`python -m longattn.kernels.triton.ahead [ARCHITECTURE ...]` prints registers, shared memory, spills and occupancy of each line of
+`python -m tools.triton_ahead [ARCHITECTURE ...]` prints registers, shared memory, spills and occupancy of each line of
 the table, and fails where a line asks for more SRAM than its target has or keeps registers in memory. triton's own cache
 (TRITON_CACHE_DIR) makes a second run quick.
 """

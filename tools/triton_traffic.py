@@ -13,7 +13,7 @@ import numpy as np
 from longattn.kernels.triton.configurations import choose
 from longattn.kernels.triton.joblist import ENTRY_FIELDS, JOB_FIELDS, JobTables
 from longattn.kernels.triton.passes import key_tables, query_passes, query_tables
-from longattn.patterncache import Plan
+from longattn.patterncache import Dilated, Full, Plan, Rectangle, Span, Window
 
 STATE = 4
 """Bytes of a number of the state: lse, delta, a float32 sum."""
@@ -125,8 +125,6 @@ def queries_traffic(plan: Plan, architecture: str, head_dim: int, element: int) 
 
 def traffic_rows(architecture: str = "sm_90", head_dim: int = 128, element: int = 2) -> list[str]:
     """The table of the page on memory hierarchies: one head group of eight heads, one batch element."""
-    from longattn.patterncache import Dilated, Full, Rectangle, Span, Window
-
     rows = []
     for length, pattern in (
         (8192, Full()),

@@ -1,14 +1,11 @@
 """Bytes and operations of the Triton kernels, counted from plans, and the page that shows them."""
 
-from pathlib import Path
-
-import pytest
-
 from longattn.kernels.triton.configurations import choose
-from longattn.kernels.triton.traffic import forward_traffic, keys_traffic, queries_traffic, traffic_rows
 from longattn.patterncache import Dilated, Full, Rectangle, Span
+from tests.workspace import ROOT
+from tools.triton_traffic import forward_traffic, keys_traffic, queries_traffic, traffic_rows
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "memory-hierarchy.md"
+PAGE = ROOT / "docs" / "memory-hierarchy.md"
 
 
 def test_dense_counts_are_what_one_can_count_by_hand():
@@ -51,7 +48,6 @@ def test_unique_keys_issue_less_than_branches_mean():
     assert 0.8 < found.flops / found.useful < 0.9
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="the pages are part of the checkout, not of the package")
 def test_the_page_shows_what_is_counted():
     """The table of the page is written by the code that counts."""
     shown = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.count("|") == 9]

@@ -1,0 +1,80 @@
+"""What `longattn.attention` builds on, beside the public names of `longattn.kernels`.
+
+The attention package imports from `longattn.kernels` and from this module, and from no other module of this package; a test of the
+workspace holds it to that. So the rest of the package may change at will, and a version range such as `longattn-kernels>=0.1,<0.2` says
+something: while the minor version stays, these names stay, and so does what they take and return. They are for packages that wrap the
+kernels; a model needs `longattn.kernels` alone.
+"""
+
+from longattn.kernels.check import (
+    check_attention_mask,
+    check_dropout,
+    check_environment,
+    check_flag,
+    check_key_padding,
+    check_qkv,
+    check_scale,
+    check_sinks,
+)
+from longattn.kernels.dispatch.capability import FLOATS, dtype_name
+from longattn.kernels.dispatch.environment import Allocator, TorchAllocator, find_environment
+from longattn.kernels.dispatch.prepared import find_plan
+from longattn.kernels.dispatch.table import check_backend_name
+from longattn.kernels.eager.tiles import keep_tensors, kept_tensors
+from longattn.kernels.entry import autocast, refuse_tangents
+from longattn.kernels.native.decode_step import DecodeCache, decode_attention
+from longattn.kernels.ops.arguments import SCHEMA, OpArguments
+from longattn.kernels.ops.attend_op import attend_rectangle, no_second_order, rectangle_gradients
+from longattn.kernels.ops.direct import find_prepared, prepare_and_run, run_prepared
+from longattn.kernels.ops.direct import signature as call_signature
+from longattn.kernels.ops.transforms import map_backward, map_forward
+from longattn.kernels.philox import as_seed
+from longattn.kernels.positions import last_positions
+from longattn.kernels.state import add_sink, merge_into, state_dtype
+
+__all__ = [
+    # what an argument may be
+    "FLOATS",
+    "check_attention_mask",
+    "check_backend_name",
+    "check_dropout",
+    "check_environment",
+    "check_flag",
+    "check_key_padding",
+    "check_qkv",
+    "check_scale",
+    "check_sinks",
+    "dtype_name",
+    # a call as the op takes it
+    "OpArguments",
+    "SCHEMA",
+    "as_seed",
+    "autocast",
+    "last_positions",
+    "no_second_order",
+    "refuse_tangents",
+    "map_backward",
+    "map_forward",
+    # one rectangle, on real tensors
+    "attend_rectangle",
+    "rectangle_gradients",
+    # calls that were looked up before
+    "call_signature",
+    "find_prepared",
+    "prepare_and_run",
+    "run_prepared",
+    # plans and memory
+    "Allocator",
+    "TorchAllocator",
+    "find_environment",
+    "find_plan",
+    "keep_tensors",
+    "kept_tensors",
+    # states
+    "add_sink",
+    "merge_into",
+    "state_dtype",
+    # a decoder step
+    "DecodeCache",
+    "decode_attention",
+]
