@@ -32,7 +32,7 @@ SMOKE = {
     "bufmgr": ("test_bufmgr_names", "test_bufmgr_manager", "test_bufmgr_release"),
     "patterncache": ("test_named_patterns", "test_cache", "test_exports"),
     "kernels": ("test_states", "test_attend", "test_environment"),
-    "attention": ("test_pattern_attention", "test_modules", "test_factory"),
+    "attention": ("test_pattern_attention", "test_projections"),
 }
 
 
@@ -97,7 +97,8 @@ def run_tests(session: nox.Session, package: str, *options: str) -> None:
     arguments.remove("--smoke")
     # Collecting imports every test's module: what it needs and the package does not declare is missing here.
     session.run("pytest", "--collect-only", "-qq", folder, *options)
-    session.run("pytest", *WORKERS, *(f"{folder}/{name}.py" for name in SMOKE[package]), *options, *arguments)
+    files = [f"{folder}/{name}.py" for name in SMOKE[package]]
+    session.run("pytest", *WORKERS, *files, "-m", "not slow", *arguments)
 
 
 def test(session: nox.Session, package: str) -> None:
