@@ -32,10 +32,10 @@ from longattn.kernels.interface import (
     check_qkv,
     check_scale,
     check_sinks,
-    refuse_torchscript,
     find_prepared,
     last_positions,
     prepare_and_run,
+    refuse_torchscript,
     run_prepared,
     state_dtype,
 )

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch
 
-from longattn.kernels.check import refuse_torchscript
+from longattn.kernels.interface import refuse_torchscript
 from longattn.patterncache import Pattern
 
 _HINTS = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longattn.attention.ring_buffer.linear_ring import LinearRing
 from longattn.attention.ring_buffer.saved import FORMAT, check_saved, clear_unused, used_slots
-from longattn.kernels.dispatch.capability import FLOATS, dtype_name
+from longattn.kernels.interface import FLOATS, dtype_name
 
 if TYPE_CHECKING:
     from longattn.attention.ring_buffer.state import RingBufferState

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longattn.attention.ring_buffer.clock import Clock
 from longattn.attention.ring_buffer.rings import Geometry
-from longattn.kernels.dispatch.capability import FLOATS, dtype_name
+from longattn.kernels.interface import FLOATS, dtype_name
 
 FORMAT = 1
 """Of the dictionary; a later one may read earlier ones."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
-from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.eager.tile_walk import finish
 from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.native import building
