@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any, Literal, Never, overload
 
 import torch
 from torch import Tensor
 
 from longattn.attention.schedules import op as scheduled_op
-from longattn.attention.schedules.base import Local, Schedule, check_schedule_argument
+from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.extents import Extents, mask_flags
-from longattn.attention.schedules.whereabouts import is_sharded
+from longattn.attention.schedules.local import Local, check_schedule_argument
+from longattn.attention.schedules.whereabouts import dtensor_module, is_sharded
 from longattn.attention.sequences.varlen import packed_call, ragged_attention
 from longattn.attention.validate import check_bool, check_pattern_argument, check_start, refuse_unknown
 from longattn.kernels import entry
@@ -206,7 +206,7 @@ def pattern_attention(
         }
         whole = functools.partial(pattern_attention, return_lse=True)
         if sharded:
-            attend_sharded = import_module("longattn.attention.schedules.dtensor").sharded_attention
+            attend_sharded = dtensor_module().sharded_attention
             found = attend_sharded(whole, q, k, v, options | {"positions_start": positions_start})
         else:
             check_pattern_argument(pattern)

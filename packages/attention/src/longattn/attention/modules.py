@@ -8,7 +8,8 @@ from torch import Tensor
 
 from longattn.attention.arguments import CallOptions, given_options, refuse_weights
 from longattn.attention.functional import pattern_attention
-from longattn.attention.schedules.base import Local, Schedule
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.local import Local
 from longattn.attention.schedules.whereabouts import Whereabouts
 from longattn.attention.validate import (
     check_bool,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.layouts import Spans, take
-from longattn.attention.schedules.whereabouts import Whereabouts
+from longattn.attention.schedules.whereabouts import Whereabouts, dtensor_module
 from longattn.patterncache import Pattern, Rectangle, Span
 
 
@@ -77,7 +76,7 @@ def _dense_weights(*asked: Any) -> Tensor:
 
 def _placed(weights: Tensor, like: Any, shape: tuple[int, ...]) -> Tensor:
     """(batch, heads, Nq, Nk) of a rank as a DTensor: what is sharded on axis 1 of q is so on axis 2 here."""
-    sharded = import_module("longattn.attention.schedules.dtensor")
+    sharded = dtensor_module()
     return sharded.placed_like(weights, like, shape, sharded.moved(like.placements, {1: 2}))
 
 

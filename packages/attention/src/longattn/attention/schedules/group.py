@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.attention.schedules.base import Schedule, parse_schedule
+from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.extents import Extents, agreed_flags, mask_has_rows
 from longattn.attention.schedules.gathering import gather_rows
 from longattn.attention.schedules.layouts import (
@@ -215,19 +215,3 @@ def check_masks(work: Work, nq: int, nk: int) -> None:
         raise ValueError(
             f"q_start must be given where queries outnumber keys and positions matter, got Nq={nq}, Nk={nk}"
         )
-
-
-LIBRARY = torch.library.Library("longattn", "FRAGMENT")
-LIBRARY.define("roll_call(Tensor? seed, SymInt nq, SymInt nk, int flags, str schedule) -> Tensor")
-
-
-def _roll_call(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
-    return parse_schedule(schedule).call_roll(nq, nk, flags, 0 if seed is None else int(seed))
-
-
-def _roll_call_fake(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
-    return torch.empty((parse_schedule(schedule).ranks, COLUMNS), dtype=torch.int64, device="cpu")
-
-
-LIBRARY.impl("roll_call", _roll_call, "CompositeExplicitAutograd")
-torch.library.register_fake("longattn::roll_call", _roll_call_fake, lib=LIBRARY)

@@ -15,8 +15,8 @@ from torch._C._functorch import is_batchedtensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longattn.attention.schedules import driver as scheduled
-from longattn.attention.schedules.base import parse_schedule
 from longattn.attention.schedules.passes import Work, query_spans
+from longattn.attention.schedules.registry import parse_schedule
 from longattn.kernels.dispatch.environment import find_environment
 from longattn.kernels.dispatch.prepared import find_plan
 from longattn.kernels.entry import refuse_tangents

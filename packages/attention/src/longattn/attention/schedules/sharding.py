@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from longattn.attention.schedules.base import Schedule, check_schedule_argument
+from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.extents import row_numbers
 from longattn.attention.schedules.layouts import count_rows, select_rows
+from longattn.attention.schedules.local import check_schedule_argument
 from longattn.attention.schedules.transport import Place, call_roll, swap
 from longattn.kernels.dispatch.environment import TorchAllocator
 

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from longattn.attention.schedules.base import Local, Schedule, build_schedule
+from longattn.attention.schedules import all_gather, ring  # noqa: F401  Registers what may run inside, beside Local.
+from longattn.attention.schedules.base import Schedule, build_schedule
 from longattn.attention.schedules.extents import CONFLICT, MASK, Extents, agreed_flags
 from longattn.attention.schedules.gathering import gather_rows
 from longattn.attention.schedules.group import Members, OverGroup, Whole, check_masks, total_rows
 from longattn.attention.schedules.head_exchange import HeadExchange
 from longattn.attention.schedules.layouts import LayoutName, Spans, count_rows, take
+from longattn.attention.schedules.local import Local
 from longattn.attention.schedules.passes import Run, Shard, Work
 
 
