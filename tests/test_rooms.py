@@ -15,7 +15,7 @@ LISTED: dict[str, dict[str, int]] = {
         "__init__": 1,  # public names are lazy
         "integrations.factory": 2,  # a registered kind may be named by where it stands; RingBufferAttention is, so that it loads when asked for
         "integrations.xformers": 1,  # xFormers' own module, optional
-        "schedules.whereabouts": 1,  # the module for DTensors needs torch's, which is heavy
+        "schedules.call_extents": 1,  # the module for DTensors needs torch's, which is heavy
     },
     "patterncache": {
         "__init__": 1,  # public names are lazy

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longattn.attention.schedules.call_extents import CallExtents, dtensor_module
 from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.layouts import Spans, take
-from longattn.attention.schedules.whereabouts import Whereabouts, dtensor_module
 from longattn.patterncache import Pattern, Rectangle, Span
 
 
@@ -39,7 +39,7 @@ def attention_weights(
 
 
 def weights_of(
-    where: Whereabouts,
+    where: CallExtents,
     q: Tensor,
     k: Tensor,
     pattern: Pattern,
@@ -63,7 +63,7 @@ def weights_of(
     padding = masks["key_padding_mask"]
     extents = where.extents()
     if where.schedule.distributed:
-        gather = partial(where.schedule.gather_keys, nq=where.nq, nk=where.nk, roll=where.roll)
+        gather = partial(where.schedule.gather_keys, nq=where.nq, nk=where.nk, metadata=where.metadata)
         k, padding = gather(k), None if padding is None else gather(padding)
     weigh = _sparse_weights if sparse else _dense_weights
     found = weigh(q, k, pattern, extents.query_spans(), softmax_scale, masks["attention_mask"], padding)

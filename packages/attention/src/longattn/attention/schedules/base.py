@@ -1,8 +1,8 @@
 """`Schedule`: in which order keys arrive.
 
 A schedule cuts the work into shards of queries; to each shard, keys arrive step by step. The forward merges what each step gives; the
-backward goes through the same steps with the merged result, and each step takes its key gradients home. One device is the short case
-of many: one shard, one step. Neither forward nor backward asks which schedule it runs.
+backward goes through the same steps with the merged result, and each step adds its key gradients to those of the rank that owns the
+keys. One device is the short case of many: one shard, one step. Neither forward nor backward asks which schedule it runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.layouts import Spans
-from longattn.attention.schedules.passes import Run, Work
+from longattn.attention.schedules.passes import ScheduleRun, ScheduleWork
 from longattn.patterncache import Span
 from longattn.patterncache.pattern import spec_text
 
@@ -38,8 +38,8 @@ class Schedule(ABC):
             _REGISTRY[name] = cls
 
     @abstractmethod
-    def start(self, work: Work) -> Run:
-        """A pass over the work; process groups begin to talk."""
+    def start(self, work: ScheduleWork) -> ScheduleRun:
+        """A pass over the work; over a process group, its exchanges begin."""
 
     @abstractmethod
     def to_spec(self) -> dict[str, Any]:
@@ -59,28 +59,28 @@ class Schedule(ABC):
         """The rows of a sequence of `length` that this process hands to the forward."""
         return (Span(0, length),)
 
-    def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
-        """What `Work.asked.seed` is to be. Default: the seed. Process groups call the roll, and take rank 0's seed.
+    def exchange_metadata(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
+        """What becomes `ScheduleWork.asked.seed`. Default: the seed. Over a process group: the metadata of all ranks, with rank 0's seed.
 
-        flags: what `extents.mask_flags` says of this rank's masks.
+        flags: `extents.mask_flags` of this rank's masks.
         """
         return seed
 
-    def extents(self, nq: int, nk: int, roll: Tensor | None) -> Extents:
-        """Where this process's rows of q and k, `nq` and `nk` of them, stand in the whole; roll is what `agree` gave.
+    def extents(self, nq: int, nk: int, metadata: Tensor | None) -> Extents:
+        """Where this process's rows of q and k, `nq` and `nk` of them, stand in the whole sequence; metadata is from `exchange_metadata`.
 
         Raises:
-            NotImplementedError: a schedule of one's own over processes that does not say.
+            NotImplementedError: a user's schedule over processes that does not define this.
         """
         if self.distributed:
             raise NotImplementedError(f"{type(self).__name__} must define extents() for what depends on positions")
         return Extents.of_whole(nq, nk)
 
-    def gather_keys(self, x: Tensor, nq: int, nk: int, roll: Tensor | None) -> Tensor:
+    def gather_keys(self, x: Tensor, nq: int, nk: int, metadata: Tensor | None) -> Tensor:
         """All rows of the whole sequence of keys, in order, from this rank's rows (batch, nk, ...); differentiable.
 
         Raises:
-            NotImplementedError: a schedule of one's own over processes that does not say.
+            NotImplementedError: a user's schedule over processes that does not define this.
         """
         if self.distributed:
             raise NotImplementedError(f"{type(self).__name__} must define gather_keys() for weights")
@@ -88,15 +88,15 @@ class Schedule(ABC):
 
     @property
     def ranks(self) -> int:
-        """Rows of what `call_roll` returns."""
+        """Rows of what `gather_metadata` returns."""
         return 0
 
-    def call_roll(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
+    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
         """What `longattn::roll_call` is for this schedule: (ranks, 4) int64."""
         raise NotImplementedError(f"{type(self).__name__} has no process group")
 
     def canonical(self) -> str:
-        """The canonical string: equal for equal schedules. Kept with the schedule."""
+        """The canonical string: equal for equal schedules. Built once."""
         kept = self.__dict__.get("_canonical")
         if kept is None:
             kept = spec_text([self.name, self.to_spec()])

@@ -9,14 +9,14 @@ from typing import Any, Self
 from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule
-from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work, query_spans
+from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun, ScheduleWork, query_spans
 from longattn.patterncache import Span
 
 
-class _LocalRun(Run):
+class _LocalRun(ScheduleRun):
     one_step = True
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: ScheduleWork) -> None:
         self.work = work
         self.seed, self.mask, self.bias = work.asked.seed, work.mask, work.bias
         self._dk, self._dv = GradientSum(work.k), GradientSum(work.v)
@@ -25,11 +25,11 @@ class _LocalRun(Run):
         self._dk.add(dk)
         self._dv.add(dv)
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self) -> Iterator[QueryShard]:
         work, nq, nk = self.work, self.work.queries[0].shape[1], self.work.k.shape[1]
-        step = Step(work.k, work.v, work.padding, (Span(0, nk),), self._give)
+        step = KeyStep(work.k, work.v, work.padding, (Span(0, nk),), self._give)
         total, first, count = work.asked.heads
-        yield Shard(work.queries, query_spans(work.asked, nq, nk), iter((step,)), None, (total, first, count))
+        yield QueryShard(work.queries, query_spans(work.asked, nq, nk), iter((step,)), None, (total, first, count))
 
     def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         return parts[0]
@@ -42,7 +42,7 @@ class _LocalRun(Run):
 class Local(Schedule, name="local"):
     """Everything is here: one shard, one step."""
 
-    def start(self, work: Work) -> Run:
+    def start(self, work: ScheduleWork) -> ScheduleRun:
         """A run with q as it is, and all of k and v."""
         return _LocalRun(work)
 

@@ -1,6 +1,6 @@
-"""`longattn::roll_call` and `longattn::row_positions`: what ranks tell one another before a call, and where rows stand, as ops.
+"""`longattn::roll_call` and `longattn::row_positions`: the metadata that ranks exchange before a call, and where rows stand, as ops.
 
-In traced code both are opaque: a graph serves any lengths.
+Both are opaque to traced code, so that a graph serves any lengths.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ LIBRARY.define("row_positions(Tensor? roll, SymInt nq, SymInt nk, SymInt? start,
 
 
 def _roll_call(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
-    return parse_schedule(schedule).call_roll(nq, nk, flags, 0 if seed is None else int(seed))
+    return parse_schedule(schedule).gather_metadata(nq, nk, flags, 0 if seed is None else int(seed))
 
 
 def _roll_call_fake(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
     return torch.empty((parse_schedule(schedule).ranks, COLUMNS), dtype=torch.int64, device="cpu")
 
 
-def _row_positions(roll: Tensor | None, nq: int, nk: int, start: int | None, schedule: str) -> tuple[Tensor, Tensor]:
-    extents = parse_schedule(schedule).extents(nq, nk, roll)
+def _row_positions(
+    metadata: Tensor | None, nq: int, nk: int, start: int | None, schedule: str
+) -> tuple[Tensor, Tensor]:
+    extents = parse_schedule(schedule).extents(nq, nk, metadata)
     return row_numbers(extents.q_rows) + extents.first_query(start), row_numbers(extents.k_rows)
 
 
 def _row_positions_fake(
-    roll: Tensor | None, nq: int, nk: int, start: int | None, schedule: str
+    metadata: Tensor | None, nq: int, nk: int, start: int | None, schedule: str
 ) -> tuple[Tensor, Tensor]:
     return tuple(torch.empty(n, dtype=torch.int64, device="cpu") for n in (nq, nk))  # type: ignore[return-value]
 

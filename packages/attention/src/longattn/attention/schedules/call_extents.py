@@ -1,4 +1,4 @@
-"""`Whereabouts`: of a module's call, where its rows stand. Asked once, by whatever in the call depends on positions.
+"""`CallExtents`: where the rows of a module's call stand. Found once a call, for all that depends on positions.
 
 Ranks exchange their lengths for it, unless the schedule was given them. In traced code the lengths are an op's result, and positions
 that of another, `longattn::row_positions` (both in `metadata_op`), so that a graph serves any lengths.
@@ -33,7 +33,7 @@ def is_sharded(x: object) -> bool:
     return hasattr(x, "placements")
 
 
-class Whereabouts:
+class CallExtents:
     """Of one call's query and key.
 
     Attributes:
@@ -52,19 +52,19 @@ class Whereabouts:
         self.schedule = schedule
         self.batch, self.device = here[1].shape[0], here[1].device
         self.nq, self.nk = here[0].shape[1], here[1].shape[1]
-        self._roll: Tensor | None = None
+        self._metadata: Tensor | None = None
         self._asked = False
 
     @property
-    def roll(self) -> Tensor | None:
-        """What ranks said of their lengths, as `Schedule.extents` takes it."""
+    def metadata(self) -> Tensor | None:
+        """The metadata of all ranks, as `Schedule.extents` takes it."""
         if not self._asked:
-            self._roll, self._asked = self.schedule.agree(self.nq, self.nk, 0, None), True
-        return self._roll
+            self._metadata, self._asked = self.schedule.exchange_metadata(self.nq, self.nk, 0, None), True
+        return self._metadata
 
     def extents(self) -> Extents:
         """The call's whole sequence, and what of it is here. Not in traced code."""
-        return self.schedule.extents(self.nq, self.nk, self.roll)
+        return self.schedule.extents(self.nq, self.nk, self.metadata)
 
     def local(self, name: str, x: Any) -> Any:
         """This process's part of the option of that name: of a DTensor, where query is one."""
@@ -75,7 +75,7 @@ class Whereabouts:
     def positions(self, start: int | None) -> tuple[Tensor, Tensor]:
         """Where rows of query and key stand, each (rows,) int64, where the whole's first query stands at `start`; None: the last of keys."""
         if self.schedule.distributed:
-            q, k = torch.ops.longattn.row_positions(self.roll, self.nq, self.nk, start, self.schedule.canonical())
+            q, k = torch.ops.longattn.row_positions(self.metadata, self.nq, self.nk, start, self.schedule.canonical())
             return q.to(self.device), k.to(self.device)
         q = torch.arange(self.nq, device=self.device) + (self.nk - self.nq if start is None else start)
         return q, torch.arange(self.nk, device=self.device)
