@@ -1,4 +1,4 @@
-"""States as plain data, and back: what pickle, files, other devices and other batches see."""
+"""States as dictionaries, and back: for pickle, files, other devices and other batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from longattn.attention.ring_buffer.clock import Clock
+from longattn.attention.ring_buffer.cursor import Cursor
 from longattn.attention.ring_buffer.linear_ring import LinearRing
 from longattn.attention.ring_buffer.rings import Geometry
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from longattn.attention.ring_buffer.state import RingBufferState
 
 FORMAT = 1
-"""Of the dictionary; a later one may read earlier ones."""
+"""Of the dictionary; a later one may read earlier ones. Its "clocks" are the cursors."""
 
 
-def to_plain(state: RingBufferState) -> dict[str, Any]:
-    """Numbers, lists and tensors that hold what the state holds, slots in use only. Gradients stay behind."""
+def to_dict(state: RingBufferState) -> dict[str, Any]:
+    """The state as numbers, lists and tensors, of slots in use only, without gradients."""
     rings = {"kv": state.kv.main, "kv_evicted": state.kv.evicted, "outputs": state.outputs}
     if state.hidden is not None:
         rings |= {"hidden": state.hidden.main, "hidden_evicted": state.hidden.evicted}
@@ -31,7 +31,7 @@ def to_plain(state: RingBufferState) -> dict[str, Any]:
         "geometry": asdict(state.geometry),
         "batch_size": state.batch_size,
         "dtype": str(state.dtype).removeprefix("torch."),
-        "clocks": [asdict(clock) for clock in state.clocks],
+        "clocks": [asdict(cursor) for cursor in state.cursors],
         "rings": used,
     }
 
@@ -39,29 +39,29 @@ def to_plain(state: RingBufferState) -> dict[str, Any]:
 def _used(name: str, ring: LinearRing, state: RingBufferState) -> Tensor:
     """A copy of the slots that were ever written, without the padding of rows."""
     evicted = max(
-        0, *(c.position - state.geometry.buffer_size for c in state.clocks), *(c.restorable for c in state.clocks)
+        0, *(c.position - state.geometry.buffer_size for c in state.cursors), *(c.restorable for c in state.cursors)
     )
     tokens = {
         "kv": state.held,
         "hidden": state.held,
-        "outputs": max(max(c.fed, c.fed_restorable) for c in state.clocks),
+        "outputs": max(max(c.fed, c.fed_restorable) for c in state.cursors),
     }
     count = min(ring.slots, tokens.get(name, ring.slots if evicted else 0))
-    if name == "outputs" and any(c.fed_restorable for c in state.clocks):
+    if name == "outputs" and any(c.fed_restorable for c in state.cursors):
         count = ring.slots
     return ring.storage[:, :, :, :count, : ring.head_dim].detach().clone()
 
 
-def from_plain(
+def from_dict(
     kind: type[RingBufferState],
     saved: dict[str, Any],
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> RingBufferState:
-    """The state that `to_plain` described, in memory of its own.
+    """The state that `to_dict` described, in memory of its own.
 
     Args:
-        saved: from `to_plain`, its tensors on any device. device, dtype: default those of `saved`.
+        saved: from `to_dict`, its tensors on any device. device, dtype: default those of `saved`.
 
     Raises:
         ValueError: something is missing or does not fit.
@@ -74,7 +74,7 @@ def from_plain(
     rings: dict[str, Tensor] = saved["rings"]
     place = rings["kv"].device if device is None else device
     state = kind(Geometry(**saved["geometry"]), saved["batch_size"], dtype or getattr(torch, saved["dtype"]), place)
-    state.clocks = [Clock(**clock) for clock in saved["clocks"]]
+    state.cursors = [Cursor(**cursor) for cursor in saved["clocks"]]
     if "hidden" in rings:
         state.track_hidden()
     if "outputs" in rings:
@@ -107,7 +107,7 @@ def cat(states: Sequence[RingBufferState]) -> RingBufferState:
                 raise ValueError(f"states must have one {name}, {getattr(first, name)}, got {getattr(other, name)}")
     whole = type(first)(first.geometry, sum(s.batch_size for s in states), first.dtype, first.device)
     whole.owner = first.owner
-    whole.clocks = [c.clone() for s in states for c in (s.clocks * s.batch_size if s.uniform else s.clocks)]
+    whole.cursors = [c.clone() for s in states for c in (s.cursors * s.batch_size if s.uniform else s.cursors)]
     # Slots that only some rows hold are zero in the others.
     whole.kv.main.clear(0, whole.held)
     if any(s.hidden is not None for s in states):
@@ -116,7 +116,7 @@ def cat(states: Sequence[RingBufferState]) -> RingBufferState:
         whole.ready_outputs()
     row = 0
     for state in states:
-        _fill(whole, to_plain(state)["rings"], slice(row, row + state.batch_size))
+        _fill(whole, to_dict(state)["rings"], slice(row, row + state.batch_size))
         row += state.batch_size
     whole.settle()
     return whole
