@@ -49,7 +49,7 @@ def weights_of(
 ) -> Tensor:
     """The weights of a module's call: this process's rows of queries, and all keys of the whole sequence as columns.
 
-    Keys of other ranks are gathered, and their gradients go home. Of DTensors, a DTensor with its rows sharded as theirs.
+    Keys of other ranks are gathered, and their gradients return to them. Of DTensors, a DTensor with its rows sharded as theirs.
 
     Raises:
         ValueError: sparse weights of DTensors.
@@ -66,8 +66,8 @@ def weights_of(
         gather = partial(where.schedule.gather_keys, nq=where.nq, nk=where.nk, metadata=where.metadata)
         k, padding = gather(k), None if padding is None else gather(padding)
     weigh = _sparse_weights if sparse else _dense_weights
-    found = weigh(q, k, pattern, extents.query_spans(), softmax_scale, masks["attention_mask"], padding)
-    return found if like is None else _placed(found, like, (like.shape[0], like.shape[2], extents.nq, extents.nk))
+    weights = weigh(q, k, pattern, extents.query_spans(), softmax_scale, masks["attention_mask"], padding)
+    return weights if like is None else _placed(weights, like, (like.shape[0], like.shape[2], extents.nq, extents.nk))
 
 
 def _dense_weights(*asked: Any) -> Tensor:
