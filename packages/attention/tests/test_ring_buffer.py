@@ -317,7 +317,7 @@ def test_memory_is_constant():
     for step in range(50):
         module(*tokens(1, seed=step), is_decoder=True, buffer_state=state)
     assert (state.kv.main.storage.data_ptr(), state.outputs.storage.data_ptr(), state.nbytes) == before
-    assert len(state.clocks[0].decoded) == 1
+    assert len(state.cursors[0].decoded) == 1
 
 
 @pytest.mark.parametrize("head_dim", [3, 16, 40])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longattn.attention import RingBufferAttention, RingBufferConfig
-from longattn.attention.ring_buffer.positions import for_sinks, turn
+from longattn.attention.ring_buffer.positions import rotate_features, rotate_for_sinks
 from longattn.attention.ring_buffer.testing import StreamModel
 
 
@@ -22,7 +22,7 @@ def test_a_stream_is_what_places_in_the_cache_give(options):
     for n in (1, 9, 4, *[1] * 20):
         bare = torch.randn(3, 2, n, 2, 8, dtype=torch.float64)
         at = torch.arange(position, position + n)
-        q, k, v = turn(bare[0], at, config), turn(bare[1], at, config), bare[2]
+        q, k, v = rotate_features(bare[0], at, config), rotate_features(bare[1], at, config), bare[2]
         decode = position > 13
         out = module(q, k, v, is_decoder=decode, buffer_state=state)
         out, state = (out, state) if decode else out
@@ -38,10 +38,10 @@ def test_turning_is_a_rotation_of_pairs(interleaved):
     part = x[..., :6]
     pairs = part.unflatten(-1, (3, 2)) if interleaved else part.unflatten(-1, (2, 3)).transpose(-1, -2)
     angle = at[:, None] * 100.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
-    turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle)[None, :, None]
-    back = torch.view_as_real(turned)
+    rotated = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle)[None, :, None]
+    back = torch.view_as_real(rotated)
     expected = back.flatten(-2) if interleaved else back.transpose(-1, -2).flatten(-2)
-    got = turn(x, at, config)
+    got = rotate_features(x, at, config)
     torch.testing.assert_close(got[..., :6], expected)
     assert torch.equal(got[..., 6:], x[..., 6:])
 
@@ -52,9 +52,9 @@ def test_far_down_a_stream_sinks_are_exact():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 64, dtype=torch.float64)
     at = torch.tensor([1_000_000])
-    seen = for_sinks(turn(q, at, config).float(), at, config)
-    score = (seen * turn(k, torch.tensor([1]), config).float()).sum()
-    expected = (turn(q, torch.tensor([7]), config) * turn(k, torch.tensor([1]), config)).sum()
+    seen = rotate_for_sinks(rotate_features(q, at, config).float(), at, config)
+    score = (seen * rotate_features(k, torch.tensor([1]), config).float()).sum()
+    expected = (rotate_features(q, torch.tensor([7]), config) * rotate_features(k, torch.tensor([1]), config)).sum()
     torch.testing.assert_close(score.double(), expected, atol=1e-5, rtol=1e-5)
 
 

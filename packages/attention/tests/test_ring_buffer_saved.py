@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longattn.attention import RingBufferAttention, RingBufferConfig, RingBufferState
-from longattn.attention.ring_buffer.plain import from_plain
 from longattn.attention.ring_buffer.saved import MOST_TOKENS
+from longattn.attention.ring_buffer.serialization import from_dict
 from longattn.attention.ring_buffer.testing import stale_slots_hold_nan
 
 SIZES = {"num_heads": 4, "head_dim": 4, "buffer_size": 4, "sinks": 1, "max_rewind": 3}
@@ -227,4 +227,4 @@ def test_a_state_goes_to_a_floating_dtype():
     saved = state.state_dict()
     saved["rings"] = {name: ring.to("meta") for name, ring in saved["rings"].items()}
     with pytest.raises(ValueError, match="saved.rings must hold data to go to cpu, got tensors on meta"):
-        from_plain(RingBufferState, saved, torch.device("cpu"))
+        from_dict(RingBufferState, saved, torch.device("cpu"))

@@ -71,8 +71,10 @@ if TYPE_CHECKING:
         AllGather,
     )
     from longattn.attention.schedules.base import (
-        Local,
         Schedule,
+    )
+    from longattn.attention.schedules.local import (
+        Local,
     )
     from longattn.attention.schedules.ring import (
         Ring,
@@ -110,7 +112,7 @@ _HOME = {
     "ImprovedDilatedAttentionV2": "presets",
     "ImprovedMultiheadDilatedAttention": "multihead_presets",
     "ImprovedMultiheadDilatedAttentionV2": "multihead_presets",
-    "Local": "schedules.base",
+    "Local": "schedules.local",
     "LongNet": "models.longnet",
     "MultiheadDilatedAttention": "multihead_presets",
     "MultiheadPatternAttention": "multihead",

@@ -8,9 +8,9 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from longattn.attention.schedules.call_extents import CallExtents
 from longattn.attention.schedules.extents import row_numbers
 from longattn.attention.schedules.layouts import take
-from longattn.attention.schedules.whereabouts import Whereabouts
 from longattn.attention.sequences.left_padding import check_positions_start
 from longattn.attention.sequences.varlen import documents_of, query_spans, refuse_traced
 from longattn.attention.validate import check_start, refuse_unknown
@@ -53,7 +53,7 @@ def refuse_weights(x: Tensor, given: dict[str, Any]) -> None:
         )
 
 
-def positions(where: Whereabouts, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def positions(where: CallExtents, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Where the rows of a call's query and key stand: each (rows,), or (batch, rows) with `positions_start`.
 
     Raises:
@@ -76,7 +76,7 @@ def positions(where: Whereabouts, given: dict[str, Any]) -> tuple[Tensor, Tensor
     return q, k
 
 
-def hidden_rows(where: Whereabouts, key_padding_mask: object, given: dict[str, Any]) -> Tensor | None:
+def hidden_rows(where: CallExtents, key_padding_mask: object, given: dict[str, Any]) -> Tensor | None:
     """(batch, keys) bool: rows of this process's key that nobody sees; None: none, or a mask that is refused later, by name.
 
     Raises:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any, Literal, Never, overload
 
 import torch
 from torch import Tensor
 
 from longattn.attention.schedules import op as scheduled_op
-from longattn.attention.schedules.base import Local, Schedule, check_schedule_argument
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.call_extents import dtensor_module, is_sharded
 from longattn.attention.schedules.extents import Extents, mask_flags
-from longattn.attention.schedules.whereabouts import is_sharded
+from longattn.attention.schedules.local import Local, check_schedule_argument
 from longattn.attention.sequences.varlen import packed_call, ragged_attention
 from longattn.attention.validate import check_bool, check_pattern_argument, check_start, refuse_unknown
 from longattn.kernels import Environment
@@ -212,7 +212,7 @@ def pattern_attention(
         }
         whole = functools.partial(pattern_attention, return_lse=True)
         if sharded:
-            attend_sharded = import_module("longattn.attention.schedules.dtensor").sharded_attention
+            attend_sharded = dtensor_module().sharded_attention
             found = attend_sharded(whole, q, k, v, options | {"positions_start": positions_start})
         else:
             check_pattern_argument(pattern)
@@ -237,11 +237,11 @@ def pattern_attention(
     seed = as_seed(seed) if check_dropout("dropout_p", dropout_p) else None
     nq, nk = q.shape[1], k.shape[1]
     _check_mask(attention_mask, q, k, schedule)
-    # Asked once a call: lengths of the whole, and one seed: shards and steps drop the same pairs.
-    roll = schedule.agree(nq, nk, mask_flags(key_padding_mask, attention_mask, nq), seed)
+    # Exchanged once a call: lengths of the whole sequence, and one seed, so that all shards and steps drop the same pairs.
+    metadata = schedule.exchange_metadata(nq, nk, mask_flags(key_padding_mask, attention_mask, nq), seed)
     if cu_seqlens is not None or cu_seqlens_q is not None:
         # Of a schedule in one process, all rows are here.
-        extents = schedule.extents(nq, nk, roll) if schedule.distributed else Extents.of_whole(nq, nk)
+        extents = schedule.extents(nq, nk, metadata) if schedule.distributed else Extents.of_whole(nq, nk)
         pattern, q_spans = packed_call(q, k, pattern, start, cu_seqlens, cu_seqlens_q, extents)
     k_spans: list[int] = []
     if not schedule.distributed:
@@ -252,7 +252,7 @@ def pattern_attention(
     asked = OpArguments(
         None if floating else attention_mask,
         key_padding_mask,
-        roll,
+        metadata,
         pattern.canonical(),
         q_spans,
         k_spans,

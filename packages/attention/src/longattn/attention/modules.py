@@ -8,8 +8,9 @@ from torch import Tensor
 
 from longattn.attention.arguments import CallOptions, given_options, refuse_weights
 from longattn.attention.functional import pattern_attention
-from longattn.attention.schedules.base import Local, Schedule
-from longattn.attention.schedules.whereabouts import Whereabouts
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.call_extents import CallExtents
+from longattn.attention.schedules.local import Local
 from longattn.attention.validate import (
     check_bool,
     check_pattern_argument,
@@ -127,7 +128,7 @@ class PatternAttention(WiredModule):
     ) -> Tensor:
         """The weights of such a call, (batch, heads, Nq, Nk) in query's dtype: dense, or sparse COO with `sparse_weights`."""
         masks = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
-        where = Whereabouts(query, key, self.schedule)
+        where = CallExtents(query, key, self.schedule)
         return weights_of(
             where, query, key, self.pattern_for(is_causal), self.softmax_scale, masks, self.sparse_weights
         )

@@ -11,7 +11,7 @@ from longattn.attention.arguments import CallOptions, given_options, hidden_rows
 from longattn.attention.models.projections import ProjectedModule
 from longattn.attention.modules import PatternAttention
 from longattn.attention.schedules.base import Schedule
-from longattn.attention.schedules.whereabouts import Whereabouts, on_local
+from longattn.attention.schedules.call_extents import CallExtents, on_local
 from longattn.attention.sequences.rotary import rotate
 from longattn.attention.sequences.varlen import jagged_like, pack_jagged, refuse_jagged_shards
 from longattn.attention.validate import (
@@ -153,7 +153,7 @@ class MultiheadPatternAttention(ProjectedModule):
             return jagged_like(query, self(q, k, k if value is key else packed[2], is_causal, **given, **ends))
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_embedded(name, x, self.embed_dim, self._dtype())
-        where = Whereabouts(query, key, self.attention.schedule)
+        where = CallExtents(query, key, self.attention.schedule)
         hidden = hidden_rows(where, key_padding_mask, given)
         query, key, value = _zero_padded(query, key, value, hidden)
         q, k, v = self._project(query, key, value)

@@ -11,7 +11,8 @@ from longattn.attention.functional import pattern_attention
 from longattn.attention.integrations.catalog import MULTIHEAD_PRESETS, PRESET_FLAGS, PRESETS
 from longattn.attention.modules import PatternAttention
 from longattn.attention.multihead import MultiheadPatternAttention
-from longattn.attention.schedules.base import Local, Schedule
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.local import Local
 from longattn.attention.sparse_config import SparsePatternConfig
 from longattn.patterncache import Pattern
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longattn.attention.schedules.call_extents import CallExtents, dtensor_module
 from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.layouts import Spans, take
-from longattn.attention.schedules.whereabouts import Whereabouts
 from longattn.patterncache import Pattern, Rectangle, Span
 
 
@@ -40,7 +39,7 @@ def attention_weights(
 
 
 def weights_of(
-    where: Whereabouts,
+    where: CallExtents,
     q: Tensor,
     k: Tensor,
     pattern: Pattern,
@@ -50,7 +49,7 @@ def weights_of(
 ) -> Tensor:
     """The weights of a module's call: this process's rows of queries, and all keys of the whole sequence as columns.
 
-    Keys of other ranks are gathered, and their gradients go home. Of DTensors, a DTensor with its rows sharded as theirs.
+    Keys of other ranks are gathered, and their gradients return to them. Of DTensors, a DTensor with its rows sharded as theirs.
 
     Raises:
         ValueError: sparse weights of DTensors.
@@ -64,11 +63,11 @@ def weights_of(
     padding = masks["key_padding_mask"]
     extents = where.extents()
     if where.schedule.distributed:
-        gather = partial(where.schedule.gather_keys, nq=where.nq, nk=where.nk, roll=where.roll)
+        gather = partial(where.schedule.gather_keys, nq=where.nq, nk=where.nk, metadata=where.metadata)
         k, padding = gather(k), None if padding is None else gather(padding)
     weigh = _sparse_weights if sparse else _dense_weights
-    found = weigh(q, k, pattern, extents.query_spans(), softmax_scale, masks["attention_mask"], padding)
-    return found if like is None else _placed(found, like, (like.shape[0], like.shape[2], extents.nq, extents.nk))
+    weights = weigh(q, k, pattern, extents.query_spans(), softmax_scale, masks["attention_mask"], padding)
+    return weights if like is None else _placed(weights, like, (like.shape[0], like.shape[2], extents.nq, extents.nk))
 
 
 def _dense_weights(*asked: Any) -> Tensor:
@@ -77,7 +76,7 @@ def _dense_weights(*asked: Any) -> Tensor:
 
 def _placed(weights: Tensor, like: Any, shape: tuple[int, ...]) -> Tensor:
     """(batch, heads, Nq, Nk) of a rank as a DTensor: what is sharded on axis 1 of q is so on axis 2 here."""
-    sharded = import_module("longattn.attention.schedules.dtensor")
+    sharded = dtensor_module()
     return sharded.placed_like(weights, like, shape, sharded.moved(like.placements, {1: 2}))
 
 

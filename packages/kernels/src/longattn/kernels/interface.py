@@ -15,6 +15,7 @@ from longattn.kernels.check import (
     check_qkv,
     check_scale,
     check_sinks,
+    refuse_torchscript,
 )
 from longattn.kernels.dispatch.capability import FLOATS, dtype_name
 from longattn.kernels.dispatch.environment import Allocator, TorchAllocator, find_environment
@@ -53,6 +54,7 @@ __all__ = [
     "last_positions",
     "no_second_order",
     "refuse_tangents",
+    "refuse_torchscript",
     "map_backward",
     "map_forward",
     # one rectangle, on real tensors

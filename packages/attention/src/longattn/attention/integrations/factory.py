@@ -17,18 +17,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from longattn.attention.integrations import attention_config as configs
-from longattn.attention.integrations.catalog import MULTIHEAD_PRESETS, PRESETS
+from longattn.attention.integrations.catalog import MULTIHEAD_PRESETS, TABLE
 
 T = TypeVar("T", bound=type[nn.Module])
-
-_PRESET_CONFIGS: dict[str, type[configs.AttentionConfig]] = {
-    "DilatedAttention": configs.DilatedConfig,
-    "ImprovedDilatedAttention": configs.DilatedConfig,
-    "ImprovedDilatedAttentionV2": configs.ManagerConfig,
-    "RingDilatedAttentionV2": configs.RingConfig,
-    "RingDilatedAttentionV3": configs.ResidentConfig,
-    "BlockSparseRingDilatedAttention": configs.BlockSparseConfig,
-}
 
 
 @dataclass(frozen=True)
@@ -36,16 +27,16 @@ class Registered:
     """A kind of attention: its class and its config's, or where to import them from when they are asked for.
 
     Attributes:
-        home: (module, class, config class), or the two classes.
+        source: (module, class, config class), or the two classes.
     """
 
-    home: tuple[str, str, str] | tuple[type[nn.Module], type]
+    source: tuple[str, str, str] | tuple[type[nn.Module], type]
 
     def load(self) -> tuple[type[nn.Module], type]:
         """(class, config class)."""
-        if len(self.home) == 2:
-            return self.home
-        module, constructor, config = self.home
+        if len(self.source) == 2:
+            return self.source
+        module, constructor, config = self.source
         return getattr(import_module(module), constructor), getattr(import_module(module), config)
 
 
@@ -56,7 +47,7 @@ def registered_name(constructor: type | str) -> str:
 
 
 _REGISTRY: dict[str, Registered] = {
-    **{registered_name(name): Registered((cls, _PRESET_CONFIGS[name])) for name, cls in PRESETS.items()},
+    **{registered_name(row.single): Registered((row.single, row.config)) for row in TABLE},
     **{registered_name(name): Registered((cls, configs.MultiheadConfig)) for name, cls in MULTIHEAD_PRESETS.items()},
     "ring_buffer": Registered(("longattn.attention", "RingBufferAttention", "RingBufferConfig")),
 }
@@ -107,10 +98,10 @@ def find_attention(name: object) -> tuple[type[nn.Module], type]:
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {name!r} ({type(name).__name__})")
-    found = _REGISTRY.get(name) or _REGISTRY.get(registered_name(name))
-    if found is None:
+    registered = _REGISTRY.get(name) or _REGISTRY.get(registered_name(name))
+    if registered is None:
         raise ValueError(f"name must be one of {', '.join(_REGISTRY)}, got {name!r}")
-    return found.load()
+    return registered.load()
 
 
 def create_attention(name: str, **options: Any) -> nn.Module:

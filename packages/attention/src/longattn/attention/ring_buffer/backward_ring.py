@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Segment:
+class GradientSegment:
     """The keys and values of one call, (batch, n, kv_heads, head_dim), in their graph; `start` is the first one's position."""
 
     start: int
@@ -22,33 +22,35 @@ class Segment:
         """The position after the last."""
         return self.start + self.k.shape[1]
 
-    def part(self, start: int, stop: int) -> Segment:
+    def part(self, start: int, stop: int) -> GradientSegment:
         """The positions start .. stop of it, as views."""
         first = max(start, self.start)
         count = max(0, min(stop, self.stop) - first)
         if count == self.k.shape[1]:
             return self
-        return Segment(first, self.k.narrow(1, first - self.start, count), self.v.narrow(1, first - self.start, count))
+        return GradientSegment(
+            first, self.k.narrow(1, first - self.start, count), self.v.narrow(1, first - self.start, count)
+        )
 
 
 class BackwardRing:
     """The last tokens of calls that wanted gradients: `capacity` tokens and `calls` calls at most, one after the other.
 
-    Out of place, because autograd must find what it saved: writing to a ring that a graph has seen is an error. What is here is in the
-    forward ring too, without its graph.
+    Out of place, because autograd needs the tensors that it saved: writing to one in place is an error. Tokens of this ring are in the
+    forward ring too, without their graph.
     """
 
     def __init__(self, capacity: int, calls: int) -> None:
         self.capacity, self.calls = capacity, calls
-        self.segments: deque[Segment] = deque()
+        self.segments: deque[GradientSegment] = deque()
 
     @property
     def start(self) -> int | None:
         """The position from which gradients flow; None: nowhere."""
         return self.segments[0].start if self.segments else None
 
-    def append(self, segment: Segment) -> None:
-        """The next call. What is too old leaves; a call that does not follow the last one starts anew."""
+    def append(self, segment: GradientSegment) -> None:
+        """Add the next call. Tokens beyond the capacity leave; a call that does not follow the last one starts anew."""
         if self.segments and self.segments[-1].stop != segment.start:
             self.segments.clear()
         self.segments.append(segment)
@@ -60,8 +62,8 @@ class BackwardRing:
         """Forget the tokens from `position`."""
         self._keep(0, position)
 
-    def between(self, start: int, stop: int) -> list[Segment]:
-        """What is here of the positions start .. stop, oldest first."""
+    def between(self, start: int, stop: int) -> list[GradientSegment]:
+        """The segments of the positions start .. stop that are held, oldest first."""
         parts = (
             segment.part(start, stop) for segment in self.segments if segment.start < stop and segment.stop > start
         )
@@ -70,7 +72,7 @@ class BackwardRing:
     def taken(self, index: Tensor) -> BackwardRing:
         """The rows `index` of the batch, in the same graph."""
         chosen = BackwardRing(self.capacity, self.calls)
-        chosen.segments.extend(Segment(s.start, s.k[index], s.v[index]) for s in self.segments)
+        chosen.segments.extend(GradientSegment(s.start, s.k[index], s.v[index]) for s in self.segments)
         return chosen
 
     def clone(self) -> BackwardRing:

@@ -16,7 +16,7 @@ CACHE_LINE = 64
 """Bytes. Rows of floating numbers begin at a multiple of it, so that no two rows share a line."""
 
 
-class Run(NamedTuple):
+class SlotRun(NamedTuple):
     """`length` neighbouring slots from `slot`, which hold the positions from `position`."""
 
     slot: int
@@ -93,16 +93,16 @@ class LinearRing:
         """Slots in use when `position` tokens were written: the first so many."""
         return min(position, self.slots)
 
-    def runs(self, start: int, stop: int) -> Iterator[Run]:
+    def runs(self, start: int, stop: int) -> Iterator[SlotRun]:
         """Where the positions start .. stop lie, in their order. They are `slots` at most."""
         if start < min(stop, self.prefix):
             count = min(stop, self.prefix) - start
-            yield Run(start, start, count)
+            yield SlotRun(start, start, count)
             start += count
         while start < stop:
             slot = self.slot(start)
             count = min(stop - start, self.slots - slot)
-            yield Run(slot, start, count)
+            yield SlotRun(slot, start, count)
             start += count
 
     def write(self, start: int, rows: Sequence[Tensor]) -> None:
@@ -117,7 +117,7 @@ class LinearRing:
                 for plane, new in zip(self.planes, rows, strict=True):
                     plane.narrow(2, run.slot, run.length).copy_(new.narrow(2, run.position - start, run.length))
 
-    def read(self, run: Run) -> list[Tensor]:
+    def read(self, run: SlotRun) -> list[Tensor]:
         """The views (batch, heads, count, head_dim) of a run, one for each plane."""
         return [plane.narrow(2, run.slot, run.length) for plane in self.planes]
 

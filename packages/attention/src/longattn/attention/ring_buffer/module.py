@@ -8,8 +8,9 @@ from typing import Any, Never
 import torch
 from torch import Tensor, nn
 
-from longattn.attention.ring_buffer.advance import Options, advance, is_step, step
+from longattn.attention.ring_buffer.advance import Options, advance
 from longattn.attention.ring_buffer.config import RingBufferConfig
+from longattn.attention.ring_buffer.decode import append_and_decode, fits_append_and_decode
 from longattn.attention.ring_buffer.requests import (
     check_fit,
     check_position,
@@ -157,11 +158,11 @@ class RingBufferAttention(nn.Module):
         unasked = unasked and not (dropout_p or needs_weights or output_attentions or unknown)
         if is_decoder is True and unasked and seed is None and requires_grad is None:
             state = self._latest if buffer_state is None else buffer_state
-            if is_step(state, q, k, v, position, self._name):
+            if fits_append_and_decode(state, q, k, v, position, self._name):
                 if self._latest is not state:
                     # Module.__setattr__ takes as long as an operation.
                     self._latest = state
-                return step(self.config, state, q, k, v)  # type: ignore[arg-type]
+                return append_and_decode(self.config, state, q, k, v)  # type: ignore[arg-type]
         refuse_unknown("RingBufferAttention()", unknown)
         if att_mask is not None and attention_mask is not None:
             raise TypeError("att_mask and attention_mask are one thing: give one of them")

@@ -1,4 +1,4 @@
-"""`Part`: keys and values at neighbouring positions, and where a call finds them."""
+"""`Part`: keys and values at neighbouring positions; a call attends to one after the other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 def earlier_keys(rings: Rings, causal: bool) -> list[tuple[int, int]]:
     """[start, stop) of the positions before the call that one of its queries sees: sinks, then the window. Uniform rings only."""
-    position, g = rings.clocks[0].position, rings.geometry
+    position, g = rings.cursors[0].position, rings.geometry
     oldest = max(g.sinks, position - g.buffer_size + (1 if causal else 0))
     return [(0, min(g.sinks, position)), (oldest, max(oldest, position))]
 
@@ -49,26 +49,26 @@ def attended_before(rings: Rings, causal: bool) -> int:
 
 
 def gather_parts(rings: Rings, k: Tensor, v: Tensor, causal: bool, grad: bool) -> list[Part]:
-    """The keys of a call in position order: those that the rings hold, as they lie, then its own.
+    """The keys of a call in position order: views of those that the rings hold, then its own.
 
     Args:
         rings: uniform, before the call's tokens are appended.
         k, v: (batch, n, kv_heads, head_dim), the call's own.
-        grad: whether autograd will look at the parts; then they are copies, or tensors of the backward ring, and the window is one part.
+        grad: whether autograd will save the parts; then they are copies, or tensors of the backward ring, and the window is one part.
     """
-    position, sinks = rings.clocks[0].position, rings.geometry.sinks
+    position, sinks = rings.cursors[0].position, rings.geometry.sinks
     band = Band(0, rings.geometry.buffer_size - 1) if causal else Band()
-    found: list[tuple[Tensor, Tensor, int]] = []
+    pieces: list[tuple[Tensor, Tensor, int]] = []
     for start, stop in earlier_keys(rings, causal):
-        found += _with_graph(rings, start, stop) if grad else _as_they_lie(rings, start, stop)
+        pieces += _with_graph(rings, start, stop) if grad else _stored(rings, start, stop)
     border = min(max(0, sinks - position), k.shape[1])
     if border:
-        found.append((k[:, :border], v[:, :border], position))
-    found.append((k[:, border:], v[:, border:], position + border))
+        pieces.append((k[:, :border], v[:, :border], position))
+    pieces.append((k[:, border:], v[:, border:], position + border))
     if grad:
-        found = _joined([one for one in found if one[2] < sinks]) + _joined([one for one in found if one[2] >= sinks])
+        pieces = _joined([p for p in pieces if p[2] < sinks]) + _joined([p for p in pieces if p[2] >= sinks])
     parts, column = [], 0
-    for keys, values, start in found:
+    for keys, values, start in pieces:
         if keys.shape[1]:
             sink = start < sinks
             parts.append(Part(keys, values, start, column, Band(0, None) if sink and causal else band, sink))
@@ -76,7 +76,7 @@ def gather_parts(rings: Rings, k: Tensor, v: Tensor, causal: bool, grad: bool) -
     return parts
 
 
-def _as_they_lie(rings: Rings, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+def _stored(rings: Rings, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, int]]:
     main = rings.kv.main
     for run in main.runs(start, stop):
         keys, values = (x.transpose(1, 2) for x in main.read(run))
@@ -86,16 +86,16 @@ def _as_they_lie(rings: Rings, start: int, stop: int) -> Iterator[tuple[Tensor, 
 def _with_graph(rings: Rings, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, int]]:
     flows = rings.backward.start
     border = stop if flows is None else min(max(flows, start), stop)
-    for keys, values, position in _as_they_lie(rings, start, border):
-        # The ring is written in place before backward looks. What is joined with other keys is copied there; sinks may stand alone.
+    for keys, values, position in _stored(rings, start, border):
+        # The ring is written in place before a backward reads it. Joined keys are copied by joining; sinks may be a part of their own.
         alone = position < rings.geometry.sinks
         yield (keys.clone(), values.clone(), position) if alone else (keys, values, position)
     for segment in rings.backward.between(border, stop):
         yield segment.k, segment.v, segment.start
 
 
-def _joined(found: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor, int]]:
-    if len(found) < 2:
-        return found
-    keys, values, starts = zip(*found, strict=True)
+def _joined(pieces: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor, int]]:
+    if len(pieces) < 2:
+        return pieces
+    keys, values, starts = zip(*pieces, strict=True)
     return [(torch.cat(keys, 1), torch.cat(values, 1), starts[0])]

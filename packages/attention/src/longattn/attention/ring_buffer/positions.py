@@ -1,8 +1,8 @@
-"""Rotary positions, and where sinks are seen from.
+"""Rotary positions under positions="cache", where the distance to sinks is bounded.
 
 With positions="cache" (StreamingLLM, Xiao et al. 2023, section 3.2) positions count places in the cache. Between tokens of the window
 they differ by what their absolute positions differ by, so absolute rotary positions serve: only to sinks, which stay while the window
-moves on, the distance stops growing. Turning a query back by the number of evicted tokens is turning the sinks forward by it.
+moves on, the distance stops growing. Rotating a query back by the number of evicted tokens equals rotating the sinks forward by it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from longattn.attention.ring_buffer.config import RingBufferConfig
 from longattn.attention.sequences.rotary import rotate
 
 
-def turn(x: Tensor, positions: Tensor, config: RingBufferConfig) -> Tensor:
-    """x (batch, seq, heads, head_dim) turned by `positions`, (seq,) or (batch, seq), negative ones back, as `config` pairs features."""
+def rotate_features(x: Tensor, positions: Tensor, config: RingBufferConfig) -> Tensor:
+    """x (batch, seq, heads, head_dim) rotated by `positions`, (seq,) or (batch, seq), negative ones back, as `config` pairs features."""
     dim = x.shape[-1] if config.rotary_dim is None else config.rotary_dim
     part, rest = x[..., :dim], x[..., dim:]
     if config.rotary_interleaved:
@@ -26,7 +26,7 @@ def turn(x: Tensor, positions: Tensor, config: RingBufferConfig) -> Tensor:
     return torch.cat((part, rest), -1) if rest.shape[-1] else part
 
 
-def for_sinks(q: Tensor, positions: Tensor, config: RingBufferConfig) -> Tensor:
+def rotate_for_sinks(q: Tensor, positions: Tensor, config: RingBufferConfig) -> Tensor:
     """Queries (batch, seq, heads, head_dim) at absolute `positions` (seq,) or (batch, seq) as sinks see them under positions="cache"."""
     evicted = (positions - (config.sinks + config.buffer_size - 1)).clamp_min(0)
-    return turn(q, -evicted, config)
+    return rotate_features(q, -evicted, config)

@@ -1,4 +1,4 @@
-"""What a call of `RingBufferAttention` asks, checked once against its config and state. A refused call has changed nothing."""
+"""The arguments of a call of `RingBufferAttention`, checked once against its config and state. A refused call has changed nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Rings`: the three rings of a ring-buffer attention, their clocks, and what calls do to them."""
+"""`Rings`: the three rings of a ring-buffer attention, their cursors, and how calls change them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from longattn.attention.ring_buffer.backward_ring import BackwardRing, Segment
-from longattn.attention.ring_buffer.clock import Clock
-from longattn.attention.ring_buffer.linear_ring import LinearRing, Run
+from longattn.attention.ring_buffer.backward_ring import BackwardRing, GradientSegment
+from longattn.attention.ring_buffer.cursor import Cursor
+from longattn.attention.ring_buffer.linear_ring import LinearRing, SlotRun
 from longattn.attention.ring_buffer.window_ring import WindowRing
 
 
@@ -28,9 +28,9 @@ class Geometry:
 
 
 class Rings:
-    """Keys and values, keys and values that carry gradients, and outputs; and how far each row of the batch is.
+    """The rings of keys and values, of those that carry gradients, and of outputs; and how far each row of the batch is.
 
-    Invariants: there is one clock, or one for each row of the batch. Slots of a row that hold nothing are zero where another row's
+    Invariants: there is one cursor, or one for each row of the batch. Slots of a row that hold nothing are zero where another row's
     slots of that number hold something. Keys and values of padding are zero.
 
     Args:
@@ -39,7 +39,7 @@ class Rings:
     Attributes:
         kv: the forward ring, planes keys and values. hidden: which tokens are padding, or None: none was ever given.
         outputs: the feedback ring, or None: nothing was decoded. backward: the backward ring.
-        clocks: one for each row of the batch, or one for all.
+        cursors: one for each row of the batch, or one for all.
     """
 
     def __init__(self, geometry: Geometry, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class Rings:
         self.hidden: WindowRing | None = None
         self.outputs: LinearRing | None = None
         self.backward = BackwardRing(g.buffer_size, g.bptt_calls)
-        self.clocks = [Clock()]
+        self.cursors = [Cursor()]
 
     @property
     def batch_size(self) -> int:
@@ -60,13 +60,13 @@ class Rings:
     @property
     def uniform(self) -> bool:
         """Whether all rows of the batch stand at one position."""
-        return len(self.clocks) == 1
+        return len(self.cursors) == 1
 
     @property
     def held(self) -> int:
         """Slots of the forward ring in use, in the row that uses most: the first so many."""
         slots = self.kv.main.slots
-        return min(slots, self.clocks[0].position if len(self.clocks) == 1 else max(c.position for c in self.clocks))
+        return min(slots, self.cursors[0].position if len(self.cursors) == 1 else max(c.position for c in self.cursors))
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, hidden: Tensor | None, grad: bool = False) -> None:
@@ -79,27 +79,27 @@ class Rings:
         if not grad:
             self.backward.segments.clear()
         elif self.uniform and self.backward.calls:
-            self.backward.append(Segment(self.clocks[0].position, k, v))
+            self.backward.append(GradientSegment(self.cursors[0].position, k, v))
         rows = [x.detach().transpose(1, 2) for x in (k, v)]
         if hidden is None and self.hidden is not None:
             hidden = torch.zeros(k.shape[:2], dtype=torch.bool, device=k.device)
         n = k.shape[1]
         if not self.uniform:
             # Slots that only some rows hold are zero in the others: 0 * NaN is NaN.
-            ahead = max(self.kv.main.held(c.position + n) for c in self.clocks)
+            ahead = max(self.kv.main.held(c.position + n) for c in self.cursors)
             self.kv.main.clear(self.held, ahead)
         both = ((self.kv, rows), (self.hidden, None if hidden is None else [hidden[:, None, :, None]]))
         for ring, new in both:
             if ring is None or new is None:
                 continue
             if n == 1 and not self.uniform:
-                ring.append_each([c.position for c in self.clocks], new)
+                ring.append_each([c.position for c in self.cursors], new)
                 continue
-            for index, clock in enumerate(self.clocks):
+            for index, cursor in enumerate(self.cursors):
                 part = slice(None) if self.uniform else slice(index, index + 1)
-                ring.of(part).append(clock.position, [x[part] for x in new])
-        for clock in self.clocks:
-            clock.position += n
+                ring.of(part).append(cursor.position, [x[part] for x in new])
+        for cursor in self.cursors:
+            cursor.position += n
 
     def track_hidden(self) -> None:
         """From now on which tokens are padding is kept beside them."""
@@ -112,23 +112,23 @@ class Rings:
                     ring.clear(0, ring.slots)
 
     @torch.no_grad()
-    def hide(self, run: Run, padding: Tensor) -> None:
+    def hide(self, run: SlotRun, padding: Tensor) -> None:
         """Mark tokens that are held, (batch, count) bool, as padding from now on."""
         self.track_hidden()
         assert self.hidden is not None
         self.hidden.main.read(run)[0][:, 0, :, 0].logical_or_(padding)
         self.kv.main.storage.narrow(3, run.slot, run.length).masked_fill_(padding[:, None, :, None], 0)
-        # What its graph holds may be NaN.
+        # Keys in its graph may be NaN where they are padding now.
         self.backward.segments.clear()
 
     @torch.no_grad()
     def feed(self, out: Tensor) -> None:
         """Put the outputs (batch, n, num_heads, head_dim) of the last tokens into the feedback ring; comes after `append`."""
         outputs = self.ready_outputs()
-        for index, clock in enumerate(self.clocks):
+        for index, cursor in enumerate(self.cursors):
             part = slice(None) if self.uniform else slice(index, index + 1)
-            outputs.of(part).write(clock.fed, [out[part].detach().transpose(1, 2)])
-            clock.decode(out.shape[1], self.geometry.buffer_size)
+            outputs.of(part).write(cursor.fed, [out[part].detach().transpose(1, 2)])
+            cursor.decode(out.shape[1], self.geometry.buffer_size)
 
     def ready_outputs(self) -> LinearRing:
         """The feedback ring, made if there is none."""
@@ -140,40 +140,40 @@ class Rings:
         return self.outputs
 
     def row(self, index: int) -> Self:
-        """One row of the batch, in the same memory and with the same clock. Gradients do not flow into earlier calls.
+        """One row of the batch, in the same memory and with the same cursor. Gradients do not flow into earlier calls.
 
-        Only where there is a clock for each row, and rings that the row may need are there.
+        Only where there is a cursor for each row, and rings that the row may need are there.
         """
         assert not self.uniform
         part = self.alias()
         at = slice(index, index + 1)
-        part.kv, part.clocks = self.kv.of(at), [self.clocks[index]]
+        part.kv, part.cursors = self.kv.of(at), [self.cursors[index]]
         part.hidden = None if self.hidden is None else self.hidden.of(at)
         part.outputs = None if self.outputs is None else self.outputs.of(at)
         part.backward = BackwardRing(self.geometry.buffer_size, 0)
         return part
 
     def alias(self) -> Self:
-        """The same rings and clocks under a second name."""
+        """A second object over the same rings and cursors."""
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
 
     def settle(self) -> None:
-        """One clock for all, where the clocks of all rows agree."""
-        first, *others = self.clocks
+        """One cursor for all, where the cursors of all rows agree."""
+        first, *others = self.cursors
         if all((c.position, c.fed, c.decoded) == (first.position, first.fed, first.decoded) for c in others):
-            first.restorable = max(c.restorable for c in self.clocks)
-            first.fed_restorable = max(c.fed_restorable for c in self.clocks)
-            self.clocks = [first]
+            first.restorable = max(c.restorable for c in self.cursors)
+            first.fed_restorable = max(c.fed_restorable for c in self.cursors)
+            self.cursors = [first]
 
     def check_valid(self) -> None:
         """Assert the invariants; for tests."""
-        assert len(self.clocks) in (1, self.batch_size)
-        for index, clock in enumerate(self.clocks):
+        assert len(self.cursors) in (1, self.batch_size)
+        for index, cursor in enumerate(self.cursors):
             own = slice(None) if self.uniform else slice(index, index + 1)
-            assert clock.position >= 0 and clock.fed >= 0
-            held = self.kv.main.held(clock.position)
+            assert cursor.position >= 0 and cursor.fed >= 0
+            held = self.kv.main.held(cursor.position)
             assert not self.kv.main.storage[:, own, :, held : self.held, : self.geometry.head_dim].any()
             if self.hidden is not None:
                 padding = self.hidden.main.planes[0][own, 0, :held, 0]
@@ -183,4 +183,4 @@ class Rings:
                     .any()
                 )
         if self.backward.segments:
-            assert self.backward.segments[-1].stop == self.clocks[0].position
+            assert self.backward.segments[-1].stop == self.cursors[0].position

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.attention.ring_buffer.clock import Clock
+from longattn.attention.ring_buffer.cursor import Cursor
 from longattn.attention.ring_buffer.rings import Geometry
 from longattn.kernels.interface import FLOATS, dtype_name
 
@@ -33,11 +33,11 @@ class SavedState:
     geometry: Geometry
     batch_size: int
     dtype: torch.dtype
-    clocks: list[Clock]
+    clocks: list[Cursor]
     rings: dict[str, Tensor]
 
 
-def used_slots(geometry: Geometry, clocks: list[Clock]) -> dict[str, int]:
+def used_slots(geometry: Geometry, clocks: list[Cursor]) -> dict[str, int]:
     """How many slots of each ring are saved, by the ring's name: the first so many."""
     held = min(geometry.sinks + geometry.buffer_size, max(c.position for c in clocks))
     overwritten = any(c.fed_restorable for c in clocks)
@@ -47,7 +47,7 @@ def used_slots(geometry: Geometry, clocks: list[Clock]) -> dict[str, int]:
     return {"kv": held, "kv_evicted": evicted, "outputs": outputs, "hidden": held, "hidden_evicted": evicted}
 
 
-def clear_unused(name: str, slots: Tensor, geometry: Geometry, clocks: list[Clock]) -> None:
+def clear_unused(name: str, slots: Tensor, geometry: Geometry, clocks: list[Cursor]) -> None:
     """Zero what no call can read of a ring's saved slots, in place: it was never written, or belongs to tokens that are gone.
 
     slots: (planes, batch, heads, slots, head_dim).
@@ -113,13 +113,13 @@ def _nbytes(geometry: Geometry, batch_size: int, dtype: torch.dtype) -> int:
     return max(1, batch_size) * row * (kept + g.num_heads * g.buffer_size)
 
 
-def _clocks(saved: object, geometry: Geometry, batch_size: int) -> list[Clock]:
+def _clocks(saved: object, geometry: Geometry, batch_size: int) -> list[Cursor]:
     if not isinstance(saved, (list, tuple)) or len(saved) not in (1, batch_size) or not saved:
         raise ValueError(f"saved.clocks must list one clock, or one for each of {batch_size} rows, got {_shown(saved)}")
     return [_clock(f"saved.clocks[{index}]", clock, geometry) for index, clock in enumerate(saved)]
 
 
-def _clock(name: str, saved: object, geometry: Geometry) -> Clock:
+def _clock(name: str, saved: object, geometry: Geometry) -> Cursor:
     counters = ("position", "restorable", "fed", "fed_restorable")
     given = _check_fields(name, saved, (*counters, "decoded"))
     position, restorable, fed, fed_restorable = (_integer(f"{name}.{n}", given[n]) for n in counters)
@@ -137,11 +137,11 @@ def _clock(name: str, saved: object, geometry: Geometry) -> Clock:
         raise ValueError(f"{name}.decoded must rise and end at position={position} at the latest")
     if sum(count for _, count in decoded) > fed:
         raise ValueError(f"{name}.decoded must count at most fed={fed} tokens")
-    return Clock(position, restorable, fed, fed_restorable, decoded)
+    return Cursor(position, restorable, fed, fed_restorable, decoded)
 
 
 def _rings(
-    saved: object, geometry: Geometry, batch_size: int, dtype: torch.dtype, clocks: list[Clock]
+    saved: object, geometry: Geometry, batch_size: int, dtype: torch.dtype, clocks: list[Cursor]
 ) -> dict[str, Tensor]:
     g, names = geometry, ["kv"]
     # Padding is known only where some call gave it, outputs where something was decoded.

@@ -1,4 +1,4 @@
-"""`RingBufferState`: what a ring-buffer attention remembers, as a value."""
+"""`RingBufferState`: the memory of a ring-buffer attention, as a value."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from longattn.attention.ring_buffer import plain
-from longattn.attention.ring_buffer.clock import Clock
+from longattn.attention.ring_buffer import serialization
+from longattn.attention.ring_buffer.cursor import Cursor
 from longattn.attention.ring_buffer.rings import Geometry, Rings
 
 File = str | IO[bytes]
 
 
 class RingBufferState(Rings):
-    """What a ring-buffer attention remembers: three rings of constant size, and how far each row of the batch is.
+    """The memory of a ring-buffer attention: three rings of constant size, and how far each row of the batch is.
 
     1. A module makes it at position 0, or `load` brings one back. It belongs to the module that first uses it.
     2. Calls with it advance it in place. A call that is refused leaves it as it was. Memory does not grow with the number of calls.
@@ -37,12 +37,12 @@ class RingBufferState(Rings):
     @property
     def positions(self) -> list[int]:
         """Tokens written so far, for each row of the batch."""
-        return [c.position for c in self.clocks] * (self.batch_size if self.uniform else 1)
+        return [c.position for c in self.cursors] * (self.batch_size if self.uniform else 1)
 
     @property
     def position(self) -> int | list[int]:
         """Tokens written so far: one number where all rows of the batch agree, else one for each."""
-        return self.clocks[0].position if self.uniform else self.positions
+        return self.cursors[0].position if self.uniform else self.positions
 
     @property
     def write_pointers(self) -> list[int]:
@@ -68,7 +68,7 @@ class RingBufferState(Rings):
     def feedback_held(self) -> int:
         """How many of the last outputs `feedback` can return, in the row of the batch that has fewest."""
         capacity = self.geometry.buffer_size
-        return min(max(0, c.fed - max(c.fed_restorable, c.fed - capacity)) for c in self.clocks)
+        return min(max(0, c.fed - max(c.fed_restorable, c.fed - capacity)) for c in self.cursors)
 
     def feedback(self, n: int = 1) -> Tensor:
         """The last n decoded outputs (batch, n, num_heads, head_dim), oldest first.
@@ -84,9 +84,9 @@ class RingBufferState(Rings):
         if self.outputs is None:
             return torch.empty(self.batch_size, 0, g.num_heads, g.head_dim, dtype=self.dtype, device=self.device)
         rows = []
-        for index, clock in enumerate(self.clocks):
+        for index, cursor in enumerate(self.cursors):
             ring = self.outputs if self.uniform else self.outputs.of(slice(index, index + 1))
-            parts = [ring.read(run)[0] for run in ring.runs(clock.fed - n, clock.fed)]
+            parts = [ring.read(run)[0] for run in ring.runs(cursor.fed - n, cursor.fed)]
             rows.append(torch.cat(parts or [ring.planes[0][:, :, :0]], 2))
         return torch.cat(rows).transpose(1, 2)
 
@@ -104,20 +104,20 @@ class RingBufferState(Rings):
         """
         wanted = self._amounts(tokens)
         for index, n in enumerate(wanted):
-            self._check_rewind(self.clocks[0 if self.uniform else index], n)
+            self._check_rewind(self.cursors[0 if self.uniform else index], n)
         if len(set(wanted)) == 1 and self.uniform:
             wanted = wanted[:1]
         elif self.uniform:
-            self.clocks = [self.clocks[0].clone() for _ in wanted]
-        for index, (clock, n) in enumerate(zip(self.clocks, wanted, strict=True)):
+            self.cursors = [self.cursors[0].clone() for _ in wanted]
+        for index, (cursor, n) in enumerate(zip(self.cursors, wanted, strict=True)):
             part = slice(None) if self.uniform else slice(index, index + 1)
             for ring in (self.kv, self.hidden):
                 if ring is not None:
-                    ring.of(part).rewind(clock.position, clock.position - n)
-            clock.rewind(n, self.geometry.buffer_size, self.geometry.max_rewind)
+                    ring.of(part).rewind(cursor.position, cursor.position - n)
+            cursor.rewind(n, self.geometry.buffer_size, self.geometry.max_rewind)
         self.settle()
         if self.uniform:
-            self.backward.rewind(self.clocks[0].position)
+            self.backward.rewind(self.cursors[0].position)
         else:
             self.backward.segments.clear()
         return self
@@ -140,7 +140,7 @@ class RingBufferState(Rings):
         same = rows == list(range(size))
         self.backward = self.backward.clone() if same else self.backward.taken(at)
         if not self.uniform:
-            self.clocks = [self.clocks[row].clone() for row in rows] or self.clocks[:1]
+            self.cursors = [self.cursors[row].clone() for row in rows] or self.cursors[:1]
             self.settle()
         return self
 
@@ -153,7 +153,7 @@ class RingBufferState(Rings):
         if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
             raise ValueError(f"copies must be an integer >= 1, got {copies!r}")
         other = self.alias()
-        other.clocks = [clock.clone() for clock in self.clocks]
+        other.cursors = [cursor.clone() for cursor in self.cursors]
         return other.reorder([row for row in range(self.batch_size) for _ in range(copies)])
 
     def clone(self) -> RingBufferState:
@@ -175,7 +175,7 @@ class RingBufferState(Rings):
         kind = self.dtype if dtype is None else dtype
         if (place, kind) == (self.device, self.dtype):
             return self
-        moved = plain.from_plain(RingBufferState, plain.to_plain(self), place, kind)
+        moved = serialization.from_dict(RingBufferState, serialization.to_dict(self), place, kind)
         moved.owner = self.owner
         return moved
 
@@ -188,11 +188,11 @@ class RingBufferState(Rings):
         Raises:
             TypeError, ValueError: no states, or states of different modules, dtypes or devices.
         """
-        return plain.cat(states)
+        return serialization.cat(states)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but gradients, as tensors, numbers and lists: what torch.load takes with weights_only=True."""
-        return plain.to_plain(self)
+        return serialization.to_dict(self)
 
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any]) -> RingBufferState:
@@ -202,7 +202,7 @@ class RingBufferState(Rings):
             ValueError: a field is missing, unknown, or not of the type, range or shape that the others say. `saved` may come from
                 anywhere.
         """
-        return plain.from_plain(cls, saved)
+        return serialization.from_dict(cls, saved)
 
     def save(self, file: File) -> None:
         """Write the state to a file, without gradients."""
@@ -214,7 +214,7 @@ class RingBufferState(Rings):
         return cls.from_state_dict(torch.load(file, map_location=map_location, weights_only=True))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return plain.from_plain, (RingBufferState, self.state_dict())
+        return serialization.from_dict, (RingBufferState, self.state_dict())
 
     def __copy__(self) -> RingBufferState:
         return self.clone()
@@ -234,14 +234,14 @@ class RingBufferState(Rings):
             )
         return amounts
 
-    def _check_rewind(self, clock: Clock, n: int) -> None:
-        if not 0 <= n <= clock.position:
-            raise ValueError(f"tokens must be from 0 to {clock.position}, the tokens written so far, got {n}")
+    def _check_rewind(self, cursor: Cursor, n: int) -> None:
+        if not 0 <= n <= cursor.position:
+            raise ValueError(f"tokens must be from 0 to {cursor.position}, the tokens written so far, got {n}")
         g = self.geometry
-        restorable = max(clock.restorable, clock.position - g.buffer_size - g.max_rewind)
-        earlier, moved_on = clock.position - n, clock.position - g.buffer_size
+        restorable = max(cursor.restorable, cursor.position - g.buffer_size - g.max_rewind)
+        earlier, moved_on = cursor.position - n, cursor.position - g.buffer_size
         if self.kv.needs(earlier) < min(restorable, moved_on, earlier):
-            most = clock.position - g.buffer_size - restorable
+            most = cursor.position - g.buffer_size - restorable
             raise ValueError(
                 f"tokens must be at most {most} here, because tokens that older ones left the window for cannot all come back "
                 f"(max_rewind={g.max_rewind}), got {n}"

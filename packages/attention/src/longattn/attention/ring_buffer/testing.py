@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longattn.attention.ring_buffer.config import RingBufferConfig
 from longattn.attention.ring_buffer.linear_ring import LinearRing
-from longattn.attention.ring_buffer.positions import turn
+from longattn.attention.ring_buffer.positions import rotate_features
 from longattn.kernels import reference_attention
 
 
@@ -81,9 +81,9 @@ class StreamModel:
             seen = self.seen(row, position, before, causal)
             k, query = row.k[:, seen], q[:, index : index + 1].double()
             if self.config.positions == "cache":
-                # Back to where nothing was turned, then to places in the cache.
-                k = turn(k, torch.arange(len(seen)) - torch.tensor(seen), self.config)
-                query = turn(query, torch.tensor([len(seen) - 1 - position]), self.config)
+                # Back to where nothing was rotated, then to places in the cache.
+                k = rotate_features(k, torch.arange(len(seen)) - torch.tensor(seen), self.config)
+                query = rotate_features(query, torch.tensor([len(seen) - 1 - position]), self.config)
             counts = (~row.hidden[seen]).long().expand(self.config.num_heads, 1, -1)
             padding = row.hidden[seen][None]
             state = reference_attention(query, k, row.v[:, seen], counts, self.config.scale, key_padding_mask=padding)

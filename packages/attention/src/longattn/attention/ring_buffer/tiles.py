@@ -25,7 +25,7 @@ Range = tuple[int, int]
 """First and count."""
 
 
-class Work(NamedTuple):
+class TileWork(NamedTuple):
     """A rectangle for one call of a row.
 
     Attributes:
@@ -41,7 +41,7 @@ class Work(NamedTuple):
     dense: bool
 
 
-Attend = Callable[[Work], AttentionState]
+Attend = Callable[[TileWork], AttentionState]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class TilingProcessor:
 
     def schedule(
         self, rows: Range, heads: int, position: int, parts: Sequence[Part], counts: dict[TileType, int]
-    ) -> Iterator[Work]:
+    ) -> Iterator[TileWork]:
         """The work of one pass over the queries `rows`, in order; adds its tiles to `counts`."""
         for mine, kv_heads in _head_tiles(heads, parts, self.head_tile_size):
             for part in parts:
@@ -159,14 +159,14 @@ class TilingProcessor:
                 if seen.length:
                     yield from self._blocks(rows, position, seen, mine, kv_heads)
 
-    def _blocks(self, rows: Range, position: int, part: Part, heads: Range, kv_heads: Range) -> Iterator[Work]:
+    def _blocks(self, rows: Range, position: int, part: Part, heads: Range, kv_heads: Range) -> Iterator[TileWork]:
         q_major = self._order is TileOrder.Q_MAJOR
         sees = slope(position + rows[0], part, q_major, rows[1])
         outer = rows[1] if q_major else part.length
 
-        def work(own: Range, other: Range, dense: bool) -> Work:
+        def work(own: Range, other: Range, dense: bool) -> TileWork:
             queries, keys = (own, other) if q_major else (other, own)
-            return Work((rows[0] + queries[0], queries[1]), part, keys, heads, kv_heads, dense)
+            return TileWork((rows[0] + queries[0], queries[1]), part, keys, heads, kv_heads, dense)
 
         size, block = max(self.tile_size, self.least_rows), max(self.block_size, self.least_rows)
         for first in range(0, outer, block):

@@ -1,7 +1,7 @@
-"""`AllGather`: every rank gets all keys at once, then one rectangle; dk and dv are summed at home in float32.
+"""`AllGather`: every rank gets all keys at once, then one rectangle; dk and dv are summed in float32 on the rank that owns the keys.
 
-The simplest engine, for short sequences and dense patterns: k and v of the whole sequence stand in memory on every rank, and nothing is
-computed while they come.
+The simplest engine, for short sequences and dense patterns: k and v of the whole sequence are in memory on every rank, and nothing is
+computed while they arrive.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from longattn.attention.schedules.group import Members, OverGroup, Whole, check_masks
+from longattn.attention.schedules.group import Members, OverGroup, WholeSequence, check_masks
 from longattn.attention.schedules.layouts import LayoutName
-from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work
+from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun, ScheduleWork
 from longattn.attention.schedules.transport import swap
 from longattn.kernels.interface import state_dtype
 from longattn.patterncache import Span
@@ -43,7 +43,7 @@ class AllGather(OverGroup, name="all_gather"):
     ) -> None:
         object.__setattr__(self, "members", Members.of(group, layout, lengths))
 
-    def start(self, work: Work) -> Run:
+    def start(self, work: ScheduleWork) -> ScheduleRun:
         """A run with all keys, which are here when it returns."""
         return _GatheredRun(self.members, work)
 
@@ -57,12 +57,12 @@ class AllGather(OverGroup, name="all_gather"):
         return cls(**spec)
 
 
-class _GatheredRun(Run):
+class _GatheredRun(ScheduleRun):
     one_step = True
 
-    def __init__(self, members: Members, work: Work) -> None:
+    def __init__(self, members: Members, work: ScheduleWork) -> None:
         self.place, self.work = members.place, work
-        self.whole = Whole(members, work)
+        self.whole = WholeSequence(members, work)
         check_masks(work, self.whole.nq, self.whole.nk)
         self.seed, self.mask, self.bias = self.whole.seed, work.mask, work.bias
         sizes = [sum(span.length for span in rows) for rows in self.whole.keys.rows()]
@@ -75,10 +75,10 @@ class _GatheredRun(Run):
         parts = swap(self.place, "keys", [x] * len(sizes), shapes, self.work.environment.allocator)
         return self.whole.keys.join(parts)
 
-    def shards(self) -> Iterator[Shard]:
-        step = Step(self.k, self.v, self.padding, (Span(0, self.whole.nk),), self._give)
+    def shards(self) -> Iterator[QueryShard]:
+        step = KeyStep(self.k, self.v, self.padding, (Span(0, self.whole.nk),), self._give)
         total, first, count = self.work.asked.heads
-        yield Shard(self.work.queries, self.whole.spans[self.whole.me], iter((step,)), None, (total, first, count))
+        yield QueryShard(self.work.queries, self.whole.spans[self.whole.me], iter((step,)), None, (total, first, count))
 
     def _give(self, dk: Tensor, dv: Tensor) -> None:
         self.sums[0].add(dk)
@@ -88,10 +88,10 @@ class _GatheredRun(Run):
         return parts[0]
 
     def key_gradients(self) -> tuple[Tensor, Tensor]:
-        dk, dv = (self._sent_home(total.wide()) for total in self.sums)
+        dk, dv = (self._reduce_scatter(total.wide()) for total in self.sums)
         return dk, dv
 
-    def _sent_home(self, gradient: Tensor) -> Tensor:
+    def _reduce_scatter(self, gradient: Tensor) -> Tensor:
         """The sum of what all ranks have for this rank's keys, in the order of ranks."""
         parts = self.whole.keys.cut(gradient.to(state_dtype(gradient.dtype)))
         mine = tuple(self.work.k.shape)

@@ -1,32 +1,25 @@
-"""`Schedule`: in which order keys arrive. `Local`: all at once.
+"""`Schedule`: in which order keys arrive.
 
 A schedule cuts the work into shards of queries; to each shard, keys arrive step by step. The forward merges what each step gives; the
-backward goes through the same steps with the merged result, and each step takes its key gradients home. One device is the short case
-of many: one shard, one step. Neither forward nor backward asks which schedule it runs.
+backward goes through the same steps with the merged result, and each step adds its key gradients to those of the rank that owns the
+keys. One device is the short case of many: one shard, one step. Neither forward nor backward asks which schedule it runs.
 """
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from importlib import import_module
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
 from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.layouts import Spans
-from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work, query_spans
+from longattn.attention.schedules.passes import ScheduleRun, ScheduleWork
 from longattn.patterncache import Span
 from longattn.patterncache.pattern import spec_text
 
 _REGISTRY: dict[str, type[Schedule]] = {}
-
-_HOME = {"local": "base", "ring": "ring", "all_gather": "all_gather", "ulysses": "ulysses"}
-"""Submodule of each schedule of ours, so that a string can be read before anybody imported its class."""
+"""Every schedule that has a name, under it: a class registers itself when it is defined."""
 
 
 class Schedule(ABC):
@@ -45,8 +38,8 @@ class Schedule(ABC):
             _REGISTRY[name] = cls
 
     @abstractmethod
-    def start(self, work: Work) -> Run:
-        """A pass over the work; process groups begin to talk."""
+    def start(self, work: ScheduleWork) -> ScheduleRun:
+        """A pass over the work; over a process group, its exchanges begin."""
 
     @abstractmethod
     def to_spec(self) -> dict[str, Any]:
@@ -66,28 +59,28 @@ class Schedule(ABC):
         """The rows of a sequence of `length` that this process hands to the forward."""
         return (Span(0, length),)
 
-    def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
-        """What `Work.asked.seed` is to be. Default: the seed. Process groups call the roll, and take rank 0's seed.
+    def exchange_metadata(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
+        """What becomes `ScheduleWork.asked.seed`. Default: the seed. Over a process group: the metadata of all ranks, with rank 0's seed.
 
-        flags: what `extents.mask_flags` says of this rank's masks.
+        flags: `extents.mask_flags` of this rank's masks.
         """
         return seed
 
-    def extents(self, nq: int, nk: int, roll: Tensor | None) -> Extents:
-        """Where this process's rows of q and k, `nq` and `nk` of them, stand in the whole; roll is what `agree` gave.
+    def extents(self, nq: int, nk: int, metadata: Tensor | None) -> Extents:
+        """Where this process's rows of q and k, `nq` and `nk` of them, stand in the whole sequence; metadata is from `exchange_metadata`.
 
         Raises:
-            NotImplementedError: a schedule of one's own over processes that does not say.
+            NotImplementedError: a user's schedule over processes that does not define this.
         """
         if self.distributed:
             raise NotImplementedError(f"{type(self).__name__} must define extents() for what depends on positions")
         return Extents.of_whole(nq, nk)
 
-    def gather_keys(self, x: Tensor, nq: int, nk: int, roll: Tensor | None) -> Tensor:
+    def gather_keys(self, x: Tensor, nq: int, nk: int, metadata: Tensor | None) -> Tensor:
         """All rows of the whole sequence of keys, in order, from this rank's rows (batch, nk, ...); differentiable.
 
         Raises:
-            NotImplementedError: a schedule of one's own over processes that does not say.
+            NotImplementedError: a user's schedule over processes that does not define this.
         """
         if self.distributed:
             raise NotImplementedError(f"{type(self).__name__} must define gather_keys() for weights")
@@ -95,15 +88,15 @@ class Schedule(ABC):
 
     @property
     def ranks(self) -> int:
-        """Rows of what `call_roll` returns."""
+        """Rows of what `gather_metadata` returns."""
         return 0
 
-    def call_roll(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
+    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
         """What `longattn::roll_call` is for this schedule: (ranks, 4) int64."""
         raise NotImplementedError(f"{type(self).__name__} has no process group")
 
     def canonical(self) -> str:
-        """The canonical string: equal for equal schedules. Kept with the schedule."""
+        """The canonical string: equal for equal schedules. Built once."""
         kept = self.__dict__.get("_canonical")
         if kept is None:
             kept = spec_text([self.name, self.to_spec()])
@@ -111,76 +104,14 @@ class Schedule(ABC):
         return kept
 
 
-@lru_cache(maxsize=256)
-def parse_schedule(text: str) -> Schedule:
-    """The schedule of a canonical string.
+def build_schedule(name: str, spec: dict[str, Any]) -> Schedule:
+    """The schedule registered under `name`, from its spec.
 
     Raises:
         ValueError: no schedule of that name is registered in this process.
     """
-    return build_schedule(*json.loads(text))
-
-
-def build_schedule(name: str, spec: dict[str, Any]) -> Schedule:
-    """The schedule registered under `name`, from its spec."""
-    if name in _HOME:
-        import_module(f"longattn.attention.schedules.{_HOME[name]}")
     if name not in _REGISTRY:
         raise ValueError(
             f"schedule must be one of {sorted(_REGISTRY)} (import the module that defines yours), got {name!r}"
         )
     return _REGISTRY[name].from_spec(spec)
-
-
-def check_schedule_argument(schedule: object) -> Schedule:
-    """A Schedule; None is `Local()`."""
-    if schedule is None:
-        return Local()
-    if not isinstance(schedule, Schedule):
-        raise TypeError(
-            f"schedule must be None or a Schedule such as Ring(size=4), got {schedule!r} ({type(schedule).__name__})"
-        )
-    return schedule
-
-
-class _LocalRun(Run):
-    one_step = True
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        self.seed, self.mask, self.bias = work.asked.seed, work.mask, work.bias
-        self._dk, self._dv = GradientSum(work.k), GradientSum(work.v)
-
-    def _give(self, dk: Tensor, dv: Tensor) -> None:
-        self._dk.add(dk)
-        self._dv.add(dv)
-
-    def shards(self) -> Iterator[Shard]:
-        work, nq, nk = self.work, self.work.queries[0].shape[1], self.work.k.shape[1]
-        step = Step(work.k, work.v, work.padding, (Span(0, nk),), self._give)
-        total, first, count = work.asked.heads
-        yield Shard(work.queries, query_spans(work.asked, nq, nk), iter((step,)), None, (total, first, count))
-
-    def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        return parts[0]
-
-    def key_gradients(self) -> tuple[Tensor, Tensor]:
-        return self._dk.total(), self._dv.total()
-
-
-@dataclass(frozen=True)
-class Local(Schedule, name="local"):
-    """Everything is here: one shard, one step."""
-
-    def start(self, work: Work) -> Run:
-        """A run with q as it is, and all of k and v."""
-        return _LocalRun(work)
-
-    def to_spec(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> Self:
-        """Itself."""
-        return cls(**spec)

@@ -2,7 +2,7 @@
 
 Forward: each (shard, step) rectangle gives a state; states merge in float32. Backward: P = exp(s - lse) with the *merged* lse, and
 delta = rowsum(dO * O) - dlse with the merged out, so that each rectangle's gradient is exact by itself; what is saved in between is
-q, k, v, out and lse, whatever the number of steps. Rectangles in which nobody sees anybody are not launched.
+q, k, v, out and lse, whatever the number of steps. Rectangles without a visible pair are not launched.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.layouts import Spans, add_rows, select_rows
-from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step
+from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun
 from longattn.kernels import AttentionState, Environment
 from longattn.kernels.interface import OpArguments, attend_rectangle, merge_into, rectangle_gradients, state_dtype
 
 
-def forward(run: Run, asked: OpArguments, environment: Environment) -> tuple[Tensor, Tensor]:
+def forward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in asked.out_dtype, lse (batch, Nq, heads) in float32 (float64), in the caller's rows."""
-    found: list[tuple[Tensor, ...]] = []
+    results: list[tuple[Tensor, ...]] = []
     for shard in run.shards():
         parts, q = _Parts(), shard.queries[0]
         for step in shard.steps:
@@ -34,17 +34,19 @@ def forward(run: Run, asked: OpArguments, environment: Environment) -> tuple[Ten
             # Not kept while the next step's keys are awaited.
             del step
         state = parts.merged() or AttentionState.empty(q)
-        found.append((state.out, state.lse))
-    out, lse = run.join(found)
+        results.append((state.out, state.lse))
+    out, lse = run.join(results)
     return out.to(asked.out_dtype), lse
 
 
-def backward(run: Run, asked: OpArguments, environment: Environment) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(
+    run: ScheduleRun, asked: OpArguments, environment: Environment
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, and the bias's gradient where asked for; in float32 (float64) where parts were added up, in the caller's rows."""
     dbias = None
     if asked.bias_grad and run.bias is not None:
         dbias = torch.zeros(run.bias.shape, dtype=state_dtype(run.bias.dtype), device=run.bias.device)
-    found: list[tuple[Tensor, ...]] = []
+    results: list[tuple[Tensor, ...]] = []
     for shard in run.shards():
         dq = GradientSum(shard.queries[0])
         for step in shard.steps:
@@ -61,28 +63,28 @@ def backward(run: Run, asked: OpArguments, environment: Environment) -> tuple[Te
                 _add_cut(dbias, shard.rows, step.rows, dbias_part)
             # Not kept while the next step's keys are awaited.
             del step, gradients, dq_part, dk, dv, dbias_part
-        found.append((dq.total(),))
-    (dq,) = run.join(found)
+        results.append((dq.total(),))
+    (dq,) = run.join(results)
     return (dq, *run.key_gradients(), None if dbias is None else run.bias_gradient(dbias))
 
 
 def attend_step(
     q: Tensor,
-    step: Step,
+    step: KeyStep,
     bias: Tensor | None,
     asked: OpArguments,
     environment: Environment,
     *,
     skip_empty: bool = False,
 ) -> AttentionState | None:
-    """One rectangle's state; None where nobody sees anybody and `skip_empty` says that this is to be left out."""
+    """One rectangle's state; None where no pair is visible and `skip_empty` is set."""
     computed = attend_rectangle(q, step.k, step.v, bias, None, asked, environment, skip_empty=skip_empty)
     return None if computed is None else AttentionState(*computed)
 
 
 def attend_step_backward(
     queries: tuple[Tensor, ...],
-    step: Step,
+    step: KeyStep,
     bias: Tensor | None,
     asked: OpArguments,
     environment: Environment,
@@ -97,8 +99,8 @@ def attend_step_backward(
     )
 
 
-def _rectangle(run: Run, shard: Shard, step: Step, asked: OpArguments) -> OpArguments:
-    """What is asked of the kernels for one shard and one step: a partial state, unless said otherwise."""
+def _rectangle(run: ScheduleRun, shard: QueryShard, step: KeyStep, asked: OpArguments) -> OpArguments:
+    """The arguments of the kernels for one shard and one step; by default they compute a partial state."""
     return asked._replace(
         mask=_cut(run.mask, shard.rows, step.rows),
         key_padding=step.padding,
@@ -115,16 +117,16 @@ def _flat(spans: Spans) -> list[int]:
 
 
 class _Parts:
-    """Merges parts as they come, like a binary counter: 2 ** n parts are merged n deep, and log2 of their number stand at a time.
+    """Merges parts as they arrive, like a binary counter: 2 ** n parts are merged n deep, and log2 of their number stand at a time.
 
-    One after the other, each part would round the whole sum again. lse is kept in float64 between merges: it is rounded once, like Local's.
+    Merged one after the other, each part would round the whole sum again. lse is kept in float64 between merges: it is rounded once, like Local's.
     """
 
     def __init__(self) -> None:
         self.waiting: list[tuple[int, AttentionState]] = []
 
     def add(self, state: AttentionState) -> None:
-        """Merge with what is as deep, and what comes of that likewise."""
+        """Merge with the waiting part of the same depth, and the result with the next such part."""
         depth = 0
         while self.waiting and self.waiting[-1][0] == depth:
             state, depth = _merged(self.waiting.pop()[1], state), depth + 1
@@ -134,12 +136,12 @@ class _Parts:
         """The state over all parts; None without any."""
         if not self.waiting:
             return None
-        found = reduce(_merged, [state for _, state in reversed(self.waiting)])
-        return AttentionState(found.out, found.lse.to(state_dtype(found.out.dtype)))
+        merged = reduce(_merged, [state for _, state in reversed(self.waiting)])
+        return AttentionState(merged.out, merged.lse.to(state_dtype(merged.out.dtype)))
 
 
 def _merged(first: AttentionState, second: AttentionState) -> AttentionState:
-    """Merge parts that nobody else holds, in place on the first one's out, with lse in float64."""
+    """Merge parts without other references, in place on the first one's out, with lse in float64."""
     lse = first.lse.double()
     merge_into(first.out, lse, second.out, second.lse.double())
     return AttentionState(first.out, lse)
@@ -164,7 +166,7 @@ def _cut(mask: Tensor | None, queries: Spans | None, keys: Spans | None) -> Tens
 
 
 def _add_cut(total: Tensor, queries: Spans | None, keys: Spans | None, part: Tensor) -> None:
-    """Add to `total` what `_cut` took out of its like, in place."""
+    """Add `part`, the gradient of what `_cut` returned, to `total`, in place."""
     axes = _cut_axes(total, queries, keys)
     if not axes:
         total += part

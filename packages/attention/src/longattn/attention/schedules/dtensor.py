@@ -13,7 +13,7 @@ from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.group import Members
 from longattn.attention.schedules.layouts import count_rows
 from longattn.attention.schedules.ring import Ring
-from longattn.attention.schedules.transport import Place, call_roll
+from longattn.attention.schedules.transport import Place, gather_integers
 from longattn.kernels.interface import as_seed
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
@@ -25,7 +25,7 @@ _AXES = {
     "positions_start": (0, None),
     "sink_logits": (None, None),
 }
-"""Options that may be DTensors: which axes are the batch's and the sequence's. Counted from the end, an axis of one row is everybody's."""
+"""Options that may be DTensors: which axes are the batch's and the sequence's. Counted from the end, an axis of one row is the same on every rank."""
 
 
 def sharded_attention(whole: Attention, q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def _fits(q: DTensor, k: DTensor, along: int, schedule: Any) -> bool:
         return False
     if members.place != Place.of(q.device_mesh.get_group(along)):
         return False
-    if members.silent:
+    if members.lengths_known:
         held = [count_rows(rows) for rows in members.laid_out(q.shape[1]).rows()]
         if any(held != _chunks(x, along) for x in (q, k)):
             return False
@@ -120,7 +120,7 @@ def _local(name: str, x: DTensor, like: DTensor) -> Tensor:
             placements.append(Replicate())
         else:
             placements.append(Shard(axis % x.dim()))
-        # What all share has a part of its gradient on each rank.
+        # A tensor that all ranks share has a part of its gradient on each.
         shared = placements[-1] == Replicate() and placement != Replicate()
         gradients.append(Partial() if shared else placements[-1])
     return x.redistribute(placements=placements).to_local(grad_placements=gradients)
@@ -149,15 +149,15 @@ def moved(placements: Any, axes: dict[int, int]) -> tuple[Any, ...]:
 
 def _sequence_dimension(q: DTensor) -> int | None:
     """The mesh dimension over which the sequence is sharded, or None."""
-    found = None
+    sequence = None
     for dimension, placement in enumerate(q.placements):
-        if placement == Shard(1) and found is None:
-            found = dimension
+        if placement == Shard(1) and sequence is None:
+            sequence = dimension
         elif placement not in (Replicate(), Shard(0)):
             raise ValueError(
                 f"q must have its sequence sharded over one mesh dimension at most, and its batch over others, got {q.placements}"
             )
-    return found
+    return sequence
 
 
 def _ring_over(q: DTensor, k: DTensor, along: int) -> Ring:
@@ -173,12 +173,12 @@ def _chunks(x: DTensor, along: int) -> list[int]:
 
 
 def _shared_seed(q: DTensor, seed: Any) -> Tensor:
-    """One seed on all ranks that hold the same elements: those of a ring agree by themselves, those of other dimensions here.
+    """One seed on all ranks that hold the same elements: a ring exchanges its own; ranks of other dimensions exchange it here.
 
     Raises:
         ValueError: the batch is sharded: what is dropped depends on an element's place in the whole batch.
     """
-    found = as_seed(seed)
+    shared = as_seed(seed)
     for dimension, placement in enumerate(q.placements):
         if q.device_mesh.size(dimension) == 1 or placement == Shard(1):
             continue
@@ -187,5 +187,5 @@ def _shared_seed(q: DTensor, seed: Any) -> Tensor:
                 f"dropout_p must be 0 where the batch is sharded, got placements {q.placements}: pairs are dropped by their place in "
                 f"the whole batch; give local tensors and a schedule"
             )
-        found = call_roll(Place.of(q.device_mesh.get_group(dimension)), (int(found),))[0, 0]
-    return found
+        shared = gather_integers(Place.of(q.device_mesh.get_group(dimension)), (int(shared),))[0, 0]
+    return shared

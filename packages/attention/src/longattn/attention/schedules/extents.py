@@ -1,8 +1,8 @@
-"""Where the rows of a call stand, and how long the whole sequence is: the one description that everything asks.
+"""Where the rows of a call stand, and how long the whole sequence is: one description for all that depends on positions.
 
 Under a schedule over a process group, a process holds some rows of a longer sequence. Rotary positions, left padding, packed documents,
 masks and weights depend on where those rows stand and on lengths that only all ranks together know; none of them counts from its own
-row 0. `Schedule.extents` gives the description; `whereabouts` asks for it on behalf of a module's call.
+row 0. `Schedule.extents` gives the description; `call_extents` finds it for a module's call.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class Extents:
         return self.nk - self.nq if start is None else start
 
     def query_spans(self, start: int | None = None) -> Spans:
-        """Positions of this process's queries; from 0 where queries outnumber keys and nobody says where they begin."""
+        """Positions of this process's queries; from 0 where queries outnumber keys and `start` is None."""
         return take((Span(max(0, self.first_query(start)), self.nq),), self.q_rows)
 
 
 def row_numbers(rows: Spans) -> Tensor:
     """(rows,) int64 on the CPU: the members of some spans, one after the other."""
-    # Said, because torch.device may be a context of another device.
+    # The device is named, because torch.device may be a context of another one.
     spans = [torch.arange(s.length, dtype=torch.int64, device="cpu") * s.step + s.start for s in rows]
     return torch.cat(spans)
 
 
-# What a rank's attention mask is, as ranks tell one another in a roll (`Schedule.agree`).
+# What a rank's attention mask is, in the metadata that ranks exchange (`Schedule.exchange_metadata`).
 PADDING = 1
 """There is key padding."""
 HAS_ROWS = 2
@@ -67,11 +67,11 @@ BY_ELEMENT = 32
 BIAS = 64
 """A floating mask."""
 CONFLICT = 128
-"""Of a group that speaks as one: its ranks do not agree."""
+"""Of a group that is one rank of another schedule: its own ranks have different masks."""
 
 
 def mask_flags(key_padding: Tensor | None, mask: Tensor | None, nq: int) -> int:
-    """What a rank with `nq` queries says of its masks. One row where there is one query may be either kind."""
+    """The flags of the masks of a rank with `nq` queries. One row where there is one query may be either kind."""
     flags = 0 if key_padding is None else PADDING
     if mask is None:
         return flags
@@ -94,7 +94,7 @@ _SHARED = {
 
 
 def agreed_flags(flags: list[int]) -> int:
-    """What the masks of all ranks together are, from what each says of its own. A group speaks to other groups with it, as one.
+    """The flags of the whole sequence's masks, from those of each rank. `Ulysses` passes them to its inner schedule.
 
     Raises:
         ValueError: masks of different kinds, on every rank alike.
@@ -106,19 +106,19 @@ def agreed_flags(flags: list[int]) -> int:
     for bit, words in _SHARED.items():
         if len({each & bit for each in flags}) > 1:
             raise ValueError(words)
-    found = 0
+    union = 0
     for each in flags:
-        found |= each
-    if found & HAS_ROWS and found & ONE_FOR_ALL:
+        union |= each
+    if union & HAS_ROWS and union & ONE_FOR_ALL:
         raise ValueError(
             "attention_mask must have this rank's rows on every rank, or one row for all queries on every rank: "
             "got one row on some and more on others"
         )
-    return found
+    return union
 
 
 def mask_has_rows(flags: int) -> bool:
-    """Whether the mask of which all ranks of a call say this has rows of its own for each query.
+    """Whether a mask with these flags, of all ranks, has rows of its own for each query.
 
     It is one for all only where that is so for the whole sequence: where no rank is certain, each has one query, and what it holds is
     that query's.

@@ -32,5 +32,5 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         parts = ctx.layout.cut(gradient)
-        came = swap(ctx.place, "gradients of rows", parts, [tuple(ctx.shape)] * len(parts), TorchAllocator())
-        return torch.stack(came).sum(0), None, None
+        received = swap(ctx.place, "gradients of rows", parts, [tuple(ctx.shape)] * len(parts), TorchAllocator())
+        return torch.stack(received).sum(0), None, None

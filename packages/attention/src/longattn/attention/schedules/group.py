@@ -1,7 +1,7 @@
-"""What every schedule over a process group knows: who is there, how long each shard is, and whose seed counts.
+"""What every schedule over a process group knows: its ranks, how long each shard is, and which seed is used.
 
-Before each call the ranks exchange four integers (`longattn::roll_call`): lengths of q and k, which masks there are, and the dropout
-seed, of which rank 0's counts. Where `lengths` is given and nothing is dropped, nobody calls.
+Before each call the ranks exchange their metadata, four integers (`longattn::roll_call`): lengths of q and k, which masks there are, and the
+dropout seed, of which rank 0's counts. Where `lengths` is given and nothing is dropped, no exchange takes place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.attention.schedules.base import Schedule, parse_schedule
+from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.extents import Extents, agreed_flags, mask_has_rows
 from longattn.attention.schedules.gathering import gather_rows
 from longattn.attention.schedules.layouts import (
@@ -26,15 +26,15 @@ from longattn.attention.schedules.layouts import (
     neighbours,
     take,
 )
-from longattn.attention.schedules.passes import Work, query_spans
-from longattn.attention.schedules.transport import Place, call_roll
+from longattn.attention.schedules.passes import ScheduleWork, query_spans
+from longattn.attention.schedules.transport import Place, gather_integers
 from longattn.kernels.interface import check_attention_mask
 from longattn.patterncache import parse_pattern
 
 Lengths = int | tuple[int, ...] | None
 
 COLUMNS = 4
-"""Of a roll: length of q, of k, flags as `Schedule.agree` takes them, seed."""
+"""Of a rank's metadata: length of q, of k, flags as `Schedule.exchange_metadata` takes them, seed."""
 
 
 def check_lengths(lengths: object, layout: str) -> Lengths:
@@ -74,16 +74,16 @@ class Members:
         return {"group": self.place.name, "layout": self.layout, **given}
 
     @property
-    def silent(self) -> bool:
-        """Whether lengths are known without a roll call."""
+    def lengths_known(self) -> bool:
+        """Whether lengths are known without an exchange of metadata."""
         return self.lengths is not None
 
-    def call(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
+    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
         """(ranks, COLUMNS) int64."""
-        return call_roll(self.place, (nq, nk, flags, seed))
+        return gather_integers(self.place, (nq, nk, flags, seed))
 
     def laid_out(self, length: int) -> Layout:
-        """Who holds which rows of a sequence of that length, where nobody says otherwise."""
+        """Which rank holds which rows of a sequence of that length, unless an exchange of metadata says otherwise."""
         if isinstance(self.lengths, tuple):
             return neighbours(self.lengths)
         return LAYOUTS[self.layout](length, self.place.size)
@@ -92,14 +92,14 @@ class Members:
         """This rank's rows."""
         return self.laid_out(length).rows()[self.place.rank]
 
-    def layouts(self, nq: int, nk: int, roll: Tensor | None) -> tuple[Layout, Layout]:
+    def layouts(self, nq: int, nk: int, metadata: Tensor | None) -> tuple[Layout, Layout]:
         """How queries and keys of a call are cut over the ranks, of which this one has `nq` and `nk`.
 
         Raises:
             ValueError: lengths that do not fit the layout.
         """
-        if roll is not None:
-            table = roll[: self.place.size].tolist()
+        if metadata is not None:
+            table = metadata[: self.place.size].tolist()
             lengths = [[row[n] for row in table] for n in range(2)]
         elif isinstance(self.lengths, int):
             lengths = [[count_rows(rows) for rows in self.laid_out(self.lengths).rows()]] * 2
@@ -125,41 +125,41 @@ class OverGroup(Schedule):
         return True
 
     @property
-    def silent(self) -> bool:
-        """Whether lengths are known without a roll call."""
-        return self.members.silent
+    def lengths_known(self) -> bool:
+        """Whether lengths are known without an exchange of metadata."""
+        return self.members.lengths_known
 
     def held(self, length: int) -> Spans:
         """This rank's rows."""
         return self.members.held(length)
 
-    def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
-        """The roll, where somebody has to ask: lengths, and rank 0's seed."""
-        if self.silent and seed is None:
+    def exchange_metadata(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
+        """The metadata of all ranks: lengths, and rank 0's seed. None where lengths are known and nothing is dropped."""
+        if self.lengths_known and seed is None:
             return None
         return torch.ops.longattn.roll_call(seed, nq, nk, flags, self.canonical())
 
-    def extents(self, nq: int, nk: int, roll: Tensor | None) -> Extents:
+    def extents(self, nq: int, nk: int, metadata: Tensor | None) -> Extents:
         """As the layout has it, at the lengths that all ranks have together."""
-        queries, keys = self.members.layouts(nq, nk, roll)
+        queries, keys = self.members.layouts(nq, nk, metadata)
         me = self.members.place.rank
         return Extents(total_rows(queries), total_rows(keys), queries.rows()[me], keys.rows()[me])
 
-    def gather_keys(self, x: Tensor, nq: int, nk: int, roll: Tensor | None) -> Tensor:
+    def gather_keys(self, x: Tensor, nq: int, nk: int, metadata: Tensor | None) -> Tensor:
         """From every rank."""
-        return gather_rows(self.members.place, x, self.members.layouts(nq, nk, roll)[1])
+        return gather_rows(self.members.place, x, self.members.layouts(nq, nk, metadata)[1])
 
     @property
     def ranks(self) -> int:
         """Ranks of the group."""
         return self.members.place.size
 
-    def call_roll(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
+    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
         """(ranks, COLUMNS) int64."""
-        return self.members.call(nq, nk, flags, seed)
+        return self.members.gather_metadata(nq, nk, flags, seed)
 
 
-class Whole:
+class WholeSequence:
     """A call's whole sequence: how queries and keys are cut over the ranks, where they stand, and the seed.
 
     Attributes:
@@ -171,13 +171,13 @@ class Whole:
         ValueError: lengths that do not fit the layout, on every rank alike.
     """
 
-    def __init__(self, members: Members, work: Work) -> None:
-        roll = work.asked.seed
+    def __init__(self, members: Members, work: ScheduleWork) -> None:
+        metadata = work.asked.seed
         self.me = members.place.rank
-        self.seed = roll[0, 3] if roll is not None and work.asked.dropout_p else None
+        self.seed = metadata[0, 3] if metadata is not None and work.asked.dropout_p else None
         # Of all groups: a mask is of one kind in the whole sequence.
-        self.rows = roll is not None and mask_has_rows(agreed_flags(roll[:, 2].tolist()))
-        self.queries, self.keys = members.layouts(work.queries[0].shape[1], work.k.shape[1], roll)
+        self.rows = metadata is not None and mask_has_rows(agreed_flags(metadata[:, 2].tolist()))
+        self.queries, self.keys = members.layouts(work.queries[0].shape[1], work.k.shape[1], metadata)
         self.nq, self.nk = total_rows(self.queries), total_rows(self.keys)
         spans = query_spans(work.asked, self.nq, self.nk)
         self.spans = [take(spans, rows) for rows in self.queries.rows()]
@@ -189,10 +189,10 @@ def total_rows(layout: Layout) -> int:
 
 
 def _check_mine(lengths: list[list[int]], me: int, mine: tuple[int, int], members: Members) -> None:
-    for name, found, length in zip(("q", "k"), lengths, mine, strict=True):
-        if len(found) != members.place.size or found[me] != length:
+    for name, by_rank, length in zip(("q", "k"), lengths, mine, strict=True):
+        if len(by_rank) != members.place.size or by_rank[me] != length:
             raise ValueError(
-                f"{name} must have the length that lengths={members.lengths} gives rank {me} of {found}, got {length}"
+                f"{name} must have the length that lengths={members.lengths} gives rank {me} of {by_rank}, got {length}"
             )
 
 
@@ -207,27 +207,11 @@ def _fitting(members: Members, lengths: Sequence[int]) -> Layout:
     return layout
 
 
-def check_masks(work: Work, nq: int, nk: int) -> None:
-    """What the edge could not see of one shard: masks have the whole sequence's columns, and queries have positions."""
+def check_masks(work: ScheduleWork, nq: int, nk: int) -> None:
+    """Check what one shard could not show before the exchange: masks have the whole sequence's columns, and queries have positions."""
     q, keys = work.queries[0], work.k.new_empty(()).expand(work.k.shape[0], nk, *work.k.shape[2:])
     check_attention_mask(work.mask if work.bias is None else work.bias, q, keys)
     if not work.asked.q_spans and nq > nk and parse_pattern(work.asked.pattern).positional:
         raise ValueError(
             f"q_start must be given where queries outnumber keys and positions matter, got Nq={nq}, Nk={nk}"
         )
-
-
-LIBRARY = torch.library.Library("longattn", "FRAGMENT")
-LIBRARY.define("roll_call(Tensor? seed, SymInt nq, SymInt nk, int flags, str schedule) -> Tensor")
-
-
-def _roll_call(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
-    return parse_schedule(schedule).call_roll(nq, nk, flags, 0 if seed is None else int(seed))
-
-
-def _roll_call_fake(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
-    return torch.empty((parse_schedule(schedule).ranks, COLUMNS), dtype=torch.int64, device="cpu")
-
-
-LIBRARY.impl("roll_call", _roll_call, "CompositeExplicitAutograd")
-torch.library.register_fake("longattn::roll_call", _roll_call_fake, lib=LIBRARY)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longattn.attention.schedules.group import Whole
+from longattn.attention.schedules.group import WholeSequence
 from longattn.attention.schedules.layouts import Layout, count_rows
 from longattn.attention.schedules.layouts import contiguous as evenly
-from longattn.attention.schedules.passes import Work
+from longattn.attention.schedules.passes import ScheduleWork
 from longattn.attention.schedules.transport import Place, swap
 from longattn.patterncache import Span
 
@@ -23,7 +23,7 @@ class HeadExchange:
         ValueError: fewer kv heads than ranks.
     """
 
-    def __init__(self, place: Place, whole: Whole, work: Work, mask_rows: bool) -> None:
+    def __init__(self, place: Place, whole: WholeSequence, work: ScheduleWork, mask_rows: bool) -> None:
         self.place, self.whole, self.allocator = place, whole, work.environment.allocator
         self.mask_rows = mask_rows
         kv_heads, query_heads = work.k.shape[2], work.queries[0].shape[2]

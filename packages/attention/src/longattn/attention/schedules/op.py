@@ -1,8 +1,9 @@
 """`longattn::scheduled_attend` and its backward: the opaque border to torch, for a whole schedule.
 
-What travels between processes, and which rectangles are empty, is known only inside, so all of a schedule is one op to traced code: it
-crosses as its canonical string. The other arguments are those of `longattn::attend`, whose vmap rules serve here too; q_spans and
-k_spans are of all queries and keys, and empty where only all ranks together know them; seed is what the schedule's `agree` gave.
+Which tensors travel between processes, and which rectangles are empty, is known only at run time, so a whole schedule is one op to
+traced code: it crosses as its canonical string. The other arguments are those of `longattn::attend`, whose vmap rules serve here too;
+q_spans and k_spans are of all queries and keys, and empty where only all ranks together know them; seed is from the schedule's
+`exchange_metadata`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch._C._functorch import is_batchedtensor
 from torch.utils.flop_counter import register_flop_formula
 
 from longattn.attention.schedules import driver as scheduled
-from longattn.attention.schedules.base import parse_schedule
-from longattn.attention.schedules.passes import Work, query_spans
+from longattn.attention.schedules.passes import ScheduleWork, query_spans
+from longattn.attention.schedules.registry import parse_schedule
 from longattn.kernels import AttentionState
 from longattn.kernels.interface import (
     SCHEMA,
@@ -41,7 +42,7 @@ LIBRARY.define(
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, schedule: str, asked: OpArguments) -> AttentionState:
-    """Attend under a schedule; arguments are checked, and what wants a gradient is filled in here."""
+    """Attend under a schedule; arguments are checked, and whether gradients are wanted is filled in here."""
     refuse_tangents(q, k, v, bias)
     transformed = torch._C._are_functorch_transforms_active()
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, bias)]
@@ -61,7 +62,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, schedule: str, ask
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, schedule: str, *rest: Any) -> tuple[Tensor, Tensor]:
     asked = OpArguments(*rest)
     environment = find_environment(asked.env)
-    work = Work((q,), k, v, asked.key_padding, asked.mask, bias, asked, environment)
+    work = ScheduleWork((q,), k, v, asked.key_padding, asked.mask, bias, asked, environment)
     return scheduled.forward(parse_schedule(schedule).start(work), asked, environment)
 
 
@@ -80,7 +81,7 @@ def _backward(
     asked = OpArguments(*rest)
     environment = find_environment(asked.env, may_be_gone=True)
     queries = (q, grad_out, out, lse) if grad_lse is None else (q, grad_out, out, lse, grad_lse)
-    work = Work(queries, k, v, asked.key_padding, asked.mask, bias, asked, environment)
+    work = ScheduleWork(queries, k, v, asked.key_padding, asked.mask, bias, asked, environment)
     *grads, dbias = scheduled.backward(parse_schedule(schedule).start(work), asked, environment)
     dq, dk, dv = (gradient.to(q.dtype) for gradient in grads)
     return dq, dk, dv, q.new_empty(0) if dbias is None or bias is None else dbias.to(bias.dtype)

@@ -1,6 +1,6 @@
-"""`Packing`: of one rank's keys, what another rank's queries see, and how it travels.
+"""`Packing`: which of one rank's keys another rank's queries see, and how these travel.
 
-What travels is exactly the (key row, kv head) pairs that some query sees: a plan says which. Packed rows stand head by head within a
+Exactly the (key row, kv head) pairs that some query sees travel; the plan says which. Packed rows stand head by head within a
 row, in one contiguous tensor; where everything is seen, the tensor itself travels and nothing is copied.
 """
 
@@ -47,7 +47,7 @@ class Packing:
         return torch.index_select(flat, 1, self.pairs.to(x.device), out=lease(self.shape(len(x), x.shape[-1])))
 
     def unpack(self, packed: Tensor, lease: Lease) -> Tensor:
-        """(batch, rows, heads, head_dim): what was packed, at its place, and zero elsewhere: a kernel may read what nobody sees."""
+        """(batch, rows, heads, head_dim): what was packed, at its place, and zero elsewhere: a kernel may read keys that no query sees."""
         if self.pairs is None:
             return packed.unflatten(1, (self.rows, self.heads))
         into = lease((len(packed), self.rows, self.heads, packed.shape[-1]))
@@ -66,12 +66,12 @@ class Packing:
 def packing_of(plan: Plan, kv_heads: int) -> Packing:
     """What of the plan's key rows its queries see, for keys of that many heads. Kept with the plan."""
     key = f"packing for {kv_heads} kv heads"
-    found: Packing | None = plan.derived.get(key)
-    if found is None:
+    packing: Packing | None = plan.derived.get(key)
+    if packing is None:
         seen = seen_pairs(plan, kv_heads)
         pairs = None if seen.all() else torch.from_numpy(np.flatnonzero(seen))
-        found = plan.derived[key] = Packing(seen.shape[0], seen.shape[1], pairs, int(seen.sum()))
-    return found
+        packing = plan.derived[key] = Packing(seen.shape[0], seen.shape[1], pairs, int(seen.sum()))
+    return packing
 
 
 def seen_pairs(plan: Plan, kv_heads: int) -> npt.NDArray[np.bool_]:

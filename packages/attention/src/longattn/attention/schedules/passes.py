@@ -1,7 +1,7 @@
-"""What one pass of a schedule is made of: `Work` goes in, a `Run` cuts it into `Shard`s, whose keys arrive in `Step`s.
+"""One pass of a schedule: a `ScheduleRun` cuts a `ScheduleWork` into `QueryShard`s, whose keys arrive in `KeyStep`s.
 
-Life of a `Run`, one pass: 1. `Schedule.start` takes the work; 2. `shards` are gone through once, in order, each with all of its steps;
-3. `join` puts what was found for each shard's queries into the caller's rows; 4. in a backward, `key_gradients` are what came home.
+Life of a `ScheduleRun`, one pass: 1. `Schedule.start` takes the work; 2. `shards` are computed once, in order, each with all of its steps;
+3. `join` puts the results of each shard's queries into the caller's rows; 4. in a backward, `key_gradients` are dk and dv of this rank's keys.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from longattn.patterncache import Span
 
 
 @dataclass(frozen=True)
-class Work:
+class ScheduleWork:
     """One pass over this process's part of q, k and v.
 
     Attributes:
-        queries: q (batch, Nq, heads, head_dim), and in a backward what belongs to its rows: grad_out, out, lse, perhaps grad_lse.
+        queries: q (batch, Nq, heads, head_dim), and in a backward the tensors of its rows: grad_out, out, lse, perhaps grad_lse.
         k, v: (batch, Nk, kv_heads, head_dim). padding: (batch, Nk) bool, or None.
         mask, bias: broadcastable to (batch, heads, Nq, keys of the whole sequence), or None.
-        asked: what else is asked; q_spans is empty where queries are the last positions; seed is what `agree` gave.
+        asked: the call's other arguments; q_spans is empty where queries are the last positions; seed is from `Schedule.exchange_metadata`.
         environment: where plans are cached and memory comes from.
     """
 
@@ -42,13 +42,13 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Step:
+class KeyStep:
     """Keys and values that arrive together.
 
     Attributes:
         k, v: (batch, keys, kv_heads, head_dim). padding: (batch, keys) bool, or None.
         spans: their positions.
-        give: takes their gradients, in a backward.
+        give: called with their gradients, in a backward.
         rows: which columns of the run's masks they are, as spans of row numbers; None: all.
     """
 
@@ -61,30 +61,30 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Shard:
+class QueryShard:
     """Some of the queries, and the steps in which their keys arrive.
 
     Attributes:
-        queries: of its rows, as `Work.queries`.
+        queries: of its rows, as `ScheduleWork.queries`.
         spans: their positions.
-        steps: what arrives, in order.
+        steps: the keys, in order of arrival.
         rows: which rows of the run's masks they are, as spans of row numbers; None: all.
         heads: (of the whole, first, count): the global query heads that are here.
     """
 
     queries: tuple[Tensor, ...]
     spans: Spans
-    steps: Iterator[Step]
+    steps: Iterator[KeyStep]
     rows: Spans | None
     heads: tuple[int, int, int]
 
 
-class Run(ABC):
+class ScheduleRun(ABC):
     """One pass of a schedule.
 
     Attributes:
         seed: 0-dim int64, the same on every rank, or None without dropout.
-        mask, bias: as in `Work`, for the rows and heads of this run's shards.
+        mask, bias: as in `ScheduleWork`, for the rows and heads of this run's shards.
         one_step: whether every shard has one step at most, so that nothing is merged.
     """
 
@@ -94,19 +94,19 @@ class Run(ABC):
     one_step: bool = False
 
     @abstractmethod
-    def shards(self) -> Iterator[Shard]:
+    def shards(self) -> Iterator[QueryShard]:
         """The shards, once."""
 
     @abstractmethod
     def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What was found for the shards' queries, in the order of `shards`, in the caller's order of rows."""
+        """The results of the shards' queries, given in the order of `shards`, in the caller's order of rows."""
 
     @abstractmethod
     def key_gradients(self) -> tuple[Tensor, Tensor]:
-        """dk and dv of this process's k and v, after all shards: float32 (float64) where more than one step gave."""
+        """dk and dv of this process's k and v, after all shards: float32 (float64) where more than one step added to them."""
 
     def bias_gradient(self, gradient: Tensor) -> Tensor:
-        """The gradient of `Work.bias` from that of `bias`."""
+        """The gradient of `ScheduleWork.bias` from that of `bias`."""
         return gradient
 
 
@@ -126,7 +126,7 @@ class GradientSum:
 
     def wide(self) -> Tensor:
         """The sum so far in float32 (float64), contiguous, to be added to in place."""
-        # A part is fresh: what gave it keeps nothing of it.
+        # A part is fresh: whoever computed it keeps no reference.
         so_far = self.total()
         self.sum = so_far.to(state_dtype(so_far.dtype)).contiguous()
         return self.sum

@@ -1,7 +1,7 @@
 """`Ring`: queries stay, keys and values travel. Each rank holds one shard of the sequence, laid out as `layouts` says.
 
-With a process group, each process is a rank (`ring_group`). Without one, `Ring(size=n)` plays all ranks in this process, one after the
-other, each going through the keys in the order in which they would come round.
+With a process group, each process is a rank (`ring_process`). Without one, `Ring(size=n)` computes all ranks in this process, one after
+the other, each with its keys in the order in which they would arrive.
 
 Ring attention: Liu et al. 2023, arXiv:2310.01889.
 """
@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.group import Members, OverGroup
 from longattn.attention.schedules.layouts import LAYOUTS, LayoutName, Spans, check_layout, take
-from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work, query_spans
+from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun, ScheduleWork, query_spans
 from longattn.attention.schedules.ring_process import GroupRun
 from longattn.attention.validate import check_size
 from longattn.patterncache import Span
@@ -85,9 +85,9 @@ class Ring(OverGroup, name="ring"):
         """Whether q, k and v are one rank's shards."""
         return self.members is not None
 
-    def start(self, work: Work) -> Run:
+    def start(self, work: ScheduleWork) -> ScheduleRun:
         """A run of this rank, or of all ranks."""
-        return _PlayedRun(self, work) if self.members is None else GroupRun(self.members, work)
+        return _InProcessRun(self, work) if self.members is None else GroupRun(self.members, work)
 
     def to_spec(self) -> dict[str, Any]:
         """Size and layout, or what says the group."""
@@ -103,27 +103,27 @@ class Ring(OverGroup, name="ring"):
         return (Span(0, length),) if self.members is None else super().held(length)
 
     @property
-    def silent(self) -> bool:
-        """Whether lengths are known without a roll call."""
-        return self.members is None or self.members.silent
+    def lengths_known(self) -> bool:
+        """Whether lengths are known without an exchange of metadata."""
+        return self.members is None or self.members.lengths_known
 
-    def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
-        """With a group, the roll: lengths, and rank 0's seed."""
-        return seed if self.members is None else super().agree(nq, nk, flags, seed)
+    def exchange_metadata(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
+        """With a group, the metadata of all ranks: lengths, and rank 0's seed."""
+        return seed if self.members is None else super().exchange_metadata(nq, nk, flags, seed)
 
-    def extents(self, nq: int, nk: int, roll: Tensor | None) -> Extents:
+    def extents(self, nq: int, nk: int, metadata: Tensor | None) -> Extents:
         """This rank's rows; all of them where all ranks are played here."""
-        return Extents.of_whole(nq, nk) if self.members is None else super().extents(nq, nk, roll)
+        return Extents.of_whole(nq, nk) if self.members is None else super().extents(nq, nk, metadata)
 
-    def gather_keys(self, x: Tensor, nq: int, nk: int, roll: Tensor | None) -> Tensor:
+    def gather_keys(self, x: Tensor, nq: int, nk: int, metadata: Tensor | None) -> Tensor:
         """From every rank; as it is where all ranks are played here."""
-        return x if self.members is None else super().gather_keys(x, nq, nk, roll)
+        return x if self.members is None else super().gather_keys(x, nq, nk, metadata)
 
 
-class _PlayedRun(Run):
+class _InProcessRun(ScheduleRun):
     """All ranks in this process: shards are views wherever a layout has views."""
 
-    def __init__(self, ring: Ring, work: Work) -> None:
+    def __init__(self, ring: Ring, work: ScheduleWork) -> None:
         self.work, self.one_step = work, ring.size == 1
         self.seed, self.mask, self.bias = work.asked.seed, work.mask, work.bias
         nq, nk = work.queries[0].shape[1], work.k.shape[1]
@@ -133,7 +133,7 @@ class _PlayedRun(Run):
         padding = [None] * ring.size if work.padding is None else self.keys.cut(work.padding)
         self.sums = [tuple(GradientSum(x) for x in pair) for pair in zip(*cut, strict=True)]
         self.steps = [
-            Step(k, v, hidden, rows, partial(self._give, rank), rows)
+            KeyStep(k, v, hidden, rows, partial(self._give, rank), rows)
             for rank, (k, v, hidden, rows) in enumerate(zip(*cut, padding, self.keys.rows(), strict=True))
         ]
 
@@ -141,12 +141,12 @@ class _PlayedRun(Run):
         for total, gradient in zip(self.sums[rank], (dk, dv), strict=True):
             total.add(gradient)
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self) -> Iterator[QueryShard]:
         size, (total, first, count) = len(self.steps), self.work.asked.heads
         shares = zip(*(self.queries.cut(x) for x in self.work.queries), strict=True)
         for rank, (queries, rows) in enumerate(zip(shares, self.queries.rows(), strict=True)):
             arriving = (self.steps[(rank - distance) % size] for distance in range(size))
-            yield Shard(queries, take(self.spans, rows), arriving, rows, (total, first, count))
+            yield QueryShard(queries, take(self.spans, rows), arriving, rows, (total, first, count))
 
     def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         return tuple(self.queries.join(shares) for shares in zip(*parts, strict=True))

@@ -1,9 +1,10 @@
 """One rank's pass round a ring of processes.
 
-At turn t, rank r takes the keys of rank r - t, and its own go to rank r + t: a shard goes straight to those who see it, and to nobody
-else. Life of a turn, for each rank: 1. its exchange is posted, before the rank computes on what came last; 2. after that computation it
-is waited for; 3. the step is computed, while the next turn's exchange goes on; 4. in a backward, its dk and dv go home in float32.
-Keys of two turns and gradients of one are in memory at a time, in buffers that are leased once and used turn after turn.
+In step t, rank r receives the keys of rank r - t and sends its own to rank r + t: a shard goes directly to the ranks whose queries see it,
+and to no other. Life of a step, for each rank: 1. its exchange is posted before the rank computes on the keys of the step before; 2. the
+rank waits for the exchange after that computation; 3. the rank computes, while the next step's exchange goes on; 4. in a backward, dk and
+dv are sent to the rank that owns the keys, in float32. Keys of two steps and gradients of one are in memory at a time, in buffers that
+are leased once and used in every step.
 """
 
 from __future__ import annotations
@@ -15,34 +16,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longattn.attention.schedules.group import Members, Whole, check_masks
+from longattn.attention.schedules.group import Members, WholeSequence, check_masks
 from longattn.attention.schedules.layouts import Spans
 from longattn.attention.schedules.packing import Lease, Packing, packing_of
-from longattn.attention.schedules.passes import GradientSum, Run, Shard, Step, Work
+from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun, ScheduleWork
 from longattn.attention.schedules.transport import Exchange, Parcel
 from longattn.kernels.interface import find_plan, state_dtype
 
 
 @dataclass
-class _Turn:
-    """One turn: with whom, what of it, and what is in flight. A packing of None: nobody sees anything, nothing moves."""
+class RingStep:
+    """One step: the ranks it exchanges with, which keys travel, and what is in flight. A packing of None: no pair is visible, nothing is sent.
+
+    Attributes:
+        number: from 1. source, target: the ranks that keys come from and go to.
+        incoming, outgoing: which keys of the source, and which of ours, travel.
+        received: keys, values and perhaps padding that arrive. exchange: what carries them.
+        gradients: dk and dv of the received keys, in a backward.
+    """
 
     number: int
     source: int
     target: int
-    takes: Packing | None
-    gives: Packing | None
+    incoming: Packing | None
+    outgoing: Packing | None
     received: tuple[Tensor, ...] = ()
     exchange: Exchange | None = None
     gradients: tuple[Tensor, Tensor] | None = None
 
 
-class GroupRun(Run):
-    """This rank's queries as one shard; keys arrive turn by turn."""
+class GroupRun(ScheduleRun):
+    """This rank's queries as one shard; keys arrive step by step."""
 
-    def __init__(self, members: Members, work: Work) -> None:
+    def __init__(self, members: Members, work: ScheduleWork) -> None:
         self.members, self.work = members, work
-        self.whole = Whole(members, work)
+        self.whole = WholeSequence(members, work)
         check_masks(work, self.whole.nq, self.whole.nk)
         self.seed, self.mask, self.bias = self.whole.seed, work.mask, work.bias
         self.size = members.place.size
@@ -51,10 +59,10 @@ class GroupRun(Run):
         self.sums = (GradientSum(work.k), GradientSum(work.v))
         self.buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self) -> Iterator[QueryShard]:
         """One: what this rank holds."""
         total, first, count = self.work.asked.heads
-        yield Shard(self.work.queries, self.whole.spans[self.whole.me], self._steps(), None, (total, first, count))
+        yield QueryShard(self.work.queries, self.whole.spans[self.whole.me], self._steps(), None, (total, first, count))
 
     def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """As it is."""
@@ -64,31 +72,31 @@ class GroupRun(Run):
         """Of this rank's keys, from all ranks."""
         return self.sums[0].total(), self.sums[1].total()
 
-    def _steps(self) -> Iterator[Step]:
+    def _steps(self) -> Iterator[KeyStep]:
         work, me = self.work, self.whole.me
-        turns = [self._turn(number) for number in range(1, self.size)]
-        upcoming = iter(turns)
+        ring_steps = [self._ring_step(number) for number in range(1, self.size)]
+        upcoming = iter(ring_steps)
         posted = self._post(next(upcoming, None))
-        yield Step(work.k, work.v, work.padding, self.k_rows[me], self._add_own, self.k_rows[me])
-        home: tuple[_Turn, Exchange, tuple[Tensor, ...]] | None = None
-        # Every rank posts every turn in this order, also an empty one: two exchanges of a pair never overtake one another.
+        yield KeyStep(work.k, work.v, work.padding, self.k_rows[me], self._add_gradients, self.k_rows[me])
+        in_flight: tuple[RingStep, Exchange, tuple[Tensor, ...]] | None = None
+        # Every rank posts every step in this order, also an empty one: two exchanges of a pair never overtake one another.
         while posted is not None:
-            turn = posted
-            if turn.exchange is not None:
-                turn.exchange.wait()
+            ring_step = posted
+            if ring_step.exchange is not None:
+                ring_step.exchange.wait()
             posted = self._post(next(upcoming, None))
-            if turn.takes is not None:
-                yield self._arrived(turn, turn.takes)
+            if ring_step.incoming is not None:
+                yield self._key_step(ring_step, ring_step.incoming)
             if self.backward:
-                # What left last time had this whole computation to arrive; one such exchange is in memory at a time.
-                self._come_home(home)
-                home = self._send_home(turn)
-        self._come_home(home)
+                # The gradients sent in the last step had this whole computation to arrive; one such exchange is in memory at a time.
+                self._receive_gradients(in_flight)
+                in_flight = self._send_gradients(ring_step)
+        self._receive_gradients(in_flight)
 
-    def _turn(self, number: int) -> _Turn:
+    def _ring_step(self, number: int) -> RingStep:
         me, size = self.whole.me, self.size
         source, target = (me - number) % size, (me + number) % size
-        return _Turn(number, source, target, self._seen(me, source), self._seen(target, me))
+        return RingStep(number, source, target, self._seen(me, source), self._seen(target, me))
 
     def _seen(self, queries: int, keys: int) -> Packing | None:
         """What the queries of one rank see of another's keys."""
@@ -97,64 +105,75 @@ class GroupRun(Run):
         plan = find_plan(asked, work.environment)
         return None if plan.empty else packing_of(plan, work.k.shape[2])
 
-    def _post(self, turn: _Turn | None) -> _Turn | None:
-        """Begin to send and receive the keys of a turn."""
-        if turn is None:
+    def _post(self, ring_step: RingStep | None) -> RingStep | None:
+        """Begin to send and receive the keys of a step."""
+        if ring_step is None:
             return None
         work = self.work
         sends: list[Parcel] = []
-        if turn.gives is not None:
-            gives = turn.gives
-            # Sent before the next turn's are posted.
-            sends = [(turn.target, gives.pack(x, self._lease("giving", n))) for n, x in enumerate((work.k, work.v))]
-            sends += [] if work.padding is None else [(turn.target, work.padding.contiguous())]
-        if turn.takes is not None:
-            # Double buffered: the turn before is still computed on while these fill.
-            slot = f"arriving {turn.number % 2}"
-            turn.received = tuple(self._lease(slot, n)(self._packed(turn.takes)) for n in range(2))
+        if ring_step.outgoing is not None:
+            outgoing = ring_step.outgoing
+            # Sent before the next step's are posted.
+            sends = [
+                (ring_step.target, outgoing.pack(x, self._lease("sent keys", n)))
+                for n, x in enumerate((work.k, work.v))
+            ]
+            sends += [] if work.padding is None else [(ring_step.target, work.padding.contiguous())]
+        if ring_step.incoming is not None:
+            # Double buffered: the rank still computes on the keys of the step before while these arrive.
+            slot = f"received keys {ring_step.number % 2}"
+            ring_step.received = tuple(self._lease(slot, n)(self._packed(ring_step.incoming)) for n in range(2))
             if work.padding is not None:
-                turn.received += (work.padding.new_empty(work.padding.shape[0], turn.takes.rows),)
-        receives = [(turn.source, x) for x in turn.received]
-        turn.exchange = Exchange(self.members.place, f"keys {turn.number}", sends, receives)
-        return turn
+                ring_step.received += (work.padding.new_empty(work.padding.shape[0], ring_step.incoming.rows),)
+        receives = [(ring_step.source, x) for x in ring_step.received]
+        ring_step.exchange = Exchange(self.members.place, f"keys {ring_step.number}", sends, receives)
+        return ring_step
 
-    def _arrived(self, turn: _Turn, takes: Packing) -> Step:
-        k, v, *padding = turn.received
-        k, v = (takes.unpack(x, self._lease("unpacked", n)) for n, x in enumerate((k, v)))
-        rows = self.k_rows[turn.source]
+    def _key_step(self, ring_step: RingStep, incoming: Packing) -> KeyStep:
+        k, v, *padding = ring_step.received
+        k, v = (incoming.unpack(x, self._lease("unpacked keys", n)) for n, x in enumerate((k, v)))
+        rows = self.k_rows[ring_step.source]
 
         def keep(dk: Tensor, dv: Tensor) -> None:
-            turn.gradients = (dk, dv)
+            ring_step.gradients = (dk, dv)
 
-        turn.received = ()
-        return Step(k, v, padding[0] if padding else None, rows, keep, rows)
+        ring_step.received = ()
+        return KeyStep(k, v, padding[0] if padding else None, rows, keep, rows)
 
-    def _send_home(self, turn: _Turn) -> tuple[_Turn, Exchange, tuple[Tensor, ...]]:
-        """Begin to send the gradients of a turn to whom its keys belong, and to receive those of ours."""
+    def _send_gradients(self, ring_step: RingStep) -> tuple[RingStep, Exchange, tuple[Tensor, ...]]:
+        """Begin to send the gradients of a step to the rank that owns its keys, and to receive those of ours."""
         wide = state_dtype(self.work.k.dtype)
         sends: list[Parcel] = []
-        if turn.takes is not None:
-            takes, gave = turn.takes, turn.gradients
-            assert gave is not None
-            leases = (self._lease("leaving", n, wide) for n in range(2))
-            sends = [(turn.source, takes.pack(x.to(wide), lease)) for x, lease in zip(gave, leases, strict=True)]
-        turn.gradients = None
-        coming: tuple[Tensor, ...] = ()
-        if turn.gives is not None:
-            coming = tuple(self._lease("coming", n, wide)(self._packed(turn.gives)) for n in range(2))
-        label = f"gradients {turn.number}"
-        return turn, Exchange(self.members.place, label, sends, [(turn.target, x) for x in coming]), coming
+        if ring_step.incoming is not None:
+            incoming, gradients = ring_step.incoming, ring_step.gradients
+            assert gradients is not None
+            leases = (self._lease("sent gradients", n, wide) for n in range(2))
+            sends = [
+                (ring_step.source, incoming.pack(x.to(wide), lease)) for x, lease in zip(gradients, leases, strict=True)
+            ]
+        ring_step.gradients = None
+        received: tuple[Tensor, ...] = ()
+        if ring_step.outgoing is not None:
+            received = tuple(
+                self._lease("received gradients", n, wide)(self._packed(ring_step.outgoing)) for n in range(2)
+            )
+        label = f"gradients {ring_step.number}"
+        return (
+            ring_step,
+            Exchange(self.members.place, label, sends, [(ring_step.target, x) for x in received]),
+            received,
+        )
 
-    def _come_home(self, home: tuple[_Turn, Exchange, tuple[Tensor, ...]] | None) -> None:
-        if home is None:
+    def _receive_gradients(self, in_flight: tuple[RingStep, Exchange, tuple[Tensor, ...]] | None) -> None:
+        if in_flight is None:
             return
-        turn, exchange, coming = home
+        ring_step, exchange, received = in_flight
         exchange.wait()
-        for total, part in zip(self.sums, coming, strict=False):
-            assert turn.gives is not None
-            turn.gives.add(total.wide(), part)
+        for total, part in zip(self.sums, received, strict=False):
+            assert ring_step.outgoing is not None
+            ring_step.outgoing.add(total.wide(), part)
 
-    def _add_own(self, dk: Tensor, dv: Tensor) -> None:
+    def _add_gradients(self, dk: Tensor, dv: Tensor) -> None:
         self.sums[0].add(dk)
         self.sums[1].add(dv)
 
@@ -162,7 +181,7 @@ class GroupRun(Run):
         return packing.shape(self.work.k.shape[0], self.work.k.shape[-1])
 
     def _lease(self, purpose: str, number: int, dtype: torch.dtype | None = None) -> Lease:
-        """The COMM buffer for a purpose: what a later turn asks for stands where an earlier turn's stood, if there is room."""
+        """The COMM buffer for a purpose: a later step reuses an earlier one's memory, if that is large enough."""
         work, key = self.work, (purpose, number, dtype or self.work.k.dtype)
 
         def lease(shape: tuple[int, ...]) -> Tensor:

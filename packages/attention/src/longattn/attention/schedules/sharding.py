@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from longattn.attention.schedules.base import Schedule, check_schedule_argument
+from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.extents import row_numbers
 from longattn.attention.schedules.layouts import count_rows, select_rows
-from longattn.attention.schedules.transport import Place, call_roll, swap
+from longattn.attention.schedules.local import check_schedule_argument
+from longattn.attention.schedules.transport import Place, gather_integers, swap
 from longattn.kernels.interface import TorchAllocator
 
 
@@ -51,7 +52,7 @@ def unshard_sequence(x: Tensor, schedule: Schedule, group: object = None, dim: i
         return x.detach()
     place = _place_of(schedule, group)
     axis = dim % x.dim()
-    lengths = call_roll(place, (x.shape[axis],))[:, 0].tolist()
+    lengths = gather_integers(place, (x.shape[axis],))[:, 0].tolist()
     return _gathered(x.detach(), axis, place, lengths, schedule)
 
 

@@ -1,4 +1,4 @@
-"""What ranks send one another: point-to-point exchanges that go on while the caller computes, and the roll call before them.
+"""What ranks send one another: point-to-point exchanges that go on while the caller computes, and the exchange of a few integers before them.
 
 `batch_isend_irecv` over any torch.distributed backend. Run here: gloo on the CPU. Never run here: NCCL; with it, a wait holds the
 current stream rather than the process, and buffers are the device's.
@@ -19,12 +19,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from longattn.kernels.interface import Allocator
 
 Parcel = tuple[int, Tensor]
-"""(rank in the group, what goes there or is filled from there)."""
+"""(rank in the group, tensor that is sent to it or filled from it)."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened on this rank: `what` is "post", "send" (with its bytes) or "arrive"; `label` names the exchange."""
+    """An event on this rank: `what` is "post", "send" (with its bytes) or "arrive"; `label` names the exchange."""
 
     what: str
     label: str
@@ -47,14 +47,14 @@ def watch() -> Iterator[list[Event]]:
 
 
 def note(event: Event) -> None:
-    """Tell whoever watches."""
+    """Append to every open `watch`."""
     for events in _WATCHERS:
         events.append(event)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A process group by its name: what crosses into ops, copies and pickles. Rank and size are those of whoever asks."""
+    """A process group by its name: what crosses into ops, copies and pickles. Rank and size are those of the calling process."""
 
     name: str
 
@@ -79,7 +79,7 @@ class Place:
 
     @property
     def group(self) -> ProcessGroup:
-        """The group itself, found the way torch's functional collectives find theirs."""
+        """The group itself, looked up as torch's functional collectives look up theirs."""
         return dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore[arg-type]
 
     @property
@@ -98,15 +98,15 @@ class Place:
 
 
 class Exchange:
-    """Parcels under way.
+    """Parcels in flight.
 
-    1. Made: everything is posted, and this returns at once. 2. `wait`, once: what was to come has come, and what was sent may change.
+    1. Made: everything is posted, without waiting. 2. `wait`, once: all receives are complete, and sent tensors may change.
     """
 
     def __init__(self, place: Place, label: str, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> None:
         group = place.group
         self.label = label
-        # Both ends leave out what is empty.
+        # Both ranks leave out empty tensors.
         self._parcels = [(dist.isend, *p) for p in sends if p[1].numel()]
         self._parcels += [(dist.irecv, *p) for p in receives if p[1].numel()]
         operations = [
@@ -118,7 +118,7 @@ class Exchange:
             note(Event("send", label, peer, tensor.numel() * tensor.element_size()))
 
     def wait(self) -> None:
-        """Until all of it is there."""
+        """Wait until all receives are complete."""
         for work in self._works:
             work.wait()
         if self._works:
@@ -127,8 +127,8 @@ class Exchange:
         self._works, self._parcels = [], []
 
 
-def call_roll(place: Place, row: Sequence[int]) -> Tensor:
-    """(ranks, len(row)) int64 on the CPU: the integers that each rank brought."""
+def gather_integers(place: Place, row: Sequence[int]) -> Tensor:
+    """(ranks, len(row)) int64 on the CPU: the integers of each rank."""
     group = place.group
     mine = torch.tensor(row, dtype=torch.int64, device="cpu")
     if "cpu" not in dist.get_backend_config(group) and dist.get_backend(group) == "nccl":
@@ -141,7 +141,7 @@ def call_roll(place: Place, row: Sequence[int]) -> Tensor:
 def swap(
     place: Place, label: str, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], allocator: Allocator
 ) -> list[Tensor]:
-    """parts[r] goes to rank r; what comes from rank r has shapes[r]. Waits. This rank's own part is itself, made contiguous.
+    """Send parts[r] to rank r, and receive a tensor of shapes[r] from it. Waits. This rank's own part is itself, made contiguous.
 
     An all-to-all of any sizes; where every part is the same tensor, an all-gather.
     """
@@ -149,6 +149,6 @@ def swap(
     own = parts[me].contiguous()
     shared = {id(x): own for x in parts if x is parts[me]}
     sends = [(r, shared.get(id(x), x).contiguous()) for r, x in enumerate(parts) if r != me]
-    came = [own if r == me else allocator.empty(s, own.dtype, own.device, "comm") for r, s in enumerate(shapes)]
-    Exchange(place, label, sends, [(r, x) for r, x in enumerate(came) if r != me]).wait()
-    return came
+    received = [own if r == me else allocator.empty(s, own.dtype, own.device, "comm") for r, s in enumerate(shapes)]
+    Exchange(place, label, sends, [(r, x) for r, x in enumerate(received) if r != me]).wait()
+    return received

@@ -1,7 +1,7 @@
 """`Ulysses`: from rows to heads and back (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509).
 
-Each rank hands its rows of most heads away and gets all rows of a few: an all-to-all before the attention, and one after. In between an
-inner schedule runs on those heads: `Local`, or a `Ring` over another dimension of a DeviceMesh, which is the 2-D combination.
+Each rank sends its rows of most heads away and receives all rows of a few: an all-to-all before the attention, and one after. In between
+an inner schedule runs on those heads: `Local`, or a `Ring` over another dimension of a DeviceMesh, which is the 2-D combination.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from longattn.attention.schedules.base import Local, Schedule, build_schedule
+from longattn.attention.schedules import all_gather, ring  # noqa: F401  Registers what may run inside, beside Local.
+from longattn.attention.schedules.base import Schedule, build_schedule
 from longattn.attention.schedules.extents import CONFLICT, MASK, Extents, agreed_flags
 from longattn.attention.schedules.gathering import gather_rows
-from longattn.attention.schedules.group import Members, OverGroup, Whole, check_masks, total_rows
+from longattn.attention.schedules.group import Members, OverGroup, WholeSequence, check_masks, total_rows
 from longattn.attention.schedules.head_exchange import HeadExchange
 from longattn.attention.schedules.layouts import LayoutName, Spans, count_rows, take
-from longattn.attention.schedules.passes import Run, Shard, Work
+from longattn.attention.schedules.local import Local
+from longattn.attention.schedules.passes import QueryShard, ScheduleRun, ScheduleWork
 
 
 @dataclass(frozen=True, init=False)
@@ -70,7 +72,7 @@ class Ulysses(OverGroup, name="ulysses"):
                 )
             inner = getattr(inner, "inner", None)
 
-    def start(self, work: Work) -> Run:
+    def start(self, work: ScheduleWork) -> ScheduleRun:
         """A run of `inner` on this rank's heads, which are here when it returns."""
         return _HeadsRun(self, work)
 
@@ -90,82 +92,84 @@ class Ulysses(OverGroup, name="ulysses"):
         return take(rows, self.members.laid_out(count_rows(rows)).rows()[self.members.place.rank])
 
     @property
-    def silent(self) -> bool:
-        """Whether lengths are known without a roll call, here and inside."""
-        return self.members.silent and (not isinstance(self.inner, OverGroup) or self.inner.silent)
+    def lengths_known(self) -> bool:
+        """Whether lengths are known without an exchange of metadata, here and inside."""
+        return self.members.lengths_known and (not isinstance(self.inner, OverGroup) or self.inner.lengths_known)
 
-    def agree(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
-        """The roll, also where there is a mask: whether its rows travel is not to be seen from one rank's alone."""
-        if self.silent and seed is None and not flags & MASK:
+    def exchange_metadata(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
+        """The metadata of all ranks, also where there is a mask: one rank alone cannot tell whether the mask's rows travel."""
+        if self.lengths_known and seed is None and not flags & MASK:
             return None
         return torch.ops.longattn.roll_call(seed, nq, nk, flags, self.canonical())
 
-    def extents(self, nq: int, nk: int, roll: Tensor | None) -> Extents:
+    def extents(self, nq: int, nk: int, metadata: Tensor | None) -> Extents:
         """This rank's part of what the inner schedule's rank, the whole of this group, has."""
-        queries, keys = self.members.layouts(nq, nk, roll)
-        whole = self.inner.extents(total_rows(queries), total_rows(keys), self._inner_roll(roll))
+        queries, keys = self.members.layouts(nq, nk, metadata)
+        whole = self.inner.extents(total_rows(queries), total_rows(keys), self._inner_metadata(metadata))
         me = self.members.place.rank
         rows = take(whole.q_rows, queries.rows()[me]), take(whole.k_rows, keys.rows()[me])
         return Extents(whole.nq, whole.nk, *rows)
 
-    def gather_keys(self, x: Tensor, nq: int, nk: int, roll: Tensor | None) -> Tensor:
+    def gather_keys(self, x: Tensor, nq: int, nk: int, metadata: Tensor | None) -> Tensor:
         """From every rank of this group, and then of the inner one."""
-        queries, keys = self.members.layouts(nq, nk, roll)
+        queries, keys = self.members.layouts(nq, nk, metadata)
         x = gather_rows(self.members.place, x, keys)
-        return self.inner.gather_keys(x, total_rows(queries), total_rows(keys), self._inner_roll(roll))
+        return self.inner.gather_keys(x, total_rows(queries), total_rows(keys), self._inner_metadata(metadata))
 
-    def _inner_roll(self, roll: Tensor | None) -> Tensor | None:
-        """The inner schedule's part of a roll."""
-        return roll[self.members.place.size :] if roll is not None and self.inner.distributed else None
+    def _inner_metadata(self, metadata: Tensor | None) -> Tensor | None:
+        """The inner schedule's part of the metadata."""
+        return metadata[self.members.place.size :] if metadata is not None and self.inner.distributed else None
 
     @property
     def ranks(self) -> int:
-        """Rows of the roll: those of this group, then those of the inner one."""
+        """Rows of the metadata: those of this group, then those of the inner one."""
         return self.members.place.size + self.inner.ranks * self.inner.distributed
 
-    def call_roll(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
-        """This group's roll; then the inner one's, in which the group speaks as one, with its rank 0's seed."""
-        roll = self.members.call(nq, nk, flags, seed)
+    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
+        """This group's metadata; then the inner one's, in which this group is one rank, with its rank 0's seed."""
+        metadata = self.members.gather_metadata(nq, nk, flags, seed)
         if not self.inner.distributed:
-            return roll
-        nq, nk = (int(n) for n in roll[:, :2].sum(0))
-        return torch.cat([roll, self.inner.call_roll(nq, nk, _as_one(roll[:, 2].tolist()), int(roll[0, 3]))])
+            return metadata
+        nq, nk = (int(n) for n in metadata[:, :2].sum(0))
+        return torch.cat(
+            [metadata, self.inner.gather_metadata(nq, nk, _as_one(metadata[:, 2].tolist()), int(metadata[0, 3]))]
+        )
 
 
 def _as_one(flags: list[int]) -> int:
-    """What a group says of its masks to the other groups; where its ranks do not agree, that they do not: all raise."""
+    """The flags of a group as one rank of the inner schedule; CONFLICT where its ranks differ, so that all ranks raise."""
     try:
         return agreed_flags(flags)
     except ValueError:
         return CONFLICT
 
 
-class _HeadsRun(Run):
-    def __init__(self, ulysses: Ulysses, work: Work) -> None:
-        members, inner, roll = ulysses.members, ulysses.inner, work.asked.seed
-        self.work, self.whole = work, Whole(members, work)
+class _HeadsRun(ScheduleRun):
+    def __init__(self, ulysses: Ulysses, work: ScheduleWork) -> None:
+        members, inner, metadata = ulysses.members, ulysses.inner, work.asked.seed
+        self.work, self.whole = work, WholeSequence(members, work)
         self.exchange = HeadExchange(members.place, self.whole, work, self.whole.rows)
         mask, bias = (None if x is None else self.exchange.mask_to_heads(x) for x in (work.mask, work.bias))
-        rest = self.whole.seed if not inner.distributed else ulysses._inner_roll(roll)
+        rest = self.whole.seed if not inner.distributed else ulysses._inner_metadata(metadata)
         asked = work.asked._replace(heads=self.exchange.heads, seed=rest)
         queries = tuple(self.exchange.to_heads(x, self.whole.queries) for x in work.queries)
         k, v = (self.exchange.to_heads(x, self.whole.keys) for x in (work.k, work.v))
         padding = None if work.padding is None else self.exchange.padding_to_heads(work.padding)
-        inside = Work(queries, k, v, padding, mask, bias, asked, work.environment)
+        inside = ScheduleWork(queries, k, v, padding, mask, bias, asked, work.environment)
         if not inner.distributed:
             check_masks(inside, self.whole.nq, self.whole.nk)
         self.inside = inner.start(inside)
         self.seed, self.mask, self.bias = self.inside.seed, self.inside.mask, self.inside.bias
         self.one_step = self.inside.one_step
 
-    def shards(self) -> Iterator[Shard]:
+    def shards(self) -> Iterator[QueryShard]:
         yield from self.inside.shards()
 
     def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        found, *rest = self.inside.join(parts)
+        out, *rest = self.inside.join(parts)
         # Nothing is added on the way, so it is rounded before it travels.
         dtype = self.work.queries[0].dtype if len(self.work.queries) > 1 else self.work.asked.out_dtype
-        return tuple(self.exchange.to_rows(x, self.whole.queries) for x in (found.to(dtype), *rest))
+        return tuple(self.exchange.to_rows(x, self.whole.queries) for x in (out.to(dtype), *rest))
 
     def key_gradients(self) -> tuple[Tensor, Tensor]:
         dk, dv = self.inside.key_gradients()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.call_extents import CallExtents
 from longattn.attention.schedules.extents import row_numbers
-from longattn.attention.schedules.whereabouts import Whereabouts
 from longattn.attention.validate import check_pattern_argument
 from longattn.kernels.interface import as_seed, check_key_padding
 from longattn.patterncache import Documents
@@ -34,7 +34,7 @@ def attend_in_place(
     Raises:
         TypeError, ValueError: a bad argument, by name.
     """
-    where = Whereabouts(q, k, schedule)
+    where = CallExtents(q, k, schedule)
     extents, pattern = where.extents(), check_pattern_argument(options["pattern"])
     starts = check_positions_start(positions_start, k.shape[0], extents.nk)
     first = extents.first_query(options.pop("q_start", None))

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.attention.schedules.base import Schedule, check_schedule_argument
+from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.extents import Extents
+from longattn.attention.schedules.local import check_schedule_argument
 from longattn.attention.sequences.left_padding import attend_in_place, check_positions_start, in_order
 from longattn.patterncache import Documents, Pattern, Span
 

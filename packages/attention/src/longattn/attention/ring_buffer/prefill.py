@@ -1,4 +1,4 @@
-"""The two ways through a call: one query row for each head straight over the ring, and parts under the scheduler."""
+"""Prefill: a call with any number of queries, over the parts of its keys, under the scheduler."""
 
 from __future__ import annotations
 
@@ -9,48 +9,19 @@ from torch import Tensor
 
 from longattn.attention.ring_buffer.config import RingBufferConfig, TileOrder
 from longattn.attention.ring_buffer.parts import Part, gather_parts
-from longattn.attention.ring_buffer.positions import for_sinks, turn
+from longattn.attention.ring_buffer.positions import rotate_features, rotate_for_sinks
 from longattn.attention.ring_buffer.requests import Request
 from longattn.attention.ring_buffer.rings import Rings
-from longattn.attention.ring_buffer.tiles import TilingProcessor, Work
+from longattn.attention.ring_buffer.tiles import TileWork, TilingProcessor
 from longattn.attention.weights import attention_weights
 from longattn.kernels import AttentionState, attend, merge
-from longattn.kernels.interface import add_sink, decode_attention
+from longattn.kernels.interface import add_sink
 from longattn.patterncache import Band, Full, Pattern, Span, Window
 
 _EVERYTHING = Full()
 
 
-def straight(config: RingBufferConfig, rings: Rings, q: Tensor, sink_logits: Tensor | None) -> Tensor:
-    """Attend with the query of the last token that was written, (batch, 1, heads, head_dim), to all slots in use, as they lie."""
-    main, held = rings.kv.main, rings.held
-    kv_heads = rings.geometry.kv_heads
-    first = None
-    if config.positions == "cache" and config.sinks and held > config.sinks:
-        at = torch.tensor([[c.position - 1] for c in rings.clocks], device=q.device)
-        first = (for_sinks(q, at, config), config.sinks)
-    return decode_attention(
-        q,
-        main.cache,
-        held,
-        config.scale,
-        hidden=None if rings.hidden is None and rings.uniform else _not_held(rings, held, kv_heads),
-        first=first,
-        sink_logits=None if sink_logits is None else sink_logits.view(kv_heads, -1, 1).repeat(q.shape[0], 1, 1),
-    )
-
-
-def _not_held(rings: Rings, held: int, kv_heads: int) -> Tensor | None:
-    """(batch * kv_heads, 1, held) bool: slots that are padding, or empty in some rows of the batch; None: none."""
-    hidden = None if rings.hidden is None else rings.hidden.main.planes[0][:, 0, :held, 0]
-    if not rings.uniform:
-        used = torch.tensor([[rings.kv.main.held(c.position)] for c in rings.clocks], device=rings.device)
-        empty = torch.arange(held, device=rings.device) >= used
-        hidden = empty if hidden is None else hidden | empty
-    return None if hidden is None else hidden.repeat_interleave(kv_heads, 0).unsqueeze(1)
-
-
-def by_parts(
+def prefill(
     config: RingBufferConfig, tiling: TilingProcessor, rings: Rings, request: Request
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with the queries of a call, whose own tokens are not in the rings yet; rings are uniform.
@@ -58,13 +29,13 @@ def by_parts(
     Returns:
         out (batch, Nq, heads, head_dim) in q's dtype, and weights (batch, heads, Nq, Nk) if asked.
     """
-    q, position = request.q, rings.clocks[0].position + request.k.shape[1] - request.q.shape[1]
+    q, position = request.q, rings.cursors[0].position + request.k.shape[1] - request.q.shape[1]
     parts = gather_parts(rings, request.k, request.v, request.causal, request.grad)
-    turned = q
+    rotated = q
     if config.positions == "cache" and config.sinks:
-        turned = for_sinks(q, position + torch.arange(q.shape[1], device=q.device), config)
+        rotated = rotate_for_sinks(q, position + torch.arange(q.shape[1], device=q.device), config)
     mask = _with_padding(rings, request, parts)
-    calls = _Calls(config, tiling, request, position, turned, mask)
+    calls = _Calls(config, tiling, request, position, rotated, mask)
     if request.grad and parts:
         state = calls.whole(parts[0])
         for part in parts[1:]:
@@ -77,11 +48,11 @@ def by_parts(
 
 
 def _with_padding(rings: Rings, request: Request, parts: list[Part]) -> Tensor | None:
-    """The call's mask with padding in it, over all attended keys."""
+    """The call's mask combined with padding, over all attended keys."""
     before = sum(p.length for p in parts) - request.k.shape[1]
     hidden = []
     if rings.hidden is not None:
-        position = rings.clocks[0].position
+        position = rings.cursors[0].position
         for part in parts:
             if part.start < position:
                 runs = rings.hidden.main.runs(part.start, min(position, part.start + part.length))
@@ -112,28 +83,28 @@ class _Calls:
         tiling: TilingProcessor,
         request: Request,
         position: int,
-        turned: Tensor,
+        rotated: Tensor,
         mask: Tensor | None,
     ) -> None:
-        self.config, self.request, self.position, self.turned, self.mask = config, request, position, turned, mask
+        self.config, self.request, self.position, self.rotated, self.mask = config, request, position, rotated, mask
         # "tiled" names the row of the order.
         k_major = tiling.tile_order is TileOrder.K_MAJOR
         self.backend = "tiled_k_major" if k_major and config.backend == "tiled" else config.backend
 
     def whole(self, part: Part) -> AttentionState:
         """All queries and a whole part, differentiable."""
-        q = self.turned if part.sink else self.request.q
+        q = self.rotated if part.sink else self.request.q
         group = (0, self.config.num_heads)
-        return self.attend(Work((0, q.shape[1]), part, (0, part.length), group, (0, part.k.shape[2]), False))
+        return self.attend(TileWork((0, q.shape[1]), part, (0, part.length), group, (0, part.k.shape[2]), False))
 
-    def attend(self, work: Work) -> AttentionState:
+    def attend(self, work: TileWork) -> AttentionState:
         """One rectangle, differentiable."""
         request, part = self.request, work.part
-        q = (self.turned if part.sink else request.q).narrow(1, *work.queries).narrow(2, *work.heads)
+        q = (self.rotated if part.sink else request.q).narrow(1, *work.queries).narrow(2, *work.heads)
         k, v = (x.narrow(1, *work.keys).narrow(2, *work.kv_heads) for x in (part.k, part.v))
         at = (self.position + work.queries[0], part.start + work.keys[0])
         if not request.dropout_p:
-            # Only distances matter: the same distances find the same plan.
+            # Only distances matter: equal distances share a plan.
             at = (at[0] - min(at), at[1] - min(at))
         options: dict[str, Any] = {"seed": request.seed} if request.dropout_p else {}
         lead = request.lead if request.dropout_p else 0
@@ -157,7 +128,7 @@ class _Calls:
         )
         return AttentionState(state.out[lead:], state.lse[lead:])
 
-    def _mask_of(self, work: Work) -> Tensor | None:
+    def _mask_of(self, work: TileWork) -> Tensor | None:
         mask = self.mask
         if mask is None or mask.dim() == 0:
             return mask
@@ -177,23 +148,23 @@ class _Calls:
         keys = torch.cat([part.k for part in parts], 1)
         pattern = Window(config.buffer_size, config.sinks) if self.request.causal else _EVERYTHING
         # Columns are positions without the gap behind the sinks, which no window reaches across.
-        if self.turned is q:
+        if self.rotated is q:
             weights = attention_weights(q, keys, pattern, config.scale, self.mask)
         else:
-            weights = self._turned_weights(keys, pattern)
+            weights = self._rotated_weights(keys, pattern)
         if self.request.sink_logits is None:
             return weights
         return weights * self._share_of_keys(parts).to(weights.dtype)
 
-    def _turned_weights(self, keys: Tensor, pattern: Pattern) -> Tensor:
-        """The same where sinks stand at their place in the cache, which differs from query to query."""
+    def _rotated_weights(self, keys: Tensor, pattern: Pattern) -> Tensor:
+        """Weights where positions count places in the cache, so that the distance to sinks differs from query to query."""
         config, request, rows = self.config, self.request, []
         for i in range(request.q.shape[1]):
             width = keys.shape[1] - request.q.shape[1] + i + 1
             evicted = max(0, self.position + i - (config.sinks + config.buffer_size - 1))
             sinks = min(config.sinks, width)
             at = torch.full((sinks,), evicted, device=keys.device)
-            first = turn(keys[:, :sinks], at, config)
+            first = rotate_features(keys[:, :sinks], at, config)
             own = torch.cat([first, keys[:, sinks:width]], 1)
             mask = self.mask
             if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
@@ -205,7 +176,7 @@ class _Calls:
         return torch.cat(rows, 2)
 
     def _share_of_keys(self, parts: list[Part]) -> Tensor:
-        """(batch, heads, Nq, 1): what a learned sink leaves of the softmax."""
+        """(batch, heads, Nq, 1): the part of the softmax that a learned sink leaves to the keys."""
         assert self.request.sink_logits is not None
         state = self.whole(parts[0])
         for part in parts[1:]:

@@ -1,7 +1,7 @@
-"""`Whereabouts`: of a module's call, where its rows stand. Asked once, by whatever in the call depends on positions.
+"""`CallExtents`: where the rows of a module's call stand. Found once a call, for all that depends on positions.
 
 Ranks exchange their lengths for it, unless the schedule was given them. In traced code the lengths are an op's result, and positions
-that of another, `longattn::row_positions`, so that a graph serves any lengths.
+that of another, `longattn::row_positions` (both in `metadata_op`), so that a graph serves any lengths.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from longattn.attention.schedules.base import Schedule, parse_schedule
-from longattn.attention.schedules.extents import Extents, row_numbers
+from longattn.attention.schedules import metadata_op  # noqa: F401  Registers roll_call and row_positions.
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.extents import Extents
 
 
-def _sharded() -> Any:
+def dtensor_module() -> Any:
+    """`schedules.dtensor`, imported when the first DTensor comes: torch's own module for them is heavy."""
     return import_module("longattn.attention.schedules.dtensor")
 
 
 def on_local(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function` of x, row by row; of a DTensor's local part, placed as it was."""
-    return _sharded().on_local(function, x) if is_sharded(x) else function(x)
+    return dtensor_module().on_local(function, x) if is_sharded(x) else function(x)
 
 
 def is_sharded(x: object) -> bool:
@@ -31,7 +33,7 @@ def is_sharded(x: object) -> bool:
     return hasattr(x, "placements")
 
 
-class Whereabouts:
+class CallExtents:
     """Of one call's query and key.
 
     Attributes:
@@ -45,52 +47,35 @@ class Whereabouts:
     def __init__(self, query: Tensor, key: Tensor, schedule: Schedule) -> None:
         self.like, here = None, (query, key)
         if is_sharded(query) or is_sharded(key):
-            schedule = _sharded().schedule_over(query, key, schedule)
+            schedule = dtensor_module().schedule_over(query, key, schedule)
             self.like, here = query, tuple(x.to_local() for x in cast(Any, here))
         self.schedule = schedule
         self.batch, self.device = here[1].shape[0], here[1].device
         self.nq, self.nk = here[0].shape[1], here[1].shape[1]
-        self._roll: Tensor | None = None
+        self._metadata: Tensor | None = None
         self._asked = False
 
     @property
-    def roll(self) -> Tensor | None:
-        """What ranks said of their lengths, as `Schedule.extents` takes it."""
+    def metadata(self) -> Tensor | None:
+        """The metadata of all ranks, as `Schedule.extents` takes it."""
         if not self._asked:
-            self._roll, self._asked = self.schedule.agree(self.nq, self.nk, 0, None), True
-        return self._roll
+            self._metadata, self._asked = self.schedule.exchange_metadata(self.nq, self.nk, 0, None), True
+        return self._metadata
 
     def extents(self) -> Extents:
         """The call's whole sequence, and what of it is here. Not in traced code."""
-        return self.schedule.extents(self.nq, self.nk, self.roll)
+        return self.schedule.extents(self.nq, self.nk, self.metadata)
 
     def local(self, name: str, x: Any) -> Any:
         """This process's part of the option of that name: of a DTensor, where query is one."""
-        return _sharded().local_options(self.like, {name: x})[name] if is_sharded(self.like) and is_sharded(x) else x
+        return (
+            dtensor_module().local_options(self.like, {name: x})[name] if is_sharded(self.like) and is_sharded(x) else x
+        )
 
     def positions(self, start: int | None) -> tuple[Tensor, Tensor]:
         """Where rows of query and key stand, each (rows,) int64, where the whole's first query stands at `start`; None: the last of keys."""
         if self.schedule.distributed:
-            q, k = torch.ops.longattn.row_positions(self.roll, self.nq, self.nk, start, self.schedule.canonical())
+            q, k = torch.ops.longattn.row_positions(self.metadata, self.nq, self.nk, start, self.schedule.canonical())
             return q.to(self.device), k.to(self.device)
         q = torch.arange(self.nq, device=self.device) + (self.nk - self.nq if start is None else start)
         return q, torch.arange(self.nk, device=self.device)
-
-
-LIBRARY = torch.library.Library("longattn", "FRAGMENT")
-LIBRARY.define("row_positions(Tensor? roll, SymInt nq, SymInt nk, SymInt? start, str schedule) -> (Tensor, Tensor)")
-
-
-def _row_positions(roll: Tensor | None, nq: int, nk: int, start: int | None, schedule: str) -> tuple[Tensor, Tensor]:
-    extents = parse_schedule(schedule).extents(nq, nk, roll)
-    return row_numbers(extents.q_rows) + extents.first_query(start), row_numbers(extents.k_rows)
-
-
-def _row_positions_fake(
-    roll: Tensor | None, nq: int, nk: int, start: int | None, schedule: str
-) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty(n, dtype=torch.int64, device="cpu") for n in (nq, nk))  # type: ignore[return-value]
-
-
-LIBRARY.impl("row_positions", _row_positions, "CompositeExplicitAutograd")
-torch.library.register_fake("longattn::row_positions", _row_positions_fake, lib=LIBRARY)

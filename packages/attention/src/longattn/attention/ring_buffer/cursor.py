@@ -1,4 +1,4 @@
-"""`Clock`: where a row of the batch stands."""
+"""`Cursor`: how far the stream of a row of the batch is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 
 @dataclass
-class Clock:
+class Cursor:
     """Counters of one row of the batch, or of all rows where they agree.
 
     Attributes:
@@ -23,7 +23,7 @@ class Clock:
     fed_restorable: int = 0
     decoded: list[list[int]] = field(default_factory=list)
 
-    def clone(self) -> Clock:
+    def clone(self) -> Cursor:
         """A copy that shares nothing."""
         return replace(self, decoded=[list(stretch) for stretch in self.decoded])
 

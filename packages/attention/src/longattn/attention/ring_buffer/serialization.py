@@ -1,4 +1,4 @@
-"""States as plain data, and back: what pickle, files, other devices and other batches see."""
+"""States as dictionaries, and back: for pickle, files, other devices and other batches."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from longattn.attention.ring_buffer.state import RingBufferState
 
 
-def to_plain(state: RingBufferState) -> dict[str, Any]:
+def to_dict(state: RingBufferState) -> dict[str, Any]:
     """Numbers, lists and tensors that hold what the state holds, slots in use only. Gradients stay behind."""
-    count = used_slots(state.geometry, state.clocks)
+    count = used_slots(state.geometry, state.cursors)
     used = {}
     for name, ring in _by_name(state).items():
         used[name] = ring.storage[:, :, :, : count[name], : ring.head_dim].detach().clone()
         # A file must not show what others left in memory that this state never wrote.
-        clear_unused(name, used[name], state.geometry, state.clocks)
+        clear_unused(name, used[name], state.geometry, state.cursors)
     return {
         "format": FORMAT,
         "geometry": asdict(state.geometry),
         "batch_size": state.batch_size,
         "dtype": dtype_name(state.dtype),
-        "clocks": [asdict(clock) for clock in state.clocks],
+        "clocks": [asdict(cursor) for cursor in state.cursors],
         "rings": used,
     }
 
@@ -43,16 +43,16 @@ def _by_name(state: RingBufferState) -> dict[str, LinearRing]:
     return {name: ring for name, ring in rings.items() if ring is not None}
 
 
-def from_plain(
+def from_dict(
     kind: type[RingBufferState],
     saved: dict[str, Any],
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> RingBufferState:
-    """The state that `to_plain` described, in memory of its own.
+    """The state that `to_dict` described, in memory of its own.
 
     Args:
-        saved: from `to_plain`, its tensors on any device. device, dtype: default those of `saved`.
+        saved: from `to_dict`, its tensors on any device. device, dtype: default those of `saved`.
 
     Raises:
         ValueError: something is missing, unknown or does not fit.
@@ -65,7 +65,7 @@ def from_plain(
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(dtype_name, FLOATS))}, got {dtype_name(dtype)}")
     state = kind(checked.geometry, checked.batch_size, dtype or checked.dtype, place)
-    state.clocks = checked.clocks
+    state.cursors = checked.clocks
     if "hidden" in rings:
         state.track_hidden()
     if "outputs" in rings:
@@ -81,7 +81,7 @@ def _restore_zeros(state: RingBufferState, rings: dict[str, Tensor]) -> None:
     """What calls rely on to be zero is zero, whatever was saved there: slots that hold nothing, and tokens that are padding."""
     targets = _by_name(state)
     for name, saved in rings.items():
-        clear_unused(name, targets[name].storage[:, :, :, : saved.shape[3]], state.geometry, state.clocks)
+        clear_unused(name, targets[name].storage[:, :, :, : saved.shape[3]], state.geometry, state.cursors)
     for name, hidden in (("kv", "hidden"), ("kv_evicted", "hidden_evicted")):
         if hidden in rings:
             count = rings[hidden].shape[3]
@@ -113,8 +113,8 @@ def cat(states: Sequence[RingBufferState]) -> RingBufferState:
         raise ValueError("states must be of one module, or of none yet, got states that different modules have used")
     whole = type(first)(first.geometry, sum(s.batch_size for s in states), first.dtype, first.device)
     whole.owner = owners[0] if owners else None
-    clocks = [c for s in states for c in (s.clocks * s.batch_size if s.uniform else s.clocks)]
-    whole.clocks = [c.clone() for c in clocks or first.clocks]
+    cursors = [c for s in states for c in (s.cursors * s.batch_size if s.uniform else s.cursors)]
+    whole.cursors = [c.clone() for c in cursors or first.cursors]
     # Slots that only some rows hold are zero in the others.
     whole.kv.main.clear(0, whole.held)
     if any(s.hidden is not None for s in states):
@@ -123,7 +123,7 @@ def cat(states: Sequence[RingBufferState]) -> RingBufferState:
         whole.ready_outputs()
     row = 0
     for state in states:
-        _fill(whole, to_plain(state)["rings"], slice(row, row + state.batch_size))
+        _fill(whole, to_dict(state)["rings"], slice(row, row + state.batch_size))
         row += state.batch_size
     whole.settle()
     return whole
