@@ -15,8 +15,8 @@ from longattn.attention import (
     Ring,
     Wiring,
     pattern_attention,
-    scheduled,
 )
+from longattn.attention.schedules import driver as scheduled
 from longattn.attention.schedules.all_gather import AllGather
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.sharding import shard_sequence, unshard_sequence
@@ -88,8 +88,8 @@ def case_computing_goes_on_while_keys_travel() -> None:
     part, _ = shard_sequence(randn(1, 16 * WORLD, 4, 4), ring)
     launched = scheduled.attend_step
 
-    def computed(*given):
-        state = launched(*given)
+    def computed(*given, **options):
+        state = launched(*given, **options)
         note(Event("compute", f"from {given[1].spans[0].start // 16}"))
         return state
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from longattn.bufmgr import AttentionBufferManager, BufferType
+from longattn.bufmgr.leasing import guard
 
 TEMP = BufferType.TEMP
 SHAPE = (4, 8)
@@ -78,6 +79,9 @@ def with_a_view(manager: AttentionBufferManager) -> Any:
 @pytest.mark.parametrize("step", [through_a_function, through_partial, with_a_view])
 def test_a_release_in_use_is_counted_and_keeps_the_slot(step: Callable[[AttentionBufferManager], Any]):
     """What a second reference sees is not emptied; the statistics say so, and the slot is taken again afterwards."""
+    fresh = guard.fresh_counts()
+    if step is through_partial and fresh and guard.references_under_evaluator() > fresh.tensor_references:
+        pytest.skip("torch.compile left a frame evaluator: a reference that C code holds cannot be told from its own")
     manager = AttentionBufferManager()
     for _ in range(ROUNDS):
         assert step(manager) == SHAPE

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from longattn.kernels import __main__, attend, build_native, dispatch, explain
+from longattn.kernels import __main__, attend, build_native, explain
+from longattn.kernels.dispatch import table as dispatch
 from longattn.kernels.native import building, cachefolder, compiling
 from longattn.patterncache import Full
 

@@ -105,8 +105,9 @@ def check_embedded(name: str, x: object, embed_dim: int, dtype: torch.dtype | No
         raise TypeError(f"{name} must be a torch.Tensor (batch, seq, {embed_dim}), got {type(x).__name__}")
     if dtype is None and not x.dtype.is_floating_point:
         raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
-    autocast = dtype is None or torch.is_autocast_enabled(x.device.type)
-    if not x.dtype.is_floating_point or (x.dtype != dtype and not autocast):
+    # torch refuses the question about autocast on devices such as "meta": it is asked only where it matters.
+    fits = dtype is None or x.dtype == dtype or torch.is_autocast_enabled(x.device.type)
+    if not x.dtype.is_floating_point or not fits:
         raise TypeError(f"{name} must have the module's dtype {dtype}, got {x.dtype}")
     if x.dim() != 3 or x.shape[2] != embed_dim:
         raise ValueError(f"{name} must have shape (batch, seq, {embed_dim}), got {tuple(x.shape)}")

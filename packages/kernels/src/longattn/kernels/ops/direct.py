@@ -226,8 +226,10 @@ def _forward(
         try:
             return call.forward(q, k, v, bias, mask, key_padding, None, seed, plan, environment)
         except RowFailure:
-            # `served` asks the table again: the row now says why it refuses, or raises where it was named.
+            # A row that was named raises; else `served` asks the table again, where the row now says why it refuses.
             PREPARED.clear()
+            if call.arguments.backend:
+                raise
     asked = call.arguments._replace(mask=mask, key_padding=key_padding, seed=seed)
 
     def compute(anew: PreparedCall, plan: Any) -> tuple[Tensor, Tensor]:

@@ -162,7 +162,7 @@ def _named(
     """The band, or documents of bands, that a mask is for all heads and batch entries; None where it is none."""
 
     def sees(entry: int, h: Rows, q: Rows, k: Rows) -> Shown:
-        answer = np.asarray(mask_mod(as_tensor(np.full((1, 1, 1), entry, np.int64)), *map(as_tensor, (h, q, k))))
+        answer = _answer(mask_mod, entry, (h, q, k), as_tensor)
         return answer if answer.dtype == np.bool_ else np.zeros(1, bool)
 
     def of_first_head(q: Rows, k: Rows) -> Shown:
@@ -202,21 +202,29 @@ def _asked_rows(
     shape = heads, len(q), keys
     h, k = (np.arange(length, dtype=np.int64) for length in (heads, keys))
     axes = h.reshape(-1, 1, 1), q.reshape(1, -1, 1), k.reshape(1, 1, -1)
-    hint = (
-        ""
-        if as_tensor is not np.asarray
-        else "; one written with torch functions or tables needs as_tensor=torch.from_numpy"
-    )
-    try:
-        answer = np.asarray(mask_mod(as_tensor(np.full((1, 1, 1), entry, np.int64)), *map(as_tensor, axes)))
-    except TypeError as error:
-        raise TypeError(f"mask_mod must take int64 arrays (b, h, q, k){hint}, got {error}") from error
+    answer = _answer(mask_mod, entry, axes, as_tensor)
     if answer.dtype != np.bool_:
-        raise TypeError(f"mask_mod must return booleans{hint}, got {answer.dtype}")
+        raise TypeError(f"mask_mod must return booleans{_hint(as_tensor)}, got {answer.dtype}")
     try:
         return np.broadcast_to(answer, shape)
     except ValueError as error:
         raise ValueError(f"mask_mod must return what broadcasts to {shape}, got shape {answer.shape}") from error
+
+
+def _answer(
+    mask_mod: Callable[..., Any], entry: int, axes: tuple[Rows, Rows, Rows], as_tensor: Callable[..., Any]
+) -> npt.NDArray[Any]:
+    """What a mask_mod returns for one batch entry and (heads, queries, keys) that broadcast."""
+    try:
+        return np.asarray(mask_mod(as_tensor(np.full((1, 1, 1), entry, np.int64)), *map(as_tensor, axes)))
+    except TypeError as error:
+        raise TypeError(f"mask_mod must take int64 arrays (b, h, q, k){_hint(as_tensor)}, got {error}") from error
+
+
+def _hint(as_tensor: Callable[..., Any]) -> str:
+    if as_tensor is not np.asarray:
+        return ""
+    return "; one written with torch functions or tables needs as_tensor=torch.from_numpy"
 
 
 def _coarsest(shown: Shown) -> BlockSparse:
