@@ -144,11 +144,6 @@ def find_prepared(key: tuple[Hashable, ...]) -> PreparedCall | None:
     return PREPARED.find(key)
 
 
-def keep_prepared(key: tuple[Hashable, ...], call: PreparedCall) -> None:
-    """Let the next call of this `signature` find the prepared call."""
-    PREPARED.keep(key, call)
-
-
 def run_prepared(
     call: PreparedCall,
     key: tuple[Hashable, ...],
