@@ -2,7 +2,8 @@
 
 `measure` runs ours and the peer's call in turn (A B A B ...), so that a change of the machine's speed hits both, and
 reports medians with the 20th and 80th percentile. CPU time is the process's, summed over all of its threads; wall time
-stands beside it. Nothing is reported while the experiment's own correctness check is red.
+stands beside it. Threads that wait for work spin for a while after a call, libgomp's for milliseconds, and would be
+charged to whoever runs next: a sample begins once they sleep. Nothing is reported while the experiment's own correctness check is red.
 """
 
 import gc
@@ -66,9 +67,36 @@ class Effort:
     quick: bool = False
 
 
+WAITING = "asleep"
+"""What rows say of threads that wait for work: samples begin once they sleep. Rows that say "spinning" were measured before that was so."""
+
+_GLANCE, _PATIENCE = 0.002, 5.0
+
+
+def until_asleep(patience: float = _PATIENCE) -> None:
+    """Return once no thread of this process computes any more.
+
+    Raises:
+        RuntimeError: one still does after `patience` seconds.
+    """
+    end = time.perf_counter() + patience
+    while True:
+        wall, cpu = time.perf_counter(), time.process_time()
+        time.sleep(_GLANCE)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        if cpu < wall / 4:
+            return
+        if time.perf_counter() > end:
+            raise RuntimeError(
+                f"a thread of this process still computes {patience:g} s after the last call: it would be charged to the next one "
+                "(OMP_WAIT_POLICY=active has idle threads spin without end)"
+            )
+
+
 def timed(call: Callable[[], object]) -> Sample:
-    """One call, with the garbage collector out of the way; what it returns is dropped after the clock stops."""
+    """One call, with threads asleep and the garbage collector out of the way; what it returns is dropped after the clock stops."""
     gc.collect()
+    until_asleep()
     gc.disable()
     try:
         wall, cpu = time.perf_counter(), time.process_time()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.experiment import Labels, Targets
-from benchmarks.harness import Outcome
+from benchmarks.harness import WAITING, Outcome
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -35,7 +35,7 @@ class Row:
 
     `ratio_cpu` and `ratio_wall` are the peer's median over ours: above 1, ours is faster. `our_growth` and
     `peer_growth` are peak memory of a fresh process over q+k+v. `verdict` is `met`, `missed: ...` or empty without a
-    target.
+    target. `waiting` says what threads that wait for work did when a sample began (`harness.WAITING`).
     """
 
     case: str
@@ -67,6 +67,7 @@ class Row:
     threads: int
     commit: str
     date: str
+    waiting: str
 
 
 def surroundings() -> Surroundings:
@@ -82,13 +83,21 @@ def surroundings() -> Surroundings:
 
 
 def cpu_model() -> str:
-    """The processor's name as the kernel tells it, or the architecture where it does not."""
+    """The processor's name as the kernel tells it, with family and model: a rented machine's "AMD EPYC" may be any generation.
+
+    The architecture where the kernel does not tell.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in told:
+        return platform.machine()
+    generation = " ".join(
+        f"{part} {told[key]}" for part, key in (("family", "cpu family"), ("model", "model")) if key in told
+    )
+    return f"{told['model name']} {generation}".rstrip()
 
 
 def _commit() -> str:
@@ -144,6 +153,7 @@ def make_row(labels: Labels, targets: Targets, outcome: Outcome, where: Surround
         target_growth=targets.growth,
         verdict=verdict(outcome, targets),
         **asdict(where),
+        waiting=WAITING,
     )
 
 
@@ -175,12 +185,13 @@ def append(row: Row, path: Path) -> None:
 
 
 def is_recorded(labels: Labels, where: Surroundings, path: Path) -> bool:
-    """Whether the file holds a row of this experiment from this commit, processor, torch and number of threads.
+    """Whether the file holds a row of this experiment from this commit, processor, torch, number of threads and way of waiting.
 
     Changes that are not committed all look alike: after an edit in a dirty checkout, old rows count as recorded.
     """
     if not path.exists():
         return False
     wanted = {key: str(value) for key, value in {**asdict(labels), **asdict(where)}.items() if key != "date"}
+    wanted["waiting"] = WAITING
     rows = csv.DictReader(path.read_text().splitlines())
     return any(wanted.items() <= row.items() for row in rows)

@@ -1,6 +1,8 @@
 """The measuring instruments: a red gate reports nothing, the peers compute what they are said to compute."""
 
 import csv
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,18 @@ from benchmarks.buffer_traces import TRACES, exact_key_pool, live_peak
 from benchmarks.cases.patterns import random_blocks
 from benchmarks.experiment import Labels, Side, Targets, experiments, find
 from benchmarks.figures import Figure, builds, hit_ratios, plan_bytes
-from benchmarks.harness import Effort, Outcome, RedGateError, Sample, Summary, measure, summarize
+from benchmarks.harness import (
+    WAITING,
+    Effort,
+    Outcome,
+    RedGateError,
+    Sample,
+    Summary,
+    measure,
+    summarize,
+    timed,
+    until_asleep,
+)
 from benchmarks.memory import ResidentPeak
 from benchmarks.peers.dense import dense_attention
 from benchmarks.peers.fkodom_style import fkodom_style_attention
@@ -80,6 +93,39 @@ def test_run_writes_a_row_only_for_a_green_gate(
     written = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     assert (found, len(written)) == (status, rows)
     assert all(row["verdict"].startswith("missed: ratio") and row["commit"] for row in written)
+
+
+def test_a_sample_begins_once_threads_sleep() -> None:
+    """What a thread computes after one call is not charged to the next; one that never ends is an error."""
+    stop, alive = threading.Event(), []
+
+    def spin(until: float) -> None:
+        while time.perf_counter() < until and not stop.is_set():
+            pass
+
+    thread = threading.Thread(target=spin, args=(time.perf_counter() + 0.05,))
+    thread.start()
+    # By the time that the sample's call runs, the thread has stopped.
+    timed(lambda: alive.append(thread.is_alive()))
+    thread.join()
+    assert alive == [False]
+    thread = threading.Thread(target=spin, args=(time.perf_counter() + 60,))
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match="still computes 0.05 s after the last call"):
+            until_asleep(0.05)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_results_say_how_threads_waited() -> None:
+    """Every row of every case, old ones included; a row that was measured otherwise does not count as recorded."""
+    assert WAITING == "asleep"
+    for case in experiment_module.CASES:
+        path = record.RESULTS / f"{case}.csv"
+        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        assert {row["waiting"] for row in rows} <= {"asleep", "spinning"}, case
 
 
 def test_rows_append_under_one_header(tmp_path: Path) -> None:
