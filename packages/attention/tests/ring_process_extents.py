@@ -153,9 +153,9 @@ def case_what_cannot_be_is_refused_by_name() -> None:
     jagged = torch.nested.nested_tensor([randn(3, 4, 4), randn(2, 4, 4)], layout=torch.jagged)
     sparse = PatternAttention(LONGNET, sparse_weights=True)
     refusals: list[tuple[str, Callable[[], Any]]] = [
-        ("q must be no nested tensor", lambda: pattern_attention(jagged, jagged, jagged, Full(), schedule=Ring(group))),
+        ("q must be this rank's rows", lambda: pattern_attention(jagged, jagged, jagged, Full(), schedule=Ring(group))),
         ("schedule must be None or in one process", lambda: attention(Ring(group))(whole, whole, whole)),
-        ("a DTensor holds nothing sparse", lambda: sparse(sharded, sharded, sharded, need_weights=True)),
+        ("sparse_weights must be False for DTensors", lambda: sparse(sharded, sharded, sharded, need_weights=True)),
         ("cu_seqlens must end with the packed length", lambda: attention(Ring(group))(*[x[:1]] * 3, cu_seqlens=[0, 3])),
         ("positions_start must lie in", lambda: attention(Ring(group))(x, x, x, positions_start=torch.tensor([0, 99]))),
     ]

@@ -75,7 +75,7 @@ def test_groups_decide_together():
             "attention_mask must have entries for each head",
         ),
         ([mask_flags(None, ROWS.expand(2, -1, -1, -1), 5), mask_flags(None, ROWS, 5)], "for each batch element"),
-        ([mask_flags(None, ROWS, 5), CONFLICT], "elsewhere in the mesh they differ"),
+        ([mask_flags(None, ROWS, 5), CONFLICT], "must be of one kind on every rank, got others elsewhere"),
         (
             [mask_flags(None, ROWS, 5), mask_flags(None, ONE, 5)],
             "attention_mask must have this rank's rows on every rank",

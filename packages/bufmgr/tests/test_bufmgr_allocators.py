@@ -121,5 +121,5 @@ def test_nested_statistics():
     for block in (first, fourth, fifth):
         allocator.deallocate(block)
     assert allocator.statistics == Statistics(0, 0, 122, 4, 123, 5)
-    with pytest.raises(ValueError, match="expected an earlier push_statistics, got none"):
+    with pytest.raises(ValueError, match="pop_statistics must follow a push_statistics"):
         allocator.pop_statistics()

@@ -16,26 +16,26 @@ Q = BufferType.QUERY
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"shape": (2, -1)}, ValueError, "shape[1]: expected a whole number of 0 or more, got -1"),
-        ({"shape": (2.0,)}, TypeError, "shape[0]: expected a whole number of 0 or more, got 2.0"),
-        ({"shape": (True, 2)}, TypeError, "shape[0]: expected a whole number of 0 or more, got True"),
-        ({"shape": ("3",)}, TypeError, "shape[0]: expected a whole number of 0 or more, got '3'"),
-        ({"shape": (None,)}, TypeError, "shape[0]: expected a whole number"),
-        ({"shape": (Fraction(2),)}, TypeError, "shape[0]: expected a whole number"),
-        ({"shape": 3}, TypeError, "shape: expected a sequence of whole numbers, got 3"),
-        ({"shape": "23"}, TypeError, "shape: expected a sequence of whole numbers, got '23'"),
-        ({"shape": None}, TypeError, "shape: expected a sequence of whole numbers, got None"),
-        ({"dtype": "float32"}, TypeError, "dtype: expected a torch.dtype or None, got 'float32'"),
-        ({"dtype": float}, TypeError, "dtype: expected a torch.dtype or None, got <class 'float'>"),
-        ({"dtype": torch.quint8}, TypeError, "dtype: expected a dtype that is not quantized, got torch.quint8"),
-        ({"device": "banana"}, ValueError, "device: expected a device that torch knows, got 'banana'"),
-        ({"device": "vulkan"}, ValueError, "device: expected 'cpu' or 'meta'"),
-        ({"device": "cuda:4096"}, ValueError, "device: expected"),
-        ({"device": 1.5}, TypeError, "device: expected a torch.device, str, int or None, got 1.5"),
-        ({"device": True}, TypeError, "device: expected a torch.device, str, int or None, got True"),
-        ({"zero_init": 1}, TypeError, "zero_init: expected True, False or None, got 1"),
-        ({"type": "querries"}, ValueError, "type: expected a BufferType or its name, one of query, key"),
-        ({"type": 3}, TypeError, "type: expected a BufferType or its name, one of query, key"),
+        ({"shape": (2, -1)}, ValueError, "shape[1] must be a whole number of 0 or more, got -1"),
+        ({"shape": (2.0,)}, TypeError, "shape[0] must be a whole number of 0 or more, got 2.0"),
+        ({"shape": (True, 2)}, TypeError, "shape[0] must be a whole number of 0 or more, got True"),
+        ({"shape": ("3",)}, TypeError, "shape[0] must be a whole number of 0 or more, got '3'"),
+        ({"shape": (None,)}, TypeError, "shape[0] must be a whole number"),
+        ({"shape": (Fraction(2),)}, TypeError, "shape[0] must be a whole number"),
+        ({"shape": 3}, TypeError, "shape must be a sequence of whole numbers, got 3"),
+        ({"shape": "23"}, TypeError, "shape must be a sequence of whole numbers, got '23'"),
+        ({"shape": None}, TypeError, "shape must be a sequence of whole numbers, got None"),
+        ({"dtype": "float32"}, TypeError, "dtype must be a torch.dtype or None, got 'float32'"),
+        ({"dtype": float}, TypeError, "dtype must be a torch.dtype or None, got <class 'float'>"),
+        ({"dtype": torch.quint8}, TypeError, "dtype must be one that is not quantized, got torch.quint8"),
+        ({"device": "banana"}, ValueError, "device must be a device that torch knows, got 'banana'"),
+        ({"device": "vulkan"}, ValueError, "device must be 'cpu' or 'meta'"),
+        ({"device": "cuda:4096"}, ValueError, "device must be"),
+        ({"device": 1.5}, TypeError, "device must be a torch.device, str, int or None, got 1.5"),
+        ({"device": True}, TypeError, "device must be a torch.device, str, int or None, got True"),
+        ({"zero_init": 1}, TypeError, "zero_init must be True, False or None, got 1"),
+        ({"type": "querries"}, ValueError, "type must be a BufferType or its name, one of query, key"),
+        ({"type": 3}, TypeError, "type must be a BufferType or its name, one of query, key"),
     ],
 )
 def test_allocate_refuses(arguments: dict[str, Any], error: type[Exception], text: str):
@@ -49,17 +49,17 @@ def test_allocate_refuses(arguments: dict[str, Any], error: type[Exception], tex
 
 @pytest.mark.parametrize("make", [AttentionBufferManager, MemoryPool])
 def test_a_role_must_be_one_of_the_ten(make: type[AttentionBufferManager] | type[MemoryPool]):
-    with pytest.raises(ValueError, match="role: expected a BufferType or its name.*got 'scratch'"):
+    with pytest.raises(ValueError, match="role must be a BufferType or its name.*got 'scratch'"):
         make().empty((2,), torch.float32, torch.device("cpu"), "scratch")
 
 
 @pytest.mark.parametrize(
     ("sizes", "error", "text"),
     [
-        ((True, 4, 2, 8), TypeError, "batch_size: expected a whole number of 0 or more, got True"),
-        ((1, 4.0, 2, 8), TypeError, "seq_len: expected a whole number of 0 or more, got 4.0"),
-        ((1, 4, -2, 8), ValueError, "num_heads: expected a whole number of 0 or more, got -2"),
-        ((1, 4, 2, "8"), TypeError, "head_dim: expected a whole number of 0 or more, got '8'"),
+        ((True, 4, 2, 8), TypeError, "batch_size must be a whole number of 0 or more, got True"),
+        ((1, 4.0, 2, 8), TypeError, "seq_len must be a whole number of 0 or more, got 4.0"),
+        ((1, 4, -2, 8), ValueError, "num_heads must be a whole number of 0 or more, got -2"),
+        ((1, 4, 2, "8"), TypeError, "head_dim must be a whole number of 0 or more, got '8'"),
     ],
 )
 def test_preallocate_refuses(sizes: tuple[Any, ...], error: type[Exception], text: str):
@@ -88,7 +88,7 @@ def test_absurd_meta_size():
 
 @pytest.mark.parametrize("value", [None, 3, [1.0]])
 def test_only_tensors_can_be_released(value: Any):
-    with pytest.raises(TypeError, match="tensor: expected a tensor that allocate returned"):
+    with pytest.raises(TypeError, match="tensor must be a tensor that allocate returned"):
         AttentionBufferManager().deallocate(value, Q)
 
 
@@ -96,9 +96,9 @@ def test_wrong_types_of_release():
     """A refused release changes nothing: the right one still works."""
     manager = AttentionBufferManager()
     tensor = manager.allocate(Q, (4,))
-    with pytest.raises(ValueError, match="type: expected QUERY, which this buffer was leased as, got KEY"):
+    with pytest.raises(ValueError, match="type must be QUERY, which this buffer was leased as, got KEY"):
         manager.deallocate(tensor, BufferType.KEY)
-    with pytest.raises(ValueError, match="type: expected a BufferType"):
+    with pytest.raises(ValueError, match="type must be a BufferType"):
         manager.deallocate(tensor, "querry")
     with pytest.raises(ValueError, match="a tensor from elsewhere"):
         AttentionBufferManager().deallocate(tensor, Q)
@@ -107,5 +107,5 @@ def test_wrong_types_of_release():
 
 
 def test_clear_cache_of_an_unknown_type():
-    with pytest.raises(ValueError, match="type: expected a BufferType"):
+    with pytest.raises(ValueError, match="type must be a BufferType"):
         AttentionBufferManager().clear_cache("scratch")

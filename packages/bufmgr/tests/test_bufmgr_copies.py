@@ -104,7 +104,7 @@ def test_a_prepared_slot_and_a_scope_bring_their_manager():
     with twin_scope:
         tensor = twin.acquire()
         assert (tuple(tensor.shape), tensor.dtype, bool(tensor.any())) == (SHAPE, torch.float64, False)
-        with pytest.raises(TypeError, match="scope: expected one that is not open"):
+        with pytest.raises(TypeError, match="scope must be closed"):
             copy.copy(twin_scope)
     assert (tensor.shape, manager.get_stats()["cache_misses"]) == ((0,), 0)
 

@@ -50,9 +50,9 @@ def test_accelerator_forms_are_one_device(monkeypatch: pytest.MonkeyPatch):
     for form in ("cuda", "cuda:1", torch.device("cuda"), torch.device("cuda", 1)):
         assert resolve_device(form) == torch.device("cuda", 1)
     assert resolve_device("cuda:0") == torch.device("cuda", 0)
-    with pytest.raises(ValueError, match="device: expected an index below 2 for cuda, got 'cuda:2'"):
+    with pytest.raises(ValueError, match="device must have an index below 2 for cuda, got 'cuda:2'"):
         resolve_device("cuda:2")
-    with pytest.raises(ValueError, match="device: expected 'cpu' or 'meta' or 'cuda' on this machine, got 'xpu'"):
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'meta' or 'cuda' on this machine, got 'xpu'"):
         resolve_device("xpu")
 
 
@@ -82,7 +82,7 @@ def test_zero_size(shape: tuple[int, ...], device: str):
     assert (tensor.shape, tensor.device.type, used_bytes(manager)) == (shape, device, (1, 0))
     manager.deallocate(tensor, BufferType.OUTPUT)
     assert used_bytes(manager) == (0, 0)
-    with pytest.raises(ValueError, match="tensor: expected a buffer leased here"):
+    with pytest.raises(ValueError, match="tensor must be a buffer leased here"):
         manager.deallocate(tensor, BufferType.OUTPUT)
 
 

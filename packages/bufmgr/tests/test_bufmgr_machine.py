@@ -68,7 +68,7 @@ class ManagerMachine(RuleBasedStateMachine):
         tensor, kind, value = self.model.owned.pop(index)
         shape, looked_at = tensor.shape, tensor.untyped_storage()._cdata in storages
         wrong = BufferType.MASK if kind is not BufferType.MASK else BufferType.COMM
-        with pytest.raises(ValueError, match="type: expected .*, which this buffer was leased as"):
+        with pytest.raises(ValueError, match="type must be .*, which this buffer was leased as"):
             self.manager.deallocate(tensor, wrong)
         self.manager.deallocate(tensor, kind)
         assert tensor.shape == (shape if looked_at else (0,))
@@ -87,7 +87,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release_what_was_not_leased(self, data: st.DataObject) -> None:
         tensor, _ = self.model.seen[self.draw_index(data, self.model.seen)]
-        with pytest.raises(ValueError, match="tensor: expected a buffer leased here"):
+        with pytest.raises(ValueError, match="tensor must be a buffer leased here"):
             self.manager.deallocate(tensor[None], BufferType.TEMP)
 
     @rule(kind=st.sampled_from([BufferType.TEMP, BufferType.CACHE]))

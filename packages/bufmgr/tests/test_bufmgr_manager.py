@@ -196,7 +196,7 @@ def test_kernels_names_for_the_same_thing():
     """`empty` leaves memory as it is, for OUTPUT too; `release` is deallocate by role."""
     manager = AttentionBufferManager()
     tensor = manager.empty((4,), torch.float32, torch.device("cpu"), "output").fill_(3)
-    with pytest.raises(ValueError, match="expected OUTPUT, which this buffer was leased as, got TEMP"):
+    with pytest.raises(ValueError, match="type must be OUTPUT, which this buffer was leased as, got TEMP"):
         manager.release(tensor, "temp")
     manager.release(tensor, "output")
     assert manager.empty((4,), torch.float32, torch.device("cpu"), "output").tolist() == [3] * 4

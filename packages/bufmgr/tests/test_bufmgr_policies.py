@@ -127,7 +127,7 @@ def test_free_memory_goes_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, 
     manager._gauge._next_reading = 0.0
     tensor = manager.allocate("value", (64,), torch.uint8)
     assert upstream.held_bytes == left + tensor.nbytes
-    with pytest.raises(ValueError, match="cleanup: expected 'adaptive' or 'aggressive', got 'never'"):
+    with pytest.raises(ValueError, match="cleanup must be 'adaptive' or 'aggressive', got 'never'"):
         AttentionBufferManager(cleanup="never")  # pyright: ignore[reportArgumentType]
 
 
@@ -143,7 +143,7 @@ def test_scope_returns_what_nothing_else_saw():
         assert nested.shape == (0,)
     assert (alone.shape, seen.shape, kept.shape, view.unique().tolist()) == ((0,), (8,), (8,), [1.0])
     assert manager.get_stats()["outstanding"] == 2
-    with pytest.raises(ValueError, match="expected a buffer of this scope"):
+    with pytest.raises(ValueError, match="tensor must be a buffer of this scope"):
         scope.keep(alone)
     assert manager.allocate("key", (8,)).data_ptr() == inner_address
 
@@ -173,7 +173,7 @@ def test_allocate_like():
     )
     assert manager.allocate_like("temp", model, torch.int8).dtype == torch.int8
     assert manager.allocate_like("temp", model.to("meta")).is_meta
-    with pytest.raises(TypeError, match="tensor: expected a tensor"):
+    with pytest.raises(TypeError, match="tensor must be a tensor"):
         manager.allocate_like("temp", (3, 5))  # pyright: ignore[reportArgumentType]
 
 
@@ -247,7 +247,7 @@ def test_pool_statistics_push_and_pop():
     pool.deallocate(second)
     pool.empty_cache()
     assert (pool.memory_stats()["reserved_bytes.all.current"], pool.memory_snapshot()) == (0, [])
-    with pytest.raises(ValueError, match="pop_statistics: expected an earlier push_statistics"):
+    with pytest.raises(ValueError, match="pop_statistics must follow a push_statistics"):
         pool.pop_statistics()
 
 

@@ -100,7 +100,7 @@ def test_other_devices_are_counted_apart():
 def test_pool_refuses_as_managers_do():
     pool = MemoryPool()
     tensor = pool.empty((8,), torch.float32, CPU, "temp")
-    with pytest.raises(ValueError, match="expected TEMP, which this buffer was leased as, got SCORES"):
+    with pytest.raises(ValueError, match="type must be TEMP, which this buffer was leased as, got SCORES"):
         pool.release(tensor, "scores")
     with pytest.raises(ValueError, match="release the tensor that allocate returned"):
         pool.release(tensor[1:], "temp")

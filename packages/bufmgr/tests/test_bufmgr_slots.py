@@ -34,7 +34,7 @@ def test_equal_keys_of_other_types_are_refused_after_a_hit_too(bad: Any):
     for rows in (4, 1, 1):
         manager.allocate(TEMP, (rows, 8))
         manager.empty((rows, 8), torch.float32)
-    with pytest.raises(TypeError, match=r"shape\[0\]: expected a whole number"):
+    with pytest.raises(TypeError, match=r"shape\[0\] must be a whole number"):
         manager.allocate(TEMP, bad)
     with pytest.raises(TypeError, match="zero_init"):
         manager.allocate(TEMP, SHAPE, zero_init=0)  # pyright: ignore[reportArgumentType]

@@ -64,7 +64,7 @@ def test_custom_config_of_the_guide():
 )
 def test_bad_policy(field: str, value: Any, error: type[Exception], text: str):
     """The error names the field, what was expected and what came."""
-    with pytest.raises(error, match=f"{field}: .*{re.escape(text)}.*got {re.escape(repr(value))}"):
+    with pytest.raises(error, match=f"{field} must be .*{re.escape(text)}.*got {re.escape(repr(value))}"):
         BufferConfig(**{field: value})
 
 
@@ -78,7 +78,7 @@ def test_type_by_name(kind: BufferType):
 )
 def test_wrong_type(value: Any, error: type[Exception]):
     """All ten names stand in the error."""
-    with pytest.raises(error, match=f"type: expected .*query, key.*cache, got {value!r}"):
+    with pytest.raises(error, match=f"type must be .*query, key.*cache, got {value!r}"):
         parse_type(value)
 
 
@@ -86,7 +86,7 @@ def test_wrong_type(value: Any, error: type[Exception]):
     ("arguments", "error", "text"),
     [
         ({"custom_configs": []}, TypeError, "custom_configs"),
-        ({"custom_configs": {BufferType.KEY: {}}}, TypeError, "expected a BufferConfig"),
+        ({"custom_configs": {BufferType.KEY: {}}}, TypeError, "must be a BufferConfig"),
         ({"custom_configs": {"keys": BufferConfig()}}, ValueError, "custom_configs key"),
         ({"enable_reuse": 1}, TypeError, "enable_reuse"),
         ({"enable_preallocation": None}, TypeError, "enable_preallocation"),

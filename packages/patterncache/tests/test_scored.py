@@ -85,7 +85,7 @@ def test_what_is_chosen_is_a_pattern_and_a_block_mask(causal):
         (np.ones((2, 2)), {"topk": 1}, TypeError, "scores must be a floating tensor"),
         (torch.ones(2, 2, dtype=torch.int64), {"topk": 1}, TypeError, "scores must be a floating tensor"),
         (torch.ones(2), {"topk": 1}, ValueError, "scores must be (q_blocks, k_blocks)"),
-        (torch.ones(2, 2), {}, ValueError, "topk or topp must be given"),
+        (torch.ones(2, 2), {}, ValueError, "topk (or topp) must be given"),
         (torch.ones(2, 2), {"topk": 1, "topp": 0.5}, ValueError, "not both"),
         (torch.ones(2, 2), {"topk": 0}, ValueError, "topk must be an integer >= 1"),
         (torch.ones(2, 2), {"topp": 0}, ValueError, "topp must be in (0, 1], got 0"),

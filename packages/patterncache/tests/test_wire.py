@@ -156,7 +156,7 @@ def test_two_processes(tmp_path):
     ]
     said = [child.communicate(timeout=120)[0].splitlines() for child in children]
     digest, other = (plan_digest(pattern.plan(square(40, 2))) for pattern in (Dilated((8, 16), (1, 2)), Window(3)))
-    differ = f"ValueError ranks must hold the same plan, got digests ranks 0: {digest[:12]}; ranks 1: {other[:12]}"
+    differ = f"ValueError plan must be the same on all ranks, got digests ranks 0: {digest[:12]}; ranks 1: {other[:12]}"
     for rank, lines in enumerate(said):
         assert lines[:4] == [
             f"{digest} built {[0] if rank == 0 else []} size 1",
@@ -164,5 +164,5 @@ def test_two_processes(tmp_path):
             differ,
             differ,
         ]
-        assert lines[4].startswith("ValueError ranks must ask for the same key, got digests ranks 0: ")
+        assert lines[4].startswith("ValueError key must be the same on all ranks, got digests ranks 0: ")
         assert lines[5] == ("OSError no" if rank == 0 else "RuntimeError rank 0 failed to build the plan of 'key'")

@@ -49,7 +49,7 @@ def refuse_weights(x: Tensor, given: dict[str, Any]) -> None:
     """Raise ValueError where weights are asked of a call that says more of positions than its tensors do."""
     for name in [*given, *(["a jagged nested tensor"] if x.is_nested else [])]:
         raise ValueError(
-            f"need_weights must be False where {name} is given: weights are those of whole, plain sequences"
+            f"need_weights must be False where {name} is given, got True: weights are those of whole, plain sequences"
         )
 
 

@@ -56,7 +56,7 @@ def weights_of(
     """
     like = where.like
     if like is not None and sparse:
-        raise ValueError("need_weights must be False for DTensors with sparse_weights: a DTensor holds nothing sparse")
+        raise ValueError("sparse_weights must be False for DTensors, which hold nothing sparse, got True")
     if like is not None:
         q, k = (getattr(x, "to_local")() for x in (q, k))  # noqa: B009
         masks = {name: where.local(name, x) for name, x in masks.items()}

@@ -1,4 +1,4 @@
-"""Checks of what users give. Every error reads "NAME: expected WHAT, got VALUE".
+"""Checks of what users give. Every error reads "NAME must be WHAT, got VALUE".
 
 Checks take `object`: annotations promise a type, and these functions are where a broken promise is noticed. This module
 imports no torch, so that the types and policies of spec.py need none.
@@ -25,7 +25,7 @@ def describe(value: object) -> str:
 def check_kind(name: str, value: object, kind: type, expected: str) -> None:
     """Raise TypeError unless `value` is of a kind."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+        raise TypeError(f"{name} must be {expected}, got {describe(value)}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -35,31 +35,31 @@ def check_flag(name: str, value: object) -> None:
 
 def check_whole(name: str, value: object, least: int = 0) -> int:
     """Return a number as an int. Raises TypeError unless it is a whole number, ValueError if it is under `least`."""
-    expected = f"{name}: expected a whole number of {least} or more, got "
+    expected = f"a whole number of {least} or more"
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise TypeError(expected + describe(value))
+        raise TypeError(f"{name} must be {expected}, got {describe(value)}")
     try:
         whole = operator.index(value)
     except (TypeError, ValueError, RuntimeError) as error:  # a class, or a tensor that is no single integer
-        raise TypeError(expected + describe(value)) from error
+        raise TypeError(f"{name} must be {expected}, got {describe(value)}") from error
     if whole < least:
-        raise ValueError(expected + describe(value))
+        raise ValueError(f"{name} must be {expected}, got {describe(value)}")
     return whole
 
 
 def check_mib(name: str, value: object, *, zero_allowed: bool) -> None:
     """Raise TypeError or ValueError unless `value` is a finite number of MiB."""
-    expected = f"{name}: expected a finite number of MiB, {'0 or more' if zero_allowed else 'above 0'}, got "
+    expected = f"a finite number of MiB, {'0 or more' if zero_allowed else 'above 0'}"
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(expected + describe(value))
+        raise TypeError(f"{name} must be {expected}, got {describe(value)}")
     if not (0 < value < float("inf") or (zero_allowed and value == 0)):
-        raise ValueError(expected + describe(value))
+        raise ValueError(f"{name} must be {expected}, got {describe(value)}")
 
 
 def check_shape(shape: object) -> tuple[int, ...]:
     """Return a shape as ints. Raises TypeError or ValueError that names the axis."""
     is_scalar = getattr(shape, "ndim", 1) == 0  # iterable by its class, and yet not
     if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable) or is_scalar:
-        raise TypeError(f"shape: expected a sequence of whole numbers, got {describe(cast('object', shape))}")
+        raise TypeError(f"shape must be a sequence of whole numbers, got {describe(cast('object', shape))}")
     sizes = cast("Iterable[object]", shape)
     return tuple(check_whole(f"shape[{axis}]", size) for axis, size in enumerate(sizes))

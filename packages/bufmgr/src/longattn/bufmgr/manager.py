@@ -190,7 +190,7 @@ class AttentionBufferManager(SlotTable, Reports):
         """
         check_kind("tensor", tensor, torch.Tensor, "a tensor")
         if tensor.is_nested:
-            raise TypeError("tensor: expected one whose sizes are whole numbers, got a nested tensor")
+            raise TypeError("tensor must have whole numbers as sizes, got a nested tensor")
         dtype, device = tensor.dtype if dtype is None else dtype, tensor.device if device is None else device
         return self.allocate(type, tensor.shape, dtype, device, zero_init)
 

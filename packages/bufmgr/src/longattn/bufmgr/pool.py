@@ -185,7 +185,7 @@ class MemoryPool(SlotTable):
         devices = self._statistics()
         check_kind("device", device, str, "a device's name")
         if device not in devices:
-            raise ValueError(f"device: expected one of {', '.join(devices)}, got {device!r}")
+            raise ValueError(f"device must be one of {', '.join(devices)}, got {device!r}")
         free = self._cache.blocks() if device == "cpu" else []
         return torch_style_stats(devices[device], sum(block.nbytes for block in free), len(free))
 

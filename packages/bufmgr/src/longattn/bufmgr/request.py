@@ -55,7 +55,7 @@ def resolve_request(
         dtype = torch.get_default_dtype()
     check_kind("dtype", dtype, torch.dtype, "a torch.dtype or None")
     if dtype in _QUANTIZED:
-        raise TypeError(f"dtype: expected a dtype that is not quantized, got {dtype}")
+        raise TypeError(f"dtype must be one that is not quantized, got {dtype}")
     target = resolve_device(device)
     request = BufferRequest(sizes, dtype, target, math.prod(sizes) * dtype.itemsize)
     if request.nbytes > sys.maxsize:
@@ -85,24 +85,24 @@ def _parse_device(device: object) -> torch.device:
     if isinstance(device, torch.device):
         return device
     if isinstance(device, bool) or not isinstance(device, (str, int)):
-        raise TypeError(f"device: expected a torch.device, str, int or None, got {device!r}")
+        raise TypeError(f"device must be a torch.device, str, int or None, got {device!r}")
     try:
         return torch.device(device)
     except (RuntimeError, ValueError, OverflowError) as error:
-        raise ValueError(f"device: expected a device that torch knows, got {device!r}: {error}") from error
+        raise ValueError(f"device must be a device that torch knows, got {device!r}: {error}") from error
 
 
 def _resolve_accelerator(device: torch.device) -> torch.device:
     here = torch.accelerator.current_accelerator(check_available=True)
     if here is None or here.type != device.type:
         known = "'cpu' or 'meta'" + (f" or '{here.type}'" if here else "")
-        raise ValueError(f"device: expected {known} on this machine, got {str(device)!r}")
+        raise ValueError(f"device must be {known} on this machine, got {str(device)!r}")
     index = cast("int | None", device.index)  # torch's annotation leaves None out
     if index is None:
         index = torch.accelerator.current_device_index()
     count = torch.accelerator.device_count()
     if index >= count:
-        raise ValueError(f"device: expected an index below {count} for {device.type}, got {str(device)!r}")
+        raise ValueError(f"device must have an index below {count} for {device.type}, got {str(device)!r}")
     return torch.device(device.type, index)
 
 

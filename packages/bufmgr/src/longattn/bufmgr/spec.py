@@ -80,7 +80,7 @@ class BufferConfig:
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {describe(value)}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {describe(value)}")
 
 
 # typical MiB, reuse, lifetime, bucketed, numa, zeros, pinned, most buffers kept, most MiB kept
@@ -113,7 +113,7 @@ def parse_type(value: BufferType | str, name: str = "type") -> BufferType:
     for member in BufferType:
         if value in (member.value, member.name):
             return member
-    raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+    raise ValueError(f"{name} must be {expected}, got {describe(value)}")
 
 
 def merge_configs(custom: Mapping[BufferType, BufferConfig] | None) -> dict[BufferType, BufferConfig]:

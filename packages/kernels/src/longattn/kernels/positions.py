@@ -37,16 +37,16 @@ def flat_heads(local: int, heads: Span | None, num_heads: int | None) -> list[in
     Raises:
         TypeError, ValueError: heads is not a Span of as many neighbouring heads, or num_heads no integer that reaches the last of them.
     """
-    wanted = f"heads must be None or a Span of {local} neighbouring heads, as many as q has"
+    expected = f"None or a Span of {local} neighbouring heads, as many as q has"
     if heads is not None and not isinstance(heads, Span):
-        raise TypeError(f"{wanted}, got {heads!r} ({type(heads).__name__})")
+        raise TypeError(f"heads must be {expected}, got {heads!r} ({type(heads).__name__})")
     if heads is not None and (heads.length != local or heads.step != 1):
-        raise ValueError(f"{wanted}, got {heads!r}")
+        raise ValueError(f"heads must be {expected}, got {heads!r}")
     first = 0 if heads is None else heads.start
     total = local if num_heads is None else num_heads
-    wanted = f"num_heads must be an integer >= {first + local}, the heads up to the last of q"
+    expected = f"an integer >= {first + local}, the heads up to the last of q"
     if isinstance(total, bool) or not isinstance(total, int):
-        raise TypeError(f"{wanted}, got {num_heads!r} ({type(num_heads).__name__})")
+        raise TypeError(f"num_heads must be {expected}, got {num_heads!r} ({type(num_heads).__name__})")
     if total < first + local:
-        raise ValueError(f"{wanted}, got {total}")
+        raise ValueError(f"num_heads must be {expected}, got {total}")
     return [total, first, local]

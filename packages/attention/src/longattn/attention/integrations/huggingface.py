@@ -58,7 +58,7 @@ def register_with_transformers(patterns: Mapping[str, Pattern] | None = None) ->
         if not isinstance(name, str):
             raise TypeError(f"patterns must have names as keys, got {name!r} ({type(name).__name__})")
         if name == saved.IMPLEMENTATION:
-            raise ValueError(f"patterns must not have the name {name!r}: it is what use_pattern sets")
+            raise ValueError(f"patterns must have names other than use_pattern's, got {name!r}")
         check_pattern_argument(pattern)
     for name, pattern in chosen.items():
         AttentionInterface.register(name, attention_function(pattern))
@@ -106,7 +106,7 @@ def _attention_function(pattern_of: Callable[[torch.nn.Module], Pattern]) -> Cal
         saved.note_call(module)
         own = getattr(module, "is_causal", True)
         if is_causal is False and own and attention_mask is not None and attention_mask.dtype == torch.int64:
-            raise ValueError("is_causal must not be False where the model made a causal mask")
+            raise ValueError("is_causal must not be False where the model made a causal mask, got False")
         options: dict[str, Any] = {"softmax_scale": scaling, "dropout_p": dropout}
         if s_aux is not None:
             options["sink_logits"] = s_aux

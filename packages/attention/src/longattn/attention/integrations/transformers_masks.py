@@ -155,7 +155,7 @@ def refuse_unbacked(config: Any) -> None:
     """Raise ValueError where a model makes masks for attention functions, and calls none: what it then computes is not the pattern."""
     reader = READERS.get(getattr(config, "model_type", ""))
     if reader is not None:
-        raise ValueError(f"attn_implementation must be 'eager' for {config.model_type!r}: {reader}")
+        raise ValueError(f"attn_implementation must be 'eager' for {config.model_type!r}, got a pattern's: {reader}")
     home = type(config).__module__.replace(".configuration_", ".modeling_")
     modeling = sys.modules.get(home)
     if config is None or modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
@@ -165,6 +165,6 @@ def refuse_unbacked(config: Any) -> None:
     ]
     if not any(getattr(owner, "_supports_attention_backend", False) for owner in owners):
         raise ValueError(
-            f"attn_implementation must be 'eager' or 'sdpa' for {config.model_type!r} (or another of its own): its layers call no "
-            f"registered attention function, so no pattern would be computed, and its own masks would be lost"
+            f"attn_implementation must be 'eager' or 'sdpa' for {config.model_type!r} (or another of its own), got a pattern's: its layers "
+            f"call no registered attention function, so no pattern would be computed, and its own masks would be lost"
         )

@@ -193,7 +193,9 @@ def small_inputs(model: Any) -> dict[str, Any]:
         size = getattr(vision, "image_size", None)
         sides = (size, size) if isinstance(size, int) else tuple(size or ())
         if len(sides) != 2:
-            raise ValueError(f"inputs must be given for {type(model).__name__}: its configuration has no image_size")
+            raise ValueError(
+                f"inputs must be given for {type(model).__name__}, whose configuration has no image_size, got None"
+            )
         found = {name: torch.zeros(1, getattr(vision, "num_channels", 3), *sides, dtype=like.dtype, device=like.device)}
     elif name == "input_features" and hasattr(config, "num_mel_bins"):
         frames = 2 * getattr(config, "max_source_positions", 32)
@@ -201,7 +203,7 @@ def small_inputs(model: Any) -> dict[str, Any]:
     elif name == "input_values" and hasattr(config, "conv_stride"):
         found = {name: torch.zeros(1, 4000, dtype=like.dtype, device=like.device)}
     else:
-        raise ValueError(f"inputs must be given for {type(model).__name__}, whose main input is {name!r}")
+        raise ValueError(f"inputs must be given for {type(model).__name__}, whose main input is {name!r}, got None")
     if getattr(config, "is_encoder_decoder", False):
         found["decoder_input_ids"] = torch.ones(1, 8, dtype=torch.int64, device=like.device)
     return found

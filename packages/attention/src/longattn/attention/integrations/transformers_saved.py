@@ -90,7 +90,7 @@ def pattern_of_layer(module: torch.nn.Module) -> Pattern:
         text = getattr(getattr(module, "config", None), FIELD, None)
     if not isinstance(text, str):
         raise ValueError(
-            f"use_pattern(model) must be called once after loading a model with patterns for each layer, got {FIELD}={text!r} "
+            f"config.{FIELD} must be one pattern unless use_pattern(model) is called once after loading, got {text!r} "
             f"in the configuration of {type(module).__name__}"
         )
     return parsed(text)
@@ -101,7 +101,8 @@ def patterns_of_model(config: Any) -> Iterable[Pattern]:
     entry = getattr(config, FIELD, None)
     if entry is None:
         raise ValueError(
-            f"{FIELD} must be in the configuration under {IMPLEMENTATION!r}: use_pattern(model, pattern) sets it"
+            f"config.{FIELD} must be a pattern or patterns by layer under {IMPLEMENTATION!r}, got None: "
+            f"use_pattern(model, pattern) sets it"
         )
     if isinstance(entry, str):
         return (parsed(entry),)

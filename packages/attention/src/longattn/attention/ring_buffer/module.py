@@ -165,7 +165,7 @@ class RingBufferAttention(nn.Module):
                 return append_and_decode(self.config, state, q, k, v)  # type: ignore[arg-type]
         refuse_unknown("RingBufferAttention()", unknown)
         if att_mask is not None and attention_mask is not None:
-            raise TypeError("att_mask and attention_mask are one thing: give one of them")
+            raise TypeError("att_mask must be None where attention_mask, its other name, is given, got both")
         weights = check_bool("needs_weights", needs_weights) | check_bool("output_attentions", output_attentions)
         if requires_grad is not None:
             check_bool("requires_grad", requires_grad)
@@ -192,10 +192,10 @@ class RingBufferAttention(nn.Module):
         state = self._latest if state is None else state
         if q is None:
             if not isinstance(state, RingBufferState):
-                raise ValueError("q must be given in the first decoder call: there is no feedback yet")
+                raise ValueError("q must be given in the first decoder call, got None: there is no feedback yet")
             if not state.feedback_held:
                 raise ValueError(
-                    "q must be given while the feedback ring is empty: it holds the outputs of decoder calls"
+                    "q must be given while the feedback ring is empty, got None: it holds the outputs of decoder calls"
                 )
             q = state.feedback(1)
             k, v = (q, q) if k is None and v is None else (k, v)

@@ -80,9 +80,6 @@ def check_saved(saved: object) -> SavedState:
     if not isinstance(saved, dict) or type(saved.get("format")) is not int or saved["format"] != FORMAT:
         raise ValueError(f"saved must be a dictionary of format {FORMAT} from state_dict(), got {_shown(saved)}")
     known = ("format", "geometry", "batch_size", "dtype", "clocks", "rings")
-    missing = sorted(set(known) - saved.keys())
-    if missing:
-        raise ValueError(f"saved must hold {', '.join(missing)} as well")
     _check_fields("saved", saved, known)
     geometry = _geometry(saved["geometry"])
     batch_size = _integer("saved.batch_size", saved["batch_size"])
@@ -134,9 +131,12 @@ def _clock(name: str, saved: object, geometry: Geometry) -> Cursor:
             raise ValueError(f"{name}.decoded must hold pairs [first position, count], got {_shown(stretch)}")
         decoded.append([_integer(f"{name}.decoded", n) for n in stretch])
     if any(first + count > then for (first, count), (then, _) in pairwise([*decoded, [position, 0]])):
-        raise ValueError(f"{name}.decoded must rise and end at position={position} at the latest")
-    if sum(count for _, count in decoded) > fed:
-        raise ValueError(f"{name}.decoded must count at most fed={fed} tokens")
+        raise ValueError(
+            f"{name}.decoded must rise and end at position={position} at the latest, got {_shown(decoded)}"
+        )
+    total = sum(count for _, count in decoded)
+    if total > fed:
+        raise ValueError(f"{name}.decoded must count at most fed={fed} tokens, got {total}")
     return Cursor(position, restorable, fed, fed_restorable, decoded)
 
 
@@ -181,9 +181,9 @@ def _check_fields(name: str, saved: object, known: Any) -> dict[str, Any]:
     """A dictionary with exactly these keys."""
     if not isinstance(saved, dict):
         raise ValueError(f"{name} must be a dictionary with {', '.join(known)}, got {_shown(saved)}")
-    for key in known:
-        if key not in saved:
-            raise ValueError(f"{name} must hold {key} as well")
+    missing = [key for key in known if key not in saved]
+    if missing:
+        raise ValueError(f"{name} must hold {', '.join(known)}, got none of {', '.join(missing)}")
     for key in saved:
         if key not in known:
             raise ValueError(f"{name} must hold {', '.join(known)} and nothing else, got {_shown(key)}")

@@ -85,11 +85,11 @@ def mask_flags(key_padding: Tensor | None, mask: Tensor | None, nq: int) -> int:
 
 
 _SHARED = {
-    PADDING: "key_padding_mask must be given on every rank or on none",
-    MASK: "attention_mask must be given on every rank or on none",
-    BIAS: "attention_mask must be bool on every rank, or floating on every rank",
-    BY_HEAD: "attention_mask must have entries for each head on every rank or on none",
-    BY_ELEMENT: "attention_mask must have entries for each batch element on every rank or on none",
+    PADDING: ("key_padding_mask", "be given on every rank or on none"),
+    MASK: ("attention_mask", "be given on every rank or on none"),
+    BIAS: ("attention_mask", "be bool on every rank, or floating on every rank"),
+    BY_HEAD: ("attention_mask", "have entries for each head on every rank or on none"),
+    BY_ELEMENT: ("attention_mask", "have entries for each batch element on every rank or on none"),
 }
 
 
@@ -101,17 +101,18 @@ def agreed_flags(flags: list[int]) -> int:
     """
     if any(each & CONFLICT for each in flags):
         raise ValueError(
-            "attention_mask and key_padding_mask must be of one kind on every rank: elsewhere in the mesh they differ"
+            "attention_mask and key_padding_mask must be of one kind on every rank, got others elsewhere in the mesh"
         )
-    for bit, words in _SHARED.items():
-        if len({each & bit for each in flags}) > 1:
-            raise ValueError(words)
+    for bit, (name, expected) in _SHARED.items():
+        ranks = [rank for rank, each in enumerate(flags) if each & bit]
+        if 0 < len(ranks) < len(flags):
+            raise ValueError(f"{name} must {expected}, got ranks {ranks} of {len(flags)} that differ from the others")
     union = 0
     for each in flags:
         union |= each
     if union & HAS_ROWS and union & ONE_FOR_ALL:
         raise ValueError(
-            "attention_mask must have this rank's rows on every rank, or one row for all queries on every rank: "
+            "attention_mask must have this rank's rows on every rank, or one row for all queries on every rank, "
             "got one row on some and more on others"
         )
     return union

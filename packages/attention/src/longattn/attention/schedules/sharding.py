@@ -61,7 +61,7 @@ def _place_of(schedule: Schedule, group: object) -> Place:
         return Place.of(group)
     inner = getattr(schedule, "inner", None)
     if inner is not None and inner.distributed:
-        raise ValueError("group must be given for a schedule over several groups: the one of all their ranks")
+        raise ValueError("group must be that of all ranks for a schedule over several groups, got None")
     return schedule.members.place  # type: ignore[attr-defined]
 
 

@@ -88,7 +88,7 @@ def packed_call(
     """
     refuse_traced("cu_seqlens")
     if cu_seqlens is None:
-        raise ValueError("cu_seqlens must be given with cu_seqlens_q: it is that of the keys")
+        raise ValueError("cu_seqlens must be given with cu_seqlens_q, got None: it is that of the keys")
     if start is not None:
         raise ValueError(f"q_start must be None where cu_seqlens says where queries are, got {start}")
     for name, x in (("q", q), ("k", k)):
@@ -120,7 +120,9 @@ def ragged_attention(
         refuse_jagged_shards("q", options.get("schedule"))
         return jagged_attention(attention, q, k, v, positions_start=positions_start, **options)
     if options.pop("cu_seqlens") is not None or options.pop("cu_seqlens_q") is not None:
-        raise ValueError("positions_start must be None where cu_seqlens is given: packed documents have no padding")
+        raise ValueError(
+            "positions_start must be None where cu_seqlens is given, got both: packed documents have no padding"
+        )
     assert positions_start is not None
     return aligned_attention(attention, q, k, v, positions_start, crossing=crossing, **options)
 
@@ -129,8 +131,8 @@ def refuse_jagged_shards(name: str, schedule: Any) -> None:
     """Raise ValueError where a jagged tensor would be one rank's part of a longer sequence: its offsets say nothing of the whole."""
     if isinstance(schedule, Schedule) and schedule.distributed:
         raise ValueError(
-            f"{name} must be no nested tensor under a schedule over a process group: give this rank's rows as (1, rows, ...), and "
-            f"cu_seqlens of the whole sequence"
+            f"{name} must be this rank's rows as (1, rows, ...) under a schedule over a process group, with cu_seqlens of the whole sequence, "
+            f"got a nested tensor"
         )
 
 
@@ -157,9 +159,10 @@ def pack_jagged(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[li
                 f"{name} must be a jagged nested tensor like the others, got {x.layout} of {type(x).__name__}"
             )
     for name in ("attention_mask", "key_padding_mask", "q_start", "positions_start", "cu_seqlens", "cu_seqlens_q"):
-        if options.pop(name, None) is not None:
+        value = options.pop(name, None)
+        if value is not None:
             raise ValueError(
-                f"{name} must be None for jagged nested tensors: they hold no padding and know their lengths"
+                f"{name} must be None for jagged nested tensors, which hold no padding and know their lengths, got {value!r}"
             )
     q, k, *_ = tensors.values()
     offsets, key_offsets = (getattr(x, "offsets")() for x in (q, k))  # noqa: B009

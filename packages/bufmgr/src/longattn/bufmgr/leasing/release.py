@@ -20,22 +20,22 @@ def release_lease(leases: Mapping[int, Lease], tensor: object, kind: BufferType,
     release; then nothing has changed.
     """
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"tensor: expected a tensor that allocate returned, got {describe(tensor)}")
+        raise TypeError(f"tensor must be a tensor that allocate returned, got {describe(tensor)}")
     try:
         lease = leases.get(guard.storage_address(tensor))
     except RuntimeError:  # a tensor without a storage, such as a sparse one
         lease = None
     handle_id = id(tensor)
     if lease is None or lease.ended or lease.handle_id != handle_id:
-        raise ValueError(f"tensor: expected a buffer leased here, got {_why_not(lease, tensor)}")
+        raise ValueError(f"tensor must be a buffer leased here, got {_why_not(lease, tensor)}")
     if lease.kind is not kind:
-        raise ValueError(f"type: expected {lease.kind.name}, which this buffer was leased as, got {kind.name}")
+        raise ValueError(f"type must be {lease.kind.name}, which this buffer was leased as, got {kind.name}")
     # No function is called between these two lines, so under the GIL no other thread runs between them. Without the GIL
     # counts are not trusted, no handle is emptied, and of two threads that race both may note the release.
     won = lease.handle_id == handle_id
     lease.handle_id = 0
     if not won:
-        raise ValueError("tensor: expected a buffer leased here, got one that another thread is releasing")
+        raise ValueError("tensor must be a buffer leased here, got one that another thread is releasing")
     fresh = guard.fresh_counts()
     only_reference: bool = fresh is not None and (  # pyright: ignore[reportUnknownVariableType]
         (

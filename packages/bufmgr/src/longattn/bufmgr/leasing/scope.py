@@ -39,12 +39,12 @@ class BufferScope:
 
     def __reduce__(self) -> tuple[type[BufferScope], tuple[SlotTable]]:
         if self._token is not None:
-            raise TypeError("scope: expected one that is not open, got an open one, which cannot be copied")
+            raise TypeError("scope must be closed to be copied, got an open one")
         return type(self), (self._table,)
 
     def __enter__(self) -> BufferScope:
         if self._token is not None:
-            raise RuntimeError("scope: expected one that is not open, got one that is open already")
+            raise RuntimeError("scope must be closed to be opened, got an open one")
         self._token = _OPEN.set((*_OPEN.get(), self))
         self._table.open_scope()
         return self
@@ -69,7 +69,7 @@ class BufferScope:
                 del self._entries[index]
                 return tensor
         check_kind("tensor", tensor, torch.Tensor, "a buffer of this scope")
-        raise ValueError(f"tensor: expected a buffer of this scope, got {describe(tensor)}")
+        raise ValueError(f"tensor must be a buffer of this scope, got {describe(tensor)}")
 
     def add(self, tensor: torch.Tensor, lease: Lease) -> None:
         """Add a new buffer to the scope."""

@@ -119,7 +119,7 @@ class StatisticsAllocator:
         """
         with self._lock:
             if not self._outer:
-                raise ValueError("pop_statistics: expected an earlier push_statistics, got none")
+                raise ValueError("pop_statistics must follow a push_statistics, got none before it")
             inner, outer = self.statistics, self._outer.pop()
             outer.include(inner)
             self.statistics = outer
@@ -203,7 +203,7 @@ class FailureCallbackAllocator:
         check_upstream(upstream)
         self.upstream = upstream
         if not callable(on_refusal):
-            raise TypeError(f"on_refusal: expected a function of nbytes, got {describe(on_refusal)}")
+            raise TypeError(f"on_refusal must be a function of nbytes, got {describe(on_refusal)}")
         self.on_refusal = on_refusal
 
     def allocate(self, nbytes: int) -> Block:

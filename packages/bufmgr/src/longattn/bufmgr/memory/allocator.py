@@ -90,7 +90,7 @@ def check_block(block: object) -> None:
 def check_upstream(upstream: object) -> None:
     """Raise TypeError unless `upstream` can be asked for blocks."""
     if isinstance(upstream, type) or not isinstance(upstream, Allocator):
-        raise TypeError(f"upstream: expected an Allocator (allocate and deallocate), got {describe(upstream)}")
+        raise TypeError(f"upstream must be an Allocator (allocate and deallocate), got {describe(upstream)}")
 
 
 def private_mapping(nbytes: int) -> mmap.mmap:

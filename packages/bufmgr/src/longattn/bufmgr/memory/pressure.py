@@ -78,11 +78,11 @@ def check_cleanup(cleanup: object) -> Cleanup:
     choices = get_args(Cleanup)
     expected = " or ".join(map(repr, choices))
     if not isinstance(cleanup, str):
-        raise TypeError(f"cleanup: expected {expected}, got {cleanup!r}")
+        raise TypeError(f"cleanup must be {expected}, got {cleanup!r}")
     for choice in choices:
         if cleanup == choice:
             return choice
-    raise ValueError(f"cleanup: expected {expected}, got {cleanup!r}")
+    raise ValueError(f"cleanup must be {expected}, got {cleanup!r}")
 
 
 class PressureGauge:

@@ -151,5 +151,5 @@ def readable_as_it_lies(x: Tensor, dtype: torch.dtype) -> bool:
 def _address(x: Tensor) -> int:
     where = x.data_ptr()
     if not where:
-        raise ValueError(f"a tensor of shape {tuple(x.shape)} has no memory: its storage was freed")
+        raise ValueError(f"tensor must have memory, got one of shape {tuple(x.shape)} whose storage was freed")
     return where

@@ -39,9 +39,9 @@ def build_on_one(
     """
     mine = cache._cache.get(key)  # pyright: ignore[reportPrivateUsage]
     answers = _gather([_key_digest(key), _MISSING if mine is None else plan_digest(mine)], group)
-    _check_equal("must ask for the same key", [keys for keys, _ in answers])
+    _check_equal("key", [keys for keys, _ in answers])
     holders = [rank for rank, (_, digest) in enumerate(answers) if digest != _MISSING]
-    _check_equal("must hold the same plan", [digest for _, digest in answers if digest != _MISSING], holders)
+    _check_equal("plan", [digest for _, digest in answers if digest != _MISSING], holders)
     if len(holders) == len(answers):
         return cache.get_or_build(key, build)
     plan = _spread(cache, key, build, holders[0] if holders else 0, group)
@@ -56,7 +56,7 @@ def check_same_plan(plan: Plan, *, group: Any = None) -> str:
         ValueError: ranks hold different plans; they are named. All ranks raise.
     """
     digests = [digest for (digest,) in _gather([plan_digest(plan)], group)]
-    _check_equal("must hold the same plan", digests)
+    _check_equal("plan", digests)
     return digests[0]
 
 
@@ -111,13 +111,13 @@ def _rank(group: Any) -> int:
     return import_module("torch.distributed").get_rank(group)
 
 
-def _check_equal(what: str, digests: list[str], ranks: list[int] | None = None) -> None:
+def _check_equal(name: str, digests: list[str], ranks: list[int] | None = None) -> None:
     by_digest: dict[str, list[int]] = {}
     for rank, digest in zip(ranks or range(len(digests)), digests, strict=True):
         by_digest.setdefault(digest, []).append(rank)
     if len(by_digest) > 1:
         sides = "; ".join(f"ranks {', '.join(map(str, some))}: {digest[:12]}" for digest, some in by_digest.items())
-        raise ValueError(f"ranks {what}, got digests {sides}")
+        raise ValueError(f"{name} must be the same on all ranks, got digests {sides}")
 
 
 def _key_digest(key: Hashable) -> str:

@@ -41,6 +41,10 @@ def plan_to_bytes(plan: Plan) -> bytes:
     return _MAGIC + json.dumps(head, separators=(",", ":")).encode() + b"\n" + b"".join(lists)
 
 
+class _MalformedPlan(ValueError):
+    """What is wrong with bytes, for the error of `plan_from_bytes`."""
+
+
 def plan_from_bytes(data: bytes) -> Plan:
     """The plan of `plan_to_bytes`, its lists packed.
 
@@ -49,7 +53,7 @@ def plan_from_bytes(data: bytes) -> Plan:
     """
     try:
         if not data.startswith(_MAGIC):
-            raise ValueError(f"they must begin with {_MAGIC!r}")
+            raise _MalformedPlan(f"they must begin with {_MAGIC!r}")
         end = data.index(b"\n", len(_MAGIC))
         head = json.loads(data[len(_MAGIC) : end])
         rest = memoryview(data)[end + 1 :]
@@ -65,7 +69,7 @@ def plan_from_bytes(data: bytes) -> Plan:
             _check_branch(branch, rectangle)
             branches.append(branch)
         if len(rest):
-            raise ValueError(f"{len(rest)} bytes too many")
+            raise _MalformedPlan(f"{len(rest)} bytes too many")
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, AttributeError, RecursionError) as error:
         why = f"{error}"[:200]
         raise ValueError(f"data must be the bytes of plan_to_bytes, got {len(data)} other bytes: {why}") from error
@@ -75,45 +79,45 @@ def plan_from_bytes(data: bytes) -> Plan:
 def _integer(value: object) -> int:
     """An integer of at most 62 bits: sums of two stay within int64."""
     if type(value) is not int or abs(value) > _MOST:
-        raise ValueError(f"{value!r} is no integer of at most 62 bits")
+        raise _MalformedPlan(f"{value!r} is no integer of at most 62 bits")
     return value
 
 
 def _check_branch(branch: Branch, rectangle: Rectangle) -> None:
-    """Raise ValueError unless rows and heads lie in the rectangle, and positions are the rectangle's own."""
+    """Raise _MalformedPlan unless rows and heads lie in the rectangle, and positions are the rectangle's own."""
     heads, queries, keys = rectangle.shape
     if branch.heads.length and branch.heads.last >= heads:
-        raise ValueError(f"heads {branch.heads} of {heads}")
+        raise _MalformedPlan(f"heads {branch.heads} of {heads}")
     if branch.q.tiles != branch.k.tiles:
-        raise ValueError(f"{branch.q.tiles} tiles of queries and {branch.k.tiles} of keys")
+        raise _MalformedPlan(f"{branch.q.tiles} tiles of queries and {branch.k.tiles} of keys")
     for index, at, spans, length in (
         (branch.q, branch.q_at, rectangle.queries, queries),
         (branch.k, branch.k_at, rectangle.keys, keys),
     ):
         first, last = _row_range(index)
         if not 0 <= first <= last < length:
-            raise ValueError(f"rows {first} to {last} of {length}")
+            raise _MalformedPlan(f"rows {first} to {last} of {length}")
         row = 0
         for span in spans:
             if row <= first < row + span.length:
                 if last >= row + span.length or at != (span.start - row * span.step, span.step):
-                    raise ValueError(f"rows {first} to {last} at {at}, in the span {span} from row {row} on")
+                    raise _MalformedPlan(f"rows {first} to {last} at {at}, in the span {span} from row {row} on")
                 break
             row += span.length
     if not branch.q.distinct:
-        raise ValueError("a query row in two tiles")
+        raise _MalformedPlan("a query row in two tiles")
 
 
 def _row_range(index: Index) -> tuple[int, int]:
     """First and last row of an index that has some, with steps forward."""
     if index.step < 1 or index.tiles < 1 or index.count < 1:
-        raise ValueError(f"{index.tiles} tiles of {index.count} rows, {index.step} apart")
+        raise _MalformedPlan(f"{index.tiles} tiles of {index.count} rows, {index.step} apart")
     if isinstance(index, Affine):
         if index.tile_step < 0:
-            raise ValueError(f"tiles {index.tile_step} apart")
+            raise _MalformedPlan(f"tiles {index.tile_step} apart")
         return index.start, index.start + (index.tiles - 1) * index.tile_step + (index.count - 1) * index.step
     if index.run < 1:
-        raise ValueError(f"runs of {index.run} rows")
+        raise _MalformedPlan(f"runs of {index.run} rows")
     starts = index.starts
     return int(starts.min()), int(starts.max()) + (index.run - 1) * index.step
 
@@ -147,9 +151,9 @@ def _read_index(head: list[Any], rest: memoryview) -> tuple[Index, memoryview]:
     run, step, base, unit, axis, kind, shape = head
     run, step, base, unit = map(_integer, (run, step, base, unit))
     if kind not in _KINDS or axis not in (None, 0, 1) or len(shape) != 2 or min(map(_integer, shape)) < 1:
-        raise ValueError(f"a list of kind {kind!r}, axis {axis!r} and shape {shape!r}")
+        raise _MalformedPlan(f"a list of kind {kind!r}, axis {axis!r} and shape {shape!r}")
     nbytes = shape[0] * shape[1] * np.dtype(kind).itemsize
     if nbytes > len(rest):
-        raise ValueError(f"a list of {nbytes} bytes in {len(rest)}")
+        raise _MalformedPlan(f"a list of {nbytes} bytes in {len(rest)}")
     values: npt.NDArray[np.integer] = np.frombuffer(rest[:nbytes], np.dtype(kind)).reshape(shape)  # type: ignore[assignment]
     return Listed(Narrow(values, base, unit, axis).widen(), run, step), rest[nbytes:]

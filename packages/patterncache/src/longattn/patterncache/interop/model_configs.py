@@ -77,7 +77,7 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
         raise TypeError(f"config must be a transformers configuration with a model_type, got {type(config).__name__}")
     if kind == "big_bird":
         raise ValueError(
-            "config must be read with from_bigbird where model_type is 'big_bird': its pattern needs a length"
+            "config must be of a model whose pattern needs no length, got model_type 'big_bird': from_bigbird takes a length"
         )
     for name in ("is_encoder_decoder", "use_bidirectional_attention", "attention_window"):
         for part in (config, whole):
@@ -143,7 +143,7 @@ def _of_kind(config: Any, kind: object, causal: bool) -> Pattern:
     size = check_int(attribute[str(kind)], getattr(config, attribute[str(kind)], None), minimum=1)
     if kind == "chunked_attention":
         if not causal:
-            raise ValueError("is_causal must not be False with chunked_attention, which looks back only")
+            raise ValueError("is_causal must not be False with chunked_attention, which looks back only, got False")
         return Dilated((size,), (1,), causal=causal)
     # Looking both ways, transformers counts the window to each side.
     return Window(size) if causal else Window(size + 1, causal=False)
@@ -168,7 +168,9 @@ def from_bigbird(config: Any, N: int, rand_attn: npt.ArrayLike | None = None) ->
     if kind not in ("block_sparse", "original_full"):
         raise TypeError(f"config must have an attention_type of block_sparse or original_full, got {kind!r}")
     if getattr(config, "is_decoder", False) and kind == "block_sparse":
-        raise ValueError("config must not be a decoder's: transformers computes block_sparse without causality")
+        raise ValueError(
+            "config.is_decoder must be False with block_sparse, which transformers computes without causality, got True"
+        )
     length, size = check_int("N", N, minimum=1), check_int("block_size", getattr(config, "block_size", None), minimum=1)
     drawn = check_int("num_random_blocks", getattr(config, "num_random_blocks", None), minimum=0)
     if kind == "original_full" or length <= (5 + 2 * drawn) * size:
