@@ -6,10 +6,10 @@ canonical strings, so that equal combinations written differently are equal and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -106,9 +106,17 @@ class Restrict(Pattern, name="restrict"):
 
 @dataclass(frozen=True)
 class _Combination(Pattern):
-    """What the three have in common: parts without an order, all asked about the same rectangle."""
+    """What the three have in common: parts without an order, all for the same rectangle, and counts joined elementwise.
+
+    Attributes:
+        holds: whether the combination is causal, binary or closed when all parts are, or when any is.
+        join_counts: joins the counts of two parts. join_masks: joins block masks of one block size to one, or None: they stay apart.
+    """
 
     parts: Sequence[Pattern]
+    holds: ClassVar[Callable[[Iterable[bool]], bool]] = all
+    join_counts: ClassVar[np.ufunc]
+    join_masks: ClassVar[np.ufunc | None] = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.parts, (tuple, list)) or not self.parts:
@@ -117,12 +125,20 @@ class _Combination(Pattern):
         for at, part in enumerate(self.parts):
             check_pattern_type(f"parts[{at}]", part)
             parts += part.parts if isinstance(part, _Combination) and type(part) is type(self) else (part,)
+        if self.join_masks is not None:
+            parts = joined(list(dict.fromkeys(parts)), self.join_masks, same_causal=self.holds is all)
         # Sorted: neither order nor brackets change what is meant.
-        object.__setattr__(self, "parts", tuple(sorted(self._simplified(parts), key=lambda part: part.canonical())))
+        object.__setattr__(self, "parts", tuple(sorted(parts, key=lambda part: part.canonical())))
 
-    def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
-        """Fewer parts that mean the same, where that is cheap to see."""
-        return parts
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        """Whether all parts are causal, or any is."""
+        return self.holds(part.causal for part in self.parts)
+
+    @property
+    def binary(self) -> bool:
+        """Whether all parts are, or any is."""
+        return self.holds(part.binary for part in self.parts)
 
     @property
     def positional(self) -> bool:
@@ -131,8 +147,8 @@ class _Combination(Pattern):
 
     @property
     def repeats(self) -> tuple[int | None, bool]:
-        """The parts' common one; what any part may see needs all of them closed."""
-        return joint_period(self.parts, all)
+        """The parts' common one. What all parts must see is closed by one closed part; what any may see, by all of them."""
+        return joint_period(self.parts, self.holds)
 
     def gaps(self, rectangle: Rectangle) -> Iterator[Gap]:
         """Those of every part."""
@@ -159,8 +175,9 @@ class _Combination(Pattern):
         """From the parts' [name, spec]."""
         return cls(tuple(build_pattern(*part) for part in spec["parts"]))
 
-    def _part_counts(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> list[Counts]:
-        return [part.count(h, i, j, num_heads) for part in self.parts]
+    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
+        """The parts' counts, joined elementwise."""
+        return reduce(self.join_counts, (part.count(h, i, j, num_heads) for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -175,15 +192,8 @@ class Union(_Combination, name="union"):
         TypeError: parts is not a tuple or list of patterns, or empty.
     """
 
-    @property
-    def causal(self) -> bool:  # type: ignore[override]
-        """Whether every part is causal."""
-        return all(part.causal for part in self.parts)
-
-    @property
-    def binary(self) -> bool:
-        """Whether every part is."""
-        return all(part.binary for part in self.parts)
+    join_counts = np.maximum
+    join_masks = np.logical_or
 
     @property
     def listing(self) -> bool:
@@ -196,13 +206,6 @@ class Union(_Combination, name="union"):
         if len(others) > 1 or (others and len(self.parts) > 1 and not self.parts[others[0]].layered):
             return None
         return others[0] if others else 0
-
-    def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
-        return joined(list(dict.fromkeys(parts)), np.logical_or, same_causal=True)
-
-    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
-        """Elementwise maximum."""
-        return reduce(np.maximum, self._part_counts(h, i, j, num_heads))
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
         """Of every part what no part before it shows, and what the last counts beyond one; or listed rows.
@@ -233,25 +236,14 @@ class Intersection(_Combination, name="intersection"):
         TypeError: parts is not a tuple or list of patterns, or empty.
     """
 
-    @property
-    def causal(self) -> bool:  # type: ignore[override]
-        """Whether any part is causal."""
-        return any(part.causal for part in self.parts)
-
-    @property
-    def binary(self) -> bool:
-        """Whether any part is."""
-        return any(part.binary for part in self.parts)
+    holds = any
+    join_counts = np.minimum
+    join_masks = np.logical_and
 
     @property
     def filters(self) -> bool:
         """Whether every part does."""
         return all(part.filters for part in self.parts)
-
-    @property
-    def repeats(self) -> tuple[int | None, bool]:
-        """The parts' common one; one closed part closes what all must see."""
-        return joint_period(self.parts, any)
 
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within every part."""
@@ -259,13 +251,6 @@ class Intersection(_Combination, name="intersection"):
         for part in self.parts:
             seen = through(part, seen, rectangle)
         return seen
-
-    def _simplified(self, parts: list[Pattern]) -> list[Pattern]:
-        return joined(list(dict.fromkeys(parts)), np.logical_and, same_causal=False)
-
-    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
-        """Elementwise minimum."""
-        return reduce(np.minimum, self._part_counts(h, i, j, num_heads))
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
         """What one part sees, once, within the others; or listed rows."""
@@ -304,19 +289,17 @@ class Sum(_Combination, name="sum"):
         TypeError: parts is not a tuple or list of patterns, or empty.
     """
 
+    join_counts = np.add
+
     @property
-    def causal(self) -> bool:  # type: ignore[override]
-        """Whether every part is causal."""
-        return all(part.causal for part in self.parts)
+    def binary(self) -> bool:
+        """False: a key that two parts show counts twice."""
+        return False
 
     @property
     def listing(self) -> bool:
         """Where any part does."""
         return any(part.listing for part in self.parts)
-
-    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
-        """Elementwise sum."""
-        return reduce(np.add, self._part_counts(h, i, j, num_heads))
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
         """The branches of every part."""
