@@ -45,53 +45,53 @@ def given_options(options: CallOptions) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def refuse_weights(x: Tensor, given: dict[str, Any]) -> None:
+def refuse_weights(x: Tensor, options: dict[str, Any]) -> None:
     """Raise ValueError where weights are asked of a call that says more of positions than its tensors do."""
-    for name in [*given, *(["a jagged nested tensor"] if x.is_nested else [])]:
+    for name in [*options, *(["a jagged nested tensor"] if x.is_nested else [])]:
         raise ValueError(
             f"need_weights must be False where {name} is given, got True: weights are those of whole, plain sequences"
         )
 
 
-def positions(where: CallExtents, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def positions(call: CallExtents, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Where the rows of a call's query and key stand: each (rows,), or (batch, rows) with `positions_start`.
 
     Raises:
         TypeError, ValueError: a bad option, by name.
     """
-    ends = given.get("cu_seqlens")
-    if ends is not None:
+    cu_seqlens = options.get("cu_seqlens")
+    if cu_seqlens is not None:
         refuse_traced("cu_seqlens")
-        extents = where.extents()
-        keys = documents_of(Full(), ends, extents.nk).cu_seqlens
-        found = documents_of(Full(), given.get("cu_seqlens_q", keys), extents.nq, "cu_seqlens_q").cu_seqlens
-        spans = take(query_spans(found, keys), extents.q_rows), take(query_spans(keys, keys), extents.k_rows)
-        q, k = (row_numbers(each).to(where.device) for each in spans)
+        extents = call.extents()
+        cu_k = documents_of(Full(), cu_seqlens, extents.nk).cu_seqlens
+        cu_q = documents_of(Full(), options.get("cu_seqlens_q", cu_k), extents.nq, "cu_seqlens_q").cu_seqlens
+        spans = take(query_spans(cu_q, cu_k), extents.q_rows), take(query_spans(cu_k, cu_k), extents.k_rows)
+        q, k = (row_numbers(each).to(call.device) for each in spans)
         return q, k
-    q, k = where.positions(check_start("q_start", given.get("q_start")))
-    padded = where.local("positions_start", given.get("positions_start"))
-    if padded is not None:
+    q, k = call.positions(check_start("q_start", options.get("q_start")))
+    padding = call.local("positions_start", options.get("positions_start"))
+    if padding is not None:
         # Of what is padding, positions are below zero: nobody sees it.
-        q, k = (x - padded.to(x.device).unsqueeze(-1) for x in (q, k))
+        q, k = (x - padding.to(x.device).unsqueeze(-1) for x in (q, k))
     return q, k
 
 
-def hidden_rows(where: CallExtents, key_padding_mask: object, given: dict[str, Any]) -> Tensor | None:
+def hidden_rows(call: CallExtents, key_padding_mask: object, options: dict[str, Any]) -> Tensor | None:
     """(batch, keys) bool: rows of this process's key that nobody sees; None: none, or a mask that is refused later, by name.
 
     Raises:
         TypeError: key_padding_mask is a tensor of something else.
     """
-    mask = where.local("key_padding_mask", key_padding_mask) if isinstance(key_padding_mask, Tensor) else None
+    mask = call.local("key_padding_mask", key_padding_mask) if isinstance(key_padding_mask, Tensor) else None
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask must be bool, True = padding, got {dtype_name(mask.dtype)}")
-    if mask is not None and mask.shape != (where.batch, where.nk):
+    if mask is not None and mask.shape != (call.batch, call.nk):
         return None
-    starts = where.local("positions_start", given.get("positions_start"))
+    starts = call.local("positions_start", options.get("positions_start"))
     if starts is None:
         return mask
     refuse_traced("positions_start")
-    extents = where.extents()
-    check_positions_start(starts, where.batch, extents.nk)
-    left = row_numbers(extents.k_rows).to(where.device) < starts.to(where.device).unsqueeze(-1)
-    return left if mask is None else left | mask
+    extents = call.extents()
+    check_positions_start(starts, call.batch, extents.nk)
+    before_start = row_numbers(extents.k_rows).to(call.device) < starts.to(call.device).unsqueeze(-1)
+    return before_start if mask is None else before_start | mask

@@ -95,11 +95,11 @@ class PatternAttention(WiredModule):
             query's shape and dtype; with need_weights also the weights, without dropout: of this rank's rows, and of all keys of the
             whole sequence, where a schedule is over a process group.
         """
-        given = given_options(options)
+        call_options = given_options(options)
         if not (isinstance(query, Tensor) and query.is_nested):
             check_qkv(query, key, value, ("query", "key", "value"))
         if check_bool("need_weights", need_weights):
-            refuse_weights(query, given)
+            refuse_weights(query, call_options)
         out = pattern_attention(
             query,
             key,
@@ -112,7 +112,7 @@ class PatternAttention(WiredModule):
             backend=self.backend,
             schedule=self.schedule,
             environment=self._resources.environment,
-            **given,
+            **call_options,
         )
         if not need_weights:
             return out
@@ -128,10 +128,8 @@ class PatternAttention(WiredModule):
     ) -> Tensor:
         """The weights of such a call, (batch, heads, Nq, Nk) in query's dtype: dense, or sparse COO with `sparse_weights`."""
         masks = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
-        where = CallExtents(query, key, self.schedule)
-        return weights_of(
-            where, query, key, self.pattern_for(is_causal), self.softmax_scale, masks, self.sparse_weights
-        )
+        call = CallExtents(query, key, self.schedule)
+        return weights_of(call, query, key, self.pattern_for(is_causal), self.softmax_scale, masks, self.sparse_weights)
 
     def extra_repr(self) -> str:
         """The pattern, and what differs from the defaults."""

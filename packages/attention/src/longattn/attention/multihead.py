@@ -85,13 +85,13 @@ class MultiheadPatternAttention(ProjectedModule):
         self.rotary_base = None if rotary_base is None else check_positive("rotary_base", rotary_base)
         if rotary_base is not None and self.head_dim % 2:
             raise ValueError(f"rotary_base must be None for an odd head_dim, got head_dim={self.head_dim}")
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         has_bias = check_bool("bias", bias)
-        self._make_projections(check_bool("fused_qkv", fused_qkv), has_bias, place)
+        self._make_projections(check_bool("fused_qkv", fused_qkv), has_bias, factory_kwargs)
         eps = check_positive("layer_norm_eps", layer_norm_eps)
         use_norm = check_bool("layer_norm", layer_norm)
-        self.norm = nn.LayerNorm(embed_dim, eps=eps, **place) if use_norm else nn.Identity()
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=has_bias, **place)
+        self.norm = nn.LayerNorm(embed_dim, eps=eps, **factory_kwargs) if use_norm else nn.Identity()
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=has_bias, **factory_kwargs)
         self.attention = PatternAttention(
             pattern,
             softmax_scale=softmax_scale,
@@ -138,28 +138,31 @@ class MultiheadPatternAttention(ProjectedModule):
             (batch, Nq, embed_dim), a tensor and no pair (as torch.nn.MultiheadAttention returns even without weights), or with
             need_weights a pair: that, and weights (batch, heads, Nq, Nk) in the module's dtype.
         """
-        given = given_options(options)
+        call_options = given_options(options)
         key = query if key is None else key
         value = key if value is None else value
         if check_bool("need_weights", need_weights):
-            refuse_weights(query, given)
+            refuse_weights(query, call_options)
         if query.is_nested:
             refuse_jagged_shards("query", self.attention.schedule)
             masks = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
-            packed, ends = pack_jagged({"query": query, "key": key, "value": value}, given := given | masks)
+            call_options |= masks
+            packed, cu_seqlens = pack_jagged({"query": query, "key": key, "value": value}, call_options)
             # What was one tensor stays one, for a fused projection.
             q = packed[0]
             k = q if key is query else packed[1]
-            return jagged_like(query, self(q, k, k if value is key else packed[2], is_causal, **given, **ends))
+            v = k if value is key else packed[2]
+            return jagged_like(query, self(q, k, v, is_causal, **call_options, **cu_seqlens))
         for name, x in (("query", query), ("key", key), ("value", value)):
             check_embedded(name, x, self.embed_dim, self._dtype())
-        where = CallExtents(query, key, self.attention.schedule)
-        hidden = hidden_rows(where, key_padding_mask, given)
+        call = CallExtents(query, key, self.attention.schedule)
+        hidden = hidden_rows(call, key_padding_mask, call_options)
         query, key, value = _zero_padded(query, key, value, hidden)
         q, k, v = self._project(query, key, value)
         if self.rotary_base is not None:
-            q, k = (_turned(x, at, self.rotary_base) for x, at in zip((q, k), positions(where, given), strict=True))
-        out = self.attention(q, k, v, is_causal, attention_mask, key_padding_mask, **given)
+            q_positions, k_positions = positions(call, call_options)
+            q, k = _rotate_local(q, q_positions, self.rotary_base), _rotate_local(k, k_positions, self.rotary_base)
+        out = self.attention(q, k, v, is_causal, attention_mask, key_padding_mask, **call_options)
         out = self.out_proj(self.norm(out.flatten(2)))
         if not need_weights:
             return out
@@ -168,24 +171,24 @@ class MultiheadPatternAttention(ProjectedModule):
     def _dtype(self) -> torch.dtype | None:
         """What the embeddings must be of; None where layers were put in place of ours that keep it to themselves."""
         weights = [getattr(getattr(self, name, None), "weight", None) for name in self._projection_names]
-        known = all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights)
-        return weights[0].dtype if known and isinstance(weights[0], Tensor) else None
+        all_floating = all(isinstance(weight, Tensor) and weight.is_floating_point() for weight in weights)
+        return weights[0].dtype if all_floating and isinstance(weights[0], Tensor) else None
 
 
 def _zero_padded(query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     if rows is None:
         return query, key, value
-    padded_key = _filled(key, rows)
+    padded_key = _zero_rows(key, rows)
     return (
         padded_key if query is key else query,
         padded_key,
-        padded_key if value is key else _filled(value, rows),
+        padded_key if value is key else _zero_rows(value, rows),
     )
 
 
-def _filled(x: Tensor, rows: Tensor) -> Tensor:
-    return on_local(lambda here: here.masked_fill(rows.unsqueeze(-1), 0), x)
+def _zero_rows(x: Tensor, rows: Tensor) -> Tensor:
+    return on_local(lambda local: local.masked_fill(rows.unsqueeze(-1), 0), x)
 
 
-def _turned(x: Tensor, at: Tensor, base: float) -> Tensor:
-    return on_local(lambda here: rotate(here, at, base), x)
+def _rotate_local(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    return on_local(lambda local: rotate(local, positions, base), x)

@@ -54,8 +54,8 @@ class ResidentOptions(MultiheadOptions, ResidentFlags, total=False):
 
 def options_of(preset: type, kind: Any, options: Any) -> dict[str, Any]:
     """What `MultiheadPatternAttention` takes, from the options of a preset that takes those of TypedDict `kind`."""
-    wiring, others = split_flags(f"{preset.__name__}()", kind.__optional_keys__, options)
-    return {**others, "wiring": wiring}
+    wiring, remaining = split_flags(f"{preset.__name__}()", kind.__optional_keys__, options)
+    return {**remaining, "wiring": wiring}
 
 
 class MultiheadDilatedAttention(MultiheadPatternAttention):
@@ -129,10 +129,10 @@ class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
         fused_qkv: bool = True,
         **options: Unpack[DilatedOptions],
     ) -> None:
-        place: dict[str, Any] = {"device": device, "dtype": dtype, "fused_qkv": fused_qkv}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype, "fused_qkv": fused_qkv}
         branches = (segment_lengths, dilation_rates)
         norm = {"layer_norm": layer_norm, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init}
-        super().__init__(embed_dim, num_heads, *branches, dropout, bias, **norm, **place, **options)
+        super().__init__(embed_dim, num_heads, *branches, dropout, bias, **norm, **factory_kwargs, **options)
 
 
 class ImprovedMultiheadDilatedAttentionV2(MultiheadPatternAttention):
@@ -155,8 +155,8 @@ class ImprovedMultiheadDilatedAttentionV2(MultiheadPatternAttention):
         **options: Unpack[ManagerOptions],
     ) -> None:
         pattern = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
-        given: dict[str, Any] = {"fused_qkv": True} | options_of(type(self), ManagerOptions, options)
-        super().__init__(embed_dim, num_heads, pattern, **given)
+        arguments: dict[str, Any] = {"fused_qkv": True} | options_of(type(self), ManagerOptions, options)
+        super().__init__(embed_dim, num_heads, pattern, **arguments)
 
 
 class RingMultiheadDilatedAttentionV2(MultiheadPatternAttention):
@@ -202,8 +202,8 @@ class RingMultiheadDilatedAttentionV3(MultiheadPatternAttention):
         **options: Unpack[ResidentOptions],
     ) -> None:
         pattern, ring = Dilated(segment_lengths, dilation_rates, heads, causal=causal), ring_of(ring_size, layout)
-        given = options_of(type(self), ResidentOptions, options)
-        super().__init__(embed_dim, num_heads, pattern, schedule=ring, **given)
+        arguments = options_of(type(self), ResidentOptions, options)
+        super().__init__(embed_dim, num_heads, pattern, schedule=ring, **arguments)
 
 
 class BlockSparseRingMultiheadDilatedAttention(MultiheadPatternAttention):
@@ -227,5 +227,5 @@ class BlockSparseRingMultiheadDilatedAttention(MultiheadPatternAttention):
         **options: Unpack[CacheOptions],
     ) -> None:
         dilated, ring = Dilated(segment_lengths, dilation_rates, heads, causal=causal), ring_of(ring_size, layout)
-        given = options_of(type(self), CacheOptions, options) | {"schedule": ring, "sparse_weights": True}
-        super().__init__(embed_dim, num_heads, block_sparse_of(dilated, sparse_config), **given)
+        arguments = options_of(type(self), CacheOptions, options) | {"schedule": ring, "sparse_weights": True}
+        super().__init__(embed_dim, num_heads, block_sparse_of(dilated, sparse_config), **arguments)

@@ -39,7 +39,7 @@ def attention_weights(
 
 
 def weights_of(
-    where: CallExtents,
+    call: CallExtents,
     q: Tensor,
     k: Tensor,
     pattern: Pattern,
@@ -54,24 +54,24 @@ def weights_of(
     Raises:
         ValueError: sparse weights of DTensors.
     """
-    like = where.like
+    like = call.like
     if like is not None and sparse:
         raise ValueError("sparse_weights must be False for DTensors, which hold nothing sparse, got True")
     if like is not None:
         q, k = (getattr(x, "to_local")() for x in (q, k))  # noqa: B009
-        masks = {name: where.local(name, x) for name, x in masks.items()}
+        masks = {name: call.local(name, x) for name, x in masks.items()}
     padding = masks["key_padding_mask"]
-    extents = where.extents()
-    if where.schedule.distributed:
-        gather = partial(where.schedule.gather_keys, nq=where.nq, nk=where.nk, metadata=where.metadata)
+    extents = call.extents()
+    if call.schedule.distributed:
+        gather = partial(call.schedule.gather_keys, nq=call.nq, nk=call.nk, metadata=call.metadata)
         k, padding = gather(k), None if padding is None else gather(padding)
     weigh = _sparse_weights if sparse else _dense_weights
     weights = weigh(q, k, pattern, extents.query_spans(), softmax_scale, masks["attention_mask"], padding)
     return weights if like is None else _placed(weights, like, (like.shape[0], like.shape[2], extents.nq, extents.nk))
 
 
-def _dense_weights(*asked: Any) -> Tensor:
-    return _weights(*asked)[0]
+def _dense_weights(*arguments: Any) -> Tensor:
+    return _weights(*arguments)[0]
 
 
 def _placed(weights: Tensor, like: Any, shape: tuple[int, ...]) -> Tensor:
@@ -114,17 +114,17 @@ def _sparse_weights(
     wide = None if attention_mask is None else attention_mask.expand(batch, heads, nq, nk)
     indices, values = [], []
     for begin in range(0, nq, strip):
-        part = q[:, begin : begin + strip]
+        q_strip = q[:, begin : begin + strip]
         mask = None if wide is None else wide[:, :, begin : begin + strip]
-        rows = take(positions, (Span(begin, part.shape[1]),))
-        weights, times = _weights(part, k, pattern, rows, softmax_scale, mask, key_padding_mask)
-        at = times.expand(weights.shape).nonzero().unbind(1)
+        rows = take(positions, (Span(begin, q_strip.shape[1]),))
+        weights, counts = _weights(q_strip, k, pattern, rows, softmax_scale, mask, key_padding_mask)
+        at = counts.expand(weights.shape).nonzero().unbind(1)
         values.append(weights[at])
         indices.append(torch.stack((at[0], at[1], at[2] + begin, at[3])))
     size = (batch, heads, nq, nk)
     at = torch.cat(indices, 1) if indices else torch.zeros(4, 0, dtype=torch.int64, device=q.device)
-    kept = torch.cat(values) if values else q.new_zeros(0)
-    return torch.sparse_coo_tensor(at, kept, size, device=q.device, check_invariants=True).coalesce()
+    pair_weights = torch.cat(values) if values else q.new_zeros(0)
+    return torch.sparse_coo_tensor(at, pair_weights, size, device=q.device, check_invariants=True).coalesce()
 
 
 def _weights(
@@ -138,14 +138,14 @@ def _weights(
 ) -> tuple[Tensor, Tensor]:
     """(weights of the queries at positions `rows`, how often each pair is seen, broadcastable to them)."""
     nk, heads = k.shape[1], q.shape[2]
-    counts = pattern.counts(Rectangle(heads, rows, Span(0, nk)))
+    pattern_counts = pattern.counts(Rectangle(heads, rows, Span(0, nk)))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    times = torch.from_numpy(counts).to(q.device, dtype)
+    counts = torch.from_numpy(pattern_counts).to(q.device, dtype)
     floating = attention_mask is not None and attention_mask.dtype != torch.bool
     if attention_mask is not None:
-        times = times * (attention_mask != -torch.inf if floating else attention_mask)
+        counts = counts * (attention_mask != -torch.inf if floating else attention_mask)
     if key_padding_mask is not None:
-        times = times * ~key_padding_mask[:, None, None, :]
+        counts = counts * ~key_padding_mask[:, None, None, :]
         k = k.masked_fill(key_padding_mask[:, :, None, None], 0)  # what padding holds reaches nothing
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     keys = k.repeat_interleave(heads // k.shape[2], 2).permute(0, 2, 3, 1).to(dtype)
@@ -154,6 +154,6 @@ def _weights(
         # Hidden pairs carry -inf from log(0) already; another -inf has no gradient.
         bias, most = attention_mask.masked_fill(attention_mask == -torch.inf, 0), torch.finfo(dtype).max
         scores = scores + bias.clamp(-most, most).to(dtype) if bias.dtype == torch.float64 else scores + bias.to(dtype)
-    blind = (times == 0).all(-1, keepdim=True)
-    scores = torch.where(blind, 0.0, scores + times.log())
-    return torch.where(blind, 0.0, torch.softmax(scores, -1)).to(q.dtype), times
+    sees_nothing = (counts == 0).all(-1, keepdim=True)
+    scores = torch.where(sees_nothing, 0.0, scores + counts.log())
+    return torch.where(sees_nothing, 0.0, torch.softmax(scores, -1)).to(q.dtype), counts

@@ -95,8 +95,8 @@ class MultiheadConfig(AttentionConfig):
 
 def arguments_of(config: Any) -> dict[str, Any]:
     """What a constructor is called with: the config's fields but its name, `options` unpacked."""
-    found = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "name"}
-    return found | dict(found.pop("options", {}))
+    arguments = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "name"}
+    return arguments | dict(arguments.pop("options", {}))
 
 
 def config_from(kind: type, entries: Mapping[str, Any]) -> Any:
@@ -105,11 +105,11 @@ def config_from(kind: type, entries: Mapping[str, Any]) -> Any:
     Raises:
         TypeError: an entry that the config does not take.
     """
-    known = {f.name for f in fields(kind)}
-    other = {name: value for name, value in entries.items() if name not in known}
-    taken = {name: value for name, value in entries.items() if name in known}
-    if other and "options" not in known:
+    field_names = {f.name for f in fields(kind)}
+    unknown = {name: value for name, value in entries.items() if name not in field_names}
+    values = {name: value for name, value in entries.items() if name in field_names}
+    if unknown and "options" not in field_names:
         raise TypeError(
-            f"config must have entries among {', '.join(sorted({*known, 'name'}))}, got {', '.join(sorted(other))}"
+            f"config must have entries among {', '.join(sorted({*field_names, 'name'}))}, got {', '.join(sorted(unknown))}"
         )
-    return kind(**taken, options={**taken.pop("options", {}), **other}) if other else kind(**taken)
+    return kind(**values, options={**values.pop("options", {}), **unknown}) if unknown else kind(**values)

@@ -132,9 +132,11 @@ def build_attention(config: Mapping[str, Any] | Any) -> nn.Module:
     constructor, config = _resolve_config(config)
     module = _construct(constructor, config)
     names = list(inspect.signature(type(module).forward).parameters)[1:]
-    wants = "attention_mask" if "att_mask" not in names else "att_mask"
-    place = names.index("key_padding_mask") if "key_padding_mask" in names else None
-    module.register_forward_pre_hook(functools.partial(_keeping, place=place, mask_name=wants), with_kwargs=True)
+    mask_name = "attention_mask" if "att_mask" not in names else "att_mask"
+    padding_index = names.index("key_padding_mask") if "key_padding_mask" in names else None
+    module.register_forward_pre_hook(
+        functools.partial(_translate_masks, padding_index=padding_index, mask_name=mask_name), with_kwargs=True
+    )
     return module
 
 
@@ -165,21 +167,21 @@ def _resolve_config(config: Any) -> tuple[type[nn.Module], Any]:
 
 def _named(config: type, name: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     """The entries with the name, for a config that has such a field, else without it."""
-    rest = {key: value for key, value in entries.items() if key != "name"}
-    return {"name": name, **rest} if "name" in {f.name for f in fields(config)} else rest
+    without_name = {key: value for key, value in entries.items() if key != "name"}
+    return {"name": name, **without_name} if "name" in {f.name for f in fields(config)} else without_name
 
 
-def _keeping(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, place: int | None, mask_name: str
+def _translate_masks(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, padding_index: int | None, mask_name: str
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before a call: keys to keep become keys that are padding, and att_mask gets the module's name for it."""
-    if place is not None and place < len(args):
-        args = (*args[:place], _opposite(args[place]), *args[place + 1 :])
-    given = {(mask_name if name == "att_mask" else name): value for name, value in kwargs.items()}
-    if "key_padding_mask" in given:
-        given["key_padding_mask"] = _opposite(given["key_padding_mask"])
-    return args, given
+    """Hook before a call: inverts key_padding_mask (xFormers: True = keep) and passes att_mask under the module's name for it."""
+    if padding_index is not None and padding_index < len(args):
+        args = (*args[:padding_index], _inverted(args[padding_index]), *args[padding_index + 1 :])
+    keywords = {(mask_name if name == "att_mask" else name): value for name, value in kwargs.items()}
+    if "key_padding_mask" in keywords:
+        keywords["key_padding_mask"] = _inverted(keywords["key_padding_mask"])
+    return args, keywords
 
 
-def _opposite(mask: Any) -> Any:
+def _inverted(mask: Any) -> Any:
     return mask.logical_not() if isinstance(mask, Tensor) else mask

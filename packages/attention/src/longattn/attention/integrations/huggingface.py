@@ -53,19 +53,19 @@ def register_with_transformers(patterns: Mapping[str, Pattern] | None = None) ->
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    chosen = dict(DEFAULT_PATTERNS if patterns is None else patterns)
-    for name, pattern in chosen.items():
+    by_name = dict(DEFAULT_PATTERNS if patterns is None else patterns)
+    for name, pattern in by_name.items():
         if not isinstance(name, str):
             raise TypeError(f"patterns must have names as keys, got {name!r} ({type(name).__name__})")
         if name == saved.IMPLEMENTATION:
             raise ValueError(f"patterns must have names other than use_pattern's, got {name!r}")
         check_pattern_argument(pattern)
-    for name, pattern in chosen.items():
+    for name, pattern in by_name.items():
         AttentionInterface.register(name, attention_function(pattern))
         AttentionMaskInterface.register(name, mask_function(pattern, name))
     AttentionInterface.register(saved.IMPLEMENTATION, _attention_function(saved.pattern_of_layer))
     AttentionMaskInterface.register(saved.IMPLEMENTATION, make_mask_function(saved.patterns_of_model))
-    return tuple(chosen)
+    return tuple(by_name)
 
 
 def attention_function(pattern: Pattern) -> Callable[..., tuple[Tensor, None]]:
@@ -97,15 +97,16 @@ def _attention_function(pattern_of: Callable[[torch.nn.Module], Pattern]) -> Cal
         softcap: float | None = None,
         s_aux: Tensor | None = None,
         position_bias: Tensor | None = None,
-        **more: Any,
+        **keywords: Any,
     ) -> tuple[Tensor, None]:
         """query (batch, heads, Nq, head_dim), key and value (batch, kv_heads, Nk, head_dim) to (batch, Nq, heads, head_dim), None."""
         if softcap is not None:
             raise ValueError(f"softcap must be None, got {softcap}; {WAYS_OUT['softcap']}")
-        refuse_keywords(more)
+        refuse_keywords(keywords)
         saved.note_call(module)
-        own = getattr(module, "is_causal", True)
-        if is_causal is False and own and attention_mask is not None and attention_mask.dtype == torch.int64:
+        module_is_causal = getattr(module, "is_causal", True)
+        causal_mask = attention_mask is not None and attention_mask.dtype == torch.int64
+        if is_causal is False and module_is_causal and causal_mask:
             raise ValueError("is_causal must not be False where the model made a causal mask, got False")
         options: dict[str, Any] = {"softmax_scale": scaling, "dropout_p": dropout}
         if s_aux is not None:
@@ -113,7 +114,7 @@ def _attention_function(pattern_of: Callable[[torch.nn.Module], Pattern]) -> Cal
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if q.shape[0] == 1 < k.shape[0]:
             q = q.expand(k.shape[0], -1, -1, -1)  # learned queries, one for all
-        causal = bool(own if is_causal is None else is_causal)
+        causal = bool(module_is_causal if is_causal is None else is_causal)
         return attend(module, pattern_of(module), q, k, v, attention_mask, causal, position_bias, options), None
 
     return call

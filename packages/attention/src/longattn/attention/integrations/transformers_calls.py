@@ -50,9 +50,9 @@ WAYS_OUT = {
 """Keywords that are refused, by the way out; any other that is in no table is refused too."""
 
 
-def refuse_keywords(more: dict[str, Any]) -> None:
+def refuse_keywords(keywords: dict[str, Any]) -> None:
     """Raise ValueError for a keyword that says something and is not known to be harmless."""
-    for name, value in more.items():
+    for name, value in keywords.items():
         if name in HARMLESS or value is None or value is False:
             continue
         family = "cu_seq_lens_q" if name.startswith(("cu_seq_lens", "max_length_")) else name
@@ -81,11 +81,11 @@ def attend(
     """Attention of (batch, seq, heads, head_dim) under a pattern, where `mask` has a form of `transformers_masks`."""
     if mask is not None and (mask.dim() != 4 or mask.shape[0] not in (1, q.shape[0])):
         raise ValueError(f"attention_mask must be (batch, 1 or heads, Nq, Nk), got {tuple(mask.shape)}")
-    placed = mask is not None and mask.dtype in (torch.int64, torch.int32)
-    causal = mask.dtype == torch.int64 if placed and mask is not None else causal and mask is None
+    has_positions = mask is not None and mask.dtype in (torch.int64, torch.int32)
+    causal = mask.dtype == torch.int64 if has_positions and mask is not None else causal and mask is None
     form = pattern.with_causal(causal)
-    beside = q.shape[1] != k.shape[1] and not placed and (mask is None or mask.shape[-2] == 1 < q.shape[1])
-    if not isinstance(pattern, Full) and not causal and (crosses(module) or beside):
+    unaligned = q.shape[1] != k.shape[1] and not has_positions and (mask is None or mask.shape[-2] == 1 < q.shape[1])
+    if not isinstance(pattern, Full) and not causal and (crosses(module) or unaligned):
         raise ValueError(
             f"pattern must be Full() in cross attention, whose queries and keys share no positions, got {pattern}; "
             f"use_pattern(model, {{'*self_attn*': pattern}}) leaves other layers dense"
@@ -93,88 +93,96 @@ def attend(
     if mask is None:
         return pattern_attention(q, k, v, form, attention_mask=bias, **options)
     if mask.dtype == torch.int32:
-        return _on_positions(form, q, k, v, mask, bias, options)
+        return _attend_with_positions(form, q, k, v, mask, bias, options)
     if mask.dtype == torch.int64:
         filled = mask.shape[-1]
         k, v, bias = k[:, :filled], v[:, :filled], None if bias is None else bias[..., :filled]
         if not mask.shape[2]:
             return pattern_attention(q, k, v, form, attention_mask=bias, **options)
-        return _padded(form, q, k, v, mask, bias, options)
+        return _attend_padded(form, q, k, v, mask, bias, options)
     if mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and mask.shape[3] == k.shape[1]:
-        return _padded(form, q, k, v, mask, bias, options)
+        return _attend_padded(form, q, k, v, mask, bias, options)
     if bias is not None:
         mask = torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
     return pattern_attention(q, k, v, form, attention_mask=mask, **options)
 
 
-def _padded(
+def _attend_padded(
     form: Pattern, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    """Where `mask` (batch, 1, 1, Nk) says which keys are there, and queries are the last of them, or positions do not matter."""
-    there = mask[:, 0, 0].bool().expand(q.shape[0], -1)
+    """Attend where `mask` (batch, 1, 1, Nk) is True at keys that are no padding; queries are the last keys, or positions do not matter."""
+    present = mask[:, 0, 0].bool().expand(q.shape[0], -1)
     if is_relative(form):
-        return pattern_attention(q, k, v, form, attention_mask=bias, key_padding_mask=~there, **options)
+        return pattern_attention(q, k, v, form, attention_mask=bias, key_padding_mask=~present, **options)
     nq, nk = q.shape[1], k.shape[1]
     if nq == nk and bias is None:
-        # Real tokens are moved to the front, where their positions are; what is padding follows, hidden.
-        starts = first_keys(there)[:, None]
+        # Tokens move to the front, so that row numbers are positions; padding follows them and is hidden.
+        starts = first_keys(present)[:, None]
         rows = torch.arange(nk, device=q.device)
-        there, q, k, v = (_rows(x, (rows + starts) % nk) for x in (there, q, k, v))
-        return _rows(pattern_attention(q, k, v, form, key_padding_mask=~there, **options), (rows - starts + nk) % nk)
-    counted = _remembered(
-        mask, form, q, lambda: _counts(form, q, nk, torch.arange(nk - nq, nk), torch.zeros(1), first_keys(there))
+        present, q, k, v = (_gather_rows(x, (rows + starts) % nk) for x in (present, q, k, v))
+        return _gather_rows(
+            pattern_attention(q, k, v, form, key_padding_mask=~present, **options), (rows - starts + nk) % nk
+        )
+    counts = _cached_on_mask(
+        mask, form, q, lambda: _visibility(form, q, nk, torch.arange(nk - nq, nk), torch.zeros(1), first_keys(present))
     )
-    return _under_counts(q, k, v, counted, there[:, None, None], bias, options)
+    return _attend_with_counts(q, k, v, counts, present[:, None, None], bias, options)
 
 
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (batch, seq, ...) in each element's order."""
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (batch, seq, ...) by an index (batch, seq)."""
     return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
 
 
-def _on_positions(
+def _attend_with_positions(
     form: Pattern, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    """Where an int32 mask says who sees whom in the model, and where all stand."""
-    head, seen = mask[..., :HEADER], mask[..., HEADER:].bool()
-    starts = head[:, 0, 0, 1].expand(q.shape[0])
-    counted = None
+    """Attend with an int32 mask: the model's visibility, and positions in its header."""
+    header, visible = mask[..., :HEADER], mask[..., HEADER:].bool()
+    starts = header[:, 0, 0, 1].expand(q.shape[0])
+    counts = None
     if not isinstance(form, Full):
-        counted = _remembered(
-            mask, form, q, lambda: _counts(form, q, k.shape[1], head[0, 0, :, 0], head[0, 0, :1, 2], starts)
+        counts = _cached_on_mask(
+            mask, form, q, lambda: _visibility(form, q, k.shape[1], header[0, 0, :, 0], header[0, 0, :1, 2], starts)
         )
-    return _under_counts(q, k, v, counted, seen, bias, options)
+    return _attend_with_counts(q, k, v, counts, visible, bias, options)
 
 
-def _counts(form: Pattern, q: Tensor, keys: int, q_rows: Tensor, first: Tensor, starts: Tensor) -> Tensor:
-    """What the pattern counts: bool where no key counts twice."""
-    where = (x.to(q.device) for x in (q_rows, first, starts))
-    counts = pattern_counts(*where, keys, form.canonical(), q.shape[2])
+def _visibility(form: Pattern, q: Tensor, keys: int, q_rows: Tensor, first: Tensor, starts: Tensor) -> Tensor:
+    """The pattern's counts for these rows: bool where no key counts twice, else their logarithms."""
+    rows = (x.to(q.device) for x in (q_rows, first, starts))
+    counts = pattern_counts(*rows, keys, form.canonical(), q.shape[2])
     return counts > 0 if form.binary else counts.to(q.dtype).log()
 
 
-def _remembered(mask: Tensor, form: Pattern, q: Tensor, make: Any) -> Tensor:
-    """What `make` makes, once for all layers that get this mask: kept with it."""
+def _cached_on_mask(mask: Tensor, form: Pattern, q: Tensor, compute: Any) -> Tensor:
+    """The result of `compute`, stored on the mask, so that all layers that get this mask share it."""
     if torch.compiler.is_compiling():
-        return make()
-    kept: dict[Any, Tensor] | None = getattr(mask, "_longattn_counts", None)
-    if kept is None:
-        kept = {}
-        setattr(mask, "_longattn_counts", kept)  # noqa: B010
+        return compute()
+    cache: dict[Any, Tensor] | None = getattr(mask, "_longattn_counts", None)
+    if cache is None:
+        cache = {}
+        setattr(mask, "_longattn_counts", cache)  # noqa: B010
     key = form.canonical(), q.shape[2], q.dtype, q.device
-    if key not in kept:
-        kept[key] = make()
-    return kept[key]
+    if key not in cache:
+        cache[key] = compute()
+    return cache[key]
 
 
-def _under_counts(
-    q: Tensor, k: Tensor, v: Tensor, counted: Tensor | None, seen: Tensor, bias: Tensor | None, options: dict[str, Any]
+def _attend_with_counts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    counts: Tensor | None,
+    visible: Tensor,
+    bias: Tensor | None,
+    options: dict[str, Any],
 ) -> Tensor:
-    """Everything visible by mask alone: counts (bool, or their logarithms; None: what is seen counts once), what is seen, a bias."""
-    if counted is None or counted.dtype == torch.bool:
-        mask = seen if counted is None else counted & seen
+    """Attend under `Full()` with one mask made of counts (bool, or logarithms; None: each visible key counts once), visibility and bias."""
+    if counts is None or counts.dtype == torch.bool:
+        mask = visible if counts is None else counts & visible
         mask = mask if bias is None else torch.where(mask, bias, -torch.inf)
     else:
-        mask = counted.masked_fill(~seen, -torch.inf)
+        mask = counts.masked_fill(~visible, -torch.inf)
         mask = mask if bias is None else mask + bias
     return pattern_attention(q, k, v, Full(), attention_mask=mask, **options)

@@ -53,49 +53,53 @@ def make_mask_function(patterns: Callable[[Any], Iterable[Pattern]]) -> Callable
         from transformers import masking_utils
 
         refuse_unbacked(config)
-        used = tuple(patterns(config))
+        candidates = tuple(patterns(config))
         causal = mask_function in (None, masking_utils.causal_mask_function)
-        there = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
+        present = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
         traced = torch.compiler.is_compiling()
         # A static cache has its offset on the device. To read it would wait for it, and break a graph: there, a mask of one shape.
-        begin, dropped = (_read(x, traced) for x in (q_offset, kv_offset))
+        first_query, first_key = (_as_integer(x, traced) for x in (q_offset, kv_offset))
         plain = causal or mask_function is masking_utils.bidirectional_mask_function
-        if plain and isinstance(begin, int) and isinstance(dropped, int) and not dropped:
+        if plain and isinstance(first_query, int) and isinstance(first_key, int) and not first_key:
             both_ways = not getattr(config, "is_causal", True)
-            return _placement(begin + q_length if causal else None, kv_length, there, both_ways, device)
-        own: dict[str, Any] = options | {"attention_mask": attention_mask, "device": device}
-        own |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            return _key_mask(first_query + q_length if causal else None, kv_length, present, both_ways, device)
+        sdpa_options: dict[str, Any] = options | {"attention_mask": attention_mask, "device": device}
+        sdpa_options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         if mask_function is not None:
-            own["mask_function"] = mask_function
-        seen: Any = masking_utils.sdpa_mask(batch_size, q_length, kv_length, begin, dropped, **own)  # type: ignore[arg-type]
-        if all(isinstance(pattern, Full) for pattern in used):
-            return seen
-        if isinstance(begin, int) and isinstance(dropped, int) and begin + q_length == dropped + kv_length:
+            sdpa_options["mask_function"] = mask_function
+        visible: Any = masking_utils.sdpa_mask(batch_size, q_length, kv_length, first_query, first_key, **sdpa_options)  # type: ignore[arg-type]
+        if all(isinstance(pattern, Full) for pattern in candidates):
+            return visible
+        if (
+            isinstance(first_query, int)
+            and isinstance(first_key, int)
+            and first_query + q_length == first_key + kv_length
+        ):
             # Queries are the last keys: distances are right, and positions too where none begins later.
-            shifted = dropped > 0 or (there is not None and (traced or not bool(there[:, 0].all())))
-            if not shifted or all(is_relative(pattern) for pattern in used):
-                return seen
-        return _with_positions(seen, begin, dropped, there)
+            shifted = first_key > 0 or (present is not None and (traced or not bool(present[:, 0].all())))
+            if not shifted or all(is_relative(pattern) for pattern in candidates):
+                return visible
+        return _mask_with_positions(visible, first_query, first_key, present)
 
     return make_mask
 
 
-def _read(offset: int | Tensor, traced: bool) -> int | Tensor:
-    """An offset as an integer, where that breaks no graph and waits for no device."""
+def _as_integer(offset: int | Tensor, traced: bool) -> int | Tensor:
+    """An offset as an integer, unless reading it breaks a graph or synchronises a device."""
     if isinstance(offset, Tensor) and (traced or offset.device.type != "cpu"):
         return offset
     return int(offset)
 
 
-def _placement(
-    filled: int | None, kv_length: int, there: Tensor | None, both_ways: bool, device: torch.device | str
+def _key_mask(
+    filled: int | None, kv_length: int, present: Tensor | None, both_ways: bool, device: torch.device | str
 ) -> Tensor | None:
-    """The mask of keys alone: causal where `filled`, the keys in use, is given. The one read of a device in a step is here."""
+    """The mask over keys only, causal where `filled`, the number of keys in use, is given. Reads the device once per step."""
     length = kv_length if filled is None else filled
-    there = None if there is None else there[:, :length].bool()
-    padded = there is not None and (torch.compiler.is_compiling() or not bool(there.all()))
-    if there is not None and padded:
-        rows = there if filled is None else there.to(torch.int64)
+    present = None if present is None else present[:, :length].bool()
+    padded = present is not None and (torch.compiler.is_compiling() or not bool(present.all()))
+    if present is not None and padded:
+        rows = present if filled is None else present.to(torch.int64)
         return rows[:, None, None]
     if filled is None:
         # Modules of a decoder that looks both ways still say that they are causal.
@@ -104,20 +108,22 @@ def _placement(
     return torch.zeros(1, 1, 0, filled, dtype=torch.int64, device=device)
 
 
-def _with_positions(seen: Tensor, begin: int | Tensor, dropped: int | Tensor, there: Tensor | None) -> Tensor:
-    """The int32 mask."""
-    batch, _, nq, _ = seen.shape
-    head = torch.zeros(batch, 1, nq, HEADER, dtype=torch.int32, device=seen.device)
-    head[..., 0] = torch.arange(nq, device=seen.device) + begin
-    if there is not None:
-        head[..., 1] = first_keys(there)[:, None, None]
-    head[..., 2] = dropped
-    return torch.cat((head, seen.to(torch.int32)), -1)
+def _mask_with_positions(
+    visible: Tensor, first_query: int | Tensor, first_key: int | Tensor, present: Tensor | None
+) -> Tensor:
+    """The int32 mask: visibility with positions in its header."""
+    batch, _, nq, _ = visible.shape
+    header = torch.zeros(batch, 1, nq, HEADER, dtype=torch.int32, device=visible.device)
+    header[..., 0] = torch.arange(nq, device=visible.device) + first_query
+    if present is not None:
+        header[..., 1] = first_keys(present)[:, None, None]
+    header[..., 2] = first_key
+    return torch.cat((header, visible.to(torch.int32)), -1)
 
 
-def first_keys(there: Tensor) -> Tensor:
-    """(batch,) where the first key that is there stands."""
-    return there.to(torch.int32).argmax(1)
+def first_keys(present: Tensor) -> Tensor:
+    """(batch,) index of the first key that is no padding."""
+    return present.to(torch.int32).argmax(1)
 
 
 def _count(q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonical: str, heads: int) -> Tensor:
@@ -133,9 +139,9 @@ def _count(q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonic
     last = int(max(i.max(initial=0), j.max(initial=0)))
     pattern.check_rectangle(Rectangle(heads, Span(0, last + 1), Span(0, last + 1)))
     h = np.arange(heads, dtype=np.int64)[None, :, None, None]
-    found = pattern.count(h, np.maximum(i, 0), np.maximum(j, 0), heads) * ((i >= 0) & (j >= 0))
+    counts = pattern.count(h, np.maximum(i, 0), np.maximum(j, 0), heads) * ((i >= 0) & (j >= 0))
     shape = (len(unique), heads, len(rows), keys)
-    return torch.from_numpy(np.broadcast_to(found, shape)[members].astype(np.int64)).to(q_rows.device)
+    return torch.from_numpy(np.broadcast_to(counts, shape)[members].astype(np.int64)).to(q_rows.device)
 
 
 pattern_counts = torch.library.custom_op("longattn::pattern_counts", _count, mutates_args=())
@@ -156,14 +162,14 @@ def refuse_unbacked(config: Any) -> None:
     reader = READERS.get(getattr(config, "model_type", ""))
     if reader is not None:
         raise ValueError(f"attn_implementation must be 'eager' for {config.model_type!r}, got a pattern's: {reader}")
-    home = type(config).__module__.replace(".configuration_", ".modeling_")
-    modeling = sys.modules.get(home)
+    modeling_name = type(config).__module__.replace(".configuration_", ".modeling_")
+    modeling = sys.modules.get(modeling_name)
     if config is None or modeling is None or hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         return
-    owners = [
+    model_classes = [
         x for x in vars(modeling).values() if isinstance(x, type) and getattr(x, "config_class", None) is type(config)
     ]
-    if not any(getattr(owner, "_supports_attention_backend", False) for owner in owners):
+    if not any(getattr(owner, "_supports_attention_backend", False) for owner in model_classes):
         raise ValueError(
             f"attn_implementation must be 'eager' or 'sdpa' for {config.model_type!r} (or another of its own), got a pattern's: its layers "
             f"call no registered attention function, so no pattern would be computed, and its own masks would be lost"

@@ -46,23 +46,25 @@ def use_pattern(
     """
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"model must be a PreTrainedModel of transformers, got {type(model).__name__}")
-    entry = _entry(model, pattern)
+    entry = _config_entry(model, pattern)
     layers, foreign = attention_layers(model)
-    chosen = _chosen(entry, layers | foreign)
-    bad = [name for name in chosen if name in foreign]
-    if bad or not layers:
-        names = f"layers {', '.join(bad[:3])} ({type(foreign[bad[0]]).__name__})" if bad else "none of its layers"
+    by_layer = _patterns_by_layer(entry, layers | foreign)
+    foreign_names = [name for name in by_layer if name in foreign]
+    if foreign_names or not layers:
+        names = "none of its layers"
+        if foreign_names:
+            names = f"layers {', '.join(foreign_names[:3])} ({type(foreign[foreign_names[0]]).__name__})"
         raise ValueError(
             f"model must hand attention to a registered function, got {type(model).__name__}, where {names} "
-            f"{'do not' if bad else 'does'}; a pattern by layer may leave layers out"
+            f"{'do not' if foreign_names else 'does'}; a pattern by layer may leave layers out"
         )
     register_with_transformers({})
-    before, kept = _state(model), {name: saved.of_layer(layer) for name, layer in layers.items()}
+    config_state, layer_patterns = _config_state(model), {name: saved.of_layer(layer) for name, layer in layers.items()}
     try:
         saved.assign(model.config, entry)
         _set_implementation(model)
         for name, layer in layers.items():
-            saved.set_layer(layer, chosen.get(name, Full().canonical()))
+            saved.set_layer(layer, by_layer.get(name, Full().canonical()))
         with saved.calls() as called:
             _probe(model, inputs)
         silent = [name for name in layers if id(layers[name]) not in called]
@@ -72,11 +74,11 @@ def use_pattern(
                 f"({len(silent)} of {len(layers)}) did not call its attention function"
             )
     except BaseException:
-        _restore(before)
+        _restore_configs(config_state)
         for name, layer in layers.items():
-            saved.set_layer(layer, kept[name])
+            saved.set_layer(layer, layer_patterns[name])
         raise
-    return tuple(name for name in layers if name in chosen)
+    return tuple(name for name in layers if name in by_layer)
 
 
 def attention_layers(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[str, torch.nn.Module]]:
@@ -85,7 +87,7 @@ def attention_layers(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module]
     parents = {name[:at] for name in ours for at, letter in enumerate(name) if letter == "."} | {""}
     foreign: dict[str, torch.nn.Module] = {}
     for name, module in model.named_modules():
-        within = any(name.startswith(f"{other}.") for other in [*ours, *foreign])
+        within = any(name.startswith(f"{outer}.") for outer in [*ours, *foreign])
         if "Attention" in type(module).__name__ and name not in ours and name not in parents and not within:
             foreign[name] = module
     return ours, foreign
@@ -98,8 +100,8 @@ def _calls_interface(kind: type) -> bool:
     return any(code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= {*code.co_names} for code in codes)
 
 
-def _entry(model: Any, pattern: Assignment | None) -> str | dict[str, str]:
-    """What the configuration keeps."""
+def _config_entry(model: Any, pattern: Assignment | None) -> str | dict[str, str]:
+    """The entry of the configuration: one canonical string, or one by layer."""
     if pattern is None:
         entry = getattr(model.config, saved.FIELD, None)
         if entry is None:
@@ -115,12 +117,12 @@ def _entry(model: Any, pattern: Assignment | None) -> str | dict[str, str]:
     return pattern.canonical()
 
 
-def _chosen(entry: str | dict[str, str], layers: Mapping[str, Any]) -> dict[str, str]:
-    """Canonical strings by layer, of those that the entry names."""
+def _patterns_by_layer(entry: str | dict[str, str], layers: Mapping[str, Any]) -> dict[str, str]:
+    """The canonical string of each layer that the entry names."""
     if isinstance(entry, str):
         parse_pattern(entry)
         return dict.fromkeys(layers, entry)
-    found: dict[str, str] = {}
+    by_layer: dict[str, str] = {}
     for text, canonical in entry.items():
         key = int(text) if text.lstrip("-").isdigit() else text
         members = [name for name in layers if saved.matches(key, name)]
@@ -129,25 +131,26 @@ def _chosen(entry: str | dict[str, str], layers: Mapping[str, Any]) -> dict[str,
                 f"pattern must have keys that are layers, such as {next(iter(layers), None)!r}, got {key!r}"
             )
         for name in members:
-            if found.setdefault(name, canonical) != canonical:
+            if by_layer.setdefault(name, canonical) != canonical:
                 raise ValueError(f"pattern must name a layer once, got {name!r} under two patterns")
-    return found
+    return by_layer
 
 
 def _configs(config: Any) -> list[Any]:
-    inner = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return [config, *(found for each in inner if each is not None for found in _configs(each))]
+    """A configuration and those within it."""
+    children = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [config, *(inner for child in children if child is not None for inner in _configs(child))]
 
 
-def _state(model: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """What `use_pattern` changes in configurations."""
+def _config_state(model: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Every configuration of the model, with the values that `use_pattern` changes."""
     configs = {id(c): c for m in model.modules() if hasattr(m, "config") for c in _configs(m.config)}
     names = ("_attn_implementation_internal", "attn_implementation", saved.FIELD)
     return [(c, {name: c.__dict__[name] for name in names if name in c.__dict__}) for c in configs.values()]
 
 
-def _restore(before: list[tuple[Any, dict[str, Any]]]) -> None:
-    for config, values in before:
+def _restore_configs(states: list[tuple[Any, dict[str, Any]]]) -> None:
+    for config, values in states:
         for name in ("_attn_implementation_internal", "attn_implementation", saved.FIELD):
             config.__dict__.pop(name, None)
         config.__dict__.update(values)
@@ -165,7 +168,7 @@ def _set_implementation(model: Any) -> None:
 
 
 def _probe(model: Any, inputs: Mapping[str, Any] | None) -> None:
-    """One call without gradients, dropout or memory of it."""
+    """Call the model once, without gradients or dropout; modes and random state are restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -183,11 +186,11 @@ def small_inputs(model: Any) -> dict[str, Any]:
         ValueError: its main input is not tokens, an image or a spectrogram.
     """
     config, name = model.config, model.main_input_name
-    like = next(model.parameters())
-    text = config.get_text_config()
+    parameter = next(model.parameters())
+    text_config = config.get_text_config()
     if name == "input_ids":
-        ids = torch.ones(1, 8, dtype=torch.int64, device=like.device) % max(2, getattr(text, "vocab_size", 2))
-        found: dict[str, Any] = {"input_ids": ids}
+        ids = torch.ones(1, 8, dtype=torch.int64, device=parameter.device)
+        inputs: dict[str, Any] = {"input_ids": ids % max(2, getattr(text_config, "vocab_size", 2))}
     elif name == "pixel_values":
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", None)
@@ -196,14 +199,15 @@ def small_inputs(model: Any) -> dict[str, Any]:
             raise ValueError(
                 f"inputs must be given for {type(model).__name__}, whose configuration has no image_size, got None"
             )
-        found = {name: torch.zeros(1, getattr(vision, "num_channels", 3), *sides, dtype=like.dtype, device=like.device)}
+        shape = (1, getattr(vision, "num_channels", 3), *sides)
+        inputs = {name: torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)}
     elif name == "input_features" and hasattr(config, "num_mel_bins"):
         frames = 2 * getattr(config, "max_source_positions", 32)
-        found = {name: torch.zeros(1, config.num_mel_bins, frames, dtype=like.dtype, device=like.device)}
+        inputs = {name: torch.zeros(1, config.num_mel_bins, frames, dtype=parameter.dtype, device=parameter.device)}
     elif name == "input_values" and hasattr(config, "conv_stride"):
-        found = {name: torch.zeros(1, 4000, dtype=like.dtype, device=like.device)}
+        inputs = {name: torch.zeros(1, 4000, dtype=parameter.dtype, device=parameter.device)}
     else:
         raise ValueError(f"inputs must be given for {type(model).__name__}, whose main input is {name!r}, got None")
     if getattr(config, "is_encoder_decoder", False):
-        found["decoder_input_ids"] = torch.ones(1, 8, dtype=torch.int64, device=like.device)
-    return found
+        inputs["decoder_input_ids"] = torch.ones(1, 8, dtype=torch.int64, device=parameter.device)
+    return inputs

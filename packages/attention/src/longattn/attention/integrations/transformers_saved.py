@@ -36,13 +36,13 @@ def record(config: Any, name: str, pattern: Pattern) -> None:
     Raises:
         ValueError: a checkpoint was loaded that says another pattern.
     """
-    told, text = config.__dict__.get(FIELD), pattern.canonical()
+    saved_text, text = config.__dict__.get(FIELD), pattern.canonical()
     # Loading takes the name out of the configuration: where it is there, this process wrote both, and a name may be registered anew.
-    if told == text and config.__dict__.get("attn_implementation") == name:
+    if saved_text == text and config.__dict__.get("attn_implementation") == name:
         return
-    if told not in (None, text) and "attn_implementation" not in config.__dict__:
+    if saved_text not in (None, text) and "attn_implementation" not in config.__dict__:
         raise ValueError(
-            f"{name!r} must be registered for the pattern that the checkpoint was saved with, {told}, got {text}; "
+            f"{name!r} must be registered for the pattern that the checkpoint was saved with, {saved_text}, got {text}; "
             f"register_with_transformers({{{name!r}: parse_pattern(...)}}) restores it, use_pattern(model, pattern) sets another"
         )
     setattr(config, FIELD, text)
@@ -66,7 +66,7 @@ def parsed(canonical: str) -> Pattern:
 
 
 def of_layer(module: torch.nn.Module) -> str | None:
-    """What `set_layer` gave a layer."""
+    """The canonical string that `set_layer` gave a layer, or None."""
     return getattr(module, _LAYER, None)
 
 
@@ -110,7 +110,7 @@ def patterns_of_model(config: Any) -> Iterable[Pattern]:
 
 
 def note_call(module: torch.nn.Module) -> None:
-    """Say to a probe that runs that a layer called."""
+    """Record for a running `calls()` that a layer called its attention function."""
     if torch.compiler.is_compiling():
         return
     called = _called.get()
@@ -120,11 +120,11 @@ def note_call(module: torch.nn.Module) -> None:
 
 @contextmanager
 def calls() -> Iterator[set[int]]:
-    """The ids of layers that call within, as a set that grows."""
-    found: set[int] = set()
-    token = _called.set(found)
+    """The ids of layers that call their attention function inside the block, as a set that grows."""
+    layer_ids: set[int] = set()
+    token = _called.set(layer_ids)
     try:
-        yield found
+        yield layer_ids
     finally:
         _called.reset(token)
 

@@ -20,18 +20,18 @@ def register_with_xformers() -> tuple[str, ...]:
         own or from an earlier call, is left as it is.
     """
     try:
-        theirs: Any = import_module(_HOME)
+        registry: Any = import_module(_HOME)
     except ModuleNotFoundError as error:
         # A broken xFormers is none of our business, but not to be mistaken for a missing one.
         if error.name is None or not _HOME.startswith(error.name):
             raise
         return ()
-    done = []
+    registered = []
     for name in registered_attentions():
-        if name not in theirs.ATTENTION_REGISTRY:
-            theirs.register_attention(name, find_attention(name)[1])(_constructor(name, theirs.Attention))
-            done.append(name)
-    return tuple(done)
+        if name not in registry.ATTENTION_REGISTRY:
+            registry.register_attention(name, find_attention(name)[1])(_constructor(name, registry.Attention))
+            registered.append(name)
+    return tuple(registered)
 
 
 def _constructor(name: str, base: type[nn.Module]) -> type[nn.Module]:

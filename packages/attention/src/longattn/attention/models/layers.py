@@ -46,11 +46,11 @@ class FeedForward(nn.Module):
         super().__init__()
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {tuple(_ACTIVATIONS)}, got {activation!r}")
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.activation = activation
-        self.linear1 = nn.Linear(d_model, check_size("dim_feedforward", dim_feedforward), **place)
-        self.norm = nn.LayerNorm(dim_feedforward, eps=layer_norm_eps, **place)
-        self.linear2 = nn.Linear(dim_feedforward, d_model, **place)
+        self.linear1 = nn.Linear(d_model, check_size("dim_feedforward", dim_feedforward), **factory_kwargs)
+        self.norm = nn.LayerNorm(dim_feedforward, eps=layer_norm_eps, **factory_kwargs)
+        self.linear2 = nn.Linear(dim_feedforward, d_model, **factory_kwargs)
         self.dropout = nn.Dropout(check_dropout("dropout", dropout))
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_normal_(layer.weight, gain=check_positive("gamma_init", gamma_init))
@@ -97,12 +97,12 @@ class DilatedTransformerEncoderLayer(nn.Module):
         **attention: Any,
     ) -> None:
         super().__init__()
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        shared = {"dropout": dropout, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, **place}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        shared = {"dropout": dropout, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, **factory_kwargs}
         pattern = Dilated(segment_lengths, dilation_rates, causal=causal)
         self.self_attn = MultiheadPatternAttention(d_model, nhead, pattern, **shared, **attention)
         self.feedforward = FeedForward(d_model, dim_feedforward, activation=activation, **shared)
-        self.norm1, self.norm2 = (nn.LayerNorm(d_model, eps=layer_norm_eps, **place) for _ in range(2))
+        self.norm1, self.norm2 = (nn.LayerNorm(d_model, eps=layer_norm_eps, **factory_kwargs) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -147,15 +147,17 @@ class DilatedTransformerDecoderLayer(nn.Module):
         **attention: Any,
     ) -> None:
         super().__init__()
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        shared = {"dropout": dropout, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, **place}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        shared = {"dropout": dropout, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, **factory_kwargs}
         pattern = Dilated(segment_lengths, dilation_rates, causal=causal)
         self.self_attn = MultiheadPatternAttention(d_model, nhead, pattern, **shared, **attention)
         memory_options = {name: value for name, value in attention.items() if name != "rotary_base"}
         memory = Full() if memory_pattern is None else memory_pattern
         self.memory_attn = MultiheadPatternAttention(d_model, nhead, memory, **shared, **memory_options)
         self.feedforward = FeedForward(d_model, dim_feedforward, activation=activation, **shared)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(d_model, eps=layer_norm_eps, **place) for _ in range(3))
+        self.norm1, self.norm2, self.norm3 = (
+            nn.LayerNorm(d_model, eps=layer_norm_eps, **factory_kwargs) for _ in range(3)
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -172,6 +174,6 @@ class DilatedTransformerDecoderLayer(nn.Module):
         x = self.norm1(tgt)
         tgt = tgt + self.dropout(self.self_attn(x, x, x, is_causal, attention_mask, key_padding_mask))
         x = self.norm2(tgt)
-        seen = self.memory_attn(x, memory, memory, None, memory_mask, memory_key_padding_mask)
-        tgt = tgt + self.dropout(seen)
+        attended = self.memory_attn(x, memory, memory, None, memory_mask, memory_key_padding_mask)
+        tgt = tgt + self.dropout(attended)
         return tgt + self.dropout(self.feedforward(self.norm3(tgt)))

@@ -27,13 +27,13 @@ class ProjectedModule(WiredModule):
     v_proj: nn.Linear
     qkv_proj: nn.Linear
 
-    def _make_projections(self, fused_qkv: bool, bias: bool, place: dict[str, Any]) -> None:
+    def _make_projections(self, fused_qkv: bool, bias: bool, factory_kwargs: dict[str, Any]) -> None:
         self.fused_qkv = fused_qkv
         if fused_qkv:
-            self.qkv_proj = nn.Linear(self.embed_dim, sum(self._widths()), bias=bias, **place)
+            self.qkv_proj = nn.Linear(self.embed_dim, sum(self._widths()), bias=bias, **factory_kwargs)
         else:
             for name, width in zip("qkv", self._widths(), strict=True):
-                self.add_module(f"{name}_proj", nn.Linear(self.embed_dim, width, bias=bias, **place))
+                self.add_module(f"{name}_proj", nn.Linear(self.embed_dim, width, bias=bias, **factory_kwargs))
         self.register_load_state_dict_pre_hook(_match_layout)
 
     @property
@@ -82,8 +82,8 @@ class ProjectedModule(WiredModule):
 def _match_layout(module: ProjectedModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before loading: three layers' entries become one's, or one's three, as this module has them."""
     for kind in ("weight", "bias"):
-        whole, parts = f"{prefix}qkv_proj.{kind}", [f"{prefix}{name}_proj.{kind}" for name in "qkv"]
-        if module.fused_qkv and all(part in state_dict for part in parts):
-            state_dict[whole] = torch.cat([state_dict.pop(part) for part in parts])
-        elif not module.fused_qkv and whole in state_dict and len(state_dict[whole]) == sum(module._widths()):
-            state_dict.update(zip(parts, state_dict.pop(whole).split(module._widths()), strict=True))
+        fused, separate = f"{prefix}qkv_proj.{kind}", [f"{prefix}{name}_proj.{kind}" for name in "qkv"]
+        if module.fused_qkv and all(entry in state_dict for entry in separate):
+            state_dict[fused] = torch.cat([state_dict.pop(entry) for entry in separate])
+        elif not module.fused_qkv and fused in state_dict and len(state_dict[fused]) == sum(module._widths()):
+            state_dict.update(zip(separate, state_dict.pop(fused).split(module._widths()), strict=True))

@@ -45,19 +45,19 @@ def advance(
     """
     q, k, v = tensors
     causal = config.causal or decode
-    before = columns_before(state, causal)
-    mask = whole_mask(options.mask, q, k.shape[1], before, decode)
-    earlier, own = split_padding(options.padding, k, before, decode)
+    num_earlier = columns_before(state, causal)
+    mask = whole_mask(options.mask, q, k.shape[1], num_earlier, decode)
+    earlier_padding, call_padding = split_padding(options.padding, k, num_earlier, decode)
     check_sinks(options.sink_logits, q)
     seed = as_seed(options.seed) if options.dropout_p or options.seed is not None else None
-    if earlier is not None and bool(earlier.any()):
-        _hide(state, earlier, causal)
-    if own is not None:
-        own = own if bool(own.any()) else None
-    if own is not None:
+    if earlier_padding is not None and bool(earlier_padding.any()):
+        _hide(state, earlier_padding, causal)
+    if call_padding is not None:
+        call_padding = call_padding if bool(call_padding.any()) else None
+    if call_padding is not None:
         state.track_hidden()
         # 0 * NaN is NaN: the content of padding must not enter a product.
-        k, v = (x.masked_fill(own[:, :, None, None], 0) for x in (k, v))
+        k, v = (x.masked_fill(call_padding[:, :, None, None], 0) for x in (k, v))
     watched = (q, k, v, mask, options.sink_logits, *(x for s in state.backward.segments for x in (s.k, s.v)))
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in watched)
     if (
@@ -65,40 +65,42 @@ def advance(
         and causal
         and not (grad or options.weights or options.dropout_p or mask is not None)
     ):
-        state.append(k, v, own)
+        state.append(k, v, call_padding)
         out, weights = decode_step(config, state, q, options.sink_logits), None
     else:
         request = Request(
-            q, k, v, own, mask, causal, grad, options.weights, options.dropout_p, seed, options.sink_logits
+            q, k, v, call_padding, mask, causal, grad, options.weights, options.dropout_p, seed, options.sink_logits
         )
-        out, weights = _attend(config, tiling, state, request, before)
-        state.append(k, v, own, grad)
+        out, weights = _attend(config, tiling, state, request, num_earlier)
+        state.append(k, v, call_padding, grad)
     if decode:
         state.feed(out)
     return out, weights
 
 
 def _attend(
-    config: RingBufferConfig, tiling: TilingProcessor, state: RingBufferState, request: Request, before: int
+    config: RingBufferConfig, tiling: TilingProcessor, state: RingBufferState, request: Request, num_earlier: int
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with all rows of the batch at once, or with each by itself where their positions differ."""
     if state.uniform:
         return prefill(config, tiling, state, request)
     results = []
     for index in range(state.batch_size):
-        row, at = state.row(index), slice(index, index + 1)
-        mine = attended_before(row, request.causal) + request.k.shape[1]
+        row, rows = state.row(index), slice(index, index + 1)
+        num_attended = attended_before(row, request.causal) + request.k.shape[1]
         mask = request.mask
         if mask is not None and mask.dim() and mask.shape[-1] > 1:
             # Columns are counted from the newest key.
-            mask = mask[..., mask.shape[-1] - mine :]
+            mask = mask[..., mask.shape[-1] - num_attended :]
         if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
-            mask = mask[at]
-        hidden = None if request.hidden is None else request.hidden[at]
-        part = replace(request, q=request.q[at], k=request.k[at], v=request.v[at], mask=mask, hidden=hidden, lead=index)
-        out, weights = prefill(config, tiling, row, part)
+            mask = mask[rows]
+        hidden = None if request.hidden is None else request.hidden[rows]
+        row_request = replace(
+            request, q=request.q[rows], k=request.k[rows], v=request.v[rows], mask=mask, hidden=hidden, lead=index
+        )
+        out, weights = prefill(config, tiling, row, row_request)
         if weights is not None:
-            weights = torch.nn.functional.pad(weights, (before + request.k.shape[1] - mine, 0))
+            weights = torch.nn.functional.pad(weights, (num_earlier + request.k.shape[1] - num_attended, 0))
         results.append((out, weights))
     outs, weights = zip(*results, strict=True)
     return torch.cat(outs), None if not request.weights else torch.cat(weights)
@@ -110,9 +112,9 @@ def _hide(state: RingBufferState, padding: Tensor, causal: bool) -> None:
     rows: list[tuple[Rings, Tensor]] = [(state, padding)]
     if not state.uniform:
         rows = [(state.row(b), padding[b : b + 1]) for b in range(state.batch_size)]
-    for rings, mine in rows:
-        column = mine.shape[1] - attended_before(rings, causal)
+    for rings, row_padding in rows:
+        column = row_padding.shape[1] - attended_before(rings, causal)
         for start, stop in earlier_keys(rings, causal):
             for run in rings.kv.main.runs(start, stop):
-                rings.hide(run, mine[:, column : column + run.length])
+                rings.hide(run, row_padding[:, column : column + run.length])
                 column += run.length

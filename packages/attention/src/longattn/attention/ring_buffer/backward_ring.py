@@ -25,11 +25,11 @@ class GradientSegment:
     def part(self, start: int, stop: int) -> GradientSegment:
         """The positions start .. stop of it, as views."""
         first = max(start, self.start)
-        count = max(0, min(stop, self.stop) - first)
-        if count == self.k.shape[1]:
+        length = max(0, min(stop, self.stop) - first)
+        if length == self.k.shape[1]:
             return self
         return GradientSegment(
-            first, self.k.narrow(1, first - self.start, count), self.v.narrow(1, first - self.start, count)
+            first, self.k.narrow(1, first - self.start, length), self.v.narrow(1, first - self.start, length)
         )
 
 
@@ -64,16 +64,16 @@ class BackwardRing:
 
     def between(self, start: int, stop: int) -> list[GradientSegment]:
         """The segments of the positions start .. stop that are held, oldest first."""
-        parts = (
+        segments = (
             segment.part(start, stop) for segment in self.segments if segment.start < stop and segment.stop > start
         )
-        return [part for part in parts if part.k.shape[1]]
+        return [segment for segment in segments if segment.k.shape[1]]
 
     def taken(self, index: Tensor) -> BackwardRing:
         """The rows `index` of the batch, in the same graph."""
-        chosen = BackwardRing(self.capacity, self.calls)
-        chosen.segments.extend(GradientSegment(s.start, s.k[index], s.v[index]) for s in self.segments)
-        return chosen
+        selected = BackwardRing(self.capacity, self.calls)
+        selected.segments.extend(GradientSegment(s.start, s.k[index], s.v[index]) for s in self.segments)
+        return selected
 
     def clone(self) -> BackwardRing:
         """A ring of its own over the same graph."""
@@ -84,6 +84,6 @@ class BackwardRing:
     def _keep(self, start: int, stop: int) -> None:
         # Part of a segment stays in its graph, whatever mode the caller is in.
         with torch.enable_grad():
-            kept = self.between(start, stop)
+            segments = self.between(start, stop)
         self.segments.clear()
-        self.segments.extend(kept)
+        self.segments.extend(segments)

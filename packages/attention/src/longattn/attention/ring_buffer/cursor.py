@@ -39,15 +39,15 @@ class Cursor:
             # Each stretch has a token at least: the oldest one is overwritten.
             del self.decoded[0]
 
-    def rewind(self, tokens: int, capacity: int, kept: int) -> None:
-        """`tokens` back, where the ring holds `capacity` and keeps `kept` evicted ones."""
-        self.restorable = max(self.restorable, self.position - capacity - kept)
+    def rewind(self, tokens: int, capacity: int, max_rewind: int) -> None:
+        """Step back by `tokens`, where the ring holds `capacity` tokens and keeps `max_rewind` evicted ones."""
+        self.restorable = max(self.restorable, self.position - capacity - max_rewind)
         self.fed_restorable = max(self.fed_restorable, self.fed - capacity)
         self.position -= tokens
         while self.decoded and self.decoded[-1][0] + self.decoded[-1][1] > self.position:
             first, count = self.decoded[-1]
-            stays = max(0, self.position - first)
-            self.fed -= count - stays
-            self.decoded[-1][1] = stays
-            if not stays:
+            remaining = max(0, self.position - first)
+            self.fed -= count - remaining
+            self.decoded[-1][1] = remaining
+            if not remaining:
                 self.decoded.pop()

@@ -14,29 +14,29 @@ from longattn.kernels.interface import decode_attention
 
 def decode_step(config: RingBufferConfig, rings: Rings, q: Tensor, sink_logits: Tensor | None) -> Tensor:
     """Attend with the query of the last token that was written, (batch, 1, heads, head_dim), to all slots in use, in the order of slots."""
-    main, held = rings.kv.main, rings.held
+    main, num_slots = rings.kv.main, rings.held
     kv_heads = rings.geometry.kv_heads
-    first = None
-    if config.positions == "cache" and config.sinks and held > config.sinks:
+    sink_query = None
+    if config.positions == "cache" and config.sinks and num_slots > config.sinks:
         at = torch.tensor([[c.position - 1] for c in rings.cursors], device=q.device)
-        first = (rotate_for_sinks(q, at, config), config.sinks)
+        sink_query = (rotate_for_sinks(q, at, config), config.sinks)
     return decode_attention(
         q,
         main.cache,
-        held,
+        num_slots,
         config.scale,
-        hidden=None if rings.hidden is None and rings.uniform else _not_held(rings, held, kv_heads),
-        first=first,
+        hidden=None if rings.hidden is None and rings.uniform else _hidden_slots(rings, num_slots, kv_heads),
+        first=sink_query,
         sink_logits=None if sink_logits is None else sink_logits.view(kv_heads, -1, 1).repeat(q.shape[0], 1, 1),
     )
 
 
-def _not_held(rings: Rings, held: int, kv_heads: int) -> Tensor | None:
+def _hidden_slots(rings: Rings, num_slots: int, kv_heads: int) -> Tensor | None:
     """(batch * kv_heads, 1, held) bool: slots that are padding, or empty in some rows of the batch; None: none."""
-    hidden = None if rings.hidden is None else rings.hidden.main.planes[0][:, 0, :held, 0]
+    hidden = None if rings.hidden is None else rings.hidden.main.planes[0][:, 0, :num_slots, 0]
     if not rings.uniform:
         used = torch.tensor([[rings.kv.main.held(c.position)] for c in rings.cursors], device=rings.device)
-        empty = torch.arange(held, device=rings.device) >= used
+        empty = torch.arange(num_slots, device=rings.device) >= used
         hidden = empty if hidden is None else hidden | empty
     return None if hidden is None else hidden.repeat_interleave(kv_heads, 0).unsqueeze(1)
 
@@ -53,8 +53,8 @@ def fits_append_and_decode(state: object, q: object, k: object, v: object, posit
     if position is not None and (type(position) is not int or position != state.cursors[0].position):
         return False
     batch, kv_heads, _, head_dim = state.kv.main.planes[0].shape
-    own = (batch, 1, kv_heads, head_dim)
-    if k.shape != own or v.shape != own or q.shape != (batch, 1, state.geometry.num_heads, head_dim):
+    kv_shape = (batch, 1, kv_heads, head_dim)
+    if k.shape != kv_shape or v.shape != kv_shape or q.shape != (batch, 1, state.geometry.num_heads, head_dim):
         return False
     dtype, device = state.dtype, state.device
     if q.dtype != dtype or k.dtype != dtype or v.dtype != dtype:

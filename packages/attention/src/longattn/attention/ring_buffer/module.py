@@ -79,8 +79,8 @@ class RingBufferAttention(nn.Module):
             kv_heads: default the config's, else num_heads. dtype: default torch's. device: default the current one.
         """
         heads = kv_heads or self.config.kv_heads or self.config.num_heads
-        place = torch.empty(0, dtype=dtype, device=device)
-        return self._new_state(batch_size, heads, place)
+        like = torch.empty(0, dtype=dtype, device=device)
+        return self._new_state(batch_size, heads, like)
 
     def tune(
         self,
@@ -104,9 +104,9 @@ class RingBufferAttention(nn.Module):
         q, k, v = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
         latest = self._latest
         with torch.no_grad():
-            chosen = quickest(self.tiling_processor, heads, length, lambda: self(q, k, v))
+            settings = quickest(self.tiling_processor, heads, length, lambda: self(q, k, v))
         self._latest = latest
-        return chosen
+        return settings
 
     def reset(self) -> None:
         """Forget the latest state: a decoder call without one then begins at position 0."""
@@ -154,9 +154,9 @@ class RingBufferAttention(nn.Module):
             TypeError, ValueError: a bad argument, by name. The state is as it was.
         """
         dropout_p = self.config.dropout if self.training else 0.0
-        unasked = att_mask is None and attention_mask is None and key_padding_mask is None and sink_logits is None
-        unasked = unasked and not (dropout_p or needs_weights or output_attentions or unknown)
-        if is_decoder is True and unasked and seed is None and requires_grad is None:
+        plain = att_mask is None and attention_mask is None and key_padding_mask is None and sink_logits is None
+        plain = plain and not (dropout_p or needs_weights or output_attentions or unknown)
+        if is_decoder is True and plain and seed is None and requires_grad is None:
             state = self._latest if buffer_state is None else buffer_state
             if fits_append_and_decode(state, q, k, v, position, self._name):
                 if self._latest is not state:

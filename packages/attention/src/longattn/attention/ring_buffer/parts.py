@@ -60,13 +60,15 @@ def gather_parts(rings: Rings, k: Tensor, v: Tensor, causal: bool, grad: bool) -
     band = Band(0, rings.geometry.buffer_size - 1) if causal else Band()
     pieces: list[tuple[Tensor, Tensor, int]] = []
     for start, stop in earlier_keys(rings, causal):
-        pieces += _with_graph(rings, start, stop) if grad else _stored(rings, start, stop)
+        pieces += _keys_with_gradients(rings, start, stop) if grad else _stored_keys(rings, start, stop)
     border = min(max(0, sinks - position), k.shape[1])
     if border:
         pieces.append((k[:, :border], v[:, :border], position))
     pieces.append((k[:, border:], v[:, border:], position + border))
     if grad:
-        pieces = _joined([p for p in pieces if p[2] < sinks]) + _joined([p for p in pieces if p[2] >= sinks])
+        pieces = _concatenated([p for p in pieces if p[2] < sinks]) + _concatenated(
+            [p for p in pieces if p[2] >= sinks]
+        )
     parts, column = [], 0
     for keys, values, start in pieces:
         if keys.shape[1]:
@@ -76,25 +78,25 @@ def gather_parts(rings: Rings, k: Tensor, v: Tensor, causal: bool, grad: bool) -
     return parts
 
 
-def _stored(rings: Rings, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+def _stored_keys(rings: Rings, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, int]]:
     main = rings.kv.main
     for run in main.runs(start, stop):
         keys, values = (x.transpose(1, 2) for x in main.read(run))
         yield keys, values, run.position
 
 
-def _with_graph(rings: Rings, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    flows = rings.backward.start
-    border = stop if flows is None else min(max(flows, start), stop)
-    for keys, values, position in _stored(rings, start, border):
+def _keys_with_gradients(rings: Rings, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    gradient_start = rings.backward.start
+    border = stop if gradient_start is None else min(max(gradient_start, start), stop)
+    for keys, values, position in _stored_keys(rings, start, border):
         # The ring is written in place before a backward reads it. Joined keys are copied by joining; sinks may be a part of their own.
-        alone = position < rings.geometry.sinks
-        yield (keys.clone(), values.clone(), position) if alone else (keys, values, position)
+        is_sink = position < rings.geometry.sinks
+        yield (keys.clone(), values.clone(), position) if is_sink else (keys, values, position)
     for segment in rings.backward.between(border, stop):
         yield segment.k, segment.v, segment.start
 
 
-def _joined(pieces: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor, int]]:
+def _concatenated(pieces: list[tuple[Tensor, Tensor, int]]) -> list[tuple[Tensor, Tensor, int]]:
     if len(pieces) < 2:
         return pieces
     keys, values, starts = zip(*pieces, strict=True)

@@ -17,13 +17,13 @@ from longattn.attention.sequences.rotary import rotate
 def rotate_features(x: Tensor, positions: Tensor, config: RingBufferConfig) -> Tensor:
     """x (batch, seq, heads, head_dim) rotated by `positions`, (seq,) or (batch, seq), negative ones back, as `config` pairs features."""
     dim = x.shape[-1] if config.rotary_dim is None else config.rotary_dim
-    part, rest = x[..., :dim], x[..., dim:]
+    rotated, unrotated = x[..., :dim], x[..., dim:]
     if config.rotary_interleaved:
-        part = torch.cat((part[..., 0::2], part[..., 1::2]), -1)
-    part = rotate(part, positions, config.rotary_base)
+        rotated = torch.cat((rotated[..., 0::2], rotated[..., 1::2]), -1)
+    rotated = rotate(rotated, positions, config.rotary_base)
     if config.rotary_interleaved:
-        part = torch.stack(part.chunk(2, -1), -1).flatten(-2)
-    return torch.cat((part, rest), -1) if rest.shape[-1] else part
+        rotated = torch.stack(rotated.chunk(2, -1), -1).flatten(-2)
+    return torch.cat((rotated, unrotated), -1) if unrotated.shape[-1] else rotated
 
 
 def rotate_for_sinks(q: Tensor, positions: Tensor, config: RingBufferConfig) -> Tensor:

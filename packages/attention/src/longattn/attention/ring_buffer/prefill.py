@@ -18,7 +18,7 @@ from longattn.kernels import AttentionState, attend, merge
 from longattn.kernels.interface import add_sink
 from longattn.patterncache import Band, Full, Pattern, Span, Window
 
-_EVERYTHING = Full()
+_FULL = Full()
 
 
 def prefill(
@@ -34,8 +34,8 @@ def prefill(
     rotated = q
     if config.positions == "cache" and config.sinks:
         rotated = rotate_for_sinks(q, position + torch.arange(q.shape[1], device=q.device), config)
-    mask = _with_padding(rings, request, parts)
-    calls = _Calls(config, tiling, request, position, rotated, mask)
+    mask = _mask_with_padding(rings, request, parts)
+    calls = _PartAttention(config, tiling, request, position, rotated, mask)
     if request.grad and parts:
         state = calls.whole(parts[0])
         for part in parts[1:]:
@@ -47,9 +47,9 @@ def prefill(
     return out, calls.weights(parts) if request.weights else None
 
 
-def _with_padding(rings: Rings, request: Request, parts: list[Part]) -> Tensor | None:
+def _mask_with_padding(rings: Rings, request: Request, parts: list[Part]) -> Tensor | None:
     """The call's mask combined with padding, over all attended keys."""
-    before = sum(p.length for p in parts) - request.k.shape[1]
+    num_earlier = sum(p.length for p in parts) - request.k.shape[1]
     hidden = []
     if rings.hidden is not None:
         position = rings.cursors[0].position
@@ -59,22 +59,22 @@ def _with_padding(rings: Rings, request: Request, parts: list[Part]) -> Tensor |
                 hidden += [rings.hidden.main.read(run)[0][:, 0, :, 0] for run in runs]
     if request.hidden is None and not hidden:
         return request.mask
-    own = (
+    call_hidden = (
         torch.zeros(request.k.shape[:2], dtype=torch.bool, device=request.k.device)
         if request.hidden is None
         else request.hidden
     )
     if not hidden:
-        hidden = [own.new_zeros(own.shape[0], before)]
-    seen = ~torch.cat([*hidden, own], 1)[:, None, None, :]
+        hidden = [call_hidden.new_zeros(call_hidden.shape[0], num_earlier)]
+    visible = ~torch.cat([*hidden, call_hidden], 1)[:, None, None, :]
     if request.mask is None:
-        return seen
+        return visible
     if request.mask.dtype == torch.bool:
-        return request.mask & seen
-    return torch.where(seen, request.mask, -torch.inf)
+        return request.mask & visible
+    return torch.where(visible, request.mask, -torch.inf)
 
 
-class _Calls:
+class _PartAttention:
     """Calls of `attend` on behalf of one request."""
 
     def __init__(
@@ -115,7 +115,7 @@ class _Calls:
             q,
             k,
             v,
-            _EVERYTHING if work.dense else _pattern(part.band),
+            _FULL if work.dense else _pattern(part.band),
             q_spans=Span(at[0], q.shape[1]),
             k_spans=Span(at[1], k.shape[1]),
             heads=Span(*work.heads),
@@ -146,7 +146,7 @@ class _Calls:
         if not parts:
             return q.new_zeros((q.shape[0], q.shape[2], q.shape[1], 0))
         keys = torch.cat([part.k for part in parts], 1)
-        pattern = Window(config.buffer_size, config.sinks) if self.request.causal else _EVERYTHING
+        pattern = Window(config.buffer_size, config.sinks) if self.request.causal else _FULL
         # Columns are positions without the gap behind the sinks, which no window reaches across.
         if self.rotated is q:
             weights = attention_weights(q, keys, pattern, config.scale, self.mask)
@@ -154,7 +154,7 @@ class _Calls:
             weights = self._rotated_weights(keys, pattern)
         if self.request.sink_logits is None:
             return weights
-        return weights * self._share_of_keys(parts).to(weights.dtype)
+        return weights * self._softmax_share_of_keys(parts).to(weights.dtype)
 
     def _rotated_weights(self, keys: Tensor, pattern: Pattern) -> Tensor:
         """Weights where positions count places in the cache, so that the distance to sinks differs from query to query."""
@@ -163,19 +163,19 @@ class _Calls:
             width = keys.shape[1] - request.q.shape[1] + i + 1
             evicted = max(0, self.position + i - (config.sinks + config.buffer_size - 1))
             sinks = min(config.sinks, width)
-            at = torch.full((sinks,), evicted, device=keys.device)
-            first = rotate_features(keys[:, :sinks], at, config)
-            own = torch.cat([first, keys[:, sinks:width]], 1)
+            offsets = torch.full((sinks,), evicted, device=keys.device)
+            sink_keys = rotate_features(keys[:, :sinks], offsets, config)
+            row_keys = torch.cat([sink_keys, keys[:, sinks:width]], 1)
             mask = self.mask
             if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
                 mask = mask.narrow(-2, i, 1)
             if mask is not None and mask.dim() and mask.shape[-1] > 1:
                 mask = mask[..., :width]
-            row = attention_weights(request.q[:, i : i + 1], own, pattern, config.scale, mask)
+            row = attention_weights(request.q[:, i : i + 1], row_keys, pattern, config.scale, mask)
             rows.append(torch.nn.functional.pad(row, (0, keys.shape[1] - width)))
         return torch.cat(rows, 2)
 
-    def _share_of_keys(self, parts: list[Part]) -> Tensor:
+    def _softmax_share_of_keys(self, parts: list[Part]) -> Tensor:
         """(batch, heads, Nq, 1): the part of the softmax that a learned sink leaves to the keys."""
         assert self.request.sink_logits is not None
         state = self.whole(parts[0])
@@ -188,4 +188,4 @@ class _Calls:
 def _pattern(band: Band) -> Pattern:
     if band.high is not None:
         return Window(band.high + 1)
-    return _EVERYTHING if band.low is None else Full(causal=True)
+    return _FULL if band.low is None else Full(causal=True)

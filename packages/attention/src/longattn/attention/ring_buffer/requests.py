@@ -94,7 +94,7 @@ def check_fit(state: RingBufferState, k: Tensor) -> None:
             raise ValueError(f"q, k and v must have the {name} of buffer_state, {expected}, got {got}")
 
 
-def check_position(position: object, positions: list[int], what: str) -> None:
+def check_position(position: object, positions: list[int], scope: str) -> None:
     """None, or the number of tokens written so far: one for all rows of the batch, or one for each."""
     if position is None:
         return
@@ -104,16 +104,16 @@ def check_position(position: object, positions: list[int], what: str) -> None:
     if any(isinstance(p, bool) or not isinstance(p, int) for p in listed):
         raise TypeError(f"position must be None, an integer, or one for each row of the batch, got {position!r}")
     if positions and list(listed) != positions:
-        same = len(set(positions)) == 1
+        uniform = len(set(positions)) == 1
         raise ValueError(
-            f"position must be {positions[0] if same else positions}, the number of tokens written {what}, got {position!r}"
+            f"position must be {positions[0] if uniform else positions}, the number of tokens written {scope}, got {position!r}"
         )
 
 
-def whole_mask(mask: object, q: Tensor, own: int, before: int, decode: bool) -> Tensor | None:
-    """An attention mask over all attended keys: Nk = before + own wide, or 1.
+def whole_mask(mask: object, q: Tensor, num_new: int, num_earlier: int, decode: bool) -> Tensor | None:
+    """An attention mask over all attended keys: Nk = num_earlier + num_new wide, or 1.
 
-    In an encoder call a mask may be `own` wide: earlier keys are then seen.
+    In an encoder call a mask may be `num_new` wide: earlier keys are then visible.
     """
     if mask is None:
         return None
@@ -125,21 +125,21 @@ def whole_mask(mask: object, q: Tensor, own: int, before: int, decode: bool) -> 
         )
     if mask.device != q.device:
         raise ValueError(f"att_mask must be on the device of q, {q.device}, got {mask.device}")
-    width = before + own
-    narrow = not decode and mask.dim() > 0 and mask.shape[-1] == own and own not in (1, width)
-    full = (q.shape[0], q.shape[2], q.shape[1], own if narrow else width)
+    width = num_earlier + num_new
+    narrow = not decode and mask.dim() > 0 and mask.shape[-1] == num_new and num_new not in (1, width)
+    full = (q.shape[0], q.shape[2], q.shape[1], num_new if narrow else width)
     if mask.dim() > 4 or not all(n in (1, m) for n, m in zip(mask.shape[::-1], full[::-1], strict=False)):
         raise ValueError(
             f"att_mask must be broadcastable to (batch, heads, Nq, Nk) = {(*full[:3], width)}, where Nk counts the attended keys in "
             f"position order, got {tuple(mask.shape)}"
         )
     if narrow:
-        seen = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
-        mask = torch.cat([seen((*mask.shape[:-1], before)), mask], -1)
+        fill = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
+        mask = torch.cat([fill((*mask.shape[:-1], num_earlier)), mask], -1)
     return mask
 
 
-def split_padding(mask: object, k: Tensor, before: int, decode: bool) -> tuple[Tensor | None, Tensor | None]:
+def split_padding(mask: object, k: Tensor, num_earlier: int, decode: bool) -> tuple[Tensor | None, Tensor | None]:
     """(padding of earlier attended keys, padding of the call's own), each (batch, n) bool or None.
 
     In decode the mask covers all attended keys; in an encoder call it may cover the call's own keys only.
@@ -152,13 +152,13 @@ def split_padding(mask: object, k: Tensor, before: int, decode: bool) -> tuple[T
         raise TypeError(f"key_padding_mask must be bool, True = padding, got {dtype_name(mask.dtype)}")
     if mask.device != k.device:
         raise ValueError(f"key_padding_mask must be on the device of k, {k.device}, got {mask.device}")
-    batch, own = k.shape[:2]
-    if tuple(mask.shape) == (batch, before + own):
-        return mask[:, :before], mask[:, before:]
-    if not decode and tuple(mask.shape) == (batch, own):
+    batch, num_new = k.shape[:2]
+    if tuple(mask.shape) == (batch, num_earlier + num_new):
+        return mask[:, :num_earlier], mask[:, num_earlier:]
+    if not decode and tuple(mask.shape) == (batch, num_new):
         return None, mask
     raise ValueError(
-        f"key_padding_mask must have shape (batch, Nk) = {(batch, before + own)}, where Nk counts the attended keys in position order, "
+        f"key_padding_mask must have shape (batch, Nk) = {(batch, num_earlier + num_new)}, where Nk counts the attended keys in position order, "
         f"got {tuple(mask.shape)}"
     )
 

@@ -88,21 +88,21 @@ class Rings:
             # Slots that only some rows hold are zero in the others: 0 * NaN is NaN.
             ahead = max(self.kv.main.held(c.position + n) for c in self.cursors)
             self.kv.main.clear(self.held, ahead)
-        both = ((self.kv, rows), (self.hidden, None if hidden is None else [hidden[:, None, :, None]]))
-        for ring, new in both:
+        targets = ((self.kv, rows), (self.hidden, None if hidden is None else [hidden[:, None, :, None]]))
+        for ring, new in targets:
             if ring is None or new is None:
                 continue
             if n == 1 and not self.uniform:
                 ring.append_each([c.position for c in self.cursors], new)
                 continue
             for index, cursor in enumerate(self.cursors):
-                part = slice(None) if self.uniform else slice(index, index + 1)
-                ring.of(part).append(cursor.position, [x[part] for x in new])
+                rows_of_cursor = slice(None) if self.uniform else slice(index, index + 1)
+                ring.of(rows_of_cursor).append(cursor.position, [x[rows_of_cursor] for x in new])
         for cursor in self.cursors:
             cursor.position += n
 
     def track_hidden(self) -> None:
-        """From now on which tokens are padding is kept beside them."""
+        """Allocate the ring that records which tokens are padding, if there is none yet."""
         if self.hidden is None:
             g = self.geometry
             sizes = (1, self.batch_size, 1, g.buffer_size, 1, torch.bool, self.device, g.sinks, g.max_rewind)
@@ -126,8 +126,8 @@ class Rings:
         """Put the outputs (batch, n, num_heads, head_dim) of the last tokens into the feedback ring; comes after `append`."""
         outputs = self.ready_outputs()
         for index, cursor in enumerate(self.cursors):
-            part = slice(None) if self.uniform else slice(index, index + 1)
-            outputs.of(part).write(cursor.fed, [out[part].detach().transpose(1, 2)])
+            rows = slice(None) if self.uniform else slice(index, index + 1)
+            outputs.of(rows).write(cursor.fed, [out[rows].detach().transpose(1, 2)])
             cursor.decode(out.shape[1], self.geometry.buffer_size)
 
     def ready_outputs(self) -> LinearRing:
@@ -145,22 +145,22 @@ class Rings:
         Only where there is a cursor for each row, and rings that the row may need are there.
         """
         assert not self.uniform
-        part = self.alias()
-        at = slice(index, index + 1)
-        part.kv, part.cursors = self.kv.of(at), [self.cursors[index]]
-        part.hidden = None if self.hidden is None else self.hidden.of(at)
-        part.outputs = None if self.outputs is None else self.outputs.of(at)
-        part.backward = BackwardRing(self.geometry.buffer_size, 0)
-        return part
+        row = self.alias()
+        rows = slice(index, index + 1)
+        row.kv, row.cursors = self.kv.of(rows), [self.cursors[index]]
+        row.hidden = None if self.hidden is None else self.hidden.of(rows)
+        row.outputs = None if self.outputs is None else self.outputs.of(rows)
+        row.backward = BackwardRing(self.geometry.buffer_size, 0)
+        return row
 
     def alias(self) -> Self:
         """A second object over the same rings and cursors."""
-        other = type(self).__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        return other
+        second = type(self).__new__(type(self))
+        second.__dict__.update(self.__dict__)
+        return second
 
     def settle(self) -> None:
-        """One cursor for all, where the cursors of all rows agree."""
+        """Replace the cursors by one, where those of all rows agree."""
         first, *others = self.cursors
         if all((c.position, c.fed, c.decoded) == (first.position, first.fed, first.decoded) for c in others):
             first.restorable = max(c.restorable for c in self.cursors)
@@ -171,14 +171,14 @@ class Rings:
         """Assert the invariants; for tests."""
         assert len(self.cursors) in (1, self.batch_size)
         for index, cursor in enumerate(self.cursors):
-            own = slice(None) if self.uniform else slice(index, index + 1)
+            rows = slice(None) if self.uniform else slice(index, index + 1)
             assert cursor.position >= 0 and cursor.fed >= 0
             held = self.kv.main.held(cursor.position)
-            assert not self.kv.main.storage[:, own, :, held : self.held, : self.geometry.head_dim].any()
+            assert not self.kv.main.storage[:, rows, :, held : self.held, : self.geometry.head_dim].any()
             if self.hidden is not None:
-                padding = self.hidden.main.planes[0][own, 0, :held, 0]
+                padding = self.hidden.main.planes[0][rows, 0, :held, 0]
                 assert (
-                    not self.kv.main.storage[:, own, :, :held]
+                    not self.kv.main.storage[:, rows, :, :held]
                     .transpose(2, 3)[:, padding][..., : self.geometry.head_dim]
                     .any()
                 )

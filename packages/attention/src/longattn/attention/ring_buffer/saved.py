@@ -39,12 +39,12 @@ class SavedState:
 
 def used_slots(geometry: Geometry, clocks: list[Cursor]) -> dict[str, int]:
     """How many slots of each ring are saved, by the ring's name: the first so many."""
-    held = min(geometry.sinks + geometry.buffer_size, max(c.position for c in clocks))
+    kv_slots = min(geometry.sinks + geometry.buffer_size, max(c.position for c in clocks))
     overwritten = any(c.fed_restorable for c in clocks)
     outputs = geometry.buffer_size if overwritten else min(geometry.buffer_size, max(c.fed for c in clocks))
     evicts = any(c.position > geometry.buffer_size or c.restorable for c in clocks)
     evicted = geometry.max_rewind if evicts else 0
-    return {"kv": held, "kv_evicted": evicted, "outputs": outputs, "hidden": held, "hidden_evicted": evicted}
+    return {"kv": kv_slots, "kv_evicted": evicted, "outputs": outputs, "hidden": kv_slots, "hidden_evicted": evicted}
 
 
 def clear_unused(name: str, slots: Tensor, geometry: Geometry, clocks: list[Cursor]) -> None:
@@ -79,8 +79,8 @@ def check_saved(saved: object) -> SavedState:
     """
     if not isinstance(saved, dict) or type(saved.get("format")) is not int or saved["format"] != FORMAT:
         raise ValueError(f"saved must be a dictionary of format {FORMAT} from state_dict(), got {_shown(saved)}")
-    known = ("format", "geometry", "batch_size", "dtype", "clocks", "rings")
-    _check_fields("saved", saved, known)
+    names = ("format", "geometry", "batch_size", "dtype", "clocks", "rings")
+    _check_fields("saved", saved, names)
     geometry = _geometry(saved["geometry"])
     batch_size = _integer("saved.batch_size", saved["batch_size"])
     dtype = _DTYPES.get(saved["dtype"]) if isinstance(saved["dtype"], str) else None
@@ -89,15 +89,15 @@ def check_saved(saved: object) -> SavedState:
     size = _nbytes(geometry, batch_size, dtype)
     if size > MOST_BYTES:
         raise ValueError(f"saved must describe rings of at most {MOST_BYTES} bytes, got {_shown(size)}")
-    clocks = _clocks(saved["clocks"], geometry, batch_size)
+    clocks = _cursors(saved["clocks"], geometry, batch_size)
     return SavedState(geometry, batch_size, dtype, clocks, _rings(saved["rings"], geometry, batch_size, dtype, clocks))
 
 
 def _geometry(saved: object) -> Geometry:
     names = [field.name for field in fields(Geometry)]
-    given = _check_fields("saved.geometry", saved, names)
-    least = {"sinks": 0, "max_rewind": 0, "bptt_calls": 0}
-    geometry = Geometry(*(_integer(f"saved.geometry.{n}", given[n], least.get(n, 1)) for n in names))
+    values = _check_fields("saved.geometry", saved, names)
+    minimum = {"sinks": 0, "max_rewind": 0, "bptt_calls": 0}
+    geometry = Geometry(*(_integer(f"saved.geometry.{n}", values[n], minimum.get(n, 1)) for n in names))
     if geometry.num_heads % geometry.kv_heads:
         raise ValueError(f"saved.geometry.kv_heads must divide num_heads={geometry.num_heads}, got {geometry.kv_heads}")
     return geometry
@@ -106,21 +106,21 @@ def _geometry(saved: object) -> Geometry:
 def _nbytes(geometry: Geometry, batch_size: int, dtype: torch.dtype) -> int:
     g = geometry
     row = -(-g.head_dim * dtype.itemsize // _LINE) * _LINE
-    kept = 2 * g.kv_heads * (g.sinks + g.buffer_size + g.max_rewind)
-    return max(1, batch_size) * row * (kept + g.num_heads * g.buffer_size)
+    kv_rows = 2 * g.kv_heads * (g.sinks + g.buffer_size + g.max_rewind)
+    return max(1, batch_size) * row * (kv_rows + g.num_heads * g.buffer_size)
 
 
-def _clocks(saved: object, geometry: Geometry, batch_size: int) -> list[Cursor]:
+def _cursors(saved: object, geometry: Geometry, batch_size: int) -> list[Cursor]:
     if not isinstance(saved, (list, tuple)) or len(saved) not in (1, batch_size) or not saved:
         raise ValueError(f"saved.clocks must list one clock, or one for each of {batch_size} rows, got {_shown(saved)}")
-    return [_clock(f"saved.clocks[{index}]", clock, geometry) for index, clock in enumerate(saved)]
+    return [_cursor(f"saved.clocks[{index}]", clock, geometry) for index, clock in enumerate(saved)]
 
 
-def _clock(name: str, saved: object, geometry: Geometry) -> Cursor:
+def _cursor(name: str, saved: object, geometry: Geometry) -> Cursor:
     counters = ("position", "restorable", "fed", "fed_restorable")
-    given = _check_fields(name, saved, (*counters, "decoded"))
-    position, restorable, fed, fed_restorable = (_integer(f"{name}.{n}", given[n]) for n in counters)
-    stretches = given["decoded"]
+    values = _check_fields(name, saved, (*counters, "decoded"))
+    position, restorable, fed, fed_restorable = (_integer(f"{name}.{n}", values[n]) for n in counters)
+    stretches = values["decoded"]
     if not isinstance(stretches, (list, tuple)) or len(stretches) > geometry.buffer_size:
         raise ValueError(
             f"{name}.decoded must list at most buffer_size={geometry.buffer_size} stretches, got {_shown(stretches)}"
@@ -130,7 +130,7 @@ def _clock(name: str, saved: object, geometry: Geometry) -> Cursor:
         if not isinstance(stretch, (list, tuple)) or len(stretch) != 2:
             raise ValueError(f"{name}.decoded must hold pairs [first position, count], got {_shown(stretch)}")
         decoded.append([_integer(f"{name}.decoded", n) for n in stretch])
-    if any(first + count > then for (first, count), (then, _) in pairwise([*decoded, [position, 0]])):
+    if any(first + count > next_first for (first, count), (next_first, _) in pairwise([*decoded, [position, 0]])):
         raise ValueError(
             f"{name}.decoded must rise and end at position={position} at the latest, got {_shown(decoded)}"
         )
@@ -151,19 +151,19 @@ def _rings(
         names += [f"{name}_evicted" for name in names]
     if (isinstance(saved, dict) and "outputs" in saved) or any(c.fed or c.fed_restorable for c in clocks):
         names.append("outputs")
-    given = _check_fields("saved.rings", saved, names)
+    tensors = _check_fields("saved.rings", saved, names)
     slots = used_slots(g, clocks)
     heads = {"kv": (2, g.kv_heads, g.head_dim), "outputs": (1, g.num_heads, g.head_dim), "hidden": (1, 1, 1)}
     for name in names:
         kind = name.removesuffix("_evicted")
         planes, count, width = heads[kind]
         shape = (planes, batch_size, count, slots[name], width)
-        _check_tensor(f"saved.rings.{name}", given[name], shape, torch.bool if kind == "hidden" else dtype)
-        if given[name].device != given["kv"].device:
+        _check_tensor(f"saved.rings.{name}", tensors[name], shape, torch.bool if kind == "hidden" else dtype)
+        if tensors[name].device != tensors["kv"].device:
             raise ValueError(
-                f"saved.rings.{name} must be on the device of kv, {given['kv'].device}, got {given[name].device}"
+                f"saved.rings.{name} must be on the device of kv, {tensors['kv'].device}, got {tensors[name].device}"
             )
-    return {name: given[name] for name in names}
+    return {name: tensors[name] for name in names}
 
 
 def _check_tensor(name: str, x: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -177,22 +177,22 @@ def _check_tensor(name: str, x: object, shape: tuple[int, ...], dtype: torch.dty
         )
 
 
-def _check_fields(name: str, saved: object, known: Any) -> dict[str, Any]:
+def _check_fields(name: str, saved: object, names: Any) -> dict[str, Any]:
     """A dictionary with exactly these keys."""
     if not isinstance(saved, dict):
-        raise ValueError(f"{name} must be a dictionary with {', '.join(known)}, got {_shown(saved)}")
-    missing = [key for key in known if key not in saved]
+        raise ValueError(f"{name} must be a dictionary with {', '.join(names)}, got {_shown(saved)}")
+    missing = [key for key in names if key not in saved]
     if missing:
-        raise ValueError(f"{name} must hold {', '.join(known)}, got none of {', '.join(missing)}")
+        raise ValueError(f"{name} must hold {', '.join(names)}, got none of {', '.join(missing)}")
     for key in saved:
-        if key not in known:
-            raise ValueError(f"{name} must hold {', '.join(known)} and nothing else, got {_shown(key)}")
+        if key not in names:
+            raise ValueError(f"{name} must hold {', '.join(names)} and nothing else, got {_shown(key)}")
     return saved
 
 
-def _integer(name: str, value: object, least: int = 0) -> int:
-    if type(value) is not int or not least <= value <= MOST_TOKENS:
-        raise ValueError(f"{name} must be an integer from {least} to {MOST_TOKENS}, got {_shown(value)}")
+def _integer(name: str, value: object, minimum: int = 0) -> int:
+    if type(value) is not int or not minimum <= value <= MOST_TOKENS:
+        raise ValueError(f"{name} must be an integer from {minimum} to {MOST_TOKENS}, got {_shown(value)}")
     return value
 
 

@@ -59,18 +59,18 @@ def from_dict(
     """
     checked = check_saved(saved)
     rings = checked.rings
-    place = rings["kv"].device if device is None else device
-    if rings["kv"].device.type == "meta" != place.type:
-        raise ValueError(f"saved.rings must hold data to go to {place}, got tensors on meta")
+    target_device = rings["kv"].device if device is None else device
+    if rings["kv"].device.type == "meta" != target_device.type:
+        raise ValueError(f"saved.rings must hold data to go to {target_device}, got tensors on meta")
     if dtype is not None and dtype not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(map(dtype_name, FLOATS))}, got {dtype_name(dtype)}")
-    state = kind(checked.geometry, checked.batch_size, dtype or checked.dtype, place)
+    state = kind(checked.geometry, checked.batch_size, dtype or checked.dtype, target_device)
     state.cursors = checked.clocks
     if "hidden" in rings:
         state.track_hidden()
     if "outputs" in rings:
         state.ready_outputs()
-    if place.type != "meta":
+    if target_device.type != "meta":
         _fill(state, rings, slice(None))
         _restore_zeros(state, rings)
     return state
@@ -111,19 +111,19 @@ def cat(states: Sequence[RingBufferState]) -> RingBufferState:
     owners = [s.owner for s in states if s.owner is not None]
     if any(owner != owners[0] for owner in owners):
         raise ValueError("states must be of one module, or of none yet, got states that different modules have used")
-    whole = type(first)(first.geometry, sum(s.batch_size for s in states), first.dtype, first.device)
-    whole.owner = owners[0] if owners else None
+    joined = type(first)(first.geometry, sum(s.batch_size for s in states), first.dtype, first.device)
+    joined.owner = owners[0] if owners else None
     cursors = [c for s in states for c in (s.cursors * s.batch_size if s.uniform else s.cursors)]
-    whole.cursors = [c.clone() for c in cursors or first.cursors]
+    joined.cursors = [c.clone() for c in cursors or first.cursors]
     # Slots that only some rows hold are zero in the others.
-    whole.kv.main.clear(0, whole.held)
+    joined.kv.main.clear(0, joined.held)
     if any(s.hidden is not None for s in states):
-        whole.track_hidden()
+        joined.track_hidden()
     if any(s.outputs is not None for s in states):
-        whole.ready_outputs()
+        joined.ready_outputs()
     row = 0
     for state in states:
-        _fill(whole, to_dict(state)["rings"], slice(row, row + state.batch_size))
+        _fill(joined, to_dict(state)["rings"], slice(row, row + state.batch_size))
         row += state.batch_size
-    whole.settle()
-    return whole
+    joined.settle()
+    return joined

@@ -76,18 +76,18 @@ class RingBufferState(Rings):
         Raises:
             ValueError: the feedback ring does not hold so many.
         """
-        most, g = self.feedback_held, self.geometry
-        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= most:
+        available, g = self.feedback_held, self.geometry
+        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= available:
             raise ValueError(
-                f"n must be an integer from 0 to {most}, the outputs that the feedback ring holds, got {n!r}"
+                f"n must be an integer from 0 to {available}, the outputs that the feedback ring holds, got {n!r}"
             )
         if self.outputs is None:
             return torch.empty(self.batch_size, 0, g.num_heads, g.head_dim, dtype=self.dtype, device=self.device)
         rows = []
         for index, cursor in enumerate(self.cursors):
             ring = self.outputs if self.uniform else self.outputs.of(slice(index, index + 1))
-            parts = [ring.read(run)[0] for run in ring.runs(cursor.fed - n, cursor.fed)]
-            rows.append(torch.cat(parts or [ring.planes[0][:, :, :0]], 2))
+            runs = [ring.read(run)[0] for run in ring.runs(cursor.fed - n, cursor.fed)]
+            rows.append(torch.cat(runs or [ring.planes[0][:, :, :0]], 2))
         return torch.cat(rows).transpose(1, 2)
 
     @torch.no_grad()
@@ -102,18 +102,18 @@ class RingBufferState(Rings):
         Raises:
             TypeError, ValueError: no such number, more than were written, or more than `max_rewind` lets come back.
         """
-        wanted = self._amounts(tokens)
-        for index, n in enumerate(wanted):
+        amounts = self._amounts(tokens)
+        for index, n in enumerate(amounts):
             self._check_rewind(self.cursors[0 if self.uniform else index], n)
-        if len(set(wanted)) == 1 and self.uniform:
-            wanted = wanted[:1]
+        if len(set(amounts)) == 1 and self.uniform:
+            amounts = amounts[:1]
         elif self.uniform:
-            self.cursors = [self.cursors[0].clone() for _ in wanted]
-        for index, (cursor, n) in enumerate(zip(self.cursors, wanted, strict=True)):
-            part = slice(None) if self.uniform else slice(index, index + 1)
+            self.cursors = [self.cursors[0].clone() for _ in amounts]
+        for index, (cursor, n) in enumerate(zip(self.cursors, amounts, strict=True)):
+            rows = slice(None) if self.uniform else slice(index, index + 1)
             for ring in (self.kv, self.hidden):
                 if ring is not None:
-                    ring.of(part).rewind(cursor.position, cursor.position - n)
+                    ring.of(rows).rewind(cursor.position, cursor.position - n)
             cursor.rewind(n, self.geometry.buffer_size, self.geometry.max_rewind)
         self.settle()
         if self.uniform:
@@ -132,13 +132,13 @@ class RingBufferState(Rings):
         if any(not 0 <= row < self.batch_size for row in rows):
             raise ValueError(f"index must name rows from 0 to {self.batch_size - 1}, got {rows}")
         size = self.batch_size
-        at = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        row_index = torch.tensor(rows, dtype=torch.int64, device=self.device)
         with torch.no_grad():
-            self.kv = self.kv.map(lambda ring: ring.taken(at))
-            self.hidden = None if self.hidden is None else self.hidden.map(lambda ring: ring.taken(at))
-            self.outputs = None if self.outputs is None else self.outputs.taken(at)
-        same = rows == list(range(size))
-        self.backward = self.backward.clone() if same else self.backward.taken(at)
+            self.kv = self.kv.map(lambda ring: ring.taken(row_index))
+            self.hidden = None if self.hidden is None else self.hidden.map(lambda ring: ring.taken(row_index))
+            self.outputs = None if self.outputs is None else self.outputs.taken(row_index)
+        unchanged = rows == list(range(size))
+        self.backward = self.backward.clone() if unchanged else self.backward.taken(row_index)
         if not self.uniform:
             self.cursors = [self.cursors[row].clone() for row in rows] or self.cursors[:1]
             self.settle()
@@ -152,9 +152,9 @@ class RingBufferState(Rings):
         """
         if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
             raise ValueError(f"copies must be an integer >= 1, got {copies!r}")
-        other = self.alias()
-        other.cursors = [cursor.clone() for cursor in self.cursors]
-        return other.reorder([row for row in range(self.batch_size) for _ in range(copies)])
+        copy = self.alias()
+        copy.cursors = [cursor.clone() for cursor in self.cursors]
+        return copy.reorder([row for row in range(self.batch_size) for _ in range(copies)])
 
     def clone(self) -> RingBufferState:
         """A copy that shares nothing but the graph of earlier calls."""
@@ -171,11 +171,11 @@ class RingBufferState(Rings):
         Raises:
             ValueError: the dtype is not a floating one that attention takes.
         """
-        place = self.device if device is None else torch.empty(0, device=device).device
-        kind = self.dtype if dtype is None else dtype
-        if (place, kind) == (self.device, self.dtype):
+        target_device = self.device if device is None else torch.empty(0, device=device).device
+        target_dtype = self.dtype if dtype is None else dtype
+        if (target_device, target_dtype) == (self.device, self.dtype):
             return self
-        moved = serialization.from_dict(RingBufferState, serialization.to_dict(self), place, kind)
+        moved = serialization.from_dict(RingBufferState, serialization.to_dict(self), target_device, target_dtype)
         moved.owner = self.owner
         return moved
 
@@ -241,9 +241,9 @@ class RingBufferState(Rings):
         restorable = max(cursor.restorable, cursor.position - g.buffer_size - g.max_rewind)
         earlier, moved_on = cursor.position - n, cursor.position - g.buffer_size
         if self.kv.needs(earlier) < min(restorable, moved_on, earlier):
-            most = cursor.position - g.buffer_size - restorable
+            limit = cursor.position - g.buffer_size - restorable
             raise ValueError(
-                f"tokens must be at most {most} here, because tokens that older ones left the window for cannot all come back "
+                f"tokens must be at most {limit} here, because tokens that older ones left the window for cannot all come back "
                 f"(max_rewind={g.max_rewind}), got {n}"
             )
 

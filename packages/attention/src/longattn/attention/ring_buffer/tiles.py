@@ -52,11 +52,11 @@ class Slope:
     high: int | None
     count: int
 
-    def sees(self, first: int, last: int) -> Range:
+    def seen_by_some(self, first: int, last: int) -> Range:
         """[start, stop) that some row of first .. last sees."""
         return self._start(first), max(self._start(first), self._stop(last - 1))
 
-    def shares(self, first: int, last: int) -> Range:
+    def seen_by_all(self, first: int, last: int) -> Range:
         """[start, stop) that every row of first .. last sees."""
         start = self._start(last - 1)
         return start, max(start, self._stop(first))
@@ -132,9 +132,9 @@ class TilingProcessor:
             state = AttentionState.empty(q[:, first : first + count])
             for work in self.schedule((first, count), q.shape[2], position, parts, counts):
                 rows, heads = (work.queries[0] - first, work.queries[1]), work.heads
-                part = attend(work)
-                whole, sums = (x.narrow(1, *rows).narrow(2, *heads) for x in (state.out, state.lse))
-                merge_into(whole, sums, part.out, part.lse)
+                partial = attend(work)
+                out_rows, lse_rows = (x.narrow(1, *rows).narrow(2, *heads) for x in (state.out, state.lse))
+                merge_into(out_rows, lse_rows, partial.out, partial.lse)
             if sink_logits is not None:
                 state = add_sink(state, sink_logits)
             out[:, first : first + count] = state.out
@@ -145,38 +145,38 @@ class TilingProcessor:
         self, rows: Range, heads: int, position: int, parts: Sequence[Part], counts: dict[TileType, int]
     ) -> Iterator[TileWork]:
         """The work of one pass over the queries `rows`, in order; adds its tiles to `counts`."""
-        for mine, kv_heads in _head_tiles(heads, parts, self.head_tile_size):
+        for q_heads, kv_heads in _head_tiles(heads, parts, self.head_tile_size):
             for part in parts:
                 # Keys that no query of this pass sees are out before tiles are looked at.
-                start, stop = slope(position + rows[0], part, True, rows[1]).sees(0, rows[1])
-                seen = part._replace(
+                start, stop = slope(position + rows[0], part, True, rows[1]).seen_by_some(0, rows[1])
+                visible = part._replace(
                     k=part.k[:, start:stop],
                     v=part.v[:, start:stop],
                     start=part.start + start,
                     column=part.column + start,
                 )
                 self._count(rows[1], position + rows[0], part, counts)
-                if seen.length:
-                    yield from self._blocks(rows, position, seen, mine, kv_heads)
+                if visible.length:
+                    yield from self._blocks(rows, position, visible, q_heads, kv_heads)
 
     def _blocks(self, rows: Range, position: int, part: Part, heads: Range, kv_heads: Range) -> Iterator[TileWork]:
         q_major = self._order is TileOrder.Q_MAJOR
-        sees = slope(position + rows[0], part, q_major, rows[1])
+        visible = slope(position + rows[0], part, q_major, rows[1])
         outer = rows[1] if q_major else part.length
 
-        def work(own: Range, other: Range, dense: bool) -> TileWork:
-            queries, keys = (own, other) if q_major else (other, own)
+        def work(outer_range: Range, inner_range: Range, dense: bool) -> TileWork:
+            queries, keys = (outer_range, inner_range) if q_major else (inner_range, outer_range)
             return TileWork((rows[0] + queries[0], queries[1]), part, keys, heads, kv_heads, dense)
 
         size, block = max(self.tile_size, self.least_rows), max(self.block_size, self.least_rows)
         for first in range(0, outer, block):
             last = min(first + block, outer)
-            start, stop = sees.shares(first, last)
+            start, stop = visible.seen_by_all(first, last)
             if start < stop:
                 yield work((first, last - first), (start, stop - start), True)
             for tile in range(first, last, size):
                 end = min(tile + size, last)
-                begin, finish = sees.sees(tile, end)
+                begin, finish = visible.seen_by_some(tile, end)
                 edges = (
                     ((begin, min(start, finish)), (max(stop, begin), finish)) if start < stop else ((begin, finish),)
                 )
@@ -185,13 +185,13 @@ class TilingProcessor:
                         yield work((tile, end - tile), (low, high - low), False)
 
     def _count(self, queries: int, position: int, part: Part, counts: dict[TileType, int]) -> None:
-        size, sees = self.tile_size, slope(position, part, True, queries)
+        size, visible = self.tile_size, slope(position, part, True, queries)
         across = -(-part.length // size)
         for first in range(0, queries, size):
             last = min(first + size, queries)
-            start, stop = sees.sees(first, last)
+            start, stop = visible.seen_by_some(first, last)
             touched = -(-stop // size) - start // size if start < stop else 0
-            start, stop = sees.shares(first, last)
+            start, stop = visible.seen_by_all(first, last)
             # The last tile is dense when all that there is of it is seen.
             dense = max(0, (across if stop == part.length else stop // size) - -(-start // size)) if start < stop else 0
             counts[TileType.DENSE] += dense
@@ -199,15 +199,15 @@ class TilingProcessor:
             counts[TileType.SKIP] += across - touched
 
 
-def _head_tiles(heads: int, parts: Sequence[Part], most: int) -> Iterator[tuple[Range, Range]]:
-    """(heads, kv_heads) of each group: at most `most` query heads, but whole kv heads where they are shared by fewer."""
+def _head_tiles(heads: int, parts: Sequence[Part], limit: int) -> Iterator[tuple[Range, Range]]:
+    """(heads, kv_heads) of each group: at most `limit` query heads, but whole kv heads where they are shared by fewer."""
     group = heads // parts[0].k.shape[2] if parts else 1
-    if most < group:
+    if limit < group:
         for kv in range(heads // group):
-            for first in range(0, group, most):
-                yield (kv * group + first, min(most, group - first)), (kv, 1)
+            for first in range(0, group, limit):
+                yield (kv * group + first, min(limit, group - first)), (kv, 1)
         return
-    step = most // group
+    step = limit // group
     for kv in range(0, heads // group, step):
         count = min(step, heads // group - kv)
         yield (kv * group, count * group), (kv, count)

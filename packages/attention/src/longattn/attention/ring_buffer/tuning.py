@@ -26,26 +26,26 @@ def apply(tiling: TilingProcessor, settings: dict[str, Any]) -> None:
 
 def candidates(tiling: TilingProcessor, heads: int, n: int) -> Iterator[dict[str, Any]]:
     """The present settings, then larger tiles, few or all heads at a time, both orders; none larger than n queries need."""
-    now = settings_of(tiling)
-    yield now
-    for tile, head_tile, order in product((64, 128, 256), (now["head_tile_size"], heads), TileOrder):
+    settings = settings_of(tiling)
+    yield settings
+    for tile, head_tile, order in product((64, 128, 256), (settings["head_tile_size"], heads), TileOrder):
         if tile < 2 * n:
             sizes = {"tile_size": tile, "block_size": 2 * tile, "head_tile_size": head_tile}
-            yield {**now, **sizes, "prefill_size": max(now["prefill_size"], 2 * tile), "tile_order": order}
+            yield {**settings, **sizes, "prefill_size": max(settings["prefill_size"], 2 * tile), "tile_order": order}
 
 
 def quickest(
     tiling: TilingProcessor, heads: int, n: int, call: Callable[[], object], rounds: int = 3
 ) -> dict[str, Any]:
     """Try each candidate `rounds` times in turn, keep and return the one whose best time is least. Results do not change."""
-    tried = list({tuple(c.items()): c for c in candidates(tiling, heads, n)}.values())
-    best = [float("inf")] * len(tried)
+    all_settings = list({tuple(c.items()): c for c in candidates(tiling, heads, n)}.values())
+    best_times = [float("inf")] * len(all_settings)
     for _ in range(rounds):
-        for index, settings in enumerate(tried):
+        for index, settings in enumerate(all_settings):
             apply(tiling, settings)
             start = time.perf_counter()
             call()
-            best[index] = min(best[index], time.perf_counter() - start)
-    chosen = tried[best.index(min(best))]
-    apply(tiling, chosen)
-    return chosen
+            best_times[index] = min(best_times[index], time.perf_counter() - start)
+    best_settings = all_settings[best_times.index(min(best_times))]
+    apply(tiling, best_settings)
+    return best_settings

@@ -34,8 +34,8 @@ def attend_in_place(
     Raises:
         TypeError, ValueError: a bad argument, by name.
     """
-    where = CallExtents(q, k, schedule)
-    extents, pattern = where.extents(), check_pattern_argument(options["pattern"])
+    call = CallExtents(q, k, schedule)
+    extents, pattern = call.extents(), check_pattern_argument(options["pattern"])
     starts = check_positions_start(positions_start, k.shape[0], extents.nk)
     first = extents.first_query(options.pop("q_start", None))
     if first < 0:
@@ -51,18 +51,20 @@ def attend_in_place(
     order: list[int] = []
     for start in sorted(set(starts)):
         members = [b for b in range(len(starts)) if starts[b] == start]
-        at = torch.tensor(members, device=q.device)
-        part: dict[str, Any] = {"q_start": first, "attention_mask": mask}
+        group = torch.tensor(members, device=q.device)
+        group_options: dict[str, Any] = {"q_start": first, "attention_mask": mask}
         if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[0] > 1:
-            part["attention_mask"] = mask[at]
+            group_options["attention_mask"] = mask[group]
         # Every rank hides something or none does, whatever rows it holds.
         hidden = (keys < start).expand(len(members), -1)
-        given = None if padding is None else padding[at]
-        part["key_padding_mask"] = given if not start else hidden if given is None else hidden | given
-        part["pattern"] = Documents((0, start, end), pattern) if start and not crossing else pattern
+        group_padding = None if padding is None else padding[group]
+        group_options["key_padding_mask"] = (
+            group_padding if not start else hidden if group_padding is None else hidden | group_padding
+        )
+        group_options["pattern"] = Documents((0, start, end), pattern) if start and not crossing else pattern
         if seed is not None:
-            part["seed"] = seed + start  # else elements of two groups would drop alike
-        out, lse = attention(q[at], k[at], v[at], **(options | part))
+            group_options["seed"] = seed + start  # else elements of two groups would drop alike
+        out, lse = attention(q[group], k[group], v[group], **(options | group_options))
         outs.append((out, lse))
         order += members
     return in_order([pair[0] for pair in outs], order), in_order([pair[1] for pair in outs], order)
@@ -85,5 +87,5 @@ def in_order(parts: list[Tensor], order: list[int]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     # torch.device may be a context of another device.
-    back = torch.tensor(order, device="cpu").argsort()
-    return torch.cat(parts)[back.to(parts[0].device)]
+    inverse = torch.tensor(order, device="cpu").argsort()
+    return torch.cat(parts)[inverse.to(parts[0].device)]

@@ -29,10 +29,10 @@ def documents_of(pattern: Pattern, cu_seqlens: Any, total: int, name: str = "cu_
     Raises:
         TypeError, ValueError: cu_seqlens is no rising sequence of integers from 0 to `total`.
     """
-    found = Documents(cu_seqlens, pattern)
-    if found.cu_seqlens[-1] != total:
-        raise ValueError(f"{name} must end with the packed length {total}, got {found.cu_seqlens[-1]}")
-    return found
+    documents = Documents(cu_seqlens, pattern)
+    if documents.cu_seqlens[-1] != total:
+        raise ValueError(f"{name} must end with the packed length {total}, got {documents.cu_seqlens[-1]}")
+    return documents
 
 
 def query_spans(cu_q: Sequence[int], cu_k: Sequence[int], positional: bool = True) -> tuple[Span, ...]:
@@ -51,9 +51,9 @@ def query_spans(cu_q: Sequence[int], cu_k: Sequence[int], positional: bool = Tru
     for document, ((q_low, q_high), (k_low, k_high)) in enumerate(zip(pairwise(cu_q), pairwise(cu_k), strict=True)):
         queries, keys = q_high - q_low, k_high - k_low
         if queries > keys and (positional or not keys):
-            wanted = "more queries than keys" if positional else "queries without keys"
+            excess = "more queries than keys" if positional else "queries without keys"
             raise ValueError(
-                f"cu_seqlens_q must give no document {wanted}, got {queries} and {keys} in document {document}"
+                f"cu_seqlens_q must give no document {excess}, got {queries} and {keys} in document {document}"
             )
         while queries > keys:
             spans.append(Span(k_low, keys))
@@ -96,14 +96,14 @@ def packed_call(
             raise ValueError(
                 f"{name} must be packed as (1, total, heads, head_dim) where cu_seqlens is given, got {tuple(x.shape)}"
             )
-    found = documents_of(pattern, cu_seqlens, extents.nk)
+    documents = documents_of(pattern, cu_seqlens, extents.nk)
     queries = documents_of(
-        pattern, found.cu_seqlens if cu_seqlens_q is None else cu_seqlens_q, extents.nq, "cu_seqlens_q"
+        pattern, documents.cu_seqlens if cu_seqlens_q is None else cu_seqlens_q, extents.nq, "cu_seqlens_q"
     )
-    if queries.cu_seqlens == found.cu_seqlens:
-        return found, []
-    spans = [span for span in query_spans(queries.cu_seqlens, found.cu_seqlens, pattern.positional) if span.length]
-    return found, [number for span in spans for number in (span.start, span.length, span.step)]
+    if queries.cu_seqlens == documents.cu_seqlens:
+        return documents, []
+    spans = [span for span in query_spans(queries.cu_seqlens, documents.cu_seqlens, pattern.positional) if span.length]
+    return documents, [number for span in spans for number in (span.start, span.length, span.step)]
 
 
 def ragged_attention(
@@ -200,8 +200,8 @@ def aligned_attention(
         return attend_in_place(attention, q, k, v, positions_start, schedule, options, crossing)
     starts = check_positions_start(positions_start, k.shape[0], k.shape[1])
     batch, nq, nk = q.shape[0], q.shape[1], k.shape[1]
-    given = options.pop("q_start", None)
-    q_row = nk - nq if given is None else int(given)
+    q_start = options.pop("q_start", None)
+    q_row = nk - nq if q_start is None else int(q_start)
     if q_row < 0:
         raise ValueError(
             f"q_start must be given where queries outnumber keys and positions matter, got Nq={nq}, Nk={nk}"
@@ -212,21 +212,25 @@ def aligned_attention(
     order: list[int] = []
     for start in sorted(set(starts)):
         members = [b for b in range(batch) if starts[b] == start]
-        at = slice(None) if len(members) == batch else torch.tensor(members, device=q.device)
+        group = slice(None) if len(members) == batch else torch.tensor(members, device=q.device)
         hidden = 0 if crossing else min(nq, max(0, start - q_row))
-        part = {"q_start": max(0, q_row - start)}
+        group_options = {"q_start": max(0, q_row - start)}
         if mask is not None:
-            per_element = mask[at] if mask.dim() == 4 and mask.shape[0] > 1 else mask
-            part["attention_mask"] = per_element[..., hidden:, start:]
+            per_element = mask[group] if mask.dim() == 4 and mask.shape[0] > 1 else mask
+            group_options["attention_mask"] = per_element[..., hidden:, start:]
         if padding is not None:
-            part["key_padding_mask"] = padding[at][:, start:]
-        out, lse = attention(q[at][:, hidden:], k[at][:, start:], v[at][:, start:], **(options | part))
-        outs.append((_above(out, hidden, 0.0), _above(lse, hidden, -torch.inf, options.get("sink_logits"))))
+            group_options["key_padding_mask"] = padding[group][:, start:]
+        out, lse = attention(
+            q[group][:, hidden:], k[group][:, start:], v[group][:, start:], **(options | group_options)
+        )
+        outs.append(
+            (_prepend_rows(out, hidden, 0.0), _prepend_rows(lse, hidden, -torch.inf, options.get("sink_logits")))
+        )
         order += members
     return in_order([pair[0] for pair in outs], order), in_order([pair[1] for pair in outs], order)
 
 
-def _above(x: Tensor, rows: int, value: float, each: Tensor | None = None) -> Tensor:
+def _prepend_rows(x: Tensor, rows: int, value: float, each: Tensor | None = None) -> Tensor:
     """x below so many rows of a value; or of one for each head, as a learned sink has it."""
     if not rows:
         return x
