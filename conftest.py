@@ -1,8 +1,9 @@
-"""For every test of the workspace: Hypothesis profiles, and fresh memory that is poisoned with NaN.
+"""For every test of the workspace: Hypothesis profiles, the order, what the garbage collector looks at, and memory poisoned with NaN.
 
 `HYPOTHESIS_PROFILE` chooses a profile; `CI` turns the default from `dev` to `ci`.
 """
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -29,6 +30,17 @@ settings.register_profile(
     "nightly", deadline=None, max_examples=1000, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: the last one to end is then a short one, whoever runs it."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay until the end. The collector would walk all of their objects each time, which takes longer than most tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

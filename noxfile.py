@@ -24,7 +24,10 @@ ROOT = Path(__file__).parent
 WORKSPACE: dict[str, Any] = nox.project.load_toml(ROOT / "pyproject.toml")
 PACKAGES = ("bufmgr", "patterncache", "kernels", "attention")  # bottom up
 OTHER_PYTHONS = ("3.12", "3.13", "3.14")
-WORKERS = ("--numprocesses=auto", "--dist=loadfile")  # of pytest-xdist: one a core, a file's tests together
+WORKERS = (
+    "--numprocesses=auto",
+    "--dist=worksteal",
+)  # of pytest-xdist: one a core; who has no test left takes some of another's
 
 # `-- --smoke` runs these of a package and collects the rest: each public way in once, on what is installed. CI does so, because
 # `./run test` has already run every test from the checkout.

@@ -1,6 +1,7 @@
 """Every test starts with an empty pattern cache and an empty memory pool; torch computes in one thread."""
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,10 +10,21 @@ import torch
 from longattn.bufmgr import get_global_memory_pool, reset_global_memory_pool
 from longattn.patterncache import reset_global_pattern_cache
 
+_modules_before = 0
+
+
+def collect_garbage() -> None:
+    """Garbage of earlier tests would free its leases in this one. What a test made torch import stays, and is not walked again."""
+    global _modules_before
+    gc.collect()
+    if len(sys.modules) > _modules_before + 50:
+        _modules_before = len(sys.modules)
+        gc.freeze()
+
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    gc.collect()
+    collect_garbage()
     reset_global_pattern_cache()
     reset_global_memory_pool()
 
