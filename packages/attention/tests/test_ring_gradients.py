@@ -120,15 +120,16 @@ def test_a_compiled_ring_is_one_op(ring):
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"dropout_p": 0.3, "seed": 3}, {"padding": True}], ids=str)
 def test_opcheck(options):
     """torch's own checks of the op: schema, autograd registration, fakes, and that compiled code agrees."""
-    from longattn.kernels.ops.arguments import OpArguments
+    from longattn.kernels.ops.arguments import OpArguments, OpTensors
 
     q, k, v = (randn(2, 11, 2, 4, seed=n).requires_grad_() for n in range(3))
     bias = randn(11, 11).requires_grad_() if "bias" in options else None
     seed = torch.tensor(3) if "seed" in options else None
     padding = torch.rand(2, 11) < 0.3 if "padding" in options else None
-    asked = OpArguments(None, padding, seed, LONGNET.canonical(), [], [], [2, 0, 2], scale=None, dropout_p=options.get("dropout_p", 0.0),
-                  needs_grad=True, bias_grad=bias is not None, backend="", deterministic=False, out_dtype=q.dtype, env="")  # fmt: skip
-    arguments = (q, k, v, bias, Ring(size=3, layout="striped").canonical(), *asked)
+    asked = OpArguments(LONGNET.canonical(), [], [], [2, 0, 2], scale=None, dropout_p=options.get("dropout_p", 0.0),
+                  needs_grad=True, bias_grad=bias is not None, backend="", deterministic=False, out_dtype=q.dtype, env="",
+                  schedule=Ring(size=3, layout="striped").canonical())  # fmt: skip
+    arguments = (*OpTensors(q, k, v, bias, None, padding, seed), *asked)
     torch.library.opcheck(torch.ops.longattn.scheduled_attend.default, arguments)
 
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.kernels import AttentionState, attend, backends
 from longattn.kernels.dispatch.table import row
+from longattn.kernels.ops.arguments import OpTensors
 from longattn.kernels.testing import Case
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Window
 
@@ -88,7 +89,7 @@ def test_opcheck(name: str, case: Case):
     calls = record(case, name).calls
     if case.prior:
         calls += record(case, name, backward=False).calls
-        assert calls[-1][1][4] is not None, "no prior reached the op"
+        assert OpTensors(*calls[-1][1][: len(OpTensors._fields)]).prior_out is not None, "no prior reached the op"
     assert {str(func) for func, _ in calls} == {"longattn.attend.default", "longattn.attend_backward.default"}
     for func, args in calls:
         given = dict(zip([argument.name for argument in func._schema.arguments], args, strict=False))

@@ -6,31 +6,25 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal, Never, overload
 
-import torch
 from torch import Tensor
 
-from longattn.attention.schedules import op as scheduled_op
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import dtensor_module, is_sharded
 from longattn.attention.schedules.extents import Extents, mask_flags
 from longattn.attention.schedules.local import Local, check_schedule_argument
+from longattn.attention.schedules.op import scheduled_attend
 from longattn.attention.sequences.varlen import packed_call, ragged_attention
 from longattn.attention.validate import check_bool, check_pattern_argument, check_start, refuse_unknown
-from longattn.kernels import Environment
+from longattn.kernels import AttentionState, Environment
 from longattn.kernels.interface import (
-    OpArguments,
+    Options,
     add_sink,
+    arguments_of,
     as_seed,
     autocast,
     call_signature,
-    check_attention_mask,
-    check_backend_name,
-    check_dropout,
-    check_environment,
-    check_flag,
-    check_key_padding,
+    check_options,
     check_qkv,
-    check_scale,
     check_sinks,
     find_prepared,
     last_positions,
@@ -38,6 +32,7 @@ from longattn.kernels.interface import (
     refuse_torchscript,
     run_prepared,
     state_dtype,
+    tensors_of,
 )
 from longattn.patterncache import Pattern
 
@@ -160,6 +155,18 @@ def pattern_attention(
         TypeError, ValueError: a bad argument, by name; or no row fits, with each one's reasons.
     """
     refuse_unknown("pattern_attention()", unknown)
+    options = Options(
+        attention_mask,
+        key_padding_mask,
+        environment,
+        deterministic,
+        is_causal,
+        softmax_scale,
+        dropout_p,
+        backend,
+        None,
+        q_start,
+    )
     key = None
     if (
         positions_start is None
@@ -169,56 +176,28 @@ def pattern_attention(
         and (schedule is None or type(schedule) is Local)
         and (return_lse is True or return_lse is False)
     ):
-        key = call_signature(
-            "pattern_attention",
-            q,
-            k,
-            v,
-            pattern,
-            is_causal=is_causal,
-            softmax_scale=softmax_scale,
-            attention_mask=attention_mask,
-            key_padding_mask=key_padding_mask,
-            dropout_p=dropout_p,
-            backend=backend,
-            deterministic=deterministic,
-            environment=environment,
-            q_start=q_start,
-        )
+        key = call_signature("pattern_attention", q, k, v, pattern, options)
         prepared = None if key is None else find_prepared(key)
         if key is not None and prepared is not None:
-            drawn = as_seed(seed) if dropout_p else None
-            out, lse = run_prepared(prepared, key, q, k, v, attention_mask, key_padding_mask, drawn, environment)
+            tensors = tensors_of(q, k, v, options, as_seed(seed) if dropout_p else None)
+            out, lse = run_prepared(prepared, key, tensors, environment)
             return (out, lse) if return_lse else out
     refuse_torchscript()
     sharded = is_sharded(q) or is_sharded(k) or is_sharded(v)
     if sharded or positions_start is not None or (isinstance(q, Tensor) and q.is_nested):
-        options: dict[str, Any] = {
-            "is_causal": is_causal,
-            "softmax_scale": softmax_scale,
-            "key_padding_mask": key_padding_mask,
-            "attention_mask": attention_mask,
-            "dropout_p": dropout_p,
-            "backend": backend,
-            "schedule": schedule,
-            "q_start": q_start,
-            "seed": seed,
-            "sink_logits": sink_logits,
-            "deterministic": deterministic,
-            "environment": environment,
-            "cu_seqlens": cu_seqlens,
-            "cu_seqlens_q": cu_seqlens_q,
-            "pattern": pattern,
-        }
+        given: dict[str, Any] = options._asdict()
+        del given["out_dtype"]
+        given |= {"schedule": schedule, "seed": seed, "sink_logits": sink_logits, "pattern": pattern}
+        given |= {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q}
         whole = functools.partial(pattern_attention, return_lse=True)
         if sharded:
             attend_sharded = dtensor_module().sharded_attention
-            found = attend_sharded(whole, q, k, v, options | {"positions_start": positions_start})
+            found = attend_sharded(whole, q, k, v, given | {"positions_start": positions_start})
         else:
             check_pattern_argument(pattern)
             placed = pattern if is_causal is None else pattern.with_causal(check_bool("is_causal", is_causal))
             crossing = q_start is not None and not placed.positional
-            found = ragged_attention(whole, q, k, v, positions_start, options, crossing)
+            found = ragged_attention(whole, q, k, v, positions_start, given, crossing)
         return found if check_bool("return_lse", return_lse) else found[0]
     schedule = check_schedule_argument(schedule)
     check_pattern_argument(pattern)
@@ -228,17 +207,13 @@ def pattern_attention(
     check_qkv(q, k, v)
     start = check_start("q_start", q_start)
     q_spans = [] if start is None else [start, q.shape[1], 1]
-    check_key_padding(key_padding_mask, q, k)
     check_bool("return_lse", return_lse)
-    check_scale(softmax_scale)
-    check_flag("deterministic", deterministic)
+    check_options(q, k, options, masked_k=_masked_keys(attention_mask, k, schedule))
     check_sinks(sink_logits, q)
-    check_environment(environment)
-    seed = as_seed(seed) if check_dropout("dropout_p", dropout_p) else None
+    drawn = as_seed(seed) if dropout_p else None
     nq, nk = q.shape[1], k.shape[1]
-    _check_mask(attention_mask, q, k, schedule)
     # Exchanged once a call: lengths of the whole sequence, and one seed, so that all shards and steps drop the same pairs.
-    metadata = schedule.exchange_metadata(nq, nk, mask_flags(key_padding_mask, attention_mask, nq), seed)
+    metadata = schedule.exchange_metadata(nq, nk, mask_flags(key_padding_mask, attention_mask, nq), drawn)
     if cu_seqlens is not None or cu_seqlens_q is not None:
         # Of a schedule in one process, all rows are here.
         extents = schedule.extents(nq, nk, metadata) if schedule.distributed else Extents.of_whole(nq, nk)
@@ -248,40 +223,25 @@ def pattern_attention(
         _check_positions(q, k, pattern, q_spans)
         # Said, because AOTInductor's packages cannot hand an empty list to an op. On one rank the whole is not known here.
         q_spans, k_spans = q_spans or last_positions(nq, nk, pattern.positional), [0, nk, 1]
-    floating = attention_mask is not None and attention_mask.dtype != torch.bool
-    asked = OpArguments(
-        None if floating else attention_mask,
-        key_padding_mask,
-        metadata,
-        pattern.canonical(),
-        q_spans,
-        k_spans,
-        [q.shape[2], 0, q.shape[2]],
-        scale=softmax_scale,
-        dropout_p=float(dropout_p),
-        needs_grad=False,
-        bias_grad=False,
-        backend=check_backend_name(backend) or "",
-        deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
-        out_dtype=q.dtype if sink_logits is None else state_dtype(q.dtype),
-        env="" if environment is None or torch.compiler.is_compiling() else environment.name,
-    )
-    bias = attention_mask if floating else None
+    heads, out_dtype = [q.shape[2], 0, q.shape[2]], q.dtype if sink_logits is None else state_dtype(q.dtype)
+    tensors = tensors_of(q, k, v, options, drawn)
     if key is not None:
-        out, lse = prepare_and_run(key, q, k, v, bias, asked, environment)
+        asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype)
+        out, lse = prepare_and_run(key, tensors, asked, environment)
         return (out, lse) if return_lse else out
-    state = scheduled_op.run(q, k, v, bias, schedule.canonical(), asked)
+    asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype, schedule.canonical())
+    state = AttentionState(*scheduled_attend(tensors._replace(metadata=metadata), asked))
     if sink_logits is not None:
         state = add_sink(state, sink_logits)
     out = state.finalize(q.dtype)
     return (out, state.lse) if return_lse else out
 
 
-def _check_mask(mask: object, q: Tensor, k: Tensor, schedule: Schedule) -> None:
-    """The mask's dtype and shape; of one rank's, all but its columns, which are the whole sequence's."""
+def _masked_keys(mask: object, k: Tensor, schedule: Schedule) -> Tensor:
+    """Keys that the mask has columns for: those of the whole sequence, as many as it says."""
     if schedule.distributed and isinstance(mask, Tensor) and mask.dim():
-        k = k.new_empty(()).expand(k.shape[0], mask.shape[-1], *k.shape[2:])
-    check_attention_mask(mask, q, k)
+        return k.new_empty(()).expand(k.shape[0], mask.shape[-1], *k.shape[2:])
+    return k
 
 
 def _check_positions(q: Tensor, k: Tensor, pattern: Pattern, q_spans: list[int]) -> None:

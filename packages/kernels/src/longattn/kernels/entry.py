@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
-from torch.autograd import forward_ad
 
-from longattn.kernels.check import (
-    check_attention_mask,
-    check_dropout,
-    check_dtype,
-    check_environment,
-    check_flag,
-    check_key_padding,
-    check_prior,
-    check_qkv,
-    check_scale,
-    check_sinks,
-    refuse_torchscript,
-)
+from longattn.kernels.check import check_prior, check_qkv, check_sinks, refuse_torchscript
 from longattn.kernels.dispatch.environment import Environment
-from longattn.kernels.dispatch.table import check_backend_name
 from longattn.kernels.ops import direct
-from longattn.kernels.ops.arguments import OpArguments
-from longattn.kernels.ops.transforms import Attend
+from longattn.kernels.ops.arguments import GRADED, OpArguments, OpTensors
+from longattn.kernels.ops.attend_op import attend_op
+from longattn.kernels.ops.define import refuse_tangents
+from longattn.kernels.options import Options, arguments_of, check_options, tensors_of
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import flat_heads, flat_spans, last_positions
 from longattn.kernels.state import AttentionState, add_sink, merge, state_dtype
@@ -87,6 +74,17 @@ def attend(
     Raises:
         TypeError, ValueError: a bad argument, by name; or no row fits, with each one's reasons.
     """
+    options = Options(
+        attention_mask,
+        key_padding_mask,
+        environment,
+        deterministic,
+        is_causal,
+        softmax_scale,
+        dropout_p,
+        backend,
+        out_dtype,
+    )
     key = None
     if (
         prior is None
@@ -96,169 +94,67 @@ def attend(
         and num_heads is None
         and sink_logits is None
     ):
-        key = direct.signature(
-            "attend",
-            q,
-            k,
-            v,
-            pattern,
-            is_causal=is_causal,
-            softmax_scale=softmax_scale,
-            attention_mask=attention_mask,
-            key_padding_mask=key_padding_mask,
-            dropout_p=dropout_p,
-            backend=backend,
-            deterministic=deterministic,
-            environment=environment,
-            out_dtype=out_dtype,
-        )
+        key = direct.signature("attend", q, k, v, pattern, options)
         prepared = None if key is None else direct.find_prepared(key)
         if key is not None and prepared is not None:
             drawn = as_seed(seed) if dropout_p or seed is not None else None
-            return AttentionState(
-                *direct.run_prepared(prepared, key, q, k, v, attention_mask, key_padding_mask, drawn, environment)
-            )
+            tensors = tensors_of(q, k, v, options, drawn)
+            return AttentionState(*direct.run_prepared(prepared, key, tensors, environment))
     refuse_torchscript()
     q, k, v = autocast(q, k, v)
-    bias, asked = check_and_ask(
-        q,
-        k,
-        v,
+    pattern = checked_pattern(q, k, v, pattern, options)
+    check_sinks(sink_logits, q)
+    check_prior(prior, q)
+    state_type = state_dtype(q.dtype)
+    asked = arguments_of(
         pattern,
-        is_causal=is_causal,
-        prior=prior,
-        q_spans=q_spans,
-        k_spans=k_spans,
-        heads=heads,
-        num_heads=num_heads,
-        softmax_scale=softmax_scale,
-        attention_mask=attention_mask,
-        key_padding_mask=key_padding_mask,
-        dropout_p=dropout_p,
-        seed=seed,
-        sink_logits=sink_logits,
-        backend=backend,
-        deterministic=deterministic,
-        out_dtype=out_dtype,
-        environment=environment,
+        options,
+        last_positions(q.shape[1], k.shape[1], pattern.positional)
+        if q_spans is None
+        else flat_spans("q_spans", q_spans, q.shape[1]),
+        [0, k.shape[1], 1] if k_spans is None else flat_spans("k_spans", k_spans, k.shape[1]),
+        flat_heads(q.shape[2], heads, num_heads),
+        state_type if out_dtype is None or sink_logits is not None else out_dtype,
     )
+    tensors = tensors_of(q, k, v, options, as_seed(seed) if dropout_p or seed is not None else None)
     if key is not None:
-        return AttentionState(*direct.prepare_and_run(key, q, k, v, bias, asked, environment))
-    state = run(q, k, v, bias, prior, asked)
+        return AttentionState(*direct.prepare_and_run(key, tensors, asked, environment))
+    state = _onto(prior, tensors, asked)
     if sink_logits is None:
         return state
     state = add_sink(state, sink_logits)
-    return AttentionState(state.finalize(state_dtype(q.dtype) if out_dtype is None else out_dtype), state.lse)
+    return AttentionState(state.finalize(state_type if out_dtype is None else out_dtype), state.lse)
 
 
-def check_and_ask(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    *,
-    is_causal: bool | None,
-    prior: AttentionState | None,
-    q_spans: Span | tuple[Span, ...] | None,
-    k_spans: Span | tuple[Span, ...] | None,
-    heads: Span | None,
-    num_heads: int | None,
-    softmax_scale: float | None,
-    attention_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | int | None,
-    sink_logits: Tensor | None,
-    backend: str | None,
-    deterministic: bool | None,
-    out_dtype: torch.dtype | None,
-    environment: Environment | None,
-) -> tuple[Tensor | None, OpArguments]:
-    """The arguments of `attend`, checked: the bias, and what else the op is asked.
+def checked_pattern(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Options) -> Pattern:
+    """The pattern that is asked for, with the causal field that is.
 
     Raises:
-        TypeError, ValueError: a bad argument, by name.
+        TypeError, ValueError: a bad tensor, pattern or option, by name.
     """
     check_qkv(q, k, v)
     if not isinstance(pattern, Pattern):
         raise TypeError(
             f"pattern must be a Pattern such as Dilated or Window, got {pattern!r} ({type(pattern).__name__})"
         )
-    check_flag("is_causal", is_causal)
-    check_attention_mask(attention_mask, q, k)
-    check_key_padding(key_padding_mask, q, k)
-    check_scale(softmax_scale)
-    check_flag("deterministic", deterministic)
-    check_dropout("dropout_p", dropout_p)
-    check_sinks(sink_logits, q)
-    check_backend_name(backend)
-    check_prior(prior, q)
-    check_dtype("out_dtype", out_dtype)
-    check_environment(environment)
-    if is_causal is not None and is_causal != pattern.causal:
-        pattern = pattern.with_causal(is_causal)
-    rectangle = (
-        last_positions(q.shape[1], k.shape[1], pattern.positional)
-        if q_spans is None
-        else flat_spans("q_spans", q_spans, q.shape[1]),
-        [0, k.shape[1], 1] if k_spans is None else flat_spans("k_spans", k_spans, k.shape[1]),
-        flat_heads(q.shape[2], heads, num_heads),
-    )
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    out_dtype = state_dtype(q.dtype) if out_dtype is None else out_dtype
-    floating = attention_mask is not None and attention_mask.dtype != torch.bool
-    bias = attention_mask if floating else None
-    return bias, OpArguments(
-        None if floating else attention_mask,
-        key_padding_mask,
-        as_seed(seed) if dropout_p or seed is not None else None,
-        pattern.canonical(),
-        *rectangle,
-        scale=softmax_scale,
-        dropout_p=float(dropout_p),
-        needs_grad=False,
-        bias_grad=False,
-        backend=backend or "",
-        deterministic=deterministic,
-        out_dtype=out_dtype if sink_logits is None else state_dtype(q.dtype),
-        env="" if environment is None or torch.compiler.is_compiling() else environment.name,
-    )
+    check_options(q, k, options)
+    causal = options.is_causal
+    return pattern if causal is None or causal == pattern.causal else pattern.with_causal(causal)
 
 
-def run(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, prior: AttentionState | None, asked: OpArguments
-) -> AttentionState:
-    """`attend` without its checks, on the op's own arguments; fills in what wants a gradient."""
-    refuse_tangents(q, k, v, bias, *(() if prior is None else (prior.out, prior.lse)))
-    transformed = torch._C._are_functorch_transforms_active()
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, bias)]
-    # Inside a transform requires_grad says little: any tensor may be differentiated.
-    asked = asked._replace(
-        needs_grad=any(wanted) or transformed, bias_grad=wanted[3] or (transformed and bias is not None)
-    )
-    if prior is not None and (asked.needs_grad or (torch.is_grad_enabled() and _needs_grad(prior))):
+def _onto(prior: AttentionState | None, tensors: OpTensors, asked: OpArguments) -> AttentionState:
+    """The op's state, merged onto a prior."""
+    if prior is None:
+        return AttentionState(*attend_op(tensors, asked))
+    every = (*tensors[:GRADED], prior.out, prior.lse)
+    refuse_tangents(*every)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in every)
+    if wanted or torch._C._are_functorch_transforms_active():
         # The op reads a prior without a gradient; `merge` has one.
-        merged = merge(prior, run(q, k, v, bias, None, asked._replace(out_dtype=prior.out.dtype)))
+        state = AttentionState(*attend_op(tensors, asked._replace(out_dtype=prior.out.dtype)))
+        merged = merge(prior, state)
         return AttentionState(merged.finalize(asked.out_dtype), merged.lse)
-    # torch.compile traces a Function under grad, but not under vmap alone; there the op has a rule of its own.
-    if transformed and not (torch.compiler.is_compiling() and any(map(is_batchedtensor, (q, k, v)))):
-        # torch.compile refuses one tensor in two places of an autograd.Function.
-        k = k.view_as(k) if k is q else k
-        v = v.view_as(v) if v is q or v is k else v
-        return AttentionState(*Attend.apply(q, k, v, bias, *asked))  # type: ignore[misc]
-    partial = (None, None) if prior is None else (prior.out, prior.lse)
-    return AttentionState(*torch.ops.longattn.attend(q, k, v, bias, *partial, *asked))
-
-
-def refuse_tangents(*tensors: Tensor | None) -> None:
-    """Raise NotImplementedError where a tensor carries a forward-mode tangent: the op would drop it without a word."""
-    if forward_ad._current_level < 0:
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError(
-            "attend has no forward-mode derivative (jvp): use reverse mode, such as torch.func.grad or vjp"
-        )
+    return AttentionState(*attend_op(tensors._replace(prior_out=prior.out, prior_lse=prior.lse), asked))
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,7 +169,3 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.get_autocast_dtype(q.device.type)
     cast = [x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in (q, k, v)]
     return cast[0], cast[1], cast[2]
-
-
-def _needs_grad(state: AttentionState) -> bool:
-    return state.out.requires_grad or state.lse.requires_grad

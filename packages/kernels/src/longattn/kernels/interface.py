@@ -9,7 +9,6 @@ kernels; a model needs `longattn.kernels` alone.
 from longattn.kernels.check import (
     check_attention_mask,
     check_dropout,
-    check_environment,
     check_flag,
     check_key_padding,
     check_qkv,
@@ -22,13 +21,14 @@ from longattn.kernels.dispatch.environment import Allocator, TorchAllocator, fin
 from longattn.kernels.dispatch.prepared import find_plan
 from longattn.kernels.dispatch.table import check_backend_name
 from longattn.kernels.eager.tiles import keep_tensors, kept_tensors
-from longattn.kernels.entry import autocast, refuse_tangents
+from longattn.kernels.entry import autocast
 from longattn.kernels.native.decode_step import DecodeCache, decode_attention
-from longattn.kernels.ops.arguments import SCHEMA, OpArguments
-from longattn.kernels.ops.attend_op import attend_rectangle, no_second_order, rectangle_gradients
+from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
+from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients, visible_pairs
+from longattn.kernels.ops.define import define
 from longattn.kernels.ops.direct import find_prepared, prepare_and_run, run_prepared
 from longattn.kernels.ops.direct import signature as call_signature
-from longattn.kernels.ops.transforms import map_backward, map_forward
+from longattn.kernels.options import Options, arguments_of, check_options, tensors_of
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import last_positions
 from longattn.kernels.state import add_sink, merge_into, state_dtype
@@ -36,30 +36,33 @@ from longattn.kernels.state import add_sink, merge_into, state_dtype
 __all__ = [
     # what an argument may be
     "FLOATS",
+    "Options",
     "check_attention_mask",
     "check_backend_name",
     "check_dropout",
-    "check_environment",
     "check_flag",
     "check_key_padding",
+    "check_options",
     "check_qkv",
     "check_scale",
     "check_sinks",
     "dtype_name",
-    # a call as the op takes it
+    # a call as an op takes it
+    "Cotangents",
+    "Gradients",
     "OpArguments",
-    "SCHEMA",
+    "OpTensors",
+    "arguments_of",
     "as_seed",
     "autocast",
+    "define",
     "last_positions",
-    "no_second_order",
-    "refuse_tangents",
     "refuse_torchscript",
-    "map_backward",
-    "map_forward",
+    "tensors_of",
     # one rectangle, on real tensors
     "attend_rectangle",
     "rectangle_gradients",
+    "visible_pairs",
     # calls that were looked up before
     "call_signature",
     "find_prepared",

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.prepared import PREPARED, described
-from longattn.kernels.entry import attend, check_and_ask
+from longattn.kernels.entry import attend, checked_pattern
 from longattn.kernels.ops import direct
+from longattn.kernels.options import Options, arguments_of, tensors_of
 from longattn.kernels.philox import as_seed
-from longattn.kernels.state import AttentionState
+from longattn.kernels.positions import flat_heads, last_positions
+from longattn.kernels.state import AttentionState, state_dtype
 from longattn.patterncache import Pattern
 
 
@@ -24,42 +28,30 @@ class PreparedAttention:
         backend: name of the row that serves.
     """
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pattern: Pattern,
-        mask: Tensor | None,
-        padding: Tensor | None,
-        **options: object,
-    ) -> None:
-        self._pattern, self._options = pattern, options
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Options) -> None:
+        self._pattern = pattern
+        mask, padding = options.attention_mask, options.key_padding_mask
         self._masked = (mask is not None, padding is not None)
-        key = direct.signature("attend", q, k, v, pattern, attention_mask=mask, key_padding_mask=padding, **options)  # type: ignore[arg-type]
+        key = direct.signature("attend", q, k, v, pattern, options)
         if key is None:
             raise ValueError(
                 "q, k, v must be plain tensors outside of tracing, transforms, modes and autocast, and options of their documented types; "
                 "call attend there"
             )
-        rest = {
-            "prior": None,
-            "q_spans": None,
-            "k_spans": None,
-            "heads": None,
-            "num_heads": None,
-            "sink_logits": None,
-            "seed": None,
-        }
-        bias, asked = check_and_ask(q, k, v, pattern, attention_mask=mask, key_padding_mask=padding, **rest, **options)  # type: ignore[arg-type]
-        environment = options["environment"]
-        self._environment = environment if isinstance(environment, Environment) else None
+        placed = checked_pattern(q, k, v, pattern, options)
+        out_dtype = state_dtype(q.dtype) if options.out_dtype is None else options.out_dtype
+        spans = last_positions(q.shape[1], k.shape[1], placed.positional), [0, k.shape[1], 1]
+        asked = arguments_of(placed, options, *spans, flat_heads(q.shape[2], None, None), out_dtype)
+        self._drops = asked.dropout_p > 0
+        self._environment = options.environment
         wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        self._call = direct.prepare_checked(key, q, k, v, bias, asked, self._environment)[0]
+        tensors = tensors_of(q, k, v, options, as_seed(0) if self._drops else None)
+        self._call = direct.prepare_checked(key, tensors, asked, self._environment)[0]
         self._key = key
         self._form = (*described(q), *described(k), *described(v), wanted)
         self._beside = tuple(None if x is None else described(x) for x in (mask, padding))
-        self._drops = asked.dropout_p > 0
+        # What was prepared with is not kept alive.
+        self._options = options._replace(attention_mask=None, key_padding_mask=None)
 
     @property
     def backend(self) -> str:
@@ -81,17 +73,13 @@ class PreparedAttention:
         Raises:
             TypeError, ValueError: a tensor of another signature, by name.
         """
+        options = self._options
+        if attention_mask is not None or key_padding_mask is not None:
+            options = options._replace(attention_mask=attention_mask, key_padding_mask=key_padding_mask)
         if not direct.is_plain():
-            return attend(
-                q,
-                k,
-                v,
-                self._pattern,
-                attention_mask=attention_mask,
-                key_padding_mask=key_padding_mask,
-                seed=seed if self._drops else None,
-                **self._options,  # type: ignore[arg-type]
-            )
+            given: Any = options._asdict()
+            del given["q_start"]
+            return attend(q, k, v, self._pattern, seed=seed if self._drops else None, **given)
         plain = direct.is_plain_tensor
         if not (plain(q) and plain(k) and plain(v)):
             raise TypeError(
@@ -107,9 +95,8 @@ class PreparedAttention:
         call = self._call
         if call.successor is not None:
             call = self._call = call.successor
-        return AttentionState(
-            *direct.run_prepared(call, self._key, q, k, v, attention_mask, key_padding_mask, drawn, self._environment)
-        )
+        tensors = tensors_of(q, k, v, options, drawn)
+        return AttentionState(*direct.run_prepared(call, self._key, tensors, self._environment))
 
     def _refuse(self, form: tuple[object, ...]) -> None:
         for at, name in enumerate(("q", "k", "v")):
@@ -181,21 +168,18 @@ def prepare(
         softmax_scale = float(softmax_scale)
     if isinstance(dropout_p, int) and not isinstance(dropout_p, bool):
         dropout_p = float(dropout_p)
-    return PreparedAttention(
-        q,
-        k,
-        v,
-        pattern,
+    options = Options(
         attention_mask,
         key_padding_mask,
-        is_causal=is_causal,
-        softmax_scale=softmax_scale,
-        dropout_p=dropout_p,
-        backend=backend,
-        deterministic=deterministic,
-        out_dtype=out_dtype,
-        environment=environment,
+        environment,
+        deterministic,
+        is_causal,
+        softmax_scale,
+        dropout_p,
+        backend,
+        out_dtype,
     )
+    return PreparedAttention(q, k, v, pattern, options)
 
 
 def prepared_stats() -> dict[str, object]:

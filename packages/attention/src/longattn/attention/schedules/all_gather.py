@@ -64,7 +64,7 @@ class _GatheredRun(ScheduleRun):
         self.place, self.work = members.place, work
         self.whole = WholeSequence(members, work)
         check_masks(work, self.whole.nq, self.whole.nk)
-        self.seed, self.mask, self.bias = self.whole.seed, work.mask, work.bias
+        self.seed, self.mask, self.bias = self.whole.seed, work.tensors.mask, work.tensors.bias
         sizes = [sum(span.length for span in rows) for rows in self.whole.keys.rows()]
         self.k, self.v = (self._gathered(x, sizes) for x in (work.k, work.v))
         self.padding = None if work.padding is None else self._gathered(work.padding, sizes)

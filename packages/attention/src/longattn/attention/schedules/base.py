@@ -60,11 +60,11 @@ class Schedule(ABC):
         return (Span(0, length),)
 
     def exchange_metadata(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
-        """What becomes `ScheduleWork.asked.seed`. Default: the seed. Over a process group: the metadata of all ranks, with rank 0's seed.
+        """What becomes `ScheduleWork.tensors.metadata`. Default: None. Over a process group: the metadata of all ranks, with rank 0's seed.
 
         flags: `extents.mask_flags` of this rank's masks.
         """
-        return seed
+        return None
 
     def extents(self, nq: int, nk: int, metadata: Tensor | None) -> Extents:
         """Where this process's rows of q and k, `nq` and `nk` of them, stand in the whole sequence; metadata is from `exchange_metadata`.

@@ -15,7 +15,16 @@ from torch import Tensor
 from longattn.attention.schedules.layouts import Spans, add_rows, select_rows
 from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun
 from longattn.kernels import AttentionState, Environment
-from longattn.kernels.interface import OpArguments, attend_rectangle, merge_into, rectangle_gradients, state_dtype
+from longattn.kernels.interface import (
+    Cotangents,
+    Gradients,
+    OpArguments,
+    OpTensors,
+    attend_rectangle,
+    merge_into,
+    rectangle_gradients,
+    state_dtype,
+)
 
 
 def forward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> tuple[Tensor, Tensor]:
@@ -24,24 +33,21 @@ def forward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> t
     for shard in run.shards():
         parts, q = _Parts(), shard.queries[0]
         for step in shard.steps:
-            rectangle = _rectangle(run, shard, step, asked)
+            tensors, rectangle = _rectangle(run, shard, step, asked)
             if run.one_step:
                 rectangle = rectangle._replace(out_dtype=asked.out_dtype)
-            bias = _cut(run.bias, shard.rows, step.rows)
-            state = attend_step(q, step, bias, rectangle, environment, skip_empty=not run.one_step)
+            state = attend_step(tensors, rectangle, environment, skip_empty=not run.one_step)
             if state is not None:
                 parts.add(state)
             # Not kept while the next step's keys are awaited.
-            del step
+            del step, tensors
         state = parts.merged() or AttentionState.empty(q)
         results.append((state.out, state.lse))
     out, lse = run.join(results)
     return out.to(asked.out_dtype), lse
 
 
-def backward(
-    run: ScheduleRun, asked: OpArguments, environment: Environment
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> Gradients:
     """dq, dk, dv, and the bias's gradient where asked for; in float32 (float64) where parts were added up, in the caller's rows."""
     dbias = None
     if asked.bias_grad and run.bias is not None:
@@ -49,66 +55,43 @@ def backward(
     results: list[tuple[Tensor, ...]] = []
     for shard in run.shards():
         dq = GradientSum(shard.queries[0])
+        _, grad_out, out, lse, *rest = shard.queries
+        cotangents = Cotangents(grad_out, rest[0] if rest else None, out, lse)
         for step in shard.steps:
-            rectangle = _rectangle(run, shard, step, asked)
-            bias = _cut(run.bias, shard.rows, step.rows)
-            skip = not run.one_step
-            gradients = attend_step_backward(shard.queries, step, bias, rectangle, environment, skip_empty=skip)
+            tensors, rectangle = _rectangle(run, shard, step, asked)
+            gradients = rectangle_gradients(cotangents, tensors, rectangle, environment, skip_empty=not run.one_step)
             if gradients is None:
                 continue
             dq_part, dk, dv, dbias_part = gradients
             dq.add(dq_part)
             step.give(dk, dv)
-            if dbias is not None:
+            if dbias is not None and dbias_part is not None:
                 _add_cut(dbias, shard.rows, step.rows, dbias_part)
             # Not kept while the next step's keys are awaited.
-            del step, gradients, dq_part, dk, dv, dbias_part
+            del step, tensors, gradients, dq_part, dk, dv, dbias_part
         results.append((dq.total(),))
     (dq,) = run.join(results)
     return (dq, *run.key_gradients(), None if dbias is None else run.bias_gradient(dbias))
 
 
 def attend_step(
-    q: Tensor,
-    step: KeyStep,
-    bias: Tensor | None,
-    asked: OpArguments,
-    environment: Environment,
-    *,
-    skip_empty: bool = False,
+    tensors: OpTensors, asked: OpArguments, environment: Environment, *, skip_empty: bool = False
 ) -> AttentionState | None:
     """One rectangle's state; None where no pair is visible and `skip_empty` is set."""
-    computed = attend_rectangle(q, step.k, step.v, bias, None, asked, environment, skip_empty=skip_empty)
+    computed = attend_rectangle(tensors, asked, environment, skip_empty=skip_empty)
     return None if computed is None else AttentionState(*computed)
 
 
-def attend_step_backward(
-    queries: tuple[Tensor, ...],
-    step: KeyStep,
-    bias: Tensor | None,
-    asked: OpArguments,
-    environment: Environment,
-    *,
-    skip_empty: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """One rectangle's dq, dk, dv and dbias, from (q, grad_out, out, lse[, grad_lse]) of its query rows; None as above."""
-    q, grad_out, out, lse, *rest = queries
-    grad_lse = rest[0] if rest else None
-    return rectangle_gradients(
-        grad_out, grad_lse, q, step.k, step.v, bias, out, lse, asked, environment, skip_empty=skip_empty
-    )
-
-
-def _rectangle(run: ScheduleRun, shard: QueryShard, step: KeyStep, asked: OpArguments) -> OpArguments:
-    """The arguments of the kernels for one shard and one step; by default they compute a partial state."""
-    return asked._replace(
-        mask=_cut(run.mask, shard.rows, step.rows),
-        key_padding=step.padding,
-        seed=run.seed,
+def _rectangle(run: ScheduleRun, shard: QueryShard, step: KeyStep, asked: OpArguments) -> tuple[OpTensors, OpArguments]:
+    """What the kernels are asked for one shard and one step; by default they compute a partial state."""
+    q = shard.queries[0]
+    mask, bias = (_cut(x, shard.rows, step.rows) for x in (run.mask, run.bias))
+    return OpTensors(q, step.k, step.v, bias, mask, step.padding, run.seed), asked._replace(
         q_spans=_flat(shard.spans),
         k_spans=_flat(step.spans),
         heads=list(shard.heads),
-        out_dtype=state_dtype(shard.queries[0].dtype),
+        out_dtype=state_dtype(q.dtype),
+        schedule="",
     )
 
 

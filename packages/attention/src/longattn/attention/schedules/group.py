@@ -172,7 +172,7 @@ class WholeSequence:
     """
 
     def __init__(self, members: Members, work: ScheduleWork) -> None:
-        metadata = work.asked.seed
+        metadata = work.tensors.metadata
         self.me = members.place.rank
         self.seed = metadata[0, 3] if metadata is not None and work.asked.dropout_p else None
         # Of all groups: a mask is of one kind in the whole sequence.
@@ -210,7 +210,7 @@ def _fitting(members: Members, lengths: Sequence[int]) -> Layout:
 def check_masks(work: ScheduleWork, nq: int, nk: int) -> None:
     """Check what one shard could not show before the exchange: masks have the whole sequence's columns, and queries have positions."""
     q, keys = work.queries[0], work.k.new_empty(()).expand(work.k.shape[0], nk, *work.k.shape[2:])
-    check_attention_mask(work.mask if work.bias is None else work.bias, q, keys)
+    check_attention_mask(work.tensors.mask if work.tensors.bias is None else work.tensors.bias, q, keys)
     if not work.asked.q_spans and nq > nk and parse_pattern(work.asked.pattern).positional:
         raise ValueError(
             f"q_start must be given where queries outnumber keys and positions matter, got Nq={nq}, Nk={nk}"

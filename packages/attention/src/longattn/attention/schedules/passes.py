@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longattn.attention.schedules.layouts import Spans
 from longattn.kernels import Environment
-from longattn.kernels.interface import OpArguments, state_dtype
+from longattn.kernels.interface import OpArguments, OpTensors, state_dtype
 from longattn.patterncache import Span
 
 
@@ -25,20 +25,31 @@ class ScheduleWork:
 
     Attributes:
         queries: q (batch, Nq, heads, head_dim), and in a backward the tensors of its rows: grad_out, out, lse, perhaps grad_lse.
-        k, v: (batch, Nk, kv_heads, head_dim). padding: (batch, Nk) bool, or None.
-        mask, bias: broadcastable to (batch, heads, Nq, keys of the whole sequence), or None.
-        asked: the call's other arguments; q_spans is empty where queries are the last positions; seed is from `Schedule.exchange_metadata`.
+        tensors: the call's. mask and bias are broadcastable to (batch, heads, Nq, keys of the whole sequence); metadata is from
+            `Schedule.exchange_metadata`.
+        asked: the call's other arguments; q_spans is empty where queries are the last positions.
         environment: where plans are cached and memory comes from.
     """
 
     queries: tuple[Tensor, ...]
-    k: Tensor
-    v: Tensor
-    padding: Tensor | None
-    mask: Tensor | None
-    bias: Tensor | None
+    tensors: OpTensors
     asked: OpArguments
     environment: Environment
+
+    @property
+    def k(self) -> Tensor:
+        """(batch, Nk, kv_heads, head_dim)."""
+        return self.tensors.k
+
+    @property
+    def v(self) -> Tensor:
+        """(batch, Nk, kv_heads, head_dim)."""
+        return self.tensors.v
+
+    @property
+    def padding(self) -> Tensor | None:
+        """(batch, Nk) bool, or None."""
+        return self.tensors.key_padding
 
 
 @dataclass(frozen=True)

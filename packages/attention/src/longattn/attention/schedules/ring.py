@@ -109,7 +109,7 @@ class Ring(OverGroup, name="ring"):
 
     def exchange_metadata(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
         """With a group, the metadata of all ranks: lengths, and rank 0's seed."""
-        return seed if self.members is None else super().exchange_metadata(nq, nk, flags, seed)
+        return None if self.members is None else super().exchange_metadata(nq, nk, flags, seed)
 
     def extents(self, nq: int, nk: int, metadata: Tensor | None) -> Extents:
         """This rank's rows; all of them where all ranks are played here."""
@@ -125,7 +125,7 @@ class _InProcessRun(ScheduleRun):
 
     def __init__(self, ring: Ring, work: ScheduleWork) -> None:
         self.work, self.one_step = work, ring.size == 1
-        self.seed, self.mask, self.bias = work.asked.seed, work.mask, work.bias
+        self.seed, self.mask, self.bias = work.tensors.seed, work.tensors.mask, work.tensors.bias
         nq, nk = work.queries[0].shape[1], work.k.shape[1]
         self.queries, self.keys = (LAYOUTS[ring.layout](n, ring.size) for n in (nq, nk))
         self.spans = query_spans(work.asked, nq, nk)

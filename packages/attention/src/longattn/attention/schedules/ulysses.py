@@ -24,6 +24,7 @@ from longattn.attention.schedules.head_exchange import HeadExchange
 from longattn.attention.schedules.layouts import LayoutName, Spans, count_rows, take
 from longattn.attention.schedules.local import Local
 from longattn.attention.schedules.passes import QueryShard, ScheduleRun, ScheduleWork
+from longattn.kernels.interface import OpTensors
 
 
 @dataclass(frozen=True, init=False)
@@ -146,16 +147,17 @@ def _as_one(flags: list[int]) -> int:
 
 class _HeadsRun(ScheduleRun):
     def __init__(self, ulysses: Ulysses, work: ScheduleWork) -> None:
-        members, inner, metadata = ulysses.members, ulysses.inner, work.asked.seed
+        members, inner, given = ulysses.members, ulysses.inner, work.tensors
         self.work, self.whole = work, WholeSequence(members, work)
         self.exchange = HeadExchange(members.place, self.whole, work, self.whole.rows)
-        mask, bias = (None if x is None else self.exchange.mask_to_heads(x) for x in (work.mask, work.bias))
-        rest = self.whole.seed if not inner.distributed else ulysses._inner_metadata(metadata)
-        asked = work.asked._replace(heads=self.exchange.heads, seed=rest)
+        mask, bias = (None if x is None else self.exchange.mask_to_heads(x) for x in (given.mask, given.bias))
         queries = tuple(self.exchange.to_heads(x, self.whole.queries) for x in work.queries)
         k, v = (self.exchange.to_heads(x, self.whole.keys) for x in (work.k, work.v))
         padding = None if work.padding is None else self.exchange.padding_to_heads(work.padding)
-        inside = ScheduleWork(queries, k, v, padding, mask, bias, asked, work.environment)
+        metadata = ulysses._inner_metadata(given.metadata)
+        tensors = OpTensors(queries[0], k, v, bias, mask, padding, self.whole.seed, metadata=metadata)
+        asked = work.asked._replace(heads=self.exchange.heads)
+        inside = ScheduleWork(queries, tensors, asked, work.environment)
         if not inner.distributed:
             check_masks(inside, self.whole.nq, self.whole.nk)
         self.inside = inner.start(inside)
@@ -180,5 +182,6 @@ class _HeadsRun(ScheduleRun):
         )
 
     def bias_gradient(self, gradient: Tensor) -> Tensor:
-        assert self.work.bias is not None
-        return self.exchange.mask_to_rows(self.inside.bias_gradient(gradient), self.work.bias)
+        bias = self.work.tensors.bias
+        assert bias is not None
+        return self.exchange.mask_to_rows(self.inside.bias_gradient(gradient), bias)

@@ -21,7 +21,7 @@ from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.memo import Memo
 from longattn.kernels.dispatch.native_choice import raw_choice
 from longattn.kernels.dispatch.table import Row, RowFailure, select
-from longattn.kernels.ops.arguments import OpArguments
+from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
 
@@ -29,14 +29,13 @@ logger = logging.getLogger("longattn.kernels")
 
 T = TypeVar("T")
 Forward = Callable[..., "tuple[Tensor, Tensor] | None"]
-Gradients = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 
 
 class PreparedCall:
     """What a signature of a call came to.
 
     Attributes:
-        arguments: the op's arguments, tensors left out. plan_key: the pattern cache's key. row: who serves.
+        arguments: the op's arguments. plan_key: the pattern cache's key. row: who serves.
         used: whether somebody asked for it since the memo last passed over it.
         successor: the same call prepared with a newer plan, once the cache answered with one.
     """
@@ -54,10 +53,9 @@ class PreparedCall:
         "used",
     )
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, prior: bool, asked: OpArguments, plan: Plan
-    ):
-        self.arguments = asked._replace(mask=None, key_padding=None, seed=None)
+    def __init__(self, tensors: OpTensors, asked: OpArguments, plan: Plan):
+        q, k = tensors.q, tensors.k
+        self.arguments = asked
         self.used = False
         self.successor: PreparedCall | None = None
         self.scale = q.shape[-1] ** -0.5 if asked.scale is None else asked.scale
@@ -74,12 +72,12 @@ class PreparedCall:
             kv_heads=k.shape[2],
             head_dim=q.shape[3],
             listed=plan.listed,
-            attention_mask=asked.mask is not None,
-            bias=bias is not None,
+            attention_mask=tensors.mask is not None,
+            bias=tensors.bias is not None,
             bias_grad=asked.bias_grad,
-            key_padding=asked.key_padding is not None,
+            key_padding=tensors.key_padding is not None,
             dropout=asked.dropout_p > 0,
-            prior=prior,
+            prior=tensors.prior_out is not None,
             backward=asked.needs_grad,
             deterministic=asked.deterministic,
             architecture=architecture_of(q.device),
@@ -90,21 +88,10 @@ class PreparedCall:
         """Whether this is the very plan that the call was prepared with."""
         return self._plan() is plan
 
-    def call(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        key_padding: Tensor | None,
-        prior: tuple[Tensor, Tensor] | None,
-        seed: Tensor | None,
-        plan: Plan,
-        environment: Environment,
-    ) -> Call:
+    def call(self, tensors: OpTensors, plan: Plan, environment: Environment) -> Call:
         """The call as a row takes it."""
         asked = self.arguments
+        q, k, v, bias, mask, key_padding, seed, prior_out, prior_lse, _ = tensors
         if key_padding is not None and not self.row.capability.skips_padding:
             # 0 * NaN is NaN: what padding holds must not meet a product at all.
             k, v = (_without_padding(x, key_padding, environment) for x in (k, v))
@@ -117,7 +104,7 @@ class PreparedCall:
             mask=_four_axes(mask),
             bias=_four_axes(bias),
             key_padding=key_padding,
-            prior=prior,
+            prior=None if prior_out is None or prior_lse is None else (prior_out, prior_lse),
             dropout_p=asked.dropout_p,
             seed=0 if seed is None else int(seed),
             out_dtype=asked.out_dtype,
@@ -125,48 +112,22 @@ class PreparedCall:
             allocator=environment.allocator,
         )
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        key_padding: Tensor | None,
-        prior: tuple[Tensor, Tensor] | None,
-        seed: Tensor | None,
-        plan: Plan,
-        environment: Environment,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, tensors: OpTensors, plan: Plan, environment: Environment) -> tuple[Tensor, Tensor]:
         """(out, lse) of tensors of this signature."""
         if self._forward is not None:
-            computed = self._forward(q, k, v, seed, environment.allocator)
+            computed = self._forward(tensors.q, tensors.k, tensors.v, tensors.seed, environment.allocator)
             if computed is not None:
                 return computed
             self._asked_to_bind = False
-        call = self.call(q, k, v, bias, mask, key_padding, prior, seed, plan, environment)
+        call = self.call(tensors, plan, environment)
         computed = self.row.forward(call)
         if not self._asked_to_bind and self.row.bind is not None:
             self._forward, self._asked_to_bind = self.row.bind(call, *computed), True
         return computed
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        key_padding: Tensor | None,
-        seed: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        plan: Plan,
-        environment: Environment,
-    ) -> Gradients:
+    def backward(self, cotangents: Cotangents, tensors: OpTensors, plan: Plan, environment: Environment) -> Gradients:
         """dq, dk, dv and dbias."""
+        grad_out, grad_lse, out, lse = cotangents
         key = (
             grad_out.stride(),
             grad_out.dtype,
@@ -176,11 +137,11 @@ class PreparedCall:
         )
         bound = self._backward.get(key)
         if bound:
-            gradients = bound(grad_out, grad_lse, q, k, v, out, lse, seed, environment.allocator)
+            gradients = bound(cotangents, tensors, environment.allocator)
             if gradients is not None:
                 return gradients
             bound = None
-        call = self.call(q, k, v, bias, mask, key_padding, None, seed, plan, environment)
+        call = self.call(tensors, plan, environment)
         gradients = self.row.backward(call, grad_out, grad_lse, out, lse, self.arguments.bias_grad)
         if bound is None and self.row.bind_backward is not None and len(self._backward) < _MOST_GRADIENT_FORMS:
             self._backward[key] = self.row.bind_backward(call, grad_out, grad_lse, out, lse, gradients) or False
@@ -195,14 +156,7 @@ PREPARED: Memo[PreparedCall] = Memo(max_size=1024)
 
 
 def prepared_for(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    prior: tuple[Tensor, Tensor] | None,
-    asked: OpArguments,
-    environment: Environment,
-    plan: Plan | None = None,
+    tensors: OpTensors, asked: OpArguments, environment: Environment, plan: Plan | None = None
 ) -> tuple[PreparedCall, Plan]:
     """The prepared call of the op's arguments, and its plan: the given one, or what the environment's cache holds.
 
@@ -210,38 +164,26 @@ def prepared_for(
         ValueError: no row fits; the message gives each row's reasons.
     """
     where = plan_key(asked)
-    key = (
-        *described(q),
-        *described(k),
-        *described(v),
-        *(None if x is None else described(x) for x in (bias, asked.mask, asked.key_padding)),
-        None if prior is None else (*described(prior[0]), *described(prior[1])),
-        *where,
-        *asked[7:],
-        *process_settings(),
-    )
+    forms = tuple(None if x is None else described(x) for x in tensors)
+    key = (forms, where, asked[len(where) :], *process_settings())
     prepared = PREPARED.find(key)
     plan = find_plan_of(where, environment) if plan is None else plan
     if prepared is None or not prepared.serves(plan):
-        prepared = PreparedCall(q, k, v, bias, prior is not None, asked, plan)
+        prepared = PreparedCall(tensors, asked, plan)
         PREPARED.keep(key, prepared)
     return prepared, plan
 
 
 def served(
     compute: Callable[[PreparedCall, Plan], T],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    prior: tuple[Tensor, Tensor] | None,
+    tensors: OpTensors,
     asked: OpArguments,
     environment: Environment,
     plan: Plan | None = None,
 ) -> T:
     """What the chosen row computes. One whose compiler fails refuses from then on, and the next serves, unless it was named."""
     while True:
-        prepared, found = prepared_for(q, k, v, bias, prior, asked, environment, plan)
+        prepared, found = prepared_for(tensors, asked, environment, plan)
         try:
             return compute(prepared, found)
         except RowFailure as failure:

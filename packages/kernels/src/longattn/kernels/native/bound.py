@@ -18,6 +18,7 @@ from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import Allocator
 from longattn.kernels.native import building
 from longattn.kernels.native.arguments import TYPES, CallArgument, PackedJobs, TensorArgument
+from longattn.kernels.ops.arguments import Cotangents, OpTensors
 
 _Bytes = ctypes.c_char * ctypes.sizeof(CallArgument)
 _write = Struct("=Q").pack_into
@@ -87,7 +88,7 @@ class BoundForward:
 
 
 class BoundBackward:
-    """(grad_out, grad_lse, q, k, v, out, lse, seed, allocator) -> (dq, dk, dv, None), for gradients laid out as they were.
+    """(cotangents, tensors, allocator) -> (dq, dk, dv, None), for gradients laid out as they were.
 
     Args:
         argument: the library's argument of that backward.
@@ -109,21 +110,14 @@ class BoundBackward:
         self._complete, self._device = complete, call.q.device
 
     def __call__(
-        self,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        seed: Tensor | None,
-        allocator: Allocator,
+        self, cotangents: Cotangents, tensors: OpTensors, allocator: Allocator
     ) -> tuple[Tensor, Tensor, Tensor, None] | None:
         """Compute; gradients are contiguous and torch's own memory."""
         jobs = self._jobs()
         if jobs is None:
             return None
+        grad_out, grad_lse, out, lse = cotangents
+        q, k, v, seed = tensors.q, tensors.k, tensors.v, tensors.seed
         make_queries, make_keys = (torch.empty if written else torch.zeros for written in self._complete)
         types = self._types
         dq = make_queries(self._queries, dtype=types[0])

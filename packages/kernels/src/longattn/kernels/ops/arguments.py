@@ -1,27 +1,52 @@
-"""`OpArguments`: what both ops are asked beside the tensors that have gradients, and the schema that torch reads."""
+"""What crosses to torch: `OpTensors` and `OpArguments` are the arguments of every op over attention, and the schema follows from them.
+
+To add an argument, add a field: a tensor with a gradient after `bias`, with a flag `<name>_grad` among the arguments; another tensor after
+`key_padding`; anything else to `OpArguments`. Schema, fakes, autograd, vmap and the memo's keys take it from here.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 
-class OpArguments(NamedTuple):
-    """The arguments that both ops share, in their order: what is asked, without the tensors that have gradients.
+class OpTensors(NamedTuple):
+    """The tensors of a call. The first `GRADED` of them have gradients.
 
     Attributes:
-        mask: bool, broadcastable to (batch, heads, Nq, Nk), or None. key_padding: (batch, Nk) bool, or None.
+        q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim).
+        bias: floating, broadcastable to (batch, heads, Nq, Nk), or None. mask: bool, likewise.
+        key_padding: (batch, Nk) bool, or None.
         seed: 0-dim int64, or None without dropout.
-        pattern: canonical string. q_spans, k_spans: flat (start, length, step) triples. heads: (total, first, count).
-        needs_grad, bias_grad: whether q, k or v, and whether bias, will want a gradient.
-        backend: a row's name, or ''. env: an environment's name, or ''.
+        prior_out, prior_lse: a state to merge onto, read only, or None. Only of `longattn::attend`.
+        metadata: (ranks, 4) int64, what the ranks of a schedule over a process group told one another, or None.
     """
 
-    mask: Tensor | None
-    key_padding: Tensor | None
-    seed: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    key_padding: Tensor | None = None
+    seed: Tensor | None = None
+    prior_out: Tensor | None = None
+    prior_lse: Tensor | None = None
+    metadata: Tensor | None = None
+
+
+class OpArguments(NamedTuple):
+    """What is asked beside the tensors. Its first four fields are the pattern cache's key.
+
+    Attributes:
+        pattern: canonical string. q_spans, k_spans: flat (start, length, step) triples; empty: the schedule knows, from all ranks.
+        heads: (total, first, count).
+        needs_grad, bias_grad: whether q, k or v, and whether bias, will want a gradient.
+        backend: a row's name, or ''. env: an environment's name, or ''.
+        schedule: canonical string of a schedule; '' in `longattn::attend`.
+    """
+
     pattern: str
     q_spans: list[int]
     k_spans: list[int]
@@ -34,10 +59,40 @@ class OpArguments(NamedTuple):
     deterministic: bool
     out_dtype: torch.dtype
     env: str
+    schedule: str = ""
 
 
-SCHEMA = (
-    "Tensor? mask, Tensor? key_padding, Tensor? seed, str pattern, SymInt[] q_spans, SymInt[] k_spans, SymInt[] heads, "
-    "float? scale, float dropout_p, bool needs_grad, bool bias_grad, str backend, bool deterministic, ScalarType out_dtype, str env"
-)
-"""`OpArguments` in the language of torch's operator schemas."""
+class Cotangents(NamedTuple):
+    """What a backward has beside the arguments of its forward: gradients of its results, and the results."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    out: Tensor
+    lse: Tensor
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
+"""Of the first `GRADED` tensors: dq, dk, dv, dbias."""
+
+GRADED = 4
+OPTIONAL_GRADED = OpTensors._fields[3:GRADED]
+"""Those of them that a call need not have; `<name>_grad` of `OpArguments` says whether one wants a gradient."""
+
+TENSORS = len(OpTensors._fields)
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    str: "str",
+    bool: "bool",
+    float: "float",
+    float | None: "float?",
+    list[int]: "SymInt[]",
+    torch.dtype: "ScalarType",
+}
+
+
+def schema(*kinds: type) -> str:
+    """The fields of some of these classes in the language of torch's operator schemas."""
+    hints = [item for kind in kinds for item in get_type_hints(kind).items()]
+    return ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in hints)

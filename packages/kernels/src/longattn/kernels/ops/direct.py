@@ -25,8 +25,9 @@ from longattn.kernels.dispatch.prepared import (
     served,
 )
 from longattn.kernels.dispatch.table import RowFailure
-from longattn.kernels.ops.arguments import OpArguments
+from longattn.kernels.ops.arguments import Cotangents, OpArguments, OpTensors
 from longattn.kernels.ops.attend_op import rectangle_gradients
+from longattn.kernels.options import IN_FORM, Options, of_documented_types
 from longattn.patterncache import Pattern, Plan
 
 _PLAIN = (Tensor, Parameter)
@@ -56,22 +57,7 @@ def is_plain() -> bool:
 
 
 def signature(
-    place: str,
-    q: object,
-    k: object,
-    v: object,
-    pattern: object,
-    *,
-    is_causal: object,
-    softmax_scale: object,
-    attention_mask: object,
-    key_padding_mask: object,
-    dropout_p: object,
-    backend: object,
-    deterministic: object,
-    environment: object,
-    out_dtype: object = None,
-    q_start: object = None,
+    place: str, q: object, k: object, v: object, pattern: object, options: Options
 ) -> tuple[Hashable, ...] | None:
     """What the memo knows a call of the public function `place` by; None where the call does not go this way.
 
@@ -87,23 +73,15 @@ def signature(
         if not isinstance(pattern, Pattern):
             return None
         text = pattern.canonical()
-    if (
-        (softmax_scale is not None and type(softmax_scale) is not float)
-        or type(dropout_p) is not float
-        or (backend is not None and type(backend) is not str)
-        or not (is_causal is None or is_causal is True or is_causal is False)
-        or not (deterministic is None or deterministic is True or deterministic is False)
-        or (environment is not None and type(environment) is not Environment)
-        or (out_dtype is not None and type(out_dtype) is not torch.dtype)
-        or (q_start is not None and type(q_start) is not int)
-    ):
+    if not of_documented_types(options):
         return None
+    mask, key_padding, environment, deterministic = options[:IN_FORM]
     beside: tuple[Hashable, ...] = ()
-    if attention_mask is not None or key_padding_mask is not None:
-        given = (attention_mask, key_padding_mask)
-        if any(x is not None and not is_plain_tensor(x) for x in given) or _bias_wants_grad(attention_mask):
+    if mask is not None or key_padding is not None:
+        given = (mask, key_padding)
+        if any(x is not None and not is_plain_tensor(x) for x in given) or (mask is not None and mask.requires_grad):
             return None
-        beside = tuple(None if x is None else described(x) for x in given)  # type: ignore[arg-type]
+        beside = tuple(None if x is None else described(x) for x in given)
     return (
         place,
         text,
@@ -111,14 +89,9 @@ def signature(
         *described(k),
         *described(v),
         beside,
-        is_causal,
-        softmax_scale,
-        dropout_p,
-        backend,
+        None if environment is None else environment.name,
         _deterministic() if deterministic is None else deterministic,
-        None if environment is None else environment.name,  # type: ignore[attr-defined]
-        out_dtype,
-        q_start,
+        *options[IN_FORM:],
         _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         *process_settings(),
     )
@@ -135,10 +108,6 @@ def is_plain_tensor(x: object) -> bool:
     return x.layout is _STRIDED and not x.is_nested and not x.is_neg()
 
 
-def _bias_wants_grad(mask: Any) -> bool:
-    return mask is not None and mask.requires_grad
-
-
 def find_prepared(key: tuple[Hashable, ...]) -> PreparedCall | None:
     """The prepared call of a `signature`, or None."""
     return PREPARED.find(key)
@@ -147,101 +116,70 @@ def find_prepared(key: tuple[Hashable, ...]) -> PreparedCall | None:
 def run_prepared(
     call: PreparedCall,
     key: tuple[Hashable, ...],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    key_padding: Tensor | None,
-    seed: Tensor | None,
+    tensors: OpTensors,
     environment: Environment | None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the prepared call of a `signature`; differentiable where it was prepared so.
 
-    mask: bool or floating, which is a bias. environment: None is the default one. plan: what its cache answered, if it was asked.
+    environment: None is the default one. plan: what its cache answered, if it was asked.
     """
     if environment is None:
         environment = DEFAULT_ENVIRONMENT
-    bias = None
-    if mask is not None and mask.dtype != torch.bool:
-        mask, bias = None, mask
     if call.arguments.needs_grad:
-        return _Direct.apply(call, key, environment, plan, q, k, v, bias, mask, key_padding, seed)  # type: ignore[return-value]
-    return _forward(call, key, environment, plan, q, k, v, bias, mask, key_padding, seed)
+        return _Direct.apply(tensors.q, tensors.k, tensors.v, (call, key, tensors, environment, plan))  # type: ignore[return-value]
+    return _forward(call, key, tensors, environment, plan)
 
 
 def prepare_and_run(
-    key: tuple[Hashable, ...],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    asked: OpArguments,
-    environment: Environment | None,
+    key: tuple[Hashable, ...], tensors: OpTensors, asked: OpArguments, environment: Environment | None
 ) -> tuple[Tensor, Tensor]:
     """The first call of a `signature`, whose arguments have been checked: (out, lse), and the memo knows the next one."""
-    call, plan = prepare_checked(key, q, k, v, bias, asked, environment)
-    mask = asked.mask if bias is None else bias
-    return run_prepared(call, key, q, k, v, mask, asked.key_padding, asked.seed, environment, plan)
+    call, plan = prepare_checked(key, tensors, asked, environment)
+    return run_prepared(call, key, tensors, environment, plan)
 
 
 def prepare_checked(
-    key: tuple[Hashable, ...],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    asked: OpArguments,
-    environment: Environment | None,
+    key: tuple[Hashable, ...], tensors: OpTensors, asked: OpArguments, environment: Environment | None
 ) -> tuple[PreparedCall, Plan]:
     """The prepared call of a `signature` whose arguments have been checked, and its plan; the memo knows it from now on."""
     environment = DEFAULT_ENVIRONMENT if environment is None else environment
-    wanted = _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    call, plan = prepared_for(q, k, v, bias, None, asked._replace(needs_grad=wanted), environment)
+    wanted = _is_grad_enabled() and any(x.requires_grad for x in tensors[:3])
+    call, plan = prepared_for(tensors, asked._replace(needs_grad=wanted), environment)
     PREPARED.keep(key, call)
     return call, plan
 
 
 def _forward(
-    call: PreparedCall,
-    key: tuple[Hashable, ...],
-    environment: Environment,
-    plan: Plan | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    key_padding: Tensor | None,
-    seed: Tensor | None,
+    call: PreparedCall, key: tuple[Hashable, ...], tensors: OpTensors, environment: Environment, plan: Plan | None
 ) -> tuple[Tensor, Tensor]:
     if plan is None:
         plan = find_plan_of(call.plan_key, environment)
     if call.serves(plan):
         try:
-            return call.forward(q, k, v, bias, mask, key_padding, None, seed, plan, environment)
+            return call.forward(tensors, plan, environment)
         except RowFailure:
             # A row that was named raises; else `served` asks the table again, where the row now says why it refuses.
             PREPARED.clear()
             if call.arguments.backend:
                 raise
-    asked = call.arguments._replace(mask=mask, key_padding=key_padding, seed=seed)
 
     def compute(anew: PreparedCall, plan: Any) -> tuple[Tensor, Tensor]:
         call.successor = anew
         PREPARED.keep(key, anew)
-        return anew.forward(q, k, v, bias, mask, key_padding, None, seed, plan, environment)
+        return anew.forward(tensors, plan, environment)
 
-    return served(compute, q, k, v, bias, None, asked, environment, plan=plan)
+    return served(compute, tensors, call.arguments, environment, plan)
 
 
 class _Direct(torch.autograd.Function):
     """A prepared call under autograd; saves q, k, v, out and lse, and what masks."""
 
     @staticmethod
-    def forward(ctx: Any, call: PreparedCall, key: Any, environment: Any, plan: Any, *tensors: Any) -> Any:  # type: ignore[override]
-        """(call, key, environment, plan, q, k, v, bias, mask, key_padding, seed) -> (out, lse)."""
-        out, lse = _forward(call, key, environment, plan, *tensors)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rest: Any) -> Any:  # type: ignore[override]
+        """(q, k, v, (call, key, tensors, environment, plan)) -> (out, lse)."""
+        call, key, tensors, environment, plan = rest
+        out, lse = _forward(call, key, tensors, environment, plan)
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.save_for_backward(*tensors, out, lse)
@@ -250,23 +188,21 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:  # type: ignore[override]
         """dq, dk, dv by the row that served the forward; through the op where somebody else looks on, or would differentiate again."""
-        q, k, v, bias, mask, key_padding, seed, out, lse = ctx.saved_tensors
+        *saved, out, lse = ctx.saved_tensors
+        tensors = OpTensors(*saved)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         call: PreparedCall = ctx.call
-        asked = call.arguments._replace(mask=mask, key_padding=key_padding, seed=seed)
+        asked, cotangents = call.arguments, Cotangents(grad_out, grad_lse, out, lse)
         if not is_plain() or _is_grad_enabled() or type(grad_out) is not Tensor:
-            backward = torch.ops.longattn.attend_backward
-            dq, dk, dv, _ = backward(grad_out, grad_lse, q, k, v, bias, out, lse, *asked)
-            return None, None, None, None, dq, dk, dv, None, None, None, None
+            dq, dk, dv, *_ = torch.ops.longattn.attend_backward(*cotangents, *tensors, *asked)
+            return dq, dk, dv, None
         environment = find_environment(asked.env, may_be_gone=True)
         plan = find_plan_of(call.plan_key, environment)
         if call.serves(plan):
-            dq, dk, dv, _ = call.backward(
-                grad_out, grad_lse, q, k, v, bias, mask, key_padding, seed, out, lse, plan, environment
-            )
+            gradients = call.backward(cotangents, tensors, plan, environment)
         else:
-            gradients = rectangle_gradients(grad_out, grad_lse, q, k, v, bias, out, lse, asked, environment, plan=plan)
-            assert gradients is not None
-            dq, dk, dv, _ = gradients
-        return None, None, None, None, dq, dk, dv, None, None, None, None
+            anew = rectangle_gradients(cotangents, tensors, asked, environment, plan=plan)
+            assert anew is not None
+            gradients = anew
+        return *gradients[:3], None

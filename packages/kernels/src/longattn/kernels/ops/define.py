@@ -1,0 +1,210 @@
+"""`define`: an op over attention and its backward, in every form that torch asks for, from two functions on real tensors.
+
+The op itself for tracing, with fakes, autograd, vmap rules and FLOPs; and an `autograd.Function` with setup_context around it, which
+torch.func's transforms need. What the two functions do inside is opaque to all of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from longattn.kernels.ops.arguments import (
+    GRADED,
+    OPTIONAL_GRADED,
+    TENSORS,
+    Cotangents,
+    Gradients,
+    OpArguments,
+    OpTensors,
+    schema,
+)
+from longattn.kernels.ops.folding import map_backward, map_forward
+from longattn.kernels.state import state_dtype
+
+Compute = Callable[[OpTensors, OpArguments], tuple[Tensor, Tensor]]
+Differentiate = Callable[[Cotangents, OpTensors, OpArguments], Gradients]
+Pairs = Callable[[Any, Any, OpArguments], int]
+
+_BESIDE = len(Cotangents._fields)
+_PRIOR = OpTensors._fields.index("prior_out")
+
+
+def define(
+    library: torch.library.Library, name: str, compute: Compute, differentiate: Differentiate, pairs: Pairs
+) -> Compute:
+    """Register `longattn::NAME` and `longattn::NAME_backward`; return the caller's way into them, (tensors, asked) -> (out, lse).
+
+    Args:
+        library: of the namespace longattn.
+        compute: (tensors, asked) -> (out, lse), on real tensors, outside autograd.
+        differentiate: (cotangents, tensors, asked) -> gradients of the first `GRADED` tensors; None for what is not wanted.
+        pairs: (shape of q, shape of k, asked) -> visible (query, key) pairs of all heads of one batch element, from which FLOPs follow.
+    """
+    back = f"{name}_backward"
+    library.define(f"{name}({schema(OpTensors, OpArguments)}) -> (Tensor, Tensor)")
+    library.define(f"{back}({schema(Cotangents, OpTensors, OpArguments)}) -> ({', '.join(['Tensor'] * GRADED)})")
+    op, back_op = getattr(torch.ops.longattn, name), getattr(torch.ops.longattn, back)
+
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return compute(*_sorted(inputs))
+
+    def backward(*inputs: Any) -> tuple[Tensor, ...]:
+        tensors, asked = _sorted(inputs[_BESIDE:])
+        found = differentiate(Cotangents(*inputs[:_BESIDE]), tensors, asked)
+        return tuple(tensors.q.new_empty(0) if x is None else x for x in found)
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        if inputs[_PRIOR] is not None and any(ctx.needs_input_grad[:TENSORS]):
+            raise NotImplementedError(
+                f"longattn::{name} has no gradient through a prior; call longattn.kernels.attend, which merges"
+            )
+        ctx.set_materialize_grads(False)
+        ctx.asked = inputs[TENSORS:]
+        ctx.save_for_backward(*inputs[:TENSORS], *output)
+
+    def autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(back_op, ctx.saved_tensors, ctx.asked, grad_out, grad_lse)
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:  # type: ignore[override]
+            return op(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            # torch.compile wants ctx used here, not handed on.
+            ctx.asked = inputs[TENSORS:]
+            ctx.save_for_backward(*inputs[:TENSORS], *output)
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:  # type: ignore[override]
+            # torch.compile does not trace a Function inside a Function's backward; there the op itself will do.
+            call = back_op if torch.compiler.is_compiling() else Backward.apply
+            return _gradients(call, ctx.saved_tensors, ctx.asked, grad_out, grad_lse)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # type: ignore[override]
+            return map_forward(Forward.apply, info.batch_size, in_dims, inputs)
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:  # type: ignore[override]
+            return back_op(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass  # there is no second derivative
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+            refuse_second_order(ctx, *grads)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # type: ignore[override]
+            return map_backward(Backward.apply, info.batch_size, in_dims, inputs)
+
+    def refuse_second_order(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(f"longattn::{back} is not differentiable: second derivatives are not supported")
+
+    def op_map_forward(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return map_forward(op, info.batch_size, in_dims, inputs)
+
+    def op_map_backward(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return map_backward(back_op, info.batch_size, in_dims, inputs)
+
+    def flops(*shapes: Any, **_: Any) -> int:
+        # Two products of 2 * head_dim operations for each visible pair.
+        q, k = shapes[:2]
+        return 4 * q[0] * q[3] * pairs(q, k, OpArguments(*shapes[TENSORS:]))
+
+    def backward_flops(*shapes: Any, **_: Any) -> int:
+        # Five products: scores again, dP, dV, dK, dQ.
+        return flops(*shapes[_BESIDE:]) * 5 // 2
+
+    def call(tensors: OpTensors, asked: OpArguments) -> tuple[Tensor, Tensor]:
+        refuse_tangents(*tensors)
+        transformed = torch._C._are_functorch_transforms_active()
+        asked = _with_wanted(tensors, asked, transformed)
+        # torch.compile traces a Function under grad, but not under vmap alone; there the op has a rule of its own.
+        if transformed and not (torch.compiler.is_compiling() and any(map(is_batchedtensor, tensors[:3]))):
+            # torch.compile refuses one tensor in two places of an autograd.Function.
+            q, k, v, *rest = tensors
+            k = k.view_as(k) if k is q else k
+            v = v.view_as(v) if v is q or v is k else v
+            return Forward.apply(q, k, v, *rest, *asked)  # type: ignore[return-value]
+        return op(*tensors, *asked)
+
+    library.impl(name, forward, "CompositeExplicitAutograd")
+    library.impl(back, backward, "CompositeExplicitAutograd")
+    forms = {
+        name: (_fake, autograd, setup, op_map_forward),
+        back: (_fake_backward, refuse_second_order, None, op_map_backward),
+    }
+    for each, (fake, derivative, setup_context, rule) in forms.items():
+        torch.library.register_fake(f"longattn::{each}", fake, lib=library)
+        torch.library.register_autograd(f"longattn::{each}", derivative, setup_context=setup_context, lib=library)
+        torch.library.register_vmap(f"longattn::{each}", rule, lib=library)
+    register_flop_formula(op)(flops)
+    register_flop_formula(back_op)(backward_flops)
+    return call
+
+
+def _sorted(inputs: tuple[Any, ...]) -> tuple[OpTensors, OpArguments]:
+    return OpTensors(*inputs[:TENSORS]), OpArguments(*inputs[TENSORS:])
+
+
+def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    tensors, asked = _sorted(inputs)
+    q, v = tensors.q, tensors.v
+    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=asked.out_dtype)
+    return out, q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+
+
+def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    tensors, asked = _sorted(inputs[_BESIDE:])
+    wanted = _wanted(asked)
+    found = zip(tensors, wanted, strict=False)
+    return tuple(x.new_empty(x.shape) if want and x is not None else tensors.q.new_empty(0) for x, want in found)
+
+
+def _wanted(asked: OpArguments) -> list[bool]:
+    """Which of the first `GRADED` tensors the backward gives gradients of."""
+    return [True] * (GRADED - len(OPTIONAL_GRADED)) + [getattr(asked, f"{name}_grad") for name in OPTIONAL_GRADED]
+
+
+def _with_wanted(tensors: OpTensors, asked: OpArguments, transformed: bool) -> OpArguments:
+    """`asked` with what wants a gradient. Inside a transform requires_grad says little: any tensor may be differentiated."""
+    grads = torch.is_grad_enabled()
+    wanted = [x is not None and (transformed or (grads and x.requires_grad)) for x in tensors[:GRADED]]
+    flags = {f"{name}_grad": want for name, want in zip(OPTIONAL_GRADED, wanted[-len(OPTIONAL_GRADED) :], strict=True)}
+    return asked._replace(needs_grad=any(wanted), **flags)
+
+
+def _gradients(
+    call: Any, saved: tuple[Any, ...], asked: tuple[Any, ...], grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What autograd is given: by the backward `call`, for every argument of the forward."""
+    *tensors, out, lse = saved
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    found = call(grad_out, grad_lse, out, lse, *tensors, *asked)
+    wanted = _wanted(OpArguments(*asked))
+    none = (None,) * (TENSORS + len(OpArguments._fields) - GRADED)
+    return (*(x if want else None for x, want in zip(found, wanted, strict=True)), *none)
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError where a tensor carries a forward-mode tangent: the op would drop it without a word."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "attend has no forward-mode derivative (jvp): use reverse mode, such as torch.func.grad or vjp"
+        )
