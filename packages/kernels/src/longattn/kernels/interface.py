@@ -9,10 +9,8 @@ kernels; a model needs `longattn.kernels` alone.
 from longattn.kernels.check import (
     check_attention_mask,
     check_dropout,
-    check_flag,
     check_key_padding,
     check_qkv,
-    check_scale,
     check_sinks,
     refuse_torchscript,
 )
@@ -40,11 +38,9 @@ __all__ = [
     "check_attention_mask",
     "check_backend_name",
     "check_dropout",
-    "check_flag",
     "check_key_padding",
     "check_options",
     "check_qkv",
-    "check_scale",
     "check_sinks",
     "dtype_name",
     # a call as an op takes it

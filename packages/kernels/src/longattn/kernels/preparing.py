@@ -48,7 +48,7 @@ class PreparedAttention:
         tensors = tensors_of(q, k, v, options, as_seed(0) if self._drops else None)
         self._call = direct.prepare_checked(key, tensors, asked, self._environment)[0]
         self._key = key
-        self._form = (*described(q), *described(k), *described(v), wanted)
+        self._forms, self._wanted = (described(q), described(k), described(v)), wanted
         self._beside = tuple(None if x is None else described(x) for x in (mask, padding))
         # What was prepared with is not kept alive.
         self._options = options._replace(attention_mask=None, key_padding_mask=None)
@@ -80,15 +80,14 @@ class PreparedAttention:
             given: Any = options._asdict()
             del given["q_start"]
             return attend(q, k, v, self._pattern, seed=seed if self._drops else None, **given)
-        plain = direct.is_plain_tensor
-        if not (plain(q) and plain(k) and plain(v)):
+        forms = direct.plain_form(q), direct.plain_form(k), direct.plain_form(v)
+        if None in forms:
             raise TypeError(
                 f"q, k and v must be plain torch.Tensors, got {type(q).__name__}, {type(k).__name__}, {type(v).__name__}"
             )
         wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        form = (*described(q), *described(k), *described(v), wanted)
-        if form != self._form:
-            self._refuse(form)
+        if forms != self._forms or wanted is not self._wanted:
+            self._refuse(forms, wanted)
         if attention_mask is not None or key_padding_mask is not None or self._masked != (False, False):
             self._check_masks(attention_mask, key_padding_mask)
         drawn = as_seed(seed) if self._drops else None
@@ -98,16 +97,17 @@ class PreparedAttention:
         tensors = tensors_of(q, k, v, options, drawn)
         return AttentionState(*direct.run_prepared(call, self._key, tensors, self._environment))
 
-    def _refuse(self, form: tuple[object, ...]) -> None:
-        for at, name in enumerate(("q", "k", "v")):
-            for offset, part in enumerate(("shape", "strides", "dtype", "device")):
-                expected, came = self._form[4 * at + offset], form[4 * at + offset]
+    def _refuse(self, forms: tuple[Any, ...], wanted: bool) -> None:
+        for name, of_prepared, of_given in zip("qkv", self._forms, forms, strict=True):
+            for part, expected, came in zip(
+                ("shape", "strides", "dtype", "device"), of_prepared, of_given, strict=True
+            ):
                 if expected != came:
                     raise ValueError(
                         f"{name} must have the {part} that was prepared, {_text(expected)}, got {_text(came)}"
                     )
         raise ValueError(
-            f"q, k and v must want gradients as prepared, {self._form[-1]}, got {form[-1]}: prepare with tensors that require them"
+            f"q, k and v must want gradients as prepared, {self._wanted}, got {wanted}: prepare with tensors that require them"
         )
 
     def _check_masks(self, attention_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:

@@ -32,6 +32,7 @@ from longattn.patterncache import Pattern, Plan
 
 _PLAIN = (Tensor, Parameter)
 _STRIDED = torch.strided
+_NOT_PLAIN = ("not plain",)
 _is_compiling = torch.compiler.is_compiling
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -64,7 +65,10 @@ def signature(
     Arguments are as the caller gave them. Values of another type than the documented one have no signature: they could equal one that
     was checked before (1 == True), so they are checked.
     """
-    if not (is_plain() and is_plain_tensor(q) and is_plain_tensor(k) and is_plain_tensor(v)):
+    if not is_plain():
+        return None
+    forms = plain_form(q), plain_form(k), plain_form(v)
+    if None in forms:
         return None
     assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
     text = getattr(pattern, "_canonical", None)
@@ -78,16 +82,13 @@ def signature(
     mask, key_padding, environment, deterministic = options[:IN_FORM]
     beside: tuple[Hashable, ...] = ()
     if mask is not None or key_padding is not None:
-        given = (mask, key_padding)
-        if any(x is not None and not is_plain_tensor(x) for x in given) or (mask is not None and mask.requires_grad):
+        beside = tuple(None if x is None else plain_form(x) or _NOT_PLAIN for x in (mask, key_padding))
+        if _NOT_PLAIN in beside or (mask is not None and mask.requires_grad):
             return None
-        beside = tuple(None if x is None else described(x) for x in given)
     return (
         place,
         text,
-        *described(q),
-        *described(k),
-        *described(v),
+        *forms,
         beside,
         None if environment is None else environment.name,
         _deterministic() if deterministic is None else deterministic,
@@ -97,15 +98,16 @@ def signature(
     )
 
 
-def is_plain_tensor(x: object) -> bool:
-    """Whether x is a torch.Tensor or a parameter and no other subclass, strided, and its memory holds what it says.
+def plain_form(x: object) -> tuple[Hashable, ...] | None:
+    """What of a tensor decides how it is computed with; None unless it is a torch.Tensor or a parameter and no other subclass, strided, and
+    its memory holds what it says.
 
     torch keeps some views as flags (`is_neg`, of the imaginary part of a conjugate), which its dispatcher resolves and a row would not.
     """
     if type(x) not in _PLAIN:
-        return False
+        return None
     assert isinstance(x, Tensor)
-    return x.layout is _STRIDED and not x.is_nested and not x.is_neg()
+    return None if x.layout is not _STRIDED or x.is_nested or x.is_neg() else described(x)
 
 
 def find_prepared(key: tuple[Hashable, ...]) -> PreparedCall | None:
