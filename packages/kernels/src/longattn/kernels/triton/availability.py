@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
 
@@ -13,12 +14,23 @@ FAILURES: list[str] = []
 """Configurations whose compilation failed in this process, and why."""
 
 
+DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton", "pytorch-triton-rocm")
+"""Names under which the package `triton` is distributed; torch's wheels for ROCm depend on one of their own."""
+
+
+def installed_version() -> str | None:
+    """The version of the installed triton, whatever its distribution is called; None where there is none."""
+    for distribution in DISTRIBUTIONS:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(distribution)
+    return None
+
+
 @lru_cache
 def missing() -> str | None:
     """Why the installed triton cannot be used, or None."""
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:
+    version = installed_version()
+    if version is None:
         return "triton is not installed: pip install 'longattn-kernels[triton]'"
     major, minor = (int(part) for part in version.split(".")[:2])
     return None if (major, minor) >= (3, 6) else f"triton={version} is older than 3.6"

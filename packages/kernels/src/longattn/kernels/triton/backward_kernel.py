@@ -28,14 +28,16 @@ from longattn.kernels.triton.score_kernel import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "heads"])
 def rows_kernel(
     grad_out_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, pivot_ptr, length, heads,
     grad_strides, out_strides, lse_strides, grad_lse_strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """delta and lse * log2 e of ROWS query rows of a head, into (batch, heads, Nq). A row that saw nothing gets +inf: its P is 0."""
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    blocks = tl.cdiv(length, ROWS)
+    line = (tl.program_id(0) // blocks).to(tl.int64)
+    head, batch = line % heads, line // heads
+    rows = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_D)
     valid = rows < length
     mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
@@ -52,7 +54,7 @@ def rows_kernel(
     lse = tl.load(at, mask=valid, other=0.0)
     pivot = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
     # delta, pivot: registers -> HBM, side by side along queries
-    at = (batch * heads + head) * length + rows
+    at = line * length + rows
     tl.store(delta_ptr + at, delta, mask=valid)
     tl.store(pivot_ptr + at, pivot, mask=valid)
 
@@ -140,20 +142,21 @@ def stream_queries(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["job_count", "batch_count", "heads", "length", "seed", "threshold", "first_head"])
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, pivot_ptr, dq_ptr, dk_ptr, dv_ptr, mask_ptr, bias_ptr, padding_ptr,
-    jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, heads, length,
+    jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, batch_count, heads, length,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides, mask_strides, bias_strides, padding_strides,
-    scale, sm_scale, seed, threshold, rescale, first_head,
+    scale, sm_scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, REDUCE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of the keys of job program_id(0), batch element program_id(1); with REDUCE their share of dq too."""
-    batch = tl.program_id(1).to(tl.int64)
+    """dk and dv of the keys of one job after the other; with REDUCE their share of dq too."""
     offs_n, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    for at in tl.range(tl.program_id(0), job_count, tl.num_programs(0)):
+    for turn in tl.range(tl.program_id(0), job_count * batch_count, tl.num_programs(0)):
+        # Jobs come longest first; each is done for every batch element before the next.
+        at, batch = turn // batch_count, (turn % batch_count).to(tl.int64)
         # one job: HBM -> registers, until its rows are stored
         job = jobs_ptr + at * JOB_WIDTH
         kv_head, start, step, count = tl.load(job).to(tl.int64), tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)

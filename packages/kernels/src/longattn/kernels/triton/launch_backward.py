@@ -35,18 +35,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """(dq, dk, dv, None) in the dtypes of q, k, v; each is written once, dq of the fast way from a float32 sum."""
     batch, length, heads, dim = call.q.shape
+    # A cotangent that autograd expanded, as that of a sum, has strides of 0: it would be loaded number by number.
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     # Products take operands of one type; a cotangent of a float32 state comes in float32.
     grad = grad_out.to(call.q.dtype)
     delta, pivot = (
         call.allocator.empty((batch, heads, length), torch.float32, call.q.device, "temp") for _ in range(2)
     )
-    if batch * length:
-        run(
-            rows_kernel, (-(-length // _ROWS), heads, batch),
-            grad_out, out, lse, grad_lse, delta, pivot, length, heads,
-            grad_out.stride(), out.stride(), lse.stride(), None if grad_lse is None else grad_lse.stride(),
-            HEAD_DIM=dim, BLOCK_D=1 << (dim - 1).bit_length(), ROWS=_ROWS, num_warps=4,
-        )  # fmt: skip
+    run(
+        rows_kernel, (-(-length // _ROWS) * heads * batch,),
+        grad_out, out, lse, grad_lse, delta, pivot, length, heads,
+        grad_out.stride(), out.stride(), lse.stride(), None if grad_lse is None else grad_lse.stride(),
+        device=call.q.device, HEAD_DIM=dim, BLOCK_D=1 << (dim - 1).bit_length(), ROWS=_ROWS, num_warps=4,
+    )  # fmt: skip
     shared = {"grad_ptr": grad, "grad_strides": grad.stride(), "delta_ptr": delta, "pivot_ptr": pivot}
     shared |= {"heads": heads, "length": length, "GROUP": heads // call.k.shape[2]}
     shared |= {"scale": call.scale * math.log2(math.e), "sm_scale": call.scale}
@@ -78,13 +79,12 @@ def _own_keys(call: Call, shared: dict[str, Any], dq: Tensor | None) -> tuple[Te
     # Keys that nobody sees have no job.
     make = torch.empty if _every_key_owned(call.plan, group) else torch.zeros
     dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (call.k, call.v))
-    if tables.count and call.q.shape[0]:
-        run(
-            keys_kernel, persistent_grid(tables, call),
-            dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, dk_strides=dk.stride(), dv_strides=dv.stride(), REDUCE=dq is not None,
-            BLOCK_M=configuration.streamed, BLOCK_N=configuration.owned, LISTED=tables.listed,
-            **shared, **table_arguments(tables), **tile_options(call, configuration, width),
-        )  # fmt: skip
+    run(
+        keys_kernel, persistent_grid(tables, call),
+        dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, dk_strides=dk.stride(), dv_strides=dv.stride(), REDUCE=dq is not None,
+        BLOCK_M=configuration.streamed, BLOCK_N=configuration.owned, LISTED=tables.listed, device=call.q.device,
+        **shared, **table_arguments(tables, call), **tile_options(call, configuration, width),
+    )  # fmt: skip
     return dk, dv
 
 
@@ -101,13 +101,12 @@ def _own_queries(call: Call, shared: dict[str, Any]) -> Tensor:
     for number, launch in enumerate(passes.launches):
         key = ("queries", number, *block, 1, 1)
         tables = tables_on(call.plan, key, call.q.device, lambda n=number: query_tables(call.plan, n, block))
-        if tables.count and call.q.shape[0]:
-            run(
-                queries_kernel, persistent_grid(tables, call),
-                dq_ptr=dq, dq_strides=dq.stride(), ADD=not launch.fresh,
-                BLOCK_M=configuration.owned, BLOCK_N=configuration.streamed, LISTED=tables.listed,
-                **shared, **table_arguments(tables), **tile_options(call, configuration, width),
-            )  # fmt: skip
+        run(
+            queries_kernel, persistent_grid(tables, call),
+            dq_ptr=dq, dq_strides=dq.stride(), ADD=not launch.fresh,
+            BLOCK_M=configuration.owned, BLOCK_N=configuration.streamed, LISTED=tables.listed, device=call.q.device,
+            **shared, **table_arguments(tables, call), **tile_options(call, configuration, width),
+        )  # fmt: skip
     return dq.to(call.q.dtype)
 
 

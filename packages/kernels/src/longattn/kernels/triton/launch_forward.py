@@ -102,7 +102,7 @@ def merge_states(
     prior_out, prior_lse = (None, None) if prior is None else (x.contiguous() for x in prior)
     arguments = (parts, parts_lse, prior_out, prior_lse, out, lse, rows, parts.stride(0), parts_lse.stride(0))
     sizes = {"PARTS": parts.shape[0], "HEAD_DIM": dim, "BLOCK_D": 1 << (dim - 1).bit_length(), "ROWS": 16}
-    run(merge_kernel, (-(-rows // 16),), *arguments, **sizes, num_warps=4)
+    run(merge_kernel, (-(-rows // 16),), *arguments, device=out.device, **sizes, num_warps=4)
 
 
 def _configuration(call: Call, pack: int) -> tuple[Configuration, int]:
@@ -126,18 +126,16 @@ def _launch(
     key = ("queries", number, owned, configuration.streamed, pack, split[0])
     block = (owned, configuration.streamed)
     tables = tables_on(call.plan, key, call.q.device, lambda: query_tables(call.plan, number, block, pack, split[0]))
-    if not tables.count or not call.q.shape[0]:
-        return
     prior_out, prior_lse = (None, None) if prior is None else prior
     strides = {f"{name}_strides": x.stride() for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)}
     run(
         forward_kernel, persistent_grid(tables, call),
         call.q, call.k, call.v, out, lse, prior_out, prior_lse,
-        **table_arguments(tables), **mask_arguments(call), **dropout_arguments(call), **strides,
+        **table_arguments(tables, call), **mask_arguments(call), **dropout_arguments(call), **strides,
         out_strides=out.stride(), lse_strides=lse.stride(), part_strides=split[1:],
         prior_out_strides=None if prior_out is None else prior_out.stride(),
         prior_lse_strides=None if prior_lse is None else prior_lse.stride(),
         scale=abs(call.scale) * math.log2(math.e), FLIP=call.scale < 0,
         GROUP=call.q.shape[2] // call.k.shape[2], PACK=pack, BLOCK_M=owned, BLOCK_N=configuration.streamed,
-        LISTED=tables.listed, **tile_options(call, configuration, width),
+        LISTED=tables.listed, device=call.q.device, **tile_options(call, configuration, width),
     )  # fmt: skip

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -27,19 +30,43 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-    """Launch a kernel; where it does not compile, this row refuses from now on, and says with which configuration.
+_COMPILER_TEXTS = ("PassManager::run failed", "Failed to find C compiler")
+"""How messages of plain RuntimeErrors begin with which triton says that a kernel, or the C code that launches it, does not compile."""
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **named: Any) -> None:
+    """Launch a kernel on `device`, whichever device is current; an empty grid launches nothing.
+
+    Where the kernel does not compile, this row refuses from now on, and says with which configuration.
 
     Raises:
         RowFailure: the configuration, and what the compiler said.
+        RuntimeError: the driver refused the launch; what was launched, and what the driver said.
     """
+    if not math.prod(grid):
+        return
+    # triton launches on the current device, and takes pointers of any other without a word.
+    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        kernel[grid](*arguments, **named)
-    except (CompilationError, OutOfResources, PTXASError) as error:
-        asked = {name: value for name, value in named.items() if name.isupper() or name.startswith("num_")}
-        said = f"{kernel.__name__} with {asked} does not compile: {type(error).__name__}: {error}"
-        FAILURES.append(said)
-        raise RowFailure(said) from error
+        with guard:
+            kernel[grid](*arguments, **named)
+    except (CompilationError, OutOfResources, PTXASError, CalledProcessError) as error:
+        raise _row_failure(kernel, named, error) from error
+    except RuntimeError as error:
+        if str(error).startswith(_COMPILER_TEXTS):
+            raise _row_failure(kernel, named, error) from error
+        launched = f"{kernel.__name__} with {_constants(named)} on {device}, grid {grid}"
+        raise RuntimeError(f"{launched}: {error}") from error
+
+
+def _constants(named: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if name.isupper() or name.startswith("num_")}
+
+
+def _row_failure(kernel: Any, named: dict[str, Any], error: Exception) -> RowFailure:
+    reason = f"{kernel.__name__} with {_constants(named)} does not compile: {type(error).__name__}: {error}"
+    FAILURES.append(reason)
+    return RowFailure(reason)
 
 
 def tile_options(call: Call, configuration: Configuration, width: int) -> dict[str, Any]:
@@ -81,13 +108,16 @@ def dropout_arguments(call: Call) -> dict[str, Any]:
     }
 
 
-def persistent_grid(tables: DeviceTables, call: Call) -> tuple[int, int]:
-    """Persistent: as many programs as keep the device busy; each does a job, then the next that is left of its turn."""
-    busy = -(-programs(call.q.device) // call.q.shape[0])
-    return min(tables.count, 4 * busy), call.q.shape[0]
+def persistent_grid(tables: DeviceTables, call: Call) -> tuple[int]:
+    """Persistent: as many programs as keep the device busy; each does a job of a batch element, then the next of its turn.
+
+    One axis: the others of a grid end at 65535, which a batch may exceed.
+    """
+    return (min(tables.count * call.q.shape[0], 4 * programs(call.q.device)),)
 
 
-def table_arguments(tables: DeviceTables) -> dict[str, Any]:
-    """The tables, as kernels take them."""
+def table_arguments(tables: DeviceTables, call: Call) -> dict[str, Any]:
+    """The tables, as kernels take them, and for how many batch elements each job is done."""
     names = ("jobs", "entries", "weights", "rows")
-    return {f"{name}_ptr": getattr(tables, name) for name in names} | {"job_count": tables.count}
+    pointers = {f"{name}_ptr": getattr(tables, name) for name in names}
+    return pointers | {"job_count": tables.count, "batch_count": call.q.shape[0]}
