@@ -1,6 +1,8 @@
 """Compiling ahead of time, without a GPU: what a configuration needs is read, and one that cannot ship is caught."""
 
+import csv
 import os
+from dataclasses import asdict
 
 import pytest
 
@@ -9,7 +11,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel does not compile", allow_module_level=True)
 
 from longattn.kernels.triton.configurations import ARCHITECTURES, TABLE, Configuration
+from tools.sass import local_accesses, loops
 from tools.triton_ahead import Line, compile_line, lines
+from tools.triton_predict import RESULTS, predict
 
 
 def test_a_shipped_line_has_no_fault():
@@ -22,7 +26,48 @@ def test_a_shipped_line_has_no_fault():
 def test_a_planted_spill_is_caught():
     """128 x 128 at head_dim 128 does not fit four warps on Hopper."""
     need = compile_line(Line("forward", "sm_90", 128, 2, Configuration(128, 128, 4, 2)))
-    assert need.spilled > 0 and any("spilled to memory" in fault for fault in need.faults)
+    assert need.spilled > 0 and any("of spilled registers in loops of products" in fault for fault in need.faults)
+
+
+def test_waiting_for_every_product_is_caught():
+    """With this tile the compiler waits for each product of the loop before it issues the next."""
+    line = Line("backward_keys", "sm_90", 128, 2, Configuration(128, 64, 8, 2))
+    assert not compile_line(line).faults
+    assert any("products of a loop is waited for" in fault for fault in compile_line(line, {"REDUCE": False}).faults)
+
+
+CODE = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   LDG.E R2, [R4] ;
+.L_x_2:
+        /*0020*/                   HGMMA.64x64x16.F32 R8, gdesc[UR4] ;
+        /*0030*/                   STL [R1], R3 ;
+        /*0040*/              @P0  BRA `(.L_x_2) ;
+        /*0050*/              @P1  BRA `(.L_x_1) ;
+        /*0060*/                   BRA `(.L_x_3) ;
+.L_x_3:
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_loops_are_read_from_machine_code():
+    """The innermost ones: a branch back to a label, with no other such branch between; a branch forward is none."""
+    (loop,) = loops(CODE)
+    assert [line.split()[0] for line in loop] == ["HGMMA.64x64x16.F32", "STL", "@P0"] and local_accesses(loop) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    list(csv.DictReader(RESULTS.read_text().splitlines())),
+    ids=lambda row: f"{row['direction']} {row['head_dim']}",
+)
+def test_predictions_are_of_the_table_as_it_is(row: dict[str, str]):
+    """A changed tile has another prediction: python -m tools.triton_predict --write."""
+    found = predict(row["direction"], int(row["head_dim"]))
+    assert {name: str(value) for name, value in asdict(found).items()} == {**row, "tflops": str(found.tflops)}
+    assert abs(found.tflops - float(row["tflops"])) < 1
 
 
 def test_too_much_shared_memory_is_caught():

@@ -2,8 +2,10 @@
 """Ahead of time: compile every shipped configuration for its target, without a GPU, and see what it needs.
 
 `python -m tools.triton_ahead [ARCHITECTURE ...]` prints registers, shared memory, spills and occupancy of each line of
-the table, and fails where a line asks for more SRAM than its target has or keeps registers in memory. triton's own cache
-(TRITON_CACHE_DIR) makes a second run quick.
+the table, and fails where a line asks for more SRAM than its target has, or where a loop of matrix products keeps registers in
+memory, waits for each product before it issues the next, or loads without a pipeline though it has stages. A few bytes that are
+spilled outside such loops are paid once a job and cost less than a smaller tile. triton's own cache (TRITON_CACHE_DIR) makes a
+second run quick.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from longattn.kernels.triton.backward_kernel import keys_kernel
 from longattn.kernels.triton.configurations import ARCHITECTURES, TABLE, Architecture, Configuration
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
+from tools.sass import local_accesses, product_loops
 
 ELEMENTS = {2: "bf16", 4: "fp32"}
 """The element type that stands for a size: bfloat16 and float16 need the same."""
@@ -68,6 +71,7 @@ class Need:
 
     Attributes:
         shared: bytes of SRAM a program. registers: 32-bit ones a thread. spilled: bytes a thread keeps in memory instead.
+        loop_faults: what is wrong in loops of matrix products, a sentence each.
         tensor_memory: columns of it, where there is such memory. occupancy: the share of a multiprocessor's threads that fit at once, judged from registers and SRAM.
     """
 
@@ -77,6 +81,7 @@ class Need:
     spilled: int
     tensor_memory: int
     occupancy: float
+    loop_faults: tuple[str, ...]
 
     @property
     def faults(self) -> list[str]:
@@ -88,9 +93,7 @@ class Need:
             found.append(
                 f"{self.tensor_memory} columns of tensor memory are over the {TENSOR_MEMORY} of {self.line.architecture}"
             )
-        if self.spilled:
-            found.append(f"{self.spilled} bytes a thread are spilled to memory")
-        return found
+        return [*found, *self.loop_faults]
 
     def __str__(self) -> str:
         line, tile = self.line, self.line.configuration
@@ -98,6 +101,7 @@ class Need:
         said += f" {tile.owned:>3} x {tile.streamed:<3} {tile.warps} warps {tile.stages} stages"
         said += f" chunks of {tile.chunk:<2}" if tile.chunk else " " * 13
         said += f"  registers {self.registers:>3}  shared {self.shared:>6}  occupancy {self.occupancy:4.0%}"
+        said += f"  {self.spilled} bytes spilled" if self.spilled else ""
         return "  ".join([said, *self.faults])
 
 
@@ -170,12 +174,34 @@ def compile_line(line: Line, flags: dict[str, Any] | None = None) -> Need:
     kernel = triton.compile(
         source(line, flags), target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
     )
-    shared = kernel.metadata.shared
-    registers, spilled = _nvidia(kernel.asm["cubin"]) if target.backend == "cuda" else _amd(kernel.asm["amdgcn"])
+    shared, tile = kernel.metadata.shared, line.configuration
+    if target.backend == "cuda":
+        registers, spilled = _nvidia(kernel.asm["cubin"])
+        loop_faults = _loop_faults(product_loops(kernel.asm["cubin"]), tile.stages)
+    else:
+        registers, spilled = _amd(kernel.asm["amdgcn"])
+        loop_faults = [f"{spilled} bytes a thread are spilled to memory"] if spilled else []
     columns = getattr(kernel.metadata, "tmem_size", None) or 0
-    return Need(
-        line, shared, registers, spilled, columns, _occupancy(target, line.configuration.warps, registers, shared)
-    )
+    occupancy = _occupancy(target, tile.warps, registers, shared)
+    return Need(line, shared, registers, spilled, columns, occupancy, tuple(loop_faults))
+
+
+def _loop_faults(loops: list[list[str]], stages: int) -> list[str]:
+    """What makes the loops slow: the dense loop first, then the masked one."""
+    if not loops:
+        return ["no loop with matrix products was found"]
+    faults = []
+    local = [local_accesses(loop) for loop in loops]
+    if any(local):
+        faults.append(f"{' and '.join(map(str, local))} loads and stores of spilled registers in loops of products")
+    for loop in loops:
+        products, waits = (sum(word in i for i in loop) for word in ("HGMMA", "WARPGROUP.DEPBAR"))
+        # Two products are waited for anyway: that of the scores, and the last one.
+        if products and waits >= products:
+            faults.append(f"each of the {products} products of a loop is waited for")
+        if stages > 1 and not any(re.search(r"LDGSTS|UTMALDG|UBLKCP", i) for i in loop):
+            faults.append(f"{stages} stages, but a loop's loads are not asynchronous")
+    return faults
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:

@@ -5,167 +5,27 @@ Needs the extra `longattn-kernels[testing]`. Nothing that ships imports this mod
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
-from longattn.kernels.dispatch.table import row
-from longattn.kernels.entry import attend
-from longattn.kernels.philox import keep_scale
+from longattn.kernels.conformance import BIASES as BIASES
+from longattn.kernels.conformance import LAYOUTS as LAYOUTS
+from longattn.kernels.conformance import MASKS as MASKS
+from longattn.kernels.conformance import Case as Case
+from longattn.kernels.conformance import Tensors as Tensors
+from longattn.kernels.conformance import assert_near as assert_near
+from longattn.kernels.conformance import check_backend as check_backend
+from longattn.kernels.conformance import expect_case as expect_case
+from longattn.kernels.conformance import lay_out as lay_out
+from longattn.kernels.conformance import random_mask as random_mask
+from longattn.kernels.conformance import run_case as run_case
+from longattn.kernels.conformance import tolerance as tolerance
 from longattn.kernels.poison import poisoned_memory as poisoned_memory
-from longattn.kernels.reference import reference_attention
-from longattn.kernels.state import AttentionState, merge, state_dtype
-from longattn.patterncache import Pattern, Rectangle, Span
+from longattn.kernels.state import AttentionState, merge
+from longattn.patterncache import Pattern
 from longattn.patterncache.testing import patterns, spans
-
-LAYOUTS = (
-    "plain", "heads_first", "sliced", "expanded_batch", "expanded_seq", "expanded_heads", "expanded_dim", "strided_dim",
-    "unfolded", "unfolded_heads",
-)  # fmt: skip
-"""How a tensor (batch, seq, heads, head_dim) may lie in memory; see `lay_out`."""
-
-MASKS = (None, "", "k", "qk", "hqk", "bk", "hq", "bhqk")
-"""Axes that attention_mask varies along; see `random_mask`."""
-
-BIASES = tuple(f"+{axes}" for axes in MASKS if axes is not None)
-"""The same for a floating attention_mask."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of `attend`, without its data: `tensors` draws them from `seed`, always the same.
-
-    Attributes:
-        pattern, q_spans, k_spans, is_causal, softmax_scale, dtype, device: as in `attend`.
-        lengths: (Nq, Nk).
-        batch, kv_heads, group, head_dim: sizes; kv_heads * group query heads.
-        shard: (first head, heads of the whole module), or None: all.
-        mask: one of MASKS or BIASES. prior: whether to merge onto a state. dropout_p: as in `attend`, with `seed`.
-        padding: whether keys are padded; padded rows of k and v then hold NaN and Inf.
-        layouts: of q, k, v, the prior and the cotangents, from LAYOUTS.
-    """
-
-    pattern: Pattern
-    lengths: tuple[int, int] = (12, 12)
-    batch: int = 2
-    kv_heads: int = 2
-    group: int = 1
-    head_dim: int = 8
-    q_spans: tuple[Span, ...] | None = None
-    k_spans: tuple[Span, ...] | None = None
-    shard: tuple[int, int] | None = None
-    is_causal: bool | None = None
-    softmax_scale: float | None = None
-    mask: str | None = None
-    padding: bool = False
-    prior: bool = False
-    dropout_p: float = 0.0
-    layouts: tuple[str, ...] = ("plain",) * 5
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    seed: int = 0
-
-    def counts(self) -> Tensor:
-        """(heads, Nq, Nk) int64, what the pattern says of this rectangle."""
-        nq, nk = self.lengths
-        heads = self.kv_heads * self.group
-        first, total = self.shard or (0, heads)
-        queries = (Span(max(0, nk - nq), nq),) if self.q_spans is None else self.q_spans
-        keys = (Span(0, nk),) if self.k_spans is None else self.k_spans
-        pattern = self.pattern if self.is_causal is None else self.pattern.with_causal(self.is_causal)
-        return torch.from_numpy(pattern.counts(Rectangle(total, queries, keys, Span(first, heads))))
-
-    def keep(self) -> Tensor | None:
-        """(batch, heads, Nq, Nk) float64, what dropout multiplies each weight with, from positions alone; None without dropout."""
-        if not self.dropout_p:
-            return None
-        nq, nk = self.lengths
-        queries = (Span(max(0, nk - nq), nq),) if self.q_spans is None else self.q_spans
-        keys = (Span(0, nk),) if self.k_spans is None else self.k_spans
-        i, j = (torch.tensor([n for s in side for n in s.positions()], dtype=torch.int64) for side in (queries, keys))
-        h = torch.arange(self.kv_heads * self.group) + (self.shard or (0, 0))[0]
-        at = (torch.arange(self.batch)[:, None, None, None], h[:, None, None], i[:, None], j)
-        return keep_scale(self.seed, self.dropout_p, *at, torch.float64).to(self.device)
-
-    def tensors(self) -> Tensors:
-        """The data, on the case's device."""
-        random = torch.Generator().manual_seed(self.seed)
-        batch, (nq, nk), heads = self.batch, self.lengths, self.kv_heads * self.group
-
-        def normal(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
-            return lay_out(torch.randn(shape, generator=random, dtype=torch.float64).to(dtype).to(self.device), layout)
-
-        state, wide = state_dtype(self.dtype), (batch, nq, heads, self.head_dim)
-        q = normal(wide, self.layouts[0], self.dtype)
-        k, v = (normal((batch, nk, self.kv_heads, self.head_dim), how, self.dtype) for how in self.layouts[1:3])
-        mask = None if self.mask is None else random_mask(self.mask, (batch, heads, nq, nk), random).to(self.device)
-        if mask is not None and mask.is_floating_point():
-            mask = mask.to((self.dtype, torch.float32)[self.seed % 2])
-        padding = None
-        if self.padding:
-            padding = (torch.rand(batch, nk, generator=random) < 0.4).to(self.device)
-            k, v = k.clone(), v.clone()
-            k[padding], v[padding] = torch.nan, torch.inf
-        prior = None
-        if self.prior:
-            blind = (torch.rand(wide[:3], generator=random) < 0.3).to(self.device)
-            lse = normal(wide[:3], self.layouts[3], state).masked_fill(blind, -torch.inf)
-            out = normal(wide, self.layouts[3], state)
-            prior = AttentionState(out * (lse > -torch.inf).unsqueeze(-1), lse)
-        # Cotangents that the dtype of q can hold: backends may round them to it.
-        grads = [normal(shape, self.layouts[4], self.dtype).to(state) for shape in (wide, wide[:3])]
-        return Tensors(q, k, v, mask, padding, prior, grads[0], grads[1])
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """The data of a `Case`, as in `attend`; grad_out and grad_lse are cotangents in the state's dtype."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    padding: Tensor | None
-    prior: AttentionState | None
-    grad_out: Tensor
-    grad_lse: Tensor
-
-
-def lay_out(x: Tensor, layout: str) -> Tensor:
-    """A tensor like x (batch, seq, heads, ...), with other strides.
-
-    "expanded" layouts also repeat its first entry of that axis; in "unfolded" ones neighbours share all but one number: windows of a
-    hop of 1 over one line of numbers for each head, or over one line for all.
-    """
-    if layout == "heads_first":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "sliced":
-        return torch.cat([x, x], 1)[:, : x.shape[1]]
-    if layout == "strided_dim":
-        return torch.stack([x, x], -1)[..., 0]
-    if layout in ("unfolded", "unfolded_heads") and x.numel():
-        axis, width = 1 if layout == "unfolded" else x.dim() - 2, x.shape[-1]
-        shape = [n for at, n in enumerate(x.shape[:-1]) if at != axis] + [x.shape[axis] + width - 1]
-        numbers = x.reshape(-1).repeat(-(-math.prod(shape) // x.numel()))
-        return numbers[: math.prod(shape)].view(shape).unfold(-1, width, 1).movedim(-2, axis)
-    axis = {"expanded_batch": 0, "expanded_seq": 1, "expanded_heads": 2, "expanded_dim": x.dim() - 1}.get(layout)
-    return x if axis is None else x.narrow(axis, 0, min(1, x.shape[axis])).expand(x.shape)
-
-
-def random_mask(axes: str, shape: tuple[int, int, int, int], random: torch.Generator) -> Tensor:
-    """An attention mask for (batch, heads, Nq, Nk) that varies along `axes`, one of MASKS (bool) or BIASES (float32, some -inf).
-
-    Leading axes of size 1 are left out.
-    """
-    sizes = [n if axis in axes else 1 for axis, n in zip("bhqk", shape, strict=True)]
-    leading = min(("bhqk".index(axis) for axis in axes.lstrip("+")), default=4)
-    seen = torch.rand(sizes[leading:], generator=random) < 0.7
-    return torch.randn(seen.shape, generator=random).masked_fill(~seen, -torch.inf) if axes.startswith("+") else seen
 
 
 @st.composite
@@ -200,103 +60,6 @@ def cases(
     q_spans, k_spans = (tuple(draw(st.lists(spans(), min_size=1, max_size=2))) for _ in range(2))
     nq, nk = (sum(s.length for s in side) for side in (q_spans, k_spans))
     return replace(case, lengths=(nq, nk), q_spans=q_spans, k_spans=k_spans)
-
-
-def tolerance(name: str, dtype: torch.dtype) -> tuple[float, float]:
-    """(absolute, relative) error that the row `name` declares for outputs on unit normal inputs of `dtype`."""
-    return row(name).capability.tolerance[dtype]
-
-
-def run_case(case: Case, data: Tensors, **options: Any) -> AttentionState:
-    """`attend` on the data of a case."""
-    heads = case.kv_heads * case.group
-    first, total = case.shard or (0, heads)
-    options |= {"is_causal": case.is_causal, "softmax_scale": case.softmax_scale, "prior": data.prior}
-    options |= {"q_spans": case.q_spans, "k_spans": case.k_spans, "heads": Span(first, heads), "num_heads": total}
-    options |= {"attention_mask": data.mask, "key_padding_mask": data.padding}
-    options |= {"dropout_p": case.dropout_p, "seed": case.seed}
-    return attend(data.q, data.k, data.v, case.pattern, **options)
-
-
-def expect_case(case: Case, data: Tensors) -> AttentionState:
-    """The oracle on the data of a case, in float64."""
-    counts = case.counts().to(case.device).expand(case.batch, -1, -1, -1)
-    bias = data.mask if data.mask is not None and data.mask.is_floating_point() else None
-    if data.mask is not None and bias is None:
-        counts = counts * data.mask
-    options: dict[str, Any] = {"bias": bias, "key_padding_mask": data.padding, "keep": case.keep()}
-    state = reference_attention(data.q, data.k, data.v, counts, case.softmax_scale, **options)
-    if data.prior is None:
-        return state
-    return merge(AttentionState(data.prior.out.double(), data.prior.lse.double()), state)
-
-
-def check_backend(name: str, case: Case) -> None:
-    """Assert that a row agrees with the oracle on a case: out, lse, and the gradients of q, k, v, prior and, where declared, bias.
-
-    Also: no input is written, the same input gives the same bits, rows that saw nothing are zero, and nothing is NaN. A row without
-    dropout is asked without.
-    """
-    capability = row(name).capability
-    case = case if capability.dropout else replace(case, dropout_p=0.0)
-    data = case.tensors()
-    inputs = [x for x in (data.q, data.k, data.v, data.mask, data.padding) if x is not None]
-    inputs += [] if data.prior is None else [data.prior.out, data.prior.lse]
-    before = [(x.clone(), x._version) for x in inputs]
-    got, expected = run_case(case, data, backend=name), expect_case(case, data)
-    again = run_case(case, data, backend=name)
-    assert torch.equal(got.out, again.out) and torch.equal(got.lse, again.lse), f"{name}: other bits for {case}"
-    atol, rtol = tolerance(name, case.dtype)
-    # Rounding a score of size s moves its weight by the share s * eps.
-    slack = max(1.0, _largest_score(case, data) / 8) / (1 - case.dropout_p)
-    assert_near(got.out, expected.out, atol * slack, rtol * slack, f"{name}: out of {case}")
-    assert_near(got.lse, expected.lse, atol * slack, rtol * slack, f"{name}: lse of {case}")
-    assert not got.out[got.lse == -torch.inf].any()
-    if capability.backward:
-        graded = (
-            _gradients(run_case, case, capability.bias_grad, name),
-            _gradients(expect_case, case, capability.bias_grad),
-        )
-        for index, (mine, true) in enumerate(zip(*graded, strict=True)):
-            size = 4 * slack * max(1.0, float(true.abs().max()) if true.numel() else 0.0)
-            assert_near(mine, true, atol * size, rtol * size, f"{name}: gradient {index} of {case}")
-    for x, (values, version) in zip(inputs, before, strict=True):
-        assert x._version == version and torch.equal(x.nan_to_num(), values.nan_to_num()), (
-            f"{name} wrote an input of {case}"
-        )
-
-
-def assert_near(got: Tensor, expected: Tensor, atol: float, rtol: float, what: str) -> None:
-    """Equal shapes, and |got - expected| <= atol + rtol * |expected|; NaN is never near, -inf only to -inf."""
-    torch.testing.assert_close(
-        got.double(), expected.double(), atol=atol, rtol=rtol, msg=lambda found: f"{what}\n{found}", check_device=False
-    )
-
-
-def _largest_score(case: Case, data: Tensors) -> float:
-    q, k = (x.detach().double().nan_to_num() for x in (data.q, data.k))
-    if not q.numel() or not k.numel():
-        return 0.0
-    scale = case.head_dim**-0.5 if case.softmax_scale is None else abs(case.softmax_scale)
-    return float(scale * q.norm(dim=-1).max() * k.norm(dim=-1).max())
-
-
-def _gradients(
-    compute: Callable[..., AttentionState], case: Case, bias_grad: bool, backend: str | None = None
-) -> tuple[Tensor, ...]:
-    data = case.tensors()
-    q, k, v = (x.detach().requires_grad_() for x in (data.q, data.k, data.v))
-    prior = data.prior and AttentionState(
-        data.prior.out.detach().requires_grad_(), data.prior.lse.detach().requires_grad_()
-    )
-    bias = data.mask.requires_grad_() if bias_grad and data.mask is not None and data.mask.is_floating_point() else None
-    graded = replace(data, q=q, k=k, v=v, prior=prior)
-    state = compute(case, graded, **({} if backend is None else {"backend": backend}))
-    wanted = [q, k, v] + ([] if prior is None else [prior.out, prior.lse]) + ([] if bias is None else [bias])
-    # A cotangent at lse = -inf has no meaning.
-    grad_lse = data.grad_lse.masked_fill(state.lse == -torch.inf, 0)
-    cotangents = [data.grad_out.to(state.out.dtype), grad_lse.to(state.lse.dtype)]
-    return torch.autograd.grad([state.out, state.lse], wanted, cotangents)
 
 
 def check_merge_laws(a: AttentionState, b: AttentionState, c: AttentionState, *, atol: float = 1e-5) -> None:

@@ -142,10 +142,10 @@ def stream_queries(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["job_count", "batch_count", "heads", "length", "seed", "threshold", "first_head"])
+@triton.jit(do_not_specialize=["job_count", "program_count", "heads", "length", "seed", "threshold", "first_head"])
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, pivot_ptr, dq_ptr, dk_ptr, dv_ptr, mask_ptr, bias_ptr, padding_ptr,
-    jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, batch_count, heads, length,
+    jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, program_count, heads, length,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides, mask_strides, bias_strides, padding_strides,
     scale, sm_scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -154,9 +154,8 @@ def keys_kernel(
 ):  # fmt: skip
     """dk and dv of the keys of one job after the other; with REDUCE their share of dq too."""
     offs_n, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    for turn in tl.range(tl.program_id(0), job_count * batch_count, tl.num_programs(0)):
-        # Jobs come longest first; each is done for every batch element before the next.
-        at, batch = turn // batch_count, (turn % batch_count).to(tl.int64)
+    batch = (tl.program_id(0) // program_count).to(tl.int64)
+    for at in tl.range(tl.program_id(0) % program_count, job_count, program_count):
         # one job: HBM -> registers, until its rows are stored
         job = jobs_ptr + at * JOB_WIDTH
         kv_head, start, step, count = tl.load(job).to(tl.int64), tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)

@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false
 """The forward kernel: out = softmax(scale * q k^T + log counts) v and its lse, for the rows of one job after the other.
 
-The equation is the online softmax (FlashAttention, Dao et al. 2022, algorithm 1), in base 2. Grid: (programs,); program p does turns
-p, p + programs, ... of (job, batch element) pairs. A job is a block of query rows of one head, or, packed for decode, of all heads that
+The equation is the online softmax (FlashAttention, Dao et al. 2022, algorithm 1), in base 2. Grid: (programs * batch,); program p of a
+batch element does jobs p, p + programs, ... A job is a block of query rows of one head, or, packed for decode, of all heads that
 share a kv head. Resident for a job: the q tile, running max m, running sum l, output acc. Streamed: k and v tiles, dense entries first,
 then masked ones. Strided rows are addressed, not gathered.
 """
@@ -88,10 +88,10 @@ def stream_keys(
     return m, l, acc
 
 
-@triton.jit(do_not_specialize=["job_count", "batch_count", "seed", "threshold", "first_head"])
+@triton.jit(do_not_specialize=["job_count", "program_count", "seed", "threshold", "first_head"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, prior_out_ptr, prior_lse_ptr, mask_ptr, bias_ptr, padding_ptr,
-    jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, batch_count,
+    jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, program_count,
     q_strides, k_strides, v_strides, out_strides, lse_strides, prior_out_strides, prior_lse_strides,
     mask_strides, bias_strides, padding_strides, part_strides,
     scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
@@ -99,11 +99,10 @@ def forward_kernel(
     BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr,
     FLIP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Turns program_id(0), + num_programs(0), ...; see the module. scale is times log2 e and positive."""
+    """Jobs p, p + programs, ... of one batch element; see the module. scale is times log2 e and positive."""
     offs_m, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    for turn in tl.range(tl.program_id(0), job_count * batch_count, tl.num_programs(0)):
-        # Jobs come longest first; each is done for every batch element before the next.
-        at, batch = turn // batch_count, (turn % batch_count).to(tl.int64)
+    batch = (tl.program_id(0) // program_count).to(tl.int64)
+    for at in tl.range(tl.program_id(0) % program_count, job_count, program_count):
         # one job: HBM -> registers, until its rows are stored
         job = jobs_ptr + at * JOB_WIDTH
         owner, start, step, count = tl.load(job), tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)

@@ -109,15 +109,20 @@ def dropout_arguments(call: Call) -> dict[str, Any]:
 
 
 def persistent_grid(tables: DeviceTables, call: Call) -> tuple[int]:
-    """Persistent: as many programs as keep the device busy; each does a job of a batch element, then the next of its turn.
+    """Persistent: as many programs as keep the device busy; each does a job, then the next that is left of its turn.
 
-    One axis: the others of a grid end at 65535, which a batch may exceed.
+    One axis, on which programs of all batch elements stand: the other two of a grid end at 65535, which a batch may exceed.
     """
-    return (min(tables.count * call.q.shape[0], 4 * programs(call.q.device)),)
+    return (program_count(tables, call) * call.q.shape[0],)
+
+
+def program_count(tables: DeviceTables, call: Call) -> int:
+    """Programs that share the jobs of a batch element."""
+    return min(tables.count, 4 * -(-programs(call.q.device) // max(1, call.q.shape[0])))
 
 
 def table_arguments(tables: DeviceTables, call: Call) -> dict[str, Any]:
-    """The tables, as kernels take them, and for how many batch elements each job is done."""
+    """The tables, as kernels take them, and how many programs share them."""
     names = ("jobs", "entries", "weights", "rows")
     pointers = {f"{name}_ptr": getattr(tables, name) for name in names}
-    return pointers | {"job_count": tables.count, "batch_count": call.q.shape[0]}
+    return pointers | {"job_count": tables.count, "program_count": program_count(tables, call)}

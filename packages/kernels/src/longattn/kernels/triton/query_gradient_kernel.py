@@ -1,7 +1,7 @@
 # pyright: reportMissingImports=false, reportGeneralTypeIssues=false
 """dq where queries own it, without atomics: three products, and the same bits every time.
 
-Grid: (programs,); program p does turns p, p + programs, ... of (job, batch element) pairs. Resident for a job: q and dO tiles, pivot and
+Grid: (programs * batch,); program p of a batch element does jobs p, p + programs, ... Resident for a job: q and dO tiles, pivot and
 delta of their rows, dq. Streamed: k and v tiles, dense entries first, then masked ones.
 """
 
@@ -72,10 +72,10 @@ def gather_dq(
     return dq
 
 
-@triton.jit(do_not_specialize=["job_count", "batch_count", "heads", "length", "seed", "threshold", "first_head"])
+@triton.jit(do_not_specialize=["job_count", "program_count", "heads", "length", "seed", "threshold", "first_head"])
 def queries_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, pivot_ptr, dq_ptr, mask_ptr, bias_ptr, padding_ptr,
-    jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, batch_count, heads, length,
+    jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, program_count, heads, length,
     q_strides, k_strides, v_strides, grad_strides, dq_strides, mask_strides, bias_strides, padding_strides,
     scale, sm_scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -84,9 +84,8 @@ def queries_kernel(
 ):  # fmt: skip
     """dq of the queries of one job after the other; with ADD onto what an earlier launch left."""
     offs_m, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    for turn in tl.range(tl.program_id(0), job_count * batch_count, tl.num_programs(0)):
-        # Jobs come longest first; each is done for every batch element before the next.
-        at, batch = turn // batch_count, (turn % batch_count).to(tl.int64)
+    batch = (tl.program_id(0) // program_count).to(tl.int64)
+    for at in tl.range(tl.program_id(0) % program_count, job_count, program_count):
         # one job: HBM -> registers, until its rows are stored
         job = jobs_ptr + at * JOB_WIDTH
         head, start, step, count = tl.load(job).to(tl.int64), tl.load(job + 1), tl.load(job + 2), tl.load(job + 3)

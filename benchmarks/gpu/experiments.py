@@ -1,0 +1,106 @@
+"""What is measured on a GPU: experiments by name, with what must be reached."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from longattn.patterncache import Dilated, Full, Pattern, Window
+
+SEGMENTS, RATES = (2048, 4096, 8192), (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One line of the table.
+
+    Attributes:
+        key, pattern, lengths, batch, heads, head_dim: what is computed; key and direction name it.
+        direction: forward, backward or both.
+        peer: one of `peers/on_gpu.py`, or "" (none). deterministic: the second way of the backward.
+        target: unit and least (for ms and us: most) value that must be reached, or None. "copy" is the share of this device's own copy rate.
+        graph: whether calls are replayed from a CUDA graph.
+        tile: (rows owned, rows streamed, warps, stages[, chunk]) in place of the table's, or (): the table's.
+        fails: raise before anything is measured; only `--dry` has such a row, and shows that one failing row costs itself alone.
+    """
+
+    key: str
+    pattern: Pattern
+    lengths: tuple[int, int]
+    batch: int
+    heads: int
+    head_dim: int
+    direction: str = "forward"
+    peer: str = ""
+    deterministic: bool = False
+    target: tuple[str, float] | None = None
+    graph: bool = False
+    tile: tuple[int, ...] = ()
+    fails: bool = False
+
+    @property
+    def name(self) -> str:
+        """What tells it from every other."""
+        tile = "x".join(map(str, self.tile))
+        return " ".join(part for part in (self.key, f"D{self.head_dim}", self.direction, tile) if part)
+
+
+SWEEP: dict[tuple[str, int], tuple[tuple[int, ...], ...]] = {
+    ("forward", 64): ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 4), (128, 64, 8, 3)),
+    ("forward", 128): ((128, 128, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 4)),
+    ("backward", 64): ((64, 64, 4, 2), (128, 64, 8, 1), (64, 32, 4, 2), (128, 32, 8, 3)),
+    ("backward", 128): ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)),
+}
+"""Direction, head_dim -> tiles to try beside the table's, at 8192 tokens. Backward: of the kernel that owns keys."""
+
+
+def experiments(dry: bool) -> Iterator[Experiment]:
+    """What is measured, in order of what a stopped run should have; `dry` keeps the kinds and shrinks the sizes."""
+    if dry:
+        yield from _small()
+        return
+    dims = {128: (520.0, 480.0, 400.0, 290.0), 64: (420.0, 0.0, 320.0, 230.0)}
+    for dim, (full, causal, fast, fixed) in dims.items():
+        flash = Experiment("flash-8192", Full(), (8192, 8192), 2, 2048 // dim, dim)
+        for n in (8192, 16384):
+            sized = replace(flash, key=f"flash-{n}", lengths=(n, n), batch=16384 // n)
+            yield replace(sized, peer="dense", target=("TFLOP/s", full))
+            yield replace(sized, direction="backward", peer="dense", target=("TFLOP/s", fast))
+            target = ("TFLOP/s", causal) if causal and n == 8192 else None
+            yield replace(sized, key=f"flash-causal-{n}", pattern=Full(causal=True), peer="dense", target=target)
+            fixed_target = ("TFLOP/s", fixed)
+            yield replace(sized, key=f"flash-fixed-{n}", direction="backward", deterministic=True, target=fixed_target)
+        longnet = Experiment("longnet", Dilated(SEGMENTS, RATES), (131072, 131072), 1, 8, dim)
+        yield replace(longnet, key="longnet-131072", target=("ms", 2.0 if dim == 64 else 3.2))
+        styled = replace(longnet, key="longnet-131072-style", peer="torchscale-style")
+        yield replace(styled, target=("ratio", 1.9))
+        yield replace(styled, direction="both", target=("ratio", 2.0))
+        yield replace(longnet, key="longnet-causal-131072", pattern=longnet.pattern.with_causal(True))
+        # FlexAttention's block mask is made densely: at 32768 a head's still fits.
+        yield replace(
+            longnet, key="longnet-32768-flex", lengths=(32768, 32768), peer="flex-permuted", target=("ratio", 1.3)
+        )
+    # 512 MiB of keys and values, bfloat16.
+    decode = Experiment("decode-512MiB", Window(1 << 30), (1, 131072), 8, 16, 64, target=("copy", 0.85))
+    yield decode
+    yield replace(decode, key="decode-512MiB-graph", graph=True)
+    yield Experiment("overhead", Full(), (16, 16), 1, 1, 64, target=("us", 40.0))
+    for (direction, dim), tiles in SWEEP.items():
+        for tile in tiles:
+            yield Experiment("sweep-8192", Full(), (8192, 8192), 2, 2048 // dim, dim, direction, tile=tile)
+    for dim in (64, 128):
+        flash = Experiment("flash-8192", Full(), (8192, 8192), 2, 2048 // dim, dim)
+        for peer in ("cudnn", "fa3", "flex", "flex-max-autotune"):
+            for direction in ("forward", "backward"):
+                yield replace(flash, key=f"flash-{peer}-8192", peer=peer, direction=direction)
+
+
+def _small() -> Iterator[Experiment]:
+    """Every kind, at sizes that triton's interpreter does in seconds."""
+    pattern = Dilated((64, 128), (1, 2))
+    yield Experiment("flash", Full(), (70, 70), 1, 2, 16)
+    yield Experiment("flash-causal", Full(causal=True), (70, 70), 1, 1, 16, "backward", "dense")
+    yield Experiment("flash-cudnn", Full(), (70, 70), 1, 1, 16, peer="cudnn")
+    yield Experiment("broken", Full(), (70, 70), 1, 1, 16, fails=True)
+    yield Experiment("flash-fa3", Full(), (70, 70), 1, 1, 16, peer="fa3")
+    yield Experiment("longnet", pattern, (128, 128), 1, 1, 16, "both", "torchscale-style", deterministic=True)
+    yield Experiment("decode", Window(1 << 20), (1, 300), 1, 2, 16, target=("copy", 0.85))
+    yield Experiment("sweep", Full(), (70, 70), 1, 1, 16, tile=(64, 32, 4, 1))

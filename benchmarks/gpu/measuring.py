@@ -1,0 +1,251 @@
+"""One experiment on this device: times, the peer's, what must be reached, and what of the device stood behind it."""
+
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.experiments import Experiment
+from benchmarks.peers.on_gpu import peer_forward
+from benchmarks.record import surroundings
+from longattn.kernels import attend
+from longattn.kernels.triton import configurations
+from longattn.kernels.triton.availability import installed_version
+from longattn.patterncache import Rectangle, Span
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the CSV; milliseconds are medians of GPU events, with the 20th and 80th percentile.
+
+    `registers` and `spills` are of the compiled kernels as the driver loaded them, `first_call_s` is the first call's time, compilation
+    included. A row that failed has its error as the verdict and no figures.
+    """
+
+    key: str
+    head_dim: int
+    direction: str
+    tile: str = ""
+    ms: float | None = None
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    tflops: float | None = None
+    peer: str = ""
+    peer_ms: float | None = None
+    target: str = ""
+    verdict: str = ""
+    extra_mib: float | None = None
+    first_call_s: float | None = None
+    registers: str = ""
+    spills: str = ""
+    clock_mhz: str = ""
+    device: str = ""
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """What this device reaches: TB/s of a large copy (bytes read and written), TFLOP/s of a large bfloat16 product."""
+    dry = device == "cpu"
+    source = torch.empty(1 << (16 if dry else 30), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(64 if dry else 8192, 64 if dry else 8192, device=device, dtype=torch.bfloat16)
+    repeats = 1 if dry else 20
+    copy_ms = statistics.median(measure(lambda: target.copy_(source), device, repeats))
+    product_ms = statistics.median(measure(lambda: a @ a, device, repeats))
+    return {"copy": 2 * source.numel() / copy_ms / 1e9, "product": 2 * a.shape[0] ** 3 / product_ms / 1e9}
+
+
+def tensors(asked: Experiment, device: str) -> list[Tensor]:
+    """q, k, v and a cotangent."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    nq, nk = asked.lengths
+    return [
+        torch.randn(asked.batch, n, asked.heads, asked.head_dim, device=device, dtype=dtype) for n in (nq, nk, nk, nq)
+    ]
+
+
+def ours(asked: Experiment, data: list[Tensor]) -> Callable[[], object]:
+    """The call to time."""
+    q, k, v, _ = data
+    options = {"backend": "triton", "deterministic": asked.deterministic, "out_dtype": q.dtype}
+    return graded(asked, lambda: attend(q, k, v, asked.pattern, **options).out, data)
+
+
+def graded(asked: Experiment, forward: Callable[[], Tensor], data: list[Tensor]) -> Callable[[], object]:
+    """`forward`, or its gradient alone (over one kept graph), or both."""
+    q, k, v, grad = data
+    if asked.direction == "forward":
+        return torch.no_grad()(forward)
+    for x in (q, k, v):
+        x.requires_grad_()
+    if asked.direction == "both":
+        return lambda: torch.autograd.grad(forward(), (q, k, v), grad)
+    out = forward()
+    return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
+
+def replayed(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph replays it."""
+    call()
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        call()
+    return graph.replay
+
+
+def peer_times(asked: Experiment, data: list[Tensor], device: str, repeats: int) -> tuple[list[float], str]:
+    """Milliseconds of the peer, which must say what we say; none where it does not serve, with its reason."""
+    forward = peer_forward(asked.peer, data[0], data[1], data[2], asked.pattern)
+    if forward is None:
+        return [], ""
+    try:
+        theirs = torch.no_grad()(forward)()
+    except (RuntimeError, ImportError) as refusal:
+        return [], f"{asked.peer} does not serve: {str(refusal).splitlines()[0]}"
+    mine = attend(data[0], data[1], data[2], asked.pattern, backend="triton", out_dtype=data[0].dtype).out
+    torch.testing.assert_close(theirs, mine, rtol=3e-2, atol=3e-2)
+    del theirs, mine
+    return measure(graded(asked, forward, data), device, repeats), ""
+
+
+def measure(call: Callable[[], object], device: str, repeats: int) -> list[float]:
+    """Milliseconds of each call: GPU events between calls that follow a warm-up; a wall clock on CPU."""
+    call()
+    times = []
+    for _ in range(repeats):
+        if device == "cpu":
+            begin = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - begin) * 1e3)
+            continue
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        call()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last))
+    return times
+
+
+def host_us(call: Callable[[], object]) -> float:
+    """Microseconds that the host spends on a call."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(200):
+        call()
+    return (time.perf_counter() - begin) / 200 * 1e6
+
+
+def pairs(asked: Experiment) -> int:
+    """Visible (query, key) pairs of all heads, as often as they count."""
+    nq, nk = asked.lengths
+    plan = asked.pattern.plan(Rectangle(asked.heads, Span(nk - nq, nq), Span(0, nk)))
+    return sum(branch.pairs * branch.heads.length for branch in plan.branches)
+
+
+def verdict(asked: Experiment, values: dict[str, float | None]) -> str:
+    """met, missed with the value, or nothing without a target. values: by unit; of ms and us the least is best."""
+    if asked.target is None:
+        return ""
+    unit, wanted = asked.target
+    value = values[unit]
+    if value is None:
+        return "not measured"
+    met = value <= wanted if unit in ("ms", "us") else value >= wanted
+    return "met" if met else f"missed: {value:.3g} {unit}"
+
+
+def loaded_kernels() -> tuple[str, str]:
+    """(registers, spilled bytes) a thread of each compiled kernel, as the driver loaded it."""
+    registers, spills = [], []
+    for module, name in (
+        ("forward_kernel", "forward_kernel"), ("merge_kernel", "merge_kernel"), ("backward_kernel", "rows_kernel"),
+        ("backward_kernel", "keys_kernel"), ("query_gradient_kernel", "queries_kernel"),
+    ):  # fmt: skip
+        kernel: Any = getattr(import_module(f"longattn.kernels.triton.{module}"), name)
+        for cached in getattr(kernel, "device_caches", {}).values():
+            for compiled in cached[0].values():
+                registers.append(f"{name} {compiled.n_regs}")
+                spills.append(f"{name} {compiled.n_spills}")
+    return "; ".join(registers), "; ".join(spills)
+
+
+def device_state() -> tuple[str, str]:
+    """(SM clock in MHz, driver version), as nvidia-smi tells them; empty where there is none."""
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return "", ""
+    clock, _, driver = told.splitlines()[0].partition(",")
+    return clock.strip(), driver.strip()
+
+
+def use_tile(asked: Experiment) -> None:
+    """Put the experiment's tile in the table's place, in this process."""
+    if not asked.tile:
+        return
+    tile = configurations.Configuration(*asked.tile)
+    kernel = "forward" if asked.direction == "forward" else "backward_keys"
+    for at in configurations.TABLE:
+        if at[0] == kernel and at[2] == asked.head_dim:
+            configurations.TABLE[at] = tile
+
+
+def run(asked: Experiment, device: str, repeats: int, copy_tb_s: float) -> Row:
+    """One row."""
+    if asked.fails:
+        raise RuntimeError("this row fails on purpose")
+    use_tile(asked)
+    data = tensors(asked, device)
+    on_gpu = device != "cpu"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() if on_gpu else 0
+    begin = time.perf_counter()
+    call = ours(asked, data)
+    call()
+    if on_gpu:
+        torch.cuda.synchronize()
+    first_call = time.perf_counter() - begin
+    timed = replayed(call) if asked.graph else call
+    times = sorted(measure(timed, device, repeats))
+    clock, driver = device_state() if on_gpu else ("", "")
+    extra = (torch.cuda.max_memory_allocated() - held) / 2**20 if on_gpu else 0.0
+    theirs, reason = peer_times(asked, data, device, repeats)
+    ms = statistics.median(times)
+    peer_ms = statistics.median(theirs) if theirs else None
+    tflops = (
+        {"forward": 4, "backward": 10, "both": 14}[asked.direction]
+        * pairs(asked)
+        * asked.batch
+        * asked.head_dim
+        / ms
+        / 1e9
+    )
+    moved = 4 * asked.batch * asked.lengths[1] * asked.heads * asked.head_dim  # k and v, two bytes an element
+    values: dict[str, float | None] = {
+        "TFLOP/s": tflops,
+        "ms": ms,
+        "ratio": peer_ms and peer_ms / ms,
+        "copy": moved / ms / 1e9 / copy_tb_s if math.isfinite(copy_tb_s) and copy_tb_s else None,
+        "us": host_us(call) if asked.target and asked.target[0] == "us" and on_gpu else None,
+    }
+    here, (registers, spills) = surroundings(), loaded_kernels()
+    return Row(
+        asked.key, asked.head_dim, asked.direction, "x".join(map(str, asked.tile)), ms, times[len(times) // 5],
+        times[-1 - len(times) // 5], tflops, asked.peer, peer_ms,
+        "" if asked.target is None else f"{asked.target[1]:g} {asked.target[0]}", verdict(asked, values) or reason, extra,
+        first_call, registers, spills, clock, torch.cuda.get_device_name() if on_gpu else "cpu, interpreted", driver,
+        torch.__version__, installed_version() or "", here.commit, here.date,
+    )  # fmt: skip
