@@ -19,6 +19,7 @@ import csv
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -80,7 +81,7 @@ class Prediction:
     triton: str
 
 
-def hot_loop(line: Line, products: int, flags: dict[str, object] | None = None) -> Loop:
+def hot_loop(line: Line, products: int, flags: dict[str, Any] | None = None) -> Loop:
     """The dense loop of a kernel: of its innermost loops that hold matrix products, the one with the fewest instructions."""
     target, tile = ARCHITECTURES[line.architecture], line.configuration
     options = {"num_warps": tile.warps, "num_stages": tile.stages}

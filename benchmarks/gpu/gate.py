@@ -4,6 +4,7 @@ Lengths are such that programs take a second job and lists have several parts. O
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ def checks(dry: bool, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
         for deterministic in (False, True):
             for dim in (16,) if dry else (64, 128):
                 for pattern in PATTERNS[: 2 if dry else 4]:
-                    size = {
+                    size: dict[str, Any] = {
                         "lengths": (70, 70) if dry else (333, 333),
                         "head_dim": dim,
                         "dtype": dtype,
@@ -37,16 +38,17 @@ def checks(dry: bool, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
                     case = Case(pattern, batch=1, kv_heads=1, group=2, **size)
                     kind = f"{name} D{dim} {'fixed' if deterministic else 'fast'} {pattern.canonical()[:40]}"
                     yield kind, lambda case=case, fixed=deterministic: _agree(case, fixed)
-        options = {
+        options: dict[str, Any] = {
             "lengths": (70, 70) if dry else (200, 200),
             "head_dim": 16 if dry else 64,
             "dtype": dtype,
             "device": device,
         }
-        for kind, extra in (
+        kinds: tuple[tuple[str, dict[str, Any]], ...] = (
             ("dropout", {"dropout_p": 0.3}), ("mask", {"mask": "qk"}), ("bias", {"mask": "+qk"}), ("padding", {"padding": True}),
             ("prior", {"prior": True}), ("expanded cotangent", {"layouts": ("plain",) * 4 + ("expanded_dim",)}),
-        ):  # fmt: skip
+        )  # fmt: skip
+        for kind, extra in kinds:
             case = Case(LONGNET, batch=2, kv_heads=1, **options, **extra)
             yield f"{name} {kind}", lambda case=case: _agree(case, False)
         decode = Case(Full(), batch=2, kv_heads=2, group=4, **{**options, "lengths": (1, 300 if dry else 9000)})

@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 """The backward kernels: dS = P * (dO v - delta), with P = exp(s - lse) made anew from q, k and the merged lse.
 
 Three kernels. `rows_kernel` makes delta = rowsum(dO * O) - dlse and lse in log2, once. `keys_kernel` owns a block of keys of one kv head:

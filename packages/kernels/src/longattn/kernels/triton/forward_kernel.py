@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 """The forward kernel: out = softmax(scale * q k^T + log counts) v and its lse, for the rows of one job after the other.
 
 The equation is the online softmax (FlashAttention, Dao et al. 2022, algorithm 1), in base 2. Grid: (programs * batch,); program p of a

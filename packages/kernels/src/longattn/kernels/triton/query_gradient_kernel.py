@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
 """dq where queries own it, without atomics: three products, and the same bits every time.
 
 Grid: (programs * batch,); program p of a batch element does jobs p, p + programs, ... Resident for a job: q and dO tiles, pivot and
