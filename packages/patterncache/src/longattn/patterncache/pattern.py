@@ -196,15 +196,15 @@ class Pattern(ABC):
 
     def reach(self, layers: int, N: int, num_heads: int = 8) -> Reach:
         """How many of `N` tokens a token has heard of after `layers` layers, exactly; see `longattn.patterncache.analysis.reach`."""
-        return _from_above("analysis.reach", "reach")(self, layers, N, num_heads)
+        return above("analysis.reach", "reach")(self, layers, N, num_heads)
 
     def lint(self, N: int, num_heads: int = 8, *, head_dim: int = 64, dtype: str = "float32") -> Lint:
         """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work. `str()` of it is for reading."""
-        return _from_above("analysis.lint", "lint")(self, N, num_heads, head_dim=head_dim, dtype=dtype)
+        return above("analysis.lint", "lint")(self, N, num_heads, head_dim=head_dim, dtype=dtype)
 
     def describe(self, N: int = 32, num_heads: int = 8, head: int = 0, png: str | PathLike[str] | None = None) -> str:
         """`lint` of `N` tokens as text, below a map of what each of them sees in one head, for small N; and as a picture at `png`."""
-        return _from_above("analysis.lint", "describe")(self, N, num_heads, head, png)
+        return above("analysis.lint", "describe")(self, N, num_heads, head, png)
 
     def to_dense(self, N: int, num_heads: int = 8) -> Counts:
         """(num_heads, N, N) int64: the counts of all of `N` tokens. For small N."""
@@ -213,7 +213,7 @@ class Pattern(ABC):
 
     def to_block_mask(self, N: int, num_heads: int = 8, *, block_size: int = 128, device: Any = "cpu") -> FlexMask:
         """FlexAttention's BlockMask and score_mod of `N` tokens, from strides; see `longattn.patterncache.interop.flex`. Needs torch."""
-        return _from_above("interop.flex", "to_block_mask")(self, N, num_heads, block_size=block_size, device=device)
+        return above("interop.flex", "to_block_mask")(self, N, num_heads, block_size=block_size, device=device)
 
     def canonical(self) -> str:
         """The canonical string: equal for equal patterns, and `parse_pattern` reads it back. Kept with the pattern."""
@@ -240,7 +240,7 @@ class Pattern(ABC):
         return combination.parts[0] if len(combination.parts) == 1 else combination
 
 
-def _from_above(module: str, function: str) -> Callable[..., Any]:
+def above(module: str, function: str) -> Callable[..., Any]:
     """A function of a module that needs `Pattern`, for the methods that are short for it."""
     return getattr(import_module(f"longattn.patterncache.{module}"), function)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from longattn.patterncache.analysis.results import Gap
 from longattn.patterncache.indices import Affine, index_of
-from longattn.patterncache.pattern import Pattern, check_causal
+from longattn.patterncache.pattern import Pattern, above, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.intervals import Intervals, Sides, interval_branches, span_pairs
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, congruent_indices
@@ -65,6 +65,28 @@ class Dilated(Pattern, name="dilated"):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         check_causal(self.causal)
+
+    @classmethod
+    def for_length(
+        cls, N: int, layers: int, budget: float | None = None, num_heads: int = 8, causal: bool = True
+    ) -> Pattern:
+        """The cheapest `Dilated((N,), (rate,)) + Window(width)` with which `layers` layers join every token to all that it may hear of.
+
+        Of rates 1, 2, 3, 4, 6, 8, 12, ... each has its narrowest such window, found exactly (`reach`). That a path over layers exists is
+        necessary for a model to use a token, not sufficient: what it learns readily is what some head of some layer sees directly.
+
+        Args:
+            N: tokens, at least 1. Shorter sequences are joined too; longer ones are cut into segments of N, which only the window joins.
+            layers: of the model, at least 1. In one layer only dense attention joins, in two every residue needs a head of its own.
+            budget: keys a query and head may see in the mean. What the cheapest pattern leaves of it is spent on pairs that are seen
+                directly: on a lower rate, whose residues heads share out, or on a wider window. Default None: nothing more is spent.
+            num_heads: query heads of a layer, at least 1. Default 8.
+            causal: hide j > i. Default True.
+
+        Raises:
+            TypeError, ValueError: not such values; or a budget that the cheapest pattern exceeds.
+        """
+        return above("analysis.joining", "for_length")(N, layers, budget, num_heads, causal)
 
     @property
     def binary(self) -> bool:

@@ -1,0 +1,84 @@
+"""`Dilated.for_length`: what it returns joins all tokens, and costs no more than it may. Judged by boolean products."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from longattn.patterncache import Dilated, Pattern, Rectangle, Span
+from longattn.patterncache.analysis import joining
+
+
+def joined_after(pattern: Pattern, length: int, layers: int, num_heads: int = 8, causal: bool = True) -> bool:
+    """Whether every token has heard of all that it may: boolean powers of (what any head shows, and oneself), rows as packed bits."""
+    shows = np.eye(length, dtype=bool)
+    for head in range(num_heads):  # one at a time: all heads of 4096 tokens are a gigabyte of counts
+        shows |= pattern.counts(Rectangle(num_heads, Span(0, length), Span(0, length), Span(head, 1)))[0] > 0
+    heard = np.packbits(np.eye(length, dtype=bool), axis=1)
+    for _ in range(layers):
+        heard = np.stack([np.bitwise_or.reduce(heard[np.flatnonzero(row)], axis=0) for row in shows])
+    hoped = np.tril(np.ones((length, length), bool)) if causal else np.ones((length, length), bool)
+    return bool((np.unpackbits(heard, axis=1, count=length).astype(bool) >= hoped).all())
+
+
+def mean_keys(pattern: Pattern, length: int, num_heads: int = 8) -> float:
+    plan = pattern.plan(Rectangle(num_heads, Span(0, length), Span(0, length)))
+    return sum(branch.pairs * branch.heads.length for branch in plan.branches) / length / num_heads
+
+
+@pytest.mark.parametrize(("length", "layers"), [(1000, 2), (1024, 12), (4096, 4)])
+def test_lengths_and_depths_of_models(length: int, layers: int):
+    """At most half of dense attention's pairs; in fact 17 keys a head."""
+    pattern = Dilated.for_length(length, layers=layers)
+    assert joined_after(pattern, length, layers)
+    assert mean_keys(pattern, length) <= min(17.1, length / 4)
+
+
+def test_the_cheapest_known_joins_are_found():
+    """8 keys a head at 4096 tokens in 12 layers; 41 at 32768 in 4."""
+    assert mean_keys(Dilated.for_length(4096, 12), 4096) <= 8.1
+    assert mean_keys(Dilated.for_length(32768, 4), 32768) <= 41.1
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 160), st.integers(1, 6), st.integers(1, 9), st.booleans())
+@example(length=1, layers=1, num_heads=1, causal=True)
+@example(length=97, layers=2, num_heads=1, causal=True)
+@example(
+    length=149, layers=3, num_heads=3, causal=False
+)  # the last tokens cannot go on to the next residue that a head has
+def test_every_length_is_joined(length: int, layers: int, num_heads: int, causal: bool):
+    pattern = Dilated.for_length(length, layers, num_heads=num_heads, causal=causal)
+    assert pattern.causal is causal and joined_after(pattern, length, layers, num_heads, causal)
+
+
+@settings(max_examples=25)
+@given(st.integers(2, 24), st.integers(1, 30), st.integers(1, 5), st.integers(1, 9), st.booleans())
+def test_few_tokens_say_as_much_as_all(rate: int, width: int, layers: int, num_heads: int, causal: bool):
+    """A rate and a window join a long sequence exactly where they join the stretch that is followed."""
+    length = layers * width + 7 * rate + 1
+    expected = joined_after(joining._pattern(length, rate, width, causal), length, layers, num_heads, causal)
+    assert joining._joins(rate, width, length, layers, num_heads, causal) == expected
+
+
+@pytest.mark.parametrize("budget", [13, 40, 150.5])
+def test_a_budget_is_spent_on_pairs_seen_directly(budget: float):
+    """Never exceeded, and more is never worse."""
+    length = 600
+    cheapest, richer = Dilated.for_length(length, 4), Dilated.for_length(length, 4, budget=budget)
+    assert mean_keys(cheapest, length) <= mean_keys(richer, length) <= budget and joined_after(richer, length, 4)
+    direct = [int((p.to_dense(length) > 0).any(0).sum()) for p in (cheapest, richer)]
+    assert direct[1] >= direct[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [((0, 2), ValueError, "N must be"), ((8, 0), ValueError, "layers must be"), ((8, 2.0), TypeError, "layers must be"),
+     ((4096, 4, 3.0), ValueError, "budget must be at least 1"), ((8, 2, "9"), TypeError, "budget must be"),
+     ((4096, 4, float("nan")), ValueError, "budget must be at least")],
+)  # fmt: skip
+def test_bad_arguments(arguments: tuple[object, ...], error: type[Exception], words: str):
+    with pytest.raises(error, match=words):
+        Dilated.for_length(*arguments)  # type: ignore[arg-type]
