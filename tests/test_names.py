@@ -32,7 +32,6 @@ MAX_LINES = 350
 SAME_NAMES = {
     "__init__.py": "a package is a folder",
     "testing.py": "each package's kit for its users' tests is imported by that name",
-    "arguments.py": "of the op, of a native task, and of the public functions: what is handed over at three borders",
 }
 
 

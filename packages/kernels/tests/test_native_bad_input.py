@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.native import row
-from longattn.kernels.native.arguments import CallArgument
 from longattn.kernels.native.building import refusal
+from longattn.kernels.native.structures import CallArgument
 from longattn.patterncache import Branch, Full, Plan, Rectangle, Span
 from longattn.patterncache.indices import Affine, Listed
 from longattn.patterncache.plan import Band

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from longattn.kernels.native.arguments import PackedJobs
 from longattn.kernels.native.lowering import Job, Lowered, RowSet, lower, query_rows
 from longattn.kernels.native.progressions import Periodic, Progression, multiset, period_of, rows_of
+from longattn.kernels.native.structures import PackedJobs
 from longattn.patterncache import Branch, Dilated, Full, Plan, Rectangle, Restrict, Span, Window
 from longattn.patterncache.indices import Affine, Listed
 from longattn.patterncache.testing import patterns, spans

@@ -17,7 +17,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import Allocator
 from longattn.kernels.native import building
-from longattn.kernels.native.arguments import TYPES, CallArgument, PackedJobs, TensorArgument
+from longattn.kernels.native.structures import TYPES, CallArgument, PackedJobs, TensorArgument
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
 
 _Bytes = ctypes.c_char * ctypes.sizeof(CallArgument)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.native import building
-from longattn.kernels.native.arguments import SIZES, TYPES, TensorArgument, check_memory
+from longattn.kernels.native.structures import SIZES, TYPES, TensorArgument, check_memory
 
 MOST_WIDE = 256
 """The largest head_dim that the library streams."""

@@ -12,9 +12,9 @@ from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.eager.tile_walk import finish
 from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.native import building
-from longattn.kernels.native.arguments import SIZES, TYPES, CallArgument, PackedJobs, packed
 from longattn.kernels.native.bound import BoundBackward, BoundForward, is_plain, readable_as_it_lies
 from longattn.kernels.native.lowering import Lowered, lower
+from longattn.kernels.native.structures import SIZES, TYPES, CallArgument, PackedJobs, packed
 
 CAPABILITY = Capability(
     devices=("cpu",),
