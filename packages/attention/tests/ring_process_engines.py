@@ -155,6 +155,20 @@ def case_given_lengths_need_no_roll() -> None:
     check(Ring(group, lengths=uneven), PATTERNS[0], sum(uneven))
 
 
+def case_ulysses_over_a_ring_of_uneven_lengths() -> None:
+    """The ring's ranks hold parts of different lengths, and the ranks that share a part's heads hold different lengths of it."""
+    world = dist.get_world_size()
+    for sizes in {(world, 1), (1, world), (world // 2, 2) if world % 2 == 0 else (1, world)}:
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("ring", "heads"))
+        parts = tuple(9 + 7 * rank for rank in range(sizes[0]))
+        part = parts[mesh.get_local_rank("ring")]
+        shares = (*(2 + rank for rank in range(sizes[1] - 1)), part - sum(2 + rank for rank in range(sizes[1] - 1)))
+        ring = Ring(mesh["ring"], lengths=parts)
+        for schedule in (Ulysses(mesh["heads"], inner=ring), Ulysses(mesh["heads"], lengths=shares, inner=ring)):
+            check(schedule, PATTERNS[0], sum(parts))
+            check(schedule, PATTERNS[1], sum(parts), attention_mask=randn(8, sum(parts), sum(parts), seed=9))
+
+
 def case_any_lengths() -> None:
     """Contiguous shards of any lengths, found out by the roll call; keys and queries cut differently."""
     world, rank = dist.get_world_size(), dist.get_rank()

@@ -90,7 +90,7 @@ def case_computing_goes_on_while_keys_travel() -> None:
 
     def computed(*given, **options):
         state = launched(*given, **options)
-        note(Event("compute", f"from {given[1].spans[0].start // 16}"))
+        note(Event("compute", f"from {given[1].k_spans[0] // 16}"))
         return state
 
     dist.barrier()

@@ -33,13 +33,15 @@ def main() -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    found = {}
+    found, report = {}, folder / f"{rank}.json"
     for number, path in enumerate(sys.argv[1].split(os.pathsep)):
         for name, case in vars(load(Path(path), f"cases{number}")).copy().items():
             if name.startswith("case_"):
+                # Written as it goes: a hang leaves what was found so far, and where.
+                found[name] = "began, and did not end"
+                report.write_text(json.dumps(found))
                 found[name] = attempt(case)
-                # Written as it goes: a hang in the next case leaves what was found so far.
-                (folder / f"{rank}.json").write_text(json.dumps(found))
+                report.write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
