@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -11,20 +12,27 @@ from tests.workspace import PACKAGES
 HEAVY = {"triton", "matplotlib", "hypothesis", "pytest"}
 
 
-def loaded(statement: str) -> set[str]:
-    """Return the top-level modules, and longattn packages, that a fresh interpreter holds after the statement."""
-    script = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+@cache
+def loaded(*statements: str) -> tuple[set[str], ...]:
+    """The top-level modules, and longattn packages, that a fresh interpreter holds after each of the statements."""
+    show = "print(json.dumps(sorted(sys.modules)))"
+    script = "\n".join(["import json, sys", *(line for statement in statements for line in (statement, show))])
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stderr
-    names = json.loads(answer.stdout.splitlines()[-1])
-    kept = {name for name in names if name.startswith("longattn.") or name == "torch.utils.flop_counter"}
-    return {name.split(".")[0] for name in names} | kept
+    held = [json.loads(line) for line in answer.stdout.splitlines()]
+    kept = [{n for n in names if n.startswith("longattn.") or n == "torch.utils.flop_counter"} for names in held]
+    return tuple({name.split(".")[0] for name in names} | own for names, own in zip(held, kept, strict=True))
+
+
+def of_package(package: str) -> tuple[set[str], ...]:
+    """What is held after the package was imported, and after each of its public names was."""
+    return loaded(f"import longattn.{package}", f"from longattn.{package} import *")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_import_alone(package: str) -> None:
     """`import longattn.x` loads no optional dependency, no test tool, no sibling."""
-    modules = loaded(f"import longattn.{package}")
+    modules, _ = of_package(package)
     siblings = {f"longattn.{name}" for name in PACKAGES if name != package}
     assert set() == modules & (HEAVY | siblings | {f"longattn.{package}.testing"})
 
@@ -32,12 +40,12 @@ def test_import_alone(package: str) -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name(package: str) -> None:
     """Not even all the public names together load one, but for what torch's own FLOP counter loads: it tries triton."""
-    modules = loaded(f"from longattn.{package} import *")
+    _, modules = of_package(package)
     if "torch.utils.flop_counter" in modules:
-        modules -= loaded("import torch.utils.flop_counter")
+        modules = modules - loaded("import torch.utils.flop_counter")[0]
     assert set() == modules & (HEAVY | {f"longattn.{package}.testing"})
 
 
 def test_patterncache_needs_no_torch() -> None:
     """All of patterncache's public names work without torch."""
-    assert "torch" not in loaded("from longattn.patterncache import *")
+    assert "torch" not in of_package("patterncache")[1]
