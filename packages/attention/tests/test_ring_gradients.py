@@ -59,6 +59,22 @@ def test_half_precision_gradients_are_summed_in_float32(pattern, layout):
         assert ring <= 1.5 * local, f"d{name}: {ring / local:.2f} times Local's error"
 
 
+@pytest.mark.parametrize("shape", [(19,), (1, 19), (2, 1, 19), (2, 1, 1, 19), (2, 2, 1, 19), (1, 1)])
+@pytest.mark.parametrize("ring", RINGS)
+def test_the_gradient_of_a_mask_without_rows(ring, shape):
+    """A bias that all queries share is every rank's: its gradient is the sum, of the oracle's size and sign."""
+    x = [randn(2, 19, 2, 4, seed=n) for n in range(3)]
+    bias = randn(*shape, seed=5).requires_grad_()
+    weights = randn(2, 19, 2, 4, seed=7)
+    counts = LONGNET.counts(Rectangle(2, Span(0, 19), Span(0, 19)))
+    out = pattern_attention(*x, LONGNET, schedule=ring, attention_mask=bias)
+    true = reference_attention(*x, counts, bias=bias).out
+    torch.testing.assert_close(out, true)
+    found, expected = (torch.autograd.grad((y * weights).sum(), bias)[0] for y in (out, true))
+    torch.testing.assert_close(found, expected)
+    assert shape == (1, 1) or found.abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("ring", RINGS)
 def test_vmap_and_per_sample_gradients(ring):
     """vmap, and vmap of grad, are a loop."""

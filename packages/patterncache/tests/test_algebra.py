@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from longattn.patterncache import (
     BlockSparse,
+    ByHead,
     Dilated,
     Full,
     Intersection,
@@ -137,6 +138,29 @@ def test_listed_rows_know_their_positions(b: Pattern, rectangle: Rectangle):
     """What filters a pattern that lists its rows sees their true positions, wherever the rectangle begins."""
     for pattern in (Restrict(Listing(), b), Restrict(b, Listing()), Listing() + b, Listing() & b):
         check_plan(pattern.plan(rectangle), pattern)
+
+
+@pytest.mark.parametrize("cells", [1, 20, 100])
+def test_rows_are_listed_strip_by_strip(cells: int, monkeypatch: pytest.MonkeyPatch):
+    """A rectangle with more cells than may stand at once, rows of several spans and steps included."""
+    monkeypatch.setattr("longattn.patterncache.planning.listing._DENSE_CELLS", cells)
+    for rectangle in (square(9, 2), Rectangle(2, (Span(1, 5, 3), Span(40, 6)), (Span(2, 7, 2), Span(30, 4)))):
+        check_plan(Listing().plan(rectangle), Listing())
+
+
+@pytest.mark.parametrize(("combine", "elementwise"), COMBINED)
+def test_groups_of_heads_join_with_what_all_heads_share(combine, elementwise):
+    """In either order: each head's own pattern with the other, heads of no group with the other alone."""
+    mine = ByHead([(Span(0, 2), Dilated((4, 8), (1, 2))), (Span(3, 1), Window(3))])
+    for other in (Window(5, sinks=1), BlockSparse(2, np.eye(6, dtype=bool)), Listing()):
+        expected = elementwise(mine.counts(square(12)), other.counts(square(12)))
+        for pattern in (combine(mine, other), combine(other, mine)):
+            np.testing.assert_array_equal(pattern.counts(square(12)), expected)
+            for rectangle in (square(12), Rectangle(4, Span(1, 5, 2), Span(3, 9), Span(1, 3))):
+                check_plan(pattern.plan(rectangle), pattern)
+    restricted = Restrict(mine, Window(5))
+    check_plan(restricted.plan(square(12)), restricted)
+    assert (restricted.counts(square(12)) == np.where(Window(5).counts(square(12)), mine.counts(square(12)), 0)).all()
 
 
 @pytest.mark.parametrize("combine", [combine for combine, _ in COMBINED])

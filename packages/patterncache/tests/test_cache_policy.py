@@ -44,6 +44,18 @@ def test_a_scan_does_not_flush_s3fifo():
     assert cache.get_stats()["hits"] == 40
 
 
+def test_a_scan_before_the_cache_is_full_leaves_room_for_what_comes_again():
+    """What is asked for once leaves from the small queue, though there is room in the main one, which stays for what is asked for twice."""
+    cache = PatternCache(50)
+    for key in range(200):
+        cache.get_or_build(key, int)
+    assert not cache._entries.keys() & set(range(150))
+    for key in [*list(range(1000, 1040)) * 2, *range(2000, 2010), *range(1000, 1040)]:
+        cache.get_or_build(key, int)
+        cache.check_valid()
+    assert len(cache) == 50 and cache.get_stats()["hits"] >= 40
+
+
 @given(st.lists(st.integers(0, 15), max_size=200), st.integers(1, 6))
 def test_the_hit_curve_of_lru_is_exact(trace, size):
     """What it says of size + j is what a cache of that size has."""

@@ -8,7 +8,18 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from longattn.patterncache import ByHead, Dilated, Documents, Full, HierarchicalBlocks, Rectangle, Span, Strided, Window
+from longattn.patterncache import (
+    ByHead,
+    Dilated,
+    Documents,
+    Full,
+    HierarchicalBlocks,
+    Periodic,
+    Rectangle,
+    Span,
+    Strided,
+    Window,
+)
 from longattn.patterncache.testing import check_pattern, documents, hierarchical_blocks, patterns, rectangles, strided
 
 
@@ -111,6 +122,35 @@ def test_each_head_sees_by_its_own_pattern():
         ),
         (lambda: ByHead([(3, Full())]), TypeError, "must be a Span of heads"),
         (lambda: ByHead([]), TypeError, "parts must be a sequence of at least one"),
+        (lambda: ByHead(Span(0, 3)), TypeError, "parts must be a sequence of at least one"),
+        (lambda: ByHead([(Span(0, 3), "full")]), TypeError, r"parts\[0\]\[1\] must be a Pattern"),
+        (
+            lambda: ByHead([(Span(0, (1 << 20) + 1), Full())]),
+            ValueError,
+            r"parts\[0\]\[0\] must lie below 1048576 heads",
+        ),
+        (lambda: Periodic(0, [], 4), ValueError, "period must be an integer >= 1"),
+        (lambda: Periodic(2, [], 0), ValueError, "length must be an integer >= 1"),
+        (lambda: Periodic(2, 3, 4), TypeError, "runs must be a sequence"),
+        (
+            lambda: Periodic(2, [(0, 2, None, 0)], 4),
+            ValueError,
+            r"runs\[0\] must have residues below period=2, got 0 and 2",
+        ),
+        (
+            lambda: Periodic(2, [(2, 0, None, 0)], 4),
+            ValueError,
+            r"runs\[0\] must have residues below period=2, got 2 and 0",
+        ),
+        (lambda: Periodic(2, [(0, -1, None, 0)], 4), ValueError, r"runs\[0\]\[1\] must be an integer >= 0"),
+        (lambda: Periodic(2, [(0, 1, -5, 0)], 4), ValueError, r"runs\[0\] must be an integer >= -4"),
+        (lambda: Periodic(2, [(0, 1, None, 1.5)], 4), TypeError, r"runs\[0\] must be an integer"),
+        (lambda: Periodic(2, [(0, 1, None, 0)], 4, causal=1), TypeError, "causal must be"),
+        (lambda: Periodic(2, [(0, 1, None, 0)], 4).plan(square(5)), ValueError, "queries must lie below length=4"),
+        (lambda: HierarchicalBlocks(0), ValueError, "block_size must be an integer >= 1"),
+        (lambda: HierarchicalBlocks(4, levels=0), ValueError, "levels must be an integer >= 1"),
+        (lambda: HierarchicalBlocks(4, causal=None), TypeError, "causal must be"),
+        (lambda: HierarchicalBlocks(2, levels=63, fanout=2), ValueError, "levels must keep the outermost block"),
         (lambda: ByHead([(Span(0, 3), Full())]).plan(square(4, 2)), ValueError, "heads must lie below num_heads=2"),
         (lambda: Documents([0]), ValueError, "cu_seqlens must begin with 0, .*at least two"),
         (lambda: Documents([1, 4]), ValueError, "cu_seqlens must begin with 0"),
