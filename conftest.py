@@ -21,7 +21,7 @@ settings.register_profile("dev", deadline=None, max_examples=25, suppress_health
 settings.register_profile(
     "ci",
     deadline=None,
-    max_examples=40,
+    max_examples=25,
     derandomize=True,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
@@ -33,7 +33,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first: the last one to end is then a short one, whoever runs it."""
+    """Long tests first: the last one to end is then a short one, whoever runs it. Nightly ones are skipped by day."""
+    if os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
+        for item in items:
+            if item.get_closest_marker("nightly") is not None:
+                item.add_marker(pytest.mark.skip(reason="nightly: HYPOTHESIS_PROFILE=nightly"))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

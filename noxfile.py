@@ -265,10 +265,19 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def mutants(session: nox.Session) -> None:
+    """Put a seeded sample of faults into copies of the source: tests notice 90 % of them at least, and the others are listed with a reason."""
+    extras = {"kernels": "testing", "patterncache": "testing,torch"}
+    editable = [f"--editable=packages/{name}[{extras.get(name, 'testing')}]" for name in PACKAGES]
+    session.install(*constraints(session), *editable, *group("test"))
+    session.run("python", "-m", "tools.mutants", *(session.posargs or ["--jobs", str(os.cpu_count() or 1)]))
+
+
+@nox.session
 def ahead(session: nox.Session) -> None:
     """Compile every shipped Triton configuration for its architecture, without a GPU: shared memory, spills, registers, occupancy."""
     session.install(*constraints(session), *from_checkout("kernels", "testing,triton"), *group("test"))
     cache = Path(session.cache_dir).resolve() / "triton"  # kept between runs: what did not change is not compiled again
     session.env["TRITON_CACHE_DIR"] = str(cache)
     session.run("python", "-m", "tools.triton_ahead", *session.posargs)
-    session.run("pytest", "tests/test_triton_ahead.py")
+    session.run("pytest", "tests/test_triton_ahead.py", env={"HYPOTHESIS_PROFILE": "nightly"})

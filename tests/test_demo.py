@@ -40,6 +40,7 @@ def demo(arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_small_run_prints_everything_and_writes_the_picture(tmp_path: Path) -> None:
     """One command reads a file, runs three paths and says how they compare; the default picture is in the directory."""
     text = tmp_path / "some [bold]text.txt"

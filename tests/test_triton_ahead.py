@@ -1,4 +1,7 @@
-"""Compiling ahead of time, without a GPU: what a configuration needs is read, and one that cannot ship is caught."""
+"""Compiling ahead of time, without a GPU: what a configuration needs is read, and one that cannot ship is caught.
+
+Those that take longest to compile are nightly; the session `ahead` runs them too.
+"""
 
 import csv
 import os
@@ -70,6 +73,7 @@ def test_predictions_are_of_the_table_as_it_is(row: dict[str, str]):
     assert abs(found.tflops - float(row["tflops"])) < 1
 
 
+@pytest.mark.nightly
 def test_too_much_shared_memory_is_caught():
     """The compiler itself does not look at the target's limit."""
     need = compile_line(Line("forward", "gfx942", 64, 2, Configuration(256, 256, 8, 3)))
@@ -77,6 +81,7 @@ def test_too_much_shared_memory_is_caught():
     assert any("shared memory of" in fault for fault in need.faults)
 
 
+@pytest.mark.nightly
 def test_too_much_tensor_memory_is_caught():
     """Nor at that of tensor memory: what comes out then has four registers and does nothing."""
     need = compile_line(Line("backward_keys", "sm_100", 256, 2, Configuration(128, 64, 8, 1)))

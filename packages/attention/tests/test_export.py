@@ -1,6 +1,5 @@
 """Calls as programs without this library's Python: AOTInductor's packages, and what TorchScript, ONNX and one graph cannot hold."""
 
-import os
 import shutil
 
 import pytest
@@ -56,7 +55,7 @@ def test_exported_ops_get_no_empty_list():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "nightly", reason="compiles C++ for a minute: nightly")
+@pytest.mark.nightly
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="AOTInductor needs a C++ compiler, none is installed"
 )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 
 from longattn.kernels import AttentionState, attend, backends, merge, reference_attention
 from longattn.kernels.dispatch.table import row
@@ -126,7 +126,6 @@ def test_the_oracle_divides_by_the_sum():
     assert_near(grad, torch.ones_like(v), 1e-6, 1e-6, "dv")
 
 
-@settings(max_examples=40)
 @given(cases())
 @example(Case(LISTED, (12, 17)))
 def test_counts_of_single_rows(case: Case):

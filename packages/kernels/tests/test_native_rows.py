@@ -48,7 +48,7 @@ def test_a_forced_level_on_any_head_dim(dtype: torch.dtype, head_dim: int):
 
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=12)
+@settings(max_examples=settings().max_examples // 2)
 @given(data=st.data())
 def test_a_forced_level_on_any_call(dtype: torch.dtype, data: st.DataObject):
     check_backend("native", data.draw(cases(dtype)))

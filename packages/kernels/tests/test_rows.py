@@ -25,6 +25,7 @@ ON_CPU = [
 
 
 @pytest.mark.parametrize(("name", "dtype"), ON_CPU)
+@settings(max_examples=settings().max_examples // 2)
 @given(data=st.data())
 def test_a_row_agrees_with_the_oracle_on_any_call(name: str, dtype: torch.dtype, data: st.DataObject):
     check_backend(name, data.draw(cases(dtype)))
@@ -114,7 +115,7 @@ def test_huge_logits(name: str):
 
 
 @pytest.mark.parametrize("name", backends("cpu"))
-@settings(max_examples=8)
+@settings(max_examples=settings().max_examples // 3)
 @given(shift=st.integers(0, 30), keys=st.integers(1, 30))
 @example(shift=4, keys=8)
 def test_rows_out_of_reach(name: str, shift: int, keys: int):

@@ -48,7 +48,7 @@ def check(name: str, case: Case, data: Tensors) -> None:
 
 
 @pytest.mark.parametrize("name", backends("cpu"))
-@settings(max_examples=12)
+@settings(max_examples=settings().max_examples // 2)
 @given(
     pattern=st.sampled_from(PATTERNS),
     group=st.integers(1, 2),

@@ -32,7 +32,7 @@ def square(length: int, num_heads: int = 8) -> Rectangle:
     return Rectangle(num_heads, Span(0, length), Span(0, length))
 
 
-@settings(max_examples=50)
+@settings(max_examples=2 * settings().max_examples)
 @given(bands() | block_sparse(), nested() | strided() | bands(), rectangles())
 @example(Window(5), Dilated((64, 256), (1, 4)), Rectangle(4, Span(3, 40, 7), Span(0, 300)))
 def test_a_union_is_exact_and_not_listed(filtering, other, rectangle):
@@ -42,7 +42,7 @@ def test_a_union_is_exact_and_not_listed(filtering, other, rectangle):
     assert not pattern.listing
 
 
-@settings(max_examples=50)
+@settings(max_examples=2 * settings().max_examples)
 @given(bands() | block_sparse(), nested() | strided(), bands(), rectangles())
 def test_an_intersection_is_exact_and_not_listed(filtering, other, third, rectangle):
     """A pattern that counts twice is counted once where another counts once."""
@@ -51,7 +51,7 @@ def test_an_intersection_is_exact_and_not_listed(filtering, other, third, rectan
     assert not pattern.listing
 
 
-@settings(max_examples=50)
+@settings(max_examples=2 * settings().max_examples)
 @given(nested(), rectangles())
 def test_support_and_excess_add_up(pattern, rectangle):
     """Each pair once, and what is beyond."""

@@ -72,7 +72,7 @@ def flex_counts(pattern, length, num_heads, block_size):
 @example(Strided(5, causal=False), 37, 2, 8)
 @example(BlockSparse(8, np.tri(8, dtype=bool), causal=True) + BlockSparse(8, np.eye(8, dtype=bool)), 60, 2, 4)
 @example(Restrict(Window(9), BlockSparse(4, np.tri(16, dtype=bool)[::-1])), 61, 1, 16)
-@settings(max_examples=60)
+@settings(max_examples=2 * settings().max_examples)
 def test_a_block_mask_shows_the_counts(pattern, length, num_heads, block_size):
     """Lists, mask_mod and score_mod together are the counts; a block said to be full is full."""
     expected = pattern.counts(square(length, num_heads))

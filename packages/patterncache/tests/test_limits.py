@@ -156,7 +156,7 @@ def test_a_large_mask_costs_nothing_before_it_is_refused():
 
 
 @given(st.integers(1, 40), st.integers(1, 4), st.sampled_from([1, 2, 4, 8]), st.booleans(), st.integers(0, 2**32 - 1))
-@settings(max_examples=60)
+@settings(max_examples=2 * settings().max_examples)
 def test_blocks_are_the_largest_that_say_a_mask(length, num_heads, size, causal, seed):
     """As trying every size from the largest on has it, causal or not."""
     blocks = np.random.default_rng(seed).random((num_heads, 40 // size, 40 // size)) < 0.6

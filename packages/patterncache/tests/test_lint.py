@@ -55,7 +55,7 @@ def dense(pattern: Pattern, length: int, num_heads: int):
 @example(Documents([0, 3, 3, 9, 256], Window(3, sinks=1)), 20, 2, 2)
 @example(Documents([0, 256], Full(causal=True)), 12, 1, 2)
 @example(HierarchicalBlocks(2, levels=3, fanout=2), 23, 1, 2)
-@settings(max_examples=150)
+@settings(max_examples=4 * settings().max_examples)
 def test_figures_are_those_of_brute_force(pattern, length, num_heads, layers):
     """Islands, depth, keys, starvation, and what is heard of after some layers."""
     counts, needed, known, groups = dense(pattern, length, num_heads)

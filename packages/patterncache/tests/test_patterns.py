@@ -29,7 +29,7 @@ def square(length: int, num_heads: int = 4) -> Rectangle:
 @example(Dilated((5, 3), (2, 2), causal=True), Rectangle(3, (Span(1, 9, 3), Span(40, 6)), (Span(2, 12, 2),)))
 @example(Window(3, sinks=2, causal=False), square(12))
 @example(Window(1), Rectangle(1, Span(0, 2, 2), Span(1, 1)))
-@settings(max_examples=150)
+@settings(max_examples=4 * settings().max_examples)
 def test_every_pattern_keeps_its_promises_on_any_rectangle(pattern: Pattern, rectangle: Rectangle):
     """Plan counts, piece counts, canonical strings, causality and additivity hold."""
     check_pattern(pattern, rectangle)
