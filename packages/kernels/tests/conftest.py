@@ -25,6 +25,12 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def rows_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests put rows of their own into the table, and name the one that must serve: figures of speed decide where a test says so."""
+    monkeypatch.setenv("LONGATTN_CHOICE", "fixed")
+
+
+@pytest.fixture(autouse=True)
 def no_call_was_prepared() -> None:
     """Each test begins with calls that nobody looked up before: some put other rows into the table."""
     PREPARED.clear()

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from longattn.kernels import __main__, attend, build_native, explain
+from longattn.kernels import __main__, attend, build_native, cachefolder, explain
 from longattn.kernels.dispatch import table as dispatch
-from longattn.kernels.native import building, cachefolder, compiling
+from longattn.kernels.native import building, compiling
 from longattn.patterncache import Full
 
 SHAPE = (1, 8, 2, 4)

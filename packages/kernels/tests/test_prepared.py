@@ -32,9 +32,9 @@ def count_selections(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
     select = prepared_module.select
 
-    def watch(problem: Any, backend: str | None = None) -> Any:
+    def watch(problem: Any, *rest: Any) -> Any:
         asked.append(problem)
-        return select(problem, backend)
+        return select(problem, *rest)
 
     monkeypatch.setattr(prepared_module, "select", watch)
     return asked

@@ -7,10 +7,11 @@ import re
 import torch
 
 from longattn.kernels.check import check_device_type, check_dtype, check_flag, check_shapes
-from longattn.kernels.dispatch.table import Explanation, check_backend_name, explain_problem, refusals
+from longattn.kernels.dispatch.choosing import explain_choice
+from longattn.kernels.dispatch.table import Explanation, check_backend_name
 from longattn.kernels.positions import last_positions
 from longattn.kernels.problem import AttentionProblem, architecture_of
-from longattn.patterncache import Pattern, Rectangle, Span
+from longattn.patterncache import Pattern, Plan, Rectangle, Span
 
 _PLANNED_PAIRS = 1 << 24
 """Query-key pairs up to which a pattern that lists rows is planned, to see whether anything is listed."""
@@ -35,7 +36,9 @@ def explain(
 ) -> Explanation:
     """Which row would serve, and every other row's reasons, without data and without the device.
 
-    A row that compiles something counts as able where there is a compiler: nothing is compiled here. A long plan that lists rows is not built: beyond 2^24 query-key pairs, a pattern that has to look at all of them counts as listed.
+    On a CPU the rows that could serve have expected times beside them, and where their figures are from; the least serves. A row that
+    compiles something counts as able where there is a compiler: nothing is compiled or measured here, and until the first call has
+    measured a row, it says so and the order is the fixed one. A long plan that lists rows is not built: beyond 2^24 query-key pairs, a pattern that has to look at all of them counts as listed.
 
     Args:
         pattern: who sees whom.
@@ -76,13 +79,14 @@ def explain(
         pattern = pattern.with_causal(is_causal)
     queries = Span(*last_positions(q_shape[1], k_shape[1], pattern.positional))
     rectangle = Rectangle(q_shape[2], (queries,), (Span(0, k_shape[1]),))
+    plan = _built(pattern, rectangle)
     problem = AttentionProblem(
         device=check_device_type(device),
         dtype=torch.get_default_dtype() if dtype is None else dtype,
         heads=q_shape[2],
         kv_heads=k_shape[2],
         head_dim=q_shape[3],
-        listed=_lists(pattern, rectangle),
+        listed=plan is None or plan.listed,
         attention_mask=attention_mask,
         bias=bias,
         bias_grad=bias and requires_grad,
@@ -92,7 +96,7 @@ def explain(
         deterministic=deterministic,
         architecture=_architecture(device) if architecture is None else check_architecture(architecture),
     )
-    return explain_problem(problem, backend, refusals())
+    return explain_choice(problem, backend, plan, q_shape[0], measure=False)
 
 
 def _architecture(device: torch.device | str | None) -> str:
@@ -114,10 +118,10 @@ def check_architecture(architecture: object) -> str:
     return architecture
 
 
-def _lists(pattern: Pattern, rectangle: Rectangle) -> bool:
-    """Whether the plan lists rows; of a long rectangle, whose lists would take hours to make, what the pattern says of itself."""
+def _built(pattern: Pattern, rectangle: Rectangle) -> Plan | None:
+    """The plan; None of a long rectangle of a pattern that says of itself that it lists, whose lists would take hours to make."""
     long = rectangle.shape[1] * rectangle.shape[2] > _PLANNED_PAIRS
     if long and pattern.listing:
         pattern.check_rectangle(rectangle)
-        return True
-    return pattern.plan(rectangle).listed
+        return None
+    return pattern.plan(rectangle)

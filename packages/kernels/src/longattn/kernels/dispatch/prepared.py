@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.choosing import select
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.memo import Memo
-from longattn.kernels.dispatch.native_choice import raw_choice
-from longattn.kernels.dispatch.table import Row, RowFailure, select
+from longattn.kernels.dispatch.settings import raw_settings
+from longattn.kernels.dispatch.table import Row, RowFailure
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
@@ -82,7 +83,7 @@ class PreparedCall:
             deterministic=asked.deterministic,
             architecture=architecture_of(q.device),
         )
-        self.row: Row = select(problem, asked.backend or None)
+        self.row: Row = select(problem, asked.backend or None, plan, q.shape[0])
 
     def serves(self, plan: Plan) -> bool:
         """Whether this is the very plan that the call was prepared with."""
@@ -200,7 +201,7 @@ def described(x: Tensor) -> tuple[Hashable, ...]:
 
 def process_settings() -> tuple[Hashable, ...]:
     """What of the process decides which row serves, and how."""
-    return torch.get_num_threads(), raw_choice()
+    return torch.get_num_threads(), *raw_settings()
 
 
 def plan_key(asked: OpArguments) -> tuple[Hashable, ...]:

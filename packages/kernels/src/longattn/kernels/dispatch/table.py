@@ -1,6 +1,6 @@
 """The dispatch table: which row computes, and why not the others.
 
-The order of `TABLE` is the preference. A row's module is imported when the table is first read for it; rows with heavy imports keep
+The order of `TABLE` is the preference where no figures of speed decide (see `choosing`). A row's module is imported when the table is first read for it; rows with heavy imports keep
 their capability in a light module. Legality is declared (`Capability`), never found out by trying. A row that needs something of the machine,
 such as a compiler, also has a `refusal`, which says without trying why that is not there, and a `prepare`, which tries once.
 """
@@ -49,6 +49,7 @@ class Row:
         bind: of a call that was served and what it gave, its forward with everything but pointers and seed in place, (q, k, v, seed, allocator) ->
             (out, lse), or None once it must be bound anew; None where the row has no such form. bind_backward: the same of its backward, from the
             arguments of `backward` and the gradients that it gave.
+        revision: (level, revision) of what serves, where figures of speed depend on more than this package's version.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Row:
     prepare: Callable[[], str | None] | None = None
     bind: Callable[[Call, Tensor, Tensor], Any] | None = None
     bind_backward: Callable[..., Any] | None = None
+    revision: Callable[[], tuple[str, str]] | None = None
 
 
 @lru_cache
@@ -66,7 +68,7 @@ def row(name: str) -> Row:
     """The row of that name."""
     module, _, member = TABLE[name].partition(":")
     home = getattr(import_module(module), member) if member else import_module(module)
-    machine = [getattr(home, need, None) for need in ("refusal", "prepare", "bind", "bind_backward")]
+    machine = [getattr(home, need, None) for need in ("refusal", "prepare", "bind", "bind_backward", "revision")]
     return Row(name, home.CAPABILITY, home.forward, home.backward, *machine)
 
 
@@ -99,16 +101,27 @@ class Explanation:
         problem: what was asked.
         rows: (name, reasons) in order of preference; no reasons means that the row could serve.
         backend: the row that serves, or None.
+        expected: (name, seconds of CPU time, where the figure is from) of each row that could serve; seconds are None, and the text says why, where
+            there is no figure. Empty where figures do not decide.
+        order: what decides between rows that could serve.
     """
 
     problem: AttentionProblem
     rows: tuple[tuple[str, tuple[str, ...]], ...]
     backend: str | None
+    expected: tuple[tuple[str, float | None, str], ...] = ()
+    order: str = "fixed"
 
     def __str__(self) -> str:
-        lines = [str(self.problem)]
+        lines = [str(self.problem), f"  order: {self.order}"]
+        times = {name: (seconds, source) for name, seconds, source in self.expected}
         for name, reasons in self.rows:
             verdict = "; ".join(reasons) or ("chosen" if name == self.backend else "could serve")
+            if name in times:
+                seconds, source = times[name]
+                verdict += (
+                    f"; {source}" if seconds is None else f"; {seconds * 1e3:.3g} ms of CPU time expected, {source}"
+                )
             lines.append(f"  {name}: {verdict}")
         return "\n".join(lines)
 
@@ -135,19 +148,3 @@ def explain_problem(problem: AttentionProblem, backend: str | None = None, refus
     found = Explanation(problem, rows, chosen)
     logger.debug("%s", found)
     return found
-
-
-def select(problem: AttentionProblem, backend: str | None = None) -> Row:
-    """The first row without a reason, or the named one.
-
-    Raises:
-        ValueError: no row fits, or the named one does not; the message gives each row's reasons.
-    """
-    found = explain_problem(problem, backend, refusals())
-    while found.backend is not None:
-        chosen = row(found.backend)
-        if chosen.prepare is None or chosen.prepare() is None:
-            return chosen
-        found = explain_problem(problem, backend, refusals())  # now the row has one more reason
-    wanted = "no backend" if backend is None else f"backend={backend!r} cannot"
-    raise ValueError(f"{wanted} {'fits' if backend is None else 'serve'} this problem: {found}")

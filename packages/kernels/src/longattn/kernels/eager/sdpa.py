@@ -1,7 +1,8 @@
 """Row "sdpa": strided branches through torch's own flash kernel for CPU, merged in place on the selected rows only.
 
 Every tile is a strided view; torch's kernel reads it without a copy and returns (out, lse). Backward gives each tile the merged out
-and lse, so that its gradient is exact by itself: P = exp(s - lse), and the kernel's own delta = rowsum(dO * O).
+and lse, so that its gradient is exact by itself: P = exp(s - lse), and the kernel's own delta = rowsum(dO * O). Where every query sees every
+key, or those up to its own, torch's kernel is called once, on the tensors as they are, and what it returns is the result.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import FLOATS, Capability
+from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.eager.strides import separated, separated_call
 from longattn.kernels.eager.tile_walk import finish, new_state, walk
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.state import state_dtype
+from longattn.patterncache.indices import Affine
 
 CAPABILITY = Capability(
     devices=("cpu",),
@@ -58,7 +61,12 @@ def _cpu_backward(
 @exact_forward
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
-    return forward_through(_cpu_forward, call)
+    if not _is_whole(call) or type(call.allocator) is not TorchAllocator:  # torch's kernel makes its own output
+        return forward_through(_cpu_forward, call)
+    call = separated_call(call)
+    q, k, v = (_dense(x.transpose(1, 2)) for x in (call.q, call.k, call.v))
+    out, lse = _cpu_forward(q, k, v, call.plan.branches[0].triangle, None, call.scale)
+    return out.transpose(1, 2).to(call.out_dtype), lse.transpose(1, 2)
 
 
 @exact_backward
@@ -66,7 +74,30 @@ def backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32 (float64). torch's kernel has no gradient of a bias."""
-    return backward_through(_cpu_backward, call, grad_out, grad_lse, out, lse)
+    if grad_lse is not None or not _is_whole(call):
+        return backward_through(_cpu_backward, call, grad_out, grad_lse, out, lse)
+    call = separated_call(call)
+    given = (separated(grad_out.to(call.q.dtype)), call.q, call.k, call.v, separated(out.to(call.q.dtype)))
+    parts = (_dense(x.transpose(1, 2)) for x in given)
+    triangle = call.plan.branches[0].triangle
+    dq, dk, dv = _cpu_backward(*parts, lse.transpose(1, 2), triangle, None, call.scale)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
+
+
+def _is_whole(call: Call) -> bool:
+    """Whether one call of torch's kernel on the whole tensors is what is asked: every query sees every key, or those up to its own."""
+    if len(call.plan.branches) != 1 or not call.q.numel() or call.prior is not None or call.dropout_p:
+        return False
+    if call.mask is not None or call.bias is not None or call.key_padding is not None:
+        return False
+    branch, (heads, queries, keys) = call.plan.branches[0], call.plan.rectangle.shape
+    every = all(
+        isinstance(i, Affine) and (i.start, i.tiles, i.count) == (0, 1, n) and (i.step == 1 or n == 1)
+        for i, n in ((branch.q, queries), (branch.k, keys))
+    )
+    # torch's kernel scales its causal mask with the scores: see `tile_walk`.
+    seen = branch.band is None or (branch.triangle and call.scale > 0)
+    return every and seen and (branch.heads.start, branch.heads.step, branch.heads.length) == (0, 1, heads)
 
 
 def forward_through(kernel: Forward, call: Call) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,9 @@ from pathlib import Path
 from threading import Lock
 from time import perf_counter
 
-from longattn.kernels.dispatch.native_choice import choice
-from longattn.kernels.native import cachefolder, compiling
+from longattn.kernels import cachefolder
+from longattn.kernels.dispatch.settings import NATIVE
+from longattn.kernels.native import compiling
 from longattn.kernels.native.compiling import COMPILERS, Compiler, NativeBuildError
 from longattn.kernels.native.cpu import LEVELS, levels
 
@@ -97,7 +98,7 @@ def build_native() -> Path:
 
 def current() -> Target:
     """The target that LONGATTN_NATIVE names now."""
-    return target(choice())
+    return target(NATIVE.value())
 
 
 def refusal() -> str | None:

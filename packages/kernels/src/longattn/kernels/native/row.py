@@ -47,6 +47,12 @@ keep every thread busy but make the scores and their gradients twice, seven prod
 refusal = building.refusal
 
 
+def revision() -> tuple[str, str]:
+    """The level of vectors, and what tells this library from others."""
+    wanted = building.current()
+    return wanted.level, wanted.stem
+
+
 def prepare() -> str | None:
     """Compile or load the library; why that failed, or None."""
     try:

@@ -1,7 +1,7 @@
-"""The folder of compiled libraries. Its files are executed, so only the user may write to it, and a changed library is not loaded.
+"""The folder of compiled libraries, and of what was measured once. Its files are executed and believed, so only the user may write to it.
 
 A library's name ends with a digest of its bytes, which is checked before it is loaded. One that is damaged, empty or somebody else's is
-moved aside.
+moved aside. A measurement is a small file of text under a name of its own; the first one that is kept under a name stays.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 logger = logging.getLogger("longattn.kernels")
@@ -95,7 +96,7 @@ def is_whole(path: Path) -> bool:
 
 def set_aside(path: Path, why: str) -> None:
     """Rename a file so that it is not found again."""
-    logger.warning("native row: %s %s; it is now %s%s", path, why, path.name, _ASIDE)
+    logger.warning("cache folder: %s %s; it is now %s%s", path, why, path.name, _ASIDE)
     os.replace(path, path.with_name(path.name + _ASIDE))
 
 
@@ -106,6 +107,41 @@ def keep(made: Path, folder: Path, stem: str) -> Path:
     kept = folder / f"{stem}.{digest(made)}.so"
     os.replace(made, kept)
     return kept
+
+
+def read_text(folder: Path, name: str) -> str | None:
+    """What is kept under a name, or None: nothing, nothing of this user alone, or a folder that is not ours alone."""
+    if refusal_of(folder) is not None:
+        return None
+    path = folder / name
+    try:
+        about = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not stat.S_ISREG(about.st_mode) or not _ours(about) or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return None
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def keep_text(folder: Path, name: str, text: str) -> str:
+    """Keep a text under a name, and return what is kept there now: of two processes that keep at once, both get what the first one kept.
+
+    Raises:
+        OSError: the folder cannot be made or written, or is not ours alone.
+    """
+    make(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="keeping-") as own:
+        made = Path(own) / "text"
+        made.write_text(text, encoding="utf-8")
+        made.chmod(0o600)
+        try:
+            os.link(made, folder / name)
+        except FileExistsError:
+            kept = read_text(folder, name)
+            if kept is not None:
+                return kept
+            os.replace(made, folder / name)  # somebody else's file, which is not believed
+    return text
 
 
 def digest(path: Path) -> str:

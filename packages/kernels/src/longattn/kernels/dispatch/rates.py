@@ -1,0 +1,204 @@
+"""Figures of speed: how fast each row is on this processor, for each dtype, head size, direction and form of plan.
+
+1. Shipped: `shipped/*.json`, measured by `python -m tools.measure_rates` with one thread for a processor and a torch, with the native
+   library's level as part of the row's name, and taken for the numbers of threads that the file names.
+2. Kept: elsewhere a row is measured once, on `Full()` of 1024 tokens and one head (see `probing`), and the figure is kept in the
+   cache folder, for this library, torch, processor and number of threads. Of the other forms and head sizes it has that share which the
+   row has of its dense rate in the first shipped table.
+
+Times are CPU time, summed over threads: what a row takes of a machine whatever else that does. What is neither shipped nor can be kept is not measured: the same process would choose otherwise each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longattn.kernels import cachefolder
+from longattn.kernels.dispatch.capability import dtype_name
+from longattn.kernels.dispatch.processor import processor
+from longattn.kernels.dispatch.work import Work
+
+DIRECTIONS = ("forward", "backward")
+PROBED = ("dense", 64)
+"""Form and head size that a row is measured at where no figures of it are shipped."""
+
+Numbers = dict[str, dict[str, float]]
+"""direction -> {"overhead_us": microseconds a call, "<form> <head_dim>": GFLOP a second of CPU time}."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How fast one row is, for one dtype.
+
+    Attributes:
+        numbers: what was measured. source: where, in words.
+        like: numbers of a processor on which every form was measured, where `numbers` have the probed one alone: the others are taken
+            to have the same share of it. None: `numbers` have every form.
+    """
+
+    numbers: Numbers
+    source: str
+    like: Numbers | None = None
+
+    def seconds(self, work: Work, direction: str) -> float:
+        """Expected CPU time of "forward" or "backward"."""
+        known = self.numbers[direction]
+        if self.like is None:
+            rate = _nearest(known, work)
+        else:
+            of = self.like.get(direction, {_PROBED: 1.0})
+            rate = known[_PROBED] * _nearest(of, work) / of[_PROBED]
+        return known["overhead_us"] * 1e-6 + work.operations(direction) / (rate * 1e9)
+
+
+_PROBED = f"{PROBED[0]} {PROBED[1]}"
+
+
+def _nearest(known: dict[str, float], work: Work) -> float:
+    """The rate of a form at the head size that is nearest by ratio; of a form that is not there, the dense one."""
+    sizes = [int(name.split()[1]) for name in known if name.startswith(f"{work.form} ")]
+    if not sizes:
+        return known[_PROBED]
+    size = min(sizes, key=lambda size: (abs(math.log(size / work.head_dim)), size))
+    return known[f"{work.form} {size}"]
+
+
+def checked(numbers: Any) -> Numbers | None:
+    """What a file said, or None where that is not `Numbers` of at least the probed form."""
+    if not isinstance(numbers, dict) or "forward" not in numbers:
+        return None
+    for direction, known in numbers.items():
+        if direction not in DIRECTIONS or not isinstance(known, dict) or not {"overhead_us", _PROBED} <= set(known):
+            return None
+        if not all(isinstance(x, int | float) and math.isfinite(x) and x > 0 for x in known.values()):
+            return None
+    return numbers
+
+
+def torch_version() -> str:
+    """Major and minor."""
+    return ".".join(torch.__version__.split(".")[:2])
+
+
+@lru_cache
+def shipped() -> tuple[dict[str, Any], ...]:
+    """Every shipped table, by file name."""
+    folder = files("longattn.kernels.dispatch").joinpath("shipped")
+    found = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
+    return tuple(json.loads(f.read_text(encoding="utf-8")) for f in found)
+
+
+def shipped_figures(row: str, dtype: torch.dtype, threads: int) -> Figures | None:
+    """Of this processor, torch and number of threads; `row` with its level, as in "native avx512bf16"."""
+    for table in shipped():
+        if (table["processor"], table["torch"]) == (processor(), torch_version()) and threads in table["threads"]:
+            found = table["rows"].get(row, {}).get(dtype_name(dtype))
+            if found is not None:
+                return Figures(found, f"shipped for {processor()}, torch {torch_version()}")
+    return None
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count != 1)}"
+
+
+@lru_cache
+def _like(row: str, dtype: torch.dtype) -> Numbers:
+    """What the first shipped table says of a row, whatever its level; nothing of a row that it does not know."""
+    for name, by_dtype in shipped()[0]["rows"].items() if shipped() else ():
+        if name.split()[0] == row.split()[0] and dtype_name(dtype) in by_dtype:
+            found: Numbers = by_dtype[dtype_name(dtype)]
+            return found
+    return {}
+
+
+def kept_name(kind: str, *key: str) -> str:
+    """File name of what is kept under a key."""
+    text = "\n".join((torch.__version__, processor(), *key))
+    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+
+
+_believed: dict[tuple[Path, str], Any] = {}
+"""What was read or kept in this process: files are asked once."""
+
+
+def kept(kind: str, key: tuple[str, ...], check: Callable[[Any], Any], measure: Callable[[], Any] | None) -> Any:
+    """What is kept under a key in the cache folder: measured and kept first where it is missing and `measure` is given.
+
+    Args:
+        kind: first part of the file's name. key: beside torch and processor, what the value depends on.
+        check: the value of what a file says, or None where that is damaged: then the file is moved aside, with a warning.
+
+    Returns:
+        The value, or why there is none, as a str.
+    """
+    folder = cachefolder.cache_folder()
+    if isinstance(folder, str):
+        return folder
+    name = kept_name(kind, *key)
+    if (folder, name) in _believed:
+        return _believed[folder, name]
+    wrong = cachefolder.refusal_of(folder)
+    if wrong is not None:
+        return wrong
+    try:
+        value = _read(folder, name, check)
+        if value is None:
+            if measure is None:
+                return "not measured yet: the first call does"
+            wrong = cachefolder.unwritable(folder)
+            if wrong is not None:
+                return wrong
+            text = json.dumps({"key": [torch.__version__, processor(), *key], "value": measure()}, indent=1)
+            value = _value(cachefolder.keep_text(folder, name, text), check)
+    except OSError as problem:
+        return f"the cache folder {folder} cannot be used: {problem}; LONGATTN_CACHE names another"
+    if value is None:
+        return f"what {folder / name} says is damaged"
+    _believed[folder, name] = value
+    return value
+
+
+def _read(folder: Path, name: str, check: Callable[[Any], Any]) -> Any:
+    text = cachefolder.read_text(folder, name)
+    if text is None:
+        return None
+    value = _value(text, check)
+    if value is None:
+        cachefolder.set_aside(folder / name, "is damaged, so it is measured again")
+    return value
+
+
+def _value(text: str, check: Callable[[Any], Any]) -> Any:
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return None
+    return check(said["value"]) if isinstance(said, dict) and "value" in said else None
+
+
+def figures_of(row: str, revision: str, dtype: torch.dtype, measure: Callable[[], Numbers] | None) -> Figures | str:
+    """A row's figures on this processor with this many threads, or why there are none.
+
+    Args:
+        row: its name, and level if it has one. revision: of what serves it: the native library, or this package.
+        measure: measures it now where nothing is shipped or kept; None: nothing is measured.
+    """
+    threads = torch.get_num_threads()
+    found = shipped_figures(row, dtype, threads)
+    if found is not None:
+        return found
+    numbers = kept("rates", (row, revision, dtype_name(dtype), _threads(threads)), checked, measure)
+    if isinstance(numbers, str):
+        return numbers
+    return Figures(numbers, f"measured once on this machine, {_threads(threads)}", _like(row, dtype))
