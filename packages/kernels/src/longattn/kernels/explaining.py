@@ -1,16 +1,21 @@
-"""`explain`: which row would serve, and why not the others, without data."""
+"""`explain`: which row would serve, and why not the others; what the call moves and multiplies; how far its results are from exact."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from longattn.kernels.check import check_device_type, check_dtype, check_flag, check_shapes
 from longattn.kernels.dispatch.choosing import explain_choice
+from longattn.kernels.dispatch.processor import processor
 from longattn.kernels.dispatch.table import Explanation, check_backend_name
+from longattn.kernels.hierarchy import machine_of, traffic_of
 from longattn.kernels.positions import last_positions
 from longattn.kernels.problem import AttentionProblem, architecture_of
+from longattn.kernels.verifying import drawn, errors_of
 from longattn.patterncache import Pattern, Plan, Rectangle, Span
 
 _PLANNED_PAIRS = 1 << 24
@@ -33,6 +38,9 @@ def explain(
     requires_grad: bool = False,
     deterministic: bool = False,
     backend: str | None = None,
+    verbose: bool = False,
+    machine: str | None = None,
+    verify: bool | tuple[Tensor, Tensor, Tensor] = False,
 ) -> Explanation:
     """Which row would serve, and every other row's reasons, without data and without the device.
 
@@ -50,6 +58,10 @@ def explain(
         is_causal, backend: as in `attend`.
         attention_mask, bias, key_padding_mask, dropout, requires_grad, deterministic: whether the call would have them; a floating
             attention_mask is a bias, and requires_grad includes its gradient.
+        verbose: also count the call's FLOP and the bytes that come into each level of a machine's memory (`Explanation.traffic`).
+        machine: whose, by name: one of `longattn.kernels.hierarchy.MACHINES`. Default: that of the device, where it is one of them.
+        verify: also compute the call, and sampled rows of it in float64, and state their errors (`Explanation.errors`); True takes unit
+            normal q, k and v, a triple (q, k, v) is the call's own. Not with masks, bias, padding or dropout.
 
     Returns:
         Explanation; its `backend` is the row's name (None: nothing fits), and its text a line per row.
@@ -71,6 +83,7 @@ def explain(
         "key_padding_mask": key_padding_mask,
         "requires_grad": requires_grad,
         "deterministic": deterministic,
+        "verbose": verbose,
     }
     for name, flag in wanted.items():
         check_flag(name, flag)
@@ -96,7 +109,44 @@ def explain(
         deterministic=deterministic,
         architecture=_architecture(device) if architecture is None else check_architecture(architecture),
     )
-    return explain_choice(problem, backend, plan, q_shape[0], measure=False)
+    measure = verify is not False  # what computes the call also measures what it would
+    found = explain_choice(problem, backend, plan, q_shape[0], measure=measure)
+    if verbose:
+        if plan is None:
+            raise ValueError("verbose must be False where the pattern lists rows and is too long to plan, got True")
+        where = machine_of(machine, problem.architecture or (processor() if problem.device == "cpu" else ""))
+        traffic = traffic_of(plan, q_shape[0], q_shape[3], problem.dtype.itemsize, requires_grad, where)
+        found = replace(found, traffic=traffic)
+    if verify is not False:
+        tensors = _tensors(verify, q_shape, k_shape, problem, device, wanted)
+        if found.backend is None:
+            raise ValueError(f"verify must be False where no row fits: {found}")
+        found = replace(found, errors=errors_of(tensors, pattern, queries, found.backend, requires_grad))
+    return found
+
+
+def _tensors(
+    verify: bool | tuple[Tensor, Tensor, Tensor],
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    problem: AttentionProblem,
+    device: torch.device | str | None,
+    wanted: dict[str, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `verify` computes with."""
+    beside = [name for name in ("attention_mask", "bias", "dropout", "key_padding_mask") if wanted[name]]
+    if beside:
+        raise ValueError(f"verify must be False with {' and '.join(beside)}, got {verify is not False}")
+    if verify is True:
+        return drawn(q_shape, k_shape, problem.dtype, torch.device("cpu" if device is None else device))
+    if not isinstance(verify, tuple) or len(verify) != 3 or not all(isinstance(x, Tensor) for x in verify):
+        raise TypeError(f"verify must be a bool or a triple of tensors (q, k, v), got {type(verify).__name__}")
+    for name, x, shape in zip("qkv", verify, (q_shape, k_shape, k_shape), strict=True):
+        if (tuple(x.shape), x.dtype, x.device.type) != (tuple(shape), problem.dtype, problem.device):
+            raise ValueError(
+                f"verify's {name} must be {problem.dtype} {tuple(shape)} on {problem.device}, got {x.dtype} {tuple(x.shape)} on {x.device.type}"
+            )
+    return verify
 
 
 def _architecture(device: torch.device | str | None) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
+from longattn.kernels.hierarchy import Traffic
 from longattn.kernels.problem import AttentionProblem
 
 TABLE: dict[str, str] = {
@@ -104,6 +105,8 @@ class Explanation:
         expected: (name, seconds of CPU time, where the figure is from) of each row that could serve; seconds are None, and the text says why, where
             there is no figure. Empty where figures do not decide.
         order: what decides between rows that could serve.
+        traffic: what the call moves and multiplies, where that was asked for.
+        errors: (name, largest absolute error) of sampled rows beside float64, where that was asked for.
     """
 
     problem: AttentionProblem
@@ -111,6 +114,8 @@ class Explanation:
     backend: str | None
     expected: tuple[tuple[str, float | None, str], ...] = ()
     order: str = "fixed"
+    traffic: Traffic | None = None
+    errors: tuple[tuple[str, float], ...] | None = None
 
     def __str__(self) -> str:
         lines = [str(self.problem), f"  order: {self.order}"]
@@ -123,6 +128,11 @@ class Explanation:
                     f"; {source}" if seconds is None else f"; {seconds * 1e3:.3g} ms of CPU time expected, {source}"
                 )
             lines.append(f"  {name}: {verdict}")
+        if self.traffic is not None:
+            lines.append(f"  on {self.traffic}")
+        if self.errors is not None:
+            said = ", ".join(f"{name} {error:.2g}" for name, error in self.errors)
+            lines.append(f"  sampled rows beside float64, largest error: {said}")
         return "\n".join(lines)
 
 
