@@ -26,6 +26,8 @@ CASES: dict[str, str] = {
     "decode": "benchmarks.cases.decode",
     "windows": "benchmarks.cases.windows",
     "host": "benchmarks.cases.host",
+    "tiles": "benchmarks.cases.tiles",
+    "growth": "benchmarks.cases.growth",
 }
 
 

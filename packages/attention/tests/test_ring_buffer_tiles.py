@@ -1,5 +1,7 @@
 """The scheduler: every visible pair is computed once, SKIP tiles are not touched, and results depend on none of its settings."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from longattn.attention import RingBufferAttention, RingBufferConfig, TileOrder, TileType
+from longattn.attention.ring_buffer import tuning
 from longattn.attention.ring_buffer.parts import Part
 from longattn.attention.ring_buffer.tiles import TilingProcessor
 from longattn.patterncache import Band
@@ -110,8 +113,9 @@ def test_skipped_keys_cost_nothing():
     assert operations(1024) - operations(512) == 4 * 8 * 512 * 64
 
 
-def test_settings_are_checked_and_tuned():
+def test_settings_are_checked_and_tuned(monkeypatch, tmp_path):
     """A setting that makes no sense is refused by name; tuning leaves settings that work, and results as they were."""
+    monkeypatch.setenv("LONGATTN_CACHE", str(tmp_path / "cache"))
     module = RingBufferAttention(RingBufferConfig(num_heads=4, head_dim=8, buffer_size=64, dropout=0.0))
     with pytest.raises(TypeError, match="tile_order must be a TileOrder, got 'k'"):
         module.tiling_processor.tile_order = "k"
@@ -124,3 +128,36 @@ def test_settings_are_checked_and_tuned():
     settings = module.tune(100)
     assert settings == {name: getattr(module.tiling_processor, name) for name in (*SIZES, "tile_order")}
     torch.testing.assert_close(module(*x)[0], before, atol=2e-5, rtol=2e-5)
+
+
+def test_what_was_tuned_is_kept(monkeypatch, tmp_path):
+    """The next module of these sizes tries nothing; another length or size does; where nothing can be kept, each time."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LONGATTN_CACHE", str(folder))
+    config = RingBufferConfig(num_heads=2, head_dim=8, buffer_size=32, dropout=0.0, tile_size=8)
+    tried = []
+    quickest = tuning.quickest
+
+    def watched(*arguments, **options):
+        tried.append(arguments[2])
+        return quickest(*arguments, **options)
+
+    monkeypatch.setattr(tuning, "quickest", watched)
+    first = RingBufferAttention(config).tune(40)
+    assert RingBufferAttention(config).tune(40) == first and tried == [40]
+    RingBufferAttention(config).tune(41)
+    RingBufferAttention(dataclasses.replace(config, buffer_size=33)).tune(40)
+    assert tried == [40, 41, 40] and len(list(folder.glob("tiles-*.json"))) == 3
+    folder.chmod(0o777)
+    monkeypatch.setenv("LONGATTN_CACHE", str(folder / "below"))
+    (folder / "below").symlink_to(folder)
+    RingBufferAttention(config).tune(40)
+    assert tried == [40, 41, 40, 40]
+
+
+@pytest.mark.parametrize("said", [{}, {"tile_size": 0}, {"tile_order": "x"}, {"tile_size": True}, [1]])
+def test_settings_that_make_no_sense_are_not_believed(said):
+    """A damaged file is no choice."""
+    good = {**dict.fromkeys(SIZES, 8), "tile_order": "k_major"}
+    assert tuning._checked(good) == good
+    assert tuning._checked({**good, **said} if said and isinstance(said, dict) else said) is None

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longattn.kernels import attend, cachefolder, explain, reference_attention
-from longattn.kernels.dispatch import choosing, probing, rates
+from longattn.kernels.dispatch import choosing, keeping, probing, rates
 from longattn.kernels.dispatch.prepared import PREPARED
 from longattn.kernels.dispatch.processor import processor, processor_of
 from longattn.kernels.dispatch.rates import Figures, checked, figures_of
@@ -41,7 +41,7 @@ def by_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
 def nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A processor without shipped figures, and a cache folder without kept ones."""
     monkeypatch.setattr(rates, "shipped_figures", lambda *_: None)
-    monkeypatch.setattr(rates, "_believed", {})
+    monkeypatch.setattr(keeping, "_believed", {})
     monkeypatch.setenv("LONGATTN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("LONGATTN_NATIVE", "0")
     return tmp_path / "cache"
@@ -188,7 +188,7 @@ def test_rows_are_measured_once_and_never_again(nothing_known: Path, monkeypatch
     files = sorted(nothing_known.glob("rates-*.json"))
     assert len(files) == 4 and all(file.stat().st_mode & 0o777 == 0o600 for file in files)
     monkeypatch.setattr(choosing, "probe", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setattr(rates, "_believed", {})
+    monkeypatch.setattr(keeping, "_believed", {})
     PREPARED.clear()
     attend(q, q, q, Full())
     found = explain(Full(), (1, 32, 2, 8), dtype=torch.float64)
@@ -206,7 +206,7 @@ def test_a_damaged_file_is_set_aside_with_a_warning(
         return numbers(2.0)
 
     for said in (None, "{", '{"value": {"forward": {"overhead_us": 1, "dense 64": NaN}}}', '{"value": 3}'):
-        monkeypatch.setattr(rates, "_believed", {})
+        monkeypatch.setattr(keeping, "_believed", {})
         if said is not None:
             next(iter(nothing_known.glob("rates-*.json"))).write_text(said)
         found = figures_of("some row", "1", torch.float32, measure)
@@ -319,4 +319,4 @@ def test_kept_figures_are_readable(nothing_known: Path) -> None:
     """The file says what it is for."""
     figures_of("some row", "7", torch.float32, lambda: numbers(2.0))
     said = json.loads(next(iter(nothing_known.glob("rates-*.json"))).read_text())
-    assert said["key"] == [torch.__version__, processor(), "some row", "7", "float32", "1 thread"]
+    assert said["key"] == [torch.__version__, processor(), "1 threads", "some row", "7", "float32"]

@@ -16,6 +16,7 @@ from longattn.kernels.check import (
 )
 from longattn.kernels.dispatch.capability import FLOATS, dtype_name
 from longattn.kernels.dispatch.environment import Allocator, TorchAllocator, find_environment
+from longattn.kernels.dispatch.keeping import keep_measured
 from longattn.kernels.dispatch.prepared import find_plan
 from longattn.kernels.dispatch.table import check_backend_name
 from longattn.kernels.eager.tiles import keep_tensors, kept_tensors
@@ -71,6 +72,8 @@ __all__ = [
     "find_plan",
     "keep_tensors",
     "kept_tensors",
+    # what is measured once
+    "keep_measured",
     # states
     "add_sink",
     "merge_into",

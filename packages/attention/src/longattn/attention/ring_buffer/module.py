@@ -20,7 +20,7 @@ from longattn.attention.ring_buffer.requests import (
 )
 from longattn.attention.ring_buffer.state import RingBufferState
 from longattn.attention.ring_buffer.tiles import TilingProcessor
-from longattn.attention.ring_buffer.tuning import quickest
+from longattn.attention.ring_buffer.tuning import tuned
 from longattn.attention.validate import check_bool, check_size, refuse_unknown
 from longattn.kernels.interface import autocast
 
@@ -92,7 +92,8 @@ class RingBufferAttention(nn.Module):
     ) -> dict[str, Any]:
         """Try tile sizes and orders on calls of `length` random tokens, keep the quickest in `tiling_processor`, and return them.
 
-        Results do not depend on them. Takes as long as some dozens of such calls.
+        Results do not depend on them, beyond rounding. Takes as long as some dozens of such calls, once on a machine: on CPUs the choice is
+        kept in the kernels' cache folder (LONGATTN_CACHE), for this module's sizes, shape of call, torch, processor and threads.
 
         Args:
             dtype, device: default torch's default dtype, the current device.
@@ -103,8 +104,10 @@ class RingBufferAttention(nn.Module):
         ]
         q, k, v = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
         latest = self._latest
+        config = self.config
+        about = (batch_size, k.shape[2], dim, config.buffer_size, config.causal, config.backend, q.dtype)
         with torch.no_grad():
-            settings = quickest(self.tiling_processor, heads, length, lambda: self(q, k, v))
+            settings = tuned(self.tiling_processor, heads, length, q.device.type, about, lambda: self(q, k, v))
         self._latest = latest
         return settings
 

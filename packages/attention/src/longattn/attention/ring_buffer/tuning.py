@@ -1,7 +1,11 @@
-"""Auto-tuning: which tiles are quickest here, by trying."""
+"""Auto-tuning: which tiles are quickest here, by trying, once: the choice is kept beside the kernels' figures of speed.
+
+It is known by torch, processor, number of threads, the module's sizes and the shape of the call, and never changes results beyond rounding.
+"""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -9,6 +13,9 @@ from typing import Any
 
 from longattn.attention.ring_buffer.config import TileOrder
 from longattn.attention.ring_buffer.tiles import TilingProcessor
+from longattn.kernels.interface import keep_measured
+
+logger = logging.getLogger("longattn.attention")
 
 SIZES = ("tile_size", "block_size", "head_tile_size", "prefill_size")
 
@@ -34,10 +41,49 @@ def candidates(tiling: TilingProcessor, heads: int, n: int) -> Iterator[dict[str
             yield {**settings, **sizes, "prefill_size": max(settings["prefill_size"], 2 * tile), "tile_order": order}
 
 
+def tuned(
+    tiling: TilingProcessor, heads: int, n: int, device: str, about: tuple[object, ...], call: Callable[[], object]
+) -> dict[str, Any]:
+    """Apply and return the settings that are kept for such calls, else the quickest ones, which are kept from now on.
+
+    Args:
+        device: of the call. Only those of CPUs are kept, and only where the cache folder can keep them; others are found anew.
+        about: beside settings, heads and n, what the time of a call depends on.
+    """
+    now = settings_of(tiling)
+    asked = {name: _said(value) for name, value in now.items()}
+
+    def measure() -> dict[str, Any]:
+        return {name: _said(value) for name, value in quickest(tiling, heads, n, call).items()}
+
+    kept = "settings are kept for CPUs alone"
+    if device == "cpu":
+        kept = keep_measured("tiles", (*map(str, (heads, n, asked)), *map(str, about)), _checked, measure)
+    if isinstance(kept, str):
+        logger.info("tiles of a ring buffer are not kept: %s", kept)
+        return quickest(tiling, heads, n, call)
+    chosen = {name: TileOrder(value) if name == "tile_order" else value for name, value in kept.items()}
+    apply(tiling, chosen)
+    return chosen
+
+
+def _said(value: Any) -> Any:
+    return value.value if isinstance(value, TileOrder) else value
+
+
+def _checked(settings: Any) -> dict[str, Any] | None:
+    """What a file says, or None where that is no settings."""
+    if not isinstance(settings, dict) or set(settings) != {*SIZES, "tile_order"}:
+        return None
+    sizes = [settings[name] for name in SIZES]
+    fits = all(type(size) is int and size > 0 for size in sizes)
+    return settings if fits and settings["tile_order"] in {order.value for order in TileOrder} else None
+
+
 def quickest(
     tiling: TilingProcessor, heads: int, n: int, call: Callable[[], object], rounds: int = 3
 ) -> dict[str, Any]:
-    """Try each candidate `rounds` times in turn, keep and return the one whose best time is least. Results do not change."""
+    """Try each candidate `rounds` times in turn, apply and return the one whose best time is least; of equals the first."""
     all_settings = list({tuple(c.items()): c for c in candidates(tiling, heads, n)}.values())
     best_times = [float("inf")] * len(all_settings)
     for _ in range(rounds):

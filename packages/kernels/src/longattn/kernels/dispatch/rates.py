@@ -11,20 +11,18 @@ Times are CPU time, summed over threads: what a row takes of a machine whatever 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from longattn.kernels import cachefolder
 from longattn.kernels.dispatch.capability import dtype_name
+from longattn.kernels.dispatch.keeping import keep_measured
 from longattn.kernels.dispatch.processor import processor
 from longattn.kernels.dispatch.work import Work
 
@@ -122,71 +120,6 @@ def _like(row: str, dtype: torch.dtype) -> Numbers:
     return {}
 
 
-def kept_name(kind: str, *key: str) -> str:
-    """File name of what is kept under a key."""
-    text = "\n".join((torch.__version__, processor(), *key))
-    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
-
-
-_believed: dict[tuple[Path, str], Any] = {}
-"""What was read or kept in this process: files are asked once."""
-
-
-def kept(kind: str, key: tuple[str, ...], check: Callable[[Any], Any], measure: Callable[[], Any] | None) -> Any:
-    """What is kept under a key in the cache folder: measured and kept first where it is missing and `measure` is given.
-
-    Args:
-        kind: first part of the file's name. key: beside torch and processor, what the value depends on.
-        check: the value of what a file says, or None where that is damaged: then the file is moved aside, with a warning.
-
-    Returns:
-        The value, or why there is none, as a str.
-    """
-    folder = cachefolder.cache_folder()
-    if isinstance(folder, str):
-        return folder
-    name = kept_name(kind, *key)
-    if (folder, name) in _believed:
-        return _believed[folder, name]
-    wrong = cachefolder.refusal_of(folder)
-    if wrong is not None:
-        return wrong
-    try:
-        value = _read(folder, name, check)
-        if value is None:
-            if measure is None:
-                return "not measured yet: the first call does"
-            wrong = cachefolder.unwritable(folder)
-            if wrong is not None:
-                return wrong
-            text = json.dumps({"key": [torch.__version__, processor(), *key], "value": measure()}, indent=1)
-            value = _value(cachefolder.keep_text(folder, name, text), check)
-    except OSError as problem:
-        return f"the cache folder {folder} cannot be used: {problem}; LONGATTN_CACHE names another"
-    if value is None:
-        return f"what {folder / name} says is damaged"
-    _believed[folder, name] = value
-    return value
-
-
-def _read(folder: Path, name: str, check: Callable[[Any], Any]) -> Any:
-    text = cachefolder.read_text(folder, name)
-    if text is None:
-        return None
-    value = _value(text, check)
-    if value is None:
-        cachefolder.set_aside(folder / name, "is damaged, so it is measured again")
-    return value
-
-
-def _value(text: str, check: Callable[[Any], Any]) -> Any:
-    try:
-        said = json.loads(text)
-    except ValueError:
-        return None
-    return check(said["value"]) if isinstance(said, dict) and "value" in said else None
-
-
 def figures_of(row: str, revision: str, dtype: torch.dtype, measure: Callable[[], Numbers] | None) -> Figures | str:
     """A row's figures on this processor with this many threads, or why there are none.
 
@@ -198,7 +131,7 @@ def figures_of(row: str, revision: str, dtype: torch.dtype, measure: Callable[[]
     found = shipped_figures(row, dtype, threads)
     if found is not None:
         return found
-    numbers = kept("rates", (row, revision, dtype_name(dtype), _threads(threads)), checked, measure)
+    numbers = keep_measured("rates", (row, revision, dtype_name(dtype)), checked, measure)
     if isinstance(numbers, str):
         return numbers
     return Figures(numbers, f"measured once on this machine, {_threads(threads)}", _like(row, dtype))
