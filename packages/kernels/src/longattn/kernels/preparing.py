@@ -21,7 +21,7 @@ from longattn.patterncache import Pattern
 class PreparedAttention:
     """`attend` for tensors of one signature: shapes, strides, dtypes, devices, gradients and options are those it was prepared with.
 
-    The number of threads, LONGATTN_NATIVE and the deterministic flag are those of the time of `prepare`. Under tracing, a transform, a
+    The number of threads, LONGATTN_NATIVE, LONGATTN_CHOICE and the deterministic flag are those of the time of `prepare`. Under tracing, a transform, a
     mode or autocast a call is an ordinary call of `attend`.
 
     Attributes:
