@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from longattn.kernels import attend, cachefolder, explain, reference_attention
 from longattn.kernels.dispatch import choosing, keeping, probing, rates
@@ -320,3 +321,17 @@ def test_kept_figures_are_readable(nothing_known: Path) -> None:
     figures_of("some row", "7", torch.float32, lambda: numbers(2.0))
     said = json.loads(next(iter(nothing_known.glob("rates-*.json"))).read_text())
     assert said["key"] == [torch.__version__, processor(), "1 threads", "some row", "7", "float32"]
+
+
+def test_a_row_is_measured_whatever_the_caller_does(nothing_known: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defaults, modes and autocast of the caller's reach no measurement, and a measurement is not among what he counts."""
+    monkeypatch.setattr(probing, "TOKENS", 32)
+    q = torch.randn(1, 16, 2, 8)
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        torch.set_default_dtype(torch.float64)
+        try:
+            attend(q, q, q, Full())
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert counter.get_total_flops() == 4 * 2 * 16 * 16 * 8
+    assert len(list(nothing_known.glob("rates-*.json"))) == 4

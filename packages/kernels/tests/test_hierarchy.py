@@ -41,8 +41,8 @@ def test_bytes_into_a_level(pattern: Pattern, capacity: int, backward: bool, exp
         plan = pattern.plan(Rectangle(heads, Span(0, 64), Span(0, 64)))
         found = traffic_of(plan, batch, 8, 4, backward, toy(capacity))
         assert found.into == (("cache", expected * heads * batch),)
-        pairs = sum(b.pairs for b in plan.branches)
-        assert found.operations == (14 if backward else 4) * pairs * 8 * heads * batch
+        pairs = sum(b.pairs * b.heads.length for b in plan.branches)
+        assert found.operations == (14 if backward else 4) * pairs * 8 * batch
         assert found.seconds == (("products", found.operations / 1000), ("memory", expected * heads * batch / 1024))
 
 
@@ -123,7 +123,7 @@ def test_verify_sees_a_wrong_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_that_see_nothing_are_no_error() -> None:
     """-inf beside -inf, and zero beside zero."""
-    assert dict(explain(Window(2), (1, 1, 1, 8), (1, 0, 1, 8), verify=True).errors or ())["lse"] == 0.0
+    assert dict(explain(Full(), (1, 1, 1, 8), (1, 0, 1, 8), verify=True).errors or ())["lse"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,10 @@ def seconds_of(
     queries = tokens if queries is None else queries
     head_dim = min(head_dim, row.capability.max_head_dim or head_dim)
     generator = torch.Generator().manual_seed(0)
-    with _disable_current_modes(), torch.no_grad(), torch._C._DisableAutocast():
-        q, grad = (torch.randn(1, queries, heads, head_dim, generator=generator).to(dtype) for _ in range(2))
-        k, v = (torch.randn(1, tokens, heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+    form = {"generator": generator, "dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad(), torch._C._DisableAutocast():
+        q, grad = (torch.randn(1, queries, heads, head_dim, **form).to(dtype) for _ in range(2))
+        k, v = (torch.randn(1, tokens, heads, head_dim, **form).to(dtype) for _ in range(2))
         plan = pattern.plan(Rectangle(heads, Span(tokens - queries, queries), Span(0, tokens)))
         allocator = TorchAllocator()
         call = Call(q, k, v, plan, head_dim**-0.5, None, None, None, None, 0.0, 0, dtype, False, allocator)
