@@ -15,6 +15,10 @@ from hypothesis import HealthCheck, settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Tests name the row that must serve, or take the first that can: by figures of speed another would on every machine. Tests of the choice
+# itself take the setting away.
+os.environ.setdefault("LONGATTN_CHOICE", "fixed")
+
 # deadline=None: on a shared machine the first call of an operator is slow, and that is no failure.
 # too_slow is about data generation on a busy machine, not about the code under test.
 settings.register_profile("dev", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
