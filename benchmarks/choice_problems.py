@@ -118,15 +118,10 @@ def flex(problem: Problem) -> Attention | None:
     """Compiled FlexAttention; None where it is no peer (no backward on CPUs, dilated patterns touch every block of its mask), and, so that
     compilers do not take an hour, in float16 and at other head sizes than 64.
     """
-    seen = _seen(problem.pattern)
-    if (
-        seen is None
-        or problem.direction != "forward"
-        or problem.queries < problem.seq_len
-        or problem.dtype == "float16"
-    ):
+    seen, length = _seen(problem.pattern), problem.seq_len
+    whole = problem.direction == "forward" and problem.queries == length >= _WORTH_COMPILING
+    if seen is None or not whole or problem.dtype == "float16" or problem.head_dim != 64:
         return None
-    length = problem.seq_len
     blocks: BlockMask = create_block_mask(seen, None, None, length, length, device="cpu", BLOCK_SIZE=BLOCK)
     call = flex_of(length)
     return lambda q, k, v: call(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks).transpose(1, 2)

@@ -77,10 +77,10 @@ def backward(
     if grad_lse is not None or not _is_whole(call):
         return backward_through(_cpu_backward, call, grad_out, grad_lse, out, lse)
     call = separated_call(call)
-    given = (separated(grad_out.to(call.q.dtype)), call.q, call.k, call.v, separated(out.to(call.q.dtype)))
-    parts = (_dense(x.transpose(1, 2)) for x in given)
+    grad_out, out = separated(grad_out.to(call.q.dtype)), separated(out.to(call.q.dtype))
+    grad, q, k, v, out = (_dense(x.transpose(1, 2)) for x in (grad_out, call.q, call.k, call.v, out))
     triangle = call.plan.branches[0].triangle
-    dq, dk, dv = _cpu_backward(*parts, lse.transpose(1, 2), triangle, None, call.scale)
+    dq, dk, dv = _cpu_backward(grad, q, k, v, out, lse.transpose(1, 2), triangle, None, call.scale)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
 
 
