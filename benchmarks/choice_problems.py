@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benchmarks.cases.attention import RATES, SEGMENTS
 from benchmarks.experiment import DIRECTIONS, Direction
 from benchmarks.gate import Attention
-from benchmarks.peers.flex_permuted import attend as flex_of
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Span, Window
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -123,7 +122,9 @@ def flex(problem: Problem) -> Attention | None:
     if seen is None or not whole or problem.dtype == "float16" or problem.head_dim != 64:
         return None
     blocks: BlockMask = create_block_mask(seen, None, None, length, length, device="cpu", BLOCK_SIZE=BLOCK)
-    call = flex_of(length)
+    # Compiled for this problem alone: past a handful of forms torch stops compiling, and would run FlexAttention's slow form.
+    torch._dynamo.reset()
+    call = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     return lambda q, k, v: call(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks).transpose(1, 2)
 
 
