@@ -20,12 +20,17 @@ Prepared = tuple[Tensor, Any, Callable[..., Tensor]]
 
 
 _WORTH_COMPILING = 1024
+_MOST_FORMS = 64
+"""Lengths, dtypes and masks that one process compiles FlexAttention for."""
 
 
 @lru_cache
 def attend(length: int) -> Callable[..., Tensor]:
-    """FlexAttention for sequences of that length."""
-    return torch.compile(flex_attention, dynamic=False) if length >= _WORTH_COMPILING else flex_attention  # type: ignore[return-value]
+    """FlexAttention for sequences of that length. Where torch would stop compiling it anew, and run its slow form, it raises."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_FORMS)
+    return (
+        torch.compile(flex_attention, dynamic=False, fullgraph=True) if length >= _WORTH_COMPILING else flex_attention
+    )  # type: ignore[return-value]
 
 
 @lru_cache(maxsize=2)
