@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 
 from longattn.kernels.dispatch.probing import probe
 from longattn.kernels.dispatch.rates import DIRECTIONS, Numbers, figures_of
@@ -82,7 +83,7 @@ def _why_fixed(problem: AttentionProblem, backend: str | None, plan: Plan | None
 
 def _expected(of: Row, problem: AttentionProblem, work: Work, measure: bool) -> tuple[float | None, str]:
     """(seconds, where the figure is from), or (None, why there is none)."""
-    level, revision = ("", version("longattn-kernels")) if of.revision is None else of.revision()
+    level, revision = ("", _own_version()) if of.revision is None else of.revision()
 
     def measured() -> Numbers:
         if of.prepare is not None and (failed := of.prepare()) is not None:
@@ -95,3 +96,12 @@ def _expected(of: Row, problem: AttentionProblem, work: Work, measure: bool) -> 
         return None, figures
     directions = DIRECTIONS if problem.backward else DIRECTIONS[:1]
     return sum(figures.seconds(work, direction) for direction in directions), figures.source
+
+
+@lru_cache
+def _own_version() -> str:
+    """Of this package; figures of rows that need nothing else are known by it."""
+    try:
+        return version("longattn-kernels")
+    except PackageNotFoundError:
+        return "not installed"
