@@ -120,7 +120,7 @@ def explain(
     if verify is not False:
         tensors = _tensors(verify, q_shape, k_shape, problem, device, wanted)
         if found.backend is None:
-            raise ValueError(f"verify must be False where no row fits: {found}")
+            raise ValueError(f"verify must be False where no row fits, got {verify is not False}: {found}")
         found = replace(found, errors=errors_of(tensors, pattern, queries, found.backend, requires_grad))
     return found
 
