@@ -25,7 +25,7 @@ OTHER_FORMS: dict[tuple[str, str | None], str] = {
         "{} does not take {}: of the flags it takes {}",
     ): "the same, for flags that other presets take",
     (
-        "kernels.dispatch.table",
+        "kernels.dispatch.choosing",
         "{} {} this problem: {}",
     ): "no parameter is wrong: every row says why it does not serve the call",
     (

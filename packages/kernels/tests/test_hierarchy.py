@@ -134,7 +134,7 @@ def test_rows_that_see_nothing_are_no_error() -> None:
         (
             {"verify": (torch.zeros(1, 8, 2, 4),) * 3},
             ValueError,
-            "verify's q must be torch.float32 .*got torch.float32",
+            "verify must have q of torch.float32 .*got torch.float32",
         ),
         ({"verbose": 1}, TypeError, "verbose must be"),
     ],

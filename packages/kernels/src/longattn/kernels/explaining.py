@@ -144,7 +144,7 @@ def _tensors(
     for name, x, shape in zip("qkv", verify, (q_shape, k_shape, k_shape), strict=True):
         if (tuple(x.shape), x.dtype, x.device.type) != (tuple(shape), problem.dtype, problem.device):
             raise ValueError(
-                f"verify's {name} must be {problem.dtype} {tuple(shape)} on {problem.device}, got {x.dtype} {tuple(x.shape)} on {x.device.type}"
+                f"verify must have {name} of {problem.dtype} {tuple(shape)} on {problem.device}, got {x.dtype} {tuple(x.shape)} on {x.device.type}"
             )
     return verify
 
