@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
+from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import CallExtents
 from longattn.attention.schedules.extents import row_numbers
 from longattn.attention.schedules.layouts import take
 from longattn.attention.sequences.left_padding import check_positions_start
 from longattn.attention.sequences.varlen import documents_of, query_spans, refuse_traced
 from longattn.attention.validate import check_start, refuse_unknown
+from longattn.kernels import Environment
 from longattn.kernels.interface import dtype_name
 from longattn.patterncache import Full
 
@@ -33,6 +35,28 @@ class CallOptions(TypedDict, total=False):
     cu_seqlens: Tensor | Sequence[int] | None
     cu_seqlens_q: Tensor | Sequence[int] | None
     sink_logits: Tensor | None
+
+
+MergeGrad = Literal["exact", "detached"]
+"""What the weights are to autograd that merge the branches of a pattern: functions of q and k, or constants."""
+
+
+class AttentionOptions(CallOptions, total=False):
+    """The other keywords of `pattern_attention`, by the meaning they have there, but for return_lse."""
+
+    is_causal: bool | None
+    softmax_scale: float | None
+    key_padding_mask: Tensor | None
+    attention_mask: Tensor | None
+    dropout_p: float
+    backend: str | None
+    schedule: Schedule | None
+    seed: Tensor | int | None
+    deterministic: bool | None
+    environment: Environment | None
+    merge_grad: MergeGrad
+    head_start: int | None
+    num_heads: int | None
 
 
 def given_options(options: CallOptions) -> dict[str, Any]:

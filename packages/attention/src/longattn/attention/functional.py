@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, Never, overload
+from typing import Any, Literal, Never, Unpack, overload
 
 from torch import Tensor
 
+from longattn.attention.arguments import AttentionOptions, MergeGrad
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import dtensor_module, is_sharded
 from longattn.attention.schedules.extents import Extents, mask_flags
 from longattn.attention.schedules.local import Local, check_schedule_argument
 from longattn.attention.schedules.op import scheduled_attend
 from longattn.attention.sequences.varlen import packed_call, ragged_attention
-from longattn.attention.validate import check_bool, check_pattern_argument, check_start, refuse_unknown
+from longattn.attention.validate import (
+    check_bool,
+    check_merge_grad,
+    check_pattern_argument,
+    check_start,
+    global_heads,
+    refuse_unknown,
+)
 from longattn.kernels import AttentionState, Environment
 from longattn.kernels.interface import (
     Options,
@@ -28,6 +36,7 @@ from longattn.kernels.interface import (
     check_sinks,
     find_prepared,
     last_positions,
+    merge_detached,
     prepare_and_run,
     refuse_torchscript,
     run_prepared,
@@ -44,22 +53,8 @@ def pattern_attention(
     v: Tensor,
     pattern: Pattern,
     *,
-    is_causal: bool | None = None,
-    softmax_scale: float | None = None,
-    key_padding_mask: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
     return_lse: Literal[False] = False,
-    backend: str | None = None,
-    schedule: Schedule | None = None,
-    q_start: int | None = None,
-    seed: Tensor | int | None = None,
-    sink_logits: Tensor | None = None,
-    deterministic: bool | None = None,
-    environment: Environment | None = None,
-    positions_start: Tensor | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
-    cu_seqlens_q: Tensor | Sequence[int] | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor: ...
 
 
@@ -70,22 +65,8 @@ def pattern_attention(
     v: Tensor,
     pattern: Pattern,
     *,
-    is_causal: bool | None = None,
-    softmax_scale: float | None = None,
-    key_padding_mask: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
     return_lse: Literal[True],
-    backend: str | None = None,
-    schedule: Schedule | None = None,
-    q_start: int | None = None,
-    seed: Tensor | int | None = None,
-    sink_logits: Tensor | None = None,
-    deterministic: bool | None = None,
-    environment: Environment | None = None,
-    positions_start: Tensor | None = None,
-    cu_seqlens: Tensor | Sequence[int] | None = None,
-    cu_seqlens_q: Tensor | Sequence[int] | None = None,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -111,6 +92,9 @@ def pattern_attention(
     positions_start: Tensor | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     cu_seqlens_q: Tensor | Sequence[int] | None = None,
+    merge_grad: MergeGrad = "exact",
+    head_start: int | None = None,
+    num_heads: int | None = None,
     **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T + log counts) v, where counts[h, i, j] says how often the pattern lets query i see key j.
@@ -139,6 +123,11 @@ def pattern_attention(
         cu_seqlens: cumulative lengths from 0 of documents packed as (1, total, heads, head_dim); positions restart in each, and none
             sees another.
         cu_seqlens_q: those of the queries, where they are others: in each document the last of its keys. Default cu_seqlens.
+        merge_grad: "exact" (default): the gradient of what is computed. "detached": torchscale's, in which the weights that merge the
+            branches of a dilated pattern are constants; out and lse are the same. Not with sink_logits, which has no other gradient.
+        head_start: q holds heads head_start, head_start + 1, ... of `num_heads`, as a tensor-parallel rank does: patterns and dropout
+            that depend on the head see those numbers. k and v hold the key heads of these heads alone. Default: q holds all.
+        num_heads: query heads of the whole module; must be given with head_start.
 
     What padded keys hold reaches nothing, NaN and Inf included. Keys hidden by the pattern, causality or attention_mask weigh 0 but may be
     read, so they must be finite.
@@ -166,6 +155,8 @@ def pattern_attention(
         backend,
         None,
         q_start,
+        head_start,
+        num_heads,
     )
     key = None
     if (
@@ -173,6 +164,7 @@ def pattern_attention(
         and cu_seqlens is None
         and cu_seqlens_q is None
         and sink_logits is None
+        and merge_grad == "exact"
         and (schedule is None or type(schedule) is Local)
         and (return_lse is True or return_lse is False)
     ):
@@ -188,7 +180,7 @@ def pattern_attention(
         given: dict[str, Any] = options._asdict()
         del given["out_dtype"]
         given |= {"schedule": schedule, "seed": seed, "sink_logits": sink_logits, "pattern": pattern}
-        given |= {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q}
+        given |= {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "merge_grad": merge_grad}
         whole = functools.partial(pattern_attention, return_lse=True)
         if sharded:
             attend_sharded = dtensor_module().sharded_attention
@@ -210,6 +202,8 @@ def pattern_attention(
     check_bool("return_lse", return_lse)
     check_options(q, k, options, masked_k=_masked_keys(attention_mask, k, schedule))
     check_sinks(sink_logits, q)
+    heads = global_heads(q.shape[2], head_start, num_heads)
+    check_merge_grad(merge_grad, pattern, sink_logits)
     drawn = as_seed(seed) if dropout_p else None
     nq, nk = q.shape[1], k.shape[1]
     # Exchanged once a call: lengths of the whole sequence, and one seed, so that all shards and steps drop the same pairs.
@@ -223,14 +217,19 @@ def pattern_attention(
         _check_positions(q, k, pattern, q_spans)
         # Said, because AOTInductor's packages cannot hand an empty list to an op. On one rank the whole is not known here.
         q_spans, k_spans = q_spans or last_positions(nq, nk, pattern.positional), [0, nk, 1]
-    heads, out_dtype = [q.shape[2], 0, q.shape[2]], q.dtype if sink_logits is None else state_dtype(q.dtype)
-    tensors = tensors_of(q, k, v, options, drawn)
+    tensors, out_dtype = tensors_of(q, k, v, options, drawn), q.dtype if sink_logits is None else state_dtype(q.dtype)
     if key is not None:
         asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype)
         out, lse = prepare_and_run(key, tensors, asked, environment)
         return (out, lse) if return_lse else out
+    tensors = tensors._replace(metadata=metadata)
     asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype, schedule.canonical())
-    state = AttentionState(*scheduled_attend(tensors._replace(metadata=metadata), asked))
+    if merge_grad == "exact":
+        state = AttentionState(*scheduled_attend(tensors, asked))
+    else:
+        # Each branch is a state of its own, whose gradient knows nothing of the others; seed and lengths are the call's.
+        parts = [asked._replace(pattern=part.canonical(), out_dtype=state_dtype(q.dtype)) for part in pattern.addends]
+        state = merge_detached([AttentionState(*scheduled_attend(tensors, part)) for part in parts])
     if sink_logits is not None:
         state = add_sink(state, sink_logits)
     out = state.finalize(q.dtype)

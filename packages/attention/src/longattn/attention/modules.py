@@ -6,15 +6,17 @@ from typing import Unpack
 
 from torch import Tensor
 
-from longattn.attention.arguments import CallOptions, given_options, refuse_weights
+from longattn.attention.arguments import CallOptions, MergeGrad, given_options, refuse_weights
 from longattn.attention.functional import pattern_attention
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import CallExtents
 from longattn.attention.schedules.local import Local
 from longattn.attention.validate import (
     check_bool,
+    check_merge_grad,
     check_pattern_argument,
     check_positive,
+    global_heads,
 )
 from longattn.attention.weights import weights_of
 from longattn.attention.wiring import Resources, WiredModule, Wiring
@@ -39,6 +41,9 @@ class PatternAttention(WiredModule):
         schedule: in which order keys arrive. Default Local().
         wiring: which memory and which cache. Default: plain torch and the global cache.
         sparse_weights: weights come as sparse COO tensors. Default False: dense, O(Nq * Nk) memory.
+        merge_grad: "exact" (default), or "detached" for torchscale's gradient, as in `pattern_attention`.
+        head_start, num_heads: where q's heads are those of a slice, its first head, and the heads of the whole module. Default: all
+            are here.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -60,6 +65,9 @@ class PatternAttention(WiredModule):
         schedule: Schedule | None = None,
         wiring: Wiring | None = None,
         sparse_weights: bool = False,
+        merge_grad: MergeGrad = "exact",
+        head_start: int | None = None,
+        num_heads: int | None = None,
     ) -> None:
         super().__init__()
         self._resources = Resources(Wiring() if wiring is None else wiring)
@@ -73,6 +81,10 @@ class PatternAttention(WiredModule):
         self.backend = check_backend_name(backend)
         self.schedule: Schedule = Local() if schedule is None else schedule
         self.sparse_weights = check_bool("sparse_weights", sparse_weights)
+        check_merge_grad(merge_grad, pattern, None)
+        self.merge_grad: MergeGrad = merge_grad
+        global_heads(0, head_start, num_heads)
+        self.head_start, self.num_heads = head_start, num_heads
 
     def pattern_for(self, is_causal: bool | None) -> Pattern:
         """The pattern of a call: its own, or with its causal field replaced."""
@@ -112,6 +124,9 @@ class PatternAttention(WiredModule):
             backend=self.backend,
             schedule=self.schedule,
             environment=self._resources.environment,
+            merge_grad=self.merge_grad,
+            head_start=self.head_start,
+            num_heads=self.num_heads,
             **call_options,
         )
         if not need_weights:
@@ -129,10 +144,14 @@ class PatternAttention(WiredModule):
         """The weights of such a call, (batch, heads, Nq, Nk) in query's dtype: dense, or sparse COO with `sparse_weights`."""
         masks = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
         call = CallExtents(query, key, self.schedule)
-        return weights_of(call, query, key, self.pattern_for(is_causal), self.softmax_scale, masks, self.sparse_weights)
+        pattern, heads = self.pattern_for(is_causal), (self.head_start, self.num_heads)
+        return weights_of(call, query, key, pattern, self.softmax_scale, masks, self.sparse_weights, heads)
 
     def extra_repr(self) -> str:
         """The pattern, and what differs from the defaults."""
         shown = [str(self.pattern), str(self.schedule)]
         shown += [f"{n}={getattr(self, n)!r}" for n in ("softmax_scale", "backend") if getattr(self, n) is not None]
-        return ", ".join([*shown, *([f"dropout={self.dropout}"] if self.dropout else [])])
+        shown += [f"dropout={self.dropout}"] if self.dropout else []
+        shown += [f"merge_grad={self.merge_grad!r}"] if self.merge_grad != "exact" else []
+        shown += [] if self.num_heads is None else [f"head_start={self.head_start}, num_heads={self.num_heads}"]
+        return ", ".join(shown)

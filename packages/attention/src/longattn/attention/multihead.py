@@ -7,7 +7,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from longattn.attention.arguments import CallOptions, given_options, hidden_rows, positions, refuse_weights
+from longattn.attention.arguments import CallOptions, MergeGrad, given_options, hidden_rows, positions, refuse_weights
 from longattn.attention.models.projections import ProjectedModule
 from longattn.attention.modules import PatternAttention
 from longattn.attention.schedules.base import Schedule
@@ -19,6 +19,7 @@ from longattn.attention.validate import (
     check_embedded,
     check_positive,
     check_size,
+    global_heads,
 )
 from longattn.attention.wiring import Wiring
 from longattn.patterncache import Pattern
@@ -37,13 +38,17 @@ class MultiheadPatternAttention(ProjectedModule):
         embed_dim, num_heads: num_heads divides embed_dim.
         pattern: who sees whom.
         kv_heads: heads of keys and values, dividing num_heads (GQA). Default num_heads.
-        softmax_scale, dropout, backend, schedule, wiring, sparse_weights: as in `PatternAttention`.
+        softmax_scale, dropout, backend, schedule, wiring, sparse_weights, merge_grad: as in `PatternAttention`.
         bias: of the projections. Default True.
         fused_qkv: one projection instead of three. Default False. State dicts load into each other.
         rotary_base: turn queries and keys by their positions, with angles of this base (see `rotary`). Default None: do not.
         layer_norm: normalise the merged heads before the output projection. Default True.
         layer_norm_eps: default 1e-5.
         gamma_init: gain of the value and output projections' initialisation (MAGNETO's gamma). Default 1.0.
+        head_start, local_heads: a slice of the module, with heads head_start .. head_start + local_heads of num_heads alone: rows of the
+            projections of those heads and of their key heads, columns of the output projection, and its bias where head_start is 0, so
+            that outputs of all slices add up to the module's. A key head that query heads of several slices share is in each of them,
+            and its gradients add up. Needs layer_norm=False, for that is over all heads. Default: all heads.
         device, dtype: of the parameters.
 
     Raises:
@@ -69,6 +74,9 @@ class MultiheadPatternAttention(ProjectedModule):
         schedule: Schedule | None = None,
         wiring: Wiring | None = None,
         sparse_weights: bool = False,
+        merge_grad: MergeGrad = "exact",
+        head_start: int | None = None,
+        local_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -81,6 +89,7 @@ class MultiheadPatternAttention(ProjectedModule):
         if num_heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide num_heads={num_heads}, got {kv_heads}")
         self.head_dim = embed_dim // num_heads
+        self._hold_heads(head_start, local_heads)
         self.gamma_init = check_positive("gamma_init", gamma_init)
         self.rotary_base = None if rotary_base is None else check_positive("rotary_base", rotary_base)
         if rotary_base is not None and self.head_dim % 2:
@@ -90,8 +99,13 @@ class MultiheadPatternAttention(ProjectedModule):
         self._make_projections(check_bool("fused_qkv", fused_qkv), has_bias, factory_kwargs)
         eps = check_positive("layer_norm_eps", layer_norm_eps)
         use_norm = check_bool("layer_norm", layer_norm)
+        if use_norm and self.local_heads < num_heads:
+            raise ValueError(
+                "layer_norm must be False for a slice of heads (local_heads), because it normalises over all heads of the module, got True"
+            )
         self.norm = nn.LayerNorm(embed_dim, eps=eps, **factory_kwargs) if use_norm else nn.Identity()
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=has_bias, **factory_kwargs)
+        width, with_bias = self.local_heads * self.head_dim, has_bias and not head_start
+        self.out_proj = nn.Linear(width, embed_dim, bias=with_bias, **factory_kwargs)
         self.attention = PatternAttention(
             pattern,
             softmax_scale=softmax_scale,
@@ -100,9 +114,33 @@ class MultiheadPatternAttention(ProjectedModule):
             schedule=schedule,
             wiring=wiring,
             sparse_weights=sparse_weights,
+            merge_grad=merge_grad,
+            head_start=head_start,
+            num_heads=None if head_start is None else num_heads,
         )
         self._resources = self.attention._resources
         self.reset_parameters()
+
+    def _hold_heads(self, head_start: int | None, local_heads: int | None) -> None:
+        """Which query and key heads are here.
+
+        Raises:
+            TypeError, ValueError: no such slice, or one whose query heads share key heads unevenly.
+        """
+        if (head_start is None) != (local_heads is None):
+            raise ValueError(f"head_start and local_heads must be given together, got {head_start} and {local_heads}")
+        self.local_heads = self.num_heads if local_heads is None else check_size("local_heads", local_heads)
+        total, first, count = global_heads(self.local_heads, head_start, None if head_start is None else self.num_heads)
+        group = total // self.kv_heads
+        if first % group == count % group == 0:
+            self.local_kv_heads = count // group
+        elif first // group == (first + count - 1) // group:
+            self.local_kv_heads = 1
+        else:
+            raise ValueError(
+                f"head_start and local_heads must be multiples of {group}, the query heads of a key head, or lie within one such group, "
+                f"got {first} and {count}"
+            )
 
     def reset_parameters(self) -> None:
         """Xavier normal; value and output projections with gain gamma_init; biases zero; LayerNorm one and zero."""

@@ -7,6 +7,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
+from longattn.attention.arguments import MergeGrad
 from longattn.attention.multihead import MultiheadPatternAttention
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS, RingLayout, block_sparse_of, ring_of, wiring_of
 from longattn.attention.sparse_config import SparsePatternConfig
@@ -26,6 +27,9 @@ class MultiheadOptions(TypedDict, total=False):
     kv_heads: int | None
     softmax_scale: float | None
     backend: str | None
+    merge_grad: MergeGrad
+    head_start: int | None
+    local_heads: int | None
     device: torch.device | str | None
     dtype: torch.dtype | None
 
@@ -38,6 +42,9 @@ class DilatedOptions(PoolFlags, total=False):
     kv_heads: int | None
     softmax_scale: float | None
     backend: str | None
+    merge_grad: MergeGrad
+    head_start: int | None
+    local_heads: int | None
 
 
 class ManagerOptions(MultiheadOptions, ManagerFlags, total=False):
@@ -64,8 +71,8 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
     Args:
         embed_dim, num_heads: num_heads divides embed_dim.
         segment_lengths: default (2048, 4096, 8192). dilation_rates: default (1, 2, 4).
-        dropout, bias, layer_norm, layer_norm_eps, gamma_init, kv_heads, fused_qkv, softmax_scale, backend, device, dtype: as in
-            `MultiheadPatternAttention`.
+        dropout, bias, layer_norm, layer_norm_eps, gamma_init, kv_heads, fused_qkv, softmax_scale, backend, merge_grad,
+            head_start, local_heads, device, dtype: as in `MultiheadPatternAttention`.
         heads, causal: as in `Dilated`.
         flags: enable_memory_pool, lightweight_pool, enable_profiling, as in `Wiring`.
 
@@ -93,12 +100,16 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
         fused_qkv: bool = False,
         softmax_scale: float | None = None,
         backend: str | None = None,
+        merge_grad: MergeGrad = "exact",
+        head_start: int | None = None,
+        local_heads: int | None = None,
         **flags: Unpack[PoolFlags],
     ) -> None:
         options: dict[str, Any] = {"dropout": dropout, "bias": bias, "layer_norm": layer_norm, "kv_heads": kv_heads}
         options["fused_qkv"] = fused_qkv
         options |= {"layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, "device": device, "dtype": dtype}
-        options |= {"softmax_scale": softmax_scale, "backend": backend}
+        options |= {"softmax_scale": softmax_scale, "backend": backend, "merge_grad": merge_grad}
+        options |= {"head_start": head_start, "local_heads": local_heads}
         wiring = wiring_of(type(self), PoolFlags, flags)
         pattern = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
         super().__init__(embed_dim, num_heads, pattern, wiring=wiring, **options)

@@ -99,6 +99,48 @@ def check_start(name: str, value: object) -> int | None:
     return value
 
 
+def global_heads(local: int, head_start: object, num_heads: object) -> list[int]:
+    """[heads of the whole module, the first here, how many are here], where q has `local` heads.
+
+    Raises:
+        TypeError, ValueError: head_start is no integer >= 0, or num_heads none that reaches the last head; one of them alone.
+    """
+    if head_start is None and num_heads is None:
+        return [local, 0, local]
+    first = check_start("head_start", head_start)
+    if first is None:
+        raise ValueError(
+            f"head_start must be given with num_heads: the first of q's heads among them, got num_heads={num_heads!r}"
+        )
+    if num_heads is None:
+        raise ValueError(
+            f"num_heads must be given with head_start: the query heads of the whole module, got head_start={first}"
+        )
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(
+            f"num_heads must be an integer >= {first + local}, got {num_heads!r} ({type(num_heads).__name__})"
+        )
+    if num_heads < first + local:
+        raise ValueError(f"num_heads must be >= {first + local}, the heads up to the last of q, got {num_heads}")
+    return [num_heads, first, local]
+
+
+def check_merge_grad(value: object, pattern: Pattern, sink_logits: object) -> None:
+    """Raise ValueError unless it is "exact", or "detached" and the pattern has branches, and nothing has its gradient by merge weights alone."""
+    if value == "exact":
+        return
+    if value != "detached":
+        raise ValueError(f"merge_grad must be 'exact' or 'detached', got {value!r}")
+    if not pattern.addends:
+        raise ValueError(
+            f"merge_grad must be 'exact' for a pattern without branches to merge, got 'detached' for {pattern}"
+        )
+    if sink_logits is not None:
+        raise ValueError(
+            "sink_logits must be None with merge_grad='detached': a sink has a gradient by the weights of the merge alone"
+        )
+
+
 def check_embedded(name: str, x: object, embed_dim: int, dtype: torch.dtype | None) -> torch.Tensor:
     """A tensor (batch, seq, embed_dim) in the module's dtype (or under autocast, or where that is not known, any floating dtype)."""
     if not isinstance(x, torch.Tensor):

@@ -11,6 +11,7 @@ from torch import Tensor
 from longattn.attention.schedules.call_extents import CallExtents, dtensor_module
 from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.layouts import Spans, take
+from longattn.attention.validate import global_heads
 from longattn.patterncache import Pattern, Rectangle, Span
 
 
@@ -21,6 +22,9 @@ def attention_weights(
     softmax_scale: float | None = None,
     attention_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    *,
+    head_start: int | None = None,
+    num_heads: int | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + log counts), differentiable, dense.
 
@@ -30,12 +34,14 @@ def attention_weights(
         softmax_scale: default head_dim ** -0.5.
         attention_mask: bool, True = may see, or floating, added to the scaled scores; broadcastable to (batch, heads, Nq, Nk).
         key_padding_mask: (batch, Nk) bool, True = padding.
+        head_start, num_heads: which heads of how many q has, as in `pattern_attention`. Default: all.
 
     Returns:
         (batch, heads, Nq, Nk) in q's dtype; rows sum to one, or to zero where a query sees nothing.
     """
     rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
-    return _weights(q, k, pattern, rows, softmax_scale, attention_mask, key_padding_mask)[0]
+    heads = global_heads(q.shape[2], head_start, num_heads)
+    return _weights(q, k, pattern, rows, heads, softmax_scale, attention_mask, key_padding_mask)[0]
 
 
 def weights_of(
@@ -46,6 +52,7 @@ def weights_of(
     softmax_scale: float | None,
     masks: dict[str, Tensor | None],
     sparse: bool,
+    heads: tuple[int | None, int | None],
 ) -> Tensor:
     """The weights of a module's call: this process's rows of queries, and all keys of the whole sequence as columns.
 
@@ -58,6 +65,7 @@ def weights_of(
     if like is not None and sparse:
         raise ValueError("sparse_weights must be False for DTensors, which hold nothing sparse, got True")
     if like is not None:
+        heads = dtensor_module().heads_here(q, k, *heads)
         q, k = (getattr(x, "to_local")() for x in (q, k))  # noqa: B009
         masks = {name: call.local(name, x) for name, x in masks.items()}
     padding = masks["key_padding_mask"]
@@ -65,8 +73,9 @@ def weights_of(
     if call.schedule.distributed:
         gather = partial(call.schedule.gather_keys, nq=call.nq, nk=call.nk, metadata=call.metadata)
         k, padding = gather(k), None if padding is None else gather(padding)
+    numbers = global_heads(q.shape[2], *heads)
     weigh = _sparse_weights if sparse else _dense_weights
-    weights = weigh(q, k, pattern, extents.query_spans(), softmax_scale, masks["attention_mask"], padding)
+    weights = weigh(q, k, pattern, extents.query_spans(), numbers, softmax_scale, masks["attention_mask"], padding)
     return weights if like is None else _placed(weights, like, (like.shape[0], like.shape[2], extents.nq, extents.nk))
 
 
@@ -75,9 +84,9 @@ def _dense_weights(*arguments: Any) -> Tensor:
 
 
 def _placed(weights: Tensor, like: Any, shape: tuple[int, ...]) -> Tensor:
-    """(batch, heads, Nq, Nk) of a rank as a DTensor: what is sharded on axis 1 of q is so on axis 2 here."""
+    """(batch, heads, Nq, Nk) of a rank as a DTensor: axes 1 and 2 of q are axes 2 and 1 here."""
     sharded = dtensor_module()
-    return sharded.placed_like(weights, like, shape, sharded.moved(like.placements, {1: 2}))
+    return sharded.placed_like(weights, like, shape, sharded.moved(like.placements, {1: 2, 2: 1}))
 
 
 _CELLS = 1 << 21
@@ -91,13 +100,17 @@ def sparse_attention_weights(
     softmax_scale: float | None = None,
     attention_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    *,
+    head_start: int | None = None,
+    num_heads: int | None = None,
 ) -> Tensor:
     """`attention_weights` as a coalesced sparse COO tensor of the same shape: an entry per pair that is seen.
 
     Strips of queries are made densely, one after the other, and only what is seen is kept. Arguments and errors as there.
     """
     rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
-    return _sparse_weights(q, k, pattern, rows, softmax_scale, attention_mask, key_padding_mask)
+    heads = global_heads(q.shape[2], head_start, num_heads)
+    return _sparse_weights(q, k, pattern, rows, heads, softmax_scale, attention_mask, key_padding_mask)
 
 
 def _sparse_weights(
@@ -105,6 +118,7 @@ def _sparse_weights(
     k: Tensor,
     pattern: Pattern,
     positions: Spans,
+    numbers: list[int],
     softmax_scale: float | None,
     attention_mask: Tensor | None,
     key_padding_mask: Tensor | None,
@@ -117,7 +131,7 @@ def _sparse_weights(
         q_strip = q[:, begin : begin + strip]
         mask = None if wide is None else wide[:, :, begin : begin + strip]
         rows = take(positions, (Span(begin, q_strip.shape[1]),))
-        weights, counts = _weights(q_strip, k, pattern, rows, softmax_scale, mask, key_padding_mask)
+        weights, counts = _weights(q_strip, k, pattern, rows, numbers, softmax_scale, mask, key_padding_mask)
         at = counts.expand(weights.shape).nonzero().unbind(1)
         values.append(weights[at])
         indices.append(torch.stack((at[0], at[1], at[2] + begin, at[3])))
@@ -132,13 +146,15 @@ def _weights(
     k: Tensor,
     pattern: Pattern,
     rows: Spans,
+    numbers: list[int],
     softmax_scale: float | None,
     attention_mask: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(weights of the queries at positions `rows`, how often each pair is seen, broadcastable to them)."""
+    """(weights of the queries at positions `rows` of heads `numbers`, as in `global_heads`, how often each pair is seen, broadcastable to them)."""
     nk, heads = k.shape[1], q.shape[2]
-    pattern_counts = pattern.counts(Rectangle(heads, rows, Span(0, nk)))
+    total, first, _ = numbers
+    pattern_counts = pattern.counts(Rectangle(total, rows, Span(0, nk), Span(first, heads)))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     counts = torch.from_numpy(pattern_counts).to(q.device, dtype)
     floating = attention_mask is not None and attention_mask.dtype != torch.bool

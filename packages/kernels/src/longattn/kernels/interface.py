@@ -30,7 +30,7 @@ from longattn.kernels.ops.direct import signature as call_signature
 from longattn.kernels.options import Options, arguments_of, check_options, tensors_of
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import last_positions
-from longattn.kernels.state import add_sink, merge_into, state_dtype
+from longattn.kernels.state import add_sink, merge_detached, merge_into, state_dtype
 
 __all__ = [
     # what an argument may be
@@ -76,6 +76,7 @@ __all__ = [
     "keep_measured",
     # states
     "add_sink",
+    "merge_detached",
     "merge_into",
     "state_dtype",
     # a decoder step

@@ -23,7 +23,7 @@ from longattn.patterncache import Pattern
 
 
 class Options(NamedTuple):
-    """As the caller gave them; meanings and defaults are those of `attend`, and of `pattern_attention` for q_start.
+    """As the caller gave them; meanings and defaults are those of `attend`, and of `pattern_attention` for the last three.
 
     Calls that differ in nothing but these and what tensors hold are looked up in the memo. The first `IN_FORM` fields enter a key in a form
     of their own, the others as they are.
@@ -39,6 +39,8 @@ class Options(NamedTuple):
     backend: str | None = None
     out_dtype: torch.dtype | None = None
     q_start: int | None = None
+    head_start: int | None = None
+    num_heads: int | None = None
 
 
 IN_FORM = 4
@@ -66,7 +68,7 @@ def of_documented_types(options: Options) -> bool:
 
 
 def check_options(q: Tensor, k: Tensor, options: Options, *, masked_k: Tensor | None = None) -> None:
-    """Check all but q_start beside checked tensors.
+    """Check all but q_start, head_start and num_heads beside checked tensors.
 
     Args:
         masked_k: keys that attention_mask has columns for. Default k.

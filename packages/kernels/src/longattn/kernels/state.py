@@ -7,6 +7,7 @@ split-K part and an attention sink are all this one operation (flashinfer's recu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,24 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
     out = first.out * (a / seen).unsqueeze(-1) + second.out * (b / seen).unsqueeze(-1)
     lse = torch.where(total == 0, -torch.inf, pivot + seen.log())
     return AttentionState(out, lse)
+
+
+def merge_detached(states: Sequence[AttentionState]) -> AttentionState:
+    """`merge` of all of them, but with merge weights that are constants to autograd, as torchscale has them.
+
+    out = sum of states[b].out * softmax over b of states[b].lse; the softmax is detached, so no gradient of out reaches an lse. The gradient
+    of the merged lse is exact. torchscale: `component/dilated_attention.py`, where the softmax is computed under no_grad.
+    """
+    lse = torch.stack([state.lse for state in states])
+    # Finite for rows that saw nothing anywhere, as in `merge`.
+    pivot = lse.detach().amax(0)
+    pivot = torch.where(pivot == -torch.inf, 0.0, pivot)
+    each = (lse - pivot).exp()
+    total = each.sum(0)
+    seen = torch.where(total == 0, 1.0, total)
+    weights = (each / seen).detach().unsqueeze(-1)
+    out = torch.stack([state.out for state in states]).mul(weights).sum(0)
+    return AttentionState(out, torch.where(total == 0, -torch.inf, pivot + seen.log()))
 
 
 def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:

@@ -131,6 +131,14 @@ class Pattern(ABC):
         """Branches of max(count - 1, 0), where `layered` is True."""
         return iter(())
 
+    @property
+    def addends(self) -> tuple[Pattern, ...]:
+        """Patterns whose counts add up to this one's, one for each branch whose softmaxes LongNet mixes. Default: none, it has no branches.
+
+        `merge_grad="detached"` of `longattn.attention` attends to each of them alone.
+        """
+        return ()
+
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """Raise ValueError where this pattern means nothing on part of `rectangle`. Default: it always means something."""
         return

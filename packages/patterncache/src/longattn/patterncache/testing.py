@@ -157,7 +157,8 @@ def check_pattern(pattern: Pattern, rectangle: Rectangle) -> None:
     """Assert everything a pattern promises, on one rectangle.
 
     Its plan counts what it counts; its canonical string reads back equal; counts are not negative, and a binary pattern's not above 1;
-    causal hides the future, and `with_causal` of what it is changes nothing; and the counts of a rectangle split in two add up.
+    causal hides the future, and `with_causal` of what it is changes nothing; the counts of a rectangle split in two add up, and so do those
+    of its addends, where it has any.
     """
     counts = pattern.counts(rectangle)
     assert counts.shape == rectangle.shape and counts.dtype == np.int64 and (counts >= 0).all()
@@ -166,6 +167,8 @@ def check_pattern(pattern: Pattern, rectangle: Rectangle) -> None:
     assert read_back == pattern and hash(read_back) == hash(pattern) and read_back.canonical() == pattern.canonical()
     assert not pattern.binary or not (counts > 1).any()
     np.testing.assert_array_equal(pattern.with_causal(pattern.causal).counts(rectangle), counts)
+    if pattern.addends:
+        np.testing.assert_array_equal(sum(part.counts(rectangle) for part in pattern.addends), counts)
     future = rectangle.key_positions()[None, :] > rectangle.query_positions()[:, None]
     assert not (pattern.with_causal(True).counts(rectangle) * future).any()
     for side in ("queries", "keys"):

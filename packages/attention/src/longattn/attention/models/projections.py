@@ -20,6 +20,8 @@ class ProjectedModule(WiredModule):
     embed_dim: int
     num_heads: int
     kv_heads: int
+    local_heads: int
+    local_kv_heads: int
     head_dim: int
     fused_qkv: bool
     q_proj: nn.Linear
@@ -41,8 +43,8 @@ class ProjectedModule(WiredModule):
         return ("out_proj", "qkv_proj") if self.fused_qkv else ("out_proj", "q_proj", "k_proj", "v_proj")
 
     def _widths(self) -> tuple[int, int, int]:
-        kv_dim = self.kv_heads * self.head_dim
-        return self.num_heads * self.head_dim, kv_dim, kv_dim
+        kv_dim = self.local_kv_heads * self.head_dim
+        return self.local_heads * self.head_dim, kv_dim, kv_dim
 
     def qkv_parameters(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
         """(weight, bias) of queries, keys and values; views of the one layer's where they are fused."""
@@ -55,7 +57,11 @@ class ProjectedModule(WiredModule):
         return tuple(zip(weights, biases, strict=True))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(batch, seq, heads or kv_heads, head_dim) of each."""
+        """(batch, seq, heads or kv_heads, head_dim) of each.
+
+        Raises:
+            ValueError: a projection made another number of heads than the module holds, so that nobody knows which.
+        """
         if not self.fused_qkv:
             # Called as layers: hooks on them, and layers put in their place, keep working.
             flat = [getattr(self, f"{name}_proj")(x) for name, x in zip("qkv", (query, key, value), strict=True)]
@@ -68,6 +74,11 @@ class ProjectedModule(WiredModule):
             pairs = zip((query, key, value), self.qkv_parameters(), strict=True)
             flat = [linear(x, weight, bias) for x, (weight, bias) in pairs]
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in flat)
+        if q.shape[2] != self.local_heads:
+            raise ValueError(
+                f"the projection of queries must make {self.local_heads} heads, got {q.shape[2]}: which of them these are is not known; in a "
+                f"tensor-parallel plan use ColwiseParallel(use_local_output=False), or make the module with head_start and local_heads"
+            )
         return q, k, v
 
     def _reset_projections(self, value_gain: float) -> None:

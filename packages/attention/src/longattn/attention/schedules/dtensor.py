@@ -1,4 +1,7 @@
-"""DTensors sharded on the sequence: each rank's part is attended under a ring over that dimension of their mesh."""
+"""DTensors sharded on the sequence: each rank's part is attended under a ring over that dimension of their mesh.
+
+Sharded on the heads (a tensor-parallel module's), each rank attends for its heads, by their numbers among all.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,13 @@ Attention = Callable[..., tuple[Tensor, Tensor]]
 """(q, k, v, **options) to (out, lse)."""
 
 _AXES = {
-    "key_padding_mask": (0, 1),
-    "attention_mask": (-4, -2),
-    "positions_start": (0, None),
-    "sink_logits": (None, None),
+    "key_padding_mask": (0, 1, None),
+    "attention_mask": (-4, -2, -3),
+    "positions_start": (0, None, None),
+    "sink_logits": (None, None, 0),
 }
-"""Options that may be DTensors: which axes are the batch's and the sequence's. Counted from the end, an axis of one row is the same on every rank."""
+"""Options that may be DTensors: which axes are the batch's, the sequence's and the heads'. Counted from the end, an axis of one row is the
+same on every rank."""
 
 
 def sharded_attention(whole: Attention, q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -33,7 +37,8 @@ def sharded_attention(whole: Attention, q: Any, k: Any, v: Any, options: dict[st
 
     Args:
         whole: attends to this rank's part.
-        q, k, v: DTensors with equal placements: the sequence sharded over at most one mesh dimension, the batch over any others.
+        q, k, v: DTensors with equal placements: the sequence and the heads each sharded over at most one mesh dimension, the batch over
+            any others. A key head is on the rank of its query heads.
         options: of `pattern_attention`; a schedule in one process is replaced by a contiguous Ring over the mesh dimension of the sequence.
 
     Raises:
@@ -41,6 +46,7 @@ def sharded_attention(whole: Attention, q: Any, k: Any, v: Any, options: dict[st
     """
     check_placements({"q": q, "k": k, "v": v})
     options = local_options(q, options) | {"schedule": schedule_over(q, k, options["schedule"])}
+    options["head_start"], options["num_heads"] = heads_here(q, k, options["head_start"], options["num_heads"])
     if options.get("dropout_p"):
         options["seed"] = _shared_seed(q, options.get("seed"))
     out, lse = whole(q.to_local(), k.to_local(), v.to_local(), **options)
@@ -61,6 +67,29 @@ def check_placements(tensors: dict[str, Any]) -> None:
             raise ValueError(f"{name} must have the placements of {names[0]}, {first.placements}, got {x.placements}")
 
 
+def heads_here(q: DTensor, k: DTensor, head_start: int | None, num_heads: int | None) -> tuple[int | None, int | None]:
+    """(the first of this rank's query heads, query heads of all ranks): as given, where the heads are not sharded.
+
+    Raises:
+        ValueError: both given and sharded, or shards in which a rank has no head, or a query head without its key head.
+    """
+    along = _dimension_of(q, 2)
+    if along is None:
+        return head_start, num_heads
+    if head_start is not None or num_heads is not None:
+        raise ValueError(
+            f"head_start and num_heads must be None where q's heads are sharded, got {head_start} and {num_heads}"
+        )
+    queries, keys = _chunks(q, along, 2), _chunks(k, along, 2)
+    group = q.shape[2] // max(1, k.shape[2])
+    if 0 in queries or queries != [group * held for held in keys]:
+        raise ValueError(
+            f"k must have its heads cut where those of q are, at least one on each rank, got query heads {queries} and key heads {keys} "
+            f"on the ranks of {q.device_mesh}"
+        )
+    return sum(queries[: q.device_mesh.get_local_rank(along)]), q.shape[2]
+
+
 def schedule_over(q: DTensor, k: DTensor, schedule: Schedule | None) -> Schedule | None:
     """The schedule that attends to DTensors with the sequence on axis 1, where `schedule` is asked for.
 
@@ -70,7 +99,7 @@ def schedule_over(q: DTensor, k: DTensor, schedule: Schedule | None) -> Schedule
         ValueError: other placements, or a schedule whose ranks or rows are not those of the placements.
     """
     check_placements({"query": q, "key": k})
-    along, given = _sequence_dimension(q), schedule is not None and schedule.distributed
+    along, given = _dimension_of(q, 1), schedule is not None and schedule.distributed
     if along is None:
         if given:
             raise ValueError(
@@ -147,17 +176,16 @@ def moved(placements: Any, axes: dict[int, int]) -> tuple[Any, ...]:
     return tuple(Shard(axes.get(p.dim, p.dim)) if isinstance(p, Shard) else p for p in placements)
 
 
-def _sequence_dimension(q: DTensor) -> int | None:
-    """The mesh dimension over which the sequence is sharded, or None."""
-    sequence = None
-    for dimension, placement in enumerate(q.placements):
-        if placement == Shard(1) and sequence is None:
-            sequence = dimension
-        elif placement not in (Replicate(), Shard(0)):
-            raise ValueError(
-                f"q must have its sequence sharded over one mesh dimension at most, and its batch over others, got {q.placements}"
-            )
-    return sequence
+def _dimension_of(q: DTensor, axis: int) -> int | None:
+    """The mesh dimension over which the sequence (axis 1) or the heads (2) are sharded, or None."""
+    cut = [placement.dim for placement in q.placements if isinstance(placement, Shard)]
+    known = all(placement == Replicate() or type(placement) is Shard for placement in q.placements)
+    if not known or max(cut, default=0) > 2 or cut.count(1) > 1 or cut.count(2) > 1:
+        raise ValueError(
+            f"q must have its sequence and its heads sharded over one mesh dimension each at most, and its batch over others, "
+            f"got {q.placements}"
+        )
+    return q.placements.index(Shard(axis)) if axis in cut else None
 
 
 def _ring_over(q: DTensor, k: DTensor, along: int) -> Ring:
@@ -165,9 +193,9 @@ def _ring_over(q: DTensor, k: DTensor, along: int) -> Ring:
     return Ring(q.device_mesh.get_group(along), lengths=lengths)
 
 
-def _chunks(x: DTensor, along: int) -> list[int]:
+def _chunks(x: DTensor, along: int, axis: int = 1) -> list[int]:
     """Rows of each rank: DTensor cuts as torch.chunk does: equal chunks, rounded up, and what is left."""
-    ranks, length = x.device_mesh.size(along), x.shape[1]
+    ranks, length = x.device_mesh.size(along), x.shape[axis]
     chunk = -(-length // ranks)
     return [max(0, min(chunk, length - chunk * rank)) for rank in range(ranks)]
 

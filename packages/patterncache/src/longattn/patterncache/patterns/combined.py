@@ -52,6 +52,11 @@ class Restrict(Pattern, name="restrict"):
         return self.a.binary
 
     @property
+    def addends(self) -> tuple[Pattern, ...]:
+        """Those of a, each where b sees."""
+        return tuple(Restrict(part, self.b) for part in self.a.addends)
+
+    @property
     def filters(self) -> bool:
         """Whether both parts do."""
         return self.a.filters and self.b.filters
@@ -295,6 +300,11 @@ class Sum(_Combination, name="sum"):
     def binary(self) -> bool:
         """False: a key that two parts show counts twice."""
         return False
+
+    @property
+    def addends(self) -> tuple[Pattern, ...]:
+        """Those of every part; of one without, the part itself."""
+        return tuple(addend for part in self.parts for addend in part.addends or (part,))
 
     @property
     def listing(self) -> bool:

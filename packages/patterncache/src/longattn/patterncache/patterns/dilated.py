@@ -94,6 +94,14 @@ class Dilated(Pattern, name="dilated"):
         return len(self.segment_lengths) == 1 or self.heads == "split"
 
     @property
+    def addends(self) -> tuple[Pattern, ...]:
+        """One pattern for each branch; itself where no head has two."""
+        if self.binary:
+            return (self,)
+        pairs = zip(self.segment_lengths, self.dilation_rates, strict=True)
+        return tuple(replace(self, segment_lengths=(s,), dilation_rates=(r,)) for s, r in pairs)
+
+    @property
     def repeats(self) -> tuple[int | None, bool]:
         """Segments of all branches end together there."""
         return lcm(*self.segment_lengths), True

@@ -51,6 +51,11 @@ class Documents(Pattern, name="documents"):
         """Whether the pattern is."""
         return self.pattern.binary
 
+    @property
+    def addends(self) -> tuple[Pattern, ...]:
+        """Those of the pattern, in the same documents."""
+        return tuple(replace(self, pattern=part) for part in self.pattern.addends)
+
     @cached_property
     def _borders(self) -> Rows:
         return np.array(self.cu_seqlens, np.int64)
