@@ -28,6 +28,7 @@ CASES: dict[str, str] = {
     "host": "benchmarks.cases.host",
     "tiles": "benchmarks.cases.tiles",
     "growth": "benchmarks.cases.growth",
+    "padded": "benchmarks.cases.padded",
 }
 
 

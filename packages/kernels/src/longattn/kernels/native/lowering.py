@@ -209,11 +209,28 @@ def _in_phases(plan: Plan, ordered: list[list[Job]]) -> Lowered:
     order = WriteOrder(plan, len(ordered))
     phases: list[list[Job]] = []
     for jobs in ordered:
-        marks = [(job, np.ix_(job.heads.positions(), np.unique(query_rows(job)))) for job in jobs]
-        phase = max((order.phase(at) for _, at in marks), default=0)
+        marks = [(job, _written(job)) for job in jobs]
+        # A job alone may run as soon as its own rows let it, which `write` finds out by itself.
+        phase = None if len(jobs) == 1 else max((order.phase(at) for _, at in marks), default=0)
+        before = [order.write(at, phase) for _, at in marks]
+        phase = before[0] if phase is None else phase
         phases += [[] for _ in range(phase + 1 - len(phases))]
-        phases[phase] += [replace(job, fresh=order.write(at, phase) == 0) for job, at in marks]
+        phases[phase] += [
+            replace(job, fresh=False) if first else job for (job, _), first in zip(marks, before, strict=True)
+        ]
     return Lowered(tuple(map(tuple, phases)), order.complete)
+
+
+def _written(job: Job) -> tuple[slice, slice | Rows]:
+    """Where (heads, query rows) of a job are: slices where one says it, for packed documents make hundreds of jobs."""
+    index, heads = job.queries.index, job.heads
+    at = slice(heads.start, heads.start + heads.length * heads.step, heads.step)
+    if isinstance(index, Affine) and index.tiles == 1 and index.step > 0:
+        return at, slice(index.start, index.start + index.count * index.step, index.step)
+    if isinstance(index, Periodic) and len(index.offsets) == 1:
+        first = index.start + index.offsets[0]
+        return at, slice(first, first + index.count * index.period, index.period)
+    return at, query_rows(job)
 
 
 def query_rows(job: Job) -> Rows:
