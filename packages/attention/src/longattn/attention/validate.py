@@ -137,7 +137,8 @@ def check_merge_grad(value: object, pattern: Pattern, sink_logits: object) -> No
         )
     if sink_logits is not None:
         raise ValueError(
-            "sink_logits must be None with merge_grad='detached': a sink has a gradient by the weights of the merge alone"
+            "sink_logits must be None with merge_grad='detached', because a sink has a gradient by the weights of the merge alone, "
+            f"got {type(sink_logits).__name__}"
         )
 
 

@@ -76,7 +76,7 @@ class ProjectedModule(WiredModule):
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in flat)
         if q.shape[2] != self.local_heads:
             raise ValueError(
-                f"the projection of queries must make {self.local_heads} heads, got {q.shape[2]}: which of them these are is not known; in a "
+                f"q_proj must make {self.local_heads} heads, got {q.shape[2]}: which of them these are is not known; in a "
                 f"tensor-parallel plan use ColwiseParallel(use_local_output=False), or make the module with head_start and local_heads"
             )
         return q, k, v
