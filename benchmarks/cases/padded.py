@@ -26,15 +26,11 @@ def llama(pattern: Pattern | None, layers: int = 4) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    width: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        num_hidden_layers=layers,
-        max_position_embeddings=8192,
-        attn_implementation="sdpa",
-        **width,
-    )
-    model = LlamaForCausalLM(config).eval()
+    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+    shape |= {"num_hidden_layers": layers, "vocab_size": VOCABULARY, "max_position_embeddings": 8192}
+    # A keyword of the base class, which type checkers do not see.
+    shape["attn_implementation"] = "sdpa"
+    model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
     if pattern is not None:
         use_pattern(model, pattern)
     return model
@@ -55,13 +51,14 @@ def steps(model: Any, tokens: Tensor, mask: Tensor) -> Callable[[], Tensor]:
         ).past_key_values
 
     def call() -> Tensor:
+        logits = torch.empty(0)
         with torch.inference_mode():
             for step in range(STEPS):
                 there = torch.cat([mask, mask.new_ones(len(mask), step + 1)], 1)
                 where = (there.sum(1) - 1)[:, None]
-                made = model(tokens[:, step : step + 1], attention_mask=there, position_ids=where, cache=cache)
+                logits = model(tokens[:, step : step + 1], attention_mask=there, position_ids=where, cache=cache).logits
             cache.crop(-STEPS)
-            return made.logits
+        return logits
 
     return call
 

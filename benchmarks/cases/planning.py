@@ -177,11 +177,56 @@ def _wrong_forward(pattern: Pattern, length: int) -> list[str]:
     return [] if torch.equal(cached, anew) else ["ours: a cached plan gives another result than a new one"]
 
 
+def packings(quick: bool) -> Iterator[Calls]:
+    """A forward over a packing of 64 documents that nobody saw before, beside the same of one whose plan is there: the difference is what
+    planning and lowering cost.
+    """
+    total, documents = (512, 8) if quick else (8192, 64)
+    patterns: dict[str, Pattern] = {
+        "full": Full(causal=True),
+        "window": Window(128),
+        "dilated": Dilated((512, 2048), (1, 4), causal=True),
+    }
+    for name, pattern in patterns.items():
+        yield Calls(
+            name=f"packing-{name}",
+            labels=_labels(
+                f"forward of {name} h8 d64, {documents} documents, a new packing",
+                "the same packing again",
+                total,
+                causal=True,
+                dtype="float32",
+            ),
+            targets=Targets(),
+            ours=lambda pattern=pattern: _packed(pattern, total, documents, anew=True),
+            peer=lambda pattern=pattern: _packed(pattern, total, documents, anew=False),
+            gate=lambda pattern=pattern: _wrong_packed(pattern),
+        )
+
+
+def _packed(pattern: Pattern, total: int, documents: int, anew: bool) -> Callable[[], object]:
+    q, k, v, _ = Inputs(total, "float32").tensors()
+    random = np.random.default_rng(0)
+
+    def cuts() -> torch.Tensor:
+        inner = np.sort(random.choice(np.arange(1, total), documents - 1, replace=False))
+        return torch.from_numpy(np.concatenate([[0], inner, [total]]))
+
+    known = cuts()
+    return lambda: pattern_attention(q, k, v, pattern, cu_seqlens=cuts() if anew else known)
+
+
+def _wrong_packed(pattern: Pattern) -> list[str]:
+    packed = Documents([0, 9, 9, 40, 64], pattern)
+    check_plan(packed.plan(square(64, 4)), packed)
+    return []
+
+
 def _labels(variant: str, peer: str, length: int, *, causal: bool, dtype: str = "-") -> Labels:
     return Labels("planning", variant, peer, dtype, length, causal, "forward")
 
 
 def experiments(quick: bool) -> Iterator[Calls]:
     """Every row of the case."""
-    for group in (plans, block_masks, lints, forwards):
+    for group in (plans, block_masks, lints, forwards, packings):
         yield from group(quick)
