@@ -65,6 +65,51 @@ def test_one_pair_more_is_not_overlooked():
     np.testing.assert_array_equal(pattern.to_dense(100, 1)[0], mask_mod(0, 0, i[:, None], i))
 
 
+LONG = 1 << 17
+STARTS = np.sort(np.random.default_rng(0).integers(0, LONG, 40))
+
+
+@pytest.mark.parametrize(
+    ("mask_mod", "expected"),
+    [
+        (lambda b, h, q, k: (q >= k) & (q - k < 777), Window(777)),
+        (
+            lambda b, h, q, k: (np.searchsorted(STARTS, q) == np.searchsorted(STARTS, k)) & (q >= k),
+            Documents([0, *(STARTS + 1).tolist(), LONG], Full(causal=True)),
+        ),
+    ],
+)
+def test_a_long_mask_is_believed_after_samples(mask_mod, expected):
+    """A hundred thousand tokens, which no machine compares pair by pair; as many questions as tokens, times a constant."""
+    asked = 0
+
+    def counting(b, h, q, k):
+        nonlocal asked
+        asked += np.broadcast(h, q, k).size
+        return mask_mod(b, h, q, k)
+
+    assert expected == from_mask_mod(counting, LONG, verify="samples")
+    assert asked <= 250 * LONG
+
+
+@given(st.sampled_from([16, 32, 128]), st.integers(1, 3), st.booleans(), st.integers(300, 700), st.integers(0, 99))
+def test_blocks_are_believed_after_samples(size, heads, causal, length, seed):
+    """In blocks that say the same, for heads that differ too; short ones at the end included."""
+    blocks = -(-length // size)
+    table = np.random.default_rng(seed).random((heads, blocks, blocks)) < 0.4
+
+    def mask_mod(b, h, q, k):
+        shown = table[h, q // size, k // size]
+        return shown & (q >= k) if causal else shown
+
+    if causal:
+        table &= np.tri(blocks, dtype=bool)
+    table[:, 0, 0] = True
+    found, exact = (from_mask_mod(mask_mod, length, heads, verify=verify) for verify in ("samples", "every"))
+    rectangle = Rectangle(heads, Span(0, length), Span(0, length))
+    np.testing.assert_array_equal(found.counts(rectangle), exact.counts(rectangle))
+
+
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 12), st.integers(1, 4), st.booleans())
 def test_a_periodic_mask_mod_is_imported_compactly(length, stride, window, block, causal):
     """Exactly, as runs of residues and distances: plans without index data."""
@@ -123,6 +168,17 @@ def test_a_block_that_the_lists_leave_out_is_hidden():
         (lambda: from_mask_mod(lambda b, h, q, k: q >= k + b, 8, batch=2), ValueError, "another mask for entry 1"),
         (lambda: from_mask_mod(lambda b, h, q, k: q >= k, 1 << 15), ValueError, "at most 268435456"),
         (lambda: from_mask_mod(lambda b, h, q, k: q >= k, 0), ValueError, "N must be an integer >= 1"),
+        (lambda: from_mask_mod(lambda b, h, q, k: q >= k, 9, verify="some"), ValueError, "verify must be one of"),
+        (
+            lambda: from_mask_mod(lambda b, h, q, k: (q - k) % 3 == 0, 99, verify="samples"),
+            ValueError,
+            "mask_mod must be a band, documents of bands, or blocks",
+        ),
+        (
+            lambda: from_mask_mod(lambda b, h, q, k: q >= k, 99, compact=True, verify="samples"),
+            ValueError,
+            "verify must be 'every' where a compact plan",
+        ),
         (
             lambda: from_mask_mod(lambda b, h, q, k: k < 3, 40, compact=True),
             ValueError,

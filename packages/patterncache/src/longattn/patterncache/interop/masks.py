@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longattn.patterncache.interop.intervals_of_masks import pattern_of_intervals, strips
+from longattn.patterncache.interop.sampled_masks import Sees, agrees, blocks_of
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.patterns.periodic import Periodic, Run
@@ -27,6 +28,8 @@ _STRIP_CELLS = 1 << 20
 
 _MOST_PERIOD, _MOST_RUNS = 64, 4096
 
+VERIFY = ("every", "samples")
+
 _BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 _CELLS_PER_SECOND, _BYTES_PER_CELL = 2e8, 5
@@ -42,8 +45,9 @@ def from_mask_mod(
     as_tensor: Callable[[npt.NDArray[np.int64]], Any] = np.asarray,
     compact: bool = False,
     listed: str | None = None,
+    verify: str = "every",
 ) -> Pattern:
-    """The pattern of a FlexAttention mask_mod over `N` tokens, exactly: every pair is looked at.
+    """The pattern of a FlexAttention mask_mod over `N` tokens, exactly: every pair is looked at, unless `verify` says otherwise.
 
     Causal masks, windows and bands become `Full`, `Window` and `Periodic`, those of packed documents `Documents`; all other masks, and
     where heads differ, block masks of the largest blocks, 128 to 1, that say the same.
@@ -60,6 +64,9 @@ def from_mask_mod(
         listed: what happens where num_heads * N * N is above 2 ** 28. "limit": an error that says what comparing every pair would
             cost, and whether the mask looks like a band or documents, which need no memory for it; "allow": pairs are compared.
             Default None: as `LONGATTN_LISTED` in the environment says, else "limit".
+        verify: "every" (default): all pairs. "samples": a band, documents or blocks of 16 to 128 are believed after about 130 pairs of each
+            query, which are around the diagonal, at both ends, at borders and at random: time and memory linear in N, and no proof. A mask
+            that is none of these is refused. Not with `compact`.
 
     Raises:
         TypeError, ValueError: an argument is not such a value; mask_mod does not return booleans of the broadcast shape; batch
@@ -72,6 +79,10 @@ def from_mask_mod(
     heads = 1 if num_heads is None else check_int("num_heads", num_heads, minimum=1)
     if listed is not None:
         check_listed("listed", listed)
+    if verify not in VERIFY:
+        raise ValueError(f"verify must be one of {VERIFY}, got {shortened(verify)}")
+    if verify == "samples":
+        return _believed(mask_mod, batch, heads, length, as_tensor, num_heads is not None, compact)
     named = None if compact else _named(mask_mod, batch, heads, length, as_tensor, listed)
     if named is not None:
         return named
@@ -151,15 +162,10 @@ def _check_allowed(shape: tuple[int, ...], batch: int, listed: str | None, what:
         )
 
 
-def _named(
-    mask_mod: Callable[..., Any],
-    batch: int,
-    heads: int,
-    length: int,
-    as_tensor: Callable[..., Any],
-    listed: str | None,
-) -> Pattern | None:
-    """The band, or documents of bands, that a mask is for all heads and batch entries; None where it is none."""
+def _asking(
+    mask_mod: Callable[..., Any], as_tensor: Callable[..., Any], length: int
+) -> tuple[Sees, Callable[[Rows, Rows], Shown]]:
+    """(what a mask says of a batch entry's broadcast heads, queries and keys; of pairs of the first entry's first head)."""
 
     def sees(entry: int, h: Rows, q: Rows, k: Rows) -> Shown:
         answer = _answer(mask_mod, entry, (h, q, k), as_tensor)
@@ -169,6 +175,19 @@ def _named(
         answer = sees(0, np.zeros((1, 1, 1), np.int64), q.reshape(1, -1, 1), k.reshape(1, -1, 1))
         return np.broadcast_to(answer.reshape(-1), q.shape) if answer.size in (1, len(q)) else np.zeros(len(q), bool)
 
+    return sees, of_first_head
+
+
+def _named(
+    mask_mod: Callable[..., Any],
+    batch: int,
+    heads: int,
+    length: int,
+    as_tensor: Callable[..., Any],
+    listed: str | None,
+) -> Pattern | None:
+    """The band, or documents of bands, that a mask is for all heads and batch entries; None where it is none."""
+    sees, of_first_head = _asking(mask_mod, as_tensor, length)
     named = pattern_of_intervals(of_first_head, length)
     if named is None:
         return None
@@ -182,6 +201,35 @@ def _named(
             if shown.shape[-2:] != expected.shape or (shown != expected).any():
                 return None
     return pattern
+
+
+def _believed(
+    mask_mod: Callable[..., Any],
+    batch: int,
+    heads: int,
+    length: int,
+    as_tensor: Callable[..., Any],
+    by_head: bool,
+    compact: bool,
+) -> Pattern:
+    """The band, documents of bands, or blocks that a mask is as far as samples say.
+
+    Raises:
+        ValueError: it is none of these, or `compact` is demanded.
+    """
+    if compact:
+        raise ValueError("verify must be 'every' where a compact plan is demanded, got 'samples'")
+    sees, of_first_head = _asking(mask_mod, as_tensor, length)
+    named = pattern_of_intervals(of_first_head, length)
+    if named is not None and agrees(sees, named[0], heads, batch, length, (named[1], named[2])):
+        return named[0]
+    blocks = blocks_of(sees, heads, batch, length, by_head)
+    if blocks is None:
+        raise ValueError(
+            f"mask_mod must be a band, documents of bands, or blocks of 16 to 128 where verify='samples', got a mask of {length} tokens "
+            f"that is none of them; verify='every' looks at all pairs"
+        )
+    return blocks
 
 
 def _asked(mask_mod: Callable[..., Any], entry: int, shape: tuple[int, ...], as_tensor: Callable[..., Any]) -> Shown:
