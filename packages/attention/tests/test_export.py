@@ -98,17 +98,3 @@ def test_export_to_onnx_says_what_to_use(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     with pytest.raises(NotImplementedError, match=WAY_OUT):
         torch.export.export(layer, inputs, strict=False)
-
-
-def test_packed_documents_in_one_graph_are_refused_in_one_sentence():
-    """Without fullgraph the graph ends before the call."""
-    torch._dynamo.reset()
-    ends = torch.tensor([0, 7, 20])
-
-    def call(q, ends):
-        return pattern_attention(q, q, q, LONGNET, cu_seqlens=ends)
-
-    with pytest.raises(Exception, match="cu_seqlens cannot be traced: lengths are read on the host") as caught:
-        torch.compile(call, backend="eager", fullgraph=True)(X, ends)
-    assert "longattn" not in str(type(caught.value))
-    torch.testing.assert_close(torch.compile(call, backend="eager")(X, ends), call(X, ends))

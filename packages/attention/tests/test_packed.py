@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from longattn.attention import Ring, pattern_attention
-from longattn.attention.sequences.varlen import aligned_attention, documents_of, jagged_attention, query_spans
+from longattn.attention.schedules.documents import documents_of, query_spans
+from longattn.attention.sequences.varlen import aligned_attention, jagged_attention
 from longattn.patterncache import BlockLayout, Dilated, Full, Span, Window
 
 PATTERNS = {

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import CallExtents
+from longattn.attention.schedules.documents import as_data, documents_of, query_spans
 from longattn.attention.schedules.extents import row_numbers
 from longattn.attention.schedules.layouts import take
 from longattn.attention.sequences.left_padding import check_positions_start
-from longattn.attention.sequences.varlen import documents_of, query_spans, refuse_traced
+from longattn.attention.sequences.varlen import refuse_traced
 from longattn.attention.validate import check_start, refuse_unknown
 from longattn.kernels import Environment
 from longattn.kernels.interface import dtype_name
@@ -84,8 +85,9 @@ def positions(call: CallExtents, options: dict[str, Any]) -> tuple[Tensor, Tenso
         TypeError, ValueError: a bad option, by name.
     """
     cu_seqlens = options.get("cu_seqlens")
+    if cu_seqlens is not None and torch.compiler.is_compiling():
+        return _packed_positions(call, cu_seqlens, options.get("cu_seqlens_q"))
     if cu_seqlens is not None:
-        refuse_traced("cu_seqlens")
         extents = call.extents()
         cu_k = documents_of(Full(), cu_seqlens, extents.nk).cu_seqlens
         cu_q = documents_of(Full(), options.get("cu_seqlens_q", cu_k), extents.nq, "cu_seqlens_q").cu_seqlens
@@ -97,6 +99,17 @@ def positions(call: CallExtents, options: dict[str, Any]) -> tuple[Tensor, Tenso
     if padding is not None:
         # Of what is padding, positions are below zero: nobody sees it.
         q, k = (x - padding.to(x.device).unsqueeze(-1) for x in (q, k))
+    return q, k
+
+
+def _packed_positions(call: CallExtents, cu_seqlens: object, cu_seqlens_q: object) -> tuple[Tensor, Tensor]:
+    """The same where lengths are data: in each document, queries are the last of its keys. The op checks what they say."""
+    q, k = call.positions(0)
+    if cu_seqlens_q is not None:
+        cu_k, cu_q = (as_data(name, x) for name, x in (("cu_seqlens", cu_seqlens), ("cu_seqlens_q", cu_seqlens_q)))
+        assert cu_k is not None and cu_q is not None
+        document = torch.bucketize(q, cu_q.to(q.device), right=True)
+        q = q + (cu_k - cu_q).to(q.device)[document]
     return q, k
 
 

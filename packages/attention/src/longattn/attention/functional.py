@@ -6,15 +6,17 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal, Never, Unpack, overload
 
+import torch
 from torch import Tensor
 
 from longattn.attention.arguments import AttentionOptions, MergeGrad
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import dtensor_module, is_sharded
+from longattn.attention.schedules.documents import as_data, check_packed, packed_pattern
 from longattn.attention.schedules.extents import Extents, mask_flags
 from longattn.attention.schedules.local import Local, check_schedule_argument
 from longattn.attention.schedules.op import scheduled_attend
-from longattn.attention.sequences.varlen import packed_call, ragged_attention
+from longattn.attention.sequences.varlen import ragged_attention
 from longattn.attention.validate import (
     check_bool,
     check_merge_grad,
@@ -208,10 +210,16 @@ def pattern_attention(
     nq, nk = q.shape[1], k.shape[1]
     # Exchanged once a call: lengths of the whole sequence, and one seed, so that all shards and steps drop the same pairs.
     metadata = schedule.exchange_metadata(nq, nk, mask_flags(key_padding_mask, attention_mask, nq), drawn)
+    ends: dict[str, Tensor | None] = {}
     if cu_seqlens is not None or cu_seqlens_q is not None:
-        # Of a schedule in one process, all rows are here.
-        extents = schedule.extents(nq, nk, metadata) if schedule.distributed else Extents.of_whole(nq, nk)
-        pattern, q_spans = packed_call(q, k, pattern, start, cu_seqlens, cu_seqlens_q, extents)
+        check_packed(q, k, start, cu_seqlens)
+        if torch.compiler.is_compiling():
+            ends = {"cu_seqlens": as_data("cu_seqlens", cu_seqlens)}
+            ends["cu_seqlens_q"] = as_data("cu_seqlens_q", cu_seqlens_q)
+        else:
+            # Of a schedule in one process, all rows are here.
+            extents = schedule.extents(nq, nk, metadata) if schedule.distributed else Extents.of_whole(nq, nk)
+            pattern, q_spans = packed_pattern(pattern, cu_seqlens, cu_seqlens_q, extents)
     k_spans: list[int] = []
     if not schedule.distributed:
         _check_positions(q, k, pattern, q_spans)
@@ -222,7 +230,7 @@ def pattern_attention(
         asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype)
         out, lse = prepare_and_run(key, tensors, asked, environment)
         return (out, lse) if return_lse else out
-    tensors = tensors._replace(metadata=metadata)
+    tensors = tensors._replace(metadata=metadata, **ends)
     asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype, schedule.canonical())
     if merge_grad == "exact":
         state = AttentionState(*scheduled_attend(tensors, asked))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules import driver as scheduled
+from longattn.attention.schedules.documents import in_documents
 from longattn.attention.schedules.passes import ScheduleWork, query_spans
 from longattn.attention.schedules.registry import parse_schedule
 from longattn.kernels.interface import (
@@ -32,12 +33,14 @@ LIBRARY = torch.library.Library("longattn", "FRAGMENT")
 def _compute(tensors: OpTensors, asked: OpArguments) -> tuple[Tensor, Tensor]:
     if tensors.prior_out is not None:
         raise NotImplementedError("longattn::scheduled_attend takes no prior; merge with longattn.kernels.merge")
+    tensors, asked = in_documents(tensors, asked)
     environment = find_environment(asked.env)
     work = ScheduleWork((tensors.q,), tensors, asked, environment)
     return scheduled.forward(parse_schedule(asked.schedule).start(work), asked, environment)
 
 
 def _differentiate(cotangents: Cotangents, tensors: OpTensors, asked: OpArguments) -> Gradients:
+    tensors, asked = in_documents(tensors, asked)
     environment = find_environment(asked.env, may_be_gone=True)
     grad_out, grad_lse, out, lse = cotangents
     queries = (tensors.q, grad_out, out, lse, *(() if grad_lse is None else (grad_lse,)))
@@ -48,7 +51,7 @@ def _differentiate(cotangents: Cotangents, tensors: OpTensors, asked: OpArgument
 
 
 def _pairs(q: Any, k: Any, asked: OpArguments) -> int:
-    # Of the whole, where all of it is here.
+    # Of the whole, where all of it is here. Documents that are data are not known here: as if they were one.
     if parse_schedule(asked.schedule).distributed:
         return 0
     spans = query_spans(asked, q[1], k[1])

@@ -1,65 +1,23 @@
-"""Sequences of different lengths: packed by `cu_seqlens`, as jagged nested tensors, or padded on the left (`positions_start`).
+"""Sequences of different lengths: jagged nested tensors, or padded on the left (`positions_start`).
 
-Each becomes a plain call: documents are a pattern with positions of its own in each, and batch elements whose padding is equally long
-are one call without it. Lengths are read on the host, so traced code cannot do this in one graph.
+Each becomes a plain call: a jagged tensor is packed, with its offsets as cu_seqlens, and batch elements whose padding is equally long are
+one call without it. Padding is read on the host, so traced code cannot do that in one graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule
-from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.local import check_schedule_argument
 from longattn.attention.sequences.left_padding import attend_in_place, check_positions_start, in_order
-from longattn.patterncache import Documents, Pattern, Span
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
 """(q, k, v, **options) to (out, lse)."""
-
-
-def documents_of(pattern: Pattern, cu_seqlens: Any, total: int, name: str = "cu_seqlens") -> Documents:
-    """The pattern within each document of a packed tensor of `total` tokens.
-
-    Raises:
-        TypeError, ValueError: cu_seqlens is no rising sequence of integers from 0 to `total`.
-    """
-    documents = Documents(cu_seqlens, pattern)
-    if documents.cu_seqlens[-1] != total:
-        raise ValueError(f"{name} must end with the packed length {total}, got {documents.cu_seqlens[-1]}")
-    return documents
-
-
-def query_spans(cu_q: Sequence[int], cu_k: Sequence[int], positional: bool = True) -> tuple[Span, ...]:
-    """Positions of packed queries: in each document, the last of its keys'.
-
-    positional: whether more matters than the document. Where it does not, queries that outnumber its keys take their positions in turn.
-
-    Raises:
-        ValueError: another number of documents, or one with more queries than keys; without positions, one with queries and no keys.
-    """
-    if len(cu_q) != len(cu_k):
-        raise ValueError(
-            f"cu_seqlens_q must have as many entries as cu_seqlens, got {len(cu_q)} and {len(cu_k)} entries"
-        )
-    spans = []
-    for document, ((q_low, q_high), (k_low, k_high)) in enumerate(zip(pairwise(cu_q), pairwise(cu_k), strict=True)):
-        queries, keys = q_high - q_low, k_high - k_low
-        if queries > keys and (positional or not keys):
-            excess = "more queries than keys" if positional else "queries without keys"
-            raise ValueError(
-                f"cu_seqlens_q must give no document {excess}, got {queries} and {keys} in document {document}"
-            )
-        while queries > keys:
-            spans.append(Span(k_low, keys))
-            queries -= keys
-        spans.append(Span(k_high - queries, queries))
-    return tuple(spans)
 
 
 def refuse_traced(name: str) -> None:
@@ -68,42 +26,6 @@ def refuse_traced(name: str) -> None:
         raise NotImplementedError(
             f"{name} cannot be traced: lengths are read on the host, so a graph ends before this call"
         )
-
-
-def packed_call(
-    q: Tensor,
-    k: Tensor,
-    pattern: Pattern,
-    start: int | None,
-    cu_seqlens: Any,
-    cu_seqlens_q: Any,
-    extents: Extents,
-) -> tuple[Documents, list[int]]:
-    """(the pattern within each document, positions of the whole's queries as flat spans, empty for the default ones).
-
-    cu_seqlens are of the whole sequence, also where q and k are one rank's rows of it.
-
-    Raises:
-        TypeError, ValueError: a bad argument, by name.
-    """
-    refuse_traced("cu_seqlens")
-    if cu_seqlens is None:
-        raise ValueError("cu_seqlens must be given with cu_seqlens_q, got None: it is that of the keys")
-    if start is not None:
-        raise ValueError(f"q_start must be None where cu_seqlens says where queries are, got {start}")
-    for name, x in (("q", q), ("k", k)):
-        if x.shape[0] != 1:
-            raise ValueError(
-                f"{name} must be packed as (1, total, heads, head_dim) where cu_seqlens is given, got {tuple(x.shape)}"
-            )
-    documents = documents_of(pattern, cu_seqlens, extents.nk)
-    queries = documents_of(
-        pattern, documents.cu_seqlens if cu_seqlens_q is None else cu_seqlens_q, extents.nq, "cu_seqlens_q"
-    )
-    if queries.cu_seqlens == documents.cu_seqlens:
-        return documents, []
-    spans = [span for span in query_spans(queries.cu_seqlens, documents.cu_seqlens, pattern.positional) if span.length]
-    return documents, [number for span in spans for number in (span.start, span.length, span.step)]
 
 
 def ragged_attention(

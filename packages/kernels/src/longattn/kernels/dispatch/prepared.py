@@ -92,7 +92,7 @@ class PreparedCall:
     def call(self, tensors: OpTensors, plan: Plan, environment: Environment) -> Call:
         """The call as a row takes it."""
         asked = self.arguments
-        q, k, v, bias, mask, key_padding, seed, prior_out, prior_lse, _ = tensors
+        q, k, v, bias, mask, key_padding, seed, prior_out, prior_lse, *_ = tensors
         if key_padding is not None and not self.row.capability.skips_padding:
             # 0 * NaN is NaN: what padding holds must not meet a product at all.
             k, v = (_without_padding(x, key_padding, environment) for x in (k, v))

@@ -22,6 +22,8 @@ class OpTensors(NamedTuple):
         seed: 0-dim int64, or None without dropout.
         prior_out, prior_lse: a state to merge onto, read only, or None. Only of `longattn::attend`.
         metadata: (ranks, 4) int64, what the ranks of a schedule over a process group told one another, or None.
+        cu_seqlens, cu_seqlens_q: (documents + 1,) integers of packed keys, and of queries where they are others, where they are data; or
+            None. Only of `longattn::scheduled_attend`.
     """
 
     q: Tensor
@@ -34,6 +36,8 @@ class OpTensors(NamedTuple):
     prior_out: Tensor | None = None
     prior_lse: Tensor | None = None
     metadata: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
 
 
 class OpArguments(NamedTuple):

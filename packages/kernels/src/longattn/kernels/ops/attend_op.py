@@ -62,6 +62,8 @@ def rectangle_gradients(
 
 
 def _compute(tensors: OpTensors, asked: OpArguments) -> tuple[Tensor, Tensor]:
+    if tensors.cu_seqlens is not None:
+        raise NotImplementedError("longattn::attend takes no cu_seqlens; give a Documents pattern")
     computed = attend_rectangle(tensors, asked, find_environment(asked.env))
     assert computed is not None
     return computed
