@@ -32,7 +32,7 @@ EXPECTED = {
     "kernels": """
         attend AttentionState merge reference_attention fused_attention Environment
         explain Explanation AttentionProblem backends Capability build_native
-        prepare PreparedAttention prepared_stats
+        prepare PreparedAttention prepared_stats LayoutWarning
         """,
     "attention": """
         pattern_attention PatternAttention MultiheadPatternAttention attention_weights

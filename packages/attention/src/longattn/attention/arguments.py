@@ -17,7 +17,7 @@ from longattn.attention.sequences.left_padding import check_positions_start
 from longattn.attention.sequences.varlen import refuse_traced
 from longattn.attention.validate import check_start, refuse_unknown
 from longattn.kernels import Environment
-from longattn.kernels.interface import dtype_name
+from longattn.kernels.interface import Layout, dtype_name
 from longattn.patterncache import Full
 
 
@@ -58,6 +58,7 @@ class AttentionOptions(CallOptions, total=False):
     merge_grad: MergeGrad
     head_start: int | None
     num_heads: int | None
+    layout: Layout
 
 
 def given_options(options: CallOptions) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from longattn.attention.validate import (
 )
 from longattn.kernels import AttentionState, Environment
 from longattn.kernels.interface import (
+    Layout,
     Options,
     add_sink,
     arguments_of,
@@ -36,7 +37,9 @@ from longattn.kernels.interface import (
     check_options,
     check_qkv,
     check_sinks,
+    exchanged,
     find_prepared,
+    in_order,
     last_positions,
     merge_detached,
     prepare_and_run,
@@ -44,6 +47,7 @@ from longattn.kernels.interface import (
     run_prepared,
     state_dtype,
     tensors_of,
+    warn_of_axes,
 )
 from longattn.patterncache import Pattern
 
@@ -97,6 +101,7 @@ def pattern_attention(
     merge_grad: MergeGrad = "exact",
     head_start: int | None = None,
     num_heads: int | None = None,
+    layout: Layout = "bnhd",
     **unknown: Never,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale * q k^T + log counts) v, where counts[h, i, j] says how often the pattern lets query i see key j.
@@ -130,6 +135,8 @@ def pattern_attention(
         head_start: q holds heads head_start, head_start + 1, ... of `num_heads`, as a tensor-parallel rank does: patterns and dropout
             that depend on the head see those numbers. k and v hold the key heads of these heads alone. Default: q holds all.
         num_heads: query heads of the whole module; must be given with head_start.
+        layout: "bnhd" (default): tensors are as above. "bhnd": q, k, v and what is returned have heads before the sequence, (batch, heads, Nq,
+            head_dim) and lse (batch, heads, Nq); they are views, and nothing is copied for it. Masks are as they are.
 
     What padded keys hold reaches nothing, NaN and Inf included. Keys hidden by the pattern, causality or attention_mask weigh 0 but may be
     read, so they must be finite.
@@ -146,6 +153,8 @@ def pattern_attention(
         TypeError, ValueError: a bad argument, by name; or no row fits, with each one's reasons.
     """
     refuse_unknown("pattern_attention()", unknown)
+    if layout != "bnhd":
+        q, k, v = in_order(layout, q, k, v)
     options = Options(
         attention_mask,
         key_padding_mask,
@@ -175,6 +184,8 @@ def pattern_attention(
         if key is not None and prepared is not None:
             tensors = tensors_of(q, k, v, options, as_seed(seed) if dropout_p else None)
             out, lse = run_prepared(prepared, key, tensors, environment)
+            if layout != "bnhd":
+                out, lse = exchanged(out), exchanged(lse)
             return (out, lse) if return_lse else out
     refuse_torchscript()
     sharded = is_sharded(q) or is_sharded(k) or is_sharded(v)
@@ -192,13 +203,15 @@ def pattern_attention(
             placed = pattern if is_causal is None else pattern.with_causal(check_bool("is_causal", is_causal))
             crossing = q_start is not None and not placed.positional
             found = ragged_attention(whole, q, k, v, positions_start, given, crossing)
-        return found if check_bool("return_lse", return_lse) else found[0]
+        out, lse = in_order(layout, *found)
+        return (out, lse) if check_bool("return_lse", return_lse) else out
     schedule = check_schedule_argument(schedule)
     check_pattern_argument(pattern)
     if is_causal is not None and check_bool("is_causal", is_causal) != pattern.causal:
         pattern = pattern.with_causal(is_causal)
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
+    warn_of_axes("q", q, layout)
     start = check_start("q_start", q_start)
     q_spans = [] if start is None else [start, q.shape[1], 1]
     check_bool("return_lse", return_lse)
@@ -228,7 +241,7 @@ def pattern_attention(
     tensors, out_dtype = tensors_of(q, k, v, options, drawn), q.dtype if sink_logits is None else state_dtype(q.dtype)
     if key is not None:
         asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype)
-        out, lse = prepare_and_run(key, tensors, asked, environment)
+        out, lse = in_order(layout, *prepare_and_run(key, tensors, asked, environment))
         return (out, lse) if return_lse else out
     tensors = tensors._replace(metadata=metadata, **ends)
     asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype, schedule.canonical())
@@ -240,8 +253,8 @@ def pattern_attention(
         state = merge_detached([AttentionState(*scheduled_attend(tensors, part)) for part in parts])
     if sink_logits is not None:
         state = add_sink(state, sink_logits)
-    out = state.finalize(q.dtype)
-    return (out, state.lse) if return_lse else out
+    out, lse = in_order(layout, state.finalize(q.dtype), state.lse)
+    return (out, lse) if return_lse else out
 
 
 def _masked_keys(mask: object, k: Tensor, schedule: Schedule) -> Tensor:

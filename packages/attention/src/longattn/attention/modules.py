@@ -20,7 +20,7 @@ from longattn.attention.validate import (
 )
 from longattn.attention.weights import weights_of
 from longattn.attention.wiring import Resources, WiredModule, Wiring
-from longattn.kernels.interface import check_backend_name, check_dropout, check_qkv
+from longattn.kernels.interface import Layout, check_backend_name, check_dropout, check_qkv, exchanged, in_order
 from longattn.patterncache import Pattern
 
 
@@ -99,14 +99,18 @@ class PatternAttention(WiredModule):
         attention_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
+        *,
+        layout: Layout = "bnhd",
         **options: Unpack[CallOptions],
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend. `is_causal=None` takes the constructor's; masks and `CallOptions` as in `pattern_attention`.
+        """Attend. `is_causal=None` takes the constructor's; masks, `CallOptions` and layout as in `pattern_attention`.
 
         Returns:
             query's shape and dtype; with need_weights also the weights, without dropout: of this rank's rows, and of all keys of the
             whole sequence, where a schedule is over a process group.
         """
+        if layout != "bnhd":
+            query, key, value = in_order(layout, query, key, value)
         call_options = given_options(options)
         if not (isinstance(query, Tensor) and query.is_nested):
             check_qkv(query, key, value, ("query", "key", "value"))
@@ -129,6 +133,8 @@ class PatternAttention(WiredModule):
             num_heads=self.num_heads,
             **call_options,
         )
+        if layout != "bnhd":
+            out = exchanged(out)
         if not need_weights:
             return out
         return out, self.weights(query, key, is_causal, attention_mask, key_padding_mask)

@@ -12,6 +12,7 @@ from longattn.attention.schedules.call_extents import CallExtents, dtensor_modul
 from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.layouts import Spans, take
 from longattn.attention.validate import global_heads
+from longattn.kernels.interface import Layout, in_order
 from longattn.patterncache import Pattern, Rectangle, Span
 
 
@@ -25,6 +26,7 @@ def attention_weights(
     *,
     head_start: int | None = None,
     num_heads: int | None = None,
+    layout: Layout = "bnhd",
 ) -> Tensor:
     """softmax(scale * q k^T + log counts), differentiable, dense.
 
@@ -35,10 +37,12 @@ def attention_weights(
         attention_mask: bool, True = may see, or floating, added to the scaled scores; broadcastable to (batch, heads, Nq, Nk).
         key_padding_mask: (batch, Nk) bool, True = padding.
         head_start, num_heads: which heads of how many q has, as in `pattern_attention`. Default: all.
+        layout: "bnhd" (default), or "bhnd" for q and k with heads before the sequence. Weights are the same.
 
     Returns:
         (batch, heads, Nq, Nk) in q's dtype; rows sum to one, or to zero where a query sees nothing.
     """
+    q, k = in_order(layout, q, k)
     rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
     heads = global_heads(q.shape[2], head_start, num_heads)
     return _weights(q, k, pattern, rows, heads, softmax_scale, attention_mask, key_padding_mask)[0]
@@ -103,11 +107,13 @@ def sparse_attention_weights(
     *,
     head_start: int | None = None,
     num_heads: int | None = None,
+    layout: Layout = "bnhd",
 ) -> Tensor:
     """`attention_weights` as a coalesced sparse COO tensor of the same shape: an entry per pair that is seen.
 
     Strips of queries are made densely, one after the other, and only what is seen is kept. Arguments and errors as there.
     """
+    q, k = in_order(layout, q, k)
     rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
     heads = global_heads(q.shape[2], head_start, num_heads)
     return _sparse_weights(q, k, pattern, rows, heads, softmax_scale, attention_mask, key_padding_mask)

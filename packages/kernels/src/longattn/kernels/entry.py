@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longattn.kernels.axes import Layout, exchanged, in_order, warn_of_axes
 from longattn.kernels.check import check_prior, check_qkv, check_sinks, refuse_torchscript
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.ops import direct
@@ -42,6 +43,7 @@ def attend(
     deterministic: bool | None = None,
     out_dtype: torch.dtype | None = None,
     environment: Environment | None = None,
+    layout: Layout = "bnhd",
 ) -> AttentionState:
     """softmax(scale * q k^T + log counts) v over one rectangle of heads x queries x keys, as a state.
 
@@ -67,6 +69,8 @@ def attend(
         deterministic: equal inputs give equal bits. Default: torch.are_deterministic_algorithms_enabled().
         out_dtype: dtype of the returned out. Default float32 (float64 for float64): states are rounded once, at the end.
         environment: where plans are cached and memory comes from. Default: the global cache, plain torch; always so in traced code.
+        layout: "bnhd" (default): tensors are as above. "bhnd": q, k, v and prior, and the state that is returned, have heads before the sequence, lse
+            too; they are views, and nothing is copied for it. Masks are as they are.
 
     Returns:
         AttentionState: out (batch, Nq, heads, head_dim); lse (batch, Nq, heads), natural log, -inf = saw no key.
@@ -74,6 +78,9 @@ def attend(
     Raises:
         TypeError, ValueError: a bad argument, by name; or no row fits, with each one's reasons.
     """
+    if layout != "bnhd":
+        q, k, v = in_order(layout, q, k, v)
+        prior = prior if prior is None else _exchanged_state(prior)
     options = Options(
         attention_mask,
         key_padding_mask,
@@ -99,10 +106,12 @@ def attend(
         if key is not None and prepared is not None:
             drawn = as_seed(seed) if dropout_p or seed is not None else None
             tensors = tensors_of(q, k, v, options, drawn)
-            return AttentionState(*direct.run_prepared(prepared, key, tensors, environment))
+            state = AttentionState(*direct.run_prepared(prepared, key, tensors, environment))
+            return state if layout == "bnhd" else _exchanged_state(state)
     refuse_torchscript()
     q, k, v = autocast(q, k, v)
     pattern = checked_pattern(q, k, v, pattern, options)
+    warn_of_axes("q", q, layout)
     check_sinks(sink_logits, q)
     check_prior(prior, q)
     state_type = state_dtype(q.dtype)
@@ -118,12 +127,18 @@ def attend(
     )
     tensors = tensors_of(q, k, v, options, as_seed(seed) if dropout_p or seed is not None else None)
     if key is not None:
-        return AttentionState(*direct.prepare_and_run(key, tensors, asked, environment))
-    state = _onto(prior, tensors, asked)
-    if sink_logits is None:
-        return state
-    state = add_sink(state, sink_logits)
-    return AttentionState(state.finalize(state_type if out_dtype is None else out_dtype), state.lse)
+        state = AttentionState(*direct.prepare_and_run(key, tensors, asked, environment))
+    else:
+        state = _onto(prior, tensors, asked)
+    if sink_logits is not None:
+        state = add_sink(state, sink_logits)
+        state = AttentionState(state.finalize(state_type if out_dtype is None else out_dtype), state.lse)
+    return state if layout == "bnhd" else _exchanged_state(state)
+
+
+def _exchanged_state(state: AttentionState) -> AttentionState:
+    """The state with sequence and heads exchanged; what is none is itself, to be refused later."""
+    return AttentionState(exchanged(state.out), exchanged(state.lse)) if isinstance(state, AttentionState) else state
 
 
 def checked_pattern(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Options) -> Pattern:

@@ -6,6 +6,7 @@ something: while the minor version stays, these names stay, and so does what the
 kernels; a model needs `longattn.kernels` alone.
 """
 
+from longattn.kernels.axes import Layout, exchanged, in_order, warn_of_axes
 from longattn.kernels.check import (
     check_attention_mask,
     check_dropout,
@@ -33,6 +34,11 @@ from longattn.kernels.positions import last_positions
 from longattn.kernels.state import add_sink, merge_detached, merge_into, state_dtype
 
 __all__ = [
+    # the order of axes
+    "Layout",
+    "exchanged",
+    "in_order",
+    "warn_of_axes",
     # what an argument may be
     "FLOATS",
     "Options",

@@ -22,7 +22,7 @@ from longattn.attention.ring_buffer.state import RingBufferState
 from longattn.attention.ring_buffer.tiles import TilingProcessor
 from longattn.attention.ring_buffer.tuning import tuned
 from longattn.attention.validate import check_bool, check_size, refuse_unknown
-from longattn.kernels.interface import autocast
+from longattn.kernels.interface import Layout, autocast, exchanged, in_order
 
 
 class RingBufferAttention(nn.Module):
@@ -132,6 +132,7 @@ class RingBufferAttention(nn.Module):
         attention_mask: Tensor | None = None,
         sink_logits: Tensor | None = None,
         seed: Tensor | int | None = None,
+        layout: Layout = "bnhd",
         **unknown: Never,
     ) -> Any:
         """Attend, and put the call's tokens into the ring.
@@ -149,6 +150,7 @@ class RingBufferAttention(nn.Module):
             needs_weights, output_attentions: either returns weights as well. O(Nq * Nk) memory.
             sink_logits: (num_heads,), a learned sink per head, with gradient.
             seed: decides what is dropped in training. Default: drawn from torch's generator.
+            layout: "bnhd" (default): tensors are as in the table. "bhnd": q, k, v and the output have heads before the sequence, as views.
 
         Returns:
             Encoder: (output, state), with weights (output, state, weights). Decoder: output, with weights (output, weights).
@@ -156,6 +158,29 @@ class RingBufferAttention(nn.Module):
         Raises:
             TypeError, ValueError: a bad argument, by name. The state is as it was.
         """
+        if layout != "bnhd":
+            q, k, v = in_order(layout, q, k, v)
+            masks: dict[str, Any] = {
+                "att_mask": att_mask,
+                "key_padding_mask": key_padding_mask,
+                "attention_mask": attention_mask,
+            }
+            flags: dict[str, Any] = {"needs_weights": needs_weights, "output_attentions": output_attentions}
+            found = self.forward(
+                q,
+                k,
+                v,
+                requires_grad,
+                position,
+                is_decoder,
+                buffer_state,
+                **masks,
+                **flags,
+                sink_logits=sink_logits,
+                seed=seed,
+                **unknown,
+            )
+            return (exchanged(found[0]), *found[1:]) if isinstance(found, tuple) else exchanged(found)
         dropout_p = self.config.dropout if self.training else 0.0
         plain = att_mask is None and attention_mask is None and key_padding_mask is None and sink_logits is None
         plain = plain and not (dropout_p or needs_weights or output_attentions or unknown)
