@@ -15,7 +15,7 @@ from longattn.attention import (
     pattern_attention,
     sparse_attention_weights,
 )
-from longattn.kernels import AttentionState, LayoutWarning, attend, axes
+from longattn.kernels import AttentionState, LayoutWarning, attend, check
 from longattn.patterncache import Dilated, Full, Window
 
 DILATED = Dilated((4, 12), (1, 2), causal=True)
@@ -131,7 +131,7 @@ def test_another_order_is_refused(call):
 @pytest.mark.parametrize("call", [attend, pattern_attention])
 def test_axes_that_look_exchanged_are_said_once(call, monkeypatch):
     """Fewer positions than heads, and more heads than any model: a warning with the name and the way out, once in a process."""
-    monkeypatch.setattr(axes, "_warned", False)
+    monkeypatch.setattr(check, "_warned", False)
     x = torch.randn(1, 4, 130, 2)
     with pytest.warns(
         LayoutWarning, match=r'q has shape \(1, 4, 130, 2\), of which 4 is taken for the sequence.*layout="bhnd"'
@@ -145,6 +145,6 @@ def test_axes_that_look_exchanged_are_said_once(call, monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 1, 128, 2), (1, 200, 130, 2), (1, 0, 4, 2)])
 def test_what_may_be_meant_is_not_warned_of(shape, monkeypatch):
     """A decoder step of many heads, and long sequences."""
-    monkeypatch.setattr(axes, "_warned", False)
+    monkeypatch.setattr(check, "_warned", False)
     x = torch.randn(shape)
     pattern_attention(x, x, x, Full())

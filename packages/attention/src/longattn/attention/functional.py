@@ -203,8 +203,9 @@ def pattern_attention(
             placed = pattern if is_causal is None else pattern.with_causal(check_bool("is_causal", is_causal))
             crossing = q_start is not None and not placed.positional
             found = ragged_attention(whole, q, k, v, positions_start, given, crossing)
-        out, lse = in_order(layout, *found)
-        return (out, lse) if check_bool("return_lse", return_lse) else out
+        if layout != "bnhd":
+            found = exchanged(found[0]), exchanged(found[1])
+        return found if check_bool("return_lse", return_lse) else found[0]
     schedule = check_schedule_argument(schedule)
     check_pattern_argument(pattern)
     if is_causal is not None and check_bool("is_causal", is_causal) != pattern.causal:
@@ -241,7 +242,9 @@ def pattern_attention(
     tensors, out_dtype = tensors_of(q, k, v, options, drawn), q.dtype if sink_logits is None else state_dtype(q.dtype)
     if key is not None:
         asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype)
-        out, lse = in_order(layout, *prepare_and_run(key, tensors, asked, environment))
+        out, lse = prepare_and_run(key, tensors, asked, environment)
+        if layout != "bnhd":
+            out, lse = exchanged(out), exchanged(lse)
         return (out, lse) if return_lse else out
     tensors = tensors._replace(metadata=metadata, **ends)
     asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype, schedule.canonical())
@@ -253,7 +256,9 @@ def pattern_attention(
         state = merge_detached([AttentionState(*scheduled_attend(tensors, part)) for part in parts])
     if sink_logits is not None:
         state = add_sink(state, sink_logits)
-    out, lse = in_order(layout, state.finalize(q.dtype), state.lse)
+    out, lse = state.finalize(q.dtype), state.lse
+    if layout != "bnhd":
+        out, lse = exchanged(out), exchanged(lse)
     return (out, lse) if return_lse else out
 
 

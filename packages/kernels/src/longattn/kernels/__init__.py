@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
-    from longattn.kernels.axes import LayoutWarning
+    from longattn.kernels.check import LayoutWarning
     from longattn.kernels.dispatch.capability import Capability
     from longattn.kernels.dispatch.environment import Environment
     from longattn.kernels.dispatch.table import Explanation, backends
@@ -26,7 +26,7 @@ _HOME = {
     "Capability": "dispatch.capability",
     "Environment": "dispatch.environment",
     "Explanation": "dispatch.table",
-    "LayoutWarning": "axes",
+    "LayoutWarning": "check",
     "PreparedAttention": "preparing",
     "attend": "entry",
     "backends": "dispatch.table",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -12,6 +13,15 @@ from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.state import AttentionState, state_dtype
 
 Names = tuple[str, str, str]
+
+MOST_HEADS = 128
+"""No model has more heads than this; many sequences are longer."""
+
+_warned = False
+
+
+class LayoutWarning(UserWarning):
+    """A tensor's axes look as if sequence and heads were exchanged. Given once in a process."""
 
 
 def refuse_torchscript() -> None:
@@ -211,3 +221,19 @@ def check_flag(name: str, value: object) -> bool | None:
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"{name} must be None, True or False, got {value!r} ({type(value).__name__})")
     return value
+
+
+def warn_of_axes(name: str, x: Tensor, layout: str) -> None:
+    """Warn, once in a process, where x has fewer positions than heads, and more heads than any model."""
+    global _warned
+    if _warned or layout != "bnhd" or torch.compiler.is_compiling():
+        return
+    length, heads = x.shape[1:3]
+    if length < heads and length <= MOST_HEADS < heads:
+        _warned = True
+        warnings.warn(
+            f"{name} has shape {tuple(x.shape)}, of which {length} is taken for the sequence and {heads} for the heads; if the heads come "
+            f'first, say layout="bhnd", which takes and returns views (this is said once)',
+            LayoutWarning,
+            stacklevel=3,
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longattn.kernels.axes import Layout, exchanged, in_order, warn_of_axes
-from longattn.kernels.check import check_prior, check_qkv, check_sinks, refuse_torchscript
+from longattn.kernels.axes import Layout, exchanged, in_order
+from longattn.kernels.check import check_prior, check_qkv, check_sinks, refuse_torchscript, warn_of_axes
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.ops import direct
 from longattn.kernels.ops.arguments import GRADED, OpArguments, OpTensors
@@ -48,6 +48,7 @@ def attend(
     """softmax(scale * q k^T + log counts) v over one rectangle of heads x queries x keys, as a state.
 
     Differentiable once in q, k, v, prior, sink_logits and a floating attention_mask. Shapes are (batch, seq, heads, head_dim).
+    Keys hidden by the pattern, causality or attention_mask weigh 0 but may be read, so k and v must be finite there: 0 * NaN is NaN.
     Under autocast, q, k and v are cast to its dtype.
 
     Args:

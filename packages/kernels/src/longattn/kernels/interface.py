@@ -6,7 +6,7 @@ something: while the minor version stays, these names stay, and so does what the
 kernels; a model needs `longattn.kernels` alone.
 """
 
-from longattn.kernels.axes import Layout, exchanged, in_order, warn_of_axes
+from longattn.kernels.axes import Layout, exchanged, in_order
 from longattn.kernels.check import (
     check_attention_mask,
     check_dropout,
@@ -14,6 +14,7 @@ from longattn.kernels.check import (
     check_qkv,
     check_sinks,
     refuse_torchscript,
+    warn_of_axes,
 )
 from longattn.kernels.dispatch.capability import FLOATS, dtype_name
 from longattn.kernels.dispatch.environment import Allocator, TorchAllocator, find_environment

@@ -107,9 +107,7 @@ def as_data(name: str, cu_seqlens: Any) -> Tensor | None:
 
 
 def in_documents(tensors: OpTensors, asked: OpArguments) -> tuple[OpTensors, OpArguments]:
-    """A call whose documents are data as one whose pattern has them. This is where they are read."""
-    if tensors.cu_seqlens is None:
-        return tensors, asked
+    """A call whose documents are data (`tensors.cu_seqlens`) as one whose pattern has them. This is where they are read."""
     schedule, (nq, nk) = parse_schedule(asked.schedule), (x.shape[1] for x in tensors[:2])
     # Of a schedule in one process, all rows are here.
     extents = schedule.extents(nq, nk, tensors.metadata) if schedule.distributed else Extents.of_whole(nq, nk)

@@ -33,14 +33,16 @@ LIBRARY = torch.library.Library("longattn", "FRAGMENT")
 def _compute(tensors: OpTensors, asked: OpArguments) -> tuple[Tensor, Tensor]:
     if tensors.prior_out is not None:
         raise NotImplementedError("longattn::scheduled_attend takes no prior; merge with longattn.kernels.merge")
-    tensors, asked = in_documents(tensors, asked)
+    if tensors.cu_seqlens is not None:
+        tensors, asked = in_documents(tensors, asked)
     environment = find_environment(asked.env)
     work = ScheduleWork((tensors.q,), tensors, asked, environment)
     return scheduled.forward(parse_schedule(asked.schedule).start(work), asked, environment)
 
 
 def _differentiate(cotangents: Cotangents, tensors: OpTensors, asked: OpArguments) -> Gradients:
-    tensors, asked = in_documents(tensors, asked)
+    if tensors.cu_seqlens is not None:
+        tensors, asked = in_documents(tensors, asked)
     environment = find_environment(asked.env, may_be_gone=True)
     grad_out, grad_lse, out, lse = cotangents
     queries = (tensors.q, grad_out, out, lse, *(() if grad_lse is None else (grad_lse,)))
