@@ -38,11 +38,21 @@ class CallOptions(TypedDict, total=False):
     sink_logits: Tensor | None
 
 
+class HeadedOptions(CallOptions, total=False):
+    """And of a module that is given heads.
+
+    Attributes:
+        layout: "bnhd" (default), or "bhnd" for query, key, value and output with heads before the sequence, as views.
+    """
+
+    layout: Layout
+
+
 MergeGrad = Literal["exact", "detached"]
 """What the weights are to autograd that merge the branches of a pattern: functions of q and k, or constants."""
 
 
-class AttentionOptions(CallOptions, total=False):
+class AttentionOptions(HeadedOptions, total=False):
     """The other keywords of `pattern_attention`, by the meaning they have there, but for return_lse."""
 
     is_causal: bool | None
@@ -58,7 +68,6 @@ class AttentionOptions(CallOptions, total=False):
     merge_grad: MergeGrad
     head_start: int | None
     num_heads: int | None
-    layout: Layout
 
 
 def given_options(options: CallOptions) -> dict[str, Any]:

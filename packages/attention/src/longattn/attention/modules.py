@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from longattn.attention.arguments import CallOptions, MergeGrad, given_options, refuse_weights
+from longattn.attention.arguments import HeadedOptions, MergeGrad, given_options, refuse_weights
 from longattn.attention.functional import pattern_attention
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import CallExtents
@@ -20,7 +20,7 @@ from longattn.attention.validate import (
 )
 from longattn.attention.weights import weights_of
 from longattn.attention.wiring import Resources, WiredModule, Wiring
-from longattn.kernels.interface import Layout, check_backend_name, check_dropout, check_qkv, exchanged, in_order
+from longattn.kernels.interface import check_backend_name, check_dropout, check_qkv, exchanged, in_order
 from longattn.patterncache import Pattern
 
 
@@ -99,16 +99,15 @@ class PatternAttention(WiredModule):
         attention_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
-        *,
-        layout: Layout = "bnhd",
-        **options: Unpack[CallOptions],
+        **options: Unpack[HeadedOptions],
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attend. `is_causal=None` takes the constructor's; masks, `CallOptions` and layout as in `pattern_attention`.
+        """Attend. `is_causal=None` takes the constructor's; masks and `HeadedOptions` as in `pattern_attention`.
 
         Returns:
             query's shape and dtype; with need_weights also the weights, without dropout: of this rank's rows, and of all keys of the
             whole sequence, where a schedule is over a process group.
         """
+        layout = options.pop("layout", "bnhd")
         if layout != "bnhd":
             query, key, value = in_order(layout, query, key, value)
         call_options = given_options(options)
