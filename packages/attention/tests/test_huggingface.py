@@ -125,6 +125,21 @@ def test_left_padding_changes_nothing(implementation, beams):
         assert torch.equal(out[row, padded:], alone[0])
 
 
+def test_a_padded_step_that_sees_few_keys_reads_those_alone(monkeypatch):
+    """Keys of each head by themselves, counts of two included; tokens are those of the prompt alone, with a hole in it too."""
+    gathered = []
+    original = transformers_calls._gather_keys
+    monkeypatch.setattr(transformers_calls, "_gather_keys", lambda x, rows: gathered.append(rows) or original(x, rows))
+    model, ids = llama("longattn_dilated"), tokens(2, 80)
+    mask = torch.ones_like(ids)
+    mask[1, :37] = 0
+    options = {"max_new_tokens": 20, "do_sample": False}
+    out = model.generate(ids.masked_fill(mask == 0, 0), attention_mask=mask, **options)
+    for row, padded in enumerate((0, 37)):
+        assert torch.equal(out[row, padded:], model.generate(ids[row : row + 1, padded:], **options)[0])
+    assert gathered and max(rows.shape[-1] for rows in gathered) <= 16
+
+
 def test_beams_are_eagers_for_full():
     """Beam search, left-padded; in float32, since eager's own mask is NaN for padded rows in float64."""
     mask = torch.ones(2, 9, dtype=torch.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from longattn.attention.arguments import HeadedOptions, MergeGrad, given_options, refuse_weights
@@ -127,7 +128,8 @@ class PatternAttention(WiredModule):
             backend=self.backend,
             schedule=self.schedule,
             environment=self._resources.environment,
-            merge_grad=self.merge_grad,
+            # Without gradients there is nothing to detach, and one pass over all branches is quicker.
+            merge_grad=self.merge_grad if torch.is_grad_enabled() else "exact",
             head_start=self.head_start,
             num_heads=self.num_heads,
             **call_options,

@@ -78,7 +78,9 @@ class PreparedAttention:
             options = options._replace(attention_mask=attention_mask, key_padding_mask=key_padding_mask)
         if not direct.is_plain():
             given: Any = options._asdict()
-            del given["q_start"]
+            # What `attend` does not take; here they are as by default.
+            for name in ("q_start", "head_start", "num_heads"):
+                del given[name]
             return attend(q, k, v, self._pattern, seed=seed if self._drops else None, **given)
         forms = direct.plain_form(q), direct.plain_form(k), direct.plain_form(v)
         if None in forms:

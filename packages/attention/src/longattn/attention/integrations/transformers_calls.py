@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from longattn.attention.functional import pattern_attention
 from longattn.attention.integrations.transformers_masks import HEADER, first_keys, is_relative, pattern_counts
 from longattn.patterncache import Full, Pattern
+
+T = TypeVar("T")
 
 HARMLESS = {
     "position_ids": "rotary positions are in q and k, packed sequences in the mask",
@@ -126,7 +129,49 @@ def _attend_padded(
     counts = _cached_on_mask(
         mask, form, q, lambda: _visibility(form, q, nk, torch.arange(nk - nq, nk), torch.zeros(1), first_keys(present))
     )
+    if nq == 1 and bias is None and not torch.compiler.is_compiling():
+        keys = _cached_on_mask(mask, form, q, lambda: _visible_keys(counts, present, q.dtype), "keys")
+        # Each query head copies keys of its own, so that pays where they are few.
+        if 2 * keys.rows.shape[-1] * (q.shape[2] // k.shape[2]) <= nk:
+            k, v = (_gather_keys(x, keys.rows) for x in (k, v))
+            return pattern_attention(q, k, v, Full(), attention_mask=keys.bias, **options)
     return _attend_with_counts(q, k, v, counts, present[:, None, None], bias, options)
+
+
+class _Keys(NamedTuple):
+    """The keys that the only query of each head sees.
+
+    Attributes:
+        rows: (batch, heads, n) int64, ascending; n is the most that any head sees.
+        bias: (batch, heads, 1, n), logarithms of counts; -inf beyond a head's own keys.
+    """
+
+    rows: Tensor
+    bias: Tensor
+
+
+def _visible_keys(counts: Tensor, present: Tensor, dtype: torch.dtype) -> _Keys:
+    """Of what `_visibility` returns for one query row."""
+    logarithms = (
+        torch.zeros_like(counts, dtype=dtype).masked_fill(~counts, -torch.inf) if counts.dtype == torch.bool else counts
+    )
+    logarithms = logarithms[:, :, 0].masked_fill(~present[:, None], -torch.inf)
+    visible = logarithms > -torch.inf
+    place = visible.cumsum(-1) - 1
+    most = max(1, int(place[..., -1].max()) + 1)
+    element, head, row = visible.nonzero(as_tuple=True)
+    at = element, head, place[visible]
+    rows = torch.zeros(*visible.shape[:2], most, dtype=torch.int64, device=counts.device).index_put(at, row)
+    bias = torch.full(rows.shape, -torch.inf, dtype=dtype, device=counts.device).index_put(at, logarithms[visible])
+    return _Keys(rows, bias[:, :, None])
+
+
+def _gather_keys(x: Tensor, rows: Tensor) -> Tensor:
+    """(batch, n, heads, head_dim) rows of x (batch, Nk, kv_heads, head_dim), by (batch, heads, n)."""
+    batch, heads, _ = rows.shape
+    element = torch.arange(batch, device=x.device)[:, None, None]
+    head = torch.arange(heads, device=x.device)[:, None] // (heads // x.shape[2])
+    return x.transpose(1, 2)[element, head, rows].transpose(1, 2)
 
 
 def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -155,15 +200,15 @@ def _visibility(form: Pattern, q: Tensor, keys: int, q_rows: Tensor, first: Tens
     return counts > 0 if form.binary else counts.to(q.dtype).log()
 
 
-def _cached_on_mask(mask: Tensor, form: Pattern, q: Tensor, compute: Any) -> Tensor:
-    """The result of `compute`, stored on the mask, so that all layers that get this mask share it."""
+def _cached_on_mask(mask: Tensor, form: Pattern, q: Tensor, compute: Callable[[], T], what: str = "counts") -> T:
+    """The result of `compute`, stored on the mask under `what`, so that all layers that get this mask share it."""
     if torch.compiler.is_compiling():
         return compute()
-    cache: dict[Any, Tensor] | None = getattr(mask, "_longattn_counts", None)
+    cache: dict[Any, T] | None = getattr(mask, "_longattn_counts", None)
     if cache is None:
         cache = {}
         setattr(mask, "_longattn_counts", cache)  # noqa: B010
-    key = form.canonical(), q.shape[2], q.dtype, q.device
+    key = what, form.canonical(), q.shape[2], q.dtype, q.device
     if key not in cache:
         cache[key] = compute()
     return cache[key]
