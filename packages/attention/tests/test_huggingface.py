@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longattn.attention.integrations import transformers_calls
 from longattn.attention.integrations.huggingface import (
     DEFAULT_PATTERNS,
     attention_function,
