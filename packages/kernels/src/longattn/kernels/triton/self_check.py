@@ -1,0 +1,219 @@
+"""A kernel form that has not run on a device yet runs a small problem of its own there first, and is compared with the float64 oracle.
+
+A *form* is what a compiled kernel differs by: direction, dtype, width, masks, dropout, listed rows, grouped heads. One that is wrong on this
+device refuses with the measured error as its reason, and the next row of the table serves: a kernel that nobody ran there before, or that a
+new compiler breaks, gives no wrong numbers. The outcome is kept on disk for this device, driver, torch, triton and source of the kernels.
+LONGATTN_SELF_CHECK=0 skips the check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longattn.kernels import cachefolder
+from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.environment import TorchAllocator
+from longattn.kernels.philox import keep_scale
+from longattn.kernels.problem import AttentionProblem, architecture_of
+from longattn.kernels.reference import reference_attention
+from longattn.kernels.triton.availability import installed_version
+from longattn.patterncache import Dilated, Pattern, Rectangle, Restrict, Span, Window
+
+logger = logging.getLogger("longattn.kernels")
+
+_STRIDED = Dilated((64, 128), (1, 2), causal=True) + Window(40, sinks=3)
+"""Dense tiles and tiles that a band cuts, several branches, keys that count more than once."""
+
+_LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+
+
+class Form(NamedTuple):
+    """What compiled kernels differ by, as far as a problem tells."""
+
+    direction: str
+    dtype: torch.dtype
+    width: int
+    grouped: bool
+    listed: bool
+    attention_mask: bool
+    bias: bool
+    key_padding: bool
+    dropout: bool
+    prior: bool
+    deterministic: bool
+
+    def __str__(self) -> str:
+        flags = [name for name, value in self._asdict().items() if value is True]
+        return " ".join([self.direction, str(self.dtype).removeprefix("torch."), f"D{self.width}", *flags])
+
+
+OUTCOMES: dict[tuple[Form, str], str] = {}
+"""(form, device's description) -> "" for right, or what was wrong, of this process."""
+
+
+def forms_of(problem: AttentionProblem) -> list[Form]:
+    """The forms that a problem needs: of its forward, and of its backward where gradients are wanted."""
+    directions = ("forward", "backward") if problem.backward else ("forward",)
+    width = max(16, 1 << (problem.head_dim - 1).bit_length())
+    flags = (problem.listed, problem.attention_mask, problem.bias, problem.key_padding, problem.dropout)
+    grouped = problem.heads != problem.kv_heads
+    return [
+        Form(
+            direction, problem.dtype, width, grouped, *flags, problem.prior and direction == "forward",
+            problem.deterministic and direction == "backward",
+        )
+        for direction in directions
+    ]  # fmt: skip
+
+
+def standing(problem: AttentionProblem, run: bool) -> str:
+    """ "checked", "unchecked: why" or "failed: what was wrong" of the forms that a problem needs on its device.
+
+    run: check now what was not checked yet.
+    """
+    if os.environ.get("LONGATTN_SELF_CHECK") == "0":
+        return "unchecked: LONGATTN_SELF_CHECK=0"
+    device = _device_of(problem.architecture)
+    if device is None:
+        return f"unchecked: no {problem.architecture or problem.device} is here"
+    where, unchecked = describe(device), []
+    for form in forms_of(problem):
+        outcome = _known(form, where)
+        if outcome is None and run and not torch.cuda.is_current_stream_capturing():
+            outcome = _keep(form, where, wrong(form, device))
+        if outcome:
+            return f"failed: {outcome}"
+        if outcome is None:
+            unchecked.append(str(form))
+    return f"unchecked: {unchecked[0]} did not run on this device yet" if unchecked else "checked"
+
+
+def wrong(form: Form, device: torch.device) -> str:
+    """What a form computes wrongly on a device: the largest error beside the oracle, and where; "" where it is right."""
+    from longattn.kernels.triton import launch_backward, launch_forward
+    from longattn.kernels.triton.row import CAPABILITY
+
+    lengths = [(200, 200)] if form.direction == "backward" else [(200, 200), (1, 300)]
+    atol, rtol = CAPABILITY.tolerance[form.dtype]
+    for nq, nk in lengths:
+        call, tensors, expected = _problem(form, device, nq, nk)
+        out, lse = launch_forward.forward(call)
+        pairs = [("out", out, expected[0]), ("lse", lse, expected[1])]
+        if form.direction == "backward":
+            grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
+                form.dtype
+            )
+            true = torch.autograd.grad(expected[0], tensors, grad.double())
+            found = launch_backward.backward(call, grad.to(device), None, out, lse)[:3]
+            pairs = list(zip(("dq", "dk", "dv"), found, true, strict=True))
+            atol, rtol = 4 * atol, 4 * rtol
+        for name, got, want in pairs:
+            got, want = got.double().cpu(), want.detach().double()
+            # -inf is right only where -inf is expected; NaN never is.
+            error = torch.where(got == want, 0.0, (got - want).abs())
+            size = max(1.0, float(want[want.isfinite()].abs().max()))
+            if not bool((error <= (atol + rtol) * size).all()):
+                return f"{form}: {name} is {float(error.nan_to_num(torch.inf).max()):.2g} off the float64 oracle at {nq} queries, {nk} keys"
+    return ""
+
+
+def _problem(
+    form: Form, device: torch.device, nq: int, nk: int
+) -> tuple[Call, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A call of the form, the oracle's q, k, v in float64, and what it says of them."""
+    random = torch.Generator().manual_seed(1)
+    batch, heads, kv_heads, seed, dropout_p = 2, 4, 2 if form.grouped else 4, 7, 0.25 if form.dropout else 0.0
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(form.dtype)
+
+    q, k, v = (
+        normal(batch, nq, heads, form.width),
+        normal(batch, nk, kv_heads, form.width),
+        normal(batch, nk, kv_heads, form.width),
+    )
+    pattern: Pattern = _LISTED if form.listed else _STRIDED
+    rectangle = Rectangle(heads, Span(nk - nq, nq), Span(0, nk))
+    mask = torch.rand((1, 1, nq, nk), generator=random) < 0.8 if form.attention_mask else None
+    bias = normal(1, heads, nq, nk) if form.bias else None
+    padding = torch.rand((batch, nk), generator=random) < 0.2 if form.key_padding else None
+    counts = torch.from_numpy(pattern.counts(rectangle)).expand(batch, -1, -1, -1)
+    counts = counts if mask is None else counts * mask
+    keep = None
+    if form.dropout:
+        axes = (batch, heads, nq, nk)
+        b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in axes), indexing="ij")
+        keep = keep_scale(seed, dropout_p, b, h, i + (nk - nq), j, torch.float64)
+    exact = tuple(x.double().requires_grad_() for x in (q, k, v))
+    state = reference_attention(*exact, counts, bias=bias, key_padding_mask=padding, keep=keep)
+    prior = None
+    if form.prior:
+        # Over keys that were not seen: the oracle merges by the same law.
+        prior = torch.randn(state.out.shape, generator=random), torch.randn(state.lse.shape, generator=random)
+        top = torch.maximum(state.lse, prior[1].double())
+        a, b = (state.lse - top).exp(), (prior[1].double() - top).exp()
+        merged = (state.out * a[..., None] + prior[0].double() * b[..., None]) / (a + b)[..., None]
+        expected = merged, top + (a + b).log()
+        prior = prior[0].to(device), prior[1].to(device)
+    else:
+        expected = state.out, state.lse
+    there = [None if x is None else x.to(device) for x in (mask, bias, padding)]
+    call = Call(
+        q.to(device), k.to(device), v.to(device), pattern.plan(rectangle), scale=form.width**-0.5, mask=there[0], bias=there[1],
+        key_padding=there[2], prior=prior, dropout_p=dropout_p, seed=seed, out_dtype=torch.float32, deterministic=form.deterministic,
+        allocator=TorchAllocator(),
+    )  # fmt: skip
+    return call, exact, expected  # type: ignore[return-value]
+
+
+def _device_of(architecture: str) -> torch.device | None:
+    """A device of this architecture that is here."""
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        if architecture in ("", architecture_of(device)):
+            return device
+    return None
+
+
+@lru_cache
+def describe(device: torch.device) -> str:
+    """What an outcome holds for: the device, its driver, torch, triton, and the source of the kernels."""
+    source = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        source.update(file.read_bytes())
+    driver = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, driver {driver}, torch {torch.__version__}, triton {installed_version()}, kernels {source.hexdigest()[:16]}"
+
+
+def _file_of(form: Form, where: str) -> str:
+    return f"self-check-{hashlib.sha256(f'{form} {where}'.encode()).hexdigest()[:24]}.txt"
+
+
+def _known(form: Form, where: str) -> str | None:
+    """The outcome of this process or of an earlier one, or None. Only "right" is believed from disk: what failed runs again."""
+    outcome = OUTCOMES.get((form, where))
+    folder = cachefolder.cache_folder()
+    if outcome is None and isinstance(folder, Path):
+        text = cachefolder.read_text(folder, _file_of(form, where))
+        if text is not None and text == f"right: {form}, {where}\n":
+            outcome = OUTCOMES[form, where] = ""
+    return outcome
+
+
+def _keep(form: Form, where: str, outcome: str) -> str:
+    OUTCOMES[form, where] = outcome
+    folder = cachefolder.cache_folder()
+    if outcome:
+        logger.warning("row triton: %s", outcome)
+    elif isinstance(folder, Path) and cachefolder.unwritable(folder) is None and cachefolder.refusal_of(folder) is None:
+        cachefolder.keep_text(folder, _file_of(form, where), f"right: {form}, {where}\n")
+    return outcome

@@ -1,0 +1,93 @@
+"""A kernel form checks itself once a device: what is kept, what is asked again, and who serves where it was wrong. No GPU, no triton."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from longattn.kernels import explain
+from longattn.kernels.problem import AttentionProblem
+from longattn.kernels.triton import self_check
+from longattn.kernels.triton.self_check import Form, forms_of, standing
+from longattn.patterncache import Full
+
+PROBLEM = AttentionProblem("cuda", torch.bfloat16, 8, 2, 72, key_padding=True, backward=True, deterministic=True)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Form]:
+    """A device is here, and forms that run on it are written down; a new process each time `OUTCOMES` is cleared."""
+    ran: list[Form] = []
+    monkeypatch.setenv("LONGATTN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LONGATTN_SELF_CHECK", raising=False)
+    monkeypatch.setattr(self_check, "OUTCOMES", {})
+    monkeypatch.setattr(self_check, "_device_of", lambda architecture: torch.device("cuda", 0))
+    monkeypatch.setattr(self_check, "describe", lambda device: "a card, driver 1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(self_check, "wrong", lambda form, device: ran.append(form) or "")
+    return ran
+
+
+def test_a_problem_needs_a_form_a_direction():
+    forward, backward = forms_of(PROBLEM)
+    assert str(forward) == "forward bfloat16 D128 grouped key_padding"
+    assert str(backward) == "backward bfloat16 D128 grouped key_padding deterministic"
+
+
+def test_what_was_right_is_kept_on_disk(checked: list[Form], monkeypatch: pytest.MonkeyPatch):
+    """For this device and driver; another driver asks again. Without `run` nothing runs, and explain says so."""
+    assert standing(PROBLEM, run=False).startswith("unchecked: forward bfloat16 D128") and not checked
+    assert standing(PROBLEM, run=True) == "checked" and len(checked) == 2
+    self_check.OUTCOMES.clear()
+    assert standing(PROBLEM, run=True) == standing(PROBLEM, run=False) == "checked" and len(checked) == 2
+    monkeypatch.setattr(self_check, "describe", lambda device: "a card, driver 2")
+    assert standing(PROBLEM, run=True) == "checked" and len(checked) == 4
+
+
+def test_what_was_wrong_refuses_and_runs_again_in_the_next_process(
+    checked: list[Form], monkeypatch: pytest.MonkeyPatch
+):
+    ran: list[Form] = []
+    monkeypatch.setattr(self_check, "wrong", lambda form, device: ran.append(form) or "out is 0.5 off")
+    assert standing(PROBLEM, run=True) == standing(PROBLEM, run=True) == "failed: out is 0.5 off" and len(ran) == 1
+    self_check.OUTCOMES.clear()
+    assert standing(PROBLEM, run=True) == "failed: out is 0.5 off" and len(ran) == 2
+
+
+def test_a_forged_outcome_is_not_believed(checked: list[Form], tmp_path: Path):
+    assert standing(PROBLEM, run=True) == "checked"
+    self_check.OUTCOMES.clear()
+    for file in (tmp_path / "cache").glob("self-check-*.txt"):
+        file.write_text("right: everything\n")
+    assert standing(PROBLEM, run=True) == "checked" and len(checked) == 4
+
+
+def test_no_check_runs_while_a_graph_is_captured(checked: list[Form], monkeypatch: pytest.MonkeyPatch):
+    """It would be captured too."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert standing(PROBLEM, run=True).startswith("unchecked") and not checked
+
+
+def test_the_check_can_be_left_out(checked: list[Form], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LONGATTN_SELF_CHECK", "0")
+    assert standing(PROBLEM, run=True) == "unchecked: LONGATTN_SELF_CHECK=0" and not checked
+
+
+def test_explain_says_where_a_form_stands(checked: list[Form], monkeypatch: pytest.MonkeyPatch):
+    """A wrong form is a reason, and another row serves."""
+    monkeypatch.setattr("longattn.kernels.triton.availability.missing", lambda: None)
+    asked = {"dtype": torch.bfloat16, "device": "cuda", "architecture": "sm_90"}
+    assert "triton: chosen; unchecked: forward bfloat16 D64 did not run" in str(
+        explain(Full(), (1, 64, 2, 64), **asked)
+    )
+    standing(AttentionProblem("cuda", torch.bfloat16, 2, 2, 64), run=True)
+    assert "triton: chosen; checked" in str(explain(Full(), (1, 64, 2, 64), **asked))
+    monkeypatch.setattr(self_check, "wrong", lambda form, device: "out is 0.5 off")
+    self_check.OUTCOMES.clear()
+    self_check.OUTCOMES[forms_of(AttentionProblem("cuda", torch.bfloat16, 2, 2, 64))[0], "a card, driver 1"] = (
+        "out is 0.5 off"
+    )
+    found = explain(Full(), (1, 64, 2, 64), **asked)
+    assert dict(found.rows)["triton"] == ("failed: out is 0.5 off",) and found.backend != "triton"
