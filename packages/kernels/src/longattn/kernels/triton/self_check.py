@@ -75,7 +75,7 @@ def forms_of(problem: AttentionProblem) -> list[Form]:
 
 
 def standing(problem: AttentionProblem, run: bool) -> str:
-    """ "checked", "unchecked: why" or "failed: what was wrong" of the forms that a problem needs on its device.
+    """The words checked, "unchecked: why" or "failed: what was wrong" of the forms that a problem needs on its device.
 
     run: check now what was not checked yet.
     """
