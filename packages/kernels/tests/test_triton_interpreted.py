@@ -5,6 +5,7 @@ test starts it; there, this same file is the suite. Tiles are 64 x 64, the least
 """
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longattn.kernels import AttentionState, attend, explain, merge
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
-from longattn.kernels.triton import configurations
+from longattn.kernels.triton import configurations, self_check
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Window
 
 pytest.importorskip("triton", reason="triton is not installed: the extra longattn-kernels[triton]")
@@ -282,4 +283,41 @@ else:
             attend(*torch.randn(3, 1, 8, 1, 4), Full(), backend="triton", sink_logits=torch.zeros(1))
             .out.isfinite()
             .all()
+        )
+
+    from longattn.kernels.triton import launch_backward, launch_forward
+
+    FORMS: list[Any] = [
+        {"direction": "forward", "prior": True, "grouped": True},
+        *(
+            pytest.param(flags, marks=pytest.mark.nightly)
+            for flags in (
+                {"direction": "forward"}, {"direction": "backward", "deterministic": True},
+                {"direction": "forward", "listed": True, "attention_mask": True, "bias": True},
+                {"direction": "backward", "grouped": True, "dropout": True, "key_padding": True},
+            )
+        ),
+    ]  # fmt: skip
+
+    def form_of(**flags: Any) -> self_check.Form:
+        absent = dict.fromkeys(self_check.Form._fields[3:], False)
+        return self_check.Form(**{"dtype": torch.float32, "width": 16, **absent, **flags})
+
+    @pytest.mark.parametrize("flags", FORMS, ids=lambda flags: " ".join(map(str, flags)))
+    def test_a_form_that_is_right_passes_its_own_check(flags: dict[str, Any]):
+        assert self_check.wrong(form_of(**flags), torch.device("cpu")) == ""
+
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    def test_a_form_that_is_wrong_is_caught_by_its_own_check(direction: str, monkeypatch: pytest.MonkeyPatch):
+        """A product that is off by a thousandth, as a miscompiled one may be."""
+        honest = launch_forward.forward if direction == "forward" else launch_backward.backward
+
+        def off(*arguments: Any) -> Any:
+            first, *rest = honest(*arguments)
+            return first * 1.001, *rest
+
+        monkeypatch.setattr(launch_forward if direction == "forward" else launch_backward, direction, off)
+        said = self_check.wrong(form_of(direction=direction), torch.device("cpu"))
+        assert re.fullmatch(
+            rf"{direction} float32 D16: (out|dq) is [\d.e-]+ off the float64 oracle at 200 queries, 200 keys", said
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from longattn.kernels import attend, explain
+from longattn.kernels.dispatch import choosing
 from longattn.kernels.dispatch import table as dispatch
 from longattn.kernels.dispatch.table import RowFailure, row
 from longattn.kernels.triton.availability import FAILURES, INTERPRETED
@@ -97,7 +98,8 @@ def test_a_compiler_that_fails_is_named_or_replaced(monkeypatch: pytest.MonkeyPa
 
     broken = dispatch.Row("triton", row("gather").capability, fail, fail, lambda: (FAILURES or [None])[0])
     chosen = row
-    monkeypatch.setattr(dispatch, "row", lambda name: broken if name == "triton" else chosen(name))
+    for module in (dispatch, choosing):
+        monkeypatch.setattr(module, "row", lambda name: broken if name == "triton" else chosen(name))
     dispatch.explain_problem.cache_clear()
     q = torch.randn(1, 8, 2, 16)
     try:

@@ -15,7 +15,6 @@ from longattn.kernels.dispatch.table import Explanation, check_backend_name
 from longattn.kernels.hierarchy import machine_of, traffic_of
 from longattn.kernels.positions import last_positions
 from longattn.kernels.problem import AttentionProblem, architecture_of
-from longattn.kernels.verifying import drawn, errors_of
 from longattn.patterncache import Pattern, Plan, Rectangle, Span
 
 _PLANNED_PAIRS = 1 << 24
@@ -118,6 +117,9 @@ def explain(
         traffic = traffic_of(plan, q_shape[0], q_shape[3], problem.dtype.itemsize, requires_grad, where)
         found = replace(found, traffic=traffic)
     if verify is not False:
+        # What computes imports the ops, and torch's FLOP counter with them, which imports triton.
+        from longattn.kernels.verifying import errors_of
+
         tensors = _tensors(verify, q_shape, k_shape, problem, device, wanted)
         if found.backend is None:
             raise ValueError(f"verify must be False where no row fits, got {verify is not False}: {found}")
@@ -138,6 +140,8 @@ def _tensors(
     if beside:
         raise ValueError(f"verify must be False with {' and '.join(beside)}, got {verify is not False}")
     if verify is True:
+        from longattn.kernels.verifying import drawn
+
         return drawn(q_shape, k_shape, problem.dtype, torch.device("cpu" if device is None else device))
     if not isinstance(verify, tuple) or len(verify) != 3 or not all(isinstance(x, Tensor) for x in verify):
         raise TypeError(f"verify must be a bool or a triple of tensors (q, k, v), got {type(verify).__name__}")

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from longattn.kernels.dispatch.probing import probe
 from longattn.kernels.dispatch.rates import DIRECTIONS, Numbers, figures_of
 from longattn.kernels.dispatch.settings import CHOICE
-from longattn.kernels.dispatch.table import Explanation, Row, RowFailure, explain_problem, refusals, row
+from longattn.kernels.dispatch.table import Explanation, Row, RowFailure, explain_problem, refusals, row, standings
 from longattn.kernels.dispatch.work import Work, work_of
 from longattn.kernels.problem import AttentionProblem
 from longattn.patterncache import Plan
@@ -36,7 +36,8 @@ def select(problem: AttentionProblem, backend: str | None = None, plan: Plan | N
     found = explain_choice(problem, backend, plan, batch, measure=True)
     while found.backend is not None:
         chosen = row(found.backend)
-        if chosen.prepare is None or chosen.prepare() is None:
+        able = chosen.prepare is None or chosen.prepare() is None
+        if able and (chosen.standing is None or not chosen.standing(problem, True).startswith("failed")):
             return chosen
         found = explain_choice(problem, backend, plan, batch, measure=True)  # now the row has one more reason
     wanted = "no backend" if backend is None else f"backend={backend!r} cannot"
@@ -50,7 +51,8 @@ def explain_choice(
 
     measure: measure now what has no figures yet; else rows say so, and the order is fixed.
     """
-    found = explain_problem(problem, backend, refusals())
+    found = explain_problem(problem, backend, refusals(problem))
+    found = replace(found, standings=standings(problem))
     why_fixed = _why_fixed(problem, backend, plan)
     if why_fixed is not None or plan is None:
         return replace(found, order=f"fixed: {why_fixed}")

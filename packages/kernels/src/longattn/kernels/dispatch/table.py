@@ -51,6 +51,8 @@ class Row:
             (out, lse), or None once it must be bound anew; None where the row has no such form. bind_backward: the same of its backward, from the
             arguments of `backward` and the gradients that it gave.
         revision: (level, revision) of what serves, where figures of speed depend on more than this package's version.
+        standing: of a problem, whether what the row would run for it has been checked on its device: "checked", "unchecked: why", "failed: what
+            was wrong", or "" where that is not asked; the second argument says whether to check now what was not. A failed one refuses.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Row:
     bind: Callable[[Call, Tensor, Tensor], Any] | None = None
     bind_backward: Callable[..., Any] | None = None
     revision: Callable[[], tuple[str, str]] | None = None
+    standing: Callable[[AttentionProblem, bool], str] | None = None
 
 
 @lru_cache
@@ -69,7 +72,8 @@ def row(name: str) -> Row:
     """The row of that name."""
     module, _, member = TABLE[name].partition(":")
     home = getattr(import_module(module), member) if member else import_module(module)
-    machine = [getattr(home, need, None) for need in ("refusal", "prepare", "bind", "bind_backward", "revision")]
+    needs = ("refusal", "prepare", "bind", "bind_backward", "revision", "standing")
+    machine = [getattr(home, need, None) for need in needs]
     return Row(name, home.CAPABILITY, home.forward, home.backward, *machine)
 
 
@@ -107,6 +111,7 @@ class Explanation:
         order: what decides between rows that could serve.
         traffic: what the call moves and multiplies, where that was asked for.
         errors: (name, largest absolute error) of sampled rows beside float64, where that was asked for.
+        standings: (name, "checked" or "unchecked: why") of rows that check themselves on a device.
     """
 
     problem: AttentionProblem
@@ -116,12 +121,15 @@ class Explanation:
     order: str = "fixed"
     traffic: Traffic | None = None
     errors: tuple[tuple[str, float], ...] | None = None
+    standings: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [str(self.problem), f"  order: {self.order}"]
         times = {name: (seconds, source) for name, seconds, source in self.expected}
         for name, reasons in self.rows:
             verdict = "; ".join(reasons) or ("chosen" if name == self.backend else "could serve")
+            if not reasons and name in dict(self.standings):
+                verdict += f"; {dict(self.standings)[name]}"
             if name in times:
                 seconds, source = times[name]
                 verdict += (
@@ -139,10 +147,17 @@ class Explanation:
 Refusals = tuple[tuple[str, str], ...]
 
 
-def refusals() -> Refusals:
-    """(row, reason) of the rows that this machine, as far as is known now, cannot run."""
+def standings(problem: AttentionProblem) -> tuple[tuple[str, str], ...]:
+    """(row, how it stands with this problem) of the rows that check themselves on a device; nothing is checked now."""
+    asked = ((name, row(name).standing) for name in TABLE)
+    return tuple((name, text) for name, ask in asked if ask is not None and (text := ask(problem, False)))
+
+
+def refusals(problem: AttentionProblem) -> Refusals:
+    """(row, reason) of the rows that this machine, as far as is known now, cannot run, or that were wrong on the problem's device."""
     asked = ((name, row(name).refusal) for name in TABLE)
-    return tuple((name, reason) for name, ask in asked if ask is not None and (reason := ask()) is not None)
+    unable = [(name, reason) for name, ask in asked if ask is not None and (reason := ask()) is not None]
+    return (*unable, *((name, text) for name, text in standings(problem) if text.startswith("failed")))
 
 
 @lru_cache(maxsize=4096)

@@ -8,7 +8,8 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.far_rows import exact_backward, exact_forward
-from longattn.kernels.triton import availability
+from longattn.kernels.problem import AttentionProblem
+from longattn.kernels.triton import availability, self_check
 
 CAPABILITY = Capability(
     devices=("cuda", "cpu") if availability.INTERPRETED else ("cuda",),
@@ -24,6 +25,11 @@ CAPABILITY = Capability(
 )
 
 refusal = availability.refusal
+
+
+def standing(problem: AttentionProblem, run: bool) -> str:
+    """How the kernel forms that a problem needs stand on its device; see `self_check`. Interpreted on a CPU nothing is compiled, nor asked."""
+    return self_check.standing(problem, run) if problem.device == "cuda" else ""
 
 
 @exact_forward

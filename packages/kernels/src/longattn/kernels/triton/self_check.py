@@ -13,7 +13,7 @@ import logging
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ def _problem(
         axes = (batch, heads, nq, nk)
         b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in axes), indexing="ij")
         keep = keep_scale(seed, dropout_p, b, h, i + (nk - nq), j, torch.float64)
-    exact = tuple(x.double().requires_grad_() for x in (q, k, v))
+    exact = q.double().requires_grad_(), k.double().requires_grad_(), v.double().requires_grad_()
     state = reference_attention(*exact, counts, bias=bias, key_padding_mask=padding, keep=keep)
     prior = None
     if form.prior:
@@ -171,7 +171,7 @@ def _problem(
         key_padding=there[2], prior=prior, dropout_p=dropout_p, seed=seed, out_dtype=torch.float32, deterministic=form.deterministic,
         allocator=TorchAllocator(),
     )  # fmt: skip
-    return call, exact, expected  # type: ignore[return-value]
+    return call, exact, expected
 
 
 def _device_of(architecture: str) -> torch.device | None:
@@ -189,7 +189,8 @@ def describe(device: torch.device) -> str:
     source = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         source.update(file.read_bytes())
-    driver = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else ""
+    ask: Any = getattr(torch._C, "_cuda_getDriverVersion", lambda: "")
+    driver = ask()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name}, driver {driver}, torch {torch.__version__}, triton {installed_version()}, kernels {source.hexdigest()[:16]}"
 
