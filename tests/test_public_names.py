@@ -1,6 +1,7 @@
 """What users import, listed, so that a new export or a lost one shows in review. Edit the table with the package."""
 
 import importlib
+import tomllib
 
 import pytest
 
@@ -69,6 +70,13 @@ def test_each_name_leads_somewhere(package: str) -> None:
     module = importlib.import_module(f"longattn.{package}")
     missing = [name for name in EXPECTED[package].split() if not hasattr(module, name) or name not in dir(module)]
     assert missing == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_each_package_knows_its_version(package: str) -> None:
+    """`__version__` is what pyproject.toml says, read where the package is installed."""
+    declared = tomllib.loads((source(package).parents[2] / "pyproject.toml").read_text())["project"]["version"]
+    assert importlib.import_module(f"longattn.{package}").__version__ == declared
 
 
 @pytest.mark.parametrize("package", PACKAGES)

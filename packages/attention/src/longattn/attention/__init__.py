@@ -2,11 +2,13 @@
 
 import logging
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
+    __version__: str
     from longattn.attention.functional import (
         pattern_attention,
     )
@@ -193,6 +195,8 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name):
+        if name == "__version__":
+            return version("longattn-attention")
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

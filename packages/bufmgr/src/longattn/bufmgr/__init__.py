@@ -6,6 +6,7 @@ Nothing here imports torch until a name is used.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    __version__: str
     from longattn.bufmgr.leasing.debug import OutstandingBuffer
     from longattn.bufmgr.leasing.scope import BufferScope
     from longattn.bufmgr.leasing.slots import PreparedSlot
@@ -80,6 +81,10 @@ if not TYPE_CHECKING:
     }
 
     def __getattr__(name):
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("longattn-bufmgr")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
