@@ -1,5 +1,6 @@
 """The row chosen by evidence: legal whatever the figures say, the same every time, and in the fixed order where that is asked for."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -335,3 +336,28 @@ def test_a_row_is_measured_whatever_the_caller_does(nothing_known: Path, monkeyp
             torch.set_default_dtype(torch.float32)
     assert counter.get_total_flops() == 4 * 2 * 16 * 16 * 8
     assert len(list(nothing_known.glob("rates-*.json"))) == 4
+
+
+def test_a_row_that_cannot_be_made_to_run_is_left_out(nothing_known: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiler fails when it is to be measured: the others are chosen from, and it says why from then on."""
+    monkeypatch.setattr(probing, "TOKENS", 32)
+    broken: list[str] = []
+    first = row("sdpa")
+    refusing = dataclasses.replace(
+        first,
+        prepare=lambda: broken.append("the compiler failed") or broken[0],
+        refusal=lambda: broken[0] if broken else None,
+    )
+    monkeypatch.setattr(choosing, "row", lambda name: refusing if name == "sdpa" else row(name))
+    monkeypatch.setattr(choosing, "refusals", lambda: (("sdpa", broken[0]),) if broken else ())
+    q = torch.randn(1, 16, 2, 8, dtype=torch.float64)
+    assert attend(q, q, q, Full()).out.isfinite().all()
+    found = choosing.explain_choice(
+        explain(Full(), q.shape, dtype=q.dtype).problem,
+        None,
+        Full().plan(Rectangle(2, Span(0, 16), Span(0, 16))),
+        1,
+        measure=True,
+    )
+    assert broken == ["the compiler failed"] and "sdpa: the compiler failed" in str(found)
+    assert {name for name, *_ in found.expected} == {"gather", "tiled", "tiled_k_major"}
