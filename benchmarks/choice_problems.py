@@ -125,7 +125,12 @@ def flex(problem: Problem) -> Attention | None:
     # Compiled for this problem alone: past a handful of forms torch stops compiling, and would run FlexAttention's slow form.
     torch._dynamo.reset()
     call = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    return lambda q, k, v: call(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=blocks).transpose(1, 2)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=blocks)  # type: ignore[assignment]
+        return out.transpose(1, 2)
+
+    return attention
 
 
 def _seen(pattern: Pattern) -> Callable[..., Tensor] | None:
