@@ -349,7 +349,7 @@ def test_a_row_that_cannot_be_made_to_run_is_left_out(nothing_known: Path, monke
         refusal=lambda: broken[0] if broken else None,
     )
     monkeypatch.setattr(choosing, "row", lambda name: refusing if name == "sdpa" else row(name))
-    monkeypatch.setattr(choosing, "refusals", lambda: (("sdpa", broken[0]),) if broken else ())
+    monkeypatch.setattr(choosing, "refusals", lambda _: (("sdpa", broken[0]),) if broken else ())
     q = torch.randn(1, 16, 2, 8, dtype=torch.float64)
     assert attend(q, q, q, Full()).out.isfinite().all()
     found = choosing.explain_choice(

@@ -61,7 +61,7 @@ def explain_choice(
     for at in [row(name) for name, reasons in found.rows if not reasons]:
         with suppress(RowFailure):  # it could not be made to run, and says so from now on
             expected.append((at.name, *_expected(at, problem, work, measure)))
-    found = explain_problem(problem, backend, refusals())
+    found = replace(explain_problem(problem, backend, refusals(problem)), standings=found.standings)
     if any(seconds is None for _, seconds, _ in expected):
         return replace(found, expected=tuple(expected), order="fixed: not every row has figures")
     chosen = min(expected, key=lambda row: row[1] or 0.0, default=(None,))[0]
