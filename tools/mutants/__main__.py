@@ -77,7 +77,7 @@ def try_target(
             return False
         limit = max(limit, 20.0 + 3.0 * (time.monotonic() - begun))
     print(f"{name}: {len(chosen)} of {len(every)} mutants, at most {limit:.0f} s each", flush=True)
-    counted = dict.fromkeys((KILLED, HANGS, INVALID, SURVIVED), 0)
+    counted: dict[str, int] = dict.fromkeys((KILLED, HANGS, INVALID, SURVIVED), 0)
     unlisted = 0
     for mutant, verdict in tried(trees, chosen, limit):
         counted[verdict] += 1

@@ -149,6 +149,22 @@ def test_retained_memory_on_seeded_traces(seed: int):
     assert worst <= 1.1 * peak
 
 
+@pytest.mark.parametrize("first", [0, 6])
+def test_the_end_of_a_run_that_needs_fewer_new_pages(first: int):
+    """Two dirty pages at either end of eight: they are the place of a block of two, which takes no clean page."""
+    page = segment.PAGE
+    own = segment.Segment(private_mapping(8 * page), 8 * page)
+    own.take(first * page, 2 * page)
+    own.give(first * page, 2 * page)
+    assert own.fit(2 * page) == (0, 8 * page, first * page) and own.fit(3 * page) == (
+        page,
+        8 * page,
+        (5 if first else 0) * page,
+    )
+    assert own.fit(8 * page) == (6 * page, 8 * page, 0) and own.fit(9 * page) is None
+    own.check_valid()
+
+
 def refuse_mappings(monkeypatch: pytest.MonkeyPatch, allowed: list[int]) -> list[int]:
     """Let the system map only as much as the next entry of `allowed` says; return what was asked for."""
     asked: list[int] = []
