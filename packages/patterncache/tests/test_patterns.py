@@ -35,6 +35,15 @@ def test_every_pattern_keeps_its_promises_on_any_rectangle(pattern: Pattern, rec
     check_pattern(pattern, rectangle)
 
 
+@given(patterns(), rectangles())
+@example(Window(3, causal=False), Rectangle(1, Span(0, 9), Span(4, 2)))
+def test_a_branch_knows_how_many_pairs_a_head_sees(pattern: Pattern, rectangle: Rectangle):
+    """Keys outside its band are no pairs, nor do rows that see nothing make the number smaller."""
+    plan = pattern.plan(rectangle)
+    counted = sum(branch.pairs * branch.heads.length for branch in plan.branches)
+    assert counted == pattern.counts(rectangle).sum()
+
+
 @given(dilated(heads="split"), st.integers(3, 12), st.integers(0, 60))
 def test_split_gives_every_head_one_branch(pattern: Dilated, num_heads: int, length: int):
     """Group sizes differ by at most one, and every head is in exactly one group."""
@@ -44,6 +53,26 @@ def test_split_gives_every_head_one_branch(pattern: Dilated, num_heads: int, len
         sizes.append(sum(heads.length for heads, _ in classes))
     assert sum(sizes) == num_heads and max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
     check_pattern(pattern, square(length, num_heads))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        Affine(5, 3, 20, 6, 2),
+        Listed(np.array([[0, 9], [30, 21]]), 3, 2),
+        Listed(np.array([[4], [50]]), 6, 3),
+        Listed(np.array([[4, 7, 1, 30, 8, 2]]), 1, 1),
+    ],
+    ids=str,
+)
+def test_a_part_of_some_rows_is_that_part(rows: Affine | Listed):
+    """Members from anywhere, so many of them, runs cut in two or not; and tiles."""
+    whole = rows.rows()
+    for first in range(rows.count + 1):
+        for count in range(1, rows.count - first + 1):
+            np.testing.assert_array_equal(rows.narrow(first, count).rows(), whole[:, first : first + count])
+    for first in range(rows.tiles):
+        np.testing.assert_array_equal(rows.tile_range(first, 1).rows(), whole[first : first + 1])
 
 
 @given(patterns(), st.integers(1, 4), st.integers(0, 30))

@@ -40,6 +40,15 @@ def test_narrow_numbers_widen_to_what_they_were(starts, unit, multiples):
     assert narrow.values.nbytes <= starts.nbytes and narrow.widen().dtype == np.int64
 
 
+@pytest.mark.parametrize("unit", [2, 3, 16])
+def test_multiples_are_kept_in_units(unit):
+    """Far apart, they fit a byte each where their unit is known; the smallest unit included."""
+    starts = np.array([[0], [255 * unit], [3 * unit]])
+    narrow = Narrow.of(starts, unit)
+    assert narrow.values.itemsize == 1 and narrow.unit == unit
+    np.testing.assert_array_equal(narrow.widen(), starts)
+
+
 def test_blocks_in_order_take_a_byte_each():
     """4M tokens in blocks of 64: the distances of neighbours fit eight bits, so the ratio is eight."""
     starts = np.sort(np.random.default_rng(0).choice(1 << 16, (16, 4096)), axis=1) * 64
