@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longattn.kernels.triton.backward_kernel import keys_kernel
-from longattn.kernels.triton.configurations import ARCHITECTURES, TABLE, Architecture, Configuration
+from longattn.kernels.triton.configurations import ARCHITECTURES, HEAD_DIMS, TABLE, Architecture, Configuration
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
 from tools.sass import local_accesses, product_loops
@@ -51,18 +51,22 @@ _FLAGS: dict[str, dict[str, Any]] = {
 TENSOR_MEMORY = 512
 """Columns of tensor memory that a program may have on sm_100. The compiler exceeds them without a word; such a kernel does nothing."""
 
+_NARROW_VALUES = 128
+"""head_dim of v beside a q and k of 192 in DeepSeek's models; those are padded to 256."""
+
 _ABSENT = ("mask", "bias", "padding", "prior_out", "prior_lse")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table, or one of your own, to compile."""
+    """One line of the table, or one of your own, to compile. value_dim: the head_dim of v; 0: head_dim."""
 
     kernel: str
     architecture: str
     head_dim: int
     element_size: int
     configuration: Configuration
+    value_dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class Need:
 
     def __str__(self) -> str:
         line, tile = self.line, self.line.configuration
-        said = f"{line.architecture:7} {line.kernel:17} D={line.head_dim:<3} {ELEMENTS[line.element_size]}"
+        said = f"{line.architecture:7} {line.kernel:17} D={line.head_dim:<3} "
+        said += f"DV={line.value_dim:<3} " if line.value_dim else ""
+        said += f"{ELEMENTS[line.element_size]}"
         said += f" {tile.owned:>3} x {tile.streamed:<3} {tile.warps} warps {tile.stages} stages"
         said += f" chunks of {tile.chunk:<2}" if tile.chunk else " " * 13
         said += f"  registers {self.registers:>3}  shared {self.shared:>6}  occupancy {self.occupancy:4.0%}"
@@ -106,12 +112,13 @@ class Need:
 
 
 def lines(architectures: Iterator[str] | list[str]) -> list[Line]:
-    """Every shipped line of these architectures."""
-    return [
+    """Every shipped line of these architectures; those of the widest tiles also with a narrower v, as in MLA."""
+    found = [
         Line(kernel, arch, dim, size, tile)
         for (kernel, arch, dim, size), tile in TABLE.items()
         if arch in architectures
     ]
+    return found + [replace(line, value_dim=_NARROW_VALUES) for line in found if line.head_dim == max(HEAD_DIMS)]
 
 
 def source(line: Line, flags: dict[str, Any] | None = None) -> ASTSource:
@@ -119,11 +126,14 @@ def source(line: Line, flags: dict[str, Any] | None = None) -> ASTSource:
     kernel, tile = _KERNELS[line.kernel], line.configuration
     own = "BLOCK_N" if line.kernel == "backward_keys" else "BLOCK_M"
     other = "BLOCK_M" if line.kernel == "backward_keys" else "BLOCK_N"
+    value_dim = line.value_dim or line.head_dim
     constants = {
-        "HEAD_DIM": line.head_dim, "BLOCK_D": line.head_dim, own: tile.owned, other: tile.streamed, "LISTED": False,
-        "CHUNK": tile.chunk or line.head_dim,
+        "HEAD_DIM": line.head_dim, "BLOCK_D": line.head_dim, "VALUE_DIM": value_dim, "BLOCK_V": value_dim, own: tile.owned, other: tile.streamed, "LISTED": False,
+        "CHUNK": min(tile.chunk or line.head_dim, line.head_dim),
         "MASK_ALL": False, "DROPOUT": False, "PRECISION": "ieee", "UPCAST": False, **_FLAGS[line.kernel], **(flags or {}),
     }  # fmt: skip
+    if "VALUE_CHUNK" in kernel.arg_names:
+        constants["VALUE_CHUNK"] = min(tile.chunk or value_dim, value_dim)
     element, signature, attributes = ELEMENTS[line.element_size], {}, {}
     values: dict[Any, Any] = dict(constants)
     for at, name in enumerate(kernel.arg_names):

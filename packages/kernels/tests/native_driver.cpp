@@ -8,7 +8,7 @@
 
 #include "attend.cpp"
 
-constexpr int64_t N = 150, HEADS = 2, DIM = 20;
+constexpr int64_t N = 150, HEADS = 2, DIM = 20, WIDE = 27;  // WIDE: of a row of v
 typedef std::vector<float> Numbers;
 
 static Numbers random_numbers(int64_t n) {
@@ -40,9 +40,9 @@ static double definition(const float* q, const float* k, const float* v, int64_t
         for (int64_t d = 0; d < DIM; d++) s += scale * q[d] * k[j * DIM + d];
         total += p[j] = weight(j) ? std::exp(s) : 0;
     }
-    for (int64_t d = 0; d < DIM; d++) out[d] = 0;
+    for (int64_t d = 0; d < WIDE; d++) out[d] = 0;
     for (int64_t j = 0; j < keys; j++)
-        for (int64_t d = 0; d < DIM && p[j] > 0; d++) out[d] += p[j] / total * v[j * DIM + d];
+        for (int64_t d = 0; d < WIDE && p[j] > 0; d++) out[d] += p[j] / total * v[j * WIDE + d];
     return std::log(total);
 }
 
@@ -50,45 +50,45 @@ static double definition(const float* q, const float* k, const float* v, int64_t
 static void few_rows() {
     constexpr int64_t MANY = 2500, ROWS_HERE = 3;
     const int64_t far = int64_t(1) << 62;
-    Numbers q = random_numbers(ROWS_HERE * HEADS * DIM), k = random_numbers(MANY * DIM), v = random_numbers(MANY * DIM);
-    Numbers out(q.size(), NAN), lse(ROWS_HERE * HEADS, NAN);
+    Numbers q = random_numbers(ROWS_HERE * HEADS * DIM), k = random_numbers(MANY * DIM), v = random_numbers(MANY * WIDE);
+    Numbers out(ROWS_HERE * HEADS * WIDE, NAN), lse(ROWS_HERE * HEADS, NAN);
     RowSet keys{nullptr, 0, 0, 1, 1, nullptr, 1, nullptr, MANY, 0, 1, 0, far};
     Job job{0, 1, HEADS, 1, {nullptr, 0, 0, 1, 1, nullptr, 1, nullptr, ROWS_HERE, MANY - ROWS_HERE, 1, -far, far}, &keys, 1, 1};
     Call call{};
-    call.q = tensor(q, HEADS, DIM), call.k = tensor(k, 1, DIM), call.v = tensor(v, 1, DIM), call.out = tensor(out, HEADS, DIM);
+    call.q = tensor(q, HEADS, DIM), call.k = tensor(k, 1, DIM), call.v = tensor(v, 1, WIDE), call.out = tensor(out, HEADS, WIDE);
     call.lse = tensor(lse, HEADS, 1);
     call.jobs = &job, call.job_count = 1, call.batch = 1, call.queries = ROWS_HERE, call.keys = MANY, call.heads = HEADS;
-    call.kv_heads = 1, call.dim = DIM, call.scale = 0.7, call.threads = 2;
+    call.kv_heads = 1, call.dim = DIM, call.value_dim = WIDE, call.scale = 0.7, call.threads = 2;
     Numbers scratch(longattn_short_scratch(&call));
     call.scratch = scratch.data();
     longattn_attend_short(&call);
-    std::vector<double> o(q.size()), l(lse.size());
+    std::vector<double> o(out.size()), l(lse.size());
     for (int64_t i = 0; i < ROWS_HERE * HEADS; i++) {
         const int64_t seen = MANY - ROWS_HERE + i / HEADS + 1;
-        l[i] = definition(&q[i * DIM], k.data(), v.data(), seen, 0.7, [](int64_t) { return true; }, &o[i * DIM]);
+        l[i] = definition(&q[i * DIM], k.data(), v.data(), seen, 0.7, [](int64_t) { return true; }, &o[i * WIDE]);
     }
     near("short out", out, o), near("short lse", lse, l);
 
     constexpr int64_t SLOTS = MANY / 2, GROUP = 3;
-    q = random_numbers(2 * GROUP * DIM), out.assign(q.size(), NAN), o.resize(q.size());
+    q = random_numbers(2 * GROUP * DIM), out.assign(2 * GROUP * WIDE, NAN), o.resize(out.size());
     std::vector<uint8_t> hidden(2 * SLOTS);
-    for (int64_t j = 0; j < 2 * SLOTS; j += 5) hidden[j] = 1, v[j * DIM] = NAN;
-    const Tensor rows{(char*)k.data(), SLOTS * DIM, DIM, 0, FLOAT32}, values{(char*)v.data(), SLOTS * DIM, DIM, 0, FLOAT32};
-    Cache cache{rows, values, 2, SLOTS, DIM};
+    for (int64_t j = 0; j < 2 * SLOTS; j += 5) hidden[j] = 1, v[j * WIDE] = NAN;
+    const Tensor rows{(char*)k.data(), SLOTS * DIM, DIM, 0, FLOAT32}, values{(char*)v.data(), SLOTS * WIDE, WIDE, 0, FLOAT32};
+    Cache cache{rows, values, 2, SLOTS, DIM, WIDE};
     Apart apart{(const char*)q.data(), 4, hidden.data(), SLOTS, 1, nullptr};
     scratch.resize(longattn_decode_scratch(&cache, GROUP, SLOTS, apart.first));
     longattn_decode(&cache, (const char*)q.data(), (char*)out.data(), GROUP, SLOTS, 0.7, 2, scratch.data(), &apart);
     for (int64_t i = 0; i < 2 * GROUP; i++) {
         const int64_t begin = i / GROUP * SLOTS;
-        definition(&q[i * DIM], &k[begin * DIM], &v[begin * DIM], SLOTS, 0.7, [&](int64_t j) { return !hidden[begin + j]; }, &o[i * DIM]);
+        definition(&q[i * DIM], &k[begin * DIM], &v[begin * WIDE], SLOTS, 0.7, [&](int64_t j) { return !hidden[begin + j]; }, &o[i * WIDE]);
     }
     near("decode", out, o);
 }
 
 int main() {
     const double scale = 0.7;
-    Numbers q = random_numbers(N * HEADS * DIM), k = random_numbers(N * DIM), v = random_numbers(N * DIM);
-    Numbers grad = random_numbers(N * HEADS * DIM), out(q.size(), NAN), lse(N * HEADS, NAN);
+    Numbers q = random_numbers(N * HEADS * DIM), k = random_numbers(N * DIM), v = random_numbers(N * WIDE);
+    Numbers grad = random_numbers(N * HEADS * WIDE), out(grad.size(), NAN), lse(N * HEADS, NAN);
     Numbers dq(q.size(), NAN), dk(k.size(), 0), dv(v.size(), 0);
     const int64_t offsets[] = {0, 1};
     const float log2_count[] = {1, 0};
@@ -96,23 +96,23 @@ int main() {
     RowSet keys{nullptr, 0, 0, 2, 2, offsets, 1, log2_count, N, 0, 1, 0, far};
     Job job{0, 1, HEADS, 1, {nullptr, 0, 0, 1, 1, nullptr, 1, nullptr, N, 0, 1, -far, far}, &keys, 1, 1};
     Call call{};
-    call.q = tensor(q, HEADS, DIM), call.k = tensor(k, 1, DIM), call.v = tensor(v, 1, DIM), call.out = tensor(out, HEADS, DIM);
+    call.q = tensor(q, HEADS, DIM), call.k = tensor(k, 1, DIM), call.v = tensor(v, 1, WIDE), call.out = tensor(out, HEADS, WIDE);
     call.lse = tensor(lse, HEADS, 1);
     call.jobs = &job, call.job_count = 1, call.batch = 1, call.queries = call.keys = N, call.heads = HEADS, call.kv_heads = 1;
-    call.dim = DIM, call.scale = scale, call.threads = 2, call.rows = 96, call.key_parts = 1;
+    call.dim = DIM, call.value_dim = WIDE, call.scale = scale, call.threads = 2, call.rows = 96, call.key_parts = 1;
     Numbers scratch(2 * longattn_scratch(&call));
     call.scratch = scratch.data();
     longattn_attend(&call);
-    call.grad_out = tensor(grad, HEADS, DIM), call.dq = tensor(dq, HEADS, DIM);
-    call.dk = tensor(dk, 1, DIM), call.dv = tensor(dv, 1, DIM);
+    call.grad_out = tensor(grad, HEADS, WIDE), call.dq = tensor(dq, HEADS, DIM);
+    call.dk = tensor(dk, 1, DIM), call.dv = tensor(dv, 1, WIDE);
     scratch.resize(2 * longattn_scratch(&call));
     call.scratch = scratch.data();
     longattn_attend_backward(&call);
 
-    std::vector<double> o(q.size()), l(lse.size()), eq(q.size()), ek(k.size()), ev(v.size());
+    std::vector<double> o(out.size()), l(lse.size()), eq(q.size()), ek(k.size()), ev(v.size());
     for (int64_t i = 0; i < N; i++)
         for (int64_t h = 0; h < HEADS; h++) {
-            const int64_t at = (i * HEADS + h) * DIM;
+            const int64_t at = (i * HEADS + h) * DIM, to = (i * HEADS + h) * WIDE;
             std::vector<double> p(i + 1);
             double total = 0, delta = 0;
             for (int64_t j = 0; j <= i; j++) {
@@ -122,17 +122,17 @@ int main() {
             }
             l[i * HEADS + h] = std::log(total);
             for (int64_t j = 0; j <= i; j++)
-                for (int64_t d = 0; d < DIM; d++) o[at + d] += p[j] / total * v[j * DIM + d];
-            for (int64_t d = 0; d < DIM; d++) delta += o[at + d] * grad[at + d];
+                for (int64_t d = 0; d < WIDE; d++) o[to + d] += p[j] / total * v[j * WIDE + d];
+            for (int64_t d = 0; d < WIDE; d++) delta += o[to + d] * grad[to + d];
             for (int64_t j = 0; j <= i; j++) {
                 double dp = 0;
-                for (int64_t d = 0; d < DIM; d++) dp += grad[at + d] * v[j * DIM + d];
+                for (int64_t d = 0; d < WIDE; d++) dp += grad[to + d] * v[j * WIDE + d];
                 const double ds = p[j] / total * (dp - delta) * scale;
                 for (int64_t d = 0; d < DIM; d++) {
                     eq[at + d] += ds * k[j * DIM + d];
                     ek[j * DIM + d] += ds * q[at + d];
-                    ev[j * DIM + d] += p[j] / total * grad[at + d];
                 }
+                for (int64_t d = 0; d < WIDE; d++) ev[j * WIDE + d] += p[j] / total * grad[to + d];
             }
         }
     near("out", out, o), near("lse", lse, l), near("dq", dq, eq), near("dk", dk, ek), near("dv", dv, ev);

@@ -34,7 +34,7 @@ BAD = [
     (swap(v=K[None]), ValueError, r"v must have shape \(batch, seq, heads, head_dim\), got \(1, 2, 9, 2, 8\)"),
     (swap(k=K[:1]), ValueError, r"k must have the batch size of q, 2, got 1"),
     (swap(k=K[..., :7]), ValueError, r"k must have the head_dim of q, 8, got 7"),
-    (swap(v=K[..., :7]), ValueError, r"v must have the head_dim of q, 8, got 7"),
+    (swap(v=K[..., :0]), ValueError, r"v must have head_dim >= 1, got shape"),
     (swap(v=K[:, :8]), ValueError, r"v must have the length and heads of k, \(9, 2\), got \(8, 2\)"),
     (swap(v=K[:, :, :1]), ValueError, r"v must have the length and heads of k, \(9, 2\), got \(9, 1\)"),
     (swap(q=Q[:, :, :3]), ValueError, r"k must have a number of heads that divides that of q, 3, got 2"),

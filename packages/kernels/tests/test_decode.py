@@ -14,12 +14,13 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, tor
 NATIVE = pytest.mark.skipif(building.refusal() is not None, reason=str(building.refusal()))
 
 
-def rows_of(rows, group, n, dim, dtype, seed=0):
-    """q (rows, group, dim), keys and values (rows, n, dim), where a row of values is longer than it is wide."""
+def rows_of(rows, group, n, dim, dtype, seed=0, value_dim=None):
+    """q (rows, group, dim), keys and values (rows, n, their own dim), where a row of values is longer than it is wide."""
     generator = torch.Generator().manual_seed(seed)
     q, keys = (torch.randn(rows, k, dim, generator=generator, dtype=torch.float64).to(dtype) for k in (group, n))
-    values = torch.randn(rows, n, dim + 3, generator=generator, dtype=torch.float64).to(dtype)
-    return q, keys, values[..., :dim]
+    value_dim = value_dim or dim
+    values = torch.randn(rows, n, value_dim + 3, generator=generator, dtype=torch.float64).to(dtype)
+    return q, keys, values[..., :value_dim]
 
 
 def expected(q, keys, values, scale, hidden=None, logits=None):
@@ -48,13 +49,14 @@ def products(*args, **options):
     group=st.integers(1, 3),
     n=st.integers(1, 40),
     dim=st.sampled_from([1, 3, 16]),
+    value_dim=st.sampled_from([None, 2, 20]),
     dtype=st.sampled_from(list(TOLERANCE)),
     options=st.sets(st.sampled_from(["hidden", "logits", "first"])),
     order=st.randoms(use_true_random=False),
 )
-def test_order_does_not_matter_and_the_oracle_agrees(way, rows, group, n, dim, dtype, options, order):
+def test_order_does_not_matter_and_the_oracle_agrees(way, rows, group, n, dim, value_dim, dtype, options, order):
     """With hidden keys, learned sinks and other queries for the first keys; a row that sees nothing is zero."""
-    q, keys, values = rows_of(rows, group, n, dim, dtype)
+    q, keys, values = rows_of(rows, group, n, dim, dtype, value_dim=value_dim)
     cache = DecodeCache(keys, values)
     hidden = torch.rand(rows, 1, n, generator=torch.Generator().manual_seed(1)) < 0.5 if "hidden" in options else None
     logits = torch.randn(rows, group, 1, dtype=torch.float64) if "logits" in options else None

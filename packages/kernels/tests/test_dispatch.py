@@ -99,6 +99,7 @@ def test_explain_knows_which_plans_list_rows(pattern: Pattern, monkeypatch: pyte
     [
         ({"device": "mps", "dtype": torch.float64}, "dtype=float64 is not in {float16, bfloat16, float32} on mps"),
         ({"device": "cuda"}, "device=cuda is not in {cpu}"),
+        ({"value_head_dim": 257}, "native: value_head_dim=257 is over 256"),
         ({"device": "cuda", "deterministic": True}, "deterministic=True is not supported on cuda"),
     ],
 )

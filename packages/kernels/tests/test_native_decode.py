@@ -44,8 +44,11 @@ def surrounded(x: torch.Tensor) -> torch.Tensor:
     return room[:, 1:-1, 2:-3]
 
 
-def made(rows: int, group: int, n: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    q, keys, values = (numbers(rows, m, dim, dtype=dtype, seed=m) for m in (group, n, n + 1))
+def made(
+    rows: int, group: int, n: int, dim: int, dtype: torch.dtype, value_dim: int | None = None
+) -> tuple[torch.Tensor, ...]:
+    q, keys = (numbers(rows, m, dim, dtype=dtype, seed=m) for m in (group, n))
+    values = numbers(rows, n + 1, value_dim or dim, dtype=dtype, seed=n + 1)
     return q, surrounded(keys), surrounded(values[:, 1:])
 
 
@@ -95,16 +98,17 @@ def test_every_form_type_and_size(dtype: torch.dtype, dim: int, group: int):
     held=st.integers(0, 2500),
     group=st.integers(1, 18),
     dim=st.sampled_from([3, 16, 33, 64, 100]),
+    value_dim=st.sampled_from([None, None, 5, 64, 130]),
     dtype=st.sampled_from(list(TOLERANCE)),
     hides=st.sampled_from([0.0, 0.01, 0.5, 0.99, 1.0]),
     first=st.integers(0, 40),
     options=st.sets(st.sampled_from(["hidden", "first", "sinks", "nan"])),
     scale=st.sampled_from([0.1, -1.0, 4.0]),
 )
-def test_everything_at_once(n, held, group, dim, dtype, hides, first, options, scale):
+def test_everything_at_once(n, held, group, dim, value_dim, dtype, hides, first, options, scale):
     """Hidden keys may hold NaN and reach nothing; rows that see nothing are zero; sinks take their share once."""
     held = min(held, n)
-    q, keys, values = made(2, group, n, dim, dtype)
+    q, keys, values = made(2, group, n, dim, dtype, value_dim)
     seen_k, seen_v = keys[:, :held].clone(), values[:, :held].clone()
     hidden = numbers(2, 1, held).sigmoid() < torch.special.expit(torch.special.ndtri(torch.tensor(hides)))
     if "nan" in options and "hidden" in options:
@@ -188,6 +192,7 @@ def bad(**changed) -> tuple[torch.Tensor, torch.Tensor]:
         bad(values=numbers(2, 9, 8).to("meta")),
         bad(keys=numbers(2, 9, 8, 1)),
         bad(keys=numbers(2, 9, 300), values=numbers(2, 9, 300)),
+        bad(values=numbers(2, 9, 300)),
     ],
 )
 def test_caches_that_cannot_be_streamed(keys: torch.Tensor, values: torch.Tensor):

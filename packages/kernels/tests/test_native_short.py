@@ -42,10 +42,13 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     keys=st.integers(0, 2200),
     heads=st.sampled_from([(1, 1), (2, 3), (1, 8)]),
     dim=st.sampled_from([1, 8, 33, 64, 80]),
+    value_dim=st.sampled_from([None, None, 7, 64, 192]),
     padding=st.booleans(),
 )
 @settings(max_examples=settings().max_examples // 6)
-def test_few_rows_over_any_number_of_keys(pattern: Pattern, dtype: torch.dtype, rows, keys, heads, dim, padding):
+def test_few_rows_over_any_number_of_keys(
+    pattern: Pattern, dtype: torch.dtype, rows, keys, heads, dim, value_dim, padding
+):
     """Out and lse, and gradients, which come through the other kernel from this one's out and lse."""
     keys = max(keys, rows)
     check_backend(
@@ -57,6 +60,7 @@ def test_few_rows_over_any_number_of_keys(pattern: Pattern, dtype: torch.dtype, 
             kv_heads=heads[0],
             group=heads[1],
             head_dim=dim,
+            value_head_dim=value_dim,
             dtype=dtype,
             padding=padding,
         ),

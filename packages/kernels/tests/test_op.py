@@ -22,6 +22,7 @@ CASES = [
     Case(LONGNET, (9, 12), batch=2, kv_heads=1, group=2, head_dim=4),
     Case(Restrict(Window(5), Dilated((4,), (2,))), (9, 9), batch=1, mask="bhqk", padding=True, head_dim=4),
     Case(Full(), (5, 3), batch=1, layouts=("heads_first",) * 5, head_dim=4),
+    Case(LONGNET, (9, 9), batch=1, head_dim=6, value_head_dim=4),
 ]
 VARIANTS = [
     Case(LONGNET, (9, 9), batch=1, group=2, head_dim=4, mask="+hqk"),
@@ -137,11 +138,12 @@ def test_fakes(dtype: torch.dtype, where: str, prior: bool):
     def check() -> None:
         q = torch.empty(2, 9, 4, 8, dtype=dtype, device=device, requires_grad=True)
         k = torch.empty(2, 11, 2, 8, dtype=dtype, device=device, requires_grad=True)
-        state = attend(q, k, k, LONGNET, prior=AttentionState.empty(q.detach()) if prior else None)
-        assert (state.out.shape, state.out.dtype, state.out.device) == (q.shape, wide, q.device)
+        v = torch.empty(2, 11, 2, 5, dtype=dtype, device=device, requires_grad=True)
+        state = attend(q, k, v, LONGNET, prior=AttentionState.empty(q.detach()[..., :5]) if prior else None)
+        assert (state.out.shape, state.out.dtype, state.out.device) == ((*q.shape[:3], 5), wide, q.device)
         assert (state.lse.shape, state.lse.dtype, state.lse.device) == (q.shape[:3], wide, q.device)
-        grads = torch.autograd.grad(state.out.sum(), (q, k))
-        assert [(g.shape, g.dtype) for g in grads] == [(x.shape, dtype) for x in (q, k)]
+        grads = torch.autograd.grad(state.out.sum(), (q, k, v))
+        assert [(g.shape, g.dtype) for g in grads] == [(x.shape, dtype) for x in (q, k, v)]
         assert attend(q, k, k, LONGNET, out_dtype=torch.float16).out.dtype == torch.float16
 
     if where == "meta":

@@ -58,6 +58,7 @@ def test_a_second_call_of_a_signature_asks_nothing_again(monkeypatch: pytest.Mon
 
 CHANGES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "length": lambda _: {"tensors": qkv(9)},
+    "v's head_dim": lambda _: {"tensors": (*qkv()[:2], qkv(dim=5)[2])},
     "dtype": lambda _: {"tensors": qkv(dtype=torch.bfloat16)},
     "strides": lambda _: {"tensors": tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv())},
     "gradients": lambda _: {"tensors": tuple(x.requires_grad_() for x in qkv())},

@@ -38,6 +38,15 @@ def test_any_head_dim(name: str, dtype: torch.dtype, head_dim: int):
 
 
 @pytest.mark.parametrize(("name", "dtype"), ON_CPU)
+@pytest.mark.parametrize("dims", [(24, 16), (5, 72), (192, 128)], ids=str)
+def test_v_has_its_own_head_dim(name: str, dtype: torch.dtype, dims: tuple[int, int]):
+    """As in MLA (DeepSeek: 192 and 128), and wider; with a prior, grouped heads and every mask of the call."""
+    case = Case(LONGNET, (37, 37), kv_heads=2, group=2, head_dim=dims[0], value_head_dim=dims[1], dtype=dtype)
+    check_backend(name, case)
+    check_backend(name, replace(case, mask="+bhqk", padding=True, prior=True, dropout_p=0.3))
+
+
+@pytest.mark.parametrize(("name", "dtype"), ON_CPU)
 @pytest.mark.parametrize("feature", ["listed", "attention_mask", "key_padding", "gqa", "bias", "dropout"])
 def test_declared_features(name: str, dtype: torch.dtype, feature: str):
     case = Case(LONGNET, (19, 23), dtype=dtype, prior=True)

@@ -58,6 +58,7 @@ def test_shapes_go_through(name: str, pattern: Pattern, kv_heads: int):
         ({"dtype": torch.float32}, "dtype=float32 is not in {float16, bfloat16} on cuda"),
         ({"deterministic": True}, "deterministic=True is not supported on cuda"),
         ({"dropout": True}, "dropout is not supported"),
+        ({"value_head_dim": 300}, "value_head_dim=300 is over"),
         ({"architecture": "sm_75"}, "architecture=sm_75 is not in"),
     ],
 )
@@ -203,8 +204,11 @@ SMALL = Case(Full(), (70, 70), batch=2, kv_heads=2, group=2, head_dim=16, dtype=
         replace(SMALL, layouts=("strided_dim", "heads_first", "sliced", "expanded_heads", "expanded_dim")),
         replace(SMALL, pattern=Full(causal=True), softmax_scale=-0.5),
         replace(SMALL, lengths=(5, 0), prior=True),
+        replace(SMALL, pattern=Full(causal=True), head_dim=24, value_head_dim=16),
+        replace(SMALL, pattern=Window(20, sinks=3), head_dim=9, value_head_dim=20),
     ],
-    ids=["dense", "odd_width", "window", "longnet", "causal", "blocks", "listed", "masks", "bias", "strides", "negative_scale", "no_keys"],
+    ids=["dense", "odd_width", "window", "longnet", "causal", "blocks", "listed", "masks", "bias", "strides", "negative_scale", "no_keys", "narrow_v",
+         "wide_v"],
 )  # fmt: skip
 def test_numbers(called: list[str], name: str, case: Case):
     """Views, masks, merges and gradients through the merged lse, against the oracle."""

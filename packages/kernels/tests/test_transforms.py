@@ -45,7 +45,7 @@ def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, A
 def test_vmap_is_a_loop(kind: str, name: str, mapped: tuple[int | None, ...]):
     """Values, and per-sample gradients, whatever else is mapped. A row that cannot says so both ways."""
     options, dims = OPTIONS[kind]
-    inputs = [x if dim == 0 else x[0] for x, dim in zip((Q, K, K + 1), mapped, strict=True)]
+    inputs = [x if dim == 0 else x[0] for x, dim in zip((Q, K, K[..., :3] + 1), mapped, strict=True)]
     axes = {key: dims.get(key) for key in options}
     values = {key: value for key, value in options.items() if isinstance(value, torch.Tensor)}
     rest = {key: value for key, value in options.items() if key not in values}
@@ -186,16 +186,16 @@ PATTERNS: list[Pattern] = [
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("name", ["sdpa", "gather"])
 def test_flops(pattern: Pattern, name: str):
-    """Forward: two products of 2 D a visible pair, whoever computes; backward: five."""
-    data = Case(pattern, (19, 19), batch=2, kv_heads=1, group=3, head_dim=8).tensors()
+    """Forward: two products of 2 D a visible pair, whoever computes; backward: five, three of them over q's head_dim."""
+    data = Case(pattern, (19, 19), batch=2, kv_heads=1, group=3, head_dim=8, value_head_dim=6).tensors()
     q, k, v = (x.requires_grad_() for x in (data.q, data.k, data.v))
     pairs = int((pattern.counts(Rectangle(3, Span(0, 19), Span(0, 19)))).sum()) * 2
     with FlopCounterMode(display=False) as counter:
         out = attend(q, k, v, pattern, backend=name).out
-    assert counter.get_total_flops() == 4 * 8 * pairs
+    assert counter.get_total_flops() == 2 * (8 + 6) * pairs
     with FlopCounterMode(display=False) as counter:
         out.sum().backward()
-    assert counter.get_total_flops() == 10 * 8 * pairs
+    assert counter.get_total_flops() == 2 * (3 * 8 + 2 * 6) * pairs
 
 
 @pytest.mark.parametrize(

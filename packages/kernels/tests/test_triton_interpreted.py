@@ -102,12 +102,14 @@ else:
             replace(SMALL, softmax_scale=40.0, pattern=Full()),
             replace(SMALL, pattern=LISTED, lengths=(12, 12), padding=True),
             replace(SMALL, pattern=Dilated((16,), (1,)), lengths=(20, 12), q_spans=(Span(0, 20),), k_spans=(Span(8, 12),), prior=True),
+            replace(SMALL, head_dim=24, value_head_dim=16, pattern=Full(causal=True), mask="+hq", prior=True),
+            replace(SMALL, head_dim=8, value_head_dim=40, padding=True, dtype=HALF, dropout_p=0.3),
             replace(SMALL, lengths=(0, 5), pattern=Full()),
             replace(SMALL, lengths=(4, 0), pattern=Full(), prior=True),
             replace(SMALL, batch=0),
         ],
         ids=["masks", "bias_dropout", "strides", "shared_memory", "negative_scale", "zero_scale", "huge_logits", "listed", "blind_rows",
-             "no_queries", "no_keys", "no_batch"],
+             "narrow_v", "wide_v", "no_queries", "no_keys", "no_batch"],
     )  # fmt: skip
     def test_calls(case: Case):
         """Masks, bias, padding, dropout, priors, strides, scales, rows that see nothing, and nothing at all."""
@@ -149,6 +151,7 @@ else:
         case = replace(SMALL, head_dim=40, padding=True, softmax_scale=-0.3, layouts=("strided_dim",) * 5)
         torch.use_deterministic_algorithms(deterministic)
         check_backend("triton", case)
+        check_backend("triton", replace(case, value_head_dim=20))
         torch.use_deterministic_algorithms(False)
 
     @pytest.mark.parametrize("dtype", [torch.float32, BRAIN])
@@ -158,6 +161,7 @@ else:
         from longattn.kernels.triton import launch_forward as launch
 
         case = replace(SMALL, lengths=(queries, 400), pattern=Full(causal=True), dtype=dtype, prior=True, padding=True)
+        case = replace(case, value_head_dim=16 if queries == 1 else 9)
         seen = []
         merged = launch.merge_states
         launch.merge_states = lambda *a: (seen.append(a[0].shape[0]), merged(*a))

@@ -40,6 +40,8 @@ def refuse_torchscript() -> None:
 def check_qkv(q: object, k: object, v: object, names: Names = ("q", "k", "v")) -> None:
     """q (batch, Nq, heads, head_dim), k and v (batch, Nk, kv_heads, head_dim): one floating dtype, one device, heads divisible.
 
+    v may have a head_dim of its own.
+
     Raises:
         TypeError: one is not a torch.Tensor, or its dtype is not floating or differs.
         ValueError: rank, shape or device do not fit.
@@ -55,8 +57,8 @@ def check_qkv(q: object, k: object, v: object, names: Names = ("q", "k", "v")) -
             raise ValueError(f"{name} must be on the device of {names[0]}, {first.device}, got {x.device}")
         if x.shape[0] != first.shape[0]:
             raise ValueError(f"{name} must have the batch size of {names[0]}, {first.shape[0]}, got {x.shape[0]}")
-        if x.shape[3] != first.shape[3]:
-            raise ValueError(f"{name} must have the head_dim of {names[0]}, {first.shape[3]}, got {x.shape[3]}")
+    if key.shape[3] != first.shape[3]:
+        raise ValueError(f"{names[1]} must have the head_dim of {names[0]}, {first.shape[3]}, got {key.shape[3]}")
     if value.shape[1:3] != key.shape[1:3]:
         raise ValueError(
             f"{names[2]} must have the length and heads of {names[1]}, {tuple(key.shape[1:3])}, got {tuple(value.shape[1:3])}"
@@ -67,6 +69,8 @@ def check_qkv(q: object, k: object, v: object, names: Names = ("q", "k", "v")) -
         )
     if first.shape[3] == 0 or first.shape[2] == 0:
         raise ValueError(f"{names[0]} must have at least one head and head_dim >= 1, got shape {tuple(first.shape)}")
+    if value.shape[3] == 0:
+        raise ValueError(f"{names[2]} must have head_dim >= 1, got shape {tuple(value.shape)}")
 
 
 def _check_tensor(name: str, x: object) -> Tensor:
@@ -141,14 +145,14 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
 
-def check_prior(prior: object, q: Tensor) -> None:
-    """None, or a state over the queries of q, on its device, as wide as partial results of its dtype are."""
+def check_prior(prior: object, q: Tensor, v: Tensor) -> None:
+    """None, or a state over the queries of q with v's head_dim, on its device, in the dtype of partial results."""
     if prior is None:
         return
     if not isinstance(prior, AttentionState):
         raise TypeError(f"prior must be None or an AttentionState, got {type(prior).__name__}")
     dtype = state_dtype(q.dtype)
-    for name, x, shape in (("prior.out", prior.out, q.shape), ("prior.lse", prior.lse, q.shape[:3])):
+    for name, x, shape in (("prior.out", prior.out, (*q.shape[:3], v.shape[3])), ("prior.lse", prior.lse, q.shape[:3])):
         if x.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
         if x.dtype != dtype:
@@ -203,6 +207,15 @@ def check_shapes(q_shape: object, k_shape: object) -> None:
             f"k_shape must have the batch and head_dim of q_shape, {tuple(q_shape)}, and a number of heads that divides its own, "
             f"got {tuple(k_shape)}"
         )
+
+
+def check_head_dim(name: str, value: object) -> int | None:
+    """None, or an integer >= 1."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name} must be None or an integer >= 1, got {value!r} ({type(value).__name__})")
+    if value is not None and value < 1:
+        raise ValueError(f"{name} must be None or an integer >= 1, got {value}")
+    return value
 
 
 def check_scale(scale: object, name: str = "softmax_scale") -> float | None:

@@ -40,7 +40,7 @@ class Case:
     Attributes:
         pattern, q_spans, k_spans, is_causal, softmax_scale, dtype, device: as in `attend`.
         lengths: (Nq, Nk).
-        batch, kv_heads, group, head_dim: sizes; kv_heads * group query heads.
+        batch, kv_heads, group, head_dim: sizes; kv_heads * group query heads. value_head_dim: of v; None: head_dim.
         shard: (first head, heads of the whole module), or None: all.
         mask: one of MASKS or BIASES. prior: whether to merge onto a state. dropout_p: as in `attend`, with `seed`.
         padding: whether keys are padded; padded rows of k and v then hold NaN and Inf.
@@ -53,6 +53,7 @@ class Case:
     kv_heads: int = 2
     group: int = 1
     head_dim: int = 8
+    value_head_dim: int | None = None
     q_spans: tuple[Span, ...] | None = None
     k_spans: tuple[Span, ...] | None = None
     shard: tuple[int, int] | None = None
@@ -97,9 +98,11 @@ class Case:
         def normal(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
             return lay_out(torch.randn(shape, generator=random, dtype=torch.float64).to(dtype).to(self.device), layout)
 
-        state, wide = state_dtype(self.dtype), (batch, nq, heads, self.head_dim)
-        q = normal(wide, self.layouts[0], self.dtype)
-        k, v = (normal((batch, nk, self.kv_heads, self.head_dim), how, self.dtype) for how in self.layouts[1:3])
+        state, value_dim = state_dtype(self.dtype), self.value_head_dim or self.head_dim
+        wide = (batch, nq, heads, value_dim)
+        q = normal((batch, nq, heads, self.head_dim), self.layouts[0], self.dtype)
+        k = normal((batch, nk, self.kv_heads, self.head_dim), self.layouts[1], self.dtype)
+        v = normal((batch, nk, self.kv_heads, value_dim), self.layouts[2], self.dtype)
         mask = None if self.mask is None else random_mask(self.mask, (batch, heads, nq, nk), random).to(self.device)
         if mask is not None and mask.is_floating_point():
             mask = mask.to((self.dtype, torch.float32)[self.seed % 2])

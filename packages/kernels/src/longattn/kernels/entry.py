@@ -47,13 +47,14 @@ def attend(
 ) -> AttentionState:
     """softmax(scale * q k^T + log counts) v over one rectangle of heads x queries x keys, as a state.
 
-    Differentiable once in q, k, v, prior, sink_logits and a floating attention_mask. Shapes are (batch, seq, heads, head_dim).
+    Differentiable once in q, k, v, prior, sink_logits and a floating attention_mask. Shapes are (batch, seq, heads, head_dim); v, and with
+    it out and prior, may have another head_dim than q and k.
     Keys hidden by the pattern, causality or attention_mask weigh 0 but may be read, so k and v must be finite there: 0 * NaN is NaN.
     Under autocast, q, k and v are cast to its dtype.
 
     Args:
         q: (batch, Nq, heads, head_dim), float16, bfloat16, float32 or float64.
-        k, v: (batch, Nk, kv_heads, head_dim), same dtype and device; kv_heads divides heads (GQA, MQA).
+        k, v: (batch, Nk, kv_heads, head_dim), same dtype and device; kv_heads divides heads (GQA, MQA). v may have its own head_dim (MLA).
         pattern: who sees whom.
         is_causal: replaces the pattern's causal field; None takes it.
         prior: a state over other keys to merge onto; it is read, never written.
@@ -74,7 +75,7 @@ def attend(
             too; they are views, and nothing is copied for it. Masks are as they are.
 
     Returns:
-        AttentionState: out (batch, Nq, heads, head_dim); lse (batch, Nq, heads), natural log, -inf = saw no key.
+        AttentionState: out (batch, Nq, heads, v's head_dim); lse (batch, Nq, heads), natural log, -inf = saw no key.
 
     Raises:
         TypeError, ValueError: a bad argument, by name; or no row fits, with each one's reasons.
@@ -114,7 +115,7 @@ def attend(
     pattern = checked_pattern(q, k, v, pattern, options)
     warn_of_axes("q", q, layout)
     check_sinks(sink_logits, q)
-    check_prior(prior, q)
+    check_prior(prior, q, v)
     state_type = state_dtype(q.dtype)
     asked = arguments_of(
         pattern,

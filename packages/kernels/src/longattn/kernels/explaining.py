@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from longattn.kernels.check import check_device_type, check_dtype, check_flag, check_shapes
+from longattn.kernels.check import check_device_type, check_dtype, check_flag, check_head_dim, check_shapes
 from longattn.kernels.dispatch.choosing import explain_choice
 from longattn.kernels.dispatch.processor import processor
 from longattn.kernels.dispatch.table import Explanation, check_backend_name
@@ -37,6 +37,7 @@ def explain(
     requires_grad: bool = False,
     deterministic: bool = False,
     backend: str | None = None,
+    value_head_dim: int | None = None,
     verbose: bool = False,
     machine: str | None = None,
     verify: bool | tuple[Tensor, Tensor, Tensor] = False,
@@ -55,6 +56,7 @@ def explain(
         architecture: of that device, such as "sm_80", "sm_90" or "gfx942", whether or not this machine has one. Default: that of the
             device where it is here, else none, and then no row asks.
         is_causal, backend: as in `attend`.
+        value_head_dim: of v. Default: that of q_shape.
         attention_mask, bias, key_padding_mask, dropout, requires_grad, deterministic: whether the call would have them; a floating
             attention_mask is a bias, and requires_grad includes its gradient.
         verbose: also count the call's FLOP and the bytes that come into each level of a machine's memory (`Explanation.traffic`).
@@ -98,6 +100,7 @@ def explain(
         heads=q_shape[2],
         kv_heads=k_shape[2],
         head_dim=q_shape[3],
+        value_head_dim=check_head_dim("value_head_dim", value_head_dim),
         listed=plan is None or plan.listed,
         attention_mask=attention_mask,
         bias=bias,

@@ -15,12 +15,12 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, sm_sc
     """softmax(sm_scale * q k^T) v, without the scores ever standing in memory whole.
 
     Args:
-        q: (batch, heads, Nq, head_dim). k, v: (batch, kv_heads, Nk, head_dim), kv_heads dividing heads.
+        q: (batch, heads, Nq, head_dim). k, v: (batch, kv_heads, Nk, head_dim), kv_heads dividing heads; v may have its own head_dim.
         causal: query i of Nq sees keys up to i + Nk - Nq (bottom-right). Default False.
         sm_scale: default head_dim ** -0.5.
 
     Returns:
-        (batch, heads, Nq, head_dim) in q's dtype, a view of (batch, Nq, heads, head_dim) memory.
+        (batch, heads, Nq, v's head_dim) in q's dtype, a view of (batch, Nq, heads, head_dim) memory.
 
     Raises:
         TypeError, ValueError: a bad argument, by name; shapes are named in the (batch, seq, heads, head_dim) order of `attend`.

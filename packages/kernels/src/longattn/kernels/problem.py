@@ -15,7 +15,8 @@ class AttentionProblem:
     Attributes:
         device: device type, such as "cpu" or "cuda".
         dtype: of q, k, v.
-        heads, kv_heads, head_dim: of q; of k and v; of all three.
+        heads, kv_heads, head_dim: of q; of k and v; of q and k.
+        value_head_dim: of v; None: that of q and k.
         listed: the plan names rows by lists, not by strides alone.
         attention_mask, bias, key_padding, dropout: whether given; a floating attention_mask is a bias.
         bias_grad: whether the bias needs a gradient.
@@ -40,11 +41,19 @@ class AttentionProblem:
     backward: bool = False
     deterministic: bool = False
     architecture: str = ""
+    value_head_dim: int | None = None
+
+    @property
+    def value_width(self) -> int:
+        """The head_dim of v."""
+        return self.head_dim if self.value_head_dim is None else self.value_head_dim
 
     def __str__(self) -> str:
         wanted = [f.name for f in fields(self) if getattr(self, f.name) is True]
         where = f"{self.device} {self.architecture}".rstrip()
         heads = f"heads={self.heads} kv_heads={self.kv_heads} head_dim={self.head_dim}"
+        if self.value_width != self.head_dim:
+            heads += f" value_head_dim={self.value_width}"
         return " ".join([f"device={where} dtype={str(self.dtype).removeprefix('torch.')} {heads}", *wanted])
 
 

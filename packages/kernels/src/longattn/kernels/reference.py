@@ -25,7 +25,8 @@ def reference_attention(
     NaN and Inf in padded keys have no influence; in keys hidden by counts of 0 or a bias of -inf they have: 0 * NaN is NaN.
 
     Args:
-        q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim), kv_heads dividing heads. Any floating dtype.
+        q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim), kv_heads dividing heads; v may have its own head_dim.
+            Any floating dtype.
         counts: (heads, Nq, Nk) or (batch, heads, Nq, Nk), how many times each query sees each key; 0 hides it.
         softmax_scale: default head_dim ** -0.5.
         bias: broadcastable to (batch, heads, Nq, Nk), added to the scores; -inf hides a key.
@@ -33,7 +34,7 @@ def reference_attention(
         keep: broadcastable to (batch, heads, Nq, Nk), multiplied with the weights: dropout. lse is undropped.
 
     Returns:
-        AttentionState in float64: out (batch, Nq, heads, head_dim), lse (batch, Nq, heads), natural log, -inf = saw no key.
+        AttentionState in float64: out (batch, Nq, heads, v's head_dim), lse (batch, Nq, heads), natural log, -inf = saw no key.
     """
     device = q.device
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

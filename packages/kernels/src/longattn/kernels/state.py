@@ -24,7 +24,7 @@ class AttentionState:
     """What is known after some of the keys.
 
     Attributes:
-        out: (batch, seq, heads, head_dim), float32 (float64 for float64 inputs) until `finalize`; zero where no key was seen.
+        out: (batch, seq, heads, head_dim of v), float32 (float64 for float64 inputs) until `finalize`; zero where no key was seen.
         lse: (batch, seq, heads), float32 (float64), natural log of the summed exp(scale * q k + bias + log counts);
             -inf = saw no key.
     """

@@ -43,6 +43,7 @@ def cases(
         kv_heads=kv_heads,
         group=group,
         head_dim=draw(st.sampled_from([1, 3, 4, 8, 16])),
+        value_head_dim=draw(st.sampled_from([None, None, 2, 20])),
         shard=draw(st.sampled_from([None, (first, first + heads + draw(st.integers(0, 3)))])),
         is_causal=draw(st.sampled_from([None, None, True, False])),
         softmax_scale=draw(st.sampled_from([None, None, 0.0, -0.5, 1.5])),

@@ -16,7 +16,8 @@ class Call:
     """One rectangle to compute, checked, on real tensors.
 
     Attributes:
-        q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim), padded rows zeroed unless the row skips them.
+        q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim), padded rows zeroed unless the row skips them. v, and with it
+            out, may have another head_dim.
         plan: who sees whom, in rows of these tensors.
         scale: of the scores.
         mask: bool, True = may see, 4-D and broadcastable to (batch, heads, Nq, Nk), or None.

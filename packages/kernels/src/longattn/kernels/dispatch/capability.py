@@ -24,7 +24,7 @@ class Capability:
     Attributes:
         devices: device types; empty is any.
         dtypes: element types per device type; the key "" is every other device.
-        max_head_dim: largest head_dim; None is any.
+        max_head_dim: largest head_dim of q and k, and of v; None is any.
         listed, attention_mask, bias, bias_grad, key_padding, dropout, gqa, backward: whether supported.
         deterministic: device types on which equal inputs give equal bits; empty is any.
         architectures: patterns of the architectures that can run it, such as "sm_9?"; empty is any. Asked only where one is named.
@@ -63,8 +63,12 @@ class Capability:
         named = problem.architecture if self.architectures else ""
         if named and not any(fnmatch(named, pattern) for pattern in self.architectures):
             found.append(f"architecture={named} is not in {{{', '.join(self.architectures)}}}")
-        if self.max_head_dim is not None and problem.head_dim > self.max_head_dim:
-            found.append(f"head_dim={problem.head_dim} is over {self.max_head_dim}")
+        widths = [("head_dim", problem.head_dim)]
+        if problem.value_width != problem.head_dim:
+            widths.append(("value_head_dim", problem.value_width))
+        for name, width in widths:
+            if self.max_head_dim is not None and width > self.max_head_dim:
+                found.append(f"{name}={width} is over {self.max_head_dim}")
         if problem.kv_heads != problem.heads and not self.gqa:
             found.append(
                 f"kv_heads={problem.kv_heads} differs from heads={problem.heads} and grouped kv heads are not supported"

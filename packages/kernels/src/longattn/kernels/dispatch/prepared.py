@@ -55,7 +55,7 @@ class PreparedCall:
     )
 
     def __init__(self, tensors: OpTensors, asked: OpArguments, plan: Plan):
-        q, k = tensors.q, tensors.k
+        q, k, v = tensors[:3]
         self.arguments = asked
         self.used = False
         self.successor: PreparedCall | None = None
@@ -72,6 +72,7 @@ class PreparedCall:
             heads=q.shape[2],
             kv_heads=k.shape[2],
             head_dim=q.shape[3],
+            value_head_dim=v.shape[3],
             listed=plan.listed,
             attention_mask=tensors.mask is not None,
             bias=tensors.bias is not None,

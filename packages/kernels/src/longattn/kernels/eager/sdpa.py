@@ -1,6 +1,7 @@
 """Row "sdpa": strided branches through torch's own flash kernel for CPU, merged in place on the selected rows only.
 
-Every tile is a strided view; torch's kernel reads it without a copy and returns (out, lse). Backward gives each tile the merged out
+Every tile is a strided view; torch's kernel reads it without a copy and returns (out, lse). It takes one head_dim for q, k and v, so where
+v has another, the narrower side of each tile is filled up with zeros, which change nothing. Backward gives each tile the merged out
 and lse, so that its gradient is exact by itself: P = exp(s - lse), and the kernel's own delta = rowsum(dO * O). Where every query sees every
 key, or those up to its own, torch's kernel is called once, on the tensors as they are, and what it returns is the result.
 """
@@ -105,12 +106,12 @@ def forward_through(kernel: Forward, call: Call) -> tuple[Tensor, Tensor]:
     call = separated_call(call)
     out, lse = new_state(call, triangles=True)
     for tile in walk(call, triangles=True, cells=_cells(call)):
-        q, k, v = map(_dense, (tile.queries(call.q), tile.keys(call.k), tile.keys(call.v)))
+        q, k, v = map(_dense, alike(tile.queries(call.q), tile.keys(call.k), tile.keys(call.v)))
         tile_out, tile_lse = kernel(q, k, v, tile.causal, _additive(tile, call.q.dtype), call.scale)
         if tile.seen is not None:
             # torch reports 0 where every key is hidden.
             tile_lse = tile_lse.masked_fill(~tile.seen.any(-1), -torch.inf)
-        tile.merge(out, lse, tile_out, tile_lse)
+        tile.merge(out, lse, tile_out[..., : out.shape[-1]], tile_lse)
         del tile_out  # before the next call makes its own: one at a time in memory
     return finish(call, out), lse
 
@@ -120,7 +121,7 @@ def backward_through(
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """`backward` tile by tile through the gradient of one of torch's kernels."""
     call = separated_call(call)
-    dtype, d = state_dtype(call.q.dtype), call.q.shape[-1]
+    dtype, width, value_width = state_dtype(call.q.dtype), call.q.shape[-1], call.v.shape[-1]
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
     grad_out, out = separated(grad_out.to(call.q.dtype)), separated(out.to(call.q.dtype))
     # A finite pivot for rows that saw nothing: their scores are all -inf, so P stays 0.
@@ -131,10 +132,10 @@ def backward_through(
         if grad_lse is not None:
             parts = _with_lse_column(*parts, tile.queries(grad_lse))
         mask = _additive(tile, call.q.dtype)
-        grads = kernel(*map(_dense, parts), tile.queries(lse), tile.causal, mask, call.scale)
-        tile.add_queries(dq, grads[0][..., :d])
-        tile.add_keys(dk, grads[1][..., :d])
-        tile.add_keys(dv, grads[2][..., :d])
+        grads = kernel(*map(_dense, alike(*parts)), tile.queries(lse), tile.causal, mask, call.scale)
+        tile.add_queries(dq, grads[0][..., :width])
+        tile.add_keys(dk, grads[1][..., :width])
+        tile.add_keys(dv, grads[2][..., :value_width])
         del grads  # before the next call makes its own: one set at a time in memory
     return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), None
 
@@ -171,12 +172,12 @@ def _with_lse_column(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor, ...]:
     """Fold an lse cotangent in: with v' = [v, 1], dO' = [dO, dlse] and O' = [O, 0], dP = dO v + dlse and delta is unchanged."""
-    one = torch.nn.functional.pad
+    pad = torch.nn.functional.pad
     column = grad_lse.to(grad_out.dtype).unsqueeze(-1)
-    return (
-        torch.cat([grad_out, column], -1),
-        one(q, (0, 1)),
-        one(k, (0, 1)),
-        one(v, (0, 1), value=1.0),
-        one(out, (0, 1)),
-    )
+    return torch.cat([grad_out, column], -1), q, k, pad(v, (0, 1), value=1.0), pad(out, (0, 1))
+
+
+def alike(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Tiles (..., head_dim) of one head_dim, the largest: narrower ones get columns of zeros."""
+    width = max(x.shape[-1] for x in parts)
+    return tuple(x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in parts)

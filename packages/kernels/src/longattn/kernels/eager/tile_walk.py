@@ -41,7 +41,7 @@ def walk(
     for branch, fresh in zip(source, writes(call.plan, triangles)[0], strict=True):
         strip = _strip_rows(call, branch, triangles, cells)
         for part in (branch,) if strip is None else strips(branch, strip):
-            width = call.q.shape[-1] if triangles and strip is None else part.k.count
+            width = max(call.q.shape[-1], call.v.shape[-1]) if triangles and strip is None else part.k.count
             most = max(at_once, cells // (part.q.count * width))
             for heads, kv_heads in head_groups(part.heads, group, most):
                 tile = Tile(heads, kv_heads, 0, part.q, part.k, False, None, fresh and call.prior is None, kept=kept)

@@ -116,7 +116,7 @@ def _stream_keys(call: Call, branch: Branch, block: Tile, rows: Range, out: Tens
     q = group_rows(mine.queries(call.q).to(dtype), mine)  # q tile: memory -> cache, stays for all its keys
     m = torch.full(q.shape[:-1], -torch.inf, dtype=dtype, device=q.device)  # running max: stays
     l = torch.zeros_like(m)  # running sum: stays
-    acc = torch.zeros_like(q)  # output: stays, rescaled when m moves
+    acc = q.new_zeros((*q.shape[:-1], call.v.shape[-1]))  # output: stays, rescaled when m moves
     for keys in _ranges(block.k.count):
         tile = _cut(call, branch, block, rows, keys)
         if tile is None:

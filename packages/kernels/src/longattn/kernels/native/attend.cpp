@@ -118,7 +118,7 @@ int64_t longattn_decode_scratch(const Cache* cache, int64_t group, int64_t keys,
     return scratch_of(Step{nullptr, nullptr, group, keys, 0, 0, {nullptr, first}, nullptr}, *cache);
 }
 
-// q and out: (rows, group, dim) of the cache's type. `apart` may be null.
+// q (rows, group, dim) and out (rows, group, value_dim), of the cache's type. `apart` may be null.
 void longattn_decode(const Cache* cache, const char* q, char* out, int64_t group, int64_t keys, double scale, int64_t threads,
                      float* scratch, const Apart* apart) {
     decode(*cache, Step{q, out, group, keys, scale, threads, apart ? *apart : Apart{}, scratch});

@@ -16,17 +16,18 @@ struct Share {
 // float32 sums of dk and dv: the tensors themselves, or scratch from the share's first row on.
 struct Sums {
     char *dk, *dv;
-    int64_t row;  // floats from a row to the next
+    int64_t dk_row, dv_row;  // floats from a row to the next
     int64_t first;
 
-    float* at(char* base, int64_t n) const { return (float*)base + (n - first) * row; }
+    float* dk_at(int64_t n) const { return (float*)dk + (n - first) * dk_row; }
+    float* dv_at(int64_t n) const { return (float*)dv + (n - first) * dv_row; }
 };
 
 template <class Op>
 class Backward {
     static constexpr bool PAIRS = Op::PAIR == 2;
     const Call& call;
-    const Shape<Op> shape;
+    const Shape<Op> shape, values;  // of q and k; of v and out
     const Units units;
     const PairMask pair_mask;
     float *Q, *dO, *Q_rows, *dO_rows, *dq, *lse, *delta, *Kt, *Vt, *K, *dk, *dv, *stage, *scores, *products, *keep;
@@ -40,30 +41,30 @@ public:
 
     // `key_rows` of dk and dv are summed in scratch: 0 where the tensors are float32.
     Backward(const Call& call, float* from, int64_t key_rows)
-        : call(call), shape(call.dim), units(call.scale, PAIRS), pair_mask(call, float(LOG2_E / units.unit)) {
+        : call(call), shape(call.dim), values(call.value_dim), units(call.scale, PAIRS), pair_mask(call, float(LOG2_E / units.unit)) {
         float* at = from;
         auto take = [&](int64_t n) { float* mine = at; at += round_up(n, 16); return mine; };
         Q = take(ROWS * shape.wide);
-        dO = take(ROWS * shape.wide);
+        dO = take(ROWS * values.wide);
         Q_rows = PAIRS ? take(ROWS / 2 * shape.columns) : Q;
-        dO_rows = PAIRS ? take(ROWS / 2 * shape.columns) : dO;
+        dO_rows = PAIRS ? take(ROWS / 2 * values.columns) : dO;
         dq = take(ROWS * shape.columns);
         lse = take(ROWS);
         delta = take(ROWS);
         Kt = take(KEYS * shape.wide);
-        Vt = take(KEYS * shape.wide);
+        Vt = take(KEYS * values.wide);
         K = take(KEYS / Op::PAIR * shape.columns);
         // KEYS is no multiple of MR: the last register tile of rows reads and writes a few more.
         dk = take((KEYS + MR) * shape.columns);
-        dv = take((KEYS + MR) * shape.columns);
-        stage = take(most(VL * shape.wide, 2 * shape.columns));
+        dv = take((KEYS + MR) * values.columns);
+        stage = take(most(VL * most(shape.wide, values.wide), 2 * most(shape.columns, values.columns)));
         scores = take(STRIP * KEYS + VL);
         products = take(STRIP * KEYS + VL);
         keep = take(KEYS);
         ds_rows = PAIRS ? take(STRIP * KEYS / 2) : products;
         p_pairs = PAIRS ? take(STRIP / 2 * KEYS + VL) : scores;
         ds_pairs = PAIRS ? take(STRIP / 2 * KEYS + VL) : products;
-        sums = take(2 * key_rows * shape.columns);
+        sums = take(key_rows * (shape.columns + values.columns));
         queries = (Queries*)take(sizeof(Queries) / 4 + 1);
         tile = (KeyTile*)take(sizeof(KeyTile) / 4 + 1);
         floats = at - from;
@@ -72,11 +73,11 @@ public:
     // dk, dv of a kv head's key rows from all query heads that share it, and their dq unless another pass makes it.
     void keys(int64_t b, int64_t kv_head, const Share& share) {
         const int64_t group = call.heads / call.kv_heads, rows = share.row_end - share.row_begin;
-        Sums to{call.dk.at(b, 0, kv_head), call.dv.at(b, 0, kv_head), call.dk.row, 0};
+        Sums to{call.dk.at(b, 0, kv_head), call.dv.at(b, 0, kv_head), call.dk.row, call.dv.row, 0};
         const bool direct = call.dk.type == FLOAT32;
         if (!direct) {
-            memset(sums, 0, 2 * rows * shape.columns * 4);
-            to = Sums{(char*)sums, (char*)(sums + rows * shape.columns), shape.columns, share.row_begin};
+            memset(sums, 0, rows * (shape.columns + values.columns) * 4);
+            to = Sums{(char*)sums, (char*)(sums + rows * shape.columns), shape.columns, values.columns, share.row_begin};
         }
         for (int64_t j = 0; j < call.job_count; j++) {
             const Job& job = call.jobs[j];
@@ -92,8 +93,8 @@ public:
             }
         }
         for (int64_t n = share.row_begin; !direct && n < share.row_end; n++) {
-            store_floats(call.dk.at(b, n, kv_head), to.at(to.dk, n), call.dk.type, shape.dim);
-            store_floats(call.dv.at(b, n, kv_head), to.at(to.dv, n), call.dv.type, shape.dim);
+            store_floats(call.dk.at(b, n, kv_head), to.dk_at(n), call.dk.type, shape.dim);
+            store_floats(call.dv.at(b, n, kv_head), to.dv_at(n), call.dv.type, values.dim);
         }
     }
 
@@ -128,43 +129,43 @@ private:
     void begin(int64_t b, int64_t h, int64_t count, int64_t rows) {
         const Flush none(false);  // a small q times the scale is what it is
         for (int64_t r = 0; r < rows; r++) {
-            float *q_row = Q + r * shape.wide, *dO_row = dO + r * shape.wide;
+            float *q_row = Q + r * shape.wide, *dO_row = dO + r * values.wide;
             lse[r] = -NONE, delta[r] = 0;
             memset(q_row, 0, shape.wide * 4);
-            memset(dO_row, 0, shape.wide * 4);
+            memset(dO_row, 0, values.wide * 4);
             if (r >= count) continue;
             const int64_t n = queries->rows[r];
             load_words<Op>(q_row, call.q.at(b, n, h), call.q.type, shape.dim, shape.wide, units.q_factor);
-            load_words<Op>(dO_row, call.grad_out.at(b, n, h), call.grad_out.type, shape.dim, shape.wide, 1);
+            load_words<Op>(dO_row, call.grad_out.at(b, n, h), call.grad_out.type, values.dim, values.wide, 1);
             // A row that saw nothing: 2^(s - inf) is 0.
             const float own = *(const float*)call.lse.at(b, n, h);
             lse[r] = own == NONE ? -NONE : float(own * LOG2_E);
-            float *grad = stage, *out = stage + shape.columns, total = 0;
-            load_floats(grad, call.grad_out.at(b, n, h), call.grad_out.type, shape.dim, 1);
-            load_floats(out, call.out.at(b, n, h), call.out.type, shape.dim, 1);
-            for (int64_t i = 0; i < shape.dim; i++) total += grad[i] * out[i];
+            float *grad = stage, *out = stage + values.columns, total = 0;
+            load_floats(grad, call.grad_out.at(b, n, h), call.grad_out.type, values.dim, 1);
+            load_floats(out, call.out.at(b, n, h), call.out.type, values.dim, 1);
+            for (int64_t i = 0; i < values.dim; i++) total += grad[i] * out[i];
             delta[r] = total - (call.grad_lse.data ? *(const float*)call.grad_lse.at(b, n, h) : 0.f);
         }
         if (!PAIRS) return;
-        auto words = [&](float* from) {
-            return [this, from, rows](int64_t i) { return i < rows ? (const char*)(from + i * shape.wide) : nullptr; };
+        auto words = [rows](float* from, int64_t wide) {
+            return [=](int64_t i) { return i < rows ? (const char*)(from + i * wide) : nullptr; };
         };
-        pack_rows<Op>(Q_rows, stage, shape, BFLOAT16, rows, 1, words(Q));
-        pack_rows<Op>(dO_rows, stage, shape, BFLOAT16, rows, 1, words(dO));
+        pack_rows<Op>(Q_rows, stage, shape, BFLOAT16, rows, 1, words(Q, shape.wide));
+        pack_rows<Op>(dO_rows, stage, values, BFLOAT16, rows, 1, words(dO, values.wide));
     }
 
     // K, K^T and V^T: memory -> L2, replaced every tile of keys.
     void pack(int64_t b, int64_t kv_head, const Share& share) {
         const KeyTile& keys = *tile;
         pack_transposed<Op>(Kt, stage, call.k, shape, b, kv_head, keys.rows, keys.n, keys.padded);
-        pack_transposed<Op>(Vt, stage, call.v, shape, b, kv_head, keys.rows, keys.n, keys.padded);
+        pack_transposed<Op>(Vt, stage, call.v, values, b, kv_head, keys.rows, keys.n, keys.padded);
         if (share.dq)
             pack_rows<Op>(K, stage, shape, call.k.type, keys.padded, 1, [&](int64_t i) -> const char* {
                 return i < keys.n ? call.k.at(b, keys.rows[i], kv_head) : nullptr;
             });
         if (!share.dkv) return;
         memset(dk, 0, round_up(keys.padded, MR) * shape.columns * 4);
-        memset(dv, 0, round_up(keys.padded, MR) * shape.columns * 4);
+        memset(dv, 0, round_up(keys.padded, MR) * values.columns * 4);
     }
 
     void strip(int64_t r, int64_t height, int64_t real, Visibility visibility, int64_t b, int64_t h, const Share& share) {
@@ -173,10 +174,10 @@ private:
         const Reach<Op::GROUP> reach(keys, visibility, *queries, r, real);
         scores_of<Op>(Q + r * shape.wide, height, Kt, shape, keys, reach, scores, top);
         if (pair_mask.needed(visibility)) pair_mask.hide(keys, visibility, reach, b, h, *queries, r, real, scores, nullptr);
-        products_of<Op>(dO + r * shape.wide, height, Vt, shape, keys.padded, reach, products);
+        products_of<Op>(dO + r * values.wide, height, Vt, values, keys.padded, reach, products);
         for (int64_t i = 0; i < height; i += Op::PAIR) weigh(r, i, reach.from[i / MR], reach.to[i / MR], b, h);
         const auto one = [](int64_t) { return splat(1.f); };
-        const int64_t all = round_up(keys.padded, MR), from = r / Op::PAIR * shape.columns;
+        const int64_t all = round_up(keys.padded, MR);
         if (share.dkv) {
             // Of each register tile of keys: the rows from the first to the last that meets it.
             Steps met[KEYS / MR + 1] = {};
@@ -184,8 +185,8 @@ private:
                 for (int64_t j = reach.from[i / MR] / MR; j * MR < reach.to[i / MR]; j++)
                     met[j] = {met[j].to ? met[j].from : i / Op::PAIR, least(height, i + MR) / Op::PAIR};
             const auto steps = [&](int64_t j) { return met[j / MR]; };
-            accumulate<Op>(all, steps, p_pairs, 1, KEYS, dO_rows + from, shape.columns, dv, one);
-            accumulate<Op>(all, steps, ds_pairs, 1, KEYS, Q_rows + from, shape.columns, dk, one);
+            accumulate<Op>(all, steps, p_pairs, 1, KEYS, dO_rows + r / Op::PAIR * values.columns, values.columns, dv, one);
+            accumulate<Op>(all, steps, ds_pairs, 1, KEYS, Q_rows + r / Op::PAIR * shape.columns, shape.columns, dk, one);
         }
         if (share.dq)
             accumulate<Op>(
@@ -229,10 +230,10 @@ private:
     void add_keys(const Sums& to) {
         const float factor = call.scale == 0 ? 0.f : float(call.scale / units.q_factor);
         for (int64_t j = 0; j < tile->n; j++) {
-            float *dk_row = to.at(to.dk, tile->rows[j]), *dv_row = to.at(to.dv, tile->rows[j]);
-            const float *dk_own = dk + j * shape.columns, *dv_own = dv + j * shape.columns;
+            float *dk_row = to.dk_at(tile->rows[j]), *dv_row = to.dv_at(tile->rows[j]);
+            const float *dk_own = dk + j * shape.columns, *dv_own = dv + j * values.columns;
             for (int64_t i = 0; i < shape.dim; i++) dk_row[i] += dk_own[i] * factor;
-            for (int64_t i = 0; i < shape.dim; i++) dv_row[i] += dv_own[i];
+            for (int64_t i = 0; i < values.dim; i++) dv_row[i] += dv_own[i];
         }
     }
 

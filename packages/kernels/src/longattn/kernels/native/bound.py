@@ -97,7 +97,7 @@ class BoundBackward:
         complete: whether every row of dq, and of dk and dv, is written.
     """
 
-    __slots__ = ("_call", "_complete", "_device", "_floats", "_jobs", "_keys", "_queries", "_template", "_types")
+    __slots__ = ("_call", "_complete", "_device", "_floats", "_jobs", "_shapes", "_template", "_types")
 
     def __init__(
         self, call: Call, argument: CallArgument, jobs: PackedJobs, floats: int, complete: tuple[bool, bool]
@@ -106,7 +106,8 @@ class BoundBackward:
         self._template = bytes(argument)
         self._call: Any = building.library().longattn_attend_backward
         self._floats = (floats + _LINE // 4,)
-        self._queries, self._keys, self._types = call.q.shape, call.k.shape, (call.q.dtype, call.k.dtype, call.v.dtype)
+        self._shapes = (call.q.shape, call.k.shape, call.v.shape)
+        self._types = (call.q.dtype, call.k.dtype, call.v.dtype)
         self._complete, self._device = complete, call.q.device
 
     def __call__(
@@ -119,9 +120,9 @@ class BoundBackward:
         grad_out, grad_lse, out, lse = cotangents
         q, k, v, seed = tensors.q, tensors.k, tensors.v, tensors.seed
         make_queries, make_keys = (torch.empty if written else torch.zeros for written in self._complete)
-        types = self._types
-        dq = make_queries(self._queries, dtype=types[0])
-        dk, dv = make_keys(self._keys, dtype=types[1]), make_keys(self._keys, dtype=types[2])
+        shapes, types = self._shapes, self._types
+        dq = make_queries(shapes[0], dtype=types[0])
+        dk, dv = make_keys(shapes[1], dtype=types[1]), make_keys(shapes[2], dtype=types[2])
         argument = bytearray(self._template)
         given = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "grad_out": grad_out, "dq": dq, "dk": dk, "dv": dv}
         if grad_lse is not None:

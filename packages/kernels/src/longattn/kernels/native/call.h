@@ -61,7 +61,8 @@ struct Call {
     int64_t padding_batch, padding_row;
     const Job* jobs;
     int64_t job_count;
-    int64_t batch, queries, keys, heads, kv_heads, dim;
+    int64_t batch, queries, keys, heads, kv_heads;
+    int64_t dim, value_dim;    // of a row of q and k; of v, out and their gradients
     double scale;
     double drop;               // probability, and what philox counts with
     uint64_t seed;

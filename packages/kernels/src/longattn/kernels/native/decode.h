@@ -9,10 +9,10 @@ constexpr int64_t WORTH = 1 << 18;                 // bytes for which it pays to
 // How many ranges keys are cut into. It depends on the number of keys alone, so that the bits of a result depend on nothing else.
 static INLINE int64_t ranges_of(int64_t keys) { return least(MOST_RANGES, most(1, (keys + RANGE - 1) / RANGE)); }
 
-// Keys and values of a cache as Python checked them: (rows, slots, dim), where `head` of both is unused.
+// Keys and values of a cache as Python checked them: (rows, slots, dim) and (rows, slots, value_dim), where `head` of both is unused.
 struct Cache {
     Tensor k, v;
-    int64_t rows, slots, dim;
+    int64_t rows, slots, dim, value_dim;
 };
 
 // What is not the same for all keys of a step.
@@ -25,8 +25,8 @@ struct Apart {
 };
 
 struct Step {
-    const char* q;  // (rows, group, dim), of the cache's type, as is `out`
-    char* out;
+    const char* q;  // (rows, group, dim), of the cache's type
+    char* out;      // (rows, group, value_dim), likewise
     int64_t group, keys;  // the first so many slots
     double scale;
     int64_t threads;
@@ -36,11 +36,11 @@ struct Step {
     int64_t blocks() const { return (group + MOST_FEW - 1) / MOST_FEW; }
     int64_t ranges() const { return ranges_of(keys - apart.first) + (apart.first > 0); }
     // Floats between the parts of one block and the next.
-    int64_t floats(int64_t dim) const { return ranges() * MOST_FEW * (round_up(dim, STEP) + 2); }
+    int64_t floats(int64_t value_dim) const { return ranges() * MOST_FEW * (round_up(value_dim, STEP) + 2); }
 };
 
 static int64_t scratch_of(const Step& step, const Cache& cache) {
-    return step.ranges() > 1 ? cache.rows * step.blocks() * step.floats(cache.dim) : 0;
+    return step.ranges() > 1 ? cache.rows * step.blocks() * step.floats(cache.value_dim) : 0;
 }
 
 template <class Stored>
@@ -53,7 +53,7 @@ class Decode {
     // Some query rows of a row of the cache.
     void share(int64_t row, int64_t block, bool first, Shared& all) const {
         const int64_t g = block * MOST_FEW;
-        all.rows = least(MOST_FEW, step.group - g), all.dim = cache.dim;
+        all.rows = least(MOST_FEW, step.group - g), all.dim = cache.dim, all.value_dim = cache.value_dim;
         all.unit = float(step.scale * LOG2_E);
         const char* q = first ? apart.first_q : step.q;
         for (int64_t r = 0; r < all.rows; r++) {
@@ -83,7 +83,7 @@ class Decode {
         for (int64_t r = 0; r < all.rows; r++) {
             const int64_t at = row * step.group + block * MOST_FEW + r;
             merge_parts<Stored>(all, r, parts, step.ranges(), apart.sinks ? float(apart.sinks[at] * LOG2_E) : NONE, numbers);
-            store_floats(step.out + at * cache.dim * size, numbers, cache.k.type, cache.dim);
+            store_floats(step.out + at * cache.value_dim * size, numbers, cache.k.type, cache.value_dim);
         }
     }
 
@@ -91,8 +91,8 @@ public:
     Decode(const Cache& cache, const Step& step) : cache(cache), step(step), apart(step.apart) {}
 
     void run() const {
-        const int64_t ranges = step.ranges(), blocks = step.blocks(), each = step.floats(cache.dim);
-        const int64_t threads = least(step.threads, 1 + 2 * cache.rows * step.keys * cache.dim * size / WORTH);
+        const int64_t ranges = step.ranges(), blocks = step.blocks(), each = step.floats(cache.value_dim);
+        const int64_t threads = least(step.threads, 1 + cache.rows * step.keys * (cache.dim + cache.value_dim) * size / WORTH);
         if (ranges == 1) {
             Pool::of_process().run(threads, cache.rows * blocks, [&](int64_t, int64_t i) {
                 alignas(64) float part[MOST_FEW * (MOST_WIDE + 2)];
@@ -105,7 +105,7 @@ public:
         Pool::of_process().run(threads, cache.rows * blocks * ranges, [&](int64_t, int64_t i) {
             const int64_t block = i / ranges, rows = least(MOST_FEW, step.group - block % blocks * MOST_FEW);
             float* parts = step.scratch + block * each;
-            range(block / blocks, block % blocks, i % ranges, parts + i % ranges * rows * (round_up(cache.dim, STEP) + 2));
+            range(block / blocks, block % blocks, i % ranges, parts + i % ranges * rows * (round_up(cache.value_dim, STEP) + 2));
         });
         for (int64_t i = 0; i < cache.rows * blocks; i++) finish(i / blocks, i % blocks, step.scratch + i * each);
     }

@@ -20,7 +20,11 @@ _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 class CacheArgument(ctypes.Structure):
     """`Cache` of decode.h."""
 
-    _fields_ = [("k", TensorArgument), ("v", TensorArgument), *((name, _int) for name in ("rows", "slots", "dim"))]
+    _fields_ = [
+        ("k", TensorArgument),
+        ("v", TensorArgument),
+        *((name, _int) for name in ("rows", "slots", "dim", "value_dim")),
+    ]
 
 
 class ApartArgument(ctypes.Structure):
@@ -36,22 +40,41 @@ class ApartArgument(ctypes.Structure):
     ]
 
 
+def result_shape(q: Tensor, dim: int, value_dim: int) -> tuple[int, ...]:
+    """The shape of what is attended for q: its own, with v's head_dim in place of k's.
+
+    Raises:
+        ValueError: they differ, and the last axis of q is not the head_dim.
+    """
+    if dim != value_dim and q.shape[-1] != dim:
+        raise ValueError(
+            f"q must have k's head_dim, {dim}, as its last axis where v has another, {value_dim}, got {tuple(q.shape)}"
+        )
+    return tuple(q.shape) if dim == value_dim else (*q.shape[:-1], value_dim)
+
+
 class StreamedCache:
     """Keys and values of one cache, as the library reads them.
 
     Args:
-        keys, values: (rows, slots, head_dim), float32, bfloat16 or float16, both of one dtype, on the CPU, last stride 1.
+        keys, values: (rows, slots, head_dim), each with its own head_dim, float32, bfloat16 or float16, both of one dtype, on the CPU,
+            last stride 1.
 
     Raises:
         ValueError: they are not, or have strides that leave their memory.
     """
 
-    __slots__ = ("_argument", "_kept", "_library", "address", "dim", "dtype", "rows", "slots")
+    __slots__ = ("_argument", "_kept", "_library", "address", "dim", "dtype", "rows", "slots", "value_dim")
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        if not self.serves(keys) or not self.serves(values) or keys.shape != values.shape or keys.dtype != values.dtype:
+        if (
+            not self.serves(keys)
+            or not self.serves(values)
+            or keys.shape[:2] != values.shape[:2]
+            or keys.dtype != values.dtype
+        ):
             raise ValueError(
-                f"keys and values must be (rows, slots, head_dim) CPU tensors of one shape and dtype with a last stride of 1, got "
+                f"keys and values must be (rows, slots, head_dim) CPU tensors of one dtype and as many rows and slots with a last stride of 1, got "
                 f"{tuple(keys.shape)}, {keys.dtype}, {keys.stride()} and {tuple(values.shape)}, {values.dtype}, {values.stride()}"
             )
         arguments = []
@@ -60,8 +83,9 @@ class StreamedCache:
             arguments.append(TensorArgument(x.data_ptr(), x.stride(0), x.stride(1), 0, TYPES[x.dtype]))
         self._kept = (keys, values)
         self.rows, self.slots, self.dim = keys.shape
+        self.value_dim = values.shape[2]
         self.dtype = keys.dtype
-        self._argument = CacheArgument(*arguments, self.rows, self.slots, self.dim)
+        self._argument = CacheArgument(*arguments, self.rows, self.slots, self.dim, self.value_dim)
         self.address = ctypes.addressof(self._argument)
         self._library: tuple[Any, Any, int] = (None, None, 0)
 
@@ -101,7 +125,11 @@ class StreamedCache:
                 f"q must be {self.dtype} on the CPU with {self.dim} numbers for each of some heads of {self.rows} rows, over at most "
                 f"{self.slots} slots, got {tuple(q.shape)}, {q.dtype}, on {q.device}, over {held}"
             )
-        out = torch.empty_like(q)
+        out = (
+            torch.empty_like(q)
+            if self.dim == self.value_dim
+            else q.new_empty(result_shape(q, self.dim, self.value_dim))
+        )
         if not group:
             return out
         apart, first_keys = None, 0

@@ -10,18 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longattn.kernels.native.decode import StreamedCache
+from longattn.kernels.native.decode import StreamedCache, result_shape
 
 
 class DecodeCache:
     """Keys and values of a cache, described once for all steps over it.
 
     Args:
-        keys, values: (rows, slots, head_dim), of one dtype and device, last stride 1. A row is a kv head of a batch element.
+        keys, values: (rows, slots, head_dim), each with its own head_dim, of one dtype and device, last stride 1. A row is a kv head of a
+            batch element.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
+        self.dims = (keys.shape[-1], values.shape[-1])
         served = StreamedCache.serves(keys) and StreamedCache.serves(values)
         self.streamed = StreamedCache(keys, values) if served else None
 
@@ -48,13 +50,13 @@ def decode_attention(
         sink_logits: broadcastable to (rows, group, 1), a learned sink: joins the softmax as a key of that score and value zero.
 
     Returns:
-        Like q.
+        Like q; where values have another head_dim than keys, q's last axis is the head_dim, and the result's is that of the values.
 
     Raises:
         ValueError: tensors that do not fit the cache.
     """
     if not q.numel():
-        return torch.zeros_like(q)
+        return q.new_zeros(result_shape(q, *cache.dims))
     if cache.streamed is not None and _plain(q, cache, first, sink_logits):
         out = cache.streamed.attend(q, held, scale, hidden=hidden, first=first, sink_logits=sink_logits)
         if out is not None:
@@ -102,7 +104,7 @@ def _products(
     if hidden is not None:
         # Where nothing is seen the softmax is 0 / 0.
         weights = weights.masked_fill(hidden.all(-1, keepdim=True), 0)
-    return torch.bmm(weights, values).reshape(q.shape)
+    return torch.bmm(weights, values).reshape(result_shape(q, keys.shape[2], values.shape[2]))
 
 
 def _scores(q: Tensor, keys: Tensor, scale: float) -> Tensor:

@@ -14,7 +14,7 @@ constexpr int64_t MOST_WIDE = 256; // numbers of a row
 
 // Query rows and the keys that they share. Key i is at k + i * k_step, in bytes; row r sees the keys begin[r] <= i < end[r].
 struct Shared {
-    int64_t rows, dim;
+    int64_t rows, dim, value_dim;
     float unit;  // what makes a product of q and k a score
     const char* q[MOST_FEW];
     int64_t begin[MOST_FEW], end[MOST_FEW];
@@ -23,7 +23,7 @@ struct Shared {
     const uint8_t* hidden;  // key i is hidden where hidden[i * hidden_step] is 1, and is not read; null: none
     int64_t hidden_step;
 
-    int64_t wide() const { return round_up(dim, STEP); }
+    int64_t wide() const { return round_up(value_dim, STEP); }
     // Floats of a part: acc (rows, wide), m (rows), l (rows).
     int64_t floats() const { return rows * (wide() + 2); }
 };
@@ -31,7 +31,8 @@ struct Shared {
 template <class Stored>
 class FewQueries {
     const Shared& all;
-    const int64_t whole, rest, wide;  // steps of a row, numbers of the step behind them, numbers of a row of acc
+    const int64_t whole, rest;  // of a row of q and k: steps, and numbers of the step behind them
+    const int64_t value_whole, value_rest, wide;  // of v: the same, and numbers of a row of acc
     float *acc, *m, *l;
     alignas(64) float Q[MOST_FEW * MOST_WIDE];
     alignas(64) float scores[MOST_FEW * FEW_KEYS];
@@ -39,7 +40,9 @@ class FewQueries {
     int64_t at[FEW_KEYS], n;          // the tile's keys
 
 public:
-    explicit FewQueries(const Shared& all) : all(all), whole(all.dim / STEP), rest(all.dim % STEP), wide(all.wide()) {}
+    explicit FewQueries(const Shared& all)
+        : all(all), whole(all.dim / STEP), rest(all.dim % STEP), value_whole(all.value_dim / STEP), value_rest(all.value_dim % STEP),
+          wide(all.wide()) {}
 
     // The part of the keys first .. last, at `part`.
     void run(int64_t first, int64_t last, float* part) {
@@ -165,10 +168,10 @@ private:
     void add_values(int64_t r0) {
         constexpr int P = R > 2 ? 2 : 4;  // sums of R x P pairs stay in registers
         int64_t c = 0;
-        for (; c + P <= whole; c += P) add_columns<R, P, true>(r0, c);
-        if (P > 2 && c + 2 <= whole) add_columns<R, 2, true>(r0, c), c += 2;
-        for (; c < whole; c++) add_columns<R, 1, true>(r0, c);
-        if (rest) add_columns<R, 1, false>(r0, c);
+        for (; c + P <= value_whole; c += P) add_columns<R, P, true>(r0, c);
+        if (P > 2 && c + 2 <= value_whole) add_columns<R, 2, true>(r0, c), c += 2;
+        for (; c < value_whole; c++) add_columns<R, 1, true>(r0, c);
+        if (value_rest) add_columns<R, 1, false>(r0, c);
     }
 
     template <int R, int P, bool WHOLE>
@@ -186,7 +189,7 @@ private:
             for (int x = 0; x < P; x++) {
                 const char* from = row + x * Stored::BYTES;
                 fetch(from + ahead);
-                const Pair v = WHOLE ? Stored::step(from) : step_of<Stored>(from, rest);
+                const Pair v = WHOLE ? Stored::step(from) : step_of<Stored>(from, value_rest);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) {
                     const Floats weight = splat(p[r * FEW_KEYS + j]);

@@ -28,7 +28,7 @@ struct Units {
 template <class Op>
 class Forward {
     const Call& call;
-    const Shape<Op> shape;
+    const Shape<Op> shape, values;  // of q and k; of v and out
     const Units units;
     const PairMask pair_mask;
     float *Q, *acc, *m, *l, *Kt, *V, *stage, *scores, *top, *factor, *keep;
@@ -39,16 +39,16 @@ class Forward {
 public:
     // Lays out the scratch of one thread from `from` on; `floats` is how much of it there must be.
     Forward(const Call& call, float* from)
-        : call(call), shape(call.dim), units(call.scale, Op::PAIR == 2), pair_mask(call, float(LOG2_E / units.unit)) {
+        : call(call), shape(call.dim), values(call.value_dim), units(call.scale, Op::PAIR == 2), pair_mask(call, float(LOG2_E / units.unit)) {
         float* at = from;
         auto take = [&](int64_t n) { float* mine = at; at += round_up(n, 16); return mine; };
         Q = take(ROWS * shape.wide);
-        acc = take(ROWS * shape.columns);
+        acc = take(ROWS * values.columns);
         m = take(ROWS);
         l = take(ROWS * VL);
         Kt = take(KEYS * shape.wide);
-        V = take(KEYS / Op::PAIR * shape.columns);
-        stage = take(most(VL * shape.wide, shape.columns));
+        V = take(KEYS / Op::PAIR * values.columns);
+        stage = take(most(VL * shape.wide, values.columns));
         scores = take(STRIP * KEYS);
         top = take(STRIP * VL);
         factor = take(STRIP);
@@ -80,7 +80,7 @@ public:
                 for (int64_t i = 0; i < height; i++) softmax(r, i, reach.from[i / MR], reach.to[i / MR], b, h);
                 accumulate<Op>(
                     height, [&](int64_t i) { return Steps{reach.from[i / MR] / Op::PAIR, reach.to[i / MR] / Op::PAIR}; },
-                    Op::PAIR == 2 ? (const float*)halves : scores, KEYS / Op::PAIR, 1, V, shape.columns, acc + r * shape.columns,
+                    Op::PAIR == 2 ? (const float*)halves : scores, KEYS / Op::PAIR, 1, V, values.columns, acc + r * values.columns,
                     [&](int64_t i) { return splat(factor[i]); });
             }
         }
@@ -99,7 +99,7 @@ private:
             else memset(row, 0, shape.wide * 4);
             m[r] = NONE;
         }
-        memset(acc, 0, rows * shape.columns * 4);
+        memset(acc, 0, rows * values.columns * 4);
         memset(l, 0, rows * VL * 4);
         return rows;
     }
@@ -108,7 +108,7 @@ private:
     void pack(int64_t b, int64_t kv_head) {
         const KeyTile& keys = *tile;
         pack_transposed<Op>(Kt, stage, call.k, shape, b, kv_head, keys.rows, keys.n, keys.padded);
-        pack_rows<Op>(V, stage, shape, call.v.type, keys.padded, 1, [&](int64_t i) -> const char* {
+        pack_rows<Op>(V, stage, values, call.v.type, keys.padded, 1, [&](int64_t i) -> const char* {
             return i < keys.n ? call.v.at(b, keys.rows[i], kv_head) : nullptr;
         });
     }
@@ -149,7 +149,7 @@ private:
 
     // out and lse: L2 -> memory, once a task; onto what stands there where the row was written before.
     void finish(const Job& job, int64_t b, int64_t h, int64_t r) {
-        float total = sum(load(l + r * VL)), *row = acc + r * shape.columns;
+        float total = sum(load(l + r * VL)), *row = acc + r * values.columns;
         float lse = total > 0 ? float((double(m[r]) * units.unit + std::log2(double(total))) * LN_2) : NONE;
         if (total != total) lse = total;
         char* out = call.out.at(b, queries->rows[r], h);
@@ -163,10 +163,10 @@ private:
                 lse = float(top + std::log(a + c));
             } else theirs = 1;
             const float* old = (const float*)out;
-            for (int64_t i = 0; i < shape.dim; i++) row[i] = row[i] * mine + old[i] * theirs;
+            for (int64_t i = 0; i < values.dim; i++) row[i] = row[i] * mine + old[i] * theirs;
         } else
-            for (int64_t i = 0; i < shape.dim; i++) row[i] *= mine;
-        store_floats(out, row, call.out.type, shape.dim);
+            for (int64_t i = 0; i < values.dim; i++) row[i] *= mine;
+        store_floats(out, row, call.out.type, values.dim);
         *lse_at = lse;
     }
 };

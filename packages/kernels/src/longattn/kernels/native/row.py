@@ -13,6 +13,7 @@ from longattn.kernels.eager.tile_walk import finish
 from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.native import building
 from longattn.kernels.native.bound import BoundBackward, BoundForward, is_plain, readable_as_it_lies
+from longattn.kernels.native.decode import MOST_WIDE
 from longattn.kernels.native.lowering import Lowered, lower
 from longattn.kernels.native.structures import SIZES, TYPES, CallArgument, PackedJobs, packed
 
@@ -20,7 +21,7 @@ CAPABILITY = Capability(
     devices=("cpu",),
     dtypes={"cpu": (torch.float16, torch.bfloat16, torch.float32)},
     tolerance={torch.float32: (2e-5, 2e-5), torch.float16: (2e-3, 2e-3), torch.bfloat16: (1.6e-2, 1.6e-2)},
-    max_head_dim=256,
+    max_head_dim=MOST_WIDE,
     dropout=True,
     skips_padding=True,
 )
@@ -92,7 +93,7 @@ def backward(
     """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32."""
     lowered = lower(call.plan)
     asked = _argument(call, *(_readable(x, call.q.dtype) for x in (out, lse)))
-    asked.point_to("grad_out", _readable(grad_out, call.q.dtype), tuple(call.q.shape))
+    asked.point_to("grad_out", _readable(grad_out, call.q.dtype), tuple(out.shape))
     if grad_lse is not None:
         asked.point_to("grad_lse", grad_lse.to(torch.float32), tuple(lse.shape))
     one_phase = len(lowered.phases) == 1
@@ -150,16 +151,18 @@ def _new_state(call: Call, lowered: Lowered) -> tuple[Tensor, Tensor]:
 def _argument(call: Call, out: Tensor, lse: Tensor) -> CallArgument:
     """What forward and backward both say."""
     batch, nq, heads, dim = call.q.shape
-    _, nk, kv_heads, _ = call.k.shape
-    if (heads, nq, nk) != call.plan.rectangle.shape or not kv_heads or heads % kv_heads or not 0 < dim <= 256:
+    _, nk, kv_heads, value_dim = call.v.shape
+    fits = (heads, nq, nk) == call.plan.rectangle.shape and kv_heads and heads % kv_heads == 0
+    if not fits or not 0 < dim <= MOST_WIDE or not 0 < value_dim <= MOST_WIDE:
         raise ValueError(
-            f"q and k must fit the plan's {call.plan.rectangle.shape}, got {call.q.shape} and {call.k.shape}"
+            f"q, k and v must fit the plan's {call.plan.rectangle.shape}, got {call.q.shape}, {call.k.shape} and {call.v.shape}"
         )
-    asked = CallArgument(batch=batch, queries=nq, keys=nk, heads=heads, kv_heads=kv_heads, dim=dim)
+    sizes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "value_dim": value_dim}
+    asked = CallArgument(batch=batch, queries=nq, keys=nk, **sizes)
     asked.point_to("q", call.q, (batch, nq, heads, dim))
     asked.point_to("k", call.k, (batch, nk, kv_heads, dim))
-    asked.point_to("v", call.v, (batch, nk, kv_heads, dim))
-    asked.point_to("out", out, (batch, nq, heads, dim))
+    asked.point_to("v", call.v, (batch, nk, kv_heads, value_dim))
+    asked.point_to("out", out, (batch, nq, heads, value_dim))
     asked.point_to("lse", lse, (batch, nq, heads))
     if call.key_padding is not None:
         asked.hide(call.key_padding, (batch, nk))
@@ -231,7 +234,7 @@ def bind_backward(
     if not is_plain(call) or len(lowered.phases) != 1 or not readable:
         return None
     asked = _argument(call, out, lse)
-    asked.point_to("grad_out", grad_out, tuple(call.q.shape))
+    asked.point_to("grad_out", grad_out, tuple(out.shape))
     if grad_lse is not None:
         asked.point_to("grad_lse", grad_lse, tuple(lse.shape))
     asked.key_parts = _key_parts(asked)

@@ -23,7 +23,7 @@ class ShortCall {
     int64_t pieces(const Job& job) const { return (job.queries.count * group(job) + MOST_FEW - 1) / MOST_FEW; }
     int64_t blocks(const Job& job) const { return call.batch * (job.heads / group(job)) * job.tiles * pieces(job); }
     static int64_t ranges(const Job& job) { return ranges_of(job.keys->count); }
-    int64_t part() const { return MOST_FEW * (round_up(call.dim, STEP) + 2); }
+    int64_t part() const { return MOST_FEW * (round_up(call.value_dim, STEP) + 2); }
 
     Block block(const Job& job, int64_t i) const {
         const int64_t many = pieces(job), units = job.heads / group(job);
@@ -42,7 +42,7 @@ class ShortCall {
 
     void share(const Block& at, Shared& all) const {
         const RowSet& keys = *at.job.keys;
-        all.rows = least(MOST_FEW, at.job.queries.count * group(at.job) - at.first), all.dim = call.dim;
+        all.rows = least(MOST_FEW, at.job.queries.count * group(at.job) - at.first), all.dim = call.dim, all.value_dim = call.value_dim;
         all.unit = float(call.scale * LOG2_E);
         const int64_t begin = keys.row(at.t, 0), step = keys.period, kv_head = at.head / (call.heads / call.kv_heads);
         const int64_t origin = keys.position(begin), apart = keys.position_step * step;
@@ -75,7 +75,7 @@ class ShortCall {
         for (int64_t r = 0; r < all.rows; r++) {
             int64_t head, n = row(at, r, head);
             const float lse = merge_parts<Stored>(all, r, parts, ranges(at.job), NONE, numbers);
-            store_floats(call.out.at(at.b, n, head), numbers, call.out.type, call.dim);
+            store_floats(call.out.at(at.b, n, head), numbers, call.out.type, call.value_dim);
             *(float*)call.lse.at(at.b, n, head) = lse;
         }
     }
@@ -91,7 +91,7 @@ public:
         for (int64_t j = 0; j < call.job_count; j++) {
             const Job& job = call.jobs[j];
             const int64_t many = ranges(job), each = many * part();
-            const int64_t bytes = 2 * blocks(job) * job.keys->count * call.dim * size;
+            const int64_t bytes = blocks(job) * job.keys->count * (call.dim + call.value_dim) * size;
             Pool::of_process().run(least(call.threads, 1 + bytes / WORTH), blocks(job) * many, [&](int64_t, int64_t i) {
                 const Block at = block(job, i / many);
                 alignas(64) float own[MOST_FEW * (MOST_WIDE + 2)];
@@ -100,7 +100,7 @@ public:
                     return;
                 }
                 Shared all;
-                all.rows = least(MOST_FEW, job.queries.count * group(job) - at.first), all.dim = call.dim;
+                all.rows = least(MOST_FEW, job.queries.count * group(job) - at.first), all.dim = call.dim, all.value_dim = call.value_dim;
                 range(at, i % many, scratch + i / many * each + i % many * all.floats());
             });
             for (int64_t i = 0; many > 1 && i < blocks(job); i++) finish(block(job, i), scratch + i * each);

@@ -53,7 +53,7 @@ class CallArgument(ctypes.Structure):
         ("padding_row", _int),
         ("jobs", _pointer),
         ("job_count", _int),
-        *((name, _int) for name in ("batch", "queries", "keys", "heads", "kv_heads", "dim")),
+        *((name, _int) for name in ("batch", "queries", "keys", "heads", "kv_heads", "dim", "value_dim")),
         ("scale", _double),
         ("drop", _double),
         ("seed", ctypes.c_uint64),

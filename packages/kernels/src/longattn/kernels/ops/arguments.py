@@ -16,7 +16,7 @@ class OpTensors(NamedTuple):
     """The tensors of a call. The first `GRADED` of them have gradients.
 
     Attributes:
-        q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim).
+        q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim); v, and so out, may have its own head_dim.
         bias: floating, broadcastable to (batch, heads, Nq, Nk), or None. mask: bool, likewise.
         key_padding: (batch, Nk) bool, or None.
         seed: 0-dim int64, or None without dropout.

@@ -120,13 +120,14 @@ def define(
         return map_backward(back_op, info.batch_size, in_dims, inputs)
 
     def flops(*shapes: Any, **_: Any) -> int:
-        # Two products of 2 * head_dim operations for each visible pair.
-        q, k = shapes[:2]
-        return 4 * q[0] * q[3] * pairs(q, k, OpArguments(*shapes[TENSORS:]))
+        # Two products for each visible pair: scores over q's head_dim, and the output over v's.
+        q, k, v = shapes[:3]
+        return 2 * q[0] * (q[3] + v[3]) * pairs(q, k, OpArguments(*shapes[TENSORS:]))
 
     def backward_flops(*shapes: Any, **_: Any) -> int:
-        # Five products: scores again, dP, dV, dK, dQ.
-        return flops(*shapes[_BESIDE:]) * 5 // 2
+        # Five: scores again, dK and dQ; dP and dV.
+        q, k, v = shapes[_BESIDE : _BESIDE + 3]
+        return 2 * q[0] * (3 * q[3] + 2 * v[3]) * pairs(q, k, OpArguments(*shapes[_BESIDE + TENSORS :]))
 
     def call(tensors: OpTensors, asked: OpArguments) -> tuple[Tensor, Tensor]:
         refuse_tangents(*tensors)

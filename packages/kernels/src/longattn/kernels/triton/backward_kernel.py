@@ -31,16 +31,16 @@ from longattn.kernels.triton.score_kernel import (
 @triton.jit(do_not_specialize=["length", "heads"])
 def rows_kernel(
     grad_out_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, pivot_ptr, length, heads,
-    grad_strides, out_strides, lse_strides, grad_lse_strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    grad_strides, out_strides, lse_strides, grad_lse_strides, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """delta and lse * log2 e of ROWS query rows of a head, into (batch, heads, Nq). A row that saw nothing gets +inf: its P is 0."""
     blocks = tl.cdiv(length, ROWS)
     line = (tl.program_id(0) // blocks).to(tl.int64)
     head, batch = line % heads, line // heads
     rows = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dims = tl.arange(0, BLOCK_D)
+    dims = tl.arange(0, BLOCK_V)
     valid = rows < length
-    mask = valid[:, None] & (dims < HEAD_DIM)[None, :]
+    mask = valid[:, None] & (dims < VALUE_DIM)[None, :]
     at = grad_out_ptr + batch * grad_strides[0] + head * grad_strides[2] + rows[:, None] * grad_strides[1]
     # dO, O: HBM -> registers, once
     grad = tl.load(at + dims[None, :] * grad_strides[3], mask=mask, other=0.0).to(tl.float32)
@@ -62,11 +62,11 @@ def rows_kernel(
 @triton.jit
 def stream_queries(
     k, v, dk, dv, begin, end, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions, k_valid,
-    k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
+    k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims, value_dims,
     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
     scale, sm_scale, seed, threshold, rescale, first_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, REDUCE: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, REDUCE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk, dv after the entries begin .. end; scores are (keys, queries)."""
@@ -103,11 +103,20 @@ def stream_queries(
             p = tl.exp2(scores - pivot[None, :])
             # dO tile: HBM -> SRAM, replaced every iteration
             grad = load_tile(
-                grad_ptr, grad_base, q_rows, grad_strides[1], dims, grad_strides[3], q_valid, HEAD_DIM, BLOCK_D, MASKED
+                grad_ptr,
+                grad_base,
+                q_rows,
+                grad_strides[1],
+                value_dims,
+                grad_strides[3],
+                q_valid,
+                VALUE_DIM,
+                BLOCK_V,
+                MASKED,
             )
             dp = product_over_dims(
                 v, v_ptr, v_base, k_rows, v_strides, k_valid, grad, grad_ptr, grad_base, q_rows, grad_strides, q_valid,
-                BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D, CHUNK, PRECISION, UPCAST,
+                BLOCK_N, BLOCK_M, VALUE_DIM, BLOCK_V, VALUE_CHUNK, PRECISION, UPCAST,
             )  # fmt: skip
             dropped = p
             if DROPOUT:
@@ -148,12 +157,12 @@ def keys_kernel(
     jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, program_count, heads, length,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides, mask_strides, bias_strides, padding_strides,
     scale, sm_scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, REDUCE: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, REDUCE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the keys of one job after the other; with REDUCE their share of dq too."""
-    offs_n, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    offs_n, dims, value_dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     batch = (tl.program_id(0) // program_count).to(tl.int64)
     for at in tl.range(tl.program_id(0) % program_count, job_count, program_count):
         # one job: HBM -> registers, until its rows are stored
@@ -167,24 +176,24 @@ def keys_kernel(
         k_base, v_base = batch * k_strides[0] + kv_head * k_strides[2], batch * v_strides[0] + kv_head * v_strides[2]
         # k, v tiles: HBM -> SRAM, stay for all their queries
         k = load_tile(k_ptr, k_base, k_rows, k_strides[1], dims, k_strides[3], k_valid, HEAD_DIM, BLOCK_D, True)
-        v = load_tile(v_ptr, v_base, k_rows, v_strides[1], dims, v_strides[3], k_valid, HEAD_DIM, BLOCK_D, True)
+        v = load_tile(v_ptr, v_base, k_rows, v_strides[1], value_dims, v_strides[3], k_valid, VALUE_DIM, BLOCK_V, True)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # registers, stays
-        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # registers, stays
+        dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)  # registers, stays
         # A short block has rows that are no keys: their P is not theirs to add, so all its entries are masked.
         edge = tl.where(count < BLOCK_N, dense, edge)
         dk, dv = stream_queries(
             k, v, dk, dv, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
             k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
-            mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
+            value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, sm_scale, seed, threshold, rescale, first_head,
-            GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, MASK_ALL, DROPOUT, REDUCE, PRECISION, UPCAST,
+            GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL, DROPOUT, REDUCE, PRECISION, UPCAST,
         )  # fmt: skip
         dk, dv = stream_queries(
             k, v, dk, dv, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
             k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
-            mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
+            value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, sm_scale, seed, threshold, rescale, first_head,
-            GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, True, DROPOUT, REDUCE, PRECISION, UPCAST,
+            GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, True, DROPOUT, REDUCE, PRECISION, UPCAST,
         )  # fmt: skip
         mask = k_valid[:, None] & (dims < HEAD_DIM)[None, :]
         # dk, dv: registers -> HBM, once a job
@@ -192,4 +201,5 @@ def keys_kernel(
         dk_at = dk_ptr + batch * dk_strides[0] + kv_head * dk_strides[2] + row_at[:, None] * dk_strides[1]
         tl.store(dk_at + dims[None, :] * dk_strides[3], (dk * sm_scale).to(dk_ptr.dtype.element_ty), mask=mask)
         dv_at = dv_ptr + batch * dv_strides[0] + kv_head * dv_strides[2] + row_at[:, None] * dv_strides[1]
-        tl.store(dv_at + dims[None, :] * dv_strides[3], dv.to(dv_ptr.dtype.element_ty), mask=mask)
+        value_mask = k_valid[:, None] & (value_dims < VALUE_DIM)[None, :]
+        tl.store(dv_at + value_dims[None, :] * dv_strides[3], dv.to(dv_ptr.dtype.element_ty), mask=value_mask)

@@ -142,9 +142,17 @@ def table_architecture(name: str) -> str:
     return "sm_90" if number // 10 == 9 else "sm_89"
 
 
+def padded(head_dim: int) -> int:
+    """The width that a head_dim is padded to."""
+    return next(dim for dim in HEAD_DIMS if dim >= head_dim)
+
+
 def choose(kernel: str, architecture: str, head_dim: int, element_size: int) -> tuple[Configuration, int]:
-    """The tile of a kernel on an architecture ("" is the interpreter), and the width that head_dim is padded to."""
-    width = next(dim for dim in HEAD_DIMS if dim >= head_dim)
+    """The tile of a kernel on an architecture ("" is the interpreter), and the width that head_dim is padded to.
+
+    head_dim: the larger one, where v has its own.
+    """
+    width = padded(head_dim)
     if not architecture:
         return _INTERPRETED, width
     return TABLE[kernel, table_architecture(architecture), width, element_size], width

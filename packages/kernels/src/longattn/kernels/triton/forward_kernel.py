@@ -30,10 +30,11 @@ from longattn.kernels.triton.score_kernel import (
 @triton.jit
 def stream_keys(
     q, m, l, acc, begin, end, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
-    q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
+    q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
     scale, seed, threshold, rescale, first_head,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     LISTED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, FLIP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +83,9 @@ def stream_keys(
                 )
                 p = tl.where(kept, p * rescale, 0.0)
             # v tile: HBM -> SRAM, replaced every iteration
-            v = load_tile(v_ptr, v_base, k_rows, v_strides[1], dims, v_strides[3], k_valid, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_tile(
+                v_ptr, v_base, k_rows, v_strides[1], value_dims, v_strides[3], k_valid, VALUE_DIM, BLOCK_V, MASKED
+            )
             acc = acc * alpha[:, None] + product(p.to(v.dtype), v, PRECISION, UPCAST)
             m = m_new
     return m, l, acc
@@ -95,12 +98,12 @@ def forward_kernel(
     q_strides, k_strides, v_strides, out_strides, lse_strides, prior_out_strides, prior_lse_strides,
     mask_strides, bias_strides, padding_strides, part_strides,
     scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
-    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr,
+    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr,
     FLIP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Jobs p, p + programs, ... of one batch element; see the module. scale is times log2 e and positive."""
-    offs_m, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    offs_m, dims, value_dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     batch = (tl.program_id(0) // program_count).to(tl.int64)
     for at in tl.range(tl.program_id(0) % program_count, job_count, program_count):
         # one job: HBM -> registers, until its rows are stored
@@ -114,28 +117,28 @@ def forward_kernel(
         q_valid = offs_m // PACK < count
         q_rows = find_rows(rows_ptr, start, step, offs_m // PACK, count, LISTED)
         q_positions = find_positions(origin, unit, q_rows)
-        row_mask = q_valid[:, None] & (dims < HEAD_DIM)[None, :]
+        row_mask = q_valid[:, None] & (value_dims < VALUE_DIM)[None, :]
         head_at, row_at = heads.to(tl.int64), q_rows.to(tl.int64)
         q_base = batch * q_strides[0] + head_at[:, None] * q_strides[2]
         # q tile: HBM -> SRAM, stays for all its keys
         q = load_tile(q_ptr, q_base, q_rows, q_strides[1], dims, q_strides[3], q_valid, HEAD_DIM, BLOCK_D, True)
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # running max: registers, stays
         l = tl.zeros([BLOCK_M], tl.float32)  # running sum: registers, stays
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # output: registers, stays
+        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)  # output: registers, stays
         k_base, v_base = batch * k_strides[0] + kv_head * k_strides[2], batch * v_strides[0] + kv_head * v_strides[2]
         m, l, acc = stream_keys(
             q, m, l, acc, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
-            q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
+            q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
             mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, MASK_ALL, DROPOUT, FLIP, PRECISION, UPCAST,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, MASK_ALL, DROPOUT, FLIP, PRECISION, UPCAST,
         )  # fmt: skip
         m, l, acc = stream_keys(
             q, m, l, acc, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
-            q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
+            q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
             mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, True, DROPOUT, FLIP, PRECISION, UPCAST,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, True, DROPOUT, FLIP, PRECISION, UPCAST,
         )  # fmt: skip
         total = tl.where(l == 0.0, 1.0, l)
         acc = acc / total[:, None]
@@ -150,7 +153,7 @@ def forward_kernel(
             # prior state: HBM -> registers, once, and merged here: no pass of its own
             other = tl.load(at_lse, mask=q_valid, other=float("-inf"))
             at_out = prior_out_ptr + batch * prior_out_strides[0] + head_at[:, None] * prior_out_strides[2]
-            at_out += row_at[:, None] * prior_out_strides[1] + dims[None, :] * prior_out_strides[3]
+            at_out += row_at[:, None] * prior_out_strides[1] + value_dims[None, :] * prior_out_strides[3]
             # Where the prior saw nothing its out weighs 0, whatever it holds.
             seen = row_mask & (other > float("-inf"))[:, None]
             other_out = tl.load(at_out, mask=seen, other=0.0).to(tl.float32)
@@ -161,7 +164,7 @@ def forward_kernel(
             acc = acc * (mine / both)[:, None] + other_out * (theirs / both)[:, None]
             lse = tl.where(top == float("-inf"), float("-inf"), pivot + tl.log2(both) * LN_2)
         out_at = out_ptr + part * part_strides[0] + batch * out_strides[0] + head_at[:, None] * out_strides[2]
-        out_at += row_at[:, None] * out_strides[1] + dims[None, :] * out_strides[3]
+        out_at += row_at[:, None] * out_strides[1] + value_dims[None, :] * out_strides[3]
         # out, lse: registers -> HBM, once a job
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=row_mask)
         lse_at = (

@@ -13,7 +13,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.problem import architecture_of
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
-from longattn.kernels.triton.configurations import choose
+from longattn.kernels.triton.configurations import Configuration, choose
 from longattn.kernels.triton.launching import (
     dropout_arguments,
     mask_arguments,
@@ -21,6 +21,7 @@ from longattn.kernels.triton.launching import (
     run,
     table_arguments,
     tile_options,
+    value_chunk,
 )
 from longattn.kernels.triton.passes import key_tables, query_passes, query_tables, tables_on
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
@@ -35,6 +36,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """(dq, dk, dv, None) in the dtypes of q, k, v; each is written once, dq of the fast way from a float32 sum."""
     batch, length, heads, dim = call.q.shape
+    value_dim = call.v.shape[-1]
     # A cotangent that autograd expanded, as that of a sum, has strides of 0: it would be loaded number by number.
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     # Products take operands of one type; a cotangent of a float32 state comes in float32.
@@ -46,7 +48,7 @@ def backward(
         rows_kernel, (-(-length // _ROWS) * heads * batch,),
         grad_out, out, lse, grad_lse, delta, pivot, length, heads,
         grad_out.stride(), out.stride(), lse.stride(), None if grad_lse is None else grad_lse.stride(),
-        device=call.q.device, HEAD_DIM=dim, BLOCK_D=1 << (dim - 1).bit_length(), ROWS=_ROWS, num_warps=4,
+        device=call.q.device, VALUE_DIM=value_dim, BLOCK_V=1 << (value_dim - 1).bit_length(), ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
     shared = {"grad_ptr": grad, "grad_strides": grad.stride(), "delta_ptr": delta, "pivot_ptr": pivot}
     shared |= {"heads": heads, "length": length, "GROUP": heads // call.k.shape[2]}
@@ -68,12 +70,15 @@ def backward(
     return dq, dk, dv, None
 
 
+def _configuration(call: Call, kernel: str) -> Configuration:
+    head_dim = max(call.q.shape[-1], call.v.shape[-1])
+    return choose(kernel, architecture_of(call.q.device), head_dim, call.q.element_size())[0]
+
+
 def _own_keys(call: Call, shared: dict[str, Any], dq: Tensor | None) -> tuple[Tensor, Tensor]:
     """dk, dv, and, where dq is given, its sum."""
     group = call.q.shape[2] // call.k.shape[2]
-    configuration, width = choose(
-        "backward_keys", architecture_of(call.q.device), call.q.shape[-1], call.q.element_size()
-    )
+    configuration = _configuration(call, "backward_keys")
     block = (configuration.owned, configuration.streamed)
     tables = tables_on(call.plan, ("keys", group, *block), call.q.device, lambda: key_tables(call.plan, group, block))
     # Keys that nobody sees have no job.
@@ -83,7 +88,8 @@ def _own_keys(call: Call, shared: dict[str, Any], dq: Tensor | None) -> tuple[Te
         keys_kernel, persistent_grid(tables, call),
         dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, dk_strides=dk.stride(), dv_strides=dv.stride(), REDUCE=dq is not None,
         BLOCK_M=configuration.streamed, BLOCK_N=configuration.owned, LISTED=tables.listed, device=call.q.device,
-        **shared, **table_arguments(tables, call), **tile_options(call, configuration, width),
+        VALUE_CHUNK=value_chunk(call, configuration), **shared, **table_arguments(tables, call),
+        **tile_options(call, configuration),
     )  # fmt: skip
     return dk, dv
 
@@ -94,9 +100,7 @@ def _own_queries(call: Call, shared: dict[str, Any]) -> Tensor:
     single = len(passes.launches) == 1
     make = torch.empty if passes.complete else torch.zeros
     dq = make(call.q.shape, dtype=call.q.dtype if single else torch.float32, device=call.q.device)
-    configuration, width = choose(
-        "backward_queries", architecture_of(call.q.device), call.q.shape[-1], call.q.element_size()
-    )
+    configuration = _configuration(call, "backward_queries")
     block = (configuration.owned, configuration.streamed)
     for number, launch in enumerate(passes.launches):
         key = ("queries", number, *block, 1, 1)
@@ -105,7 +109,8 @@ def _own_queries(call: Call, shared: dict[str, Any]) -> Tensor:
             queries_kernel, persistent_grid(tables, call),
             dq_ptr=dq, dq_strides=dq.stride(), ADD=not launch.fresh,
             BLOCK_M=configuration.owned, BLOCK_N=configuration.streamed, LISTED=tables.listed, device=call.q.device,
-            **shared, **table_arguments(tables, call), **tile_options(call, configuration, width),
+            VALUE_CHUNK=value_chunk(call, configuration), **shared, **table_arguments(tables, call),
+        **tile_options(call, configuration),
         )  # fmt: skip
     return dq.to(call.q.dtype)
 

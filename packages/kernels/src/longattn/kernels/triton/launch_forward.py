@@ -53,7 +53,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def _new_state(call: Call, dtype: torch.dtype, filled: bool) -> tuple[Tensor, Tensor]:
     """out and lse to write: unwritten, or, where some rows see nothing at all, the prior's or the empty state."""
     role = "output" if dtype == call.out_dtype else "temp"
-    out = call.allocator.empty(call.q.shape, dtype, call.q.device, role)
+    out = call.allocator.empty((*call.q.shape[:3], call.v.shape[-1]), dtype, call.q.device, role)
     lse = call.allocator.empty(call.q.shape[:3], torch.float32, call.q.device, "temp")
     if filled and call.prior is not None:
         out.copy_(call.prior[0])
@@ -76,15 +76,16 @@ def _parts(call: Call, pack: int) -> int:
     batch, rows, heads, _ = call.q.shape
     if rows * pack > _DECODE_ROWS or not batch * rows:
         return 1
-    tile = _configuration(call, pack)[0].streamed
+    tile = _configuration(call, pack).streamed
     wanted = programs(call.q.device) // (batch * heads // pack)
     return max(1, min(wanted, call.k.shape[1] // (_PART_TILES * tile)))
 
 
 def _split(call: Call, pack: int, parts: int) -> tuple[Tensor, Tensor]:
     """Split over keys: a partial state for each part, then one merge of all, the prior included."""
-    partial = call.allocator.empty((parts, *call.q.shape), torch.float32, call.q.device, "temp")
-    partial_lse = call.allocator.empty((parts, *call.q.shape[:3]), torch.float32, call.q.device, "temp")
+    shape = (parts, *call.q.shape[:3], call.v.shape[-1])
+    partial = call.allocator.empty(shape, torch.float32, call.q.device, "temp")
+    partial_lse = call.allocator.empty(shape[:-1], torch.float32, call.q.device, "temp")
     _launch(call, 0, pack, partial[0], partial_lse[0], None, (parts, partial.stride(0), partial_lse.stride(0)))
     out, lse = _new_state(call, call.out_dtype, False)
     merge_states(partial, partial_lse, call.prior, out, lse)
@@ -105,10 +106,11 @@ def merge_states(
     run(merge_kernel, (-(-rows // 16),), *arguments, device=out.device, **sizes, num_warps=4)
 
 
-def _configuration(call: Call, pack: int) -> tuple[Configuration, int]:
+def _configuration(call: Call, pack: int) -> Configuration:
     few = call.q.shape[1] * pack <= _DECODE_ROWS
     kernel = "decode" if few else "forward"
-    return choose(kernel, architecture_of(call.q.device), call.q.shape[-1], call.q.element_size())
+    head_dim = max(call.q.shape[-1], call.v.shape[-1])
+    return choose(kernel, architecture_of(call.q.device), head_dim, call.q.element_size())[0]
 
 
 def _launch(
@@ -121,7 +123,7 @@ def _launch(
     split: tuple[int, int, int] = (1, 0, 0),
 ) -> None:
     """One launch of the forward kernel over all jobs of a pass; split: (parts, stride of out's, stride of lse's part)."""
-    configuration, width = _configuration(call, pack)
+    configuration = _configuration(call, pack)
     owned = max(configuration.owned, 1 << (pack - 1).bit_length())
     key = ("queries", number, owned, configuration.streamed, pack, split[0])
     block = (owned, configuration.streamed)
@@ -137,5 +139,5 @@ def _launch(
         prior_lse_strides=None if prior_lse is None else prior_lse.stride(),
         scale=abs(call.scale) * math.log2(math.e), FLIP=call.scale < 0,
         GROUP=call.q.shape[2] // call.k.shape[2], PACK=pack, BLOCK_M=owned, BLOCK_N=configuration.streamed,
-        LISTED=tables.listed, device=call.q.device, **tile_options(call, configuration, width),
+        LISTED=tables.listed, device=call.q.device, **tile_options(call, configuration),
     )  # fmt: skip

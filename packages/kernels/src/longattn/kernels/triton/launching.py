@@ -16,7 +16,7 @@ from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.table import RowFailure
 from longattn.kernels.far_rows import bounded
 from longattn.kernels.triton.availability import FAILURES, INTERPRETED
-from longattn.kernels.triton.configurations import Configuration
+from longattn.kernels.triton.configurations import Configuration, padded
 from longattn.kernels.triton.passes import DeviceTables
 
 
@@ -69,12 +69,15 @@ def _row_failure(kernel: Any, named: dict[str, Any], error: Exception) -> RowFai
     return RowFailure(reason)
 
 
-def tile_options(call: Call, configuration: Configuration, width: int) -> dict[str, Any]:
+def tile_options(call: Call, configuration: Configuration) -> dict[str, Any]:
     """What every kernel of the family takes beside its tensors."""
+    width, value_width = padded(call.q.shape[-1]), padded(call.v.shape[-1])
     return {
         "HEAD_DIM": call.q.shape[-1],
+        "VALUE_DIM": call.v.shape[-1],
         "BLOCK_D": width,
-        "CHUNK": configuration.chunk or width,
+        "BLOCK_V": value_width,
+        "CHUNK": min(configuration.chunk or width, width),
         "MASK_ALL": call.mask is not None or call.bias is not None or call.key_padding is not None,
         "DROPOUT": call.dropout_p > 0,
         "PRECISION": precision(call.q.dtype),
@@ -82,6 +85,12 @@ def tile_options(call: Call, configuration: Configuration, width: int) -> dict[s
         "num_warps": configuration.warps,
         "num_stages": configuration.stages,
     }
+
+
+def value_chunk(call: Call, configuration: Configuration) -> int:
+    """Columns of v that a product over them takes at a time."""
+    width = padded(call.v.shape[-1])
+    return min(configuration.chunk or width, width)
 
 
 def mask_arguments(call: Call) -> dict[str, Any]:

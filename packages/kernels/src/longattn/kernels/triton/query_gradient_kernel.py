@@ -26,10 +26,11 @@ from longattn.kernels.triton.score_kernel import (
 @triton.jit
 def gather_dq(
     q, grad, dq, pivot, delta, begin, end, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions, q_valid,
-    q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
+    q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
     scale, seed, threshold, rescale, first_head,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
     LISTED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq after the entries begin .. end."""
@@ -59,10 +60,12 @@ def gather_dq(
                 )  # fmt: skip
             p = tl.exp2(scores - pivot[:, None])
             # v tile: HBM -> SRAM, replaced every iteration
-            v = load_tile(v_ptr, v_base, k_rows, v_strides[1], dims, v_strides[3], k_valid, HEAD_DIM, BLOCK_D, MASKED)
+            v = load_tile(
+                v_ptr, v_base, k_rows, v_strides[1], value_dims, v_strides[3], k_valid, VALUE_DIM, BLOCK_V, MASKED
+            )
             dp = product_over_dims(
                 grad, grad_ptr, grad_base, q_rows, grad_strides, q_valid, v, v_ptr, v_base, k_rows, v_strides, k_valid,
-                BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, CHUNK, PRECISION, UPCAST,
+                BLOCK_M, BLOCK_N, VALUE_DIM, BLOCK_V, VALUE_CHUNK, PRECISION, UPCAST,
             )  # fmt: skip
             if DROPOUT:
                 kept = keep(seed, threshold, batch, head + first_head, q_positions[:, None], k_positions[None, :])
@@ -78,12 +81,12 @@ def queries_kernel(
     jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, program_count, heads, length,
     q_strides, k_strides, v_strides, grad_strides, dq_strides, mask_strides, bias_strides, padding_strides,
     scale, sm_scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """dq of the queries of one job after the other; with ADD onto what an earlier launch left."""
-    offs_m, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    offs_m, dims, value_dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     batch = (tl.program_id(0) // program_count).to(tl.int64)
     for at in tl.range(tl.program_id(0) % program_count, job_count, program_count):
         # one job: HBM -> registers, until its rows are stored
@@ -99,7 +102,7 @@ def queries_kernel(
         # q, dO tiles: HBM -> SRAM, stay for all their keys
         q = load_tile(q_ptr, q_base, q_rows, q_strides[1], dims, q_strides[3], q_valid, HEAD_DIM, BLOCK_D, True)
         grad = load_tile(
-            grad_ptr, grad_base, q_rows, grad_strides[1], dims, grad_strides[3], q_valid, HEAD_DIM, BLOCK_D, True
+            grad_ptr, grad_base, q_rows, grad_strides[1], value_dims, grad_strides[3], q_valid, VALUE_DIM, BLOCK_V, True
         )
         line = (batch * heads + head) * length
         # pivot, delta: HBM -> registers, stay; +inf makes P zero beyond the last row
@@ -110,16 +113,16 @@ def queries_kernel(
         dq = gather_dq(
             q, grad, dq, pivot, delta, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions,
             q_valid, q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
-            mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
+            value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, MASK_ALL, DROPOUT, PRECISION, UPCAST,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL, DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
         dq = gather_dq(
             q, grad, dq, pivot, delta, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions,
             q_valid, q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
-            mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
+            value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
             scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, CHUNK, LISTED, True, DROPOUT, PRECISION, UPCAST,
+            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, True, DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
         dq *= sm_scale
         mask = q_valid[:, None] & (dims < HEAD_DIM)[None, :]
