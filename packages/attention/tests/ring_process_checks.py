@@ -89,7 +89,8 @@ def tensors_of(make: Make, length: int, batch: int) -> list[Tensor]:
     if make is longnet:
         return [torch.randint(11, (batch, length), generator=torch.Generator().manual_seed(7))]
     if make is attention:
-        return [randn(batch, length, 4, 4, seed=n) for n in range(3)]
+        # v has a head_dim of its own.
+        return [randn(batch, length, 4, 3 if n == 2 else 4, seed=n) for n in range(3)]
     return [randn(batch, length, 16)]
 
 

@@ -66,7 +66,8 @@ def check(
     **options,
 ) -> None:
     """out, lse and gradients equal Local's on this rank's rows. Options as in `pattern_attention`, for the whole sequence."""
-    inputs = [randn(2, length, h, 4, seed=n) for n, h in enumerate((heads, kv_heads, kv_heads))]
+    shapes = ((heads, 4), (kv_heads, 4), (kv_heads, 6))
+    inputs = [randn(2, length, *shape, seed=n) for n, shape in enumerate(shapes)]
     where = {"key_padding_mask": 1, "attention_mask": -2}
     local = {
         name: mine(schedule, x, where[name] % x.dim()).contiguous() if name in where and x.shape[where[name]] > 1 else x

@@ -36,9 +36,10 @@ from longattn.patterncache import Dilated, Full, Pattern, PatternCache, Window
 
 def sent(schedule: Schedule, pattern: Pattern, length: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that all ranks together really send in a forward and in a backward."""
-    leaves = [shard_sequence(randn(2, length, h, 4, seed=h, dtype=dtype), schedule)[0].requires_grad_() for h in (8, 4)]
+    whole = [randn(2, length, *shape, dtype=dtype) for shape in ((8, 4), (4, 4), (4, 6))]
+    leaves = [shard_sequence(x, schedule)[0].requires_grad_() for x in whole]
     with watch() as events:
-        out = pattern_attention(leaves[0], leaves[1], leaves[1], pattern, schedule=schedule)
+        out = pattern_attention(*leaves, pattern, schedule=schedule)
         middle = len(events)
         out.sum().backward()
     halves = torch.tensor(
@@ -52,7 +53,7 @@ def case_bytes_are_those_of_the_plans() -> None:
     """What `traffic` counts is what the transport sends, forward and backward, and a ring never sends more than a full one."""
     for pattern in (LONGNET, Full(), Full(causal=True), Window(5), Dilated((37,), (9,))):
         for dtype in (torch.float32, torch.bfloat16):
-            call = Call(pattern, 37, WORLD, 8, 4, 4, 2, dtype)
+            call = Call(pattern, 37, WORLD, 8, 4, 4, 2, dtype, value_head_dim=6)
             for engine in engines():
                 if isinstance(engine, Ring):
                     counted = ring_traffic(call, engine.layout)
@@ -67,9 +68,8 @@ def case_nothing_is_sent_where_nobody_sees() -> None:
     """Segments that end where shards end: not a byte."""
     ring = Ring(dist.group.WORLD)
     assert sent(ring, Dilated((8,), (1,)), 8 * WORLD, torch.float32) == (0, 0)
-    assert (
-        sent(ring, Full(causal=True), 8 * WORLD, torch.float32)[0] == WORLD * (WORLD - 1) // 2 * 2 * 2 * 8 * 4 * 4 * 4
-    )
+    exchanged = WORLD * (WORLD - 1) // 2 * 2 * 8 * 4 * (4 + 6) * 4
+    assert sent(ring, Full(causal=True), 8 * WORLD, torch.float32)[0] == exchanged
 
 
 def case_choose_explains() -> None:

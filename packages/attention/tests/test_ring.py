@@ -87,7 +87,8 @@ def test_rows_have_the_positions_of_their_spans(whole, size, layout):
 @given(st.data(), patterns(), RINGS, st.integers(0, 50), st.sampled_from([(1, 1), (4, 2), (3, 1)]))
 def test_any_ring_equals_local(data, pattern, ring, length, heads):
     """Random patterns, layouts, sizes, ragged lengths, GQA, padding and masks: out, lse and gradients to 1e-10."""
-    q, k, v = (randn(2, length, heads[n > 0], 4, seed=n) for n in range(3))
+    width = data.draw(st.sampled_from([4, 2, 7]), "head_dim of v")
+    q, k, v = (randn(2, length, heads[n > 0], width if n == 2 else 4, seed=n) for n in range(3))
     padding = bools(2, length, seed=length, chance=0.3) if data.draw(st.booleans(), "padding") else None
     mask = draw_mask(data, 2, heads[0], length, length)
     is_causal = data.draw(st.sampled_from([None, False, True]), "is_causal")

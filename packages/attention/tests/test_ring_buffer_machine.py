@@ -31,16 +31,18 @@ class Streams(RuleBasedStateMachine):
         places=st.booleans(),
         kept=st.integers(0, 4),
         group=st.integers(1, 2),
+        value_dim=st.sampled_from([None, 2, 7]),
         batch=st.integers(1, 3),
         tiles=st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3), st.integers(1, 7)),
         seed=st.integers(0, 1000),
     )
-    def begin(self, size, sinks, causal, places, kept, group, batch, tiles, seed):
+    def begin(self, size, sinks, causal, places, kept, group, value_dim, batch, tiles, seed):
         """A module and one empty stream."""
         self.random = torch.Generator().manual_seed(seed)
         self.config = RingBufferConfig(
             num_heads=2 * group,
             head_dim=4,
+            value_head_dim=value_dim,
             dropout=0.0,
             buffer_size=size,
             sinks=sinks,
@@ -59,8 +61,8 @@ class Streams(RuleBasedStateMachine):
 
     def draw(self, batch, n):
         """q, k, v of n tokens."""
-        heads = (self.config.num_heads, 2, 2)
-        return [torch.randn(batch, n, h, 4, generator=self.random, dtype=torch.float64) for h in heads]
+        shapes = ((self.config.num_heads, 4), (2, 4), (2, self.config.value_width))
+        return [torch.randn(batch, n, *shape, generator=self.random, dtype=torch.float64) for shape in shapes]
 
     def chosen(self, which):
         """One of the streams."""
@@ -96,6 +98,10 @@ class Streams(RuleBasedStateMachine):
         """A decoder call without input takes the latest output for it."""
         state, model = self.chosen(which)
         if not state.feedback_held or self.config.num_heads != 2 or max(state.positions) > MOST_TOKENS:
+            return
+        if self.config.value_width != self.config.head_dim:
+            with pytest.raises(ValueError, match="q must be given where outputs"):
+                self.module(is_decoder=True, buffer_state=state)
             return
         x = torch.stack([row.fed[-1][1] for row in model.rows]).flatten(0, 1)[:, None]
         near(self.module(is_decoder=True, buffer_state=state), model.call(x, x, x, None, decode=True))

@@ -108,7 +108,8 @@ def pattern_attention(
 
     Args:
         q: (batch, Nq, heads, head_dim), float16, bfloat16, float32 or float64.
-        k, v: (batch, Nk, kv_heads, head_dim), same dtype and device; kv_heads divides heads.
+        k, v: (batch, Nk, kv_heads, head_dim), same dtype and device; kv_heads divides heads. v, and so the output, may have its own
+            head_dim, as in multi-head latent attention.
         pattern: who sees whom, such as Dilated((2048, 4096), (1, 2)).
         is_causal: replaces the pattern's causal field. Default None takes it.
         softmax_scale: default head_dim ** -0.5.
@@ -146,7 +147,7 @@ def pattern_attention(
     positions_start and cu_seqlens speak of the whole sequence, the same on every rank.
 
     Returns:
-        (batch, Nq, heads, head_dim) in q's dtype, zero where a query sees nothing; with return_lse also lse (batch, Nq, heads) in
+        (batch, Nq, heads, v's head_dim) in q's dtype, zero where a query sees nothing; with return_lse also lse (batch, Nq, heads) in
         float32 (float64 for float64): natural log, -inf = saw no key.
 
     Raises:

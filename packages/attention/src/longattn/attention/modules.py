@@ -30,8 +30,8 @@ class PatternAttention(WiredModule):
 
     | tensor | shape |
     | --- | --- |
-    | query, output | (batch, Nq, heads, head_dim) |
-    | key, value | (batch, Nk, kv_heads, head_dim) |
+    | query, key | (batch, Nq, heads, head_dim), (batch, Nk, kv_heads, head_dim) |
+    | value, output | (batch, Nk, kv_heads, its own head_dim), (batch, Nq, heads, that head_dim) |
     | weights | (batch, heads, Nq, Nk), only with need_weights=True |
 
     Args:
@@ -105,7 +105,7 @@ class PatternAttention(WiredModule):
         """Attend. `is_causal=None` takes the constructor's; masks and `HeadedOptions` as in `pattern_attention`.
 
         Returns:
-            query's shape and dtype; with need_weights also the weights, without dropout: of this rank's rows, and of all keys of the
+            (batch, Nq, heads, value's head_dim) in query's dtype; with need_weights also the weights, without dropout: of this rank's rows, and of all keys of the
             whole sequence, where a schedule is over a process group.
         """
         layout = options.pop("layout", "bnhd")

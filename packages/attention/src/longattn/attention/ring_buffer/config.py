@@ -57,6 +57,7 @@ class RingBufferConfig:
         max_rewind: tokens that may be rewound after the window has moved on; so many evicted rows are kept. Default 16.
         backend: row of longattn.kernels for calls with several queries; "tiled" means the tiled row of the order. Default: the first
             that fits.
+        value_head_dim: of v and the output. Default None: head_dim. Keys and values lie in rows of the larger one.
 
     Raises:
         TypeError, ValueError: a bad field, by name.
@@ -81,6 +82,7 @@ class RingBufferConfig:
     bptt_calls: int = 0
     max_rewind: int = 16
     backend: str | None = None
+    value_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field, once."""
@@ -103,6 +105,8 @@ class RingBufferConfig:
         if self.softmax_scale is not None:
             check_positive("softmax_scale", self.softmax_scale)
         check_backend_name(self.backend)
+        if self.value_head_dim is not None:
+            check_size("value_head_dim", self.value_head_dim)
         if self.kv_heads is not None and self.num_heads % check_size("kv_heads", self.kv_heads):
             raise ValueError(f"kv_heads must divide num_heads={self.num_heads}, got {self.kv_heads}")
         self._check_positions()
@@ -119,6 +123,11 @@ class RingBufferConfig:
         rotated = self.head_dim if self.rotary_dim is None else self.rotary_dim
         if self.positions == "cache" and (rotated % 2 or rotated > self.head_dim):
             raise ValueError(f"rotary_dim must be even and at most head_dim={self.head_dim}, got {rotated}")
+
+    @property
+    def value_width(self) -> int:
+        """The head_dim of v and the output."""
+        return self.head_dim if self.value_head_dim is None else self.value_head_dim
 
     @property
     def scale(self) -> float:

@@ -53,8 +53,10 @@ def fits_append_and_decode(state: object, q: object, k: object, v: object, posit
     if position is not None and (type(position) is not int or position != state.cursors[0].position):
         return False
     batch, kv_heads, _, head_dim = state.kv.main.planes[0].shape
-    kv_shape = (batch, 1, kv_heads, head_dim)
-    if k.shape != kv_shape or v.shape != kv_shape or q.shape != (batch, 1, state.geometry.num_heads, head_dim):
+    geometry, tokens = state.geometry, (batch, 1, kv_heads)
+    if k.shape != (*tokens, head_dim) or v.shape != (*tokens, geometry.value_head_dim):
+        return False
+    if q.shape != (batch, 1, geometry.num_heads, head_dim):
         return False
     dtype, device = state.dtype, state.device
     if q.dtype != dtype or k.dtype != dtype or v.dtype != dtype:

@@ -38,6 +38,7 @@ class LinearRing:
         capacity: slots that go around, >= 0. prefix: slots that stay. Default 0.
         dtype, device: of the storage. bool is stored without alignment.
         storage: an existing one, (planes, batch, heads, prefix + capacity, row). Default: a lease of type CACHE, with any content.
+        widths: numbers of a row of each plane, at most head_dim: a narrower plane leaves the rest of its rows unused. Default: head_dim.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class LinearRing:
         device: torch.device,
         prefix: int = 0,
         storage: Tensor | None = None,
+        widths: tuple[int, ...] | None = None,
     ) -> None:
         self.capacity, self.prefix, self.head_dim = capacity, prefix, head_dim
+        self.widths = (head_dim,) * planes if widths is None else widths
         self.slots = prefix + capacity
         row = head_dim
         if dtype.is_floating_point:
@@ -64,7 +67,7 @@ class LinearRing:
             with torch.inference_mode(False):
                 storage = get_global_memory_pool().empty(shape, dtype, device, "cache")
         self.storage = storage
-        self.planes = tuple(storage[plane, ..., :head_dim] for plane in range(storage.shape[0]))
+        self.planes = tuple(storage[plane, ..., :width] for plane, width in enumerate(self.widths))
         """One (batch, heads, slots, head_dim) view for each plane."""
 
     @cached_property
@@ -130,12 +133,14 @@ class LinearRing:
         part = self.storage[:, rows]
         planes, batch, heads = part.shape[:3]
         sizes = (planes, batch, heads, self.capacity, self.head_dim)
-        return self if rows == slice(None) else LinearRing(*sizes, part.dtype, part.device, self.prefix, part)
+        return (
+            self if rows == slice(None) else LinearRing(*sizes, part.dtype, part.device, self.prefix, part, self.widths)
+        )
 
     def taken(self, index: Tensor) -> LinearRing:
         """The rows `index` of the batch, copied."""
         old = self.storage
         sizes = (old.shape[0], len(index), old.shape[2], self.capacity, self.head_dim)
-        copy = LinearRing(*sizes, old.dtype, old.device, self.prefix)
+        copy = LinearRing(*sizes, old.dtype, old.device, self.prefix, widths=self.widths)
         torch.index_select(old, 1, index, out=copy.storage)
         return copy

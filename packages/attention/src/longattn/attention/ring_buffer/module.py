@@ -30,8 +30,8 @@ class RingBufferAttention(nn.Module):
 
     | tensor | shape |
     | --- | --- |
-    | q, output | (batch, Nq, num_heads, head_dim) |
-    | k, v | (batch, n, kv_heads, head_dim) |
+    | q, output | (batch, Nq, num_heads, head_dim), the output with value_head_dim |
+    | k, v | (batch, n, kv_heads, head_dim), v with value_head_dim |
     | weights | (batch, num_heads, Nq, Nk); Nk counts the attended keys in position order, oldest first |
 
     An encoder call takes any number of tokens, and continues a state if it is given one. A decoder call appends its tokens (one, as a
@@ -102,6 +102,7 @@ class RingBufferAttention(nn.Module):
         shapes = [
             (batch_size, check_size("length", length), h, dim) for h in (heads, *[self.config.kv_heads or heads] * 2)
         ]
+        shapes[2] = (*shapes[2][:3], self.config.value_width)
         q, k, v = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
         latest = self._latest
         config = self.config
@@ -224,6 +225,11 @@ class RingBufferAttention(nn.Module):
             if not state.feedback_held:
                 raise ValueError(
                     "q must be given while the feedback ring is empty, got None: it holds the outputs of decoder calls"
+                )
+            if self.config.value_width != self.config.head_dim:
+                raise ValueError(
+                    f"q must be given where outputs, of value_head_dim={self.config.value_width}, do not have its "
+                    f"head_dim={self.config.head_dim}, got None"
                 )
             q = state.feedback(1)
             k, v = (q, q) if k is None and v is None else (k, v)

@@ -27,7 +27,7 @@ def prefill(
     """Attend with the queries of a call, whose own tokens are not in the rings yet; rings are uniform.
 
     Returns:
-        out (batch, Nq, heads, head_dim) in q's dtype, and weights (batch, heads, Nq, Nk) if asked.
+        out (batch, Nq, heads, v's head_dim) in q's dtype, and weights (batch, heads, Nq, Nk) if asked.
     """
     q, position = request.q, rings.cursors[0].position + request.k.shape[1] - request.q.shape[1]
     parts = gather_parts(rings, request.k, request.v, request.causal, request.grad)
@@ -43,7 +43,7 @@ def prefill(
         state = state if request.sink_logits is None else add_sink(state, request.sink_logits)
         out = state.finalize(q.dtype)
     else:
-        out = tiling.run(q, position, parts, calls.attend, request.sink_logits)
+        out = tiling.run(q, position, parts, calls.attend, request.sink_logits, request.v.shape[-1])
     return out, calls.weights(parts) if request.weights else None
 
 

@@ -48,6 +48,8 @@ def check_tensors(config: RingBufferConfig, q: Tensor, k: Tensor, v: Tensor, dec
         raise ValueError(
             f"q must have (heads, head_dim) = {(config.num_heads, config.head_dim)} of the config, got {tuple(q.shape[2:])}"
         )
+    if v.shape[3] != config.value_width:
+        raise ValueError(f"v must have value_head_dim={config.value_width} of the config, got {v.shape[3]}")
     if config.kv_heads is not None and k.shape[2] != config.kv_heads:
         raise ValueError(f"k must have kv_heads={config.kv_heads} of the config, got {k.shape[2]}")
     if decode and q.shape[1] != k.shape[1]:
@@ -66,6 +68,7 @@ def geometry_of(config: RingBufferConfig, kv_heads: int) -> Geometry:
         config.sinks,
         config.max_rewind,
         config.bptt_calls,
+        config.value_width,
     )
 
 
@@ -75,7 +78,16 @@ def check_state(state: object, owner: str, geometry: Geometry) -> RingBufferStat
         raise TypeError(f"buffer_state must be None or a RingBufferState, got {type(state).__name__}")
     if state.owner is not None and state.owner != owner:
         raise ValueError("buffer_state must be a state of this module, got one that another module has used")
-    for name in ("num_heads", "head_dim", "buffer_size", "sinks", "max_rewind", "bptt_calls", "kv_heads"):
+    for name in (
+        "num_heads",
+        "head_dim",
+        "buffer_size",
+        "sinks",
+        "max_rewind",
+        "bptt_calls",
+        "kv_heads",
+        "value_head_dim",
+    ):
         expected, got = getattr(geometry, name), getattr(state.geometry, name)
         if expected != got:
             source = "k" if name == "kv_heads" else "this module"

@@ -16,7 +16,7 @@ from longattn.attention.ring_buffer.window_ring import WindowRing
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that a state and its module share."""
+    """The sizes that a state and its module share. head_dim is of q and k, value_head_dim of v and the output."""
 
     num_heads: int
     kv_heads: int
@@ -25,6 +25,7 @@ class Geometry:
     sinks: int
     max_rewind: int
     bptt_calls: int
+    value_head_dim: int
 
 
 class Rings:
@@ -45,8 +46,9 @@ class Rings:
     def __init__(self, geometry: Geometry, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.geometry, self.dtype, self.device = geometry, dtype, device
         g = geometry
-        sizes = (g.kv_heads, g.buffer_size, g.head_dim, dtype, device)
-        self.kv = WindowRing.make(2, batch_size, *sizes, g.sinks, g.max_rewind)
+        widths = (g.head_dim, g.value_head_dim)
+        sizes = (g.kv_heads, g.buffer_size, max(widths), dtype, device)
+        self.kv = WindowRing.make(2, batch_size, *sizes, g.sinks, g.max_rewind, widths)
         self.hidden: WindowRing | None = None
         self.outputs: LinearRing | None = None
         self.backward = BackwardRing(g.buffer_size, g.bptt_calls)
@@ -135,7 +137,7 @@ class Rings:
         if self.outputs is None:
             g = self.geometry
             self.outputs = LinearRing(
-                1, self.batch_size, g.num_heads, g.buffer_size, g.head_dim, self.dtype, self.device
+                1, self.batch_size, g.num_heads, g.buffer_size, g.value_head_dim, self.dtype, self.device
             )
         return self.outputs
 
@@ -174,13 +176,10 @@ class Rings:
             rows = slice(None) if self.uniform else slice(index, index + 1)
             assert cursor.position >= 0 and cursor.fed >= 0
             held = self.kv.main.held(cursor.position)
-            assert not self.kv.main.storage[:, rows, :, held : self.held, : self.geometry.head_dim].any()
+            assert not any(plane[rows, :, held : self.held].any() for plane in self.kv.main.planes)
             if self.hidden is not None:
                 padding = self.hidden.main.planes[0][rows, 0, :held, 0]
-                assert (
-                    not self.kv.main.storage[:, rows, :, :held]
-                    .transpose(2, 3)[:, padding][..., : self.geometry.head_dim]
-                    .any()
-                )
+                for plane in self.kv.main.planes:
+                    assert not plane[rows, :, :held].transpose(1, 2)[padding].any()
         if self.backward.segments:
             assert self.backward.segments[-1].stop == self.cursors[0].position

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -93,8 +93,19 @@ def check_saved(saved: object) -> SavedState:
     return SavedState(geometry, batch_size, dtype, clocks, _rings(saved["rings"], geometry, batch_size, dtype, clocks))
 
 
+def saved_geometry(geometry: Geometry) -> dict[str, int]:
+    """The geometry as it is saved: value_head_dim only where it is not head_dim."""
+    saved = asdict(geometry)
+    if geometry.value_head_dim == geometry.head_dim:
+        del saved["value_head_dim"]
+    return saved
+
+
 def _geometry(saved: object) -> Geometry:
     names = [field.name for field in fields(Geometry)]
+    # Not written where it is head_dim.
+    if isinstance(saved, dict) and "head_dim" in saved and "value_head_dim" not in saved:
+        saved = saved | {"value_head_dim": saved["head_dim"]}
     values = _check_fields("saved.geometry", saved, names)
     minimum = {"sinks": 0, "max_rewind": 0, "bptt_calls": 0}
     geometry = Geometry(*(_integer(f"saved.geometry.{n}", values[n], minimum.get(n, 1)) for n in names))
@@ -105,7 +116,7 @@ def _geometry(saved: object) -> Geometry:
 
 def _nbytes(geometry: Geometry, batch_size: int, dtype: torch.dtype) -> int:
     g = geometry
-    row = -(-g.head_dim * dtype.itemsize // _LINE) * _LINE
+    row = -(-max(g.head_dim, g.value_head_dim) * dtype.itemsize // _LINE) * _LINE
     kv_rows = 2 * g.kv_heads * (g.sinks + g.buffer_size + g.max_rewind)
     return max(1, batch_size) * row * (kv_rows + g.num_heads * g.buffer_size)
 
@@ -153,7 +164,11 @@ def _rings(
         names.append("outputs")
     tensors = _check_fields("saved.rings", saved, names)
     slots = used_slots(g, clocks)
-    heads = {"kv": (2, g.kv_heads, g.head_dim), "outputs": (1, g.num_heads, g.head_dim), "hidden": (1, 1, 1)}
+    heads = {
+        "kv": (2, g.kv_heads, max(g.head_dim, g.value_head_dim)),
+        "outputs": (1, g.num_heads, g.value_head_dim),
+        "hidden": (1, 1, 1),
+    }
     for name in names:
         kind = name.removesuffix("_evicted")
         planes, count, width = heads[kind]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longattn.attention.ring_buffer.linear_ring import LinearRing
-from longattn.attention.ring_buffer.saved import FORMAT, check_saved, clear_unused, used_slots
+from longattn.attention.ring_buffer.saved import FORMAT, check_saved, clear_unused, saved_geometry, used_slots
 from longattn.kernels.interface import FLOATS, dtype_name
 
 if TYPE_CHECKING:
@@ -25,9 +25,11 @@ def to_dict(state: RingBufferState) -> dict[str, Any]:
         used[name] = ring.storage[:, :, :, : count[name], : ring.head_dim].detach().clone()
         # A file must not show what others left in memory that this state never wrote.
         clear_unused(name, used[name], state.geometry, state.cursors)
+        for plane, width in enumerate(ring.widths):
+            used[name][plane, ..., width:] = 0
     return {
         "format": FORMAT,
-        "geometry": asdict(state.geometry),
+        "geometry": saved_geometry(state.geometry),
         "batch_size": state.batch_size,
         "dtype": dtype_name(state.dtype),
         "clocks": [asdict(cursor) for cursor in state.cursors],

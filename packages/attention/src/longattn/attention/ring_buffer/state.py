@@ -71,7 +71,7 @@ class RingBufferState(Rings):
         return min(max(0, c.fed - max(c.fed_restorable, c.fed - capacity)) for c in self.cursors)
 
     def feedback(self, n: int = 1) -> Tensor:
-        """The last n decoded outputs (batch, n, num_heads, head_dim), oldest first.
+        """The last n decoded outputs (batch, n, num_heads, value_head_dim), oldest first.
 
         Raises:
             ValueError: the feedback ring does not hold so many.
@@ -82,7 +82,7 @@ class RingBufferState(Rings):
                 f"n must be an integer from 0 to {available}, the outputs that the feedback ring holds, got {n!r}"
             )
         if self.outputs is None:
-            return torch.empty(self.batch_size, 0, g.num_heads, g.head_dim, dtype=self.dtype, device=self.device)
+            return torch.empty(self.batch_size, 0, g.num_heads, g.value_head_dim, dtype=self.dtype, device=self.device)
         rows = []
         for index, cursor in enumerate(self.cursors):
             ring = self.outputs if self.uniform else self.outputs.of(slice(index, index + 1))

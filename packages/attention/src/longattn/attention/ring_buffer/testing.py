@@ -48,8 +48,8 @@ class StreamModel:
     @classmethod
     def begin(cls, config: RingBufferConfig, batch: int, kv_heads: int) -> StreamModel:
         """Nothing so far."""
-        empty = torch.empty(1, 0, kv_heads, config.head_dim, dtype=torch.float64)
-        return cls(config, [Row(empty, empty, torch.empty(0, dtype=torch.bool)) for _ in range(batch)])
+        k, v = (torch.empty(1, 0, kv_heads, n, dtype=torch.float64) for n in (config.head_dim, config.value_width))
+        return cls(config, [Row(k, v, torch.empty(0, dtype=torch.bool)) for _ in range(batch)])
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, decode: bool, **options: Any) -> Tensor:
         """Take tokens (batch, n, ...), hidden (batch, n), and return the true output (batch, Nq, heads, head_dim), float64."""
@@ -91,7 +91,7 @@ class StreamModel:
             if sink_logits is not None:
                 out = out * torch.sigmoid(state.lse - sink_logits.double()).nan_to_num(nan=0.0).unsqueeze(-1)
             outs.append(out)
-        return torch.cat([*outs, q[:, :0].double()], 1)
+        return torch.cat([*outs, q.new_zeros((1, 0, q.shape[2], self.config.value_width)).double()], 1)
 
     def rewind(self, amounts: list[int]) -> None:
         """Forget the last tokens of each row."""

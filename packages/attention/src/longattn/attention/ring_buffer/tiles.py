@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from longattn.attention.ring_buffer.config import RingBufferConfig, TileOrder, TileType
@@ -112,24 +111,31 @@ class TilingProcessor:
         self._order = order
 
     def run(
-        self, q: Tensor, position: int, parts: Sequence[Part], attend: Attend, sink_logits: Tensor | None = None
+        self,
+        q: Tensor,
+        position: int,
+        parts: Sequence[Part],
+        attend: Attend,
+        sink_logits: Tensor | None = None,
+        value_dim: int | None = None,
     ) -> Tensor:
         """Attend with queries from `position` to parts, in passes, each rounded once.
 
         Args:
             q: (batch, n, heads, head_dim). attend: does one rectangle. sink_logits: (heads,), a learned sink, or None.
+            value_dim: head_dim of v. Default: q's.
 
         Returns:
-            out (batch, n, heads, head_dim) in q's dtype.
+            out (batch, n, heads, value_dim) in q's dtype.
         """
         for name in ("tile_size", "block_size", "head_tile_size", "prefill_size", "least_rows"):
             check_size(name, getattr(self, name))
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty((*q.shape[:3], q.shape[3] if value_dim is None else value_dim))
         counts = dict.fromkeys(TileType, 0)
         for first in range(0, q.shape[1], self.prefill_size):
             count = min(self.prefill_size, q.shape[1] - first)
             # Partial states stand for one pass at a time.
-            state = AttentionState.empty(q[:, first : first + count])
+            state = AttentionState.empty(out[:, first : first + count])
             for work in self.schedule((first, count), q.shape[2], position, parts, counts):
                 rows, heads = (work.queries[0] - first, work.queries[1]), work.heads
                 partial = attend(work)

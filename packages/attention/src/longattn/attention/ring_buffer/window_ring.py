@@ -35,11 +35,13 @@ class WindowRing:
         device: torch.device,
         prefix: int,
         max_rewind: int,
+        widths: tuple[int, ...] | None = None,
     ) -> WindowRing:
         """Both rings, with any content."""
-        main = LinearRing(planes, batch, heads, capacity, head_dim, dtype, device, prefix)
-        kept = LinearRing(planes, batch, heads, max_rewind, head_dim, dtype, device) if max_rewind else None
-        return cls(main, kept)
+        main = LinearRing(planes, batch, heads, capacity, head_dim, dtype, device, prefix, widths=widths)
+        if not max_rewind:
+            return cls(main, None)
+        return cls(main, LinearRing(planes, batch, heads, max_rewind, head_dim, dtype, device, widths=widths))
 
     def append(self, position: int, rows: Sequence[Tensor]) -> None:
         """Rows, one (batch, heads, n, head_dim) for each plane, at position .. position + n. Needs no_grad."""

@@ -88,13 +88,14 @@ class _GatheredRun(ScheduleRun):
         return parts[0]
 
     def key_gradients(self) -> tuple[Tensor, Tensor]:
-        dk, dv = (self._reduce_scatter(total.wide()) for total in self.sums)
+        mine = (self.work.k, self.work.v)
+        dk, dv = (self._reduce_scatter(total.wide(), x) for total, x in zip(self.sums, mine, strict=True))
         return dk, dv
 
-    def _reduce_scatter(self, gradient: Tensor) -> Tensor:
-        """The sum of what all ranks have for this rank's keys, in the order of ranks."""
+    def _reduce_scatter(self, gradient: Tensor, like: Tensor) -> Tensor:
+        """The sum of what all ranks have for this rank's keys (or values), `like`, in the order of ranks."""
         parts = self.whole.keys.cut(gradient.to(state_dtype(gradient.dtype)))
-        mine = tuple(self.work.k.shape)
+        mine = tuple(like.shape)
         first, *others = swap(self.place, "gradients", parts, [mine] * len(parts), self.work.environment.allocator)
         total = first.clone()
         for part in others:

@@ -27,8 +27,8 @@ from longattn.kernels.interface import (
 )
 
 
-def forward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> tuple[Tensor, Tensor]:
-    """out (batch, Nq, heads, head_dim) in asked.out_dtype, lse (batch, Nq, heads) in float32 (float64), in the caller's rows."""
+def forward(run: ScheduleRun, asked: OpArguments, environment: Environment, value_dim: int) -> tuple[Tensor, Tensor]:
+    """out (batch, Nq, heads, value_dim) in asked.out_dtype, lse (batch, Nq, heads) in float32 (float64), in the caller's rows."""
     results: list[tuple[Tensor, ...]] = []
     for shard in run.shards():
         parts, q = _Parts(), shard.queries[0]
@@ -41,7 +41,7 @@ def forward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> t
                 parts.add(state)
             # Not kept while the next step's keys are awaited.
             del step, tensors
-        state = parts.merged() or AttentionState.empty(q)
+        state = parts.merged() or AttentionState.empty(q.new_empty((*q.shape[:3], value_dim)))
         results.append((state.out, state.lse))
     out, lse = run.join(results)
     return out.to(asked.out_dtype), lse

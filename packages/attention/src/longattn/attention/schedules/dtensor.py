@@ -50,7 +50,7 @@ def sharded_attention(whole: Attention, q: Any, k: Any, v: Any, options: dict[st
     if options.get("dropout_p"):
         options["seed"] = _shared_seed(q, options.get("seed"))
     out, lse = whole(q.to_local(), k.to_local(), v.to_local(), **options)
-    return placed_like(out, q, q.shape), placed_like(lse, q, q.shape[:3])
+    return placed_like(out, q, (*q.shape[:3], v.shape[3])), placed_like(lse, q, q.shape[:3])
 
 
 def check_placements(tensors: dict[str, Any]) -> None:

@@ -37,7 +37,8 @@ def _compute(tensors: OpTensors, asked: OpArguments) -> tuple[Tensor, Tensor]:
         tensors, asked = in_documents(tensors, asked)
     environment = find_environment(asked.env)
     work = ScheduleWork((tensors.q,), tensors, asked, environment)
-    return scheduled.forward(parse_schedule(asked.schedule).start(work), asked, environment)
+    run = parse_schedule(asked.schedule).start(work)
+    return scheduled.forward(run, asked, environment, tensors.v.shape[3])
 
 
 def _differentiate(cotangents: Cotangents, tensors: OpTensors, asked: OpArguments) -> Gradients:

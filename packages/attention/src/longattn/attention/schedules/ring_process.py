@@ -122,7 +122,7 @@ class GroupRun(ScheduleRun):
         if ring_step.incoming is not None:
             # Double buffered: the rank still computes on the keys of the step before while these arrive.
             slot = f"received keys {ring_step.number % 2}"
-            ring_step.received = tuple(self._lease(slot, n)(self._packed(ring_step.incoming)) for n in range(2))
+            ring_step.received = self._leased(slot, ring_step.incoming)
             if work.padding is not None:
                 ring_step.received += (work.padding.new_empty(work.padding.shape[0], ring_step.incoming.rows),)
         receives = [(ring_step.source, x) for x in ring_step.received]
@@ -154,9 +154,7 @@ class GroupRun(ScheduleRun):
         ring_step.gradients = None
         received: tuple[Tensor, ...] = ()
         if ring_step.outgoing is not None:
-            received = tuple(
-                self._lease("received gradients", n, wide)(self._packed(ring_step.outgoing)) for n in range(2)
-            )
+            received = self._leased("received gradients", ring_step.outgoing, wide)
         label = f"gradients {ring_step.number}"
         return (
             ring_step,
@@ -177,8 +175,10 @@ class GroupRun(ScheduleRun):
         self.sums[0].add(dk)
         self.sums[1].add(dv)
 
-    def _packed(self, packing: Packing) -> tuple[int, ...]:
-        return packing.shape(self.work.k.shape[0], self.work.k.shape[-1])
+    def _leased(self, purpose: str, packing: Packing, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        """Buffers for what of keys and of values travels, or of their gradients."""
+        shapes = (packing.shape(len(x), x.shape[-1]) for x in (self.work.k, self.work.v))
+        return tuple(self._lease(purpose, n, dtype)(shape) for n, shape in enumerate(shapes))
 
     def _lease(self, purpose: str, number: int, dtype: torch.dtype | None = None) -> Lease:
         """The COMM buffer for a purpose: a later step reuses an earlier one's memory, if that is large enough."""

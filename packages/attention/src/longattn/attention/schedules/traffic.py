@@ -32,6 +32,7 @@ class Call:
 
     Attributes:
         pattern, length, ranks, heads, kv_heads, head_dim, batch: as their names say. dtype: of q, k and v.
+        value_head_dim: of v; None: head_dim.
     """
 
     pattern: Pattern
@@ -42,6 +43,12 @@ class Call:
     head_dim: int = 64
     batch: int = 1
     dtype: torch.dtype = torch.bfloat16
+    value_head_dim: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row of k and one of v together; as many as of q and out."""
+        return self.head_dim + (self.value_head_dim or self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def ring_traffic(call: Call, layout: str = "contiguous") -> Traffic:
             plan = cache.get_or_build(key, lambda r=rectangle: call.pattern.plan(r))
             work[reader] += sum(branch.pairs * branch.heads.length for branch in plan.branches)
             if owner != reader and not plan.empty:
-                elements += 2 * call.batch * call.head_dim * packing_of(plan, call.kv_heads).count
+                elements += call.batch * call.width * packing_of(plan, call.kv_heads).count
     wide = state_dtype(call.dtype).itemsize
     forward = elements * call.dtype.itemsize
     return Traffic(f"ring {layout}", forward, forward + elements * wide, tuple(work))
@@ -90,7 +97,7 @@ def ring_traffic(call: Call, layout: str = "contiguous") -> Traffic:
 
 def full_ring_bytes(call: Call) -> int:
     """Bytes that a ring which sends every shard to every rank sends in a forward; an all-gather of k and v sends as many."""
-    return 2 * (call.ranks - 1) * call.batch * call.length * call.kv_heads * call.head_dim * call.dtype.itemsize
+    return (call.ranks - 1) * call.batch * call.length * call.kv_heads * call.width * call.dtype.itemsize
 
 
 def gather_traffic(call: Call) -> Traffic:
@@ -110,10 +117,11 @@ def ulysses_traffic(call: Call) -> Traffic | None:
     lengths = [count_rows(rows) for rows in LAYOUTS["contiguous"](call.length, call.ranks).rows()]
     # (rows, kv heads) that change places, on the way there; as many on the way back.
     moved = call.batch * sum(n * (call.kv_heads - share) for n, share in zip(lengths, shares, strict=True))
-    queries, keys, lse = moved * group * call.head_dim * size, moved * call.head_dim * size, moved * group
+    # q and out, k and v; in a backward their gradients too.
+    queries, keys, lse = moved * group * call.width * size, moved * call.width * size, moved * group
     lse *= state_dtype(call.dtype).itemsize
-    forward = 2 * queries + 2 * keys + lse
-    backward = 4 * queries + 4 * keys + lse
+    forward = queries + keys + lse
+    backward = 2 * queries + 2 * keys + lse
     work, done = [], 0
     whole = LAYOUTS["contiguous"](call.length, 1).rows()[0]
     plan = call.pattern.plan(Rectangle(call.heads, whole, whole))
@@ -160,13 +168,15 @@ def choose(
     head_dim: int = 64,
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    value_head_dim: int | None = None,
 ) -> Choice:
     """The engine that sends least for a forward and backward, of those whose slowest rank works at most 1.25 times the mean.
 
     Args:
         group: a ProcessGroup, a DeviceMesh of one dimension, or a number of ranks.
         pattern: who sees whom. length: of the whole sequence. num_heads: query heads.
-        kv_heads: default num_heads. head_dim, batch, dtype: of q, k and v. Defaults 64, 1, torch.bfloat16.
+        kv_heads: default num_heads. head_dim, batch, dtype: of q, k and v. Defaults 64, 1, torch.bfloat16. value_head_dim: of v, where it
+            has its own.
 
     Returns:
         The choice; `str()` of it says what each engine would send, and why it was not chosen.
@@ -179,7 +189,7 @@ def choose(
     kv_heads = heads if kv_heads is None else check_size("kv_heads", kv_heads)
     if heads % kv_heads:
         raise ValueError(f"kv_heads must divide num_heads={heads}, got {kv_heads}")
-    call = Call(check_pattern_argument(pattern), check_size("length", length), ranks, heads, kv_heads, check_size("head_dim", head_dim), check_size("batch", batch), dtype)  # fmt: skip
+    call = Call(check_pattern_argument(pattern), check_size("length", length), ranks, heads, kv_heads, check_size("head_dim", head_dim), check_size("batch", batch), dtype, None if value_head_dim is None else check_size("value_head_dim", value_head_dim))  # fmt: skip
     offers = [ring_traffic(call, layout) for layout in LAYOUTS]
     ulysses = ulysses_traffic(call)
     offers += [gather_traffic(call)] if ulysses is None else [ulysses, gather_traffic(call)]
