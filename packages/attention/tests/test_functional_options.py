@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from longattn.attention import Local, MultiheadPatternAttention, Ring, attention_weights, pattern_attention
+from longattn.attention import (
+    Local,
+    MultiheadPatternAttention,
+    PatternAttention,
+    Ring,
+    attention_weights,
+    pattern_attention,
+)
 from longattn.kernels import reference_attention
 from longattn.kernels.dispatch.environment import Environment, TorchAllocator
 from longattn.patterncache import Dilated, Full, PatternCache, Rectangle, Span, Window
@@ -146,3 +153,32 @@ def test_a_bad_value_is_named(options, error, words):
     """Before anything is computed, or at the latest before anything is returned."""
     with pytest.raises(error, match=words):
         pattern_attention(*qkv(), Full(), **options)
+
+
+def test_a_learned_temperature():
+    """A parameter of a module, () or (heads,), also under a ring and in its weights; in float64 the number's results and its gradient."""
+    q, k, v = torch.randn(3, 1, 11, 2, 4, dtype=torch.float64)
+    for schedule in (None, Ring(size=3)):
+        layer = PatternAttention(
+            Dilated((4,), (1,)),
+            softmax_scale=torch.nn.Parameter(torch.tensor([0.3, 0.7], dtype=torch.float64)),
+            schedule=schedule,
+        )
+        assert [name for name, _ in layer.named_parameters()] == ["softmax_scale"] and "a tensor (2,)" in repr(layer)
+        for head, number in enumerate((0.3, 0.7)):
+            plain = PatternAttention(Dilated((4,), (1,)), softmax_scale=number)
+            found, weights = layer(q, k, v, need_weights=True)
+            expected, its_weights = plain(q, k, v, need_weights=True)
+            torch.testing.assert_close(found[:, :, head], expected[:, :, head])
+            torch.testing.assert_close(weights[:, head], its_weights[:, head])
+        scale = layer.softmax_scale
+        (grad,) = torch.autograd.grad(layer(q, k, v).square().sum(), scale)
+        counts = torch.from_numpy(Dilated((4,), (1,)).counts(Rectangle(2, Span(0, 11), Span(0, 11))))
+        truth = reference_attention(q, k, v, counts, scale).out.square().sum()
+        torch.testing.assert_close(grad, torch.autograd.grad(truth, scale)[0])
+    buffered = PatternAttention(Dilated((4,), (1,)), softmax_scale=torch.tensor(0.3, dtype=torch.float64))
+    assert "softmax_scale" in buffered.state_dict()
+    jagged = torch.nested.nested_tensor([q[0, :5], q[0, 5:]], layout=torch.jagged)
+    out = pattern_attention(jagged, jagged, jagged, Dilated((4,), (1,)), softmax_scale=buffered.softmax_scale)
+    expected = pattern_attention(q[:, :5], q[:, :5], q[:, :5], Dilated((4,), (1,)), softmax_scale=0.3)
+    torch.testing.assert_close(out.unbind()[0], expected[0])

@@ -47,6 +47,7 @@ FAMILIES = {
     "mpt": ("decoder", {"vocab_size": 60, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}),
     "gpt_neo": ("decoder", {"vocab_size": 60, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}),
     "xglm": ("decoder", {"vocab_size": 60, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}),
+    "deepseek_v2": ("decoder", SMALL | {"num_key_value_heads": 4, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16}),
     "deepseek_v3": ("decoder", SMALL | {"num_key_value_heads": 4, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 16}),
     "bert": ("encoder", SMALL),
     "roberta": ("encoder", SMALL | {"pad_token_id": 1}),
@@ -81,7 +82,7 @@ FAMILIES = {
     "vit": ("image", {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}),
     "deit": ("image", {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}),
 }  # fmt: skip
-DEFAULT = ("mistral", "bloom", "bert", "deberta-v2", "bart", "t5", "vit")
+DEFAULT = ("mistral", "deepseek_v3", "bloom", "bert", "deberta-v2", "bart", "t5", "vit")
 """One of each kind, in every run of the tests."""
 
 CASES = ("plain", "padded left", "padded right", "static cache", "beams", "compile", "train")

@@ -119,14 +119,6 @@ def test_gradcheck(name: str, pattern: Pattern, masked: bool):
     assert torch.autograd.gradcheck(outputs, [x.requires_grad_() for x in (data.q, data.k, data.v)], fast_mode=True)
 
 
-@ROWS
-def test_second_derivatives_say_that_they_are_not_there(name: str):
-    q = torch.randn(1, 6, 1, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(attend(q, q, q, Full(), backend=name).out.square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives are not supported"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("where", ["meta", "fake"])
 @pytest.mark.parametrize("prior", [False, True])

@@ -56,7 +56,7 @@ class AttentionOptions(HeadedOptions, total=False):
     """The other keywords of `pattern_attention`, by the meaning they have there, but for return_lse."""
 
     is_causal: bool | None
-    softmax_scale: float | None
+    softmax_scale: float | Tensor | None
     key_padding_mask: Tensor | None
     attention_mask: Tensor | None
     dropout_p: float

@@ -14,6 +14,7 @@ from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import dtensor_module, is_sharded
 from longattn.attention.schedules.documents import as_data, check_packed, packed_pattern
 from longattn.attention.schedules.extents import Extents, mask_flags
+from longattn.attention.schedules.key_weights import key_weights
 from longattn.attention.schedules.local import Local, check_schedule_argument
 from longattn.attention.schedules.op import scheduled_attend
 from longattn.attention.sequences.varlen import ragged_attention
@@ -39,6 +40,7 @@ from longattn.kernels.interface import (
     check_sinks,
     exchanged,
     find_prepared,
+    fold_scale,
     in_order,
     last_positions,
     merge_detached,
@@ -60,6 +62,7 @@ def pattern_attention(
     pattern: Pattern,
     *,
     return_lse: Literal[False] = False,
+    return_key_weights: Literal[False] = False,
     **options: Unpack[AttentionOptions],
 ) -> Tensor: ...
 
@@ -72,8 +75,35 @@ def pattern_attention(
     pattern: Pattern,
     *,
     return_lse: Literal[True],
+    return_key_weights: Literal[False] = False,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def pattern_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    return_lse: Literal[False] = False,
+    return_key_weights: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def pattern_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    return_lse: Literal[True],
+    return_key_weights: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def pattern_attention(
@@ -83,7 +113,7 @@ def pattern_attention(
     pattern: Pattern,
     *,
     is_causal: bool | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -102,8 +132,9 @@ def pattern_attention(
     head_start: int | None = None,
     num_heads: int | None = None,
     layout: Layout = "bnhd",
+    return_key_weights: bool = False,
     **unknown: Never,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """softmax(scale * q k^T + log counts) v, where counts[h, i, j] says how often the pattern lets query i see key j.
 
     Args:
@@ -112,7 +143,8 @@ def pattern_attention(
             head_dim, as in multi-head latent attention.
         pattern: who sees whom, such as Dilated((2048, 4096), (1, 2)).
         is_causal: replaces the pattern's causal field. Default None takes it.
-        softmax_scale: default head_dim ** -0.5.
+        softmax_scale: a number, or floating () or (heads,) with gradient, such as a learned temperature: q is multiplied by it, which in half
+            precision is one more rounding. Default head_dim ** -0.5.
         key_padding_mask: (batch, Nk) bool, True = padding, as in torch.nn.MultiheadAttention. Hides; never shifts positions.
         attention_mask: bool, True = may see, or floating, added to the scaled scores, with gradient; broadcastable to
             (batch, heads, Nq, Nk).
@@ -138,6 +170,9 @@ def pattern_attention(
         num_heads: query heads of the whole module; must be given with head_start.
         layout: "bnhd" (default): tensors are as above. "bhnd": q, k, v and what is returned have heads before the sequence, (batch, heads, Nq,
             head_dim) and lse (batch, heads, Nq); they are views, and nothing is copied for it. Masks are as they are.
+        return_key_weights: also return how much weight each key received, for eviction policies such as H2O (Zhang et al. 2023,
+            arXiv:2306.14048): the undropped weights summed over queries, and over the query heads of a kv head. Costs about a backward pass,
+            and memory for gradients of q and k, never for Nq * Nk weights. Not differentiable. Default False.
 
     What padded keys hold reaches nothing, NaN and Inf included. Keys hidden by the pattern, causality or attention_mask weigh 0 but may be
     read, so they must be finite.
@@ -148,7 +183,8 @@ def pattern_attention(
 
     Returns:
         (batch, Nq, heads, v's head_dim) in q's dtype, zero where a query sees nothing; with return_lse also lse (batch, Nq, heads) in
-        float32 (float64 for float64): natural log, -inf = saw no key.
+        float32 (float64 for float64): natural log, -inf = saw no key; with return_key_weights, last, (batch, kv_heads, Nk) in lse's dtype, of
+        this rank's keys and all ranks' queries.
 
     Raises:
         TypeError, ValueError: a bad argument, by name; or no row fits, with each one's reasons.
@@ -156,6 +192,8 @@ def pattern_attention(
     refuse_unknown("pattern_attention()", unknown)
     if layout != "bnhd":
         q, k, v = in_order(layout, q, k, v)
+    if isinstance(softmax_scale, Tensor) and not (is_sharded(q) or getattr(q, "is_nested", False)):
+        q, softmax_scale = fold_scale(q, softmax_scale)
     options = Options(
         attention_mask,
         key_padding_mask,
@@ -179,6 +217,7 @@ def pattern_attention(
         and merge_grad == "exact"
         and (schedule is None or type(schedule) is Local)
         and (return_lse is True or return_lse is False)
+        and return_key_weights is False
     ):
         key = call_signature("pattern_attention", q, k, v, pattern, options)
         prepared = None if key is None else find_prepared(key)
@@ -195,6 +234,11 @@ def pattern_attention(
         del given["out_dtype"]
         given |= {"schedule": schedule, "seed": seed, "sink_logits": sink_logits, "pattern": pattern}
         given |= {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "merge_grad": merge_grad}
+        if check_bool("return_key_weights", return_key_weights):
+            raise ValueError(
+                "return_key_weights must be False for DTensors, nested tensors and with positions_start, got True: give local tensors under a "
+                "schedule, and key_padding_mask"
+            )
         whole = functools.partial(pattern_attention, return_lse=True)
         if sharded:
             attend_sharded = dtensor_module().sharded_attention
@@ -217,6 +261,7 @@ def pattern_attention(
     start = check_start("q_start", q_start)
     q_spans = [] if start is None else [start, q.shape[1], 1]
     check_bool("return_lse", return_lse)
+    check_bool("return_key_weights", return_key_weights)
     check_options(q, k, options, masked_k=_masked_keys(attention_mask, k, schedule))
     check_sinks(sink_logits, q)
     heads = global_heads(q.shape[2], head_start, num_heads)
@@ -258,9 +303,11 @@ def pattern_attention(
     if sink_logits is not None:
         state = add_sink(state, sink_logits)
     out, lse = state.finalize(q.dtype), state.lse
+    received = (key_weights(tensors, asked, lse),) if return_key_weights else ()
     if layout != "bnhd":
         out, lse = exchanged(out), exchanged(lse)
-    return (out, lse) if return_lse else out
+    found = (out, *((lse,) if return_lse else ()), *received)
+    return found if len(found) > 1 else out
 
 
 def _masked_keys(mask: object, k: Tensor, schedule: Schedule) -> Tensor:

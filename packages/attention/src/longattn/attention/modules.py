@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longattn.attention.arguments import HeadedOptions, MergeGrad, given_options, refuse_weights
 from longattn.attention.functional import pattern_attention
@@ -36,7 +36,8 @@ class PatternAttention(WiredModule):
 
     Args:
         pattern: who sees whom.
-        softmax_scale: default head_dim ** -0.5.
+        softmax_scale: a number > 0, or a floating tensor () or (heads,): a parameter is learned, another tensor is a buffer. Default
+            head_dim ** -0.5.
         dropout: probability in [0, 1) of dropping a (query, key) pair in training. Default 0.
         backend: row of longattn.kernels that must serve. Default: the first that fits.
         schedule: in which order keys arrive. Default Local().
@@ -60,7 +61,7 @@ class PatternAttention(WiredModule):
         self,
         pattern: Pattern,
         *,
-        softmax_scale: float | None = None,
+        softmax_scale: float | Tensor | None = None,
         dropout: float = 0.0,
         backend: str | None = None,
         schedule: Schedule | None = None,
@@ -77,7 +78,13 @@ class PatternAttention(WiredModule):
         self._causal_forms = (pattern.with_causal(False), pattern.with_causal(True))
         for form in (pattern, *self._causal_forms):
             form.canonical()
-        self.softmax_scale = None if softmax_scale is None else check_positive("softmax_scale", softmax_scale)
+        self.softmax_scale: float | Tensor | None
+        if isinstance(softmax_scale, Tensor) and not isinstance(softmax_scale, nn.Parameter):
+            self.register_buffer("softmax_scale", softmax_scale)
+        elif softmax_scale is None or isinstance(softmax_scale, Tensor):
+            self.softmax_scale = softmax_scale
+        else:
+            self.softmax_scale = check_positive("softmax_scale", softmax_scale)
         self.dropout = check_dropout("dropout", dropout)
         self.backend = check_backend_name(backend)
         self.schedule: Schedule = Local() if schedule is None else schedule
@@ -157,7 +164,10 @@ class PatternAttention(WiredModule):
     def extra_repr(self) -> str:
         """The pattern, and what differs from the defaults."""
         shown = [str(self.pattern), str(self.schedule)]
-        shown += [f"{n}={getattr(self, n)!r}" for n in ("softmax_scale", "backend") if getattr(self, n) is not None]
+        scale = self.softmax_scale
+        if scale is not None:
+            shown += [f"softmax_scale={f'a tensor {tuple(scale.shape)}' if isinstance(scale, Tensor) else scale}"]
+        shown += [] if self.backend is None else [f"backend={self.backend!r}"]
         shown += [f"dropout={self.dropout}"] if self.dropout else []
         shown += [f"merge_grad={self.merge_grad!r}"] if self.merge_grad != "exact" else []
         shown += [] if self.num_heads is None else [f"head_start={self.head_start}, num_heads={self.num_heads}"]

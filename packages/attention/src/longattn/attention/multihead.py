@@ -38,6 +38,7 @@ class MultiheadPatternAttention(ProjectedModule):
         embed_dim, num_heads: num_heads divides embed_dim.
         pattern: who sees whom.
         kv_heads: heads of keys and values, dividing num_heads (GQA). Default num_heads.
+        value_head_dim: of values and of each head's output. Default: that of queries and keys, embed_dim / num_heads.
         softmax_scale, dropout, backend, schedule, wiring, sparse_weights, merge_grad: as in `PatternAttention`.
         bias: of the projections. Default True.
         fused_qkv: one projection instead of three. Default False. State dicts load into each other.
@@ -62,7 +63,8 @@ class MultiheadPatternAttention(ProjectedModule):
         pattern: Pattern,
         *,
         kv_heads: int | None = None,
-        softmax_scale: float | None = None,
+        value_head_dim: int | None = None,
+        softmax_scale: float | Tensor | None = None,
         dropout: float = 0.0,
         bias: bool = True,
         fused_qkv: bool = False,
@@ -89,6 +91,8 @@ class MultiheadPatternAttention(ProjectedModule):
         if num_heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide num_heads={num_heads}, got {kv_heads}")
         self.head_dim = embed_dim // num_heads
+        width = self.head_dim if value_head_dim is None else value_head_dim
+        self.value_head_dim = check_size("value_head_dim", width)
         self._hold_heads(head_start, local_heads)
         self.gamma_init = check_positive("gamma_init", gamma_init)
         self.rotary_base = None if rotary_base is None else check_positive("rotary_base", rotary_base)
@@ -103,9 +107,9 @@ class MultiheadPatternAttention(ProjectedModule):
             raise ValueError(
                 "layer_norm must be False for a slice of heads (local_heads), because it normalises over all heads of the module, got True"
             )
-        self.norm = nn.LayerNorm(embed_dim, eps=eps, **factory_kwargs) if use_norm else nn.Identity()
-        width, with_bias = self.local_heads * self.head_dim, has_bias and not head_start
-        self.out_proj = nn.Linear(width, embed_dim, bias=with_bias, **factory_kwargs)
+        merged, with_bias = self.local_heads * self.value_head_dim, has_bias and not head_start
+        self.norm = nn.LayerNorm(merged, eps=eps, **factory_kwargs) if use_norm else nn.Identity()
+        self.out_proj = nn.Linear(merged, embed_dim, bias=with_bias, **factory_kwargs)
         self.attention = PatternAttention(
             pattern,
             softmax_scale=softmax_scale,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypedDict, Unpack
 
 import torch
+from torch import Tensor
 
 from longattn.attention.arguments import MergeGrad
 from longattn.attention.multihead import MultiheadPatternAttention
@@ -25,7 +26,7 @@ class MultiheadOptions(TypedDict, total=False):
     layer_norm_eps: float
     gamma_init: float
     kv_heads: int | None
-    softmax_scale: float | None
+    softmax_scale: float | Tensor | None
     backend: str | None
     merge_grad: MergeGrad
     head_start: int | None
@@ -40,7 +41,7 @@ class DilatedOptions(PoolFlags, total=False):
     heads: str
     causal: bool
     kv_heads: int | None
-    softmax_scale: float | None
+    softmax_scale: float | Tensor | None
     backend: str | None
     merge_grad: MergeGrad
     head_start: int | None
@@ -98,7 +99,7 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
         causal: bool = False,
         kv_heads: int | None = None,
         fused_qkv: bool = False,
-        softmax_scale: float | None = None,
+        softmax_scale: float | Tensor | None = None,
         backend: str | None = None,
         merge_grad: MergeGrad = "exact",
         head_start: int | None = None,

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, Unpack
 
+from torch import Tensor
+
 from longattn.attention.modules import PatternAttention
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.sparse_config import SparsePatternConfig
@@ -69,7 +71,7 @@ class DilatedAttention(PatternAttention):
         *,
         heads: str = "shared",
         causal: bool = False,
-        softmax_scale: float | None = None,
+        softmax_scale: float | Tensor | None = None,
         dropout: float = 0.0,
         backend: str | None = None,
         **flags: Unpack[PoolFlags],
@@ -98,7 +100,7 @@ class ImprovedDilatedAttentionV2(PatternAttention):
         *,
         heads: str = "shared",
         causal: bool = False,
-        softmax_scale: float | None = None,
+        softmax_scale: float | Tensor | None = None,
         dropout: float = 0.0,
         backend: str | None = None,
         **flags: Unpack[ManagerFlags],
@@ -126,7 +128,7 @@ class RingDilatedAttentionV2(PatternAttention):
         layout: RingLayout = "contiguous",
         heads: str = "shared",
         causal: bool = False,
-        softmax_scale: float | None = None,
+        softmax_scale: float | Tensor | None = None,
         dropout: float = 0.0,
         backend: str | None = None,
         **flags: Unpack[CacheFlags],
@@ -154,7 +156,7 @@ class RingDilatedAttentionV3(PatternAttention):
         layout: RingLayout = "contiguous",
         heads: str = "shared",
         causal: bool = False,
-        softmax_scale: float | None = None,
+        softmax_scale: float | Tensor | None = None,
         dropout: float = 0.0,
         backend: str | None = None,
         **flags: Unpack[ResidentFlags],
@@ -184,7 +186,7 @@ class BlockSparseRingDilatedAttention(PatternAttention):
         layout: RingLayout = "contiguous",
         heads: str = "shared",
         causal: bool = False,
-        softmax_scale: float | None = None,
+        softmax_scale: float | Tensor | None = None,
         dropout: float = 0.0,
         backend: str | None = None,
         **flags: Unpack[CacheFlags],

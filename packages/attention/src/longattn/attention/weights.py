@@ -20,7 +20,7 @@ def attention_weights(
     q: Tensor,
     k: Tensor,
     pattern: Pattern,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     attention_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     *,
@@ -33,7 +33,7 @@ def attention_weights(
     Args:
         q: (batch, Nq, heads, head_dim); the last Nq positions. k: (batch, Nk, kv_heads, head_dim).
         pattern: who sees whom; a key that counts twice has the weight of both.
-        softmax_scale: default head_dim ** -0.5.
+        softmax_scale: a number, or a tensor () or (heads,). Default head_dim ** -0.5.
         attention_mask: bool, True = may see, or floating, added to the scaled scores; broadcastable to (batch, heads, Nq, Nk).
         key_padding_mask: (batch, Nk) bool, True = padding.
         head_start, num_heads: which heads of how many q has, as in `pattern_attention`. Default: all.
@@ -53,7 +53,7 @@ def weights_of(
     q: Tensor,
     k: Tensor,
     pattern: Pattern,
-    softmax_scale: float | None,
+    softmax_scale: float | Tensor | None,
     masks: dict[str, Tensor | None],
     sparse: bool,
     heads: tuple[int | None, int | None],
@@ -101,7 +101,7 @@ def sparse_attention_weights(
     q: Tensor,
     k: Tensor,
     pattern: Pattern,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     attention_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     *,
@@ -125,7 +125,7 @@ def _sparse_weights(
     pattern: Pattern,
     positions: Spans,
     numbers: list[int],
-    softmax_scale: float | None,
+    softmax_scale: float | Tensor | None,
     attention_mask: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> Tensor:
@@ -153,7 +153,7 @@ def _weights(
     pattern: Pattern,
     rows: Spans,
     numbers: list[int],
-    softmax_scale: float | None,
+    softmax_scale: float | Tensor | None,
     attention_mask: Tensor | None,
     key_padding_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -171,6 +171,8 @@ def _weights(
         k = k.masked_fill(key_padding_mask[:, :, None, None], 0)  # what padding holds reaches nothing
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     keys = k.repeat_interleave(heads // k.shape[2], 2).permute(0, 2, 3, 1).to(dtype)
+    if isinstance(scale, Tensor):
+        scale = scale.to(dtype)[..., None, None]
     scores = q.transpose(1, 2).to(dtype) @ keys * scale
     if attention_mask is not None and floating:
         # Hidden pairs carry -inf from log(0) already; another -inf has no gradient.

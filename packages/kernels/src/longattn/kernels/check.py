@@ -96,7 +96,7 @@ def check_key_padding(mask: object, q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"key_padding_mask must have shape (batch, Nk) = {(k.shape[0], k.shape[1])}, got {tuple(mask.shape)}"
         )
-    _check_device("key_padding_mask", mask, q)
+    check_device("key_padding_mask", mask, q)
 
 
 def check_attention_mask(mask: object, q: Tensor, k: Tensor) -> None:
@@ -115,7 +115,7 @@ def check_attention_mask(mask: object, q: Tensor, k: Tensor) -> None:
         raise ValueError(
             f"attention_mask must be broadcastable to (batch, heads, Nq, Nk) = {full}, got {tuple(mask.shape)}"
         )
-    _check_device("attention_mask", mask, q)
+    check_device("attention_mask", mask, q)
 
 
 def check_dropout(name: str, value: object) -> float:
@@ -137,10 +137,11 @@ def check_sinks(sinks: object, q: Tensor) -> None:
         raise TypeError(f"sink_logits must be floating, got {dtype_name(sinks.dtype)}")
     if tuple(sinks.shape) != (q.shape[2],):
         raise ValueError(f"sink_logits must have shape (heads,) = {(q.shape[2],)}, got {tuple(sinks.shape)}")
-    _check_device("sink_logits", sinks, q)
+    check_device("sink_logits", sinks, q)
 
 
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+def check_device(name: str, x: Tensor, q: Tensor) -> None:
+    """x is on the device of q."""
     if x.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
 
@@ -160,7 +161,7 @@ def check_prior(prior: object, q: Tensor, v: Tensor) -> None:
                 f"{name} must be {dtype_name(dtype)} for q of {dtype_name(q.dtype)} (rounded states lose precision), "
                 f"got {dtype_name(x.dtype)}"
             )
-        _check_device(name, x, q)
+        check_device(name, x, q)
 
 
 def check_dtype(name: str, dtype: object) -> None:

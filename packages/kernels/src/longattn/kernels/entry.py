@@ -15,6 +15,7 @@ from longattn.kernels.ops.define import refuse_tangents
 from longattn.kernels.options import Options, arguments_of, check_options, tensors_of
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import flat_heads, flat_spans, last_positions
+from longattn.kernels.scaling import fold_scale
 from longattn.kernels.state import AttentionState, add_sink, merge, state_dtype
 from longattn.patterncache import Pattern, Span
 
@@ -33,7 +34,7 @@ def attend(
     k_spans: Span | tuple[Span, ...] | None = None,
     heads: Span | None = None,
     num_heads: int | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     attention_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -47,7 +48,7 @@ def attend(
 ) -> AttentionState:
     """softmax(scale * q k^T + log counts) v over one rectangle of heads x queries x keys, as a state.
 
-    Differentiable once in q, k, v, prior, sink_logits and a floating attention_mask. Shapes are (batch, seq, heads, head_dim); v, and with
+    Differentiable in q, k, v, prior, sink_logits and a floating attention_mask, on the rows in torch operations twice. Shapes are (batch, seq, heads, head_dim); v, and with
     it out and prior, may have another head_dim than q and k.
     Keys hidden by the pattern, causality or attention_mask weigh 0 but may be read, so k and v must be finite there: 0 * NaN is NaN.
     Under autocast, q, k and v are cast to its dtype.
@@ -61,7 +62,8 @@ def attend(
         q_spans, k_spans: positions of the rows in the whole sequence. Default: keys are 0 .. Nk, queries the last Nq of them.
         heads: the global query heads that q holds. Default: all.
         num_heads: query heads of the whole module. Default: those of q.
-        softmax_scale: default head_dim ** -0.5.
+        softmax_scale: a number, or floating () or (heads,) with gradient, such as a learned temperature (see `scaling`: q is multiplied by
+            it, which in half precision is one more rounding). Default head_dim ** -0.5.
         attention_mask: bool, True = may see, or floating, added to the scaled scores; broadcastable to (batch, heads, Nq, Nk).
         key_padding_mask: (batch, Nk) bool, True = padding. What padded rows of k and v hold reaches nothing.
         dropout_p: probability in [0, 1) of dropping a (query, key) pair, by Philox on their positions (see `philox`). lse is undropped.
@@ -83,6 +85,7 @@ def attend(
     if layout != "bnhd":
         q, k, v = in_order(layout, q, k, v)
         prior = prior if prior is None else _exchanged_state(prior)
+    q, softmax_scale = fold_scale(q, softmax_scale)
     options = Options(
         attention_mask,
         key_padding_mask,

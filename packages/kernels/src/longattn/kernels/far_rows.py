@@ -74,6 +74,11 @@ def exact_backward(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tu
     return exact
 
 
+def has_far_rows(call: Call, lse: Tensor) -> bool:
+    """Whether a query row is far."""
+    return _far_rows(call, lse) is not None
+
+
 def _far_rows(call: Call, lse: Tensor) -> Tensor | None:
     """(batch, Nq, heads) bool, or None where no row is far."""
     if lse.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -25,13 +25,14 @@ from longattn.kernels.eager.tiles import keep_tensors, kept_tensors
 from longattn.kernels.entry import autocast
 from longattn.kernels.native.decode_step import DecodeCache, decode_attention
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
-from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients, visible_pairs
+from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients, second_gradients, visible_pairs
 from longattn.kernels.ops.define import define
 from longattn.kernels.ops.direct import find_prepared, prepare_and_run, run_prepared
 from longattn.kernels.ops.direct import signature as call_signature
 from longattn.kernels.options import Options, arguments_of, check_options, tensors_of
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import last_positions
+from longattn.kernels.scaling import fold_scale
 from longattn.kernels.state import add_sink, merge_detached, merge_into, state_dtype
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "check_options",
     "check_qkv",
     "check_sinks",
+    "fold_scale",
     "dtype_name",
     # a call as an op takes it
     "Cotangents",
@@ -66,6 +68,7 @@ __all__ = [
     # one rectangle, on real tensors
     "attend_rectangle",
     "rectangle_gradients",
+    "second_gradients",
     "visible_pairs",
     # calls that were looked up before
     "call_signature",

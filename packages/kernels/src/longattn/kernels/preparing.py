@@ -150,6 +150,7 @@ def prepare(
         pattern: who sees whom.
         q, k, v: tensors of the shapes, strides, dtypes and devices that calls will have; what they hold is not read. Where one of them
             requires grad, calls are differentiable.
+        softmax_scale: None or a number; where it is a tensor, multiply q by it and prepare with 1.0.
         attention_mask, key_padding_mask: likewise; a call must then be given such masks. A bias that requires grad cannot be prepared.
 
     Returns:

@@ -14,7 +14,7 @@ def reference_attention(
     k: Tensor,
     v: Tensor,
     counts: np.ndarray | Tensor,
-    softmax_scale: float | None = None,
+    softmax_scale: float | Tensor | None = None,
     *,
     bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
@@ -28,7 +28,7 @@ def reference_attention(
         q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim), kv_heads dividing heads; v may have its own head_dim.
             Any floating dtype.
         counts: (heads, Nq, Nk) or (batch, heads, Nq, Nk), how many times each query sees each key; 0 hides it.
-        softmax_scale: default head_dim ** -0.5.
+        softmax_scale: a number, or a tensor () or (heads,). Default head_dim ** -0.5.
         bias: broadcastable to (batch, heads, Nq, Nk), added to the scores; -inf hides a key.
         key_padding_mask: (batch, Nk) bool, True = padding.
         keep: broadcastable to (batch, heads, Nq, Nk), multiplied with the weights: dropout. lse is undropped.
@@ -47,7 +47,7 @@ def reference_attention(
     group = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2).to(torch.float64) for x in (q, k, v))
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(-1, -2) * scale
+    scores = q @ k.transpose(-1, -2) * (scale[..., None, None] if isinstance(scale, Tensor) else scale)
     if bias is not None:
         hidden = bias == -torch.inf
         times = times * ~hidden

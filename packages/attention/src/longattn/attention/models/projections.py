@@ -23,6 +23,7 @@ class ProjectedModule(WiredModule):
     local_heads: int
     local_kv_heads: int
     head_dim: int
+    value_head_dim: int
     fused_qkv: bool
     q_proj: nn.Linear
     k_proj: nn.Linear
@@ -43,8 +44,8 @@ class ProjectedModule(WiredModule):
         return ("out_proj", "qkv_proj") if self.fused_qkv else ("out_proj", "q_proj", "k_proj", "v_proj")
 
     def _widths(self) -> tuple[int, int, int]:
-        kv_dim = self.local_kv_heads * self.head_dim
-        return self.local_heads * self.head_dim, kv_dim, kv_dim
+        kv_heads = self.local_kv_heads
+        return self.local_heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.value_head_dim
 
     def qkv_parameters(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
         """(weight, bias) of queries, keys and values; views of the one layer's where they are fused."""
@@ -57,7 +58,7 @@ class ProjectedModule(WiredModule):
         return tuple(zip(weights, biases, strict=True))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(batch, seq, heads or kv_heads, head_dim) of each.
+        """(batch, seq, heads or kv_heads, head_dim or value_head_dim) of each.
 
         Raises:
             ValueError: a projection made another number of heads than the module holds, so that nobody knows which.
@@ -73,7 +74,8 @@ class ProjectedModule(WiredModule):
         else:
             pairs = zip((query, key, value), self.qkv_parameters(), strict=True)
             flat = [linear(x, weight, bias) for x, (weight, bias) in pairs]
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in flat)
+        dims = (self.head_dim, self.head_dim, self.value_head_dim)
+        q, k, v = (x.unflatten(-1, (-1, dim)) for x, dim in zip(flat, dims, strict=True))
         if q.shape[2] != self.local_heads:
             raise ValueError(
                 f"q_proj must make {self.local_heads} heads, got {q.shape[2]}: which of them these are is not known; in a "

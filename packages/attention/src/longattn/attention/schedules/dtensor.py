@@ -27,6 +27,7 @@ _AXES = {
     "attention_mask": (-4, -2, -3),
     "positions_start": (0, None, None),
     "sink_logits": (None, None, 0),
+    "softmax_scale": (None, None, 0),
 }
 """Options that may be DTensors: which axes are the batch's, the sequence's and the heads'. Counted from the end, an axis of one row is the
 same on every rank."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longattn.attention.schedules import driver as scheduled
 from longattn.attention.schedules.documents import in_documents
+from longattn.attention.schedules.local import Local
 from longattn.attention.schedules.passes import ScheduleWork, query_spans
 from longattn.attention.schedules.registry import parse_schedule
 from longattn.kernels.interface import (
@@ -24,6 +25,7 @@ from longattn.kernels.interface import (
     define,
     find_environment,
     find_plan,
+    second_gradients,
     visible_pairs,
 )
 
@@ -62,5 +64,17 @@ def _pairs(q: Any, k: Any, asked: OpArguments) -> int:
     return visible_pairs(find_plan(whole, find_environment("")))
 
 
-scheduled_attend = define(LIBRARY, "scheduled_attend", _compute, _differentiate, _pairs)
+def _differentiate_twice(
+    above: list[Tensor | None], cotangents: Cotangents, tensors: OpTensors, asked: OpArguments
+) -> list[Tensor | None]:
+    if tensors.cu_seqlens is not None:
+        tensors, asked = in_documents(tensors, asked)
+    schedule = parse_schedule(asked.schedule)
+    if type(schedule) is not Local:
+        raise NotImplementedError(f"second derivatives are not supported under {schedule}: use Local()")
+    environment = find_environment(asked.env, may_be_gone=True)
+    return second_gradients(above, cotangents, tensors, asked._replace(schedule=""), environment)
+
+
+scheduled_attend = define(LIBRARY, "scheduled_attend", _compute, _differentiate, _pairs, _differentiate_twice)
 """Attend under a schedule; arguments are checked, and whether gradients are wanted is filled in."""

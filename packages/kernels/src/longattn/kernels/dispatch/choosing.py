@@ -56,7 +56,7 @@ def explain_choice(
     why_fixed = _why_fixed(problem, backend, plan)
     if why_fixed is not None or plan is None:
         return replace(found, order=f"fixed: {why_fixed}")
-    work = work_of(plan, batch, problem.head_dim)
+    work = work_of(plan, batch, (problem.head_dim + problem.value_width + 1) // 2)
     expected = []
     for at in [row(name) for name, reasons in found.rows if not reasons]:
         with suppress(RowFailure):  # it could not be made to run, and says so from now on

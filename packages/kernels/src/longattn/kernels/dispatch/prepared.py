@@ -21,7 +21,7 @@ from longattn.kernels.dispatch.choosing import select
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.memo import Memo
 from longattn.kernels.dispatch.settings import raw_settings
-from longattn.kernels.dispatch.table import Row, RowFailure
+from longattn.kernels.dispatch.table import Row, RowFailure, twice_differentiable
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
@@ -148,6 +148,26 @@ class PreparedCall:
         if bound is None and self.row.bind_backward is not None and len(self._backward) < _MOST_GRADIENT_FORMS:
             self._backward[key] = self.row.bind_backward(call, grad_out, grad_lse, out, lse, gradients) or False
         return gradients
+
+    def second_backward(
+        self,
+        above: list[Tensor | None],
+        cotangents: Cotangents,
+        tensors: OpTensors,
+        plan: Plan,
+        environment: Environment,
+    ) -> list[Tensor | None]:
+        """Gradients of grad_out, grad_lse, out, lse, q, k, v and bias, from those of dq, dk, dv and dbias.
+
+        Raises:
+            NotImplementedError: the row has no second derivative; the message names those that have.
+        """
+        if self.row.second_backward is None:
+            raise NotImplementedError(
+                f"second derivatives are not supported by the row {self.row.name}, which served: give backend= one of "
+                f"{', '.join(twice_differentiable())}"
+            )
+        return self.row.second_backward(self.call(tensors, plan, environment), above, cotangents)
 
 
 _MOST_GRADIENT_FORMS = 16

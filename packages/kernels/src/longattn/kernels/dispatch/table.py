@@ -53,6 +53,8 @@ class Row:
         revision: (level, revision) of what serves, where figures of speed depend on more than this package's version.
         standing: of a problem, whether what the row would run for it has been checked on its device: "checked", "unchecked: why", "failed: what
             was wrong", or "" where that is not asked; the second argument says whether to check now what was not. A failed one refuses.
+        second_backward: the derivative of `backward`, (call, gradients of dq, dk, dv and dbias or None each, (grad_out, grad_lse, out, lse)) ->
+            gradients of grad_out, grad_lse, out, lse, q, k, v and bias; None where the row has none.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Row:
     bind_backward: Callable[..., Any] | None = None
     revision: Callable[[], tuple[str, str]] | None = None
     standing: Callable[[AttentionProblem, bool], str] | None = None
+    second_backward: Callable[..., Any] | None = None
 
 
 @lru_cache
@@ -72,7 +75,7 @@ def row(name: str) -> Row:
     """The row of that name."""
     module, _, member = TABLE[name].partition(":")
     home = getattr(import_module(module), member) if member else import_module(module)
-    needs = ("refusal", "prepare", "bind", "bind_backward", "revision", "standing")
+    needs = ("refusal", "prepare", "bind", "bind_backward", "revision", "standing", "second_backward")
     machine = [getattr(home, need, None) for need in needs]
     return Row(name, home.CAPABILITY, home.forward, home.backward, *machine)
 
@@ -87,6 +90,11 @@ def backends(device: str | None = None) -> tuple[str, ...]:
 
 class RowFailure(RuntimeError):
     """A row that was legal could not be made to run: its compiler failed. The row's `refusal` says so from then on."""
+
+
+def twice_differentiable() -> tuple[str, ...]:
+    """Names of the rows that have second derivatives."""
+    return tuple(name for name in TABLE if row(name).second_backward is not None)
 
 
 def check_backend_name(backend: object) -> str | None:

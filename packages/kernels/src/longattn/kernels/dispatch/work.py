@@ -28,7 +28,8 @@ class Work:
     """What a call asks for.
 
     Attributes:
-        form: one of `FORMS`. pairs: (query, key) pairs seen, over heads and batch. head_dim: of q, k and v.
+        form: one of `FORMS`. pairs: (query, key) pairs seen, over heads and batch. head_dim: of q, k and v, their mean
+            where v has its own.
     """
 
     form: str

@@ -13,6 +13,7 @@ from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import FLOATS, Capability
 from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, ungroup_rows
 from longattn.kernels.eager.masks import tile_picks
+from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.eager.tile_walk import finish, new_state, walk
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.far_rows import exact_backward, exact_forward
@@ -36,6 +37,9 @@ CAPABILITY = Capability(
 
 _CELLS = 1 << 21
 """Scores that may be in memory at a time: 8 MiB in float32."""
+
+
+second_backward = second_gradients
 
 
 @exact_forward

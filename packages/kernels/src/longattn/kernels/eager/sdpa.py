@@ -16,6 +16,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import FLOATS, Capability
 from longattn.kernels.dispatch.environment import TorchAllocator
+from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.eager.strides import separated, separated_call
 from longattn.kernels.eager.tile_walk import finish, new_state, walk
 from longattn.kernels.eager.tiles import Tile
@@ -59,6 +60,9 @@ def _cpu_backward(
     return kernel(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
 
 
+second_backward = second_gradients
+
+
 @exact_forward
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
@@ -88,6 +92,8 @@ def backward(
 def _is_whole(call: Call) -> bool:
     """Whether one call of torch's kernel on the whole tensors is what is asked: every query sees every key, or those up to its own."""
     if len(call.plan.branches) != 1 or not call.q.numel() or call.prior is not None or call.dropout_p:
+        return False
+    if call.q.shape[-1] != call.v.shape[-1]:
         return False
     if call.mask is not None or call.bias is not None or call.key_padding is not None:
         return False

@@ -16,6 +16,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.eager.sdpa import Forward, backward_through, forward_through
+from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.far_rows import exact_backward, exact_forward
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -72,6 +73,7 @@ class ViewsRow:
 
     CAPABILITY: Capability
     cudnn: bool
+    second_backward = staticmethod(second_gradients)
 
     @exact_forward
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:

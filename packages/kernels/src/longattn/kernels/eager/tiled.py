@@ -18,6 +18,7 @@ from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import FLOATS, Capability
 from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, ungroup_rows
 from longattn.kernels.eager.masks import attach_masks
+from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.eager.tile_walk import blocks, finish, new_state
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.far_rows import exact_backward, exact_forward
@@ -49,6 +50,7 @@ class TiledRow:
         deterministic=("cpu",),
         dropout=True,
     )
+    second_backward = staticmethod(second_gradients)
 
     @exact_forward
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,28 @@ def _differentiate(cotangents: Cotangents, tensors: OpTensors, asked: OpArgument
     return gradients
 
 
+def _differentiate_twice(
+    above: list[Tensor | None], cotangents: Cotangents, tensors: OpTensors, asked: OpArguments
+) -> list[Tensor | None]:
+    environment = find_environment(asked.env, may_be_gone=True)
+    return second_gradients(above, cotangents, tensors, asked, environment)
+
+
+def second_gradients(
+    above: list[Tensor | None], cotangents: Cotangents, tensors: OpTensors, asked: OpArguments, environment: Environment
+) -> list[Tensor | None]:
+    """`longattn::attend_backward`'s own backward, on real tensors: gradients of the cotangents, q, k, v and bias.
+
+    above: gradients of dq, dk, dv and dbias, each or None.
+    """
+
+    def compute(call: PreparedCall, plan: Plan) -> list[Tensor | None]:
+        return call.second_backward(above, cotangents, tensors, plan, environment)
+
+    with torch._C._DisableAutocast():
+        return served(compute, tensors, asked, environment)
+
+
 def _pairs(q: Any, k: Any, asked: OpArguments) -> int:
     return visible_pairs(find_plan(asked, find_environment("")))
 
@@ -84,5 +106,5 @@ def visible_pairs(plan: Plan) -> int:
     return sum(branch.pairs * branch.heads.length for branch in plan.branches)
 
 
-attend_op = define(LIBRARY, "attend", _compute, _differentiate, _pairs)
+attend_op = define(LIBRARY, "attend", _compute, _differentiate, _pairs, _differentiate_twice)
 """The op as a caller calls it: (tensors, asked) -> (out, lse), with or without autograd, transforms and tracing."""

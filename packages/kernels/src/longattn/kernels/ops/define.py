@@ -25,32 +25,45 @@ from longattn.kernels.ops.arguments import (
     OpTensors,
     schema,
 )
-from longattn.kernels.ops.folding import map_backward, map_forward
+from longattn.kernels.ops.folding import map_backward, map_forward, one_by_one
 from longattn.kernels.state import state_dtype
 
 Compute = Callable[[OpTensors, OpArguments], tuple[Tensor, Tensor]]
 Differentiate = Callable[[Cotangents, OpTensors, OpArguments], Gradients]
 Pairs = Callable[[Any, Any, OpArguments], int]
+DifferentiateTwice = Callable[[list["Tensor | None"], Cotangents, OpTensors, OpArguments], list["Tensor | None"]]
 
 _BESIDE = len(Cotangents._fields)
 _PRIOR = OpTensors._fields.index("prior_out")
+_TWICE = _BESIDE + GRADED
+"""How many inputs of a backward have derivatives: its cotangents, and the first tensors."""
 
 
 def define(
-    library: torch.library.Library, name: str, compute: Compute, differentiate: Differentiate, pairs: Pairs
+    library: torch.library.Library,
+    name: str,
+    compute: Compute,
+    differentiate: Differentiate,
+    pairs: Pairs,
+    differentiate_twice: DifferentiateTwice,
 ) -> Compute:
-    """Register `longattn::NAME` and `longattn::NAME_backward`; return the caller's way into them, (tensors, asked) -> (out, lse).
+    """Register `longattn::NAME`, `longattn::NAME_backward` and its derivative `longattn::NAME_second`; return the caller's way into them, (tensors, asked) -> (out, lse).
 
     Args:
         library: of the namespace longattn.
         compute: (tensors, asked) -> (out, lse), on real tensors, outside autograd.
         differentiate: (cotangents, tensors, asked) -> gradients of the first `GRADED` tensors; None for what is not wanted.
+        differentiate_twice: (gradients of differentiate's results, cotangents, tensors, asked) -> gradients of the cotangents and of the first
+            `GRADED` tensors; where there are none it raises NotImplementedError.
         pairs: (shape of q, shape of k, asked) -> visible (query, key) pairs of all heads of one batch element, from which FLOPs follow.
     """
-    back = f"{name}_backward"
+    back, second = f"{name}_backward", f"{name}_second"
     library.define(f"{name}({schema(OpTensors, OpArguments)}) -> (Tensor, Tensor)")
     library.define(f"{back}({schema(Cotangents, OpTensors, OpArguments)}) -> ({', '.join(['Tensor'] * GRADED)})")
-    op, back_op = getattr(torch.ops.longattn, name), getattr(torch.ops.longattn, back)
+    above = ", ".join(f"Tensor? above_{field}" for field in OpTensors._fields[:GRADED])
+    results = ", ".join(["Tensor"] * _TWICE)
+    library.define(f"{second}({above}, {schema(Cotangents, OpTensors, OpArguments)}) -> ({results})")
+    op, back_op, second_op = (getattr(torch.ops.longattn, each) for each in (name, back, second))
 
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         return compute(*_sorted(inputs))
@@ -59,6 +72,20 @@ def define(
         tensors, asked = _sorted(inputs[_BESIDE:])
         found = differentiate(Cotangents(*inputs[:_BESIDE]), tensors, asked)
         return tuple(tensors.q.new_empty(0) if x is None else x for x in found)
+
+    def twice(*inputs: Any) -> tuple[Tensor, ...]:
+        tensors, asked = _sorted(inputs[_TWICE:])
+        cotangents = Cotangents(*inputs[GRADED:_TWICE])
+        found = differentiate_twice(list(inputs[:GRADED]), cotangents, tensors, asked)
+        return tuple(tensors.q.new_empty(0) if x is None else x for x in found)
+
+    def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.asked = inputs[_BESIDE + TENSORS :]
+        ctx.save_for_backward(*inputs[: _BESIDE + TENSORS])
+
+    def autograd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _second_gradients(second_op, ctx.saved_tensors, ctx.asked, grads)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         if inputs[_PRIOR] is not None and any(ctx.needs_input_grad[:TENSORS]):
@@ -100,18 +127,40 @@ def define(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            pass  # there is no second derivative
+            ctx.asked = inputs[_BESIDE + TENSORS :]
+            ctx.save_for_backward(*inputs[: _BESIDE + TENSORS])
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-            refuse_second_order(ctx, *grads)
+            call = second_op if torch.compiler.is_compiling() else Second.apply
+            return _second_gradients(call, ctx.saved_tensors, ctx.asked, grads)
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # type: ignore[override]
             return map_backward(Backward.apply, info.batch_size, in_dims, inputs)
 
-    def refuse_second_order(ctx: Any, *grads: Any) -> NoReturn:
-        raise NotImplementedError(f"longattn::{back} is not differentiable: second derivatives are not supported")
+    class Second(torch.autograd.Function):
+        @staticmethod
+        def forward(*inputs: Any) -> Any:  # type: ignore[override]
+            return second_op(*inputs)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass  # there is no third derivative
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+            refuse_third_order(ctx, *grads)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # type: ignore[override]
+            return one_by_one(Second.apply, info.batch_size, in_dims, inputs), (0,) * _TWICE
+
+    def refuse_third_order(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(f"longattn::{second} is not differentiable: third derivatives are not supported")
+
+    def op_map_second(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return one_by_one(second_op, info.batch_size, in_dims, inputs), (0,) * _TWICE
 
     def op_map_forward(info: Any, in_dims: Any, *inputs: Any) -> Any:
         return map_forward(op, info.batch_size, in_dims, inputs)
@@ -144,9 +193,11 @@ def define(
 
     library.impl(name, forward, "CompositeExplicitAutograd")
     library.impl(back, backward, "CompositeExplicitAutograd")
+    library.impl(second, twice, "CompositeExplicitAutograd")
     forms = {
         name: (_fake, autograd, setup, op_map_forward),
-        back: (_fake_backward, refuse_second_order, None, op_map_backward),
+        back: (_fake_backward, autograd_backward, setup_backward, op_map_backward),
+        second: (_fake_second, refuse_third_order, None, op_map_second),
     }
     for each, (fake, derivative, setup_context, rule) in forms.items():
         torch.library.register_fake(f"longattn::{each}", fake, lib=library)
@@ -173,6 +224,24 @@ def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
     wanted = _wanted(asked)
     found = zip(tensors, wanted, strict=False)
     return tuple(x.new_empty(x.shape) if want and x is not None else tensors.q.new_empty(0) for x, want in found)
+
+
+def _fake_second(*inputs: Any) -> tuple[Tensor, ...]:
+    q = _sorted(inputs[_TWICE:])[0].q
+    given = inputs[GRADED : _TWICE + GRADED]
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
+
+
+def _second_gradients(
+    call: Any, saved: tuple[Any, ...], asked: tuple[Any, ...], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """What autograd is given of a backward: by the op `call`, for every argument of it."""
+    wanted = _wanted(OpArguments(*asked))
+    above = [x if want else None for x, want in zip(grads, wanted, strict=True)]
+    found = call(*above, *saved, *asked)
+    there = [x is not None for x in saved[:_TWICE]]
+    none = (None,) * (TENSORS + len(OpArguments._fields) - GRADED)
+    return (*(x if is_there else None for x, is_there in zip(found, there, strict=True)), *none)
 
 
 def _wanted(asked: OpArguments) -> list[bool]:

@@ -26,7 +26,7 @@ def map_forward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tupl
     if tensors.prior_out is not None:
         raise NotImplementedError("the op has no vmap rule with a prior; call longattn.kernels.attend, which merges")
     if asked.dropout_p or not _folds(in_dims):
-        return _one_by_one(call, size, in_dims, inputs), (0, 0)
+        return one_by_one(call, size, in_dims, inputs), (0, 0)
     batch = _batch_of(tensors.q, in_dims[0])
     out = call(*_fold_tensors(tensors, in_dims, size, batch), *asked)
     return tuple(x.unflatten(0, (size, batch)) for x in out), (0, 0)
@@ -37,7 +37,7 @@ def map_backward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tup
     beside, dims = inputs[:_BESIDE], in_dims[_BESIDE:]
     tensors, asked = OpTensors(*inputs[_BESIDE:][:TENSORS]), OpArguments(*inputs[_BESIDE:][TENSORS:])
     if asked.dropout_p or any(getattr(asked, f"{name}_grad") for name in OPTIONAL_GRADED) or not _folds(dims):
-        return _one_by_one(call, size, in_dims, inputs), (0,) * GRADED
+        return one_by_one(call, size, in_dims, inputs), (0,) * GRADED
     batch = _batch_of(tensors.q, dims[0])
     folded = [_fold(x, dim, size, batch) for x, dim in zip(beside, in_dims[:_BESIDE], strict=True)]
     dq, dk, dv, *rest = call(*folded, *_fold_tensors(tensors, dims, size, batch), *asked)
@@ -58,7 +58,8 @@ def _fold_tensors(tensors: OpTensors, dims: Dims, size: int, batch: int) -> list
     return folded
 
 
-def _one_by_one(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def one_by_one(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The results of each mapped element, stacked."""
     each = [call(*(_select(x, dim, n) for x, dim in zip(inputs, in_dims, strict=True))) for n in range(size)]
     return tuple(torch.stack(parts) for parts in zip(*each, strict=True))
 
