@@ -12,7 +12,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import FLOATS, Capability
 from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, ungroup_rows
-from longattn.kernels.eager.masks import tile_picks
+from longattn.kernels.eager.masks import sum_to, tile_picks
 from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.eager.tile_walk import finish, new_state, walk
 from longattn.kernels.eager.tiles import Tile
@@ -82,19 +82,13 @@ def backward(
         grad_scores = dropped(grad @ v.transpose(-1, -2), tile).sub_(delta).mul_(weights)
         if dbias is not None:
             at = tile_picks(dbias, tile)
-            dbias.index_put_(at, _to_shape(ungroup_rows(grad_scores, tile), at), accumulate=True)
+            dbias.index_put_(at, sum_to(ungroup_rows(grad_scores, tile), at), accumulate=True)
         grad_scores.mul_(call.scale)
         tile.add_queries(dq, ungroup_rows(grad_scores @ k, tile))
         tile.add_keys(dk, grad_scores.transpose(-1, -2) @ q)
         tile.add_keys(dv, dropped(weights, tile).transpose(-1, -2) @ grad)
     final = None if dbias is None or call.bias is None else dbias.to(call.bias.dtype)
     return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), final
-
-
-def _to_shape(x: Tensor, at: tuple[Tensor, ...]) -> Tensor:
-    """Sum x over the axes that the index tensors `at` broadcast."""
-    shape = torch.broadcast_shapes(*(p.shape for p in at))
-    return x.sum([axis for axis, n in enumerate(shape) if n == 1], keepdim=True) if 1 in shape else x
 
 
 def _operands(call: Call, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,6 +66,12 @@ def tile_picks(mask: Tensor, tile: Tile) -> tuple[Tensor, ...]:
     return tuple(p.to(mask.device) if n > 1 else zero for p, n in zip(picks, mask.shape, strict=True))
 
 
+def sum_to(x: Tensor, at: tuple[Tensor, ...]) -> Tensor:
+    """Sum x over the axes that the index tensors `at` broadcast."""
+    shape = torch.broadcast_shapes(*(p.shape for p in at))
+    return x.sum([axis for axis, n in enumerate(shape) if n == 1], keepdim=True) if 1 in shape else x
+
+
 def at_tile(mask: Tensor, tile: Tile) -> Tensor:
     """(tiles or 1, heads or 1, q count or 1, k count or 1) of a tensor broadcastable to (batch, heads, Nq, Nk)."""
     return mask[tile_picks(mask, tile)]
