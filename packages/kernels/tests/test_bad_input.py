@@ -69,7 +69,11 @@ BAD = [
     # scale, flags, backend, out_dtype
     (swap(softmax_scale="1"), TypeError, r"softmax_scale must be None or a number, got '1' \(str\)"),
     (swap(softmax_scale=True), TypeError, r"softmax_scale must be None or a number, got True \(bool\)"),
-    (swap(softmax_scale=torch.tensor(1.0)), TypeError, r"softmax_scale must be None or a number.*Tensor"),
+    (
+        swap(softmax_scale=torch.tensor(1)),
+        TypeError,
+        r"softmax_scale must be None, a number or a floating tensor, got int64",
+    ),
     (swap(softmax_scale=float("nan")), ValueError, r"softmax_scale must be None or a finite number, got nan"),
     (swap(softmax_scale=float("inf")), ValueError, r"softmax_scale must be None or a finite number, got inf"),
     (swap(deterministic="yes"), TypeError, r"deterministic must be None, True or False, got 'yes' \(str\)"),

@@ -167,6 +167,11 @@ def prepare(
     """
     if isinstance(pattern, Pattern):
         pattern.canonical()
+    if isinstance(softmax_scale, Tensor):
+        raise TypeError(
+            f"softmax_scale must be None or a number where a call is prepared, got a tensor {tuple(softmax_scale.shape)}: multiply q by it and "
+            "prepare with 1.0"
+        )
     if isinstance(softmax_scale, int) and not isinstance(softmax_scale, bool):
         softmax_scale = float(softmax_scale)
     if isinstance(dropout_p, int) and not isinstance(dropout_p, bool):

@@ -38,7 +38,7 @@ def second_gradients(call: Call, above: Parts, cotangents: tuple[Tensor, Tensor 
     grad_out, grad_lse, out, lse = cotangents
     if call.bias is not None and has_far_rows(call, lse):
         raise NotImplementedError(
-            "second derivatives are not supported where all that a query sees has a bias beyond 2^20: hide such keys with -inf"
+            "second derivatives are not supported where all that a query sees has a huge bias (see far_rows): hide such keys with -inf"
         )
     wide = state_dtype(call.q.dtype)
     inputs: Parts = [grad_out, grad_lse, out, lse, call.q, call.k, call.v, call.bias]
