@@ -200,7 +200,7 @@ def pattern_attention(
         environment,
         deterministic,
         is_causal,
-        softmax_scale,
+        softmax_scale,  # type: ignore[arg-type]
         dropout_p,
         backend,
         None,
