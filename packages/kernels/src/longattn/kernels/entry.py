@@ -85,14 +85,17 @@ def attend(
     if layout != "bnhd":
         q, k, v = in_order(layout, q, k, v)
         prior = prior if prior is None else _exchanged_state(prior)
-    q, softmax_scale = fold_scale(q, softmax_scale)
+    if isinstance(softmax_scale, Tensor):
+        q, number = fold_scale(q, softmax_scale)
+    else:
+        number = softmax_scale
     options = Options(
         attention_mask,
         key_padding_mask,
         environment,
         deterministic,
         is_causal,
-        softmax_scale,
+        number,
         dropout_p,
         backend,
         out_dtype,
