@@ -89,10 +89,6 @@ def attend(
         q, number = fold_scale(q, softmax_scale)
     else:
         number = softmax_scale
-    if isinstance(softmax_scale, Tensor):
-        q, number = fold_scale(q, softmax_scale)
-    else:
-        number = softmax_scale
     options = Options(
         attention_mask,
         key_padding_mask,
