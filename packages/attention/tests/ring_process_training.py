@@ -31,19 +31,20 @@ def case_tensors_sharded_on_the_sequence() -> None:
     """DTensors in, DTensors out: values and gradients are Local's, at lengths that do not divide; other placements are refused."""
     mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("ring",))
     for length in (37, 3):
-        whole = [randn(2, length, h, 4, seed=n) for n, h in enumerate((8, 4, 4))]
+        shapes = ((8, 4), (4, 4), (4, 6))
+        whole = [randn(2, length, *shape, seed=n) for n, shape in enumerate(shapes)]
         leaves = [distribute_tensor(x, mesh, [Shard(1)]).requires_grad_() for x in whole]
         out, lse = pattern_attention(leaves[0], leaves[1], leaves[2], LONGNET, return_lse=True)
-        assert isinstance(out, DTensor) and out.placements == (Shard(1),) and out.shape == whole[0].shape
+        assert isinstance(out, DTensor) and out.placements == (Shard(1),) and out.shape == (2, length, 8, 6)
         grads = torch.autograd.grad(out.full_tensor().square().sum(), leaves)
         plain = [x.requires_grad_() for x in whole]
         expected, expected_lse = pattern_attention(plain[0], plain[1], plain[2], LONGNET, return_lse=True)
         torch.testing.assert_close([out.full_tensor(), lse.full_tensor()], [expected, expected_lse])  # type: ignore[union-attr]
         wanted = torch.autograd.grad(expected.square().sum(), plain)
         torch.testing.assert_close([x.full_tensor() for x in grads], list(wanted))
-    by_head = distribute_tensor(whole[0].detach(), mesh, [Shard(2)])
-    with pytest.raises(ValueError, match="q must have its sequence sharded"):
-        pattern_attention(by_head, by_head, by_head, LONGNET)
+    by_number = distribute_tensor(whole[0].detach(), mesh, [Shard(3)])
+    with pytest.raises(ValueError, match="q must have its sequence and its heads sharded"):
+        pattern_attention(by_number, by_number, by_number, LONGNET)
     with pytest.raises(TypeError, match="k must be a DTensor"):
         pattern_attention(leaves[0], whole[1], whole[2], LONGNET)
 
