@@ -218,3 +218,17 @@ def case_rotary_positions_compile() -> None:
         close(found, expected, f"{schedule}")
         close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)), f"{schedule}")  # type: ignore[misc]
     done()
+
+
+def case_packings_are_data_of_one_graph() -> None:
+    """`cu_seqlens` of the whole sequence in a compiled module with rotary positions: eager's, for every packing."""
+    schedule = engines()[1]
+    torch.manual_seed(0)
+    module = multihead(schedule)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    x = mine(schedule, randn(1, N, 16)).requires_grad_()
+    for ends in (DOCUMENTS["cu_seqlens"], [0, 1, 5, 8, N]):
+        found, expected = (each(x, cu_seqlens=torch.tensor(ends)) for each in (compiled, module))
+        close(found, expected, f"{ends}")
+        close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)), f"{ends}")  # type: ignore[misc]
+    done()
