@@ -177,8 +177,8 @@ def pattern_attention(
     What padded keys hold reaches nothing, NaN and Inf included. Keys hidden by the pattern, causality or attention_mask weigh 0 but may be
     read, so they must be finite.
 
-    q, k and v may be jagged nested tensors (batch, lengths, heads, head_dim), or DTensors sharded on the sequence; then so are out and
-    lse. Under a schedule over a process group they are this rank's rows, and masks have its rows and the whole sequence's columns; q_start,
+    q, k and v may be jagged nested tensors (batch, lengths, heads, head_dim), or DTensors sharded on the sequence, on the heads (whose
+    numbers are then known), or both; then so are out and lse. In a compiled or exported graph cu_seqlens is data. Under a schedule over a process group they are this rank's rows, and masks have its rows and the whole sequence's columns; q_start,
     positions_start and cu_seqlens speak of the whole sequence, the same on every rank.
 
     Returns:
