@@ -175,7 +175,7 @@ def test_a_built_module_compiles():
         (lambda: build_attention({"name": "multihead_dilated"}), TypeError, "embed_dim must be an integer"),
         (lambda: register_attention(1), TypeError, "name must be a string"),
         (lambda: register_attention("x", dict), TypeError, "config must be a dataclass"),
-        (lambda: register_attention("x")(len), TypeError, "must decorate an nn.Module"),
+        (lambda: register_attention("x")(len), TypeError, "constructor must be an nn.Module"),
     ],
 )
 def test_what_is_wrong_is_named(call, error, words):

@@ -207,7 +207,7 @@ def test_positions_within_a_models_own_window_are_eagers():
 
 def test_what_cannot_be_done_says_so():
     """Bad registrations and soft caps, by name."""
-    with pytest.raises(TypeError, match="patterns must have names as keys"):
+    with pytest.raises(TypeError, match="patterns must be a mapping with names as keys"):
         register_with_transformers({1: Full()})
     with pytest.raises(TypeError, match="pattern must be a Pattern"):
         register_with_transformers({"longattn_other": "full"})

@@ -50,7 +50,7 @@ class PatternCacheView:
     @property
     def _cache(self) -> Mapping[Hashable, Any]:
         """The global cache's entries, for those who ask how many there are."""
-        return self._upstream._cache
+        return self._upstream._cache  # pyright: ignore[reportPrivateUsage]
 
     def __len__(self) -> int:
         return len(self._upstream)

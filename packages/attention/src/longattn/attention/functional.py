@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, Never, Unpack, overload
+from typing import Any, Literal, Never, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -229,7 +229,7 @@ def pattern_attention(
             return (out, lse) if return_lse else out
     refuse_torchscript()
     sharded = is_sharded(q) or is_sharded(k) or is_sharded(v)
-    if sharded or positions_start is not None or (isinstance(q, Tensor) and q.is_nested):
+    if sharded or positions_start is not None or (isinstance(cast(object, q), Tensor) and q.is_nested):
         given: dict[str, Any] = options._asdict()
         del given["out_dtype"]
         given |= {"schedule": schedule, "seed": seed, "sink_logits": sink_logits, "pattern": pattern}

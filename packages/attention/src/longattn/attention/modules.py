@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ class PatternAttention(WiredModule):
         if layout != "bnhd":
             query, key, value = in_order(layout, query, key, value)
         call_options = given_options(options)
-        if not (isinstance(query, Tensor) and query.is_nested):
+        if not (isinstance(cast(object, query), Tensor) and query.is_nested):
             check_qkv(query, key, value, ("query", "key", "value"))
         if check_bool("need_weights", need_weights):
             refuse_weights(query, call_options)
@@ -139,6 +139,7 @@ class PatternAttention(WiredModule):
             merge_grad=self.merge_grad if torch.is_grad_enabled() else "exact",
             head_start=self.head_start,
             num_heads=self.num_heads,
+            return_lse=False,
             **call_options,
         )
         if layout != "bnhd":

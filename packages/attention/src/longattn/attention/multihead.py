@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,8 +150,9 @@ class MultiheadPatternAttention(ProjectedModule):
         """Xavier normal; value and output projections with gain gamma_init; biases zero; LayerNorm one and zero."""
         self._reset_projections(self.gamma_init)
         nn.init.xavier_normal_(self.out_proj.weight, gain=self.gamma_init)
-        if self.out_proj.bias is not None:
-            nn.init.zeros_(self.out_proj.bias)
+        bias = cast("Tensor | None", self.out_proj.bias)
+        if bias is not None:
+            nn.init.zeros_(bias)
         if isinstance(self.norm, nn.LayerNorm):
             self.norm.reset_parameters()
 

@@ -239,5 +239,6 @@ class BlockSparseRingMultiheadDilatedAttention(MultiheadPatternAttention):
         **options: Unpack[CacheOptions],
     ) -> None:
         dilated, ring = Dilated(segment_lengths, dilation_rates, heads, causal=causal), ring_of(ring_size, layout)
-        arguments = options_of(type(self), CacheOptions, options) | {"schedule": ring, "sparse_weights": True}
+        arguments: dict[str, Any] = options_of(type(self), CacheOptions, options)
+        arguments |= {"schedule": ring, "sparse_weights": True}
         super().__init__(embed_dim, num_heads, block_sparse_of(dilated, sparse_config), **arguments)

@@ -21,7 +21,7 @@ from torch import Tensor
 from longattn.attention.modules import PatternAttention
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.sparse_config import SparsePatternConfig
-from longattn.attention.validate import check_size
+from longattn.attention.validate import check_size, check_type
 from longattn.attention.wiring import CacheFlags, ManagerFlags, PoolFlags, ResidentFlags, Wiring, split_flags
 from longattn.patterncache import Dilated, Pattern, Restrict
 
@@ -38,11 +38,10 @@ def ring_of(ring_size: int, layout: RingLayout) -> Ring:
 
 def block_sparse_of(dilated: Dilated, config: SparsePatternConfig | None) -> Pattern:
     """What is left of a dilated pattern in the blocks that a config keeps."""
-    if config is not None and not isinstance(config, SparsePatternConfig):
-        raise TypeError(
-            f"sparse_config must be None or a SparsePatternConfig, got {config!r} ({type(config).__name__})"
-        )
-    return Restrict(dilated, (config or SparsePatternConfig()).layout(dilated.causal))
+    if config is None:
+        config = SparsePatternConfig()
+    check_type("sparse_config", config, SparsePatternConfig, "None or a SparsePatternConfig")
+    return Restrict(dilated, config.layout(dilated.causal))
 
 
 def wiring_of(preset: type, kind: Any, flags: Any) -> Wiring:

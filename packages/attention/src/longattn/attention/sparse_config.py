@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from longattn.patterncache import BlockLayout, BlockSparse
 from longattn.patterncache.patterns.block_layout import LAYOUTS
@@ -34,7 +35,7 @@ class SparsePatternConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        kind, ratio = self.pattern_type, self.sparsity_ratio
+        kind, ratio = cast(object, self.pattern_type), cast(object, self.sparsity_ratio)
         if not isinstance(kind, str):
             raise TypeError(f"pattern_type must be one of {LAYOUTS}, got {kind!r} ({type(kind).__name__})")
         if kind not in LAYOUTS:

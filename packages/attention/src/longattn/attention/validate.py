@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 
 from longattn.kernels.interface import refuse_torchscript
 from longattn.patterncache import Pattern
+
+T = TypeVar("T")
 
 _HINTS = {
     "attn_mask": "attention_mask is the name here, and True = may see (torch's attn_mask differs between functions and modules)",
@@ -39,6 +41,18 @@ def refuse_unknown(where: str, unknown: Mapping[str, object]) -> None:
 def _refuse(where: str, name: str) -> NoReturn:
     hint = f": {_HINTS[name]}" if name in _HINTS else ""
     raise TypeError(f"{where} got an unexpected keyword argument {name!r}{hint}")
+
+
+def check_type(name: str, value: object, kind: type[T], expected: str) -> T:
+    """A value of a class."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def integers(x: torch.Tensor) -> list[int]:
+    """The elements of an integer tensor, read on the host."""
+    return cast(Any, x.flatten()).tolist()
 
 
 def check_pattern_argument(pattern: object) -> Pattern:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -132,7 +132,8 @@ def _sparse_weights(
     (batch, nq, heads, _), nk = q.shape, k.shape[1]
     strip = max(1, _CELLS // max(1, batch * heads * nk))
     wide = None if attention_mask is None else attention_mask.expand(batch, heads, nq, nk)
-    indices, values = [], []
+    indices: list[Tensor] = []
+    values: list[Tensor] = []
     for begin in range(0, nq, strip):
         q_strip = q[:, begin : begin + strip]
         mask = None if wide is None else wide[:, :, begin : begin + strip]
@@ -144,7 +145,7 @@ def _sparse_weights(
     size = (batch, heads, nq, nk)
     at = torch.cat(indices, 1) if indices else torch.zeros(4, 0, dtype=torch.int64, device=q.device)
     pair_weights = torch.cat(values) if values else q.new_zeros(0)
-    return torch.sparse_coo_tensor(at, pair_weights, size, device=q.device, check_invariants=True).coalesce()
+    return cast(Any, torch).sparse_coo_tensor(at, pair_weights, size, device=q.device, check_invariants=True).coalesce()
 
 
 def _weights(
@@ -162,7 +163,7 @@ def _weights(
     total, first, _ = numbers
     pattern_counts = pattern.counts(Rectangle(total, rows, Span(0, nk), Span(first, heads)))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    counts = torch.from_numpy(pattern_counts).to(q.device, dtype)
+    counts = torch.as_tensor(pattern_counts).to(q.device, dtype)
     floating = attention_mask is not None and attention_mask.dtype != torch.bool
     if attention_mask is not None:
         counts = counts * (attention_mask != -torch.inf if floating else attention_mask)

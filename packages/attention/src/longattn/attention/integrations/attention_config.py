@@ -90,7 +90,7 @@ class MultiheadConfig(AttentionConfig):
     gamma_init: float = 1.0
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def arguments_of(config: Any) -> dict[str, Any]:

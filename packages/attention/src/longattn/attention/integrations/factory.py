@@ -12,12 +12,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from longattn.attention.integrations import attention_config as configs
 from longattn.attention.integrations.catalog import MULTIHEAD_PRESETS, TABLE
+from longattn.attention.validate import check_type
 
 T = TypeVar("T", bound=type[nn.Module])
 
@@ -30,9 +31,9 @@ class Registered:
         source: (module, class, config class), or the two classes.
     """
 
-    source: tuple[str, str, str] | tuple[type[nn.Module], type]
+    source: tuple[str, str, str] | tuple[type[nn.Module], type[Any]]
 
-    def load(self) -> tuple[type[nn.Module], type]:
+    def load(self) -> tuple[type[nn.Module], type[Any]]:
         """(class, config class)."""
         if len(self.source) == 2:
             return self.source
@@ -74,14 +75,13 @@ def register_attention(name: str, config: type = configs.AttentionConfig) -> Cal
         ... class MyAttention(nn.Module): ...
         >>> build_attention({"name": "mine", "dropout": 0.1})
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string, got {name!r} ({type(name).__name__})")
-    if not (isinstance(config, type) and is_dataclass(config)):
+    check_type("name", name, str, "a string")
+    if not is_dataclass(check_type("config", config, type, "a dataclass")):
         raise TypeError(f"config must be a dataclass, got {config!r} ({type(config).__name__})")
 
     def register(constructor: T) -> T:
-        if not (isinstance(constructor, type) and issubclass(constructor, nn.Module)):
-            raise TypeError(f"register_attention must decorate an nn.Module, got {constructor!r}")
+        if not issubclass(check_type("constructor", constructor, type, "an nn.Module"), nn.Module):
+            raise TypeError(f"constructor must be an nn.Module, got {constructor!r}")
         if name in _REGISTRY and _REGISTRY[name].load()[0] is not constructor:
             raise ValueError(f"name must not be taken, got {name!r} ({_REGISTRY[name].load()[0].__qualname__})")
         _REGISTRY[name] = Registered((constructor, config))
@@ -90,14 +90,13 @@ def register_attention(name: str, config: type = configs.AttentionConfig) -> Cal
     return register
 
 
-def find_attention(name: object) -> tuple[type[nn.Module], type]:
+def find_attention(name: object) -> tuple[type[nn.Module], type[Any]]:
     """(class, config class) of a registered name, or of a class's own name such as "DilatedAttention".
 
     Raises:
         TypeError: no string. ValueError: not registered.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string, got {name!r} ({type(name).__name__})")
+    name = check_type("name", name, str, "a string")
     registered = _REGISTRY.get(name) or _REGISTRY.get(registered_name(name))
     if registered is None:
         raise ValueError(f"name must be one of {', '.join(_REGISTRY)}, got {name!r}")
@@ -129,8 +128,7 @@ def build_attention(config: Mapping[str, Any] | Any) -> nn.Module:
     Raises:
         TypeError, ValueError: no config, an unknown name, or a bad field, by name.
     """
-    constructor, config = _resolve_config(config)
-    module = _construct(constructor, config)
+    module = _construct(*_resolve_config(config))
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     mask_name = "attention_mask" if "att_mask" not in names else "att_mask"
     padding_index = names.index("key_padding_mask") if "key_padding_mask" in names else None
@@ -153,8 +151,9 @@ def _construct(constructor: type[nn.Module], config: Any) -> nn.Module:
 def _resolve_config(config: Any) -> tuple[type[nn.Module], Any]:
     """(class, config) of a config or of a mapping that names one."""
     if isinstance(config, Mapping):
-        constructor, kind = find_attention(config.get("name"))
-        return constructor, configs.config_from(kind, _named(kind, config["name"], config))
+        entries = cast("Mapping[str, Any]", config)
+        constructor, kind = find_attention(entries.get("name"))
+        return constructor, configs.config_from(kind, _named(kind, entries["name"], entries))
     name = getattr(config, "name", None)
     if name is None and is_dataclass(config):
         name = next((n for n in _REGISTRY if _REGISTRY[n].load()[1] is type(config)), None)

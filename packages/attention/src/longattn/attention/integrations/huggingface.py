@@ -17,7 +17,7 @@ from longattn.attention.integrations.transformers_calls import WAYS_OUT, attend,
 from longattn.attention.integrations.transformers_masks import make_mask_function
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
 from longattn.attention.sparse_config import SparsePatternConfig
-from longattn.attention.validate import check_pattern_argument
+from longattn.attention.validate import check_pattern_argument, check_type
 from longattn.patterncache import Dilated, Full, Pattern, Window
 
 DEFAULT_PATTERNS: dict[str, Pattern] = {
@@ -51,20 +51,21 @@ def register_with_transformers(patterns: Mapping[str, Pattern] | None = None) ->
         ('longattn_dilated',)
         >>> model = AutoModelForCausalLM.from_config(config, attn_implementation="longattn_dilated")
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    import transformers
 
+    attentions: Any = transformers.AttentionInterface
+    masks: Any = transformers.AttentionMaskInterface
     by_name = dict(DEFAULT_PATTERNS if patterns is None else patterns)
     for name, pattern in by_name.items():
-        if not isinstance(name, str):
-            raise TypeError(f"patterns must have names as keys, got {name!r} ({type(name).__name__})")
+        check_type("patterns", name, str, "a mapping with names as keys")
         if name == saved.IMPLEMENTATION:
             raise ValueError(f"patterns must have names other than use_pattern's, got {name!r}")
         check_pattern_argument(pattern)
     for name, pattern in by_name.items():
-        AttentionInterface.register(name, attention_function(pattern))
-        AttentionMaskInterface.register(name, mask_function(pattern, name))
-    AttentionInterface.register(saved.IMPLEMENTATION, _attention_function(saved.pattern_of_layer))
-    AttentionMaskInterface.register(saved.IMPLEMENTATION, make_mask_function(saved.patterns_of_model))
+        attentions.register(name, attention_function(pattern))
+        masks.register(name, mask_function(pattern, name))
+    attentions.register(saved.IMPLEMENTATION, _attention_function(saved.pattern_of_layer))
+    masks.register(saved.IMPLEMENTATION, make_mask_function(saved.patterns_of_model))
     return tuple(by_name)
 
 

@@ -70,6 +70,11 @@ def crosses(module: torch.nn.Module) -> bool:
     return bool(getattr(module, "is_decoder", False)) and getattr(module, "is_causal", None) is False
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **options: Any) -> Tensor:
+    """`pattern_attention` without lse."""
+    return pattern_attention(q, k, v, pattern, return_lse=False, **options)
+
+
 def attend(
     module: torch.nn.Module,
     pattern: Pattern,
@@ -94,20 +99,20 @@ def attend(
             f"use_pattern(model, {{'*self_attn*': pattern}}) leaves other layers dense"
         )
     if mask is None:
-        return pattern_attention(q, k, v, form, attention_mask=bias, **options)
+        return _attention(q, k, v, form, attention_mask=bias, **options)
     if mask.dtype == torch.int32:
         return _attend_with_positions(form, q, k, v, mask, bias, options)
     if mask.dtype == torch.int64:
         filled = mask.shape[-1]
         k, v, bias = k[:, :filled], v[:, :filled], None if bias is None else bias[..., :filled]
         if not mask.shape[2]:
-            return pattern_attention(q, k, v, form, attention_mask=bias, **options)
+            return _attention(q, k, v, form, attention_mask=bias, **options)
         return _attend_padded(form, q, k, v, mask, bias, options)
     if mask.dtype == torch.bool and mask.shape[1:3] == (1, 1) and mask.shape[3] == k.shape[1]:
         return _attend_padded(form, q, k, v, mask, bias, options)
     if bias is not None:
         mask = torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
-    return pattern_attention(q, k, v, form, attention_mask=mask, **options)
+    return _attention(q, k, v, form, attention_mask=mask, **options)
 
 
 def _attend_padded(
@@ -116,16 +121,14 @@ def _attend_padded(
     """Attend where `mask` (batch, 1, 1, Nk) is True at keys that are no padding; queries are the last keys, or positions do not matter."""
     present = mask[:, 0, 0].bool().expand(q.shape[0], -1)
     if is_relative(form):
-        return pattern_attention(q, k, v, form, attention_mask=bias, key_padding_mask=~present, **options)
+        return _attention(q, k, v, form, attention_mask=bias, key_padding_mask=~present, **options)
     nq, nk = q.shape[1], k.shape[1]
     if nq == nk and bias is None:
         # Tokens move to the front, so that row numbers are positions; padding follows them and is hidden.
         starts = first_keys(present)[:, None]
         rows = torch.arange(nk, device=q.device)
         present, q, k, v = (_gather_rows(x, (rows + starts) % nk) for x in (present, q, k, v))
-        return _gather_rows(
-            pattern_attention(q, k, v, form, key_padding_mask=~present, **options), (rows - starts + nk) % nk
-        )
+        return _gather_rows(_attention(q, k, v, form, key_padding_mask=~present, **options), (rows - starts + nk) % nk)
     counts = _cached_on_mask(
         mask, form, q, lambda: _visibility(form, q, nk, torch.arange(nk - nq, nk), torch.zeros(1), first_keys(present))
     )
@@ -230,4 +233,4 @@ def _attend_with_counts(
     else:
         mask = counts.masked_fill(~visible, -torch.inf)
         mask = mask if bias is None else mask + bias
-    return pattern_attention(q, k, v, Full(), attention_mask=mask, **options)
+    return _attention(q, k, v, Full(), attention_mask=mask, **options)

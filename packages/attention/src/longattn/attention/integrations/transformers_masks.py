@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -141,17 +141,18 @@ def _count(q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonic
     h = np.arange(heads, dtype=np.int64)[None, :, None, None]
     counts = pattern.count(h, np.maximum(i, 0), np.maximum(j, 0), heads) * ((i >= 0) & (j >= 0))
     shape = (len(unique), heads, len(rows), keys)
-    return torch.from_numpy(np.broadcast_to(counts, shape)[members].astype(np.int64)).to(q_rows.device)
+    return torch.as_tensor(np.broadcast_to(counts, shape)[members].astype(np.int64)).to(q_rows.device)
 
 
 pattern_counts = torch.library.custom_op("longattn::pattern_counts", _count, mutates_args=())
 """`_count`, opaque to graphs."""
 
 
-@torch.library.register_fake("longattn::pattern_counts")
-def _(q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonical: str, heads: int) -> Tensor:
+def _count_fake(q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonical: str, heads: int) -> Tensor:
     return q_rows.new_empty((starts.shape[0], heads, q_rows.shape[0], keys), dtype=torch.int64)
 
+
+cast(Any, pattern_counts).register_fake(_count_fake)
 
 READERS = {"nllb-moe": "its experts read the attention mask too"}
 """Models that read their masks outside of attention, by type."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -83,19 +83,22 @@ def use_pattern(
 
 def attention_layers(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[str, torch.nn.Module]]:
     """(layers that call a registered attention function, layers that attend in their own way), by name."""
-    ours = {name: m for name, m in model.named_modules() if _calls_interface(type(m))}
+    modules = cast("list[tuple[str, torch.nn.Module]]", list(model.named_modules()))
+    ours = {name: module for name, module in modules if _calls_interface(module)}
     parents = {name[:at] for name in ours for at, letter in enumerate(name) if letter == "."} | {""}
     foreign: dict[str, torch.nn.Module] = {}
-    for name, module in model.named_modules():
+    for name, module in modules:
         within = any(name.startswith(f"{outer}.") for outer in [*ours, *foreign])
         if "Attention" in type(module).__name__ and name not in ours and name not in parents and not within:
             foreign[name] = module
     return ours, foreign
 
 
-def _calls_interface(kind: type) -> bool:
-    """Whether a class's own code, a method of it or of a parent, asks for the registered function."""
-    methods = (inspect.unwrap(value) for base in kind.__mro__ for value in vars(base).values() if callable(value))
+def _calls_interface(module: torch.nn.Module) -> bool:
+    """Whether a method of the module's class or of a parent asks for the registered function."""
+    methods = (
+        inspect.unwrap(value) for base in type(module).__mro__ for value in vars(base).values() if callable(value)
+    )
     codes = (getattr(method, "__code__", None) for method in methods)
     return any(code is not None and {"ALL_ATTENTION_FUNCTIONS", "get_interface"} <= {*code.co_names} for code in codes)
 
@@ -109,7 +112,7 @@ def _config_entry(model: Any, pattern: Assignment | None) -> str | dict[str, str
         return entry
     if isinstance(pattern, Mapping):
         for key, value in pattern.items():
-            if isinstance(key, bool) or not isinstance(key, (int, str)):
+            if isinstance(key, bool) or not isinstance(cast(object, key), (int, str)):
                 raise TypeError(f"pattern must have layer numbers or names as keys, got {key!r} ({type(key).__name__})")
             check_pattern_argument(value)
         return {str(key): value.canonical() for key, value in pattern.items()}
@@ -172,7 +175,7 @@ def _probe(model: Any, inputs: Mapping[str, Any] | None) -> None:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), cast(Any, torch.random).fork_rng(devices=[]):
             model(**(small_inputs(model) if inputs is None else dict(inputs)))
     finally:
         for module, mode in modes:

@@ -5,7 +5,7 @@ A configuration's entry `attn_implementation` is what transformers reads when it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatchcase
@@ -119,7 +119,7 @@ def note_call(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def calls() -> Iterator[set[int]]:
+def calls() -> Generator[set[int], None, None]:
     """The ids of layers that call their attention function inside the block, as a set that grows."""
     layer_ids: set[int] = set()
     token = _called.set(layer_ids)

@@ -26,7 +26,7 @@ def register_with_xformers() -> tuple[str, ...]:
         if error.name is None or not _HOME.startswith(error.name):
             raise
         return ()
-    registered = []
+    registered: list[str] = []
     for name in registered_attentions():
         if name not in registry.ATTENTION_REGISTRY:
             registry.register_attention(name, find_attention(name)[1])(_constructor(name, registry.Attention))

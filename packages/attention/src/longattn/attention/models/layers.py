@@ -98,7 +98,12 @@ class DilatedTransformerEncoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        shared = {"dropout": dropout, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, **factory_kwargs}
+        shared: dict[str, Any] = {
+            "dropout": dropout,
+            "layer_norm_eps": layer_norm_eps,
+            "gamma_init": gamma_init,
+            **factory_kwargs,
+        }
         pattern = Dilated(segment_lengths, dilation_rates, causal=causal)
         self.self_attn = MultiheadPatternAttention(d_model, nhead, pattern, **shared, **attention)
         self.feedforward = FeedForward(d_model, dim_feedforward, activation=activation, **shared)
@@ -148,7 +153,12 @@ class DilatedTransformerDecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        shared = {"dropout": dropout, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, **factory_kwargs}
+        shared: dict[str, Any] = {
+            "dropout": dropout,
+            "layer_norm_eps": layer_norm_eps,
+            "gamma_init": gamma_init,
+            **factory_kwargs,
+        }
         pattern = Dilated(segment_lengths, dilation_rates, causal=causal)
         self.self_attn = MultiheadPatternAttention(d_model, nhead, pattern, **shared, **attention)
         memory_options = {name: value for name, value in attention.items() if name != "rotary_base"}

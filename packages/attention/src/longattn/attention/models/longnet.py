@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longattn.attention.arguments import CallOptions
 from longattn.attention.models.layers import DilatedTransformerEncoderLayer
@@ -65,18 +65,22 @@ class LongNet(nn.Module):
     ) -> None:
         super().__init__()
         count, width = check_size("num_layers", num_layers), check_size("d_model", d_model)
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        options = {"dropout": check_dropout("dropout", dropout), "rotary_base": rotary_base, "causal": True}
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {
+            "dropout": check_dropout("dropout", dropout),
+            "rotary_base": rotary_base,
+            "causal": True,
+        }
         # MAGNETO's gain for decoders of so many layers.
-        options |= {"gamma_init": math.sqrt(math.log(2 * count)) if count > 1 else 1.0, **place, **attention}
+        options |= {"gamma_init": math.sqrt(math.log(2 * count)) if count > 1 else 1.0, **factory_kwargs, **attention}
         wide = 4 * width if dim_feedforward is None else dim_feedforward
-        self.embedding = nn.Embedding(check_size("num_tokens", num_tokens), width, **place)
+        self.embedding = nn.Embedding(check_size("num_tokens", num_tokens), width, **factory_kwargs)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         branches = (segment_lengths, dilation_rates)
         self.layers = nn.ModuleList(
             DilatedTransformerEncoderLayer(width, nhead, *branches, wide, **options) for _ in range(count)
         )
-        self.norm = nn.LayerNorm(width, **place)
+        self.norm = nn.LayerNorm(width, **factory_kwargs)
         self.dropout = nn.Dropout(dropout)
         self.checkpointing = check_bool("checkpointing", checkpointing)
 
@@ -91,7 +95,9 @@ class LongNet(nn.Module):
         x = self.dropout(self.embedding(tokens) * self.embedding.embedding_dim**0.5)
         for layer in self.layers:
             if self.checkpointing and self.training:
-                x = checkpoint(layer, x, None, None, key_padding_mask, use_reentrant=False, **options)
+                x: Tensor = cast(Any, torch.utils.checkpoint).checkpoint(
+                    layer, x, None, None, key_padding_mask, use_reentrant=False, **options
+                )
             else:
                 x = layer(x, key_padding_mask=key_padding_mask, **options)
         return nn.functional.linear(self.norm(x), self.embedding.weight)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, split
 from torch.nn.functional import linear
 
 from longattn.attention.wiring import WiredModule
@@ -33,28 +34,29 @@ class ProjectedModule(WiredModule):
     def _make_projections(self, fused_qkv: bool, bias: bool, factory_kwargs: dict[str, Any]) -> None:
         self.fused_qkv = fused_qkv
         if fused_qkv:
-            self.qkv_proj = nn.Linear(self.embed_dim, sum(self._widths()), bias=bias, **factory_kwargs)
+            self.qkv_proj = nn.Linear(self.embed_dim, sum(self.widths()), bias=bias, **factory_kwargs)
         else:
-            for name, width in zip("qkv", self._widths(), strict=True):
+            for name, width in zip("qkv", self.widths(), strict=True):
                 self.add_module(f"{name}_proj", nn.Linear(self.embed_dim, width, bias=bias, **factory_kwargs))
-        self.register_load_state_dict_pre_hook(_match_layout)
+        cast(Any, self).register_load_state_dict_pre_hook(_match_layout)
 
     @property
     def _projection_names(self) -> tuple[str, ...]:
         return ("out_proj", "qkv_proj") if self.fused_qkv else ("out_proj", "q_proj", "k_proj", "v_proj")
 
-    def _widths(self) -> tuple[int, int, int]:
+    def widths(self) -> list[int]:
+        """Features of queries, keys and values."""
         kv_heads = self.local_kv_heads
-        return self.local_heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.value_head_dim
+        return [self.local_heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.value_head_dim]
 
     def qkv_parameters(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
         """(weight, bias) of queries, keys and values; views of the one layer's where they are fused."""
         if not self.fused_qkv:
             layers = [getattr(self, f"{name}_proj") for name in "qkv"]
             return tuple((layer.weight, layer.bias) for layer in layers)
-        weights = self.qkv_proj.weight.split(self._widths())
-        bias = self.qkv_proj.bias
-        biases = (None, None, None) if bias is None else bias.split(self._widths())
+        weights = split(self.qkv_proj.weight, self.widths())
+        bias = cast("Tensor | None", self.qkv_proj.bias)
+        biases = (None, None, None) if bias is None else split(bias, self.widths())
         return tuple(zip(weights, biases, strict=True))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,17 +67,19 @@ class ProjectedModule(WiredModule):
         """
         if not self.fused_qkv:
             # Called as layers: hooks on them, and layers put in their place, keep working.
-            flat = [getattr(self, f"{name}_proj")(x) for name, x in zip("qkv", (query, key, value), strict=True)]
+            flat: Sequence[Tensor] = [
+                getattr(self, f"{name}_proj")(x) for name, x in zip("qkv", (query, key, value), strict=True)
+            ]
         elif query is key and key is value:
-            flat = self.qkv_proj(query).split(self._widths(), -1)
-        elif not isinstance(self.qkv_proj, nn.Linear) or not self.qkv_proj.weight.is_floating_point():
-            # A layer in its place, of whose weight a part need not be what it does: all it makes of each, and a part of that.
-            flat = [self.qkv_proj(x).split(self._widths(), -1)[at] for at, x in enumerate((query, key, value))]
+            flat = split(self.qkv_proj(query), self.widths(), -1)
+        elif not isinstance(cast(object, self.qkv_proj), nn.Linear) or not self.qkv_proj.weight.is_floating_point():
+            # A layer in its place, such as a quantized one, may not compute with slices of its weight: slice its outputs.
+            flat = [split(self.qkv_proj(x), self.widths(), -1)[at] for at, x in enumerate((query, key, value))]
         else:
             pairs = zip((query, key, value), self.qkv_parameters(), strict=True)
             flat = [linear(x, weight, bias) for x, (weight, bias) in pairs]
         dims = (self.head_dim, self.head_dim, self.value_head_dim)
-        q, k, v = (x.unflatten(-1, (-1, dim)) for x, dim in zip(flat, dims, strict=True))
+        q, k, v = (torch.unflatten(x, -1, (-1, dim)) for x, dim in zip(flat, dims, strict=True))
         if q.shape[2] != self.local_heads:
             raise ValueError(
                 f"q_proj must make {self.local_heads} heads, got {q.shape[2]}: which of them these are is not known; in a "
@@ -98,5 +102,5 @@ def _match_layout(module: ProjectedModule, state_dict: dict[str, Any], prefix: s
         fused, separate = f"{prefix}qkv_proj.{kind}", [f"{prefix}{name}_proj.{kind}" for name in "qkv"]
         if module.fused_qkv and all(entry in state_dict for entry in separate):
             state_dict[fused] = torch.cat([state_dict.pop(entry) for entry in separate])
-        elif not module.fused_qkv and fused in state_dict and len(state_dict[fused]) == sum(module._widths()):
-            state_dict.update(zip(separate, state_dict.pop(fused).split(module._widths()), strict=True))
+        elif not module.fused_qkv and fused in state_dict and len(state_dict[fused]) == sum(module.widths()):
+            state_dict.update(zip(separate, split(state_dict.pop(fused), module.widths()), strict=True))

@@ -84,7 +84,8 @@ def _attend(
     """Attend with all rows of the batch at once, or with each by itself where their positions differ."""
     if state.uniform:
         return prefill(config, tiling, state, request)
-    results = []
+    outs: list[Tensor] = []
+    weights_by_row: list[Tensor] = []
     for index in range(state.batch_size):
         row, rows = state.row(index), slice(index, index + 1)
         num_attended = attended_before(row, request.causal) + request.k.shape[1]
@@ -99,11 +100,11 @@ def _attend(
             request, q=request.q[rows], k=request.k[rows], v=request.v[rows], mask=mask, hidden=hidden, lead=index
         )
         out, weights = prefill(config, tiling, row, row_request)
+        outs.append(out)
         if weights is not None:
-            weights = torch.nn.functional.pad(weights, (num_earlier + request.k.shape[1] - num_attended, 0))
-        results.append((out, weights))
-    outs, weights = zip(*results, strict=True)
-    return torch.cat(outs), None if not request.weights else torch.cat(weights)
+            num_unseen = num_earlier + request.k.shape[1] - num_attended
+            weights_by_row.append(torch.nn.functional.pad(weights, (num_unseen, 0)))
+    return torch.cat(outs), torch.cat(weights_by_row) if request.weights else None
 
 
 def _hide(state: RingBufferState, padding: Tensor, causal: bool) -> None:

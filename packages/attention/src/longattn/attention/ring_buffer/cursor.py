@@ -21,7 +21,7 @@ class Cursor:
     restorable: int = 0
     fed: int = 0
     fed_restorable: int = 0
-    decoded: list[list[int]] = field(default_factory=list)
+    decoded: list[list[int]] = field(default_factory=list[list[int]])
 
     def clone(self) -> Cursor:
         """A copy that shares nothing."""

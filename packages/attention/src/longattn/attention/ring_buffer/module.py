@@ -21,7 +21,7 @@ from longattn.attention.ring_buffer.requests import (
 from longattn.attention.ring_buffer.state import RingBufferState
 from longattn.attention.ring_buffer.tiles import TilingProcessor
 from longattn.attention.ring_buffer.tuning import tuned
-from longattn.attention.validate import check_bool, check_size, refuse_unknown
+from longattn.attention.validate import check_bool, check_size, check_type, refuse_unknown
 from longattn.kernels.interface import Layout, autocast, exchanged, in_order
 
 
@@ -53,9 +53,8 @@ class RingBufferAttention(nn.Module):
 
     def __init__(self, config: RingBufferConfig | None = None) -> None:
         super().__init__()
-        if config is not None and not isinstance(config, RingBufferConfig):
-            raise TypeError(f"config must be a RingBufferConfig, got {config!r} ({type(config).__name__})")
         self.config = RingBufferConfig() if config is None else config
+        check_type("config", self.config, RingBufferConfig, "a RingBufferConfig")
         self.tiling_processor = TilingProcessor(self.config)
         self._name = uuid.uuid4().hex
         self._latest: RingBufferState | None = None

@@ -69,7 +69,8 @@ def gather_parts(rings: Rings, k: Tensor, v: Tensor, causal: bool, grad: bool) -
         pieces = _concatenated([p for p in pieces if p[2] < sinks]) + _concatenated(
             [p for p in pieces if p[2] >= sinks]
         )
-    parts, column = [], 0
+    parts: list[Part] = []
+    column = 0
     for keys, values, start in pieces:
         if keys.shape[1]:
             sink = start < sinks

@@ -50,7 +50,7 @@ def prefill(
 def _mask_with_padding(rings: Rings, request: Request, parts: list[Part]) -> Tensor | None:
     """The call's mask combined with padding, over all attended keys."""
     num_earlier = sum(p.length for p in parts) - request.k.shape[1]
-    hidden = []
+    hidden: list[Tensor] = []
     if rings.hidden is not None:
         position = rings.cursors[0].position
         for part in parts:
@@ -158,7 +158,8 @@ class _PartAttention:
 
     def _rotated_weights(self, keys: Tensor, pattern: Pattern) -> Tensor:
         """Weights where positions count places in the cache, so that the distance to sinks differs from query to query."""
-        config, request, rows = self.config, self.request, []
+        config, request = self.config, self.request
+        rows: list[Tensor] = []
         for i in range(request.q.shape[1]):
             width = keys.shape[1] - request.q.shape[1] + i + 1
             evicted = max(0, self.position + i - (config.sinks + config.buffer_size - 1))

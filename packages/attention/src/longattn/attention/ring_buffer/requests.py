@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from longattn.attention.ring_buffer.config import RingBufferConfig
 from longattn.attention.ring_buffer.parts import attended_before
 from longattn.attention.ring_buffer.rings import Geometry
 from longattn.attention.ring_buffer.state import RingBufferState
+from longattn.attention.validate import integers
 from longattn.kernels.interface import FLOATS, check_qkv, dtype_name
 
 
@@ -110,12 +112,13 @@ def check_position(position: object, positions: list[int], scope: str) -> None:
     """None, or the number of tokens written so far: one for all rows of the batch, or one for each."""
     if position is None:
         return
-    if isinstance(position, Tensor):
-        position = position.tolist() if not position.is_floating_point() else position
-    listed = position if isinstance(position, (list, tuple)) else [position] * max(1, len(positions))
+    value: Any = position
+    if isinstance(position, Tensor) and not position.is_floating_point():
+        value = integers(position) if position.dim() else int(position)
+    listed: list[Any] = [*value] if isinstance(value, (list, tuple)) else [value] * max(1, len(positions))
     if any(isinstance(p, bool) or not isinstance(p, int) for p in listed):
         raise TypeError(f"position must be None, an integer, or one for each row of the batch, got {position!r}")
-    if positions and list(listed) != positions:
+    if positions and listed != positions:
         uniform = len(set(positions)) == 1
         raise ValueError(
             f"position must be {positions[0] if uniform else positions}, the number of tokens written {scope}, got {position!r}"

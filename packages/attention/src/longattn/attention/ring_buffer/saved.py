@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,20 +78,20 @@ def check_saved(saved: object) -> SavedState:
     Raises:
         ValueError: a field is missing, unknown, of another type, out of range, or a tensor of another shape, dtype or device.
     """
-    if not isinstance(saved, dict) or type(saved.get("format")) is not int or saved["format"] != FORMAT:
+    entries = _entries(saved) or {}
+    if type(entries.get("format")) is not int or entries["format"] != FORMAT:
         raise ValueError(f"saved must be a dictionary of format {FORMAT} from state_dict(), got {_shown(saved)}")
-    names = ("format", "geometry", "batch_size", "dtype", "clocks", "rings")
-    _check_fields("saved", saved, names)
-    geometry = _geometry(saved["geometry"])
-    batch_size = _integer("saved.batch_size", saved["batch_size"])
-    dtype = _DTYPES.get(saved["dtype"]) if isinstance(saved["dtype"], str) else None
+    values = _check_fields("saved", saved, ("format", "geometry", "batch_size", "dtype", "clocks", "rings"))
+    geometry = _geometry(values["geometry"])
+    batch_size = _integer("saved.batch_size", values["batch_size"])
+    dtype = _DTYPES.get(values["dtype"]) if isinstance(values["dtype"], str) else None
     if dtype is None:
-        raise ValueError(f"saved.dtype must be one of {', '.join(_DTYPES)}, got {_shown(saved['dtype'])}")
+        raise ValueError(f"saved.dtype must be one of {', '.join(_DTYPES)}, got {_shown(values['dtype'])}")
     size = _nbytes(geometry, batch_size, dtype)
     if size > MOST_BYTES:
         raise ValueError(f"saved must describe rings of at most {MOST_BYTES} bytes, got {_shown(size)}")
-    clocks = _cursors(saved["clocks"], geometry, batch_size)
-    return SavedState(geometry, batch_size, dtype, clocks, _rings(saved["rings"], geometry, batch_size, dtype, clocks))
+    clocks = _cursors(values["clocks"], geometry, batch_size)
+    return SavedState(geometry, batch_size, dtype, clocks, _rings(values["rings"], geometry, batch_size, dtype, clocks))
 
 
 def saved_geometry(geometry: Geometry) -> dict[str, int]:
@@ -104,8 +105,9 @@ def saved_geometry(geometry: Geometry) -> dict[str, int]:
 def _geometry(saved: object) -> Geometry:
     names = [field.name for field in fields(Geometry)]
     # Not written where it is head_dim.
-    if isinstance(saved, dict) and "head_dim" in saved and "value_head_dim" not in saved:
-        saved = saved | {"value_head_dim": saved["head_dim"]}
+    entries = _entries(saved)
+    if entries is not None and "head_dim" in entries and "value_head_dim" not in entries:
+        saved = entries | {"value_head_dim": entries["head_dim"]}
     values = _check_fields("saved.geometry", saved, names)
     minimum = {"sinks": 0, "max_rewind": 0, "bptt_calls": 0}
     geometry = Geometry(*(_integer(f"saved.geometry.{n}", values[n], minimum.get(n, 1)) for n in names))
@@ -122,25 +124,27 @@ def _nbytes(geometry: Geometry, batch_size: int, dtype: torch.dtype) -> int:
 
 
 def _cursors(saved: object, geometry: Geometry, batch_size: int) -> list[Cursor]:
-    if not isinstance(saved, (list, tuple)) or len(saved) not in (1, batch_size) or not saved:
+    cursors = _items(saved)
+    if cursors is None or len(cursors) not in (1, batch_size) or not cursors:
         raise ValueError(f"saved.clocks must list one clock, or one for each of {batch_size} rows, got {_shown(saved)}")
-    return [_cursor(f"saved.clocks[{index}]", clock, geometry) for index, clock in enumerate(saved)]
+    return [_cursor(f"saved.clocks[{index}]", clock, geometry) for index, clock in enumerate(cursors)]
 
 
 def _cursor(name: str, saved: object, geometry: Geometry) -> Cursor:
     counters = ("position", "restorable", "fed", "fed_restorable")
     values = _check_fields(name, saved, (*counters, "decoded"))
     position, restorable, fed, fed_restorable = (_integer(f"{name}.{n}", values[n]) for n in counters)
-    stretches = values["decoded"]
-    if not isinstance(stretches, (list, tuple)) or len(stretches) > geometry.buffer_size:
+    stretches = _items(values["decoded"])
+    if stretches is None or len(stretches) > geometry.buffer_size:
         raise ValueError(
-            f"{name}.decoded must list at most buffer_size={geometry.buffer_size} stretches, got {_shown(stretches)}"
+            f"{name}.decoded must list at most buffer_size={geometry.buffer_size} stretches, got {_shown(values['decoded'])}"
         )
-    decoded = []
+    decoded: list[list[int]] = []
     for stretch in stretches:
-        if not isinstance(stretch, (list, tuple)) or len(stretch) != 2:
+        pair = _items(stretch)
+        if pair is None or len(pair) != 2:
             raise ValueError(f"{name}.decoded must hold pairs [first position, count], got {_shown(stretch)}")
-        decoded.append([_integer(f"{name}.decoded", n) for n in stretch])
+        decoded.append([_integer(f"{name}.decoded", n) for n in pair])
     if any(first + count > next_first for (first, count), (next_first, _) in pairwise([*decoded, [position, 0]])):
         raise ValueError(
             f"{name}.decoded must rise and end at position={position} at the latest, got {_shown(decoded)}"
@@ -156,11 +160,12 @@ def _rings(
 ) -> dict[str, Tensor]:
     g, names = geometry, ["kv"]
     # Padding is known only where some call gave it, outputs where something was decoded.
-    if isinstance(saved, dict) and "hidden" in saved:
+    stored = _entries(saved) or {}
+    if "hidden" in stored:
         names.append("hidden")
     if g.max_rewind:
         names += [f"{name}_evicted" for name in names]
-    if (isinstance(saved, dict) and "outputs" in saved) or any(c.fed or c.fed_restorable for c in clocks):
+    if "outputs" in stored or any(c.fed or c.fed_restorable for c in clocks):
         names.append("outputs")
     tensors = _check_fields("saved.rings", saved, names)
     slots = used_slots(g, clocks)
@@ -192,17 +197,28 @@ def _check_tensor(name: str, x: object, shape: tuple[int, ...], dtype: torch.dty
         )
 
 
-def _check_fields(name: str, saved: object, names: Any) -> dict[str, Any]:
+def _items(value: object) -> list[Any] | None:
+    """The items of a list or a tuple; None of anything else."""
+    return list(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else None
+
+
+def _entries(value: object) -> dict[str, Any] | None:
+    """A dictionary; None for anything else."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+def _check_fields(name: str, saved: object, names: Sequence[str]) -> dict[str, Any]:
     """A dictionary with exactly these keys."""
-    if not isinstance(saved, dict):
+    values = _entries(saved)
+    if values is None:
         raise ValueError(f"{name} must be a dictionary with {', '.join(names)}, got {_shown(saved)}")
-    missing = [key for key in names if key not in saved]
+    missing = [key for key in names if key not in values]
     if missing:
         raise ValueError(f"{name} must hold {', '.join(names)}, got none of {', '.join(missing)}")
-    for key in saved:
+    for key in values:
         if key not in names:
             raise ValueError(f"{name} must hold {', '.join(names)} and nothing else, got {_shown(key)}")
-    return saved
+    return values
 
 
 def _integer(name: str, value: object, minimum: int = 0) -> int:
@@ -217,6 +233,7 @@ def _shown(value: object) -> str:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str):
         return repr(value[:40])
-    if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__} of {len(value)}"
+    items = _items(value)
+    if items is not None:
+        return f"{type(value).__name__} of {len(items)}"
     return repr(value) if value is None or isinstance(value, (bool, int, float)) else type(value).__name__

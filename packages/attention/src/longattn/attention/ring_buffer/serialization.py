@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def to_dict(state: RingBufferState) -> dict[str, Any]:
     """Numbers, lists and tensors that hold what the state holds, slots in use only. Gradients stay behind."""
     count = used_slots(state.geometry, state.cursors)
-    used = {}
+    used: dict[str, Tensor] = {}
     for name, ring in _by_name(state).items():
         used[name] = ring.storage[:, :, :, : count[name], : ring.head_dim].detach().clone()
         # A file must not show what others left in memory that this state never wrote.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from longattn.attention.ring_buffer import serialization
 from longattn.attention.ring_buffer.cursor import Cursor
 from longattn.attention.ring_buffer.rings import Geometry, Rings
+from longattn.attention.validate import integers
 
 File = str | IO[bytes]
 
@@ -77,13 +78,13 @@ class RingBufferState(Rings):
             ValueError: the feedback ring does not hold so many.
         """
         available, g = self.feedback_held, self.geometry
-        if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= available:
+        if isinstance(n, bool) or not isinstance(cast(object, n), int) or not 0 <= n <= available:
             raise ValueError(
                 f"n must be an integer from 0 to {available}, the outputs that the feedback ring holds, got {n!r}"
             )
         if self.outputs is None:
             return torch.empty(self.batch_size, 0, g.num_heads, g.value_head_dim, dtype=self.dtype, device=self.device)
-        rows = []
+        rows: list[Tensor] = []
         for index, cursor in enumerate(self.cursors):
             ring = self.outputs if self.uniform else self.outputs.of(slice(index, index + 1))
             runs = [ring.read(run)[0] for run in ring.runs(cursor.fed - n, cursor.fed)]
@@ -150,7 +151,7 @@ class RingBufferState(Rings):
         Raises:
             ValueError: copies is not an integer >= 1.
         """
-        if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+        if isinstance(copies, bool) or not isinstance(cast(object, copies), int) or copies < 1:
             raise ValueError(f"copies must be an integer >= 1, got {copies!r}")
         copy = self.alias()
         copy.cursors = [cursor.clone() for cursor in self.cursors]
@@ -249,7 +250,8 @@ class RingBufferState(Rings):
 
 
 def _integers(name: str, value: object) -> list[int]:
-    listed: Any = value.flatten().tolist() if isinstance(value, Tensor) else value
-    if not isinstance(listed, (list, tuple)) or any(isinstance(n, bool) or not isinstance(n, int) for n in listed):
+    listed: Any = integers(value) if isinstance(value, Tensor) else value
+    numbers: list[Any] = [*listed] if isinstance(listed, (list, tuple)) else [None]
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
         raise TypeError(f"{name} must be integers, got {value!r}")
-    return list(listed)
+    return numbers

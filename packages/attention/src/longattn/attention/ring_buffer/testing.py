@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ class Row:
     k: Tensor
     v: Tensor
     hidden: Tensor
-    fed: list[tuple[int, Tensor]] = field(default_factory=list)
+    fed: list[tuple[int, Tensor]] = field(default_factory=list[tuple[int, Tensor]])
     lost: int = 0
 
     @property
@@ -53,7 +53,7 @@ class StreamModel:
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, decode: bool, **options: Any) -> Tensor:
         """Take tokens (batch, n, ...), hidden (batch, n), and return the true output (batch, Nq, heads, head_dim), float64."""
-        outs = []
+        outs: list[Tensor] = []
         for index, row in enumerate(self.rows):
             before = row.position
             own = torch.zeros(k.shape[1], dtype=torch.bool) if hidden is None else hidden[index]
@@ -75,7 +75,7 @@ class StreamModel:
         return [j for j in range(row.position) if j < sinks or j >= max(sinks, before - size)]
 
     def _attend(self, row: Row, q: Tensor, before: int, causal: bool, sink_logits: Tensor | None = None) -> Tensor:
-        outs = []
+        outs: list[Tensor] = []
         for index in range(q.shape[1]):
             position = row.position - q.shape[1] + index
             seen = self.seen(row, position, before, causal)
@@ -107,7 +107,7 @@ class StreamModel:
 
 
 @contextmanager
-def stale_slots_hold_nan() -> Iterator[None]:
+def stale_slots_hold_nan() -> Generator[None, None, None]:
     """Slots of new rings hold NaN until they are written."""
     make = LinearRing.__init__
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longattn.attention.ring_buffer.config import RingBufferConfig, TileOrder, TileType
 from longattn.attention.ring_buffer.parts import Part
-from longattn.attention.validate import check_size
+from longattn.attention.validate import check_size, check_type
 from longattn.kernels import AttentionState
 from longattn.kernels.interface import add_sink, merge_into
 
@@ -106,9 +106,7 @@ class TilingProcessor:
 
     @tile_order.setter
     def tile_order(self, order: TileOrder) -> None:
-        if not isinstance(order, TileOrder):
-            raise TypeError(f"tile_order must be a TileOrder, got {order!r} ({type(order).__name__})")
-        self._order = order
+        self._order = check_type("tile_order", order, TileOrder, "a TileOrder")
 
     def run(
         self,

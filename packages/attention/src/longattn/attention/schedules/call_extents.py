@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from longattn.attention.schedules import metadata_op  # noqa: F401  Registers roll_call and row_positions.
+from longattn.attention.schedules import metadata_op  # noqa: F401  # pyright: ignore[reportUnusedImport]  Registers roll_call and row_positions.
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.extents import Extents
 

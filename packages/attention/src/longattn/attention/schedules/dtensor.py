@@ -6,11 +6,11 @@ Sharded on the heads (a tensor-parallel module's), each rank attends for its hea
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.group import Members
@@ -143,9 +143,10 @@ def local_options(like: DTensor, options: dict[str, Any]) -> dict[str, Any]:
 def _local(name: str, x: DTensor, like: DTensor) -> Tensor:
     if x.device_mesh != like.device_mesh:
         raise ValueError(f"{name} must be on the mesh of q, {like.device_mesh}, got {x.device_mesh}")
-    placements, gradients = [], []
+    placements: list[Placement] = []
+    gradients: list[Placement] = []
     for placement in like.placements:
-        axis = _AXES[name][placement.dim] if isinstance(placement, Shard) else None
+        axis = _AXES[name][cast(int, cast(Any, placement).dim)] if isinstance(placement, Shard) else None
         if axis is None or x.dim() < (-axis if axis < 0 else axis + 1) or (axis < 0 and x.shape[axis] == 1):
             placements.append(Replicate())
         else:
@@ -174,7 +175,8 @@ def placed_like(x: Tensor, like: DTensor, shape: Any, placements: Any = None) ->
 
 def moved(placements: Any, axes: dict[int, int]) -> tuple[Any, ...]:
     """Placements of a tensor whose axes stand elsewhere: {axis: where it is now}."""
-    return tuple(Shard(axes.get(p.dim, p.dim)) if isinstance(p, Shard) else p for p in placements)
+    axis_of = [cast(Any, p).dim if isinstance(p, Shard) else None for p in placements]
+    return tuple(p if at is None else Shard(axes.get(at, at)) for p, at in zip(placements, axis_of, strict=True))
 
 
 def _dimension_of(q: DTensor, axis: int) -> int | None:

@@ -28,6 +28,7 @@ from longattn.attention.schedules.layouts import (
 )
 from longattn.attention.schedules.passes import ScheduleWork, query_spans
 from longattn.attention.schedules.transport import Place, gather_integers
+from longattn.attention.validate import integers
 from longattn.kernels.interface import check_attention_mask
 from longattn.patterncache import parse_pattern
 
@@ -41,16 +42,17 @@ def check_lengths(lengths: object, layout: str) -> Lengths:
     """None, the whole sequence's length, or that of each rank's shard (contiguous layouts only)."""
     if lengths is None:
         return None
-    listed = (lengths,) if isinstance(lengths, int) else lengths
-    if not isinstance(listed, (tuple, list)) or not all(isinstance(n, int) and not isinstance(n, bool) for n in listed):
+    listed: Any = (lengths,) if isinstance(lengths, int) else lengths
+    numbers: list[Any] = [*listed] if isinstance(listed, (tuple, list)) else [None]
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
         raise TypeError(f"lengths must be None, the whole length, or one for each rank, got {lengths!r}")
-    if any(n < 0 for n in listed):
+    if any(n < 0 for n in numbers):
         raise ValueError(f"lengths must be >= 0, got {lengths!r}")
     if isinstance(lengths, int):
         return lengths
     if layout != "contiguous":
         raise ValueError(f"lengths must be None or the whole length where layout is {layout!r}, got {lengths!r}")
-    return tuple(listed)
+    return tuple(numbers)
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,7 @@ class Members:
             ValueError: lengths that do not fit the layout.
         """
         if metadata is not None:
-            table = metadata[: self.place.size].tolist()
-            lengths = [[row[n] for row in table] for n in range(2)]
+            lengths = [integers(metadata[: self.place.size, column]) for column in range(2)]
         elif isinstance(self.lengths, int):
             lengths = [[count_rows(rows) for rows in self.laid_out(self.lengths).rows()]] * 2
         else:
@@ -176,7 +177,7 @@ class WholeSequence:
         self.me = members.place.rank
         self.seed = metadata[0, 3] if metadata is not None and work.asked.dropout_p else None
         # Of all groups: a mask is of one kind in the whole sequence.
-        self.rows = metadata is not None and mask_has_rows(agreed_flags(metadata[:, 2].tolist()))
+        self.rows = metadata is not None and mask_has_rows(agreed_flags(integers(metadata[:, 2])))
         self.queries, self.keys = members.layouts(work.queries[0].shape[1], work.k.shape[1], metadata)
         self.nq, self.nk = total_rows(self.queries), total_rows(self.keys)
         spans = query_spans(work.asked, self.nq, self.nk)

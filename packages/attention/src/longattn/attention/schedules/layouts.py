@@ -54,14 +54,14 @@ class Chunks:
 
     def cut(self, x: Tensor) -> list[Tensor]:
         """Views; copies where a rank holds two chunks."""
-        chunks = x.split(self.sizes, 1)
+        chunks = torch.split(x, list(self.sizes), 1)
         return [_concatenated([chunks[n] for n in numbers]) for numbers in self.held]
 
     def join(self, shards: Sequence[Tensor]) -> Tensor:
         """Chunks in order."""
         chunks: dict[int, Tensor] = {}
         for numbers, shard in zip(self.held, shards, strict=True):
-            chunks.update(zip(numbers, shard.split([self.sizes[n] for n in numbers], 1), strict=True))
+            chunks.update(zip(numbers, torch.split(shard, [self.sizes[n] for n in numbers], 1), strict=True))
         return _concatenated([chunks[n] for n in range(len(self.sizes))])
 
 
@@ -152,7 +152,7 @@ def select_rows(x: Tensor, axis: int, rows: Spans) -> Tensor:
 
 def add_rows(total: Tensor, axis: int, rows: Spans, part: Tensor) -> None:
     """Add `part` to those rows of `total` along `axis`, in place: what `select_rows` took out."""
-    parts = part.split([span.length for span in rows], axis)
+    parts = torch.split(part, [span.length for span in rows], axis)
     for span, piece in zip(rows, parts, strict=True):
         total[_index(total, axis, span)] += piece
 

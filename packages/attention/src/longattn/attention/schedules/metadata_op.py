@@ -5,6 +5,8 @@ Both are opaque to traced code, so that a graph serves any lengths.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,8 @@ from longattn.attention.schedules.extents import row_numbers
 from longattn.attention.schedules.group import COLUMNS
 from longattn.attention.schedules.registry import parse_schedule
 
-LIBRARY = torch.library.Library("longattn", "FRAGMENT")
+LIBRARY: Any = torch.library.Library("longattn", "FRAGMENT")
+_TORCH_LIBRARY: Any = torch.library  # partly untyped
 LIBRARY.define("roll_call(Tensor? seed, SymInt nq, SymInt nk, int flags, str schedule) -> Tensor")
 LIBRARY.define("row_positions(Tensor? roll, SymInt nq, SymInt nk, SymInt? start, str schedule) -> (Tensor, Tensor)")
 
@@ -39,6 +42,6 @@ def _row_positions_fake(
 
 
 LIBRARY.impl("roll_call", _roll_call, "CompositeExplicitAutograd")
-torch.library.register_fake("longattn::roll_call", _roll_call_fake, lib=LIBRARY)
+_TORCH_LIBRARY.register_fake("longattn::roll_call", _roll_call_fake, lib=LIBRARY)
 LIBRARY.impl("row_positions", _row_positions, "CompositeExplicitAutograd")
-torch.library.register_fake("longattn::row_positions", _row_positions_fake, lib=LIBRARY)
+_TORCH_LIBRARY.register_fake("longattn::row_positions", _row_positions_fake, lib=LIBRARY)

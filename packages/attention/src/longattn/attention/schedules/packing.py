@@ -41,7 +41,7 @@ class Packing:
 
     def pack(self, x: Tensor, lease: Lease) -> Tensor:
         """The pairs of x (batch, rows, heads, head_dim), contiguous, in leased memory; x itself where that is all of it."""
-        flat = x.contiguous().flatten(1, 2)
+        flat: Tensor = x.contiguous().flatten(1, 2)
         if self.pairs is None:
             return flat
         return torch.index_select(flat, 1, self.pairs.to(x.device), out=lease(self.shape(len(x), x.shape[-1])))
@@ -49,7 +49,7 @@ class Packing:
     def unpack(self, packed: Tensor, lease: Lease) -> Tensor:
         """(batch, rows, heads, head_dim): what was packed, at its place, and zero elsewhere: a kernel may read keys that no query sees."""
         if self.pairs is None:
-            return packed.unflatten(1, (self.rows, self.heads))
+            return torch.unflatten(packed, 1, (self.rows, self.heads))
         into = lease((len(packed), self.rows, self.heads, packed.shape[-1]))
         into.zero_().flatten(1, 2).index_copy_(1, self.pairs.to(packed.device), packed)
         return into
@@ -69,7 +69,7 @@ def packing_of(plan: Plan, kv_heads: int) -> Packing:
     packing: Packing | None = plan.derived.get(key)
     if packing is None:
         seen = seen_pairs(plan, kv_heads)
-        pairs = None if seen.all() else torch.from_numpy(np.flatnonzero(seen))
+        pairs = None if seen.all() else torch.as_tensor(np.flatnonzero(seen))
         packing = plan.derived[key] = Packing(seen.shape[0], seen.shape[1], pairs, int(seen.sum()))
     return packing
 

@@ -11,6 +11,7 @@ from longattn.attention.schedules.extents import row_numbers
 from longattn.attention.schedules.layouts import count_rows, select_rows
 from longattn.attention.schedules.local import check_schedule_argument
 from longattn.attention.schedules.transport import Place, gather_integers, swap
+from longattn.attention.validate import check_type, integers
 from longattn.kernels.interface import TorchAllocator
 
 
@@ -28,8 +29,7 @@ def shard_sequence(x: Tensor, schedule: Schedule, dim: int = 1) -> tuple[Tensor,
         TypeError: x is no tensor, or schedule no schedule.
     """
     check_schedule_argument(schedule)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    check_type("x", x, Tensor, "a torch.Tensor")
     rows = schedule.held(x.shape[dim])
     return select_rows(x, dim % x.dim(), rows).contiguous(), row_numbers(rows).to(x.device)
 
@@ -46,13 +46,12 @@ def unshard_sequence(x: Tensor, schedule: Schedule, group: object = None, dim: i
         ValueError: a schedule of several groups without `group`.
     """
     check_schedule_argument(schedule)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    check_type("x", x, Tensor, "a torch.Tensor")
     if not schedule.distributed:
         return x.detach()
     place = _place_of(schedule, group)
     axis = dim % x.dim()
-    lengths = gather_integers(place, (x.shape[axis],))[:, 0].tolist()
+    lengths = integers(gather_integers(place, (x.shape[axis],)))
     return _gathered(x.detach(), axis, place, lengths, schedule)
 
 

@@ -122,7 +122,8 @@ def ulysses_traffic(call: Call) -> Traffic | None:
     lse *= state_dtype(call.dtype).itemsize
     forward = queries + keys + lse
     backward = 2 * queries + 2 * keys + lse
-    work, done = [], 0
+    work: list[int] = []
+    done = 0
     whole = LAYOUTS["contiguous"](call.length, 1).rows()[0]
     plan = call.pattern.plan(Rectangle(call.heads, whole, whole))
     per_head = [0] * call.heads

@@ -6,9 +6,10 @@ current stream rather than the process, and buffers are the device's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ _WATCHERS: list[list[Event]] = []
 
 
 @contextmanager
-def watch() -> Iterator[list[Event]]:
+def watch() -> Generator[list[Event], None, None]:
     """A list that fills with this process's events, in order, as long as the context is open."""
     events: list[Event] = []
     _WATCHERS.append(events)
@@ -134,7 +135,7 @@ def gather_integers(place: Place, row: Sequence[int]) -> Tensor:
     if "cpu" not in dist.get_backend_config(group) and dist.get_backend(group) == "nccl":
         mine = mine.to(torch.device("cuda", torch.cuda.current_device()))
     rows = [torch.empty_like(mine) for _ in range(place.size)]
-    dist.all_gather(rows, mine, group)
+    cast(Any, dist).all_gather(rows, mine, group)
     return torch.stack(rows).cpu()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from longattn.attention.schedules import all_gather, ring  # noqa: F401  Registers what may run inside, beside Local.
+from longattn.attention.schedules import all_gather, ring  # noqa: F401  # pyright: ignore[reportUnusedImport]  Registers what may run inside, beside Local.
 from longattn.attention.schedules.base import Schedule, build_schedule
 from longattn.attention.schedules.extents import CONFLICT, MASK, Extents, agreed_flags
 from longattn.attention.schedules.gathering import gather_rows
@@ -24,6 +24,7 @@ from longattn.attention.schedules.head_exchange import HeadExchange
 from longattn.attention.schedules.layouts import LayoutName, Spans, count_rows, take
 from longattn.attention.schedules.local import Local
 from longattn.attention.schedules.passes import QueryShard, ScheduleRun, ScheduleWork
+from longattn.attention.validate import check_type, integers
 from longattn.kernels.interface import OpTensors
 
 
@@ -54,10 +55,13 @@ class Ulysses(OverGroup, name="ulysses"):
         lengths: int | Sequence[int] | None = None,
         inner: Schedule | None = None,
     ) -> None:
-        if inner is not None and not isinstance(inner, Schedule):
-            raise TypeError(f"inner must be None or a Schedule such as Ring(mesh['ring']), got {type(inner).__name__}")
+        schedule = (
+            Local()
+            if inner is None
+            else check_type("inner", inner, Schedule, "None or a Schedule such as Ring(mesh['ring'])")
+        )
         object.__setattr__(self, "members", Members.of(group, layout, lengths))
-        object.__setattr__(self, "inner", Local() if inner is None else inner)
+        object.__setattr__(self, "inner", schedule)
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -106,7 +110,7 @@ class Ulysses(OverGroup, name="ulysses"):
     def extents(self, nq: int, nk: int, metadata: Tensor | None) -> Extents:
         """This rank's part of what the inner schedule's rank, the whole of this group, has."""
         queries, keys = self.members.layouts(nq, nk, metadata)
-        whole = self.inner.extents(total_rows(queries), total_rows(keys), self._inner_metadata(metadata))
+        whole = self.inner.extents(total_rows(queries), total_rows(keys), self.inner_metadata(metadata))
         me = self.members.place.rank
         rows = take(whole.q_rows, queries.rows()[me]), take(whole.k_rows, keys.rows()[me])
         return Extents(whole.nq, whole.nk, *rows)
@@ -115,9 +119,9 @@ class Ulysses(OverGroup, name="ulysses"):
         """From every rank of this group, and then of the inner one."""
         queries, keys = self.members.layouts(nq, nk, metadata)
         x = gather_rows(self.members.place, x, keys)
-        return self.inner.gather_keys(x, total_rows(queries), total_rows(keys), self._inner_metadata(metadata))
+        return self.inner.gather_keys(x, total_rows(queries), total_rows(keys), self.inner_metadata(metadata))
 
-    def _inner_metadata(self, metadata: Tensor | None) -> Tensor | None:
+    def inner_metadata(self, metadata: Tensor | None) -> Tensor | None:
         """The inner schedule's part of the metadata."""
         return metadata[self.members.place.size :] if metadata is not None and self.inner.distributed else None
 
@@ -133,7 +137,7 @@ class Ulysses(OverGroup, name="ulysses"):
             return metadata
         nq, nk = (int(n) for n in metadata[:, :2].sum(0))
         return torch.cat(
-            [metadata, self.inner.gather_metadata(nq, nk, _as_one(metadata[:, 2].tolist()), int(metadata[0, 3]))]
+            [metadata, self.inner.gather_metadata(nq, nk, _as_one(integers(metadata[:, 2])), int(metadata[0, 3]))]
         )
 
 
@@ -154,7 +158,7 @@ class _HeadsRun(ScheduleRun):
         queries = tuple(self.exchange.to_heads(x, self.whole.queries) for x in work.queries)
         k, v = (self.exchange.to_heads(x, self.whole.keys) for x in (work.k, work.v))
         padding = None if work.padding is None else self.exchange.padding_to_heads(work.padding)
-        metadata = ulysses._inner_metadata(given.metadata)
+        metadata = ulysses.inner_metadata(given.metadata)
         tensors = OpTensors(queries[0], k, v, bias, mask, padding, self.whole.seed, metadata=metadata)
         asked = work.asked._replace(heads=self.exchange.heads)
         inside = ScheduleWork(queries, tensors, asked, work.environment)

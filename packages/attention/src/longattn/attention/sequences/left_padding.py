@@ -14,7 +14,7 @@ from torch import Tensor
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import CallExtents
 from longattn.attention.schedules.extents import row_numbers
-from longattn.attention.validate import check_pattern_argument
+from longattn.attention.validate import check_pattern_argument, integers
 from longattn.kernels.interface import as_seed, check_key_padding
 from longattn.patterncache import Documents
 
@@ -76,7 +76,7 @@ def check_positions_start(value: object, batch: int, nk: int) -> list[int]:
         raise TypeError(f"positions_start must be an integer tensor (batch,), got {value!r} ({type(value).__name__})")
     if value.shape != (batch,):
         raise ValueError(f"positions_start must have shape ({batch},), got {tuple(value.shape)}")
-    starts = value.tolist()
+    starts = integers(value)
     if any(not 0 <= start <= nk for start in starts):
         raise ValueError(f"positions_start must lie in [0, {nk}], the keys there are, got {starts}")
     return starts

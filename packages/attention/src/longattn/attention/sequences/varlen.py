@@ -7,7 +7,7 @@ one call without it. Padding is read on the host, so traced code cannot do that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,17 +87,17 @@ def pack_jagged(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[li
                 f"{name} must be None for jagged nested tensors, which hold no padding and know their lengths, got {value!r}"
             )
     q, k, *_ = tensors.values()
-    offsets, key_offsets = (getattr(x, "offsets")() for x in (q, k))  # noqa: B009
+    offsets, key_offsets = (cast(Any, x).offsets() for x in (q, k))
     ends = {"cu_seqlens": key_offsets}
     if offsets is not key_offsets:
         ends["cu_seqlens_q"] = offsets
     return [x.values().unsqueeze(0) for x in tensors.values()], ends
 
 
-def jagged_like(q: Tensor, packed: Tensor) -> Tensor:
+def jagged_like(q: Any, packed: Tensor) -> Tensor:
     """(1, total, ...) as a jagged nested tensor with the lengths of q."""
-    like = {"offsets": getattr(q, "offsets")(), "min_seqlen": q._get_min_seqlen(), "max_seqlen": q._get_max_seqlen()}  # type: ignore[attr-defined]  # noqa: B009
-    return torch.nested.nested_tensor_from_jagged(packed.squeeze(0), **like)
+    limits = {"min_seqlen": q._get_min_seqlen(), "max_seqlen": q._get_max_seqlen()}
+    return torch.nested.nested_tensor_from_jagged(packed.squeeze(0), q.offsets(), **limits)
 
 
 def aligned_attention(
