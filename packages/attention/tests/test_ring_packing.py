@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from longattn.attention import AllGather, Local, Ring, Ulysses, choose, shard_sequence, unshard_sequence
 from longattn.attention.schedules.layouts import LAYOUTS, count_rows
-from longattn.attention.schedules.packing import packing_of, seen_pairs
+from longattn.attention.schedules.packing import packing_of, visible_key_rows
 from longattn.attention.schedules.traffic import Call, full_ring_bytes, gather_traffic, ring_traffic, ulysses_traffic
 from longattn.kernels import attend
 from longattn.patterncache import Dilated, Full, Rectangle, Window
@@ -34,7 +34,7 @@ def test_what_travels_is_what_is_seen(data, pattern, length, heads):
     rectangle = Rectangle(group * kv_heads, queries, keys)
     counts = pattern.counts(rectangle)
     seen = (counts.reshape(kv_heads, group, *counts.shape[1:]) > 0).any((1, 2)).T
-    assert np.array_equal(seen_pairs(pattern.plan(rectangle), kv_heads), seen)
+    assert np.array_equal(visible_key_rows(pattern.plan(rectangle), kv_heads), seen)
 
 
 @given(st.data(), patterns(), st.integers(1, 40))

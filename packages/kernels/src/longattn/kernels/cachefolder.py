@@ -36,27 +36,27 @@ def cache_folder() -> Path | str:
 def refusal_of(folder: Path) -> str | None:
     """Why nothing in the folder may be loaded; None also where it is not there yet."""
     try:
-        about = folder.lstat()
+        status = folder.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as problem:
         return f"the cache folder {folder} cannot be read: {problem.strerror}; LONGATTN_CACHE names another"
     wrong = None
-    if stat.S_ISLNK(about.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         wrong = "is a symbolic link"
-    elif not stat.S_ISDIR(about.st_mode):
+    elif not stat.S_ISDIR(status.st_mode):
         wrong = "is no folder"
-    elif not _ours(about):
-        wrong = f"belongs to user {about.st_uid}"
-    elif about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        wrong = f"is writable by others (mode {stat.S_IMODE(about.st_mode):o}, 700 would do)"
+    elif not _ours(status):
+        wrong = f"belongs to user {status.st_uid}"
+    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        wrong = f"is writable by others (mode {stat.S_IMODE(status.st_mode):o}, 700 would do)"
     return wrong and f"the cache folder {folder} {wrong}; LONGATTN_CACHE names another"
 
 
 def unwritable(folder: Path) -> str | None:
     """Why nothing can be put into the folder, as far as looking tells."""
-    there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+    existing = next((ancestor for ancestor in (folder, *folder.parents) if os.path.lexists(ancestor)), folder)
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return None
     return f"the cache folder {folder} cannot be written; LONGATTN_CACHE names another"
 
@@ -90,8 +90,8 @@ def find(folder: Path, stem: str) -> Path | None:
 
 def is_whole(path: Path) -> bool:
     """Whether a file belongs to this user and has the digest that its name states."""
-    about = path.lstat()
-    return stat.S_ISREG(about.st_mode) and _ours(about) and path.name.split(".")[-2] == digest(path)
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and _ours(status) and path.name.split(".")[-2] == digest(path)
 
 
 def set_aside(path: Path, why: str) -> None:
@@ -100,13 +100,13 @@ def set_aside(path: Path, why: str) -> None:
     os.replace(path, path.with_name(path.name + _ASIDE))
 
 
-def keep(made: Path, folder: Path, stem: str) -> Path:
+def keep(compiled: Path, folder: Path, stem: str) -> Path:
     """Move a library into the folder. It is flushed to disk before it gets its name, so that no process, and no crash, leaves half a file."""
-    with open(made, "rb") as file:
+    with open(compiled, "rb") as file:
         os.fsync(file.fileno())
-    kept = folder / f"{stem}.{digest(made)}.so"
-    os.replace(made, kept)
-    return kept
+    target = folder / f"{stem}.{digest(compiled)}.so"
+    os.replace(compiled, target)
+    return target
 
 
 def read_text(folder: Path, name: str) -> str | None:
@@ -149,5 +149,5 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
-def _ours(about: os.stat_result) -> bool:
-    return not hasattr(os, "geteuid") or about.st_uid == os.geteuid()
+def _ours(status: os.stat_result) -> bool:
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()

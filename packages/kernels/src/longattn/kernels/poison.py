@@ -15,13 +15,13 @@ from torch import Tensor
 def poisoned_memory() -> Iterator[None]:
     """Inside this context torch.empty and its relatives return NaN, so that a read before the first write shows in the result."""
     names = {torch: ("empty", "empty_like", "empty_strided"), torch.Tensor: ("new_empty", "new_empty_strided")}
-    kept = [(owner, name, getattr(owner, name)) for owner in names for name in names[owner]]
-    for owner, name, allocate in kept:
+    originals = [(owner, name, getattr(owner, name)) for owner in names for name in names[owner]]
+    for owner, name, allocate in originals:
         setattr(owner, name, _poisoned(allocate))
     try:
         yield
     finally:
-        for owner, name, allocate in kept:
+        for owner, name, allocate in originals:
             setattr(owner, name, allocate)
 
 

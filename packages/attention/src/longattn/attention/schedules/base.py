@@ -97,11 +97,11 @@ class Schedule(ABC):
 
     def canonical(self) -> str:
         """The canonical string: equal for equal schedules. Built once."""
-        kept = self.__dict__.get("_canonical")
-        if kept is None:
-            kept = spec_text([self.name, self.to_spec()])
-            object.__setattr__(self, "_canonical", kept)
-        return kept
+        text = self.__dict__.get("_canonical")
+        if text is None:
+            text = spec_text([self.name, self.to_spec()])
+            object.__setattr__(self, "_canonical", text)
+        return text
 
 
 def build_schedule(name: str, spec: dict[str, Any]) -> Schedule:

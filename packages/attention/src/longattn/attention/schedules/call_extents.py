@@ -45,13 +45,13 @@ class CallExtents:
     """
 
     def __init__(self, query: Tensor, key: Tensor, schedule: Schedule) -> None:
-        self.like, here = None, (query, key)
+        self.like, local = None, (query, key)
         if is_sharded(query) or is_sharded(key):
             schedule = dtensor_module().schedule_over(query, key, schedule)
-            self.like, here = query, tuple(x.to_local() for x in cast(Any, here))
+            self.like, local = query, tuple(x.to_local() for x in cast(Any, local))
         self.schedule = schedule
-        self.batch, self.device = here[1].shape[0], here[1].device
-        self.nq, self.nk = here[0].shape[1], here[1].shape[1]
+        self.batch, self.device = local[1].shape[0], local[1].device
+        self.nq, self.nk = local[0].shape[1], local[1].shape[1]
         self._metadata: Tensor | None = None
         self._asked = False
 

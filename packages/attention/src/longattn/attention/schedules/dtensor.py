@@ -33,7 +33,9 @@ _AXES = {
 same on every rank."""
 
 
-def sharded_attention(whole: Attention, q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def sharded_attention(
+    attend_local: Attention, q: Any, k: Any, v: Any, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     """out and lse as DTensors placed as q, differentiable. Plain masks in `options` are this rank's part, as for a `Ring`.
 
     Args:
@@ -50,7 +52,7 @@ def sharded_attention(whole: Attention, q: Any, k: Any, v: Any, options: dict[st
     options["head_start"], options["num_heads"] = heads_here(q, k, options["head_start"], options["num_heads"])
     if options.get("dropout_p"):
         options["seed"] = _shared_seed(q, options.get("seed"))
-    out, lse = whole(q.to_local(), k.to_local(), v.to_local(), **options)
+    out, lse = attend_local(q.to_local(), k.to_local(), v.to_local(), **options)
     return placed_like(out, q, (*q.shape[:3], v.shape[3])), placed_like(lse, q, q.shape[:3])
 
 
@@ -100,14 +102,14 @@ def schedule_over(q: DTensor, k: DTensor, schedule: Schedule | None) -> Schedule
         ValueError: other placements, or a schedule whose ranks or rows are not those of the placements.
     """
     check_placements({"query": q, "key": k})
-    along, given = _dimension_of(q, 1), schedule is not None and schedule.distributed
+    along, over_group = _dimension_of(q, 1), schedule is not None and schedule.distributed
     if along is None:
-        if given:
+        if over_group:
             raise ValueError(
                 f"schedule must be None or in one process where no rank has only a part of the sequence, got {schedule} for {q.placements}"
             )
         return schedule
-    return _checked(q, k, along, schedule) if given else _ring_over(q, k, along)
+    return _checked(q, k, along, schedule) if over_group else _ring_over(q, k, along)
 
 
 def _checked(q: DTensor, k: DTensor, along: int, schedule: Any) -> Schedule:
@@ -127,8 +129,8 @@ def _fits(q: DTensor, k: DTensor, along: int, schedule: Any) -> bool:
     if members.place != Place.of(q.device_mesh.get_group(along)):
         return False
     if members.lengths_known:
-        held = [count_rows(rows) for rows in members.laid_out(q.shape[1]).rows()]
-        if any(held != _chunks(x, along) for x in (q, k)):
+        rows_by_rank = [count_rows(rows) for rows in members.laid_out(q.shape[1]).rows()]
+        if any(rows_by_rank != _chunks(x, along) for x in (q, k)):
             return False
     return members.layout == "contiguous" or members.place.size == 1
 
@@ -167,9 +169,9 @@ def placed_like(x: Tensor, like: DTensor, shape: Any, placements: Any = None) ->
     stride = [1]
     for size in reversed(shape[1:]):
         stride.insert(0, stride[0] * size)
-    where = like.placements if placements is None else placements
+    placements_of_x = like.placements if placements is None else placements
     return DTensor.from_local(
-        x, like.device_mesh, where, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+        x, like.device_mesh, placements_of_x, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
     )
 
 

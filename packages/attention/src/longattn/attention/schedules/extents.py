@@ -99,17 +99,17 @@ def agreed_flags(flags: list[int]) -> int:
     Raises:
         ValueError: masks of different kinds, on every rank alike.
     """
-    if any(each & CONFLICT for each in flags):
+    if any(rank_flags & CONFLICT for rank_flags in flags):
         raise ValueError(
             "attention_mask and key_padding_mask must be of one kind on every rank, got others elsewhere in the mesh"
         )
     for bit, (name, expected) in _SHARED.items():
-        ranks = [rank for rank, each in enumerate(flags) if each & bit]
+        ranks = [rank for rank, rank_flags in enumerate(flags) if rank_flags & bit]
         if 0 < len(ranks) < len(flags):
             raise ValueError(f"{name} must {expected}, got ranks {ranks} of {len(flags)} that differ from the others")
     union = 0
-    for each in flags:
-        union |= each
+    for rank_flags in flags:
+        union |= rank_flags
     if union & HAS_ROWS and union & ONE_FOR_ALL:
         raise ValueError(
             "attention_mask must have this rank's rows on every rank, or one row for all queries on every rank, "

@@ -72,8 +72,8 @@ class Members:
     def to_spec(self) -> dict[str, Any]:
         """JSON values."""
         lengths = list(self.lengths) if isinstance(self.lengths, tuple) else self.lengths
-        given = {} if lengths is None else {"lengths": lengths}
-        return {"group": self.place.name, "layout": self.layout, **given}
+        known_lengths = {} if lengths is None else {"lengths": lengths}
+        return {"group": self.place.name, "layout": self.layout, **known_lengths}
 
     @property
     def lengths_known(self) -> bool:
@@ -107,8 +107,8 @@ class Members:
         else:
             assert self.lengths is not None
             lengths = [list(self.lengths)] * 2
-        _check_mine(lengths, self.place.rank, (nq, nk), self)
-        return _fitting(self, lengths[0]), _fitting(self, lengths[1])
+        _check_shard_lengths(lengths, self.place.rank, (nq, nk), self)
+        return _layout_of_lengths(self, lengths[0]), _layout_of_lengths(self, lengths[1])
 
 
 class OverGroup(Schedule):
@@ -189,22 +189,22 @@ def total_rows(layout: Layout) -> int:
     return sum(count_rows(rows) for rows in layout.rows())
 
 
-def _check_mine(lengths: list[list[int]], me: int, mine: tuple[int, int], members: Members) -> None:
-    for name, by_rank, length in zip(("q", "k"), lengths, mine, strict=True):
+def _check_shard_lengths(lengths: list[list[int]], me: int, own_lengths: tuple[int, int], members: Members) -> None:
+    for name, by_rank, length in zip(("q", "k"), lengths, own_lengths, strict=True):
         if len(by_rank) != members.place.size or by_rank[me] != length:
             raise ValueError(
                 f"{name} must have the length that lengths={members.lengths} gives rank {me} of {by_rank}, got {length}"
             )
 
 
-def _fitting(members: Members, lengths: Sequence[int]) -> Layout:
+def _layout_of_lengths(members: Members, lengths: Sequence[int]) -> Layout:
     """The layout with shards of these lengths: contiguous ones may be any."""
     if members.layout == "contiguous":
         return neighbours(lengths)
     layout = LAYOUTS[members.layout](sum(lengths), len(lengths))
-    wanted = [count_rows(rows) for rows in layout.rows()]
-    if wanted != list(lengths):
-        raise ValueError(f"shards must have the lengths {wanted} of layout {members.layout!r}, got {list(lengths)}")
+    expected = [count_rows(rows) for rows in layout.rows()]
+    if expected != list(lengths):
+        raise ValueError(f"shards must have the lengths {expected} of layout {members.layout!r}, got {list(lengths)}")
     return layout
 
 

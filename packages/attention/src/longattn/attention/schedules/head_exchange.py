@@ -38,16 +38,16 @@ class HeadExchange:
             query_heads: [Span(s.start * group, s.length * group) for s in kv_shares],
         }
         total, first, _ = work.asked.heads
-        mine = self.shares[query_heads][whole.me]
+        share = self.shares[query_heads][whole.me]
         self.query_heads = query_heads
-        self.heads = [total, first + mine.start, mine.length]
+        self.heads = [total, first + share.start, share.length]
 
     def to_heads(self, x: Tensor, layout: Layout) -> Tensor:
         """(batch, rows of all, heads of this rank, ...) of x (batch, rows of this rank, heads of all, ...)."""
         shares = self.shares[x.shape[2]]
         parts = [x[:, :, s.start : s.start + s.length] for s in shares]
-        mine = shares[self.whole.me].length
-        shapes = [(x.shape[0], n, mine, *x.shape[3:]) for n in _sizes(layout)]
+        num_heads = shares[self.whole.me].length
+        shapes = [(x.shape[0], n, num_heads, *x.shape[3:]) for n in _sizes(layout)]
         return layout.join(swap(self.place, "to heads", parts, shapes, self.allocator))
 
     def to_rows(self, x: Tensor, layout: Layout) -> Tensor:
@@ -80,19 +80,19 @@ class HeadExchange:
 
     def mask_to_rows(self, gradient: Tensor, bias: Tensor) -> Tensor:
         """This rank's part of the gradient of `bias` from that of what `mask_to_heads` made of it."""
-        by_row, wanted = _by_row(gradient), _by_row(bias)
+        by_row, target = _by_row(gradient), _by_row(bias)
         if not self.mask_rows:
-            if wanted.shape[2] == 1:
+            if target.shape[2] == 1:
                 return gradient.reshape(bias.shape)
-            whole = torch.zeros(wanted.shape, dtype=gradient.dtype, device=gradient.device)
+            all_heads = torch.zeros(target.shape, dtype=gradient.dtype, device=gradient.device)
             share = self.shares[self.query_heads][self.whole.me]
-            whole[:, :, share.start : share.start + share.length] = by_row
-            return whole.transpose(1, 2).reshape(bias.shape)
-        if wanted.shape[2] > 1:
+            all_heads[:, :, share.start : share.start + share.length] = by_row
+            return all_heads.transpose(1, 2).reshape(bias.shape)
+        if target.shape[2] > 1:
             return self.to_rows(by_row, self.whole.queries).transpose(1, 2).reshape(bias.shape)
         # All ranks' heads saw the same rows.
         parts = self.whole.queries.cut(by_row)
-        shapes = [(*wanted.shape,)] * len(parts)
+        shapes = [(*target.shape,)] * len(parts)
         total = torch.stack(swap(self.place, "mask", parts, shapes, self.allocator)).sum(0)
         return total.transpose(1, 2).reshape(bias.shape)
 

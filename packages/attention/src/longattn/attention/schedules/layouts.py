@@ -129,19 +129,19 @@ def count_rows(spans: Spans) -> int:
 
 def take(spans: Spans, rows: Spans) -> Spans:
     """The positions of some rows of a tensor whose rows stand at `spans`."""
-    found: list[Span] = []
-    for part in rows:
+    positions: list[Span] = []
+    for rows_span in rows:
         begin = 0
         for span in spans:
             end = begin + span.length
-            # Members first .. last of `part` are rows of this span.
-            first = max(-((part.start - begin) // part.step), 0)
-            last = min((end - 1 - part.start) // part.step, part.length - 1)
+            # Members first .. last of `rows_span` are rows of this span.
+            first = max(-((rows_span.start - begin) // rows_span.step), 0)
+            last = min((end - 1 - rows_span.start) // rows_span.step, rows_span.length - 1)
             if first <= last:
-                row = part.start + first * part.step
-                found.append(span.take(row - begin, last - first + 1, part.step))
+                row = rows_span.start + first * rows_span.step
+                positions.append(span.take(row - begin, last - first + 1, rows_span.step))
             begin = end
-    return fuse(found)
+    return fuse(positions)
 
 
 def select_rows(x: Tensor, axis: int, rows: Spans) -> Tensor:

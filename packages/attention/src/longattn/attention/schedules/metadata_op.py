@@ -20,11 +20,11 @@ LIBRARY.define("roll_call(Tensor? seed, SymInt nq, SymInt nk, int flags, str sch
 LIBRARY.define("row_positions(Tensor? roll, SymInt nq, SymInt nk, SymInt? start, str schedule) -> (Tensor, Tensor)")
 
 
-def _roll_call(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
+def _exchange_metadata(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
     return parse_schedule(schedule).gather_metadata(nq, nk, flags, 0 if seed is None else int(seed))
 
 
-def _roll_call_fake(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
+def _exchange_metadata_fake(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
     return torch.empty((parse_schedule(schedule).ranks, COLUMNS), dtype=torch.int64, device="cpu")
 
 
@@ -41,7 +41,7 @@ def _row_positions_fake(
     return tuple(torch.empty(n, dtype=torch.int64, device="cpu") for n in (nq, nk))  # type: ignore[return-value]
 
 
-LIBRARY.impl("roll_call", _roll_call, "CompositeExplicitAutograd")
-_TORCH_LIBRARY.register_fake("longattn::roll_call", _roll_call_fake, lib=LIBRARY)
+LIBRARY.impl("roll_call", _exchange_metadata, "CompositeExplicitAutograd")
+_TORCH_LIBRARY.register_fake("longattn::roll_call", _exchange_metadata_fake, lib=LIBRARY)
 LIBRARY.impl("row_positions", _row_positions, "CompositeExplicitAutograd")
 _TORCH_LIBRARY.register_fake("longattn::row_positions", _row_positions_fake, lib=LIBRARY)

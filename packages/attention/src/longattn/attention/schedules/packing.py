@@ -68,23 +68,23 @@ def packing_of(plan: Plan, kv_heads: int) -> Packing:
     key = f"packing for {kv_heads} kv heads"
     packing: Packing | None = plan.derived.get(key)
     if packing is None:
-        seen = seen_pairs(plan, kv_heads)
-        pairs = None if seen.all() else torch.as_tensor(np.flatnonzero(seen))
-        packing = plan.derived[key] = Packing(seen.shape[0], seen.shape[1], pairs, int(seen.sum()))
+        visible = visible_key_rows(plan, kv_heads)
+        pairs = None if visible.all() else torch.as_tensor(np.flatnonzero(visible))
+        packing = plan.derived[key] = Packing(visible.shape[0], visible.shape[1], pairs, int(visible.sum()))
     return packing
 
 
-def seen_pairs(plan: Plan, kv_heads: int) -> npt.NDArray[np.bool_]:
+def visible_key_rows(plan: Plan, kv_heads: int) -> npt.NDArray[np.bool_]:
     """(key rows, kv heads) bool: whether some query of some head of the group sees it."""
     heads, _, rows = plan.rectangle.shape
-    seen = np.zeros((rows, kv_heads), bool)
+    visible = np.zeros((rows, kv_heads), bool)
     for branch in plan.branches:
-        served = np.unique(branch.heads.positions() * kv_heads // heads)
-        seen[_seen_rows(branch)[:, None], served] = True
-    return seen
+        kv_heads_of_branch = np.unique(branch.heads.positions() * kv_heads // heads)
+        visible[_visible_rows(branch)[:, None], kv_heads_of_branch] = True
+    return visible
 
 
-def _seen_rows(branch: Branch) -> npt.NDArray[np.int64]:
+def _visible_rows(branch: Branch) -> npt.NDArray[np.int64]:
     """Key rows that some query of the branch sees."""
     rows = branch.k.rows()
     if branch.band is None:
@@ -94,8 +94,8 @@ def _seen_rows(branch: Branch) -> npt.NDArray[np.int64]:
         return rows[np.broadcast_to(branch.visible.any(1), rows.shape)]
     # Every tile shows the same: the union of the query rows' ranges, as a running count of those that are open.
     begin, end = branch.key_range()
-    some = begin <= end
+    nonempty = begin <= end
     opened = np.zeros(branch.k.count + 1, np.int64)
-    np.add.at(opened, begin[some], 1)
-    np.add.at(opened, end[some] + 1, -1)
+    np.add.at(opened, begin[nonempty], 1)
+    np.add.at(opened, end[nonempty] + 1, -1)
     return rows[:, np.cumsum(opened)[:-1] > 0].ravel()

@@ -96,9 +96,9 @@ class GroupRun(ScheduleRun):
     def _ring_step(self, number: int) -> RingStep:
         me, size = self.whole.me, self.size
         source, target = (me - number) % size, (me + number) % size
-        return RingStep(number, source, target, self._seen(me, source), self._seen(target, me))
+        return RingStep(number, source, target, self._visible_keys(me, source), self._visible_keys(target, me))
 
-    def _seen(self, queries: int, keys: int) -> Packing | None:
+    def _visible_keys(self, queries: int, keys: int) -> Packing | None:
         """What the queries of one rank see of another's keys."""
         work = self.work
         asked = work.asked._replace(q_spans=_flat(self.whole.spans[queries]), k_spans=_flat(self.k_rows[keys]))

@@ -49,13 +49,13 @@ def unshard_sequence(x: Tensor, schedule: Schedule, group: object = None, dim: i
     check_type("x", x, Tensor, "a torch.Tensor")
     if not schedule.distributed:
         return x.detach()
-    place = _place_of(schedule, group)
+    place = _group_of(schedule, group)
     axis = dim % x.dim()
     lengths = integers(gather_integers(place, (x.shape[axis],)))
-    return _gathered(x.detach(), axis, place, lengths, schedule)
+    return _gather_rows(x.detach(), axis, place, lengths, schedule)
 
 
-def _place_of(schedule: Schedule, group: object) -> Place:
+def _group_of(schedule: Schedule, group: object) -> Place:
     if group is not None:
         return Place.of(group)
     inner = getattr(schedule, "inner", None)
@@ -64,7 +64,7 @@ def _place_of(schedule: Schedule, group: object) -> Place:
     return schedule.members.place  # type: ignore[attr-defined]
 
 
-def _gathered(x: Tensor, axis: int, place: Place, lengths: Sequence[int], schedule: Schedule) -> Tensor:
+def _gather_rows(x: Tensor, axis: int, place: Place, lengths: Sequence[int], schedule: Schedule) -> Tensor:
     shapes = [(*x.shape[:axis], n, *x.shape[axis + 1 :]) for n in lengths]
     rows = schedule.held(sum(lengths))
     if count_rows(rows) != x.shape[axis]:
@@ -74,8 +74,8 @@ def _gathered(x: Tensor, axis: int, place: Place, lengths: Sequence[int], schedu
     allocator = TorchAllocator()
     parts = swap(place, "rows", [x] * len(lengths), shapes, allocator)
     # Each rank says where its rows stand: that serves every schedule alike.
-    stands = swap(place, "positions", [row_numbers(rows)] * len(lengths), [(n,) for n in lengths], allocator)
-    whole = x.new_empty((*x.shape[:axis], sum(lengths), *x.shape[axis + 1 :]))
-    for part, positions in zip(parts, stands, strict=True):
-        whole.index_copy_(axis, positions.to(x.device), part)
-    return whole
+    row_positions = swap(place, "positions", [row_numbers(rows)] * len(lengths), [(n,) for n in lengths], allocator)
+    sequence = x.new_empty((*x.shape[:axis], sum(lengths), *x.shape[axis + 1 :]))
+    for part, positions in zip(parts, row_positions, strict=True):
+        sequence.index_copy_(axis, positions.to(x.device), part)
+    return sequence

@@ -116,23 +116,23 @@ def ulysses_traffic(call: Call) -> Traffic | None:
     shares = [count_rows(rows) for rows in LAYOUTS["contiguous"](call.kv_heads, call.ranks).rows()]
     lengths = [count_rows(rows) for rows in LAYOUTS["contiguous"](call.length, call.ranks).rows()]
     # (rows, kv heads) that change places, on the way there; as many on the way back.
-    moved = call.batch * sum(n * (call.kv_heads - share) for n, share in zip(lengths, shares, strict=True))
+    exchanged = call.batch * sum(n * (call.kv_heads - share) for n, share in zip(lengths, shares, strict=True))
     # q and out, k and v; in a backward their gradients too.
-    queries, keys, lse = moved * group * call.width * size, moved * call.width * size, moved * group
+    queries, keys, lse = exchanged * group * call.width * size, exchanged * call.width * size, exchanged * group
     lse *= state_dtype(call.dtype).itemsize
     forward = queries + keys + lse
     backward = 2 * queries + 2 * keys + lse
     work: list[int] = []
-    done = 0
-    whole = LAYOUTS["contiguous"](call.length, 1).rows()[0]
-    plan = call.pattern.plan(Rectangle(call.heads, whole, whole))
+    first_head = 0
+    all_rows = LAYOUTS["contiguous"](call.length, 1).rows()[0]
+    plan = call.pattern.plan(Rectangle(call.heads, all_rows, all_rows))
     per_head = [0] * call.heads
     for branch in plan.branches:
         for head in branch.heads.positions():
             per_head[head] += branch.pairs
     for share in shares:
-        work.append(sum(per_head[done : done + share * group]))
-        done += share * group
+        work.append(sum(per_head[first_head : first_head + share * group]))
+        first_head += share * group
     return Traffic("ulysses", forward, backward, tuple(work))
 
 
@@ -152,9 +152,11 @@ class Choice:
 
     def __str__(self) -> str:
         lines = [f"{self.engine}: fewest bytes of the engines in balance"]
-        for one in self.traffic:
-            verdict = self.reasons.get(one.engine, "chosen")
-            lines.append(f"  {one.engine}: {one.sent:,} bytes, slowest rank {one.imbalance:.2f} x the mean: {verdict}")
+        for offer in self.traffic:
+            verdict = self.reasons.get(offer.engine, "chosen")
+            lines.append(
+                f"  {offer.engine}: {offer.sent:,} bytes, slowest rank {offer.imbalance:.2f} x the mean: {verdict}"
+            )
         lines += [f"  {name}: {why}" for name, why in self.reasons.items() if name == "ulysses" and "kv heads" in why]
         return "\n".join(lines)
 
@@ -194,21 +196,23 @@ def choose(
     offers = [ring_traffic(call, layout) for layout in LAYOUTS]
     ulysses = ulysses_traffic(call)
     offers += [gather_traffic(call)] if ulysses is None else [ulysses, gather_traffic(call)]
-    balanced = [one for one in offers if one.imbalance <= MOST_IMBALANCE] or offers
-    best = min(balanced, key=lambda one: one.sent)
+    balanced = [offer for offer in offers if offer.imbalance <= MOST_IMBALANCE] or offers
+    best = min(balanced, key=lambda offer: offer.sent)
     reasons = {
-        one.engine: f"slowest rank over {MOST_IMBALANCE} x the mean" if one not in balanced else _sends_more(one, best)
-        for one in offers
-        if one is not best
+        offer.engine: f"slowest rank over {MOST_IMBALANCE} x the mean"
+        if offer not in balanced
+        else _sends_more(offer, best)
+        for offer in offers
+        if offer is not best
     }
     if ulysses is None:
         reasons["ulysses"] = f"{kv_heads} kv heads are fewer than {ranks} ranks"
     schedule = None if isinstance(group, int) else _build(best.engine, group, call.length)
-    return Choice(best.engine, schedule, tuple(sorted(offers, key=lambda one: one.sent)), reasons)
+    return Choice(best.engine, schedule, tuple(sorted(offers, key=lambda offer: offer.sent)), reasons)
 
 
-def _sends_more(one: Traffic, best: Traffic) -> str:
-    return "sends more" if one.sent > best.sent else "sends as much, and stands later in order"
+def _sends_more(offer: Traffic, best: Traffic) -> str:
+    return "sends more" if offer.sent > best.sent else "sends as much, and stands later in order"
 
 
 def _build(engine: str, group: ProcessGroup | DeviceMesh, length: int) -> Schedule:

@@ -131,11 +131,11 @@ class Exchange:
 def gather_integers(place: Place, row: Sequence[int]) -> Tensor:
     """(ranks, len(row)) int64 on the CPU: the integers of each rank."""
     group = place.group
-    mine = torch.tensor(row, dtype=torch.int64, device="cpu")
+    own_row = torch.tensor(row, dtype=torch.int64, device="cpu")
     if "cpu" not in dist.get_backend_config(group) and dist.get_backend(group) == "nccl":
-        mine = mine.to(torch.device("cuda", torch.cuda.current_device()))
-    rows = [torch.empty_like(mine) for _ in range(place.size)]
-    cast(Any, dist).all_gather(rows, mine, group)
+        own_row = own_row.to(torch.device("cuda", torch.cuda.current_device()))
+    rows = [torch.empty_like(own_row) for _ in range(place.size)]
+    cast(Any, dist).all_gather(rows, own_row, group)
     return torch.stack(rows).cpu()
 
 
@@ -147,9 +147,12 @@ def swap(
     An all-to-all of any sizes; where every part is the same tensor, an all-gather.
     """
     me = place.rank
-    own = parts[me].contiguous()
-    shared = {id(x): own for x in parts if x is parts[me]}
+    own_part = parts[me].contiguous()
+    shared = {id(x): own_part for x in parts if x is parts[me]}
     sends = [(r, shared.get(id(x), x).contiguous()) for r, x in enumerate(parts) if r != me]
-    received = [own if r == me else allocator.empty(s, own.dtype, own.device, "comm") for r, s in enumerate(shapes)]
+    received = [
+        own_part if r == me else allocator.empty(s, own_part.dtype, own_part.device, "comm")
+        for r, s in enumerate(shapes)
+    ]
     Exchange(place, label, sends, [(r, x) for r, x in enumerate(received) if r != me]).wait()
     return received

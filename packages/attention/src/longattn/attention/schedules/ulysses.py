@@ -66,10 +66,10 @@ class Ulysses(OverGroup, name="ulysses"):
 
     def _check_groups(self) -> None:
         """This group and the inner ones must be different dimensions: this rank is all that two of them share."""
-        own, inner = self.members.place, self.inner
+        place, inner = self.members.place, self.inner
         while isinstance(inner, OverGroup) and inner.distributed:
-            other = inner.members.place
-            shared = set(own.members()) & set(other.members())
+            inner_place = inner.members.place
+            shared = set(place.members()) & set(inner_place.members())
             if len(shared) > 1:
                 raise ValueError(
                     f"inner must be over another dimension than group: they may share this rank only, got ranks {sorted(shared)} in "

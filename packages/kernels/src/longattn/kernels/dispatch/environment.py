@@ -86,9 +86,9 @@ def find_environment(name: str, *, may_be_gone: bool = False) -> Environment:
     """
     if not name:
         return DEFAULT_ENVIRONMENT
-    found = _ENVIRONMENTS.get(name)
-    if found is not None:
-        return found
+    environment = _ENVIRONMENTS.get(name)
+    if environment is not None:
+        return environment
     if may_be_gone:
         return DEFAULT_ENVIRONMENT
     raise ValueError(f"env must name a living environment, got {name!r}: the module that held it is gone")

@@ -41,14 +41,14 @@ _MASK_ALIGNMENT = 16
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-    return found[0], found[1]
+    results = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return results[0], results[1]
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    results = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
     # Some versions of cuDNN keep the axis that they reduced.
-    return found[0], found[1].reshape(found[0].shape[:3])
+    return results[0], results[1].reshape(results[0].shape[:3])
 
 
 def _aligned(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -60,11 +60,11 @@ def _aligned(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     bias = _aligned(mask.to(q.dtype), (*q.shape[:3], k.shape[2]))
-    found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+    results = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
     # What it leaves in rows that see nothing is undefined; our state is zero there.
     blind = (mask == -torch.inf).all(-1, keepdim=True)
     # It pads its lse to whole blocks of rows.
-    return found[0].masked_fill(blind, 0), found[1][..., : q.shape[2]]
+    return results[0].masked_fill(blind, 0), results[1][..., : q.shape[2]]
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,11 @@ class ViewsRow:
             bias = None if mask is None else _aligned(mask.to(q.dtype), (*q.shape[:3], k.shape[2]))
             rows = -(-q.shape[2] // 32) * 32
             padded = torch.nn.functional.pad(lse, (0, rows - q.shape[2]), value=torch.inf)
-            wanted = (True, True, True, False)
+            wants_gradient = (True, True, True, False)
             kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-            grads = kernel(grad, q, k, v, bias, out, padded, nothing, nothing, 0.0, wanted, causal, scale=scale)[:3]
+            grads = kernel(
+                grad, q, k, v, bias, out, padded, nothing, nothing, 0.0, wants_gradient, causal, scale=scale
+            )[:3]
         dq, dk, dv = grads
         # Rounded once, after heads that share keys were added.
         dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv))

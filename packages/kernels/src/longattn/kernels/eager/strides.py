@@ -17,8 +17,8 @@ from longattn.kernels.dispatch.call import Call
 def overlaps(x: Tensor, axes: tuple[int, ...] | None = None) -> bool:
     """Whether two elements of x, apart along `axes` (default all), may lie at one address. Judged from strides; True where in doubt."""
     reach = 0
-    chosen = range(x.dim()) if axes is None else axes
-    for stride, size in sorted((x.stride(axis), x.shape[axis]) for axis in chosen if x.shape[axis] > 1):
+    checked = range(x.dim()) if axes is None else axes
+    for stride, size in sorted((x.stride(axis), x.shape[axis]) for axis in checked if x.shape[axis] > 1):
         if stride <= reach:
             return True
         reach += stride * (size - 1)

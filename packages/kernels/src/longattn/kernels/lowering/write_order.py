@@ -36,12 +36,12 @@ class WriteOrder:
                 merges nothing.
             seeing: of these rows those that see a key and so are written, broadcastable to them. Default: all.
         """
-        before = self._last[at]
-        first = int(before.max(initial=0))
+        written = self._last[at]
+        first = int(written.max(initial=0))
         phase = first if phase is None else phase
-        if phase and first and not before.all():
+        if phase and first and not written.all():
             self._merged_into_nothing = True
-        self._last[at] = phase + 1 if seeing is None or seeing.all() else np.where(seeing, phase + 1, before)
+        self._last[at] = phase + 1 if seeing is None or seeing.all() else np.where(seeing, phase + 1, written)
         return first
 
     @property

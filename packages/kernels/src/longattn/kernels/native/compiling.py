@@ -62,8 +62,8 @@ def find() -> Compiler | str:
             else f"no C++ compiler: CXX={preferred} is not to be found"
         )
     for name in COMPILERS:
-        if found := shutil.which(name):
-            return Compiler((found,), _identity([name]))
+        if executable := shutil.which(name):
+            return Compiler((executable,), _identity([name]))
     if find_spec(_ZIG) is not None:
         try:
             return Compiler((sys.executable, "-m", _ZIG, "c++"), f"{_ZIG} {version(_ZIG)}")

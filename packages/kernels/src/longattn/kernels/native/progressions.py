@@ -53,19 +53,19 @@ class Periodic:
 
 def borders(progressions: Sequence[Progression]) -> list[int]:
     """Ascending rows that cut all progressions into pieces: few, for a progression may begin a little before its first row."""
-    found: list[int] = []
+    rows: list[int] = []
     for p in sorted(progressions, key=lambda p: p.step):
         # Any row in (last member before, first member] begins it as well, any in (last, next member] ends it.
-        _cut(found, p.start - p.step + 1, p.start, p.start)
-        _cut(found, p.last + 1, p.last + p.step, p.last + 1)
-    return found
+        _add_border(rows, p.start - p.step + 1, p.start, p.start)
+        _add_border(rows, p.last + 1, p.last + p.step, p.last + 1)
+    return rows
 
 
-def _cut(found: list[int], low: int, high: int, otherwise: int) -> None:
+def _add_border(rows: list[int], low: int, high: int, new_border: int) -> None:
     """See that there is a border in low .. high: one that is there, or another."""
-    at = bisect_left(found, low)
-    if at == len(found) or found[at] > high:
-        insort(found, otherwise)
+    at = bisect_left(rows, low)
+    if at == len(rows) or rows[at] > high:
+        insort(rows, new_border)
 
 
 def pieces(progressions: Sequence[Progression]) -> Iterator[tuple[int, int, list[int]]]:
@@ -94,11 +94,11 @@ def residues(phases: tuple[tuple[int, int], ...]) -> tuple[tuple[tuple[int, ...]
     """For progressions as (first offset modulo step, step): (members, offsets in a period) for every set of them that meet."""
     period = math.lcm(*(step for _, step in phases))
     at = np.arange(period)
-    there = np.stack([at % step == first for first, step in phases])
-    distinct, which = np.unique(there, axis=1, return_inverse=True)
-    which = which.reshape(-1)
+    present = np.stack([at % step == first for first, step in phases])
+    distinct, set_of_offset = np.unique(present, axis=1, return_inverse=True)
+    set_of_offset = set_of_offset.reshape(-1)
     return tuple(
-        (tuple(np.flatnonzero(column).tolist()), tuple(np.flatnonzero(which == index).tolist()))
+        (tuple(np.flatnonzero(column).tolist()), tuple(np.flatnonzero(set_of_offset == index).tolist()))
         for index, column in enumerate(distinct.T)
         if column.any()
     )
@@ -111,32 +111,32 @@ def phases_at(begin: int, progressions: Sequence[Progression]) -> tuple[tuple[in
 
 def periodic(begin: int, end: int, period: int, offsets: tuple[int, ...], times: tuple[int, ...]) -> Periodic | None:
     """The rows begin + a multiple of the period + an offset that lie below `end`; None where there are none."""
-    whole, rest = divmod(end - begin, period)
-    count = whole * len(offsets) + bisect_left(offsets, rest)
+    periods, remainder = divmod(end - begin, period)
+    count = periods * len(offsets) + bisect_left(offsets, remainder)
     return Periodic(begin, period, offsets, times, count) if count else None
 
 
 def multiset(progressions: Sequence[Progression]) -> tuple[Periodic, ...]:
     """All rows of the progressions, each once, with how often it stands among them, piece by piece, ascending."""
     base = min(p.start for p in progressions)
-    found = _multiset(tuple((p.start - base, p.step, p.count) for p in progressions))
-    return tuple(replace(p, start=p.start + base) for p in found)
+    at_zero = _multiset(tuple((p.start - base, p.step, p.count) for p in progressions))
+    return tuple(replace(p, start=p.start + base) for p in at_zero)
 
 
 # Segments repeat: most of a long sequence is the same few constellations somewhere else.
 @lru_cache(maxsize=4096)
 def _multiset(shapes: tuple[tuple[int, int, int], ...]) -> tuple[Periodic, ...]:
     progressions = [Progression(*shape) for shape in shapes]
-    found = []
+    multiset_pieces = []
     for begin, end, active in pieces(progressions):
-        there = [progressions[i] for i in active]
-        groups = residues(phases_at(begin, there))
+        meeting = [progressions[i] for i in active]
+        groups = residues(phases_at(begin, meeting))
         pairs = sorted((offset, len(members)) for members, offsets in groups for offset in offsets)
         offsets, times = tuple(o for o, _ in pairs), tuple(n for _, n in pairs)
-        piece = periodic(begin, end, period_of(there), offsets, times)
+        piece = periodic(begin, end, period_of(meeting), offsets, times)
         if piece is not None:
-            found.append(piece)
-    return tuple(found)
+            multiset_pieces.append(piece)
+    return tuple(multiset_pieces)
 
 
 def rows_of(piece: Periodic) -> Rows:

@@ -52,8 +52,8 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    found.name: found
-    for found in (
+    row.name: row
+    for row in (
         Architecture("sm_80", "cuda", 80, 32, 166_912),
         Architecture("sm_89", "cuda", 89, 32, 101_376, threads=1536),
         Architecture("sm_90", "cuda", 90, 32, 232_448),

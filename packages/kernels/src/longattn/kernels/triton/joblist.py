@@ -86,10 +86,10 @@ def job_tables(
         parts: cut each list into so many.
     """
     building = _Building(block, listed)
-    for alike in classes:
-        for found in row_classes(alike.branches, own_keys=own_keys, unique=unique):
-            for part in split_keys(found, parts, block[1]):
-                _add_class(building, np.asarray(alike.owners, np.int64), part)
+    for head_class in classes:
+        for row_class in row_classes(head_class.branches, own_keys=own_keys, unique=unique):
+            for part in split_keys(row_class, parts, block[1]):
+                _add_class(building, np.asarray(head_class.owners, np.int64), part)
     if not building.jobs:
         building.jobs, building.tiles = [np.zeros((0, len(JOB_FIELDS)), np.int64)], [np.zeros(0, np.int64)]
     jobs, tiles = np.concatenate(building.jobs), np.concatenate(building.tiles)
@@ -101,28 +101,30 @@ def job_tables(
     return JobTables(jobs, entries, weights, rows, tiles[order], listed)
 
 
-def split_keys(found: RowClass, parts: int, tile: int) -> list[RowClass]:
+def split_keys(row_class: RowClass, parts: int, tile: int) -> list[RowClass]:
     """The class with its list cut into `parts` of nearly equally many tiles; each gets one, if an empty one."""
     if parts == 1:
-        return [found]
-    met = found.met
-    each = -(-met.count // tile)
-    ends = np.cumsum(each)
+        return [row_class]
+    met = row_class.met
+    tiles_of_run = -(-met.count // tile)
+    ends = np.cumsum(tiles_of_run)
     cuts = np.linspace(0, ends[-1] if len(ends) else 0, parts + 1).astype(np.int64)
     split = []
     for part in range(parts):
-        low = np.clip(cuts[part] - (ends - each), 0, each) * tile
-        high = np.minimum(np.clip(cuts[part + 1] - (ends - each), 0, each) * tile, met.count)
-        there = np.flatnonzero(high > low)
-        mine = met.take(there)
-        mine = replace(mine, start=mine.start + low[there] * mine.step, count=(high - low)[there])
-        split.append(RowClass(found.owned, mine, part))
+        low = np.clip(cuts[part] - (ends - tiles_of_run), 0, tiles_of_run) * tile
+        high = np.minimum(np.clip(cuts[part + 1] - (ends - tiles_of_run), 0, tiles_of_run) * tile, met.count)
+        nonempty = np.flatnonzero(high > low)
+        part_runs = met.take(nonempty)
+        part_runs = replace(
+            part_runs, start=part_runs.start + low[nonempty] * part_runs.step, count=(high - low)[nonempty]
+        )
+        split.append(RowClass(row_class.owned, part_runs, part))
     return split
 
 
-def _add_class(building: _Building, heads: Rows, found: RowClass) -> None:
+def _add_class(building: _Building, heads: Rows, row_class: RowClass) -> None:
     """Jobs of one class for all heads that share it."""
-    owned, size = found.owned, building.block[0]
+    owned, size = row_class.owned, building.block[0]
     total = len(owned) if building.listed else int(owned.count[0])
     first = np.arange(0, total, size, dtype=np.int64)
     count = np.minimum(size, total - first)
@@ -133,12 +135,14 @@ def _add_class(building: _Building, heads: Rows, found: RowClass) -> None:
     else:
         start, step = owned.start[0] + first * owned.step[0], int(owned.step[0])
     origin, scale = int(owned.origin[0]), int(owned.scale[0])
-    if building.listed or not found.met.banded:
-        dense, edge, end, tiles = _entries_for_all(building, found.met)
+    if building.listed or not row_class.met.banded:
+        dense, edge, end, tiles = _entries_for_all(building, row_class.met)
     else:
         nearest = origin + scale * start
-        dense, edge, end, tiles = _entries_by_block(building, found.met, nearest, nearest + scale * step * (count - 1))
-    columns = (start, step, count, origin, scale, dense, edge, end, found.part)
+        dense, edge, end, tiles = _entries_by_block(
+            building, row_class.met, nearest, nearest + scale * step * (count - 1)
+        )
+    columns = (start, step, count, origin, scale, dense, edge, end, row_class.part)
     block = np.stack([np.broadcast_to(c, first.shape) for c in columns], 1)
     building.jobs.append(np.concatenate([np.insert(block, 0, head, axis=1) for head in heads]))
     building.tiles.append(np.tile(np.broadcast_to(tiles, first.shape), len(heads)))
@@ -146,30 +150,30 @@ def _add_class(building: _Building, heads: Rows, found: RowClass) -> None:
 
 def _entries_for_all(building: _Building, met: Runs) -> tuple[Rows, ...]:
     """One list for every block of a class: nothing is banded, or rows are gathered and the kernel masks by position."""
-    kept = building.shared.get(id(met))
-    if kept is None:
+    shared = building.shared.get(id(met))
+    if shared is None:
         runs = _gathered_runs(building, met) if building.listed else met
         # A gathered run whose rows a band may hide has no dense part.
-        whole = np.where((runs.low > -FAR) | (runs.high < FAR), 0, runs.count)
-        zero = np.zeros_like(whole)
+        inner_end = np.where((runs.low > -FAR) | (runs.high < FAR), 0, runs.count)
+        zero = np.zeros_like(inner_end)
         # `met` is held, so that its id stays its own.
-        kept = building.shared[id(met)] = met, _append(building, runs, (zero, zero, whole, runs.count))
-    return kept[1]
+        shared = building.shared[id(met)] = met, _append(building, runs, (zero, zero, inner_end, runs.count))
+    return shared[1]
 
 
 def _gathered_runs(building: _Building, met: Runs) -> Runs:
     """Rows of `met` in the table of rows, one run per way of counting them."""
     ways = np.stack([met.member, met.origin, met.scale, met.low, met.high, met.times])
     parts = []
-    for which in np.unique(ways, axis=1).T if len(met) else []:
-        some = met.take(np.flatnonzero((ways == which[:, None]).all(0)))
+    for way in np.unique(ways, axis=1).T if len(met) else []:
+        runs = met.take(np.flatnonzero((ways == way[:, None]).all(0)))
         rows = np.concatenate(
-            [s + np.arange(n) * step for s, n, step in zip(some.start, some.count, some.step, strict=True)]
+            [s + np.arange(n) * step for s, n, step in zip(runs.start, runs.count, runs.step, strict=True)]
         )
         building.rows.append(rows)
-        one = some.take(slice(0, 1))
+        first_run = runs.take(slice(0, 1))
         parts.append(
-            replace(one, start=np.array([building.row_count]), step=np.array([1]), count=np.array([len(rows)]))
+            replace(first_run, start=np.array([building.row_count]), step=np.array([1]), count=np.array([len(rows)]))
         )
         building.row_count += len(rows)
     if not parts:
@@ -192,16 +196,20 @@ def _append(building: _Building, met: Runs, bounds: tuple[Rows, Rows, Rows, Rows
     """Append the entries of (blocks, runs) bounds; (dense, edge, end, tiles) of each block."""
     begin, full_begin, full_end, end = (np.atleast_2d(b) for b in bounds)
     tile = building.block[1]
-    whole = (full_end - full_begin) // tile * tile
+    num_dense = (full_end - full_begin) // tile * tile
     # Without a whole tile inside, one edge entry does.
-    left = np.where(whole > 0, full_begin, end)
-    kinds = (full_begin, whole), (begin, left - begin), (left + whole, np.where(whole > 0, end - left - whole, 0))
+    left_end = np.where(num_dense > 0, full_begin, end)
+    kinds = (
+        (full_begin, num_dense),
+        (begin, left_end - begin),
+        (left_end + num_dense, np.where(num_dense > 0, end - left_end - num_dense, 0)),
+    )
     at, count = (np.stack([np.broadcast_to(kind[i], end.shape) for kind in kinds], 1) for i in (0, 1))
     block, kind, run = np.nonzero(count > 0)
     picked = met.take(run)
-    there = replace(picked, start=picked.start + at[block, kind, run] * picked.step, count=count[block, kind, run])
-    building.entries.append(np.stack([getattr(there, name) for name in ENTRY_FIELDS], 1))
-    building.weights.append(np.log2(there.times))
+    pieces = replace(picked, start=picked.start + at[block, kind, run] * picked.step, count=count[block, kind, run])
+    building.entries.append(np.stack([getattr(pieces, name) for name in ENTRY_FIELDS], 1))
+    building.weights.append(np.log2(pieces.times))
     per_kind = (count > 0).sum(2)
     stop = building.entry_count + np.cumsum(per_kind.sum(1))
     building.entry_count += len(run)

@@ -43,13 +43,13 @@ def query_passes(plan: Plan) -> Passes:
     Without bands, classes meet unique keys. With bands and different steps, rows of a class lie so far apart that its diagonal tiles
     are mostly empty; there branches whose rows do not overlap share a launch, and later ones merge onto what is there.
     """
-    found: Passes | None = plan.derived.get("triton passes")
-    if found is None:
+    passes: Passes | None = plan.derived.get("triton passes")
+    if passes is None:
         banded = any(branch.band is not None for branch in plan.branches)
         alike = len({branch.q.step for branch in plan.branches}) <= 1
         together = not banded or alike or gathered(plan.branches)
-        found = plan.derived["triton passes"] = _in_phases(plan, together, not banded and not gathered(plan.branches))
-    return found
+        passes = plan.derived["triton passes"] = _in_phases(plan, together, not banded and not gathered(plan.branches))
+    return passes
 
 
 def _in_phases(plan: Plan, together: bool, unique: bool) -> Passes:
@@ -61,7 +61,9 @@ def _in_phases(plan: Plan, together: bool, unique: bool) -> Passes:
         phase = 0 if together else first
         phases += [[] for _ in range(phase + 1 - len(phases))]
         phases[phase].append(branch)
-    launches = [Pass(tuple(some), unique and len(some) > 1, phase == 0) for phase, some in enumerate(phases)]
+    launches = [
+        Pass(tuple(branches), unique and len(branches) > 1, phase == 0) for phase, branches in enumerate(phases)
+    ]
     return Passes(tuple(launches), order.complete)
 
 
@@ -94,14 +96,14 @@ def tables_on(
     plan: Plan, key: tuple[object, ...], device: torch.device, build: Callable[[], JobTables]
 ) -> DeviceTables:
     """The tables that `build` makes, copied to the device once and kept with the plan, so that later calls neither copy nor wait."""
-    kept: dict[tuple[object, ...], DeviceTables] = plan.derived.setdefault("triton tables", {})
-    found = kept.get((key, device))
-    if found is None:
+    cache: dict[tuple[object, ...], DeviceTables] = plan.derived.setdefault("triton tables", {})
+    device_tables = cache.get((key, device))
+    if device_tables is None:
         tables = build()
         arrays = (tables.jobs, tables.entries, tables.weights, tables.rows)
         jobs, entries, weights, rows = (torch.from_numpy(x).to(device) for x in arrays)
-        found = kept[key, device] = DeviceTables(jobs, entries, weights, rows, tables.listed)
-    return found
+        device_tables = cache[key, device] = DeviceTables(jobs, entries, weights, rows, tables.listed)
+    return device_tables
 
 
 def query_tables(plan: Plan, number: int, block: tuple[int, int], pack: int = 1, parts: int = 1) -> JobTables:

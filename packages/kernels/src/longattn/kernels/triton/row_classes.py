@@ -107,13 +107,13 @@ def branch_runs(branches: Sequence[tuple[int, Branch]]) -> tuple[Runs, Runs]:
 
 def _index_runs(index: Index, at: tuple[int, int], band: tuple[int, int], member: int, first_tile: int) -> Runs:
     if isinstance(index, Affine):
-        start, each = index.start + np.arange(index.tiles, dtype=np.int64) * index.tile_step, 1
+        start, runs_per_tile = index.start + np.arange(index.tiles, dtype=np.int64) * index.tile_step, 1
         count = index.count
     else:
-        start, each, count = index.starts.ravel(), index.starts.shape[1], index.run
-    tile = first_tile + np.repeat(np.arange(index.tiles, dtype=np.int64), each)
-    fixed = (index.step if count > 1 else 1, count, *at, *band, member)
-    step, counts, origin, scale, low, high, members = (np.full(len(start), value, np.int64) for value in fixed)
+        start, runs_per_tile, count = index.starts.ravel(), index.starts.shape[1], index.run
+    tile = first_tile + np.repeat(np.arange(index.tiles, dtype=np.int64), runs_per_tile)
+    columns = (index.step if count > 1 else 1, count, *at, *band, member)
+    step, counts, origin, scale, low, high, members = (np.full(len(start), value, np.int64) for value in columns)
     return Runs(start, step, counts, origin, scale, low, high, members, tile, np.ones(len(start), np.int64))
 
 
@@ -138,25 +138,27 @@ def row_classes(branches: Sequence[tuple[int, Branch]], *, own_keys: bool, uniqu
         other = replace(other, low=-other.high, high=-other.low)
     order = np.argsort(other.tile, kind="stable")
     other = other.take(order)
-    met: dict[bytes, Runs] = {}
+    met_by_tiles: dict[bytes, Runs] = {}
     listed = gathered([branch for _, branch in branches])
-    for mine, by in cells(owned, listed):
-        tiles = np.sort(owned.tile[by])
+    for owned_run, run_indices in cells(owned, listed):
+        tiles = np.sort(owned.tile[run_indices])
         key = tiles.tobytes()
-        if key not in met:
+        if key not in met_by_tiles:
             begin, end = (np.searchsorted(other.tile, tiles, side) for side in ("left", "right"))
-            found = other.take(_ranges(begin, end))
-            met[key] = _unique(found) if unique and len(tiles) > 1 else found
-        yield RowClass(mine, met[key])
+            runs = other.take(_ranges(begin, end))
+            met_by_tiles[key] = _unique(runs) if unique and len(tiles) > 1 else runs
+        yield RowClass(owned_run, met_by_tiles[key])
 
 
 def _unique(met: Runs) -> Runs:
     """The same rows, each once, with how often it counts. Positions differ by span, so spans stay apart."""
     parts = []
-    for at in np.unique(np.stack([met.member, met.origin, met.scale]), axis=1).T:
-        some = met.take(np.flatnonzero((met.member == at[0]) & (met.origin == at[1]) & (met.scale == at[2])))
-        for mine, by in cells(some, False, by_count=True):
-            parts.append(replace(mine, times=np.full(len(mine), len(by))))
+    for position in np.unique(np.stack([met.member, met.origin, met.scale]), axis=1).T:
+        runs = met.take(
+            np.flatnonzero((met.member == position[0]) & (met.origin == position[1]) & (met.scale == position[2]))
+        )
+        for cell_runs, run_indices in cells(runs, False, by_count=True):
+            parts.append(replace(cell_runs, times=np.full(len(cell_runs), len(run_indices))))
     return _concatenate(parts)
 
 
@@ -188,34 +190,35 @@ def cells(runs: Runs, listed: bool, *, by_count: bool = False) -> Iterator[tuple
     by_count: cells that lie in equally many runs may be joined.
     """
     modulus = int(np.lcm.reduce(runs.step))
-    found = None if listed else _cut(runs, modulus)
-    found = _single_rows(runs) if found is None else found
-    alike: dict[tuple[int, object], list[int]] = {}
-    for at in range(len(found.row)):
-        by = found.by(at)
-        said: object = len(by) if by_count else by.tobytes()
-        alike.setdefault((0 if listed else int(found.end[at]), said), []).append(at)
-    for members in alike.values():
-        by, first = found.by(members[0]), np.sort(found.row[members])
+    table = None if listed else _stretch_cells(runs, modulus)
+    table = _single_rows(runs) if table is None else table
+    groups: dict[tuple[int, object], list[int]] = {}
+    for at in range(len(table.row)):
+        inside = table.by(at)
+        signature: object = len(inside) if by_count else inside.tobytes()
+        groups.setdefault((0 if listed else int(table.end[at]), signature), []).append(at)
+    for members in groups.values():
+        inside, first = table.by(members[0]), np.sort(table.row[members])
         if listed:
-            yield _like(runs, by, first, 1, np.ones(len(first), np.int64)), by
+            yield _with_positions_of(runs, inside, first, 1, np.ones(len(first), np.int64)), inside
             continue
         # Evenly spread residues are one run of a smaller step: all odd rows, say.
         step = max(1, modulus // len(first))
         if modulus % len(first) or ((first - first[0]) % step).any():
             step = modulus
-        end = found.end[members[0]]
+        end = table.end[members[0]]
         for start in first[:1] if step < modulus else first:
-            yield _like(runs, by, np.array([start]), step, np.array([-((start - end) // step)])), by
+            count = np.array([-((start - end) // step)])
+            yield _with_positions_of(runs, inside, np.array([start]), step, count), inside
 
 
-def _like(runs: Runs, by: Rows, start: Rows, step: int, count: Rows) -> Runs:
+def _with_positions_of(runs: Runs, run_indices: Rows, start: Rows, step: int, count: Rows) -> Runs:
     """Runs of these rows with the positions of the runs that they lie in."""
     steps = np.where(count > 1, step, 1)
-    return replace(runs.take(np.full(len(start), by[0])), start=start, step=steps, count=count)
+    return replace(runs.take(np.full(len(start), run_indices[0])), start=start, step=steps, count=count)
 
 
-def _cut(runs: Runs, modulus: int) -> _Cells | None:
+def _stretch_cells(runs: Runs, modulus: int) -> _Cells | None:
     """Cells by stretch between two ends of runs and by residue; None where single rows would be fewer."""
     last = runs.start + (runs.count - 1) * runs.step
     cuts = np.unique(np.concatenate([runs.start, last + 1]))
@@ -225,26 +228,26 @@ def _cut(runs: Runs, modulus: int) -> _Cells | None:
     if size.sum() > max(4 * len(runs), runs.rows):
         return None
     owner = np.repeat(np.arange(len(runs), dtype=np.int64), size)
-    stretch, turn = np.divmod(_counted(size), residues[owner])
+    stretch, number = np.divmod(_enumerate_each(size), residues[owner])
     stretch += low[owner]
-    residue = runs.start[owner] + runs.step[owner] * turn
+    residue = runs.start[owner] + runs.step[owner] * number
     row = cuts[stretch] + (residue - cuts[stretch]) % modulus
-    there = row < cuts[stretch + 1]
-    return _Cells.group(row[there], cuts[stretch + 1][there], owner[there])
+    inside = row < cuts[stretch + 1]
+    return _Cells.group(row[inside], cuts[stretch + 1][inside], owner[inside])
 
 
 def _single_rows(runs: Runs) -> _Cells:
     """Every row a cell of its own."""
     owner = np.repeat(np.arange(len(runs), dtype=np.int64), runs.count)
-    row = runs.start[owner] + runs.step[owner] * _counted(runs.count)
+    row = runs.start[owner] + runs.step[owner] * _enumerate_each(runs.count)
     return _Cells.group(row, row + 1, owner)
 
 
-def _counted(sizes: Rows) -> Rows:
+def _enumerate_each(sizes: Rows) -> Rows:
     """0 .. size - 1 for each size, one after the other."""
     return np.arange(int(sizes.sum()), dtype=np.int64) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def _ranges(begin: Rows, end: Rows) -> Rows:
     """begin .. end - 1 of each pair, one after the other."""
-    return np.repeat(begin, end - begin) + _counted(end - begin)
+    return np.repeat(begin, end - begin) + _enumerate_each(end - begin)
