@@ -83,7 +83,7 @@ def use_pattern(
 
 def attention_layers(model: torch.nn.Module) -> tuple[dict[str, torch.nn.Module], dict[str, torch.nn.Module]]:
     """(layers that call a registered attention function, layers that attend in their own way), by name."""
-    modules = cast("list[tuple[str, torch.nn.Module]]", list(model.named_modules()))
+    modules: list[tuple[str, torch.nn.Module]] = list(cast(Any, model).named_modules())
     ours = {name: module for name, module in modules if _calls_interface(module)}
     parents = {name[:at] for name in ours for at, letter in enumerate(name) if letter == "."} | {""}
     foreign: dict[str, torch.nn.Module] = {}
