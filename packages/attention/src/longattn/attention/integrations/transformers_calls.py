@@ -137,7 +137,7 @@ def _attend_padded(
         # Each query head copies keys of its own, so that pays where they are few.
         if 2 * keys.rows.shape[-1] * (q.shape[2] // k.shape[2]) <= nk:
             k, v = (_gather_keys(x, keys.rows) for x in (k, v))
-            return pattern_attention(q, k, v, Full(), attention_mask=keys.bias, **options)
+            return _attention(q, k, v, Full(), attention_mask=keys.bias, **options)
     return _attend_with_counts(q, k, v, counts, present[:, None, None], bias, options)
 
 

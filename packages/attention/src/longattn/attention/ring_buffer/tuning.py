@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 from longattn.attention.ring_buffer.config import TileOrder
 from longattn.attention.ring_buffer.tiles import TilingProcessor
@@ -73,11 +73,11 @@ def _said(value: Any) -> Any:
 
 def _checked(settings: Any) -> dict[str, Any] | None:
     """What a file says, or None where that is no settings."""
-    if not isinstance(settings, dict) or set(settings) != {*SIZES, "tile_order"}:
+    if not isinstance(settings, dict) or set(cast("dict[str, Any]", settings)) != {*SIZES, "tile_order"}:
         return None
-    sizes = [settings[name] for name in SIZES]
-    fits = all(type(size) is int and size > 0 for size in sizes)
-    return settings if fits and settings["tile_order"] in {order.value for order in TileOrder} else None
+    values = cast("dict[str, Any]", settings)
+    fits = all(type(values[name]) is int and values[name] > 0 for name in SIZES)
+    return values if fits and values["tile_order"] in {order.value for order in TileOrder} else None
 
 
 def quickest(

@@ -43,7 +43,7 @@ def query_spans(cu_q: Sequence[int], cu_k: Sequence[int], positional: bool = Tru
         raise ValueError(
             f"cu_seqlens_q must have as many entries as cu_seqlens, got {len(cu_q)} and {len(cu_k)} entries"
         )
-    spans = []
+    spans: list[Span] = []
     for document, ((q_low, q_high), (k_low, k_high)) in enumerate(zip(pairwise(cu_q), pairwise(cu_k), strict=True)):
         queries, keys = q_high - q_low, k_high - k_low
         if queries > keys and (positional or not keys):

@@ -183,7 +183,7 @@ def moved(placements: Any, axes: dict[int, int]) -> tuple[Any, ...]:
 
 def _dimension_of(q: DTensor, axis: int) -> int | None:
     """The mesh dimension over which the sequence (axis 1) or the heads (2) are sharded, or None."""
-    cut = [placement.dim for placement in q.placements if isinstance(placement, Shard)]
+    cut: list[int] = [cast(Any, placement).dim for placement in q.placements if isinstance(placement, Shard)]
     known = all(placement == Replicate() or type(placement) is Shard for placement in q.placements)
     if not known or max(cut, default=0) > 2 or cut.count(1) > 1 or cut.count(2) > 1:
         raise ValueError(
