@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class PatternAttention(WiredModule):
             check_qkv(query, key, value, ("query", "key", "value"))
         if check_bool("need_weights", need_weights):
             refuse_weights(query, call_options)
-        out = pattern_attention(
+        out: Tensor = cast(Any, pattern_attention)(
             query,
             key,
             value,
@@ -139,7 +139,6 @@ class PatternAttention(WiredModule):
             merge_grad=self.merge_grad if torch.is_grad_enabled() else "exact",
             head_start=self.head_start,
             num_heads=self.num_heads,
-            return_lse=False,
             **call_options,
         )
         if layout != "bnhd":

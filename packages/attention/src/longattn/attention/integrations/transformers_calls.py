@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def crosses(module: torch.nn.Module) -> bool:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, **options: Any) -> Tensor:
     """`pattern_attention` without lse."""
-    return pattern_attention(q, k, v, pattern, return_lse=False, **options)
+    return cast(Any, pattern_attention)(q, k, v, pattern, **options)
 
 
 def attend(

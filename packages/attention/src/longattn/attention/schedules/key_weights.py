@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longattn.attention.schedules import op  # noqa: F401  Registers the op.
+from longattn.attention.schedules import op  # noqa: F401  # pyright: ignore[reportUnusedImport]  Registers the op.
 from longattn.kernels.interface import OpArguments, OpTensors
 
 
