@@ -14,8 +14,9 @@ from longattn.attention import Local, PatternAttention, Ring, pattern_attention
 from longattn.attention.schedules import driver as scheduled
 from longattn.attention.schedules.layouts import LAYOUTS, take
 from longattn.attention.testing import check_schedule
-from longattn.kernels import reference_attention
-from longattn.patterncache import Dilated, Full, Pattern, Rectangle, Restrict, Span, Window
+from longattn.kernels import Environment, reference_attention
+from longattn.kernels.dispatch.prepared import PREPARED
+from longattn.patterncache import Dilated, Full, Pattern, PatternCache, Rectangle, Restrict, Span, Window
 from longattn.patterncache.testing import patterns, spans
 
 RINGS = st.builds(Ring, size=st.integers(1, 16), layout=st.sampled_from(list(LAYOUTS)))
@@ -24,6 +25,9 @@ LONGNET = Dilated((6, 12, 24), (1, 2, 4), causal=True)
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+PRECISIONS = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
 
 
 def bools(*shape: int, seed: int, chance: float) -> torch.Tensor:
@@ -48,6 +52,7 @@ def calls(pattern: Pattern, length: int, schedule: Ring | Local) -> int:
         computed.extend([] if state is None else [state])
         return state
 
+    PREPARED.clear()  # what was looked up before takes no steps
     with patch.object(scheduled, "attend_step", watch), torch.no_grad():
         pattern_attention(x, x, x, pattern, schedule=schedule)
     return len(computed)
@@ -161,9 +166,40 @@ def test_nothing_is_launched_where_nobody_sees():
     # Two heads: of the four ranks, only those of residues 0 and 1 see anything.
     assert calls(Dilated((32,), (4,)), 32, Ring(size=4, layout="striped")) == 2
     assert calls(Full(causal=True), 32, Ring(size=4, layout="zigzag")) == 16
-    assert calls(Full(), 32, Ring(size=1)) == 1
-    # A call under Local is no pass of a schedule: it goes to the row directly.
-    assert calls(Full(), 32, Local()) == 0
+    # A whole call is no pass of a schedule: it goes to the row directly.
+    assert [calls(Full(), 32, whole) for whole in (Local(), Ring(size=1))] == [0, 0]
+
+
+@given(patterns(), RINGS, st.integers(0, 40), st.sampled_from([(1, 1), (4, 2)]), st.sampled_from(PRECISIONS))
+@example(Dilated((32,), (4,)), Ring(size=4, layout="striped"), 32, (1, 1), PRECISIONS[0])
+@example(Dilated((4, 16), (1, 2)), Ring(size=3), 37, (4, 2), PRECISIONS[0])
+def test_a_ring_that_was_looked_up_before_equals_local(pattern, ring, length, heads, precision):
+    """Its second and third call, without gradients: out and lse of the oracle's, in the row that serves here."""
+    dtype, tolerance = precision
+    q, k, v = (randn(2, length, heads[n > 0], 4, seed=n).to(dtype) for n in range(3))
+    expected = pattern_attention(*(x.double() for x in (q, k, v)), pattern, return_lse=True)
+    for _ in range(3):
+        found = pattern_attention(q, k, v, pattern, schedule=ring, return_lse=True)
+        assert (found[0].dtype, found[1].dtype) == (dtype, torch.float32)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine.double(), theirs, atol=tolerance, rtol=tolerance)
+
+
+def test_a_ring_asks_the_cache_once_for_each_rectangle():
+    """The first call, the later ones, and one after the cache was emptied: sixteen look-ups each."""
+    cache = PatternCache()
+    environment, seen = Environment(cache), []
+    x, ring = randn(1, 32, 2, 4, dtype=torch.float32), Ring(size=4)
+    for emptied in (False, False, False, True, False):
+        if emptied:
+            cache.clear()
+        before = cache.get_stats()
+        found = pattern_attention(x, x, x, LONGNET, schedule=ring, environment=environment)
+        after = cache.get_stats()
+        asked = [after[name] - (0 if emptied else before[name]) for name in ("hits", "misses")]
+        seen.append(tuple(asked))
+        torch.testing.assert_close(found, pattern_attention(x, x, x, LONGNET))
+    assert seen == [(0, 16), (16, 0), (16, 0), (0, 16), (16, 0)]
 
 
 def test_a_module_that_holds_a_ring_travels():

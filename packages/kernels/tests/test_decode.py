@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longattn.kernels import reference_attention
+from longattn.kernels import backends, explain, reference_attention
+from longattn.kernels.decoding import DecodeCache, decode_attention
 from longattn.kernels.native import building
 from longattn.kernels.native.decode import StreamedCache
-from longattn.kernels.native.decode_step import DecodeCache, decode_attention
+from longattn.patterncache import Full
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 NATIVE = pytest.mark.skipif(building.refusal() is not None, reason=str(building.refusal()))
@@ -130,3 +131,31 @@ def test_the_library_serves_where_no_gradient_is_wanted(monkeypatch):
     assert calls == [None]
     wide = [x.double() for x in (q, keys, values)]
     assert decode_attention(wide[0], DecodeCache(*wide[1:]), 5, 0.3).dtype == torch.float64 and len(calls) == 1
+
+
+@NATIVE
+def test_explain_says_which_row_takes_a_decode_step_and_why_no_other_does():
+    """Every row of the table is named; gradients, wide heads and float64 leave torch's products."""
+    shapes = (2, 1, 4, 16), (2, 40, 2, 16)
+    plain = explain(Full(), *shapes, decode=True)
+    assert plain.backend == "native_decode"
+    assert {*backends(), "native_decode", "torch_decode"} == {name for name, _ in plain.rows}
+    assert all("decode steps" in " ".join(reasons) for name, reasons in plain.rows if name in backends())
+    for options, reason in (
+        ({"requires_grad": True}, "gradients"),
+        ({"dtype": torch.float64}, "dtype=float64"),
+        ({"device": "cuda"}, "device=cuda"),
+    ):
+        found = explain(Full(), *shapes, decode=True, **options)
+        assert found.backend == "torch_decode" and reason in " ".join(dict(found.rows)["native_decode"])
+    with pytest.raises(ValueError, match="decode must be False"):
+        explain(Full(), (2, 2, 4, 16), (2, 40, 2, 16), decode=True)
+
+
+@NATIVE
+def test_explain_says_where_a_call_has_few_queries():
+    """The native row streams keys to few query rows, and packs them into tiles for many, or beside a mask."""
+    few, many = (explain(Full(), (1, n, 4, 16), (1, 2048, 4, 16)) for n in (2, 512))
+    masked = explain(Full(), (1, 2, 4, 16), (1, 2048, 4, 16), attention_mask=True)
+    assert [dict(found.forms)["native"] for found in (few, many, masked)] == ["few queries", "tiles", "tiles"]
+    assert "few queries" in str(few)

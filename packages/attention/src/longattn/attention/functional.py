@@ -14,6 +14,7 @@ from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import dtensor_module, is_sharded
 from longattn.attention.schedules.documents import as_data, check_packed, packed_pattern
 from longattn.attention.schedules.extents import Extents, mask_flags
+from longattn.attention.schedules.in_process import attend_in_process
 from longattn.attention.schedules.key_weights import key_weights
 from longattn.attention.schedules.local import Local, check_schedule_argument
 from longattn.attention.schedules.op import scheduled_attend
@@ -29,6 +30,7 @@ from longattn.attention.validate import (
 from longattn.kernels import AttentionState, Environment
 from longattn.kernels.interface import (
     Layout,
+    OpTensors,
     Options,
     add_sink,
     arguments_of,
@@ -47,8 +49,10 @@ from longattn.kernels.interface import (
     prepare_and_run,
     refuse_torchscript,
     run_prepared,
+    run_shards,
     state_dtype,
     tensors_of,
+    wants_gradient,
     warn_of_axes,
 )
 from longattn.patterncache import Pattern
@@ -215,18 +219,21 @@ def pattern_attention(
         and cu_seqlens_q is None
         and sink_logits is None
         and merge_grad == "exact"
-        and (schedule is None or type(schedule) is Local)
         and (return_lse is True or return_lse is False)
         and return_key_weights is False
+        and (place := _place(schedule)) is not None
     ):
-        key = call_signature("pattern_attention", q, k, v, pattern, options)
-        prepared = None if key is None else find_prepared(key)
-        if key is not None and prepared is not None:
-            tensors = tensors_of(q, k, v, options, as_seed(seed) if dropout_p else None)
-            out, lse = run_prepared(prepared, key, tensors, environment)
-            if layout != "bnhd":
-                out, lse = exchanged(out), exchanged(lse)
-            return (out, lse) if return_lse else out
+        key = call_signature(place, q, k, v, pattern, options)
+        computed = None
+        if key is not None and place == _WHOLE:
+            prepared = find_prepared(key)
+            if prepared is not None:
+                tensors = tensors_of(q, k, v, options, as_seed(seed) if dropout_p else None)
+                computed = run_prepared(prepared, key, tensors, environment)
+        elif key is not None:
+            computed = run_shards(key, OpTensors(q, k, v), environment)
+        if computed is not None:
+            return _given_back(computed[0], computed[1], None, layout, return_lse)
     refuse_torchscript()
     sharded = is_sharded(q) or is_sharded(k) or is_sharded(v)
     if sharded or positions_start is not None or (isinstance(cast(object, q), Tensor) and q.is_nested):
@@ -286,12 +293,13 @@ def pattern_attention(
         # Said, because AOTInductor's packages cannot hand an empty list to an op. On one rank the whole is not known here.
         q_spans, k_spans = q_spans or last_positions(nq, nk, pattern.positional), [0, nk, 1]
     tensors, out_dtype = tensors_of(q, k, v, options, drawn), q.dtype if sink_logits is None else state_dtype(q.dtype)
-    if key is not None:
+    if key is not None and (schedule.whole or not wants_gradient(tensors)):
         asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype)
-        out, lse = prepare_and_run(key, tensors, asked, environment)
-        if layout != "bnhd":
-            out, lse = exchanged(out), exchanged(lse)
-        return (out, lse) if return_lse else out
+        if schedule.whole:
+            computed = prepare_and_run(key, tensors, asked, environment)
+        else:
+            computed = attend_in_process(key, schedule, tensors, asked, environment)
+        return _given_back(computed[0], computed[1], None, layout, return_lse)
     tensors = tensors._replace(metadata=metadata, **ends)
     asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype, schedule.canonical())
     if merge_grad == "exact":
@@ -302,12 +310,30 @@ def pattern_attention(
         state = merge_detached([AttentionState(*scheduled_attend(tensors, part)) for part in parts])
     if sink_logits is not None:
         state = add_sink(state, sink_logits)
-    out, lse = state.finalize(q.dtype), state.lse
-    received = (key_weights(tensors, asked, lse),) if return_key_weights else ()
+    received = key_weights(tensors, asked, state.lse) if return_key_weights else None
+    return _given_back(state.finalize(q.dtype), state.lse, received, layout, return_lse)
+
+
+def _given_back(
+    out: Tensor, lse: Tensor, received: Tensor | None, layout: Layout, return_lse: bool
+) -> Tensor | tuple[Tensor, ...]:
+    """What was asked for, in the caller's layout."""
     if layout != "bnhd":
         out, lse = exchanged(out), exchanged(lse)
-    found = (out, *((lse,) if return_lse else ()), *received)
+    found = (out, *((lse,) if return_lse else ()), *(() if received is None else (received,)))
     return found if len(found) > 1 else out
+
+
+_WHOLE = "pattern_attention"
+
+
+def _place(schedule: object) -> str | None:
+    """What signatures of calls under this schedule begin with: whole ones are alike. None: such calls are not looked up."""
+    if schedule is None or type(schedule) is Local:
+        return _WHOLE
+    if not isinstance(schedule, Schedule) or schedule.distributed:
+        return None
+    return _WHOLE if schedule.whole else schedule.canonical()
 
 
 def _masked_keys(mask: object, k: Tensor, schedule: Schedule) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.check import check_device_type, check_dtype, check_flag, check_head_dim, check_shapes
+from longattn.kernels.decoding import explain_decode
 from longattn.kernels.dispatch.choosing import explain_choice
 from longattn.kernels.dispatch.processor import processor
-from longattn.kernels.dispatch.table import Explanation, check_backend_name
+from longattn.kernels.dispatch.table import Explanation, check_backend_name, row
 from longattn.kernels.hierarchy import machine_of, traffic_of
 from longattn.kernels.positions import last_positions
 from longattn.kernels.problem import AttentionProblem, architecture_of
@@ -41,6 +42,7 @@ def explain(
     verbose: bool = False,
     machine: str | None = None,
     verify: bool | tuple[Tensor, Tensor, Tensor] = False,
+    decode: bool = False,
 ) -> Explanation:
     """Which row would serve, and every other row's reasons, without data and without the device.
 
@@ -63,6 +65,8 @@ def explain(
         machine: whose, by name: one of `longattn.kernels.hierarchy.MACHINES`. Default: that of the device, where it is one of them.
         verify: also compute the call, and sampled rows of it in float64, and state their errors (`Explanation.errors`); True takes unit
             normal q, k and v, a triple (q, k, v) is the call's own. Not with masks, bias, padding or dropout.
+        decode: of a decode step of a ring buffer, whose cached keys lie in any order: q_shape is of one query, k_shape of the slots in use; masks
+            hide slots. Then the rows are fixed in order, and neither `backend`, `verbose` nor `verify` may be given.
 
     Returns:
         Explanation; its `backend` is the row's name (None: nothing fits), and its text a line per row.
@@ -85,6 +89,7 @@ def explain(
         "requires_grad": requires_grad,
         "deterministic": deterministic,
         "verbose": verbose,
+        "decode": decode,
     }
     for name, flag in wanted.items():
         check_flag(name, flag)
@@ -111,8 +116,18 @@ def explain(
         deterministic=deterministic,
         architecture=_architecture(device) if architecture is None else check_architecture(architecture),
     )
+    if decode:
+        if q_shape[1] != 1 or backend is not None or verbose or verify is not False:
+            raise ValueError(
+                f"decode must be False but for one query and without backend, verbose and verify, got q_shape {tuple(q_shape)}"
+            )
+        return explain_decode(replace(problem, decode=True, listed=False))
     measure = verify is not False  # what computes the call also measures what it would
     found = explain_choice(problem, backend, plan, q_shape[0], measure=measure)
+    if plan is not None:
+        able = [row(name) for name, reasons in found.rows if not reasons]
+        forms = tuple((each.name, each.form(plan, problem)) for each in able if each.form is not None)
+        found = replace(found, forms=forms)
     if verbose:
         if plan is None:
             raise ValueError("verbose must be False where the pattern lists rows and is too long to plan, got True")

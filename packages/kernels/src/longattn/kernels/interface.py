@@ -16,20 +16,21 @@ from longattn.kernels.check import (
     refuse_torchscript,
     warn_of_axes,
 )
+from longattn.kernels.decoding import DecodeCache, decode_attention
 from longattn.kernels.dispatch.capability import FLOATS, dtype_name
-from longattn.kernels.dispatch.environment import Allocator, TorchAllocator, find_environment
+from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Allocator, TorchAllocator, find_environment
 from longattn.kernels.dispatch.keeping import keep_measured
 from longattn.kernels.dispatch.prepared import find_plan
+from longattn.kernels.dispatch.prepared_shards import ShardRectangle, prepare_shards, run_shards
 from longattn.kernels.dispatch.table import check_backend_name
 from longattn.kernels.eager.tiles import keep_tensors, kept_tensors
 from longattn.kernels.entry import autocast
-from longattn.kernels.native.decode_step import DecodeCache, decode_attention
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
 from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients, second_gradients, visible_pairs
 from longattn.kernels.ops.define import define
 from longattn.kernels.ops.direct import find_prepared, prepare_and_run, run_prepared
 from longattn.kernels.ops.direct import signature as call_signature
-from longattn.kernels.options import Options, arguments_of, check_options, tensors_of
+from longattn.kernels.options import Options, arguments_of, check_options, tensors_of, wants_gradient
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import last_positions
 from longattn.kernels.scaling import fold_scale
@@ -65,6 +66,7 @@ __all__ = [
     "last_positions",
     "refuse_torchscript",
     "tensors_of",
+    "wants_gradient",
     # one rectangle, on real tensors
     "attend_rectangle",
     "rectangle_gradients",
@@ -75,8 +77,12 @@ __all__ = [
     "find_prepared",
     "prepare_and_run",
     "run_prepared",
+    "ShardRectangle",
+    "prepare_shards",
+    "run_shards",
     # plans and memory
     "Allocator",
+    "DEFAULT_ENVIRONMENT",
     "TorchAllocator",
     "find_environment",
     "find_plan",

@@ -18,7 +18,7 @@ from longattn.kernels.check import (
 )
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.table import check_backend_name
-from longattn.kernels.ops.arguments import OpArguments, OpTensors
+from longattn.kernels.ops.arguments import GRADED, OpArguments, OpTensors
 from longattn.patterncache import Pattern
 
 
@@ -94,6 +94,11 @@ def tensors_of(q: Tensor, k: Tensor, v: Tensor, options: Options, seed: Tensor |
     if floating:
         return OpTensors(q, k, v, mask, None, options.key_padding_mask, seed)
     return OpTensors(q, k, v, None, mask, options.key_padding_mask, seed)
+
+
+def wants_gradient(tensors: OpTensors) -> bool:
+    """Whether a tensor of a plain call wants a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:GRADED])
 
 
 def arguments_of(

@@ -22,6 +22,7 @@ class AttentionProblem:
         bias_grad: whether the bias needs a gradient.
         prior: whether a state is merged in.
         backward: whether gradients will be wanted.
+        decode: one query row for each head, over the slots of a cache in any order, rather than a plan's rows.
         deterministic: whether equal inputs must give equal bits.
         architecture: of the device, such as "sm_90" or "gfx942"; "" where it has no name or none was given.
     """
@@ -39,6 +40,7 @@ class AttentionProblem:
     dropout: bool = False
     prior: bool = False
     backward: bool = False
+    decode: bool = False
     deterministic: bool = False
     architecture: str = ""
     value_head_dim: int | None = None

@@ -55,6 +55,11 @@ class Schedule(ABC):
         """Whether q, k and v are one rank's part of a longer sequence."""
         return False
 
+    @property
+    def whole(self) -> bool:
+        """Whether the whole call is one rectangle, so that the kernels can be asked without a schedule."""
+        return False
+
     def held(self, length: int) -> Spans:
         """The rows of a sequence of `length` that this process hands to the forward."""
         return (Span(0, length),)

@@ -33,7 +33,7 @@ def forward(run: ScheduleRun, asked: OpArguments, environment: Environment, valu
     for shard in run.shards():
         parts, q = _Parts(), shard.queries[0]
         for step in shard.steps:
-            tensors, rectangle = _rectangle(run, shard, step, asked)
+            tensors, rectangle = rectangle_of(run, shard, step, asked)
             if run.one_step:
                 rectangle = rectangle._replace(out_dtype=asked.out_dtype)
             state = attend_step(tensors, rectangle, environment, skip_empty=not run.one_step)
@@ -58,7 +58,7 @@ def backward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> 
         _, grad_out, out, lse, *rest = shard.queries
         cotangents = Cotangents(grad_out, rest[0] if rest else None, out, lse)
         for step in shard.steps:
-            tensors, rectangle = _rectangle(run, shard, step, asked)
+            tensors, rectangle = rectangle_of(run, shard, step, asked)
             gradients = rectangle_gradients(cotangents, tensors, rectangle, environment, skip_empty=not run.one_step)
             if gradients is None:
                 continue
@@ -82,7 +82,9 @@ def attend_step(
     return None if computed is None else AttentionState(*computed)
 
 
-def _rectangle(run: ScheduleRun, shard: QueryShard, step: KeyStep, asked: OpArguments) -> tuple[OpTensors, OpArguments]:
+def rectangle_of(
+    run: ScheduleRun, shard: QueryShard, step: KeyStep, asked: OpArguments
+) -> tuple[OpTensors, OpArguments]:
     """What the kernels are asked for one shard and one step; by default they compute a partial state."""
     q = shard.queries[0]
     mask, bias = (_cut(x, shard.rows, step.rows) for x in (run.mask, run.bias))

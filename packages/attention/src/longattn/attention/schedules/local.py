@@ -42,6 +42,11 @@ class _LocalRun(ScheduleRun):
 class Local(Schedule, name="local"):
     """Everything is here: one shard, one step."""
 
+    @property
+    def whole(self) -> bool:
+        """Always."""
+        return True
+
     def start(self, work: ScheduleWork) -> ScheduleRun:
         """A run with q as it is, and all of k and v."""
         return _LocalRun(work)

@@ -97,12 +97,14 @@ class ScheduleRun(ABC):
         seed: 0-dim int64, the same on every rank, or None without dropout.
         mask, bias: as in `ScheduleWork`, for the rows and heads of this run's shards.
         one_step: whether every shard has one step at most, so that nothing is merged.
+        by_rows: whether all there is to `join` is to put each shard's results where its `rows` are.
     """
 
     seed: Tensor | None
     mask: Tensor | None
     bias: Tensor | None
     one_step: bool = False
+    by_rows: bool = False
 
     @abstractmethod
     def shards(self) -> Iterator[QueryShard]:

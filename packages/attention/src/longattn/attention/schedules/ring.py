@@ -85,6 +85,11 @@ class Ring(OverGroup, name="ring"):
         """Whether q, k and v are one rank's shards."""
         return self.members is not None
 
+    @property
+    def whole(self) -> bool:
+        """A ring of one in this process."""
+        return self.members is None and self.size == 1
+
     def start(self, work: ScheduleWork) -> ScheduleRun:
         """A run of this rank, or of all ranks."""
         return _InProcessRun(self, work) if self.members is None else GroupRun(self.members, work)
@@ -122,6 +127,8 @@ class Ring(OverGroup, name="ring"):
 
 class _InProcessRun(ScheduleRun):
     """All ranks in this process: shards are views wherever a layout has views."""
+
+    by_rows = True
 
     def __init__(self, ring: Ring, work: ScheduleWork) -> None:
         self.work, self.one_step = work, ring.size == 1

@@ -26,6 +26,7 @@ class Capability:
         dtypes: element types per device type; the key "" is every other device.
         max_head_dim: largest head_dim of q and k, and of v; None is any.
         listed, attention_mask, bias, bias_grad, key_padding, dropout, gqa, backward: whether supported.
+        decode: whether it serves decode steps, over the slots of a cache in any order.
         deterministic: device types on which equal inputs give equal bits; empty is any.
         architectures: patterns of the architectures that can run it, such as "sm_9?"; empty is any. Asked only where one is named.
         skips_padding: never reads padded rows of k and v, so that it is handed them as they are; others get copies with zeros there.
@@ -44,6 +45,7 @@ class Capability:
     key_padding: bool = True
     gqa: bool = True
     backward: bool = True
+    decode: bool = False
     deterministic: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
     skips_padding: bool = False
@@ -82,6 +84,7 @@ class Capability:
 
 
 _FEATURES = {
+    "decode": "decode steps, over the slots of a cache in any order, are not supported",
     "listed": "the pattern's plan lists rows and only strided rows are supported",
     "attention_mask": "attention_mask is not supported",
     "bias": "a floating attention_mask (bias) is not supported",

@@ -44,6 +44,10 @@ class Memo(Generic[T]):
             value.used = True
         return value
 
+    def peek(self, key: Hashable) -> T | None:
+        """The same, without counting as asked for."""
+        return self._values.get(key)
+
     def keep(self, key: Hashable, value: T) -> None:
         """Keep `value` under `key`, in place of what stood there."""
         with self._lock:

@@ -90,6 +90,11 @@ class PreparedCall:
         """Whether this is the very plan that the call was prepared with."""
         return self._plan() is plan
 
+    @property
+    def plan(self) -> Plan | None:
+        """That plan, as long as somebody holds it."""
+        return self._plan()
+
     def call(self, tensors: OpTensors, plan: Plan, environment: Environment) -> Call:
         """The call as a row takes it."""
         asked = self.arguments
@@ -173,8 +178,8 @@ class PreparedCall:
 _MOST_GRADIENT_FORMS = 16
 """Layouts of gradients that a prepared call keeps a bound backward for."""
 
-PREPARED: Memo[PreparedCall] = Memo(max_size=1024)
-"""Every prepared call of this process, by its signature: that of a public function's arguments, or of the op's."""
+PREPARED: Memo[Any] = Memo(max_size=1024)
+"""Every prepared call of this process, by its signature: that of a public function's arguments, or of the op's. A whole schedule's stand here too."""
 
 
 def prepared_for(
@@ -185,15 +190,20 @@ def prepared_for(
     Raises:
         ValueError: no row fits; the message gives each row's reasons.
     """
-    where = plan_key(asked)
-    forms = tuple(None if x is None else described(x) for x in tensors)
-    key = (forms, where, asked[len(where) :], *process_settings())
+    key = rectangle_key(tensors, asked)
     prepared = PREPARED.find(key)
-    plan = find_plan_of(where, environment) if plan is None else plan
+    plan = find_plan(asked, environment) if plan is None else plan
     if prepared is None or not prepared.serves(plan):
         prepared = PreparedCall(tensors, asked, plan)
         PREPARED.keep(key, prepared)
     return prepared, plan
+
+
+def rectangle_key(tensors: OpTensors, asked: OpArguments) -> tuple[Hashable, ...]:
+    """What the memo knows a call of the op by."""
+    forms = tuple(None if x is None else described(x) for x in tensors)
+    where = plan_key(asked)
+    return (forms, where, asked[len(where) :], *process_settings())
 
 
 def served(

@@ -8,18 +8,20 @@ such as a compiler, also has a `refusal`, which says without trying why that is 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.hierarchy import Traffic
 from longattn.kernels.problem import AttentionProblem
+from longattn.patterncache import Plan
 
 TABLE: dict[str, str] = {
     "triton": "longattn.kernels.triton.row",
@@ -39,6 +41,9 @@ Backward = Callable[
     [Call, Tensor, "Tensor | None", Tensor, Tensor, bool], "tuple[Tensor, Tensor, Tensor, Tensor | None]"
 ]
 
+Shard = tuple[tuple[int, int, int], list[Call]]
+"""Some query rows, (first, length, step), and the rectangles that they attend to."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -55,6 +60,9 @@ class Row:
             was wrong", or "" where that is not asked; the second argument says whether to check now what was not. A failed one refuses.
         second_backward: the derivative of `backward`, (call, gradients of dq, dk, dv and dbias or None each, (grad_out, grad_lse, out, lse)) ->
             gradients of grad_out, grad_lse, out, lse, q, k, v and bias; None where the row has none.
+        bind_shards: of q, k, v, shards of query rows with their rectangles, which are views of the three, and out's dtype: all of them in one call,
+            states of each shard merged, (q, k, v, allocator) -> (out, lse); None where it cannot.
+        form: of a plan and a problem that the row can serve: which of its ways a forward takes; None where there is one way.
     """
 
     name: str
@@ -68,6 +76,8 @@ class Row:
     revision: Callable[[], tuple[str, str]] | None = None
     standing: Callable[[AttentionProblem, bool], str] | None = None
     second_backward: Callable[..., Any] | None = None
+    bind_shards: Callable[[Tensor, Tensor, Tensor, Sequence[Shard], torch.dtype], Any] | None = None
+    form: Callable[[Plan, AttentionProblem], str] | None = None
 
 
 @lru_cache
@@ -75,7 +85,17 @@ def row(name: str) -> Row:
     """The row of that name."""
     module, _, member = TABLE[name].partition(":")
     home = getattr(import_module(module), member) if member else import_module(module)
-    needs = ("refusal", "prepare", "bind", "bind_backward", "revision", "standing", "second_backward")
+    needs = (
+        "refusal",
+        "prepare",
+        "bind",
+        "bind_backward",
+        "revision",
+        "standing",
+        "second_backward",
+        "bind_shards",
+        "form",
+    )
     machine = [getattr(home, need, None) for need in needs]
     return Row(name, home.CAPABILITY, home.forward, home.backward, *machine)
 
@@ -120,6 +140,7 @@ class Explanation:
         traffic: what the call moves and multiplies, where that was asked for.
         errors: (name, largest absolute error) of sampled rows beside float64, where that was asked for.
         standings: (name, "checked" or "unchecked: why") of rows that check themselves on a device.
+        forms: (name, form) of rows that could serve in more than one way: which of them this call takes.
     """
 
     problem: AttentionProblem
@@ -130,12 +151,16 @@ class Explanation:
     traffic: Traffic | None = None
     errors: tuple[tuple[str, float], ...] | None = None
     standings: tuple[tuple[str, str], ...] = ()
+    forms: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [str(self.problem), f"  order: {self.order}"]
         times = {name: (seconds, source) for name, seconds, source in self.expected}
+        forms = dict(self.forms)
         for name, reasons in self.rows:
             verdict = "; ".join(reasons) or ("chosen" if name == self.backend else "could serve")
+            if name in forms:
+                verdict += f", {forms[name]}"
             if not reasons and name in dict(self.standings):
                 verdict += f"; {dict(self.standings)[name]}"
             if name in times:

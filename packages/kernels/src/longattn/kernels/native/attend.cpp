@@ -1,6 +1,6 @@
 // Attention on CPUs, called through ctypes: no torch and no Python in here, and no memory but what the caller brings.
 #include "backward.h"
-#include "short_call.h"
+#include "shards.h"
 
 // Tasks of one call in one row of numbers: job by job, then batch element, head, tile, part of the tile's query rows.
 class Tasks {
@@ -74,7 +74,7 @@ static int64_t floats_of(const Call& call) {
 extern "C" {
 
 int64_t longattn_sizes(int64_t which) {
-    const int64_t sizes[] = {sizeof(Call), sizeof(Job), sizeof(RowSet), sizeof(Cache), sizeof(Apart), RANGE};
+    const int64_t sizes[] = {sizeof(Call), sizeof(Job), sizeof(RowSet), sizeof(Cache), sizeof(Apart), RANGE, sizeof(Shard)};
     return sizes[which];
 }
 
@@ -111,6 +111,12 @@ int64_t longattn_short_scratch(const Call* call) {
 
 void longattn_attend_short(const Call* call) {
     of_short_call(*call, [](const auto& made) { return made.run(), 0; });
+}
+
+// Calls in order, with scratch of each in place; each shard's merge into its out and lse.
+void longattn_attend_shards(const Call* calls, const int64_t* flags, const Shard* shards, int64_t count) {
+    attend_shards(calls, flags, shards, count,
+                  [](const Call* call, bool few) { few ? longattn_attend_short(call) : longattn_attend(call); });
 }
 
 // Floats of scratch for the decode step.

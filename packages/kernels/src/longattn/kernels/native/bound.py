@@ -76,8 +76,16 @@ class BoundForward:
             out.zero_()
             lse.fill_(-torch.inf)
         argument = bytearray(self._template)
-        for place, x in ((_Q, q), (_K, k), (_V, v), (_OUT, out), (_LSE, lse)):
-            _write(argument, place, _address(x))
+        # Written out: a loop takes half as long again.
+        at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()
+        if not all(at):
+            for x in (q, k, v, out, lse):
+                address(x)
+        _write(argument, _Q, at[0])
+        _write(argument, _K, at[1])
+        _write(argument, _V, at[2])
+        _write(argument, _OUT, at[3])
+        _write(argument, _LSE, at[4])
         if seed is not None:
             _write(argument, _SEED, int(seed) & (2**64 - 1))
         scratch = empty(self._floats, torch.float32, device, "temp")
@@ -128,7 +136,7 @@ class BoundBackward:
         if grad_lse is not None:
             given["grad_lse"] = grad_lse
         for name, x in given.items():
-            _write(argument, _PLACES[name], _address(x))
+            _write(argument, _PLACES[name], address(x))
         if seed is not None:
             _write(argument, _SEED, int(seed) & (2**64 - 1))
         scratch = allocator.empty(self._floats, torch.float32, self._device, "temp")
@@ -143,7 +151,12 @@ def readable_as_it_lies(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype in (dtype, torch.float32) and x.dtype in TYPES and (x.dim() < 4 or x.stride(3) == 1)
 
 
-def _address(x: Tensor) -> int:
+def address(x: Tensor) -> int:
+    """Where a tensor's numbers begin.
+
+    Raises:
+        ValueError: its storage was freed.
+    """
     where = x.data_ptr()
     if not where:
         raise ValueError(f"tensor must have memory, got one of shape {tuple(x.shape)} whose storage was freed")

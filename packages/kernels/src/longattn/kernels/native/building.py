@@ -53,6 +53,7 @@ _ENTRIES = (
     "attend_backward",
     "short_scratch",
     "attend_short",
+    "attend_shards",
     "decode_scratch",
     "decode",
 )

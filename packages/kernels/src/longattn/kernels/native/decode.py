@@ -8,11 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.native import building
 from longattn.kernels.native.structures import SIZES, TYPES, TensorArgument, check_memory
 
 MOST_WIDE = 256
 """The largest head_dim that the library streams."""
+
+CAPABILITY = Capability(
+    devices=("cpu",),
+    dtypes={"cpu": tuple(TYPES)},
+    tolerance={torch.float32: (2e-5, 2e-5), torch.float16: (4e-3, 4e-3), torch.bfloat16: (3e-2, 3e-2)},
+    max_head_dim=MOST_WIDE,
+    decode=True,
+    bias=False,
+    backward=False,
+)
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
+from longattn.kernels.dispatch.table import Shard
 from longattn.kernels.eager.tile_walk import finish
 from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.native import building
 from longattn.kernels.native.bound import BoundBackward, BoundForward, is_plain, readable_as_it_lies
+from longattn.kernels.native.bound_shards import BoundShards, Step
 from longattn.kernels.native.decode import MOST_WIDE
 from longattn.kernels.native.lowering import Lowered, lower
 from longattn.kernels.native.structures import SIZES, TYPES, CallArgument, PackedJobs, packed
+from longattn.kernels.problem import AttentionProblem
+from longattn.patterncache import Plan
 
 CAPABILITY = Capability(
     devices=("cpu",),
@@ -80,10 +85,29 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def _is_short(call: Call, lowered: Lowered, half: bool) -> bool:
     """Whether reading keys and values is most of the work: they are then streamed in ranges, all heads of a kv head at once."""
-    if any(x is not None for x in (call.prior, call.mask, call.bias)) or call.dropout_p or len(lowered.phases) != 1:
+    if any(x is not None for x in (call.prior, call.mask, call.bias)) or call.dropout_p:
         return False
     rows = call.q.shape[1] * (call.q.shape[2] // call.k.shape[2])
-    return rows <= _SHORT_ROWS[half] and call.q.dtype == call.k.dtype == call.v.dtype and packed(lowered, 0).even
+    return call.q.dtype == call.k.dtype == call.v.dtype and _few_rows_of_even_keys(lowered, rows, half)
+
+
+def _few_rows_of_even_keys(lowered: Lowered, rows: int, half: bool) -> bool:
+    return rows <= _SHORT_ROWS[half] and len(lowered.phases) == 1 and packed(lowered, 0).even
+
+
+def form(plan: Plan, problem: AttentionProblem) -> str:
+    """Which of the row's two forms a forward of this plan takes: "few queries" or "tiles"."""
+    beside = problem.prior or problem.attention_mask or problem.bias or problem.dropout
+    rows = plan.rectangle.shape[1] * (problem.heads // problem.kv_heads)
+    # Long plans are not lowered for an answer that their length gives.
+    if beside or rows > max(_SHORT_ROWS.values()):
+        return "tiles"
+    return "few queries" if _few_rows_of_even_keys(lower(plan), rows, _half(problem.dtype)) else "tiles"
+
+
+def _half(dtype: torch.dtype) -> bool:
+    """Whether products are of bfloat16."""
+    return dtype == torch.bfloat16 and building.current().level == "avx512bf16"
 
 
 @exact_backward
@@ -171,7 +195,7 @@ def _argument(call: Call, out: Tensor, lse: Tensor) -> CallArgument:
             asked.look_up(name, _in_known_type(x), (batch, heads, nq, nk))
     asked.scale, asked.drop, asked.seed = call.scale, call.dropout_p, call.seed & (2**64 - 1)
     asked.first_head = call.plan.rectangle.heads.start
-    asked.half = call.q.dtype == torch.bfloat16 and building.current().level == "avx512bf16"
+    asked.half = _half(call.q.dtype)
     asked.threads = torch.get_num_threads()
     return asked
 
@@ -214,6 +238,32 @@ def bind(call: Call, out: Tensor, lse: Tensor) -> BoundForward | None:
     entry = "longattn_attend_short" if _is_short(call, lowered, bool(asked.half)) else "longattn_attend"
     jobs = packed(lowered, 0)
     return BoundForward(call, asked, jobs, entry, _give_jobs(entry, asked, jobs), lowered.complete)
+
+
+def bind_shards(q: Tensor, k: Tensor, v: Tensor, shards: Sequence[Shard], out_dtype: torch.dtype) -> BoundShards | None:
+    """All rectangles of one q, k and v in one call, states of each shard merged; None where a rectangle has more than views of these.
+
+    shards: of each, its rows of out, (first, length, step), and its rectangles, at least one.
+    """
+    if out_dtype not in TYPES:
+        return None
+    made = []
+    for rows, calls in shards:
+        if not calls or not all(is_plain(call) for call in calls):
+            return None
+        made.append((rows, [step for call in calls for step in _steps(call)]))
+    return BoundShards(q, k, v, made, out_dtype) if all(steps for _, steps in made) else None
+
+
+def _steps(call: Call) -> Iterator[Step]:
+    """A rectangle's phases, which write its state in float32."""
+    lowered = lower(call.plan)
+    out = torch.empty((*call.q.shape[:3], call.v.shape[3]), dtype=torch.float32)
+    for phase in range(len(lowered.phases)):
+        asked, jobs = _argument(call, out, out[..., 0].contiguous()), packed(lowered, phase)
+        few = _is_short(call, lowered, bool(asked.half))
+        floats = _give_jobs("longattn_attend_short" if few else "longattn_attend", asked, jobs)
+        yield Step(call, asked, jobs, few, lowered.complete or phase > 0, phase > 0, floats)
 
 
 def bind_backward(

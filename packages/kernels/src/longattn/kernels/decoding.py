@@ -1,16 +1,60 @@
 """Decode: one query row for each head against cached rows that lie in any order.
 
-softmax(scale * q k^T) v does not care in which order keys lie, so a ring is read as it lies: no rotation, no gather, no plan. Without
-gradients the native library streams keys and values once, in ranges, over all threads; elsewhere it is two of torch's products. There, in
-float16 and bfloat16, scores and weights are rounded to that type, which is what torch's products of these types on CPU return.
+softmax(scale * q k^T) v does not care in which order keys lie, so a ring is read as it lies: no rotation, no gather, no plan. Its rows
+stand in the dispatch table beside those that read plans: the native library streams keys and values once, in ranges, over all threads;
+elsewhere, and where a gradient is wanted, it is two of torch's products. There, in float16 and bfloat16, scores and weights are rounded
+to that type, which is what torch's products of these types on CPU return.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
+from longattn.kernels.dispatch.capability import FLOATS, Capability
+from longattn.kernels.dispatch.table import TABLE, Explanation, refusals, row
+from longattn.kernels.native import building
+from longattn.kernels.native.decode import CAPABILITY as STREAMED
 from longattn.kernels.native.decode import StreamedCache, result_shape
+from longattn.kernels.problem import AttentionProblem
+
+PRODUCTS = Capability(
+    devices=(),
+    dtypes={"": FLOATS},
+    tolerance={
+        torch.float64: (1e-10, 1e-10),
+        torch.float32: (2e-5, 2e-5),
+        torch.float16: (4e-3, 4e-3),
+        torch.bfloat16: (3e-2, 3e-2),
+    },
+    decode=True,
+    bias=False,
+)
+
+DECODE_ROWS = {"native_decode": STREAMED, "torch_decode": PRODUCTS}
+"""What serves decode steps, in order of preference, and what each declares."""
+
+
+def explain_decode(problem: AttentionProblem) -> Explanation:
+    """Which row serves a decode step, and why no other one does, those that read plans included."""
+    machine = dict(refusals(problem))
+    if (refused := building.refusal()) is not None:
+        machine["native_decode"] = refused
+    declared = {name: row(name).capability for name in TABLE} | DECODE_ROWS
+    rows = tuple(
+        (name, (*([machine[name]] if name in machine else []), *capability.reasons(problem)))
+        for name, capability in declared.items()
+    )
+    chosen = next((name for name, reasons in rows if not reasons), None)
+    return Explanation(problem, rows, chosen, order="fixed: decode steps")
+
+
+@lru_cache
+def _streams(dtype: torch.dtype, device: str, head_dim: int) -> bool:
+    """Whether the native row takes steps over such a cache, where there is a library."""
+    return not STREAMED.reasons(AttentionProblem(device, dtype, heads=1, kv_heads=1, head_dim=head_dim, decode=True))
 
 
 class DecodeCache:
@@ -24,7 +68,8 @@ class DecodeCache:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
         self.dims = (keys.shape[-1], values.shape[-1])
-        served = StreamedCache.serves(keys) and StreamedCache.serves(values)
+        declared = _streams(keys.dtype, keys.device.type, max(self.dims))
+        served = declared and StreamedCache.serves(keys) and StreamedCache.serves(values)
         self.streamed = StreamedCache(keys, values) if served else None
 
 
@@ -40,7 +85,7 @@ def decode_attention(
 ) -> Tensor:
     """softmax(scale * q k^T) v over the first `held` slots of a cache, which hold keys in any order.
 
-    Differentiable; the native library serves where no gradient is wanted.
+    Differentiable; `native_decode` serves where it declares to and there is a library, else `torch_decode`.
 
     Args:
         q: (rows, group, head_dim) in the cache's dtype, or of any shape whose numbers in order are that; `group` query heads to a row.
