@@ -27,7 +27,7 @@ def attend_in_process(
     """(out, lse) of the first call of a signature, rectangle by rectangle; the memo may know the next one under `key`."""
     environment = DEFAULT_ENVIRONMENT if environment is None else environment
     run = schedule.start(ScheduleWork(tensors[:1], tensors, asked, environment))
-    state = driver.forward(run, asked, environment)
+    state = driver.forward(run, asked, environment, tensors.v.shape[3])
     if run.by_rows and all(x is None for x in tensors[3:]):
         prepare_shards(key, partial(_rectangles, schedule, asked), tensors, asked.out_dtype, environment)
     return state
