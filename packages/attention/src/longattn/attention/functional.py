@@ -14,9 +14,9 @@ from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import dtensor_module, is_sharded
 from longattn.attention.schedules.documents import as_data, check_packed, packed_pattern
 from longattn.attention.schedules.extents import Extents, mask_flags
-from longattn.attention.schedules.in_process import attend_in_process
+from longattn.attention.schedules.in_process import WHOLE, attend_in_process, place_of
 from longattn.attention.schedules.key_weights import key_weights
-from longattn.attention.schedules.local import Local, check_schedule_argument
+from longattn.attention.schedules.local import check_schedule_argument
 from longattn.attention.schedules.op import scheduled_attend
 from longattn.attention.sequences.varlen import ragged_attention
 from longattn.attention.validate import (
@@ -221,11 +221,11 @@ def pattern_attention(
         and merge_grad == "exact"
         and (return_lse is True or return_lse is False)
         and return_key_weights is False
-        and (place := _place(schedule)) is not None
+        and (place := place_of(schedule)) is not None
     ):
         key = call_signature(place, q, k, v, pattern, options)
         computed = None
-        if key is not None and place == _WHOLE:
+        if key is not None and place == WHOLE:
             prepared = find_prepared(key)
             if prepared is not None:
                 tensors = tensors_of(q, k, v, options, as_seed(seed) if dropout_p else None)
@@ -322,18 +322,6 @@ def _given_back(
         out, lse = exchanged(out), exchanged(lse)
     found = (out, *((lse,) if return_lse else ()), *(() if received is None else (received,)))
     return found if len(found) > 1 else out
-
-
-_WHOLE = "pattern_attention"
-
-
-def _place(schedule: object) -> str | None:
-    """What signatures of calls under this schedule begin with: whole ones are alike. None: such calls are not looked up."""
-    if schedule is None or type(schedule) is Local:
-        return _WHOLE
-    if not isinstance(schedule, Schedule) or schedule.distributed:
-        return None
-    return _WHOLE if schedule.whole else schedule.canonical()
 
 
 def _masked_keys(mask: object, k: Tensor, schedule: Schedule) -> Tensor:

@@ -12,9 +12,22 @@ from torch import Tensor
 
 from longattn.attention.schedules import driver
 from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.local import Local
 from longattn.attention.schedules.passes import ScheduleWork
 from longattn.kernels import Environment
 from longattn.kernels.interface import DEFAULT_ENVIRONMENT, OpArguments, OpTensors, ShardRectangle, prepare_shards
+
+WHOLE = "pattern_attention"
+"""What signatures of calls begin with whose schedule is whole, or that have none."""
+
+
+def place_of(schedule: object) -> str | None:
+    """What signatures of calls under this schedule begin with: whole ones are alike. None: such calls are not looked up."""
+    if schedule is None or type(schedule) is Local:
+        return WHOLE
+    if not isinstance(schedule, Schedule) or schedule.distributed:
+        return None
+    return WHOLE if schedule.whole else schedule.canonical()
 
 
 def attend_in_process(
