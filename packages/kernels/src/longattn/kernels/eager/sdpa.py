@@ -71,7 +71,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     call = separated_call(call)
     q, k, v = (_dense(x.transpose(1, 2)) for x in (call.q, call.k, call.v))
     out, lse = _cpu_forward(q, k, v, call.plan.branches[0].triangle, None, call.scale)
-    return out.transpose(1, 2).to(call.out_dtype), lse.transpose(1, 2)
+    # As the op's fake says: torch's kernel lays its output out like q.
+    return out.transpose(1, 2).to(call.out_dtype).contiguous(), lse.transpose(1, 2).contiguous()
 
 
 @exact_backward
@@ -86,7 +87,7 @@ def backward(
     grad, q, k, v, out = (_dense(x.transpose(1, 2)) for x in (grad_out, call.q, call.k, call.v, out))
     triangle = call.plan.branches[0].triangle
     dq, dk, dv = _cpu_backward(grad, q, k, v, out, lse.transpose(1, 2), triangle, None, call.scale)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
+    return dq.transpose(1, 2).contiguous(), dk.transpose(1, 2).contiguous(), dv.transpose(1, 2).contiguous(), None
 
 
 def _is_whole(call: Call) -> bool:
