@@ -31,6 +31,7 @@ EXPECTED = {
         ByHead
         """,
     "kernels": """
+        Softcap Alibi RelativeBias
         attend AttentionState merge reference_attention fused_attention Environment
         explain Explanation AttentionProblem backends Capability build_native
         prepare PreparedAttention prepared_stats LayoutWarning

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed: the extra longatt
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel does not compile", allow_module_level=True)
 
-from longattn.kernels.triton.configurations import ARCHITECTURES, TABLE, Configuration
+from longattn.kernels.triton.configurations import ARCHITECTURES, TABLE, Configuration, with_terms
 from tools.sass import local_accesses, loops
 from tools.triton_ahead import Line, compile_line, lines
 from tools.triton_predict import RESULTS, predict
@@ -24,6 +24,14 @@ def test_a_shipped_line_has_no_fault():
     need = compile_line(Line("forward", "sm_90", 64, 2, TABLE["forward", "sm_90", 64, 2]))
     assert not need.faults and 0 < need.registers <= 255 and 0 < need.shared <= ARCHITECTURES["sm_90"].shared
     assert 0 < need.occupancy <= 1 and "registers" in str(need)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward_keys", "backward_queries"])
+def test_score_terms_compile(kernel):
+    """With a cap and a table of distances, whose numbers are gathered."""
+    tile = with_terms(TABLE[kernel, "sm_90", 64, 2])
+    need = compile_line(Line(kernel, "sm_90", 64, 2, tile), {"SOFTCAP": True, "COLUMNS": 258})
+    assert not need.faults, str(need)
 
 
 def test_a_planted_spill_is_caught():

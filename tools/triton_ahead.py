@@ -130,15 +130,16 @@ def source(line: Line, flags: dict[str, Any] | None = None) -> ASTSource:
     constants = {
         "HEAD_DIM": line.head_dim, "BLOCK_D": line.head_dim, "VALUE_DIM": value_dim, "BLOCK_V": value_dim, own: tile.owned, other: tile.streamed, "LISTED": False,
         "CHUNK": min(tile.chunk or line.head_dim, line.head_dim),
-        "MASK_ALL": False, "DROPOUT": False, "PRECISION": "ieee", "UPCAST": False, **_FLAGS[line.kernel], **(flags or {}),
+        "MASK_ALL": False, "DROPOUT": False, "PRECISION": "ieee", "UPCAST": False, "SOFTCAP": False, "COLUMNS": 0, **_FLAGS[line.kernel], **(flags or {}),
     }  # fmt: skip
     if "VALUE_CHUNK" in kernel.arg_names:
         constants["VALUE_CHUNK"] = min(tile.chunk or value_dim, value_dim)
     element, signature, attributes = ELEMENTS[line.element_size], {}, {}
     values: dict[Any, Any] = dict(constants)
+    absent = _ABSENT if constants["COLUMNS"] else (*_ABSENT, "by_distance")
     for at, name in enumerate(kernel.arg_names):
         stem = name.removesuffix("_ptr").removesuffix("_strides")
-        if name in constants or stem in _ABSENT:
+        if name in constants or stem in absent:
             signature[name] = "constexpr"
             values.setdefault(name, None)
         elif name.endswith("_ptr"):
@@ -155,6 +156,7 @@ def source(line: Line, flags: dict[str, Any] | None = None) -> ASTSource:
                 values[(at, 3)] = 1
         else:
             signature[name] = {
+                "cap": "fp32",
                 "scale": "fp32",
                 "sm_scale": "fp32",
                 "rescale": "fp32",
@@ -167,6 +169,7 @@ def source(line: Line, flags: dict[str, Any] | None = None) -> ASTSource:
 def _pointed(stem: str, element: str) -> str:
     fixed = {
         "lse": "fp32",
+        "by_distance": "fp32",
         "delta": "fp32",
         "pivot": "fp32",
         "jobs": "i32",

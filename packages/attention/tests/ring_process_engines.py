@@ -14,6 +14,7 @@ from longattn.attention.schedules.all_gather import AllGather
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.layouts import LAYOUTS, count_rows, select_rows
 from longattn.attention.schedules.ulysses import Ulysses
+from longattn.kernels import Alibi, RelativeBias, Softcap
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Window
 
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
@@ -80,7 +81,11 @@ def check(
             n: x.detach().clone().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x
             for n, x in given.items()
         }
-        out, lse = pattern_attention(*leaves, pattern, schedule=chosen, return_lse=True, **given)
+        rest = {n: x for n, x in given.items() if n not in ("slopes", "table")}
+        if "table" in given:
+            table = RelativeBias(given["table"], max_distance=20)
+            rest["score_terms"] = (Softcap(2.0), Alibi(given["slopes"]), table)
+        out, lse = pattern_attention(*leaves, pattern, schedule=chosen, return_lse=True, **rest)
         loss = out.square().sum() + lse.masked_fill(lse == -torch.inf, 0).sum()
         extra = [x for x in given.values() if isinstance(x, torch.Tensor) and x.requires_grad]
         return [out, lse, *torch.autograd.grad(loss, [*leaves, *extra])]
@@ -98,7 +103,8 @@ def check(
         if name == "attention_mask" and b.shape[-2] > 1:
             b = mine(schedule, b, b.dim() - 2)
         else:
-            # A rank's part of what all ranks share.
+            # A rank's part of what all ranks share. It may be a view, whose memory gloo would read as it lies.
+            a = a.contiguous()
             dist.all_reduce(a)
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
@@ -113,7 +119,7 @@ def case_every_pattern_and_engine_equals_local() -> None:
 
 
 def case_options() -> None:
-    """Padding, masks, bias with its gradient, sinks, q_start."""
+    """Padding, masks, bias with its gradient, sinks, q_start, score terms with the gradients of what they hold."""
     padding = torch.rand(2, 37, generator=torch.Generator().manual_seed(3)) < 0.3
     mask = torch.rand(2, 1, 37, 37, generator=torch.Generator().manual_seed(4)) < 0.7
     for schedule in engines():
@@ -123,6 +129,7 @@ def case_options() -> None:
             check(schedule, pattern, 37, attention_mask=randn(8, 37, 37, seed=9))
             check(schedule, pattern, 37, sink_logits=randn(8, seed=8), attention_mask=randn(1, 37, seed=7))
             check(schedule, pattern, 37, q_start=5)
+        check(schedule, PATTERNS[0], 37, slopes=randn(8, seed=6).abs(), table=randn(8, 8, seed=5))
 
 
 def case_masks_where_ranks_hold_one_row() -> None:

@@ -28,6 +28,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from longattn.attention import PatternAttention, Ring, pattern_attention
 from longattn.attention.schedules.all_gather import AllGather
 from longattn.attention.schedules.ulysses import Ulysses
+from longattn.kernels import Alibi, RelativeBias, Softcap
 from longattn.patterncache import Full
 
 PADDING = randn(2, N, seed=3) < -0.5
@@ -115,6 +116,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "positions_start": STARTS,
     "cu_seqlens": DOCUMENTS,
     "sinks": {"sink_logits": randn(4)},
+    "terms": {"score_terms": (Softcap(2.0), Alibi(randn(4).abs()), RelativeBias(randn(8, 4), max_distance=20))},
     "weights": {"need_weights": True},
 }
 """Options of a module's call."""

@@ -127,7 +127,7 @@ def test_models_take_packed_documents(checkpointing):
     ("options", "error", "match"),
     [
         ({"attn_mask": None}, TypeError, "unexpected keyword argument 'attn_mask': attention_mask is the name"),
-        ({"softcap": 30.0}, TypeError, "no row of longattn.kernels caps scores"),
+        ({"softcap": 30.0}, TypeError, r"give score_terms=longattn.kernels.Softcap\(value\) to the call"),
         (
             {"need_weights": True, "cu_seqlens": ENDS},
             ValueError,

@@ -206,19 +206,48 @@ def test_positions_within_a_models_own_window_are_eagers():
 
 
 def test_what_cannot_be_done_says_so():
-    """Bad registrations and soft caps, by name."""
+    """Bad registrations, by name."""
     with pytest.raises(TypeError, match="patterns must be a mapping with names as keys"):
         register_with_transformers({1: Full()})
     with pytest.raises(TypeError, match="pattern must be a Pattern"):
         register_with_transformers({"longattn_other": "full"})
     with pytest.raises((KeyError, ValueError, ImportError)):
         llama("longattn_other")
-    config = transformers.Gemma2Config(**CONFIG, head_dim=8, attn_logit_softcapping=50.0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="longattn_full").eval()
-    with pytest.raises(ValueError, match="softcap must be None(?s:.*)attn_implementation='eager'"):
-        model(tokens())
     with pytest.raises(ValueError, match="patterns must have names other than use_pattern's, got 'longattn'"):
         register_with_transformers({"longattn": Full()})
+
+
+@pytest.mark.parametrize("name", ["longattn_full", "longattn_dilated"])
+def test_softcaps_are_eagers(name):
+    """Gemma 2 caps scores before it masks them: padded, within its sliding window, and the gradients; under a pattern too."""
+    # Scores are large enough for the cap to bend them.
+    options = CONFIG | {"head_dim": 8, "query_pre_attn_scalar": 1, "initializer_range": 0.3, "sliding_window": 6}
+
+    def gemma(implementation, cap=0.5):
+        torch.manual_seed(0)
+        config = transformers.Gemma2Config(**options, attn_logit_softcapping=cap)
+        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+
+    models = gemma("eager"), gemma(name)
+    ids, mask = tokens(2, 21), torch.ones(2, 21, dtype=torch.int64)
+    seen = mask
+    if name == "longattn_full":
+        mask[0, :5] = 0
+    else:
+        counts = torch.from_numpy(PATTERNS[name].counts(Rectangle(4, Span(0, 21), Span(0, 21)))).double()
+        both = counts * torch.from_numpy(Window(6).counts(Rectangle(4, Span(0, 21), Span(0, 21))))
+        full, window = (x.log().nan_to_num(neginf=-1e9).float()[None].expand(2, -1, -1, -1) for x in (counts, both))
+        seen = {"full_attention": full, "sliding_attention": window}
+    found = [
+        model(ids, attention_mask=given).logits[mask > 0] for model, given in zip(models, (seen, mask), strict=True)
+    ]
+    # In float32: eager's softmax is, and gives NaN for padding in a wider model.
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
+    expected, ours = (
+        torch.autograd.grad(x.square().sum(), m.model.embed_tokens.weight) for x, m in zip(found, models, strict=True)
+    )
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-3)
+    assert (gemma(name, None)(ids, attention_mask=mask).logits[mask > 0] - found[1]).abs().max() > 1e-3
 
 
 def test_the_default_names():

@@ -13,6 +13,7 @@ from longattn.attention.models.longnet import LongNet
 from longattn.attention.multihead import MultiheadPatternAttention
 from longattn.attention.sequences.alibi import alibi_bias, alibi_slopes
 from longattn.attention.sequences.rotary import rotary_angles, rotate
+from longattn.kernels import Alibi
 from longattn.patterncache import Full, Window
 
 SHAPE = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
@@ -78,7 +79,12 @@ def test_alibi_is_a_bias_of_distances():
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5 - alibi_slopes(2)[:, None, None] * distance
     weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
     torch.testing.assert_close(found, torch.einsum("bhij,bjhd->bihd", weights, v))
-    for name, words in (("softcap", "no row of longattn.kernels caps scores"), ("alibi_slopes", "alibi_bias")):
+    declared = pattern_attention(q, k, v, Full(causal=True), score_terms=Alibi(alibi_slopes(2)))
+    torch.testing.assert_close(declared, found)
+    for name, words in (
+        ("softcap", r"score_terms=longattn.kernels.Softcap\(value\)"),
+        ("alibi_slopes", r"Alibi\(slopes\)"),
+    ):
         with pytest.raises(TypeError, match=words):
             pattern_attention(q, k, v, Full(), **{name: 1.0})
 

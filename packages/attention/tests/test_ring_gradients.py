@@ -138,7 +138,9 @@ def test_a_compiled_ring_is_one_op(ring):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"dropout_p": 0.3, "seed": 3}, {"padding": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True}, {"dropout_p": 0.3, "seed": 3}, {"padding": True}, {"terms": True}], ids=str
+)
 def test_opcheck(options):
     """torch's own checks of the op: schema, autograd registration, fakes, and that compiled code agrees."""
     from longattn.kernels.ops.arguments import OpArguments, OpTensors
@@ -147,10 +149,12 @@ def test_opcheck(options):
     bias = randn(11, 11).requires_grad_() if "bias" in options else None
     seed = torch.tensor(3) if "seed" in options else None
     padding = torch.rand(2, 11) < 0.3 if "padding" in options else None
+    added = torch.rand(2, 12, dtype=torch.float64).requires_grad_() if "terms" in options else None
     asked = OpArguments(LONGNET.canonical(), [], [], [2, 0, 2], scale=None, dropout_p=options.get("dropout_p", 0.0),
-                  needs_grad=True, bias_grad=bias is not None, backend="", deterministic=False, out_dtype=q.dtype, env="",
+                  needs_grad=True, bias_grad=bias is not None, by_distance_grad=added is not None,
+                  softcap=2.0 * (added is not None), backend="", deterministic=False, out_dtype=q.dtype, env="",
                   schedule=Ring(size=3, layout="striped").canonical())  # fmt: skip
-    arguments = (*OpTensors(q, k, v, bias, None, padding, seed), *asked)
+    arguments = (*OpTensors(q, k, v, bias, added, None, padding, seed), *asked)
     torch.library.opcheck(torch.ops.longattn.scheduled_attend.default, arguments)
 
 

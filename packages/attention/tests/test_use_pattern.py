@@ -1,5 +1,6 @@
 """`use_pattern`: what it proves, what it refuses, what a checkpoint keeps; and the matrix of families."""
 
+import copy
 import os
 import runpy
 from pathlib import Path
@@ -62,6 +63,31 @@ def test_cross_attention_has_no_positions():
     with torch.no_grad():
         # Positions of the model itself begin at the padding: only what is after it may differ by them.
         assert model(**given).logits.isfinite().all() and model(**alone).logits.isfinite().all()
+
+
+def test_a_t5_hands_on_its_table(monkeypatch):
+    """No dense bias of its own is made; out and gradients are eager's, under a pattern too, and eager is itself again when asked for."""
+    given, eager, model = inputs("t5", "left")[0], build("t5", "eager"), build("t5", "longattn")
+
+    def made(t5):
+        out = t5(**given).logits
+        return out, *torch.autograd.grad(
+            out.square().mean(), [t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight]
+        )
+
+    kind = type(model.encoder.block[0].layer[0].SelfAttention)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "compute_bias", lambda *_, **__: pytest.fail("a dense bias"))
+        found = made(copy.deepcopy(model))
+    torch.testing.assert_close(found, made(eager), atol=1e-4, rtol=1e-4)
+    use_pattern(model, {"encoder*": Window(4, causal=False)})
+    real = given["attention_mask"].bool()
+    seen = ((torch.arange(16)[:, None] - torch.arange(16)).abs() < 4) & real[:, None, None]
+    expected = eager.encoder(given["input_ids"], attention_mask=torch.where(seen, 0.0, -1e9)).last_hidden_state
+    ours = model.encoder(given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(ours[real], expected[real], atol=1e-4, rtol=1e-4)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(**given).logits, eager(**given).logits)
 
 
 @pytest.mark.parametrize("family", ["deberta-v2", "xlnet", "big_bird", "bloom"])

@@ -47,7 +47,9 @@ def test_v_has_its_own_head_dim(name: str, dtype: torch.dtype, dims: tuple[int, 
 
 
 @pytest.mark.parametrize(("name", "dtype"), ON_CPU)
-@pytest.mark.parametrize("feature", ["listed", "attention_mask", "key_padding", "gqa", "bias", "dropout"])
+@pytest.mark.parametrize(
+    "feature", ["listed", "attention_mask", "key_padding", "gqa", "bias", "dropout", "softcap", "by_distance"]
+)
 def test_declared_features(name: str, dtype: torch.dtype, feature: str):
     case = Case(LONGNET, (19, 23), dtype=dtype, prior=True)
     case = {
@@ -57,6 +59,8 @@ def test_declared_features(name: str, dtype: torch.dtype, feature: str):
         "gqa": replace(case, group=3),
         "bias": replace(case, mask="+bhqk"),
         "dropout": replace(case, dropout_p=0.3),
+        "softcap": replace(case, terms=("softcap",)),
+        "by_distance": replace(case, terms=("alibi", "relative")),
     }[feature]
     if not getattr(row(name).capability, feature):
         with pytest.raises(ValueError, match="is not supported|are not supported|only strided rows"):

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.kernels import attend
+from longattn.kernels.dispatch.call import Call
 from longattn.kernels.eager import tiled as torch_tiled
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.testing import Case, assert_near
@@ -22,15 +23,20 @@ Rows = tuple[tuple[int, ...], tuple[int, ...]]
 def visited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Rows, bool]]:
     """(query rows, key rows) and whether it has a mask, of every tile that a row computes, in its order; tiles are 4 by 4."""
     found: list[tuple[Rows, bool]] = []
-    compute = torch_tiled.masked_scores
 
-    def watch(q: torch.Tensor, k: torch.Tensor, tile: Tile, scale: float) -> torch.Tensor:
-        rows = [tuple(index.rows().ravel().tolist()) for index in (tile.q, tile.k)]
-        found.append(((rows[0], rows[1]), tile.seen is not None))
-        return compute(q, k, tile, scale)
+    def watch(name: str) -> None:
+        compute = getattr(torch_tiled, name)
+
+        def watched(q: torch.Tensor, k: torch.Tensor, tile: Tile, call: Call) -> object:
+            rows = [tuple(index.rows().ravel().tolist()) for index in (tile.q, tile.k)]
+            found.append(((rows[0], rows[1]), tile.seen is not None))
+            return compute(q, k, tile, call)
+
+        monkeypatch.setattr(torch_tiled, name, watched)
 
     monkeypatch.setattr(torch_tiled, "TILE", 4)
-    monkeypatch.setattr(torch_tiled, "masked_scores", watch)
+    watch("masked_scores")
+    watch("scores_and_slope")
     return found
 
 

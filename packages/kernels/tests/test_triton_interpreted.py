@@ -107,9 +107,13 @@ else:
             replace(SMALL, lengths=(0, 5), pattern=Full()),
             replace(SMALL, lengths=(4, 0), pattern=Full(), prior=True),
             replace(SMALL, batch=0),
+            replace(SMALL, pattern=Full(causal=True), terms=("softcap",), softmax_scale=-0.5),
+            replace(SMALL, pattern=LONGNET, terms=("softcap", "alibi", "relative"), mask="+hq", padding=True),
+            replace(SMALL, terms=("causal_relative",), lengths=(5, 70), kv_heads=2, dtype=HALF, pattern=Window(30)),
+            replace(SMALL, terms=("alibi",), lengths=(12, 12), pattern=LISTED, prior=True),
         ],
         ids=["masks", "bias_dropout", "strides", "shared_memory", "negative_scale", "zero_scale", "huge_logits", "listed", "blind_rows",
-             "narrow_v", "wide_v", "no_queries", "no_keys", "no_batch"],
+             "narrow_v", "wide_v", "no_queries", "no_keys", "no_batch", "softcap", "all_terms", "packed_terms", "listed_terms"],
     )  # fmt: skip
     def test_calls(case: Case):
         """Masks, bias, padding, dropout, priors, strides, scales, rows that see nothing, and nothing at all."""

@@ -17,7 +17,7 @@ from longattn.attention.sequences.left_padding import check_positions_start
 from longattn.attention.sequences.varlen import refuse_traced
 from longattn.attention.validate import check_start, refuse_unknown
 from longattn.kernels import Environment
-from longattn.kernels.interface import Layout, dtype_name
+from longattn.kernels.interface import Layout, ScoreTerms, dtype_name
 from longattn.patterncache import Full
 
 
@@ -29,6 +29,7 @@ class CallOptions(TypedDict, total=False):
         positions_start: (batch,) integers: so many first keys of each element are padding on the left.
         cu_seqlens: cumulative lengths of packed documents. cu_seqlens_q: those of the queries, where they are others.
         sink_logits: (heads,), a learned sink per head, with gradient.
+        score_terms: what is done to scaled scores by rule: a Softcap, Alibi or RelativeBias of longattn.kernels, or a tuple of those.
     """
 
     q_start: int | None
@@ -36,6 +37,7 @@ class CallOptions(TypedDict, total=False):
     cu_seqlens: Tensor | Sequence[int] | None
     cu_seqlens_q: Tensor | Sequence[int] | None
     sink_logits: Tensor | None
+    score_terms: ScoreTerms
 
 
 class HeadedOptions(CallOptions, total=False):
@@ -82,7 +84,10 @@ def given_options(options: CallOptions) -> dict[str, Any]:
 
 def refuse_weights(x: Tensor, options: dict[str, Any]) -> None:
     """Raise ValueError where weights are asked of a call that says more of positions than its tensors do."""
-    for name in [*options, *(["a jagged nested tensor"] if x.is_nested else [])]:
+    for name in [
+        *(name for name in options if name != "score_terms"),
+        *(["a jagged nested tensor"] if x.is_nested else []),
+    ]:
         raise ValueError(
             f"need_weights must be False where {name} is given, got True: weights are those of whole, plain sequences"
         )

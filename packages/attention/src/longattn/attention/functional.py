@@ -32,6 +32,7 @@ from longattn.kernels.interface import (
     Layout,
     OpTensors,
     Options,
+    ScoreTerms,
     add_sink,
     arguments_of,
     as_seed,
@@ -120,6 +121,7 @@ def pattern_attention(
     softmax_scale: float | Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    score_terms: ScoreTerms = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str | None = None,
@@ -152,6 +154,8 @@ def pattern_attention(
         key_padding_mask: (batch, Nk) bool, True = padding, as in torch.nn.MultiheadAttention. Hides; never shifts positions.
         attention_mask: bool, True = may see, or floating, added to the scaled scores, with gradient; broadcastable to
             (batch, heads, Nq, Nk).
+        score_terms: a longattn.kernels.Softcap, Alibi or RelativeBias, or a tuple of those: what is done to scaled scores by rule, by the
+            positions of query and key, with gradient of slopes and tables. On each rank, as of sink_logits, that of its own rows.
         dropout_p: probability in [0, 1) of dropping a (query, key) pair. Default 0. lse is undropped.
         return_lse: also return lse. Default False.
         backend: name of the row of longattn.kernels that must serve; None picks, and `longattn.kernels.explain` says which.
@@ -201,6 +205,7 @@ def pattern_attention(
     options = Options(
         attention_mask,
         key_padding_mask,
+        score_terms,
         environment,
         deterministic,
         is_causal,

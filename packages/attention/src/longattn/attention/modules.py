@@ -21,7 +21,14 @@ from longattn.attention.validate import (
 )
 from longattn.attention.weights import weights_of
 from longattn.attention.wiring import Resources, WiredModule, Wiring
-from longattn.kernels.interface import check_backend_name, check_dropout, check_qkv, exchanged, in_order
+from longattn.kernels.interface import (
+    ScoreTerms,
+    check_backend_name,
+    check_dropout,
+    check_qkv,
+    exchanged,
+    in_order,
+)
 from longattn.patterncache import Pattern
 
 
@@ -145,7 +152,9 @@ class PatternAttention(WiredModule):
             out = exchanged(out)
         if not need_weights:
             return out
-        return out, self.weights(query, key, is_causal, attention_mask, key_padding_mask)
+        return out, self.weights(
+            query, key, is_causal, attention_mask, key_padding_mask, call_options.get("score_terms")
+        )
 
     def weights(
         self,
@@ -154,12 +163,14 @@ class PatternAttention(WiredModule):
         is_causal: bool | None = None,
         attention_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        score_terms: ScoreTerms = None,
     ) -> Tensor:
         """The weights of such a call, (batch, heads, Nq, Nk) in query's dtype: dense, or sparse COO with `sparse_weights`."""
         masks = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
         call = CallExtents(query, key, self.schedule)
         pattern, heads = self.pattern_for(is_causal), (self.head_start, self.num_heads)
-        return weights_of(call, query, key, pattern, self.softmax_scale, masks, self.sparse_weights, heads)
+        scale = self.softmax_scale
+        return weights_of(call, query, key, pattern, scale, masks, self.sparse_weights, heads, score_terms)
 
     def extra_repr(self) -> str:
         """The pattern, and what differs from the defaults."""

@@ -209,7 +209,8 @@ class MultiheadPatternAttention(ProjectedModule):
         out = self.out_proj(self.norm(out.flatten(2)))
         if not need_weights:
             return out
-        return out, self.attention.weights(q, k, is_causal, attention_mask, key_padding_mask)
+        terms = call_options.get("score_terms")
+        return out, self.attention.weights(q, k, is_causal, attention_mask, key_padding_mask, terms)
 
     def _dtype(self) -> torch.dtype | None:
         """What the embeddings must be of; None where layers were put in place of ours that keep it to themselves."""

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.call_extents import CallExtents, dtensor_module
-from longattn.attention.schedules.extents import Extents
+from longattn.attention.schedules.extents import Extents, row_numbers
 from longattn.attention.schedules.layouts import Spans, take
 from longattn.attention.validate import global_heads
-from longattn.kernels.interface import Layout, in_order
+from longattn.kernels.interface import (
+    Layout,
+    ScoreTerm,
+    ScoreTerms,
+    at_distances,
+    by_distance_of,
+    check_terms,
+    in_order,
+    softcap_of,
+)
 from longattn.patterncache import Pattern, Rectangle, Span
 
 
@@ -27,6 +36,8 @@ def attention_weights(
     head_start: int | None = None,
     num_heads: int | None = None,
     layout: Layout = "bnhd",
+    score_terms: ScoreTerms = None,
+    distance: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + log counts), differentiable, dense.
 
@@ -38,6 +49,8 @@ def attention_weights(
         key_padding_mask: (batch, Nk) bool, True = padding.
         head_start, num_heads: which heads of how many q has, as in `pattern_attention`. Default: all.
         layout: "bnhd" (default), or "bhnd" for q and k with heads before the sequence. Weights are the same.
+        score_terms: as in `pattern_attention`. distance: (Nq, Nk) integers, position of the key minus that of the query, for terms that
+            read it. Default: keys stand at 0 .. Nk.
 
     Returns:
         (batch, heads, Nq, Nk) in q's dtype; rows sum to one, or to zero where a query sees nothing.
@@ -45,7 +58,8 @@ def attention_weights(
     q, k = in_order(layout, q, k)
     rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
     heads = global_heads(q.shape[2], head_start, num_heads)
-    return _weights(q, k, pattern, rows, heads, softmax_scale, attention_mask, key_padding_mask)[0]
+    terms = check_terms(score_terms, q)
+    return _weights(q, k, pattern, rows, heads, softmax_scale, attention_mask, key_padding_mask, terms, distance)[0]
 
 
 def weights_of(
@@ -57,6 +71,7 @@ def weights_of(
     masks: dict[str, Tensor | None],
     sparse: bool,
     heads: tuple[int | None, int | None],
+    score_terms: ScoreTerms = None,
 ) -> Tensor:
     """The weights of a module's call: this process's rows of queries, and all keys of the whole sequence as columns.
 
@@ -79,7 +94,9 @@ def weights_of(
         k, padding = gather(k), None if padding is None else gather(padding)
     numbers = global_heads(q.shape[2], *heads)
     weigh = _sparse_weights if sparse else _dense_weights
-    weights = weigh(q, k, pattern, extents.query_spans(), numbers, softmax_scale, masks["attention_mask"], padding)
+    terms = check_terms(call.local("score_terms", score_terms), q)
+    masks_here = (masks["attention_mask"], padding)
+    weights = weigh(q, k, pattern, extents.query_spans(), numbers, softmax_scale, *masks_here, terms)
     return weights if like is None else _placed(weights, like, (like.shape[0], like.shape[2], extents.nq, extents.nk))
 
 
@@ -108,6 +125,7 @@ def sparse_attention_weights(
     head_start: int | None = None,
     num_heads: int | None = None,
     layout: Layout = "bnhd",
+    score_terms: ScoreTerms = None,
 ) -> Tensor:
     """`attention_weights` as a coalesced sparse COO tensor of the same shape: an entry per pair that is seen.
 
@@ -116,7 +134,8 @@ def sparse_attention_weights(
     q, k = in_order(layout, q, k)
     rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
     heads = global_heads(q.shape[2], head_start, num_heads)
-    return _sparse_weights(q, k, pattern, rows, heads, softmax_scale, attention_mask, key_padding_mask)
+    terms = check_terms(score_terms, q)
+    return _sparse_weights(q, k, pattern, rows, heads, softmax_scale, attention_mask, key_padding_mask, terms)
 
 
 def _sparse_weights(
@@ -128,6 +147,7 @@ def _sparse_weights(
     softmax_scale: float | Tensor | None,
     attention_mask: Tensor | None,
     key_padding_mask: Tensor | None,
+    terms: tuple[ScoreTerm, ...],
 ) -> Tensor:
     (batch, nq, heads, _), nk = q.shape, k.shape[1]
     strip = max(1, _CELLS // max(1, batch * heads * nk))
@@ -138,7 +158,7 @@ def _sparse_weights(
         q_strip = q[:, begin : begin + strip]
         mask = None if wide is None else wide[:, :, begin : begin + strip]
         rows = take(positions, (Span(begin, q_strip.shape[1]),))
-        weights, counts = _weights(q_strip, k, pattern, rows, numbers, softmax_scale, mask, key_padding_mask)
+        weights, counts = _weights(q_strip, k, pattern, rows, numbers, softmax_scale, mask, key_padding_mask, terms)
         at = counts.expand(weights.shape).nonzero().unbind(1)
         values.append(weights[at])
         indices.append(torch.stack((at[0], at[1], at[2] + begin, at[3])))
@@ -157,6 +177,8 @@ def _weights(
     softmax_scale: float | Tensor | None,
     attention_mask: Tensor | None,
     key_padding_mask: Tensor | None,
+    terms: tuple[ScoreTerm, ...],
+    distance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(weights of the queries at positions `rows` of heads `numbers`, as in `global_heads`, how often each pair is seen, broadcastable to them)."""
     nk, heads = k.shape[1], q.shape[2]
@@ -175,6 +197,12 @@ def _weights(
     if isinstance(scale, Tensor):
         scale = scale.to(dtype)[..., None, None]
     scores = q.transpose(1, 2).to(dtype) @ keys * scale
+    if cap := softcap_of(terms):
+        scores = cap * torch.tanh(scores / cap)
+    if (by_distance := by_distance_of(terms, q.dtype)) is not None:
+        if distance is None:
+            distance = torch.arange(nk, device="cpu") - row_numbers(rows)[:, None]
+        scores = scores + at_distances(by_distance, distance.to(q.device))
     if attention_mask is not None and floating:
         # Hidden pairs carry -inf from log(0) already; another -inf has no gradient.
         bias, most = attention_mask.masked_fill(attention_mask == -torch.inf, 0), torch.finfo(dtype).max

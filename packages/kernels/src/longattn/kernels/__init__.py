@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from longattn.kernels.problem import AttentionProblem
     from longattn.kernels.reference import reference_attention
     from longattn.kernels.state import AttentionState, merge
+    from longattn.kernels.terms import Alibi, RelativeBias, Softcap
 
 _HOME = {
+    "Alibi": "terms",
     "AttentionProblem": "problem",
     "AttentionState": "state",
     "Capability": "dispatch.capability",
@@ -30,6 +32,8 @@ _HOME = {
     "Explanation": "dispatch.table",
     "LayoutWarning": "check",
     "PreparedAttention": "preparing",
+    "RelativeBias": "terms",
+    "Softcap": "terms",
     "attend": "entry",
     "backends": "dispatch.table",
     "build_native": "native.building",
@@ -42,6 +46,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Alibi",
     "AttentionProblem",
     "AttentionState",
     "Capability",
@@ -49,6 +54,8 @@ __all__ = [
     "Explanation",
     "LayoutWarning",
     "PreparedAttention",
+    "RelativeBias",
+    "Softcap",
     "attend",
     "backends",
     "build_native",

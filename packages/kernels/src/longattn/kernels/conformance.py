@@ -18,6 +18,7 @@ from longattn.kernels.entry import attend
 from longattn.kernels.philox import keep_scale
 from longattn.kernels.reference import reference_attention
 from longattn.kernels.state import AttentionState, merge, state_dtype
+from longattn.kernels.terms import Alibi, RelativeBias, ScoreTerm, Softcap, tensors_in
 from longattn.patterncache import Pattern, Rectangle, Span
 
 LAYOUTS = (
@@ -32,6 +33,9 @@ MASKS = (None, "", "k", "qk", "hqk", "bk", "hq", "bhqk")
 BIASES = tuple(f"+{axes}" for axes in MASKS if axes is not None)
 """The same for a floating attention_mask."""
 
+TERMS = ((), ("softcap",), ("alibi",), ("relative",), ("causal_relative",), ("softcap", "alibi", "relative"))
+"""Kinds of score terms; see `random_terms`."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -43,6 +47,7 @@ class Case:
         batch, kv_heads, group, head_dim: sizes; kv_heads * group query heads. value_head_dim: of v; None: head_dim.
         shard: (first head, heads of the whole module), or None: all.
         mask: one of MASKS or BIASES. prior: whether to merge onto a state. dropout_p: as in `attend`, with `seed`.
+        terms: one of TERMS.
         padding: whether keys are padded; padded rows of k and v then hold NaN and Inf.
         layouts: of q, k, v, the prior and the cotangents, from LAYOUTS.
     """
@@ -60,6 +65,7 @@ class Case:
     is_causal: bool | None = None
     softmax_scale: float | None = None
     mask: str | None = None
+    terms: tuple[str, ...] = ()
     padding: bool = False
     prior: bool = False
     dropout_p: float = 0.0
@@ -78,14 +84,19 @@ class Case:
         pattern = self.pattern if self.is_causal is None else self.pattern.with_causal(self.is_causal)
         return torch.from_numpy(pattern.counts(Rectangle(total, queries, keys, Span(first, heads))))
 
-    def keep(self) -> Tensor | None:
-        """(batch, heads, Nq, Nk) float64, what dropout multiplies each weight with, from positions alone; None without dropout."""
-        if not self.dropout_p:
-            return None
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Of queries and of keys."""
         nq, nk = self.lengths
         queries = (Span(max(0, nk - nq), nq),) if self.q_spans is None else self.q_spans
         keys = (Span(0, nk),) if self.k_spans is None else self.k_spans
         i, j = (torch.tensor([n for s in side for n in s.positions()], dtype=torch.int64) for side in (queries, keys))
+        return i, j
+
+    def keep(self) -> Tensor | None:
+        """(batch, heads, Nq, Nk) float64, what dropout multiplies each weight with, from positions alone; None without dropout."""
+        if not self.dropout_p:
+            return None
+        i, j = self.positions()
         h = torch.arange(self.kv_heads * self.group) + (self.shard or (0, 0))[0]
         at = (torch.arange(self.batch)[:, None, None, None], h[:, None, None], i[:, None], j)
         return keep_scale(self.seed, self.dropout_p, *at, torch.float64).to(self.device)
@@ -119,7 +130,8 @@ class Case:
             prior = AttentionState(out * (lse > -torch.inf).unsqueeze(-1), lse)
         # Cotangents that the dtype of q can hold: backends may round them to it.
         grads = [normal(shape, self.layouts[4], self.dtype).to(state) for shape in (wide, wide[:3])]
-        return Tensors(q, k, v, mask, padding, prior, grads[0], grads[1])
+        terms = random_terms(self.terms, heads, self.seed, self.device)
+        return Tensors(q, k, v, mask, padding, prior, grads[0], grads[1], terms)
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,7 @@ class Tensors:
     prior: AttentionState | None
     grad_out: Tensor
     grad_lse: Tensor
+    terms: tuple[ScoreTerm, ...] = ()
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
@@ -168,6 +181,22 @@ def random_mask(axes: str, shape: tuple[int, int, int, int], random: torch.Gener
     return torch.randn(seen.shape, generator=random).masked_fill(~seen, -torch.inf) if axes.startswith("+") else seen
 
 
+def random_terms(kinds: tuple[str, ...], heads: int, seed: int, device: str = "cpu") -> tuple[ScoreTerm, ...]:
+    """Score terms of some kinds, in that order."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device)
+
+    made = {
+        "softcap": Softcap(1.5),
+        "alibi": Alibi(normal(heads) / 4),
+        "relative": RelativeBias(normal(12, heads), max_distance=9),
+        "causal_relative": RelativeBias(normal(6, heads), bidirectional=False, max_distance=7),
+    }
+    return tuple(made[kind] for kind in kinds)
+
+
 def tolerance(name: str, dtype: torch.dtype) -> tuple[float, float]:
     """(absolute, relative) error that the row `name` declares for outputs on unit normal inputs of `dtype`."""
     return row(name).capability.tolerance[dtype]
@@ -180,7 +209,7 @@ def run_case(case: Case, data: Tensors, **options: Any) -> AttentionState:
     options |= {"is_causal": case.is_causal, "softmax_scale": case.softmax_scale, "prior": data.prior}
     options |= {"q_spans": case.q_spans, "k_spans": case.k_spans, "heads": Span(first, heads), "num_heads": total}
     options |= {"attention_mask": data.mask, "key_padding_mask": data.padding}
-    options |= {"dropout_p": case.dropout_p, "seed": case.seed}
+    options |= {"dropout_p": case.dropout_p, "seed": case.seed, "score_terms": data.terms}
     return attend(data.q, data.k, data.v, case.pattern, **options)
 
 
@@ -191,6 +220,8 @@ def expect_case(case: Case, data: Tensors) -> AttentionState:
     if data.mask is not None and bias is None:
         counts = counts * data.mask
     options: dict[str, Any] = {"bias": bias, "key_padding_mask": data.padding, "keep": case.keep()}
+    i, j = case.positions()
+    options |= {"score_terms": data.terms, "distance": j - i[:, None]}
     state = reference_attention(data.q, data.k, data.v, counts, case.softmax_scale, **options)
     if data.prior is None:
         return state
@@ -201,13 +232,16 @@ def check_backend(name: str, case: Case) -> None:
     """Assert that a row agrees with the oracle on a case: out, lse, and the gradients of q, k, v, prior and, where declared, bias.
 
     Also: no input is written, the same input gives the same bits, rows that saw nothing are zero, and nothing is NaN. A row without
-    dropout is asked without.
+    dropout, or without a kind of score term, is asked without.
     """
     capability = row(name).capability
     case = case if capability.dropout else replace(case, dropout_p=0.0)
+    terms = (kind for kind in case.terms if (capability.softcap if kind == "softcap" else capability.by_distance))
+    case = replace(case, terms=tuple(terms))
     data = case.tensors()
     inputs = [x for x in (data.q, data.k, data.v, data.mask, data.padding) if x is not None]
     inputs += [] if data.prior is None else [data.prior.out, data.prior.lse]
+    inputs += tensors_in(data.terms)
     before = [(x.clone(), x._version) for x in inputs]
     got, expected = run_case(case, data, backend=name), expect_case(case, data)
     again = run_case(case, data, backend=name)
@@ -219,10 +253,8 @@ def check_backend(name: str, case: Case) -> None:
     assert_near(got.lse, expected.lse, atol * slack, rtol * slack, f"{name}: lse of {case}")
     assert not got.out[got.lse == -torch.inf].any()
     if capability.backward:
-        graded = (
-            _gradients(run_case, case, capability.bias_grad, name),
-            _gradients(expect_case, case, capability.bias_grad),
-        )
+        beside = (capability.bias_grad, capability.by_distance_grad)
+        graded = _gradients(run_case, case, beside, name), _gradients(expect_case, case, beside)
         for index, (mine, true) in enumerate(zip(*graded, strict=True)):
             size = 4 * slack * max(1.0, float(true.abs().max()) if true.numel() else 0.0)
             assert_near(mine, true, atol * size, rtol * size, f"{name}: gradient {index} of {case}")
@@ -244,21 +276,28 @@ def _largest_score(case: Case, data: Tensors) -> float:
     if not q.numel() or not k.numel():
         return 0.0
     scale = case.head_dim**-0.5 if case.softmax_scale is None else abs(case.softmax_scale)
-    return float(scale * q.norm(dim=-1).max() * k.norm(dim=-1).max())
+    product = float(scale * q.norm(dim=-1).max() * k.norm(dim=-1).max())
+    i, j = case.positions()
+    slopes = max((float(t.slopes.detach().abs().max()) for t in data.terms if isinstance(t, Alibi)), default=0.0)
+    return product + slopes * float((j - i[:, None]).abs().max())
 
 
 def _gradients(
-    compute: Callable[..., AttentionState], case: Case, bias_grad: bool, backend: str | None = None
+    compute: Callable[..., AttentionState], case: Case, beside: tuple[bool, bool], backend: str | None = None
 ) -> tuple[Tensor, ...]:
+    """beside: whether of a bias, and of what score terms hold."""
+    bias_grad, terms_grad = beside
     data = case.tensors()
     q, k, v = (x.detach().requires_grad_() for x in (data.q, data.k, data.v))
     prior = data.prior and AttentionState(
         data.prior.out.detach().requires_grad_(), data.prior.lse.detach().requires_grad_()
     )
     bias = data.mask.requires_grad_() if bias_grad and data.mask is not None and data.mask.is_floating_point() else None
+    parameters = [x.requires_grad_() for x in tensors_in(data.terms)] if terms_grad else []
     graded = replace(data, q=q, k=k, v=v, prior=prior)
     state = compute(case, graded, **({} if backend is None else {"backend": backend}))
     wanted = [q, k, v] + ([] if prior is None else [prior.out, prior.lse]) + ([] if bias is None else [bias])
+    wanted += parameters
     # A cotangent at lse = -inf has no meaning.
     grad_lse = data.grad_lse.masked_fill(state.lse == -torch.inf, 0)
     cotangents = [data.grad_out.to(state.out.dtype), grad_lse.to(state.lse.dtype)]

@@ -19,6 +19,7 @@ from longattn.kernels.native import building
 from longattn.kernels.native.decode import CAPABILITY as STREAMED
 from longattn.kernels.native.decode import StreamedCache, result_shape
 from longattn.kernels.problem import AttentionProblem
+from longattn.kernels.state import state_dtype
 
 PRODUCTS = Capability(
     devices=(),
@@ -31,6 +32,8 @@ PRODUCTS = Capability(
     },
     decode=True,
     bias=False,
+    softcap=True,
+    by_distance=True,
 )
 
 DECODE_ROWS = {"native_decode": STREAMED, "torch_decode": PRODUCTS}
@@ -82,6 +85,8 @@ def decode_attention(
     hidden: Tensor | None = None,
     first: tuple[Tensor, int] | None = None,
     sink_logits: Tensor | None = None,
+    softcap: float = 0.0,
+    added: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v over the first `held` slots of a cache, which hold keys in any order.
 
@@ -93,6 +98,8 @@ def decode_attention(
         hidden: bool, broadcastable to (rows, 1, held), True = not seen. Values there must be finite. A row that sees nothing gives zero.
         first: (q, m), other queries like q, and for how many of the first keys they take q's place.
         sink_logits: broadcastable to (rows, group, 1), a learned sink: joins the softmax as a key of that score and value zero.
+        softcap: scaled scores s become softcap * tanh(s / softcap); 0: they stay. Torch's products serve where they do not.
+        added: (rows, group, held), added to scores after that, or None; torch's products serve where there is one.
 
     Returns:
         Like q; where values have another head_dim than keys, q's last axis is the head_dim, and the result's is that of the values.
@@ -102,14 +109,14 @@ def decode_attention(
     """
     if not q.numel():
         return q.new_zeros(result_shape(q, *cache.dims))
-    if cache.streamed is not None and _plain(q, cache, first, sink_logits):
+    if cache.streamed is not None and not softcap and added is None and _plain(q, cache, first, sink_logits):
         out = cache.streamed.attend(q, held, scale, hidden=hidden, first=first, sink_logits=sink_logits)
         if out is not None:
             return out
     keys, values = cache.keys, cache.values
     if held < keys.shape[1]:
         keys, values = keys.narrow(1, 0, held), values.narrow(1, 0, held)
-    return _products(q, keys, values, scale, hidden, first, sink_logits)
+    return _products(q, keys, values, scale, hidden, first, sink_logits, softcap, added)
 
 
 def _plain(q: Tensor, cache: DecodeCache, first: tuple[Tensor, int] | None, sink_logits: Tensor | None) -> bool:
@@ -131,6 +138,8 @@ def _products(
     hidden: Tensor | None,
     first: tuple[Tensor, int] | None,
     sink_logits: Tensor | None,
+    softcap: float,
+    added: Tensor | None,
 ) -> Tensor:
     """The same in torch's products."""
     shape = (keys.shape[0], -1, keys.shape[2])
@@ -138,6 +147,13 @@ def _products(
     if first is not None:
         turned, m = first
         scores = torch.cat([_scores(turned.reshape(shape), keys[:, :m], scale), scores[..., m:]], -1)
+    if softcap or added is not None:
+        # What is added is not rounded to 16 bits: -100 is not the same as -100.5.
+        scores = scores.to(state_dtype(scores.dtype))
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    if added is not None:
+        scores = scores + added
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
     if sink_logits is not None:
@@ -145,7 +161,7 @@ def _products(
         weights = torch.softmax(torch.cat([wide, sink_logits.to(wide.dtype).expand(*wide.shape[:-1], 1)], -1), -1)
         weights = weights[..., :-1].to(q.dtype)
     else:
-        weights = torch.softmax(scores, -1)
+        weights = torch.softmax(scores, -1).to(q.dtype)
     if hidden is not None:
         # Where nothing is seen the softmax is 0 / 0.
         weights = weights.masked_fill(hidden.all(-1, keepdim=True), 0)

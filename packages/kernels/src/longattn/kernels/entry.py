@@ -17,6 +17,7 @@ from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import flat_heads, flat_spans, last_positions
 from longattn.kernels.scaling import fold_scale
 from longattn.kernels.state import AttentionState, add_sink, merge, state_dtype
+from longattn.kernels.terms import ScoreTerms
 from longattn.patterncache import Pattern, Span
 
 _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,6 +38,7 @@ def attend(
     softmax_scale: float | Tensor | None = None,
     attention_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    score_terms: ScoreTerms = None,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
     sink_logits: Tensor | None = None,
@@ -48,8 +50,8 @@ def attend(
 ) -> AttentionState:
     """softmax(scale * q k^T + log counts) v over one rectangle of heads x queries x keys, as a state.
 
-    Differentiable in q, k, v, prior, sink_logits and a floating attention_mask, on the rows in torch operations twice. Shapes are (batch, seq, heads, head_dim); v, and with
-    it out and prior, may have another head_dim than q and k.
+    Differentiable in q, k, v, prior, sink_logits, a floating attention_mask and what score_terms hold; without score terms, on the rows in torch
+    operations twice. Shapes are (batch, seq, heads, head_dim); v, and with it out and prior, may have another head_dim than q and k.
     Keys hidden by the pattern, causality or attention_mask weigh 0 but may be read, so k and v must be finite there: 0 * NaN is NaN.
     Under autocast, q, k and v are cast to its dtype.
 
@@ -66,6 +68,8 @@ def attend(
             it, which in half precision is one more rounding). Default head_dim ** -0.5.
         attention_mask: bool, True = may see, or floating, added to the scaled scores; broadcastable to (batch, heads, Nq, Nk).
         key_padding_mask: (batch, Nk) bool, True = padding. What padded rows of k and v hold reaches nothing.
+        score_terms: a Softcap, Alibi or RelativeBias, or a tuple of those: what is done to scaled scores by rule; see `terms`. Distances are those
+            of positions, and slopes and tables are for the heads of q.
         dropout_p: probability in [0, 1) of dropping a (query, key) pair, by Philox on their positions (see `philox`). lse is undropped.
         seed: 0-dim int64 CPU tensor or integer that decides which. Default: drawn from torch's generator.
         sink_logits: (heads,), a learned sink per head: merges the state (out 0, lse = logit) once, at the end.
@@ -92,6 +96,7 @@ def attend(
     options = Options(
         attention_mask,
         key_padding_mask,
+        score_terms,
         environment,
         deterministic,
         is_causal,

@@ -16,6 +16,7 @@ from longattn.kernels.dispatch.table import Explanation, check_backend_name, row
 from longattn.kernels.hierarchy import machine_of, traffic_of
 from longattn.kernels.positions import last_positions
 from longattn.kernels.problem import AttentionProblem, architecture_of
+from longattn.kernels.terms import ScoreTerms, as_terms, softcap_of, tensors_in
 from longattn.patterncache import Pattern, Plan, Rectangle, Span
 
 _PLANNED_PAIRS = 1 << 24
@@ -35,6 +36,7 @@ def explain(
     bias: bool = False,
     dropout: bool = False,
     key_padding_mask: bool = False,
+    score_terms: ScoreTerms = None,
     requires_grad: bool = False,
     deterministic: bool = False,
     backend: str | None = None,
@@ -61,10 +63,11 @@ def explain(
         value_head_dim: of v. Default: that of q_shape.
         attention_mask, bias, key_padding_mask, dropout, requires_grad, deterministic: whether the call would have them; a floating
             attention_mask is a bias, and requires_grad includes its gradient.
+        score_terms: as in `attend`; where requires_grad, with the gradient of those of their tensors that require it.
         verbose: also count the call's FLOP and the bytes that come into each level of a machine's memory (`Explanation.traffic`).
         machine: whose, by name: one of `longattn.kernels.hierarchy.MACHINES`. Default: that of the device, where it is one of them.
         verify: also compute the call, and sampled rows of it in float64, and state their errors (`Explanation.errors`); True takes unit
-            normal q, k and v, a triple (q, k, v) is the call's own. Not with masks, bias, padding or dropout.
+            normal q, k and v, a triple (q, k, v) is the call's own. Not with masks, bias, score terms, padding or dropout.
         decode: of a decode step of a ring buffer, whose cached keys lie in any order: q_shape is of one query, k_shape of the slots in use; masks
             hide slots. Then the rows are fixed in order, and neither `backend`, `verbose` nor `verify` may be given.
 
@@ -94,6 +97,9 @@ def explain(
     for name, flag in wanted.items():
         check_flag(name, flag)
     check_backend_name(backend)
+    terms = as_terms(score_terms)
+    held = tensors_in(terms)
+    wanted["score_terms"] = bool(terms)
     if is_causal is not None and check_flag("is_causal", is_causal) != pattern.causal:
         pattern = pattern.with_causal(is_causal)
     queries = Span(*last_positions(q_shape[1], k_shape[1], pattern.positional))
@@ -111,6 +117,9 @@ def explain(
         bias=bias,
         bias_grad=bias and requires_grad,
         key_padding=key_padding_mask,
+        softcap=softcap_of(terms) > 0,
+        by_distance=bool(held),
+        by_distance_grad=requires_grad and any(x.requires_grad for x in held),
         dropout=dropout,
         backward=requires_grad,
         deterministic=deterministic,
@@ -154,7 +163,7 @@ def _tensors(
     wanted: dict[str, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `verify` computes with."""
-    beside = [name for name in ("attention_mask", "bias", "dropout", "key_padding_mask") if wanted[name]]
+    beside = [name for name in ("attention_mask", "bias", "dropout", "key_padding_mask", "score_terms") if wanted[name]]
     if beside:
         raise ValueError(f"verify must be False with {' and '.join(beside)}, got {verify is not False}")
     if verify is True:

@@ -2,8 +2,8 @@
 
 At lse = -1e9 the next float32 is 64 away, so lse no longer says how many keys a row saw: parts of it would merge with wrong weights, and
 exp(score - lse), from which gradients are made, would be 1 for every key. `exact_forward` and `exact_backward` wrap the two functions of
-a row of the table: such rows, which are few or none, are made again from the plan in float64, a chunk at a time. Without a bias nothing is
-asked; with one, whether any lse is that far.
+a row of the table: such rows, which are few or none, are made again from the plan in float64, a chunk at a time. Where nothing is added to
+scores nothing is asked; with a bias or an Alibi over long distances, whether any lse is that far.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.philox import keep_scale
 from longattn.kernels.state import AttentionState, merge, state_dtype
+from longattn.kernels.terms import add_gradients, at_distances
 from longattn.patterncache import Plan
 
 HUGE = 1e30
@@ -48,7 +49,7 @@ def exact_forward(forward: Callable[..., State]) -> Callable[..., State]:
     def exact(*arguments: Any) -> State:
         out, lse = forward(*arguments)
         call: Call = arguments[-1]
-        if call.bias is not None and (far := _far_rows(call, lse)) is not None:
+        if _may_be_far(call) and (far := _far_rows(call, lse)) is not None:
             for some in _chunks(call, far):
                 some.write(out, lse)
         return out, lse
@@ -62,7 +63,7 @@ def exact_backward(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tu
     @wraps(backward)
     def exact(*arguments: Any) -> tuple[Any, ...]:
         *owner, call, grad_out, grad_lse, out, lse, bias_grad = arguments
-        far = None if call.bias is None else _far_rows(call, lse)
+        far = _far_rows(call, lse) if _may_be_far(call) else None
         if far is None:
             return backward(*arguments)
         # exp(score - inf) is 0: these rows add nothing to what the row of the table makes.
@@ -77,6 +78,11 @@ def exact_backward(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tu
 def has_far_rows(call: Call, lse: Tensor) -> bool:
     """Whether a query row is far."""
     return _far_rows(call, lse) is not None
+
+
+def _may_be_far(call: Call) -> bool:
+    """Whether anything is added to scores: products alone do not reach so far."""
+    return call.bias is not None or call.by_distance is not None
 
 
 def _far_rows(call: Call, lse: Tensor) -> Tensor | None:
@@ -137,16 +143,37 @@ class _FarRows:
     def scores(self) -> Tensor:
         """(rows, Nk), -inf where hidden."""
         call, device = self.call, self.call.q.device
-        assert call.bias is not None
         times = torch.from_numpy(row_counts(call.plan, self.head, self.rows.numpy())).to(device, self.dtype)
-        bias = self.lookup(call.bias).to(self.dtype)
-        seen = (times > 0) & (bias != -torch.inf)
+        seen, added = times > 0, times.log()
+        if call.bias is not None:
+            bias = self.lookup(call.bias).to(self.dtype)
+            seen, added = seen & (bias != -torch.inf), added + bias
+        if call.by_distance is not None:
+            added = added + at_distances(call.by_distance[self.head, None].to(self.dtype), self.distance)[0]
         if call.mask is not None:
             seen = seen & self.lookup(call.mask)
         if call.key_padding is not None:
             seen = seen & ~call.key_padding[self.batch]
-        scores = self.queries(call.q) @ self.keys(call.k).T * call.scale + bias + times.log()
-        return torch.where(seen, scores, -torch.inf)
+        return torch.where(seen, self.products + added, -torch.inf)
+
+    @cached_property
+    def products(self) -> Tensor:
+        """(rows, Nk): scaled, and capped."""
+        scaled, cap = self.queries(self.call.q) @ self.keys(self.call.k).T * self.call.scale, self.call.softcap
+        return cap * torch.tanh(scaled / cap) if cap else scaled
+
+    @cached_property
+    def positions(self) -> tuple[Tensor, Tensor]:
+        """Of these rows, and of the keys."""
+        rectangle, device = self.call.plan.rectangle, self.call.q.device
+        i = torch.from_numpy(rectangle.query_positions())[self.rows].to(device)
+        return i, torch.from_numpy(rectangle.key_positions()).to(device)
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """(rows, Nk): position of the key minus that of the query."""
+        i, j = self.positions
+        return j - i[:, None]
 
     @cached_property
     def pivot(self) -> Tensor:
@@ -172,11 +199,11 @@ class _FarRows:
         call = self.call
         if not call.dropout_p:
             return x
-        rectangle = call.plan.rectangle
-        i = torch.from_numpy(rectangle.query_positions())[self.rows].to(x.device)[:, None]
-        j = torch.from_numpy(rectangle.key_positions()).to(x.device)
-        batch, head = (torch.tensor(n, device=x.device) for n in (self.batch, self.head + rectangle.heads.start))
-        return x * keep_scale(call.seed, call.dropout_p, batch, head, i, j, x.dtype)
+        i, j = self.positions
+        batch, head = (
+            torch.tensor(n, device=x.device) for n in (self.batch, self.head + call.plan.rectangle.heads.start)
+        )
+        return x * keep_scale(call.seed, call.dropout_p, batch, head, i[:, None], j, x.dtype)
 
     def write(self, out: Tensor, lse: Tensor) -> None:
         """Put what these rows give, merged onto the call's prior, into out and lse."""
@@ -199,16 +226,21 @@ class _FarRows:
         delta = (grad * self.queries(out)).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - self.queries(grad_lse)[:, None]
-        grad_scores = weights * (self.kept(grad @ self.keys(call.v).T) - delta)
         dq, dk, dv, dbias = grads
-        dq[self.batch, self.on_device, self.head] += (grad_scores @ self.keys(call.k) * call.scale).to(dq.dtype)
-        dk[self.batch, :, self.kv_head] += (grad_scores.T @ self.queries(call.q) * call.scale).to(dk.dtype)
-        dv[self.batch, :, self.kv_head] += (self.kept(weights).T @ grad).to(dv.dtype)
+        grad_scores = weights * (self.kept(grad @ self.keys(call.v).T) - delta)
+        if call.by_distance_grad is not None:
+            own = call.by_distance_grad[self.head, None]
+            add_gradients(own, self.distance, grad_scores[None].to(own.dtype))
         if dbias is not None:
             here = dbias[self.batch if len(dbias) > 1 else 0, self.head if dbias.shape[1] > 1 else 0]
             part = grad_scores if dbias.shape[3] > 1 else grad_scores.sum(-1, keepdim=True)
             at = self.on_device if dbias.shape[2] > 1 else torch.zeros_like(self.on_device)
             here.index_add_(0, at, part.to(dbias.dtype))
+        if call.softcap:
+            grad_scores = grad_scores * (1 - (self.products / call.softcap) ** 2)
+        dq[self.batch, self.on_device, self.head] += (grad_scores @ self.keys(call.k) * call.scale).to(dq.dtype)
+        dk[self.batch, :, self.kv_head] += (grad_scores.T @ self.queries(call.q) * call.scale).to(dk.dtype)
+        dv[self.batch, :, self.kv_head] += (self.kept(weights).T @ grad).to(dv.dtype)
 
 
 def row_counts(plan: Plan, head: int, rows: np.ndarray) -> np.ndarray:

@@ -35,6 +35,18 @@ from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import last_positions
 from longattn.kernels.scaling import fold_scale
 from longattn.kernels.state import add_sink, merge_detached, merge_into, state_dtype
+from longattn.kernels.terms import (
+    ScoreTerm,
+    ScoreTerms,
+    as_terms,
+    at_distances,
+    by_distance_of,
+    check_terms,
+    of_heads,
+    softcap_of,
+    tensors_in,
+    with_tensors,
+)
 
 __all__ = [
     # the order of axes
@@ -52,6 +64,7 @@ __all__ = [
     "check_options",
     "check_qkv",
     "check_sinks",
+    "check_terms",
     "fold_scale",
     "dtype_name",
     # a call as an op takes it
@@ -67,6 +80,16 @@ __all__ = [
     "refuse_torchscript",
     "tensors_of",
     "wants_gradient",
+    # score terms
+    "ScoreTerm",
+    "ScoreTerms",
+    "as_terms",
+    "at_distances",
+    "by_distance_of",
+    "of_heads",
+    "softcap_of",
+    "tensors_in",
+    "with_tensors",
     # one rectangle, on real tensors
     "attend_rectangle",
     "rectangle_gradients",

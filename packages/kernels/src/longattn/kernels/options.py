@@ -19,6 +19,7 @@ from longattn.kernels.check import (
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.table import check_backend_name
 from longattn.kernels.ops.arguments import GRADED, OpArguments, OpTensors
+from longattn.kernels.terms import ScoreTerms, as_terms, by_distance_of, check_terms, softcap_of
 from longattn.patterncache import Pattern
 
 
@@ -31,6 +32,7 @@ class Options(NamedTuple):
 
     attention_mask: Tensor | None = None
     key_padding_mask: Tensor | None = None
+    score_terms: ScoreTerms = None
     environment: Environment | None = None
     deterministic: bool | None = None
     is_causal: bool | None = None
@@ -43,7 +45,7 @@ class Options(NamedTuple):
     num_heads: int | None = None
 
 
-IN_FORM = 4
+IN_FORM = 5
 
 
 def _documented() -> list[tuple[type, ...]]:
@@ -59,7 +61,7 @@ def of_documented_types(options: Options) -> bool:
     types = tuple(map(type, options))
     if types in _seen:
         return True
-    tensors = Options._fields.index("key_padding_mask") + 1
+    tensors = Options._fields.index("score_terms") + 1
     if not all(of in documented for of, documented in zip(types[tensors:], _DOCUMENTED[tensors:], strict=True)):
         return False
     if all(of in documented for of, documented in zip(types, _DOCUMENTED, strict=True)):
@@ -79,6 +81,8 @@ def check_options(q: Tensor, k: Tensor, options: Options, *, masked_k: Tensor | 
     check_flag("is_causal", options.is_causal)
     check_attention_mask(options.attention_mask, q, k if masked_k is None else masked_k)
     check_key_padding(options.key_padding_mask, q, k)
+    if options.score_terms is not None:
+        check_terms(options.score_terms, q)
     check_scale(options.softmax_scale)
     check_flag("deterministic", options.deterministic)
     check_dropout("dropout_p", options.dropout_p)
@@ -91,9 +95,11 @@ def tensors_of(q: Tensor, k: Tensor, v: Tensor, options: Options, seed: Tensor |
     """The op's tensors of checked ones."""
     mask = options.attention_mask
     floating = mask is not None and mask.dtype != torch.bool
+    terms = options.score_terms
+    added = None if terms is None else by_distance_of(as_terms(terms), q.dtype)
     if floating:
-        return OpTensors(q, k, v, mask, None, options.key_padding_mask, seed)
-    return OpTensors(q, k, v, None, mask, options.key_padding_mask, seed)
+        return OpTensors(q, k, v, mask, added, None, options.key_padding_mask, seed)
+    return OpTensors(q, k, v, None, added, mask, options.key_padding_mask, seed)
 
 
 def wants_gradient(tensors: OpTensors) -> bool:
@@ -118,9 +124,11 @@ def arguments_of(
         k_spans,
         heads,
         scale=options.softmax_scale,
+        softcap=0.0 if options.score_terms is None else softcap_of(as_terms(options.score_terms)),
         dropout_p=float(options.dropout_p),
         needs_grad=False,
         bias_grad=False,
+        by_distance_grad=False,
         backend=options.backend or "",
         deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic,
         out_dtype=out_dtype,

@@ -15,6 +15,7 @@ from longattn.kernels.options import Options, arguments_of, tensors_of
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import flat_heads, last_positions
 from longattn.kernels.state import AttentionState, state_dtype
+from longattn.kernels.terms import ScoreTerms, as_terms, tensors_in
 from longattn.patterncache import Pattern
 
 
@@ -33,6 +34,8 @@ class PreparedAttention:
         mask, padding = options.attention_mask, options.key_padding_mask
         self._masked = (mask is not None, padding is not None)
         key = direct.signature("attend", q, k, v, pattern, options)
+        if any(x.requires_grad for x in tensors_in(as_terms(options.score_terms))):
+            raise ValueError("score_terms must hold tensors that require no grad, got one that does: call attend there")
         if key is None:
             raise ValueError(
                 "q, k, v must be plain tensors outside of tracing, transforms, modes and autocast, and options of their documented types; "
@@ -138,6 +141,7 @@ def prepare(
     softmax_scale: float | None = None,
     attention_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    score_terms: ScoreTerms = None,
     dropout_p: float = 0.0,
     backend: str | None = None,
     deterministic: bool | None = None,
@@ -152,6 +156,7 @@ def prepare(
             requires grad, calls are differentiable.
         softmax_scale: None or a number; where it is a tensor, multiply q by it and prepare with 1.0.
         attention_mask, key_padding_mask: likewise; a call must then be given such masks. A bias that requires grad cannot be prepared.
+        score_terms: those of every call; what their tensors hold is read at each. Ones that require grad cannot be prepared.
 
     Returns:
         An object to call with (q, k, v), masks as prepared, and a seed where dropout_p is not 0.
@@ -179,6 +184,7 @@ def prepare(
     options = Options(
         attention_mask,
         key_padding_mask,
+        score_terms,
         environment,
         deterministic,
         is_causal,

@@ -20,6 +20,7 @@ class AttentionProblem:
         listed: the plan names rows by lists, not by strides alone.
         attention_mask, bias, key_padding, dropout: whether given; a floating attention_mask is a bias.
         bias_grad: whether the bias needs a gradient.
+        softcap: whether scores are capped. by_distance: whether score terms add something for each distance, and by_distance_grad: with gradient.
         prior: whether a state is merged in.
         backward: whether gradients will be wanted.
         decode: one query row for each head, over the slots of a cache in any order, rather than a plan's rows.
@@ -36,6 +37,9 @@ class AttentionProblem:
     attention_mask: bool = False
     bias: bool = False
     bias_grad: bool = False
+    softcap: bool = False
+    by_distance: bool = False
+    by_distance_grad: bool = False
     key_padding: bool = False
     dropout: bool = False
     prior: bool = False

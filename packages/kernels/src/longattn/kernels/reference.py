@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.state import AttentionState
+from longattn.kernels.terms import Alibi, ScoreTerms, Softcap, as_terms
 
 
 def reference_attention(
@@ -19,6 +20,8 @@ def reference_attention(
     bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     keep: Tensor | None = None,
+    score_terms: ScoreTerms = None,
+    distance: Tensor | None = None,
 ) -> AttentionState:
     """Attention by its definition, in float64, differentiable by autograd. O(heads * Nq * Nk) memory.
 
@@ -32,6 +35,9 @@ def reference_attention(
         bias: broadcastable to (batch, heads, Nq, Nk), added to the scores; -inf hides a key.
         key_padding_mask: (batch, Nk) bool, True = padding.
         keep: broadcastable to (batch, heads, Nq, Nk), multiplied with the weights: dropout. lse is undropped.
+        score_terms: as in `attend`. A Softcap acts on the scaled products; everything else is added afterwards.
+        distance: (Nq, Nk) integers, position of the key minus that of the query, for terms that read it. Default: keys stand at
+            0 .. Nk, queries are the last Nq of them.
 
     Returns:
         AttentionState in float64: out (batch, Nq, heads, v's head_dim), lse (batch, Nq, heads), natural log, -inf = saw no key.
@@ -47,7 +53,8 @@ def reference_attention(
     group = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2).to(torch.float64) for x in (q, k, v))
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(-1, -2) * (scale[..., None, None] if isinstance(scale, Tensor) else scale)
+    products = q @ k.transpose(-1, -2) * (scale[..., None, None] if isinstance(scale, Tensor) else scale)
+    scores = _with_terms(products, score_terms, distance)
     if bias is not None:
         hidden = bias == -torch.inf
         times = times * ~hidden
@@ -64,3 +71,20 @@ def reference_attention(
     out = (weights if keep is None else weights * keep) @ v
     lse = torch.where(blind.squeeze(-1), -torch.inf, lse)
     return AttentionState(out.transpose(1, 2), lse.transpose(1, 2))
+
+
+def _with_terms(scores: Tensor, score_terms: ScoreTerms, distance: Tensor | None) -> Tensor:
+    """Scores (batch, heads, Nq, Nk), capped, with what terms add for each pair."""
+    terms = sorted(as_terms(score_terms), key=lambda term: not isinstance(term, Softcap))
+    if distance is None:
+        nq, nk = scores.shape[-2:]
+        distance = torch.arange(nk, device="cpu") - torch.arange(nk - nq, nk, device="cpu")[:, None]
+    distance = distance.to(scores.device)
+    for term in terms:
+        if isinstance(term, Softcap):
+            scores = term.value * torch.tanh(scores / term.value)
+        elif isinstance(term, Alibi):
+            scores = scores - term.slopes.to(torch.float64)[:, None, None] * distance.abs()
+        else:
+            scores = scores + term.table.to(torch.float64)[term.buckets(distance)].movedim(-1, 0)
+    return scores

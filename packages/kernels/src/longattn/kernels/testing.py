@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from longattn.kernels.conformance import BIASES as BIASES
 from longattn.kernels.conformance import LAYOUTS as LAYOUTS
 from longattn.kernels.conformance import MASKS as MASKS
+from longattn.kernels.conformance import TERMS as TERMS
 from longattn.kernels.conformance import Case as Case
 from longattn.kernels.conformance import Tensors as Tensors
 from longattn.kernels.conformance import assert_near as assert_near
@@ -20,6 +21,7 @@ from longattn.kernels.conformance import check_backend as check_backend
 from longattn.kernels.conformance import expect_case as expect_case
 from longattn.kernels.conformance import lay_out as lay_out
 from longattn.kernels.conformance import random_mask as random_mask
+from longattn.kernels.conformance import random_terms as random_terms
 from longattn.kernels.conformance import run_case as run_case
 from longattn.kernels.conformance import tolerance as tolerance
 from longattn.kernels.poison import poisoned_memory as poisoned_memory
@@ -48,6 +50,7 @@ def cases(
         is_causal=draw(st.sampled_from([None, None, True, False])),
         softmax_scale=draw(st.sampled_from([None, None, 0.0, -0.5, 1.5])),
         mask=draw(st.sampled_from([*MASKS, *BIASES])),
+        terms=draw(st.sampled_from([(), *TERMS])),
         padding=draw(st.booleans()),
         prior=draw(st.booleans()),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.3])),

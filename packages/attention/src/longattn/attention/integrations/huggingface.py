@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from longattn.attention.integrations import transformers_saved as saved
-from longattn.attention.integrations.transformers_calls import WAYS_OUT, attend, refuse_keywords
+from longattn.attention.integrations.transformers_bias import relative_bias
+from longattn.attention.integrations.transformers_calls import attend, refuse_keywords
 from longattn.attention.integrations.transformers_masks import make_mask_function
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
 from longattn.attention.sparse_config import SparsePatternConfig
 from longattn.attention.validate import check_pattern_argument, check_type
+from longattn.kernels import Softcap
+from longattn.kernels.interface import ScoreTerm
 from longattn.patterncache import Dilated, Full, Pattern, Window
 
 DEFAULT_PATTERNS: dict[str, Pattern] = {
@@ -101,8 +104,6 @@ def _attention_function(pattern_of: Callable[[torch.nn.Module], Pattern]) -> Cal
         **keywords: Any,
     ) -> tuple[Tensor, None]:
         """query (batch, heads, Nq, head_dim), key and value (batch, kv_heads, Nk, head_dim) to (batch, Nq, heads, head_dim), None."""
-        if softcap is not None:
-            raise ValueError(f"softcap must be None, got {softcap}; {WAYS_OUT['softcap']}")
         refuse_keywords(keywords)
         saved.note_call(module)
         module_is_causal = getattr(module, "is_causal", True)
@@ -112,6 +113,13 @@ def _attention_function(pattern_of: Callable[[torch.nn.Module], Pattern]) -> Cal
         options: dict[str, Any] = {"softmax_scale": scaling, "dropout_p": dropout}
         if s_aux is not None:
             options["sink_logits"] = s_aux
+        # A cap comes before masks and biases, as in the models' own eager code.
+        terms: list[ScoreTerm] = [] if softcap is None else [Softcap(softcap)]
+        if position_bias is not None and position_bias.dim() == 2:
+            terms.append(relative_bias(module, position_bias))
+            position_bias = None
+        if terms:
+            options["score_terms"] = tuple(terms)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if q.shape[0] == 1 < k.shape[0]:
             q = q.expand(k.shape[0], -1, -1, -1)  # learned queries, one for all

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from longattn.attention.functional import pattern_attention
+from longattn.attention.integrations.transformers_bias import dense_bias
 from longattn.attention.integrations.transformers_masks import HEADER, first_keys, is_relative, pattern_counts
+from longattn.kernels import RelativeBias
 from longattn.patterncache import Full, Pattern
 
 T = TypeVar("T")
@@ -42,8 +44,6 @@ HARMLESS = {
 """Keywords that eager attention does not read either, by why nothing is lost."""
 
 WAYS_OUT = {
-    "softcap": "no row of longattn.kernels caps scores: use attn_implementation='eager' or 'flex_attention', or, for a model that was "
-    "trained without, set attn_logit_softcapping=None in its configuration",
     "output_attentions": "weights are never stored: use attn_implementation='eager', or longattn.attention.attention_weights",
     "cu_seq_lens_q": "documents are known from the mask: give position_ids that begin again at each, and no attention_mask",
     "indices": "keys that a layer chooses are no pattern: use an attn_implementation of the model's own",
@@ -193,6 +193,14 @@ def _attend_with_positions(
     """Attend with an int32 mask: the model's visibility, and positions in its header."""
     header, visible = mask[..., :HEADER], mask[..., HEADER:].bool()
     starts = header[:, 0, 0, 1].expand(q.shape[0])
+    terms = options.get("score_terms", ())
+    relative = [term for term in terms if isinstance(term, RelativeBias)]
+    if relative:
+        # Positions are in the mask alone, which no term sees.
+        options = options | {"score_terms": tuple(term for term in terms if term is not relative[0])}
+        keys = torch.arange(k.shape[1], device=q.device) + header[0, 0, :1, 2]
+        added = dense_bias(relative[0], header[0, 0, :, 0], keys)
+        bias = added if bias is None else bias + added
     counts = None
     if not isinstance(form, Full):
         counts = _cached_on_mask(

@@ -10,6 +10,7 @@ import torch
 
 from longattn.attention.integrations import transformers_saved as saved
 from longattn.attention.integrations.huggingface import register_with_transformers
+from longattn.attention.integrations.transformers_bias import declare_bias, withdraw_bias
 from longattn.attention.validate import check_pattern_argument
 from longattn.patterncache import Full, Pattern, parse_pattern
 
@@ -60,11 +61,13 @@ def use_pattern(
         )
     register_with_transformers({})
     config_state, layer_patterns = _config_state(model), {name: saved.of_layer(layer) for name, layer in layers.items()}
+    declared = {name for name, layer in layers.items() if "compute_bias" in vars(layer)}
     try:
         saved.assign(model.config, entry)
         _set_implementation(model)
         for name, layer in layers.items():
             saved.set_layer(layer, by_layer.get(name, Full().canonical()))
+            declare_bias(layer)
         with saved.calls() as called:
             _probe(model, inputs)
         silent = [name for name in layers if id(layers[name]) not in called]
@@ -77,6 +80,8 @@ def use_pattern(
         _restore_configs(config_state)
         for name, layer in layers.items():
             saved.set_layer(layer, layer_patterns[name])
+            if name not in declared:
+                withdraw_bias(layer)
         raise
     return tuple(name for name in layers if name in by_layer)
 

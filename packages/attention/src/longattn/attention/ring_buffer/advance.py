@@ -12,11 +12,17 @@ from longattn.attention.ring_buffer.config import RingBufferConfig
 from longattn.attention.ring_buffer.decode import decode_step
 from longattn.attention.ring_buffer.parts import attended_before, earlier_keys
 from longattn.attention.ring_buffer.prefill import prefill
-from longattn.attention.ring_buffer.requests import Request, columns_before, split_padding, whole_mask
+from longattn.attention.ring_buffer.requests import (
+    Request,
+    check_score_terms,
+    columns_before,
+    split_padding,
+    whole_mask,
+)
 from longattn.attention.ring_buffer.rings import Rings
 from longattn.attention.ring_buffer.state import RingBufferState
 from longattn.attention.ring_buffer.tiles import TilingProcessor
-from longattn.kernels.interface import as_seed, check_sinks
+from longattn.kernels.interface import ScoreTerms, as_seed, check_sinks, tensors_in
 
 
 class Options(NamedTuple):
@@ -28,6 +34,7 @@ class Options(NamedTuple):
     dropout_p: float
     seed: Tensor | int | None
     sink_logits: Tensor | None
+    score_terms: ScoreTerms = None
 
 
 def advance(
@@ -49,6 +56,7 @@ def advance(
     mask = whole_mask(options.mask, q, k.shape[1], num_earlier, decode)
     earlier_padding, call_padding = split_padding(options.padding, k, num_earlier, decode)
     check_sinks(options.sink_logits, q)
+    terms = check_score_terms(config, options.score_terms, q)
     seed = as_seed(options.seed) if options.dropout_p or options.seed is not None else None
     if earlier_padding is not None and bool(earlier_padding.any()):
         _hide(state, earlier_padding, causal)
@@ -58,7 +66,8 @@ def advance(
         state.track_hidden()
         # 0 * NaN is NaN: the content of padding must not enter a product.
         k, v = (x.masked_fill(call_padding[:, :, None, None], 0) for x in (k, v))
-    watched = (q, k, v, mask, options.sink_logits, *(x for s in state.backward.segments for x in (s.k, s.v)))
+    segments = (x for s in state.backward.segments for x in (s.k, s.v))
+    watched = (q, k, v, mask, options.sink_logits, *tensors_in(terms), *segments)
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in watched)
     if (
         q.shape[1] == 1 == k.shape[1]
@@ -66,10 +75,21 @@ def advance(
         and not (grad or options.weights or options.dropout_p or mask is not None)
     ):
         state.append(k, v, call_padding)
-        out, weights = decode_step(config, state, q, options.sink_logits), None
+        out, weights = decode_step(config, state, q, options.sink_logits, terms), None
     else:
         request = Request(
-            q, k, v, call_padding, mask, causal, grad, options.weights, options.dropout_p, seed, options.sink_logits
+            q,
+            k,
+            v,
+            call_padding,
+            mask,
+            causal,
+            grad,
+            options.weights,
+            options.dropout_p,
+            seed,
+            options.sink_logits,
+            terms,
         )
         out, weights = _attend(config, tiling, state, request, num_earlier)
         state.append(k, v, call_padding, grad)

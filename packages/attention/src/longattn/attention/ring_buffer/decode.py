@@ -9,10 +9,16 @@ from longattn.attention.ring_buffer.config import RingBufferConfig
 from longattn.attention.ring_buffer.positions import rotate_for_sinks
 from longattn.attention.ring_buffer.rings import Rings
 from longattn.attention.ring_buffer.state import RingBufferState
-from longattn.kernels.interface import decode_attention
+from longattn.kernels.interface import ScoreTerm, at_distances, by_distance_of, decode_attention, softcap_of
 
 
-def decode_step(config: RingBufferConfig, rings: Rings, q: Tensor, sink_logits: Tensor | None) -> Tensor:
+def decode_step(
+    config: RingBufferConfig,
+    rings: Rings,
+    q: Tensor,
+    sink_logits: Tensor | None,
+    terms: tuple[ScoreTerm, ...] = (),
+) -> Tensor:
     """Attend with the query of the last token that was written, (batch, 1, heads, head_dim), to all slots in use, in the order of slots."""
     main, num_slots = rings.kv.main, rings.held
     kv_heads = rings.geometry.kv_heads
@@ -28,7 +34,26 @@ def decode_step(config: RingBufferConfig, rings: Rings, q: Tensor, sink_logits: 
         hidden=None if rings.hidden is None and rings.uniform else _hidden_slots(rings, num_slots, kv_heads),
         first=sink_query,
         sink_logits=None if sink_logits is None else sink_logits.view(kv_heads, -1, 1).repeat(q.shape[0], 1, 1),
+        softcap=softcap_of(terms),
+        added=_added_by_terms(rings, num_slots, terms, q),
     )
+
+
+def _added_by_terms(rings: Rings, num_slots: int, terms: tuple[ScoreTerm, ...], q: Tensor) -> Tensor | None:
+    """(batch * kv_heads, group, num_slots): what terms add for each slot, by the position of what it holds; None: nothing."""
+    by_distance = by_distance_of(terms, q.dtype)
+    if by_distance is None:
+        return None
+    main, kv_heads = rings.kv.main, rings.geometry.kv_heads
+    slots = torch.arange(num_slots, device=q.device)
+    newest = torch.tensor([[c.position - 1] for c in rings.cursors], device=q.device)
+    # Past the prefix the newest token is at distance 0, and each slot before it, around the ring, one further away.
+    around = -((newest - slots) % max(1, main.capacity))
+    distance = torch.where(slots < main.prefix, slots - newest, around)
+    flat = at_distances(by_distance, distance)
+    added = flat.reshape(kv_heads, -1, *flat.shape[1:])
+    shape = (q.shape[0], kv_heads, added.shape[1], num_slots)
+    return added.permute(2, 0, 1, 3).expand(shape).reshape(-1, *shape[2:])
 
 
 def _hidden_slots(rings: Rings, num_slots: int, kv_heads: int) -> Tensor | None:

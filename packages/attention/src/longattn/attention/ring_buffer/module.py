@@ -22,7 +22,7 @@ from longattn.attention.ring_buffer.state import RingBufferState
 from longattn.attention.ring_buffer.tiles import TilingProcessor
 from longattn.attention.ring_buffer.tuning import tuned
 from longattn.attention.validate import check_bool, check_size, check_type, refuse_unknown
-from longattn.kernels.interface import Layout, autocast, exchanged, in_order
+from longattn.kernels.interface import Layout, ScoreTerms, autocast, exchanged, in_order
 
 
 class RingBufferAttention(nn.Module):
@@ -131,6 +131,7 @@ class RingBufferAttention(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         sink_logits: Tensor | None = None,
+        score_terms: ScoreTerms = None,
         seed: Tensor | int | None = None,
         layout: Layout = "bnhd",
         **unknown: Never,
@@ -149,6 +150,7 @@ class RingBufferAttention(nn.Module):
             key_padding_mask: (batch, Nk) bool, True = padding; stays with its tokens. In an encoder call it may cover the call's own only.
             needs_weights, output_attentions: either returns weights as well. O(Nq * Nk) memory.
             sink_logits: (num_heads,), a learned sink per head, with gradient.
+            score_terms: as in `pattern_attention`, by positions in the stream, with gradient. With positions="cache" and sinks, a Softcap alone.
             seed: decides what is dropped in training. Default: drawn from torch's generator.
             layout: "bnhd" (default): tensors are as in the table. "bhnd": q, k, v and the output have heads before the sequence, as views.
 
@@ -183,7 +185,7 @@ class RingBufferAttention(nn.Module):
             return (exchanged(found[0]), *found[1:]) if isinstance(found, tuple) else exchanged(found)
         dropout_p = self.config.dropout if self.training else 0.0
         plain = att_mask is None and attention_mask is None and key_padding_mask is None and sink_logits is None
-        plain = plain and not (dropout_p or needs_weights or output_attentions or unknown)
+        plain = plain and score_terms is None and not (dropout_p or needs_weights or output_attentions or unknown)
         if is_decoder is True and plain and seed is None and requires_grad is None:
             state = self._latest if buffer_state is None else buffer_state
             if fits_append_and_decode(state, q, k, v, position, self._name):
@@ -198,7 +200,7 @@ class RingBufferAttention(nn.Module):
         if requires_grad is not None:
             check_bool("requires_grad", requires_grad)
         mask = attention_mask if att_mask is None else att_mask
-        options = Options(mask, key_padding_mask, weights, dropout_p, seed, sink_logits)
+        options = Options(mask, key_padding_mask, weights, dropout_p, seed, sink_logits, score_terms)
         with torch.set_grad_enabled(torch.is_grad_enabled() and requires_grad is not False):
             if check_bool("is_decoder", is_decoder):
                 return self._decode(buffer_state, position, q, k, v, options)

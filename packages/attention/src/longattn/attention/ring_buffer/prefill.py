@@ -15,7 +15,7 @@ from longattn.attention.ring_buffer.rings import Rings
 from longattn.attention.ring_buffer.tiles import TileWork, TilingProcessor
 from longattn.attention.weights import attention_weights
 from longattn.kernels import AttentionState, attend, merge
-from longattn.kernels.interface import add_sink
+from longattn.kernels.interface import add_sink, of_heads
 from longattn.patterncache import Band, Full, Pattern, Span, Window
 
 _FULL = Full()
@@ -122,6 +122,7 @@ class _PartAttention:
             num_heads=self.config.num_heads,
             softmax_scale=self.config.scale,
             attention_mask=self._mask_of(work),
+            score_terms=of_heads(request.terms, *work.heads) or None,
             dropout_p=request.dropout_p,
             backend=self.backend,
             **options,
@@ -149,7 +150,12 @@ class _PartAttention:
         pattern = Window(config.buffer_size, config.sinks) if self.request.causal else _FULL
         # Columns are positions without the gap behind the sinks, which no window reaches across.
         if self.rotated is q:
-            weights = attention_weights(q, keys, pattern, config.scale, self.mask)
+            # Where there is a gap, terms are told what the distances are.
+            columns = torch.cat([torch.arange(p.start, p.start + p.length, device="cpu") for p in parts])
+            rows = torch.arange(self.position, self.position + q.shape[1], device="cpu")
+            distance = columns - rows[:, None]
+            beside: dict[str, Any] = {"score_terms": self.request.terms, "distance": distance}
+            weights = attention_weights(q, keys, pattern, config.scale, self.mask, **beside)
         else:
             weights = self._rotated_weights(keys, pattern)
         if self.request.sink_logits is None:
@@ -172,7 +178,8 @@ class _PartAttention:
                 mask = mask.narrow(-2, i, 1)
             if mask is not None and mask.dim() and mask.shape[-1] > 1:
                 mask = mask[..., :width]
-            row = attention_weights(request.q[:, i : i + 1], row_keys, pattern, config.scale, mask)
+            terms = request.terms
+            row = attention_weights(request.q[:, i : i + 1], row_keys, pattern, config.scale, mask, score_terms=terms)
             rows.append(torch.nn.functional.pad(row, (0, keys.shape[1] - width)))
         return torch.cat(rows, 2)
 

@@ -13,7 +13,7 @@ from longattn.attention.ring_buffer.parts import attended_before
 from longattn.attention.ring_buffer.rings import Geometry
 from longattn.attention.ring_buffer.state import RingBufferState
 from longattn.attention.validate import integers
-from longattn.kernels.interface import FLOATS, check_qkv, dtype_name
+from longattn.kernels.interface import FLOATS, ScoreTerm, check_qkv, check_terms, dtype_name, tensors_in
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Request:
         hidden: (batch, n) bool, True = padding, or None. mask: broadcastable to (batch, heads, Nq, Nk), or None.
         causal: whether queries see a window, or everything.
         grad: whether gradients are wanted. weights: whether weights are.
-        dropout_p, seed: as in `attend`. sink_logits: (heads,) or None.
+        dropout_p, seed: as in `attend`. sink_logits: (heads,) or None. terms: score terms for all heads.
         lead: rows of a batch that this call's first row stands behind, for dropout.
     """
 
@@ -40,6 +40,7 @@ class Request:
     dropout_p: float
     seed: Tensor | None
     sink_logits: Tensor | None
+    terms: tuple[ScoreTerm, ...] = ()
     lead: int = 0
 
 
@@ -58,6 +59,17 @@ def check_tensors(config: RingBufferConfig, q: Tensor, k: Tensor, v: Tensor, dec
         raise ValueError(f"q must have the length of k in decode, {k.shape[1]}, got {q.shape[1]}")
     if config.causal and q.shape[1] > k.shape[1]:
         raise ValueError(f"q must not be longer than k where causal, {k.shape[1]}, got {q.shape[1]}")
+
+
+def check_score_terms(config: RingBufferConfig, terms: object, q: Tensor) -> tuple[ScoreTerm, ...]:
+    """Score terms, as `attend` takes them; where positions are places in the cache, those that read no distance."""
+    found = check_terms(terms, q)
+    if config.positions == "cache" and config.sinks and tensors_in(found):
+        kinds = ", ".join(type(term).__name__ for term in found)
+        raise ValueError(
+            f"score_terms must be a Softcap where positions='cache' and there are sinks, whose distance differs from query to query, got {kinds}"
+        )
+    return found
 
 
 def geometry_of(config: RingBufferConfig, kv_heads: int) -> Geometry:

@@ -15,6 +15,7 @@ from longattn.attention.ring_buffer.config import RingBufferConfig
 from longattn.attention.ring_buffer.linear_ring import LinearRing
 from longattn.attention.ring_buffer.positions import rotate_features
 from longattn.kernels import reference_attention
+from longattn.kernels.interface import ScoreTerms
 
 
 @dataclass
@@ -74,7 +75,15 @@ class StreamModel:
             return [j for j in range(position + 1) if j < sinks or j > position - size]
         return [j for j in range(row.position) if j < sinks or j >= max(sinks, before - size)]
 
-    def _attend(self, row: Row, q: Tensor, before: int, causal: bool, sink_logits: Tensor | None = None) -> Tensor:
+    def _attend(
+        self,
+        row: Row,
+        q: Tensor,
+        before: int,
+        causal: bool,
+        sink_logits: Tensor | None = None,
+        score_terms: ScoreTerms = None,
+    ) -> Tensor:
         outs: list[Tensor] = []
         for index in range(q.shape[1]):
             position = row.position - q.shape[1] + index
@@ -86,7 +95,13 @@ class StreamModel:
                 query = rotate_features(query, torch.tensor([len(seen) - 1 - position]), self.config)
             counts = (~row.hidden[seen]).long().expand(self.config.num_heads, 1, -1)
             padding = row.hidden[seen][None]
-            state = reference_attention(query, k, row.v[:, seen], counts, self.config.scale, key_padding_mask=padding)
+            options: dict[str, Any] = {
+                "score_terms": score_terms,
+                "distance": torch.tensor([seen], dtype=torch.int64) - position,
+            }
+            state = reference_attention(
+                query, k, row.v[:, seen], counts, self.config.scale, key_padding_mask=padding, **options
+            )
             out = state.out
             if sink_logits is not None:
                 out = out * torch.sigmoid(state.lse - sink_logits.double()).nan_to_num(nan=0.0).unsqueeze(-1)

@@ -65,6 +65,7 @@ class _GatheredRun(ScheduleRun):
         self.whole = WholeSequence(members, work)
         check_masks(work, self.whole.nq, self.whole.nk)
         self.seed, self.mask, self.bias = self.whole.seed, work.tensors.mask, work.tensors.bias
+        self.by_distance = work.tensors.by_distance
         sizes = [sum(span.length for span in rows) for rows in self.whole.keys.rows()]
         self.k, self.v = (self._gathered(x, sizes) for x in (work.k, work.v))
         self.padding = None if work.padding is None else self._gathered(work.padding, sizes)

@@ -68,9 +68,8 @@ class CallExtents:
 
     def local(self, name: str, x: Any) -> Any:
         """This process's part of the option of that name: of a DTensor, where query is one."""
-        return (
-            dtensor_module().local_options(self.like, {name: x})[name] if is_sharded(self.like) and is_sharded(x) else x
-        )
+        some = is_sharded(x) or name == "score_terms"
+        return dtensor_module().local_options(self.like, {name: x})[name] if is_sharded(self.like) and some else x
 
     def positions(self, start: int | None) -> tuple[Tensor, Tensor]:
         """Where rows of query and key stand, each (rows,) int64, where the whole's first query stands at `start`; None: the last of keys."""

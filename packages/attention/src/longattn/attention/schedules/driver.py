@@ -48,10 +48,13 @@ def forward(run: ScheduleRun, asked: OpArguments, environment: Environment, valu
 
 
 def backward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> Gradients:
-    """dq, dk, dv, and the bias's gradient where asked for; in float32 (float64) where parts were added up, in the caller's rows."""
+    """dq, dk, dv, and the gradients of bias and by_distance where asked for; in float32 (float64) where parts were added up, in the caller's rows."""
     dbias = None
     if asked.bias_grad and run.bias is not None:
         dbias = torch.zeros(run.bias.shape, dtype=state_dtype(run.bias.dtype), device=run.bias.device)
+    added = None
+    if asked.by_distance_grad and run.by_distance is not None:
+        added = torch.zeros_like(run.by_distance)
     results: list[tuple[Tensor, ...]] = []
     for shard in run.shards():
         dq = GradientSum(shard.queries[0])
@@ -62,16 +65,19 @@ def backward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> 
             gradients = rectangle_gradients(cotangents, tensors, rectangle, environment, skip_empty=not run.one_step)
             if gradients is None:
                 continue
-            dq_part, dk, dv, dbias_part = gradients
+            dq_part, dk, dv, dbias_part, added_part = gradients
             dq.add(dq_part)
             step.give(dk, dv)
             if dbias is not None and dbias_part is not None:
                 _add_cut(dbias, shard.rows, step.rows, dbias_part)
+            if added is not None and added_part is not None:
+                added += added_part
             # Not kept while the next step's keys are awaited.
-            del step, tensors, gradients, dq_part, dk, dv, dbias_part
+            del step, tensors, gradients, dq_part, dk, dv, dbias_part, added_part
         results.append((dq.total(),))
     (dq,) = run.join(results)
-    return (dq, *run.key_gradients(), None if dbias is None else run.bias_gradient(dbias))
+    dbias = None if dbias is None else run.bias_gradient(dbias)
+    return (dq, *run.key_gradients(), dbias, None if added is None else run.by_distance_gradient(added))
 
 
 def attend_step(
@@ -88,7 +94,7 @@ def rectangle_of(
     """What the kernels are asked for one shard and one step; by default they compute a partial state."""
     q = shard.queries[0]
     mask, bias = (_cut(x, shard.rows, step.rows) for x in (run.mask, run.bias))
-    return OpTensors(q, step.k, step.v, bias, mask, step.padding, run.seed), asked._replace(
+    return OpTensors(q, step.k, step.v, bias, run.by_distance, mask, step.padding, run.seed), asked._replace(
         q_spans=_flat(shard.spans),
         k_spans=_flat(step.spans),
         heads=list(shard.heads),

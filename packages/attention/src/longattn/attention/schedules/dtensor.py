@@ -17,7 +17,7 @@ from longattn.attention.schedules.group import Members
 from longattn.attention.schedules.layouts import count_rows
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.schedules.transport import Place, gather_integers
-from longattn.kernels.interface import as_seed
+from longattn.kernels.interface import as_seed, as_terms, tensors_in, with_tensors
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
 """(q, k, v, **options) to (out, lse)."""
@@ -28,6 +28,8 @@ _AXES = {
     "positions_start": (0, None, None),
     "sink_logits": (None, None, 0),
     "softmax_scale": (None, None, 0),
+    "slopes": (None, None, 0),
+    "table": (None, None, 1),
 }
 """Options that may be DTensors: which axes are the batch's, the sequence's and the heads'. Counted from the end, an axis of one row is the
 same on every rank."""
@@ -138,8 +140,23 @@ def _fits(q: DTensor, k: DTensor, along: int, schedule: Any) -> bool:
 def local_options(like: DTensor, options: dict[str, Any]) -> dict[str, Any]:
     """Options of `pattern_attention` with each DTensor among them as this rank's part of it; plain tensors are that already."""
     return {
-        name: _local(name, x, like) if name in _AXES and isinstance(x, DTensor) else x for name, x in options.items()
+        name: _local_terms(x, like)
+        if name == "score_terms"
+        else _local(name, x, like)
+        if name in _AXES and isinstance(x, DTensor)
+        else x
+        for name, x in options.items()
     }
+
+
+def _local_terms(terms: Any, like: DTensor) -> Any:
+    """Score terms whose tensors are DTensors that every rank has whole, with these; each rank gives its share of their gradients."""
+    held = tensors_in(as_terms(terms))
+    if not any(isinstance(x, DTensor) for x in held):
+        return terms
+    names = ("slopes", "table")  # by the number of axes
+    local = [_local(names[x.dim() - 1], x, like) if isinstance(x, DTensor) else x for x in held]
+    return with_tensors(as_terms(terms), local)
 
 
 def _local(name: str, x: DTensor, like: DTensor) -> Tensor:

@@ -78,6 +78,18 @@ class HeadExchange:
         rows = swap(self.place, "mask", [by_row] * len(shapes), shapes, self.allocator)
         return self.whole.queries.join(rows).transpose(1, 2)
 
+    def of_heads(self, x: Tensor) -> Tensor:
+        """This rank's heads of a tensor (heads of all, ...) that every rank has."""
+        share = self.shares[self.query_heads][self.whole.me]
+        return x[share.start : share.start + share.length]
+
+    def among_heads(self, gradient: Tensor) -> Tensor:
+        """The inverse of `of_heads`, zero for other ranks' heads: their part of the gradient is there."""
+        share = self.shares[self.query_heads][self.whole.me]
+        whole = gradient.new_zeros((self.query_heads, *gradient.shape[1:]))
+        whole[share.start : share.start + share.length] = gradient
+        return whole
+
     def mask_to_rows(self, gradient: Tensor, bias: Tensor) -> Tensor:
         """This rank's part of the gradient of `bias` from that of what `mask_to_heads` made of it."""
         by_row, target = _by_row(gradient), _by_row(bias)

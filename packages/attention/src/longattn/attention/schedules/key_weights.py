@@ -21,9 +21,11 @@ def key_weights(tensors: OpTensors, asked: OpArguments, lse: Tensor) -> Tensor:
     q, k = tensors.q.detach(), tensors.k.detach()
     mask_only = tensors._replace(q=q, k=k, v=k.new_zeros((*k.shape[:3], 1)), seed=None)
     bias = tensors.bias
+    by_distance = tensors.by_distance
     mask_only = mask_only._replace(bias=None if bias is None else bias.detach())
+    mask_only = mask_only._replace(by_distance=None if by_distance is None else by_distance.detach())
     ones, zeros = q.new_ones((*q.shape[:3], 1)), q.new_zeros((*q.shape[:3], 1))
-    asked = asked._replace(dropout_p=0.0, needs_grad=True, bias_grad=False, out_dtype=q.dtype)
+    asked = asked._replace(dropout_p=0.0, needs_grad=True, bias_grad=False, by_distance_grad=False, out_dtype=q.dtype)
     backward = torch.ops.longattn.scheduled_attend_backward
     sums = backward(ones, None, zeros, lse.detach(), *mask_only, *asked)[2]
     return sums.squeeze(-1).transpose(1, 2).to(lse.dtype)

@@ -19,6 +19,7 @@ class _LocalRun(ScheduleRun):
     def __init__(self, work: ScheduleWork) -> None:
         self.work = work
         self.seed, self.mask, self.bias = work.tensors.seed, work.tensors.mask, work.tensors.bias
+        self.by_distance = work.tensors.by_distance
         self._dk, self._dv = GradientSum(work.k), GradientSum(work.v)
 
     def _give(self, dk: Tensor, dv: Tensor) -> None:

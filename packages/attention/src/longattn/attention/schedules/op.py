@@ -50,9 +50,9 @@ def _differentiate(cotangents: Cotangents, tensors: OpTensors, asked: OpArgument
     grad_out, grad_lse, out, lse = cotangents
     queries = (tensors.q, grad_out, out, lse, *(() if grad_lse is None else (grad_lse,)))
     work = ScheduleWork(queries, tensors, asked, environment)
-    *grads, dbias = scheduled.backward(parse_schedule(asked.schedule).start(work), asked, environment)
-    dq, dk, dv = (gradient.to(tensors.q.dtype) for gradient in grads)
-    return dq, dk, dv, None if dbias is None or tensors.bias is None else dbias.to(tensors.bias.dtype)
+    dq, dk, dv, dbias, added = scheduled.backward(parse_schedule(asked.schedule).start(work), asked, environment)
+    dq, dk, dv = (gradient.to(tensors.q.dtype) for gradient in (dq, dk, dv))
+    return dq, dk, dv, None if dbias is None or tensors.bias is None else dbias.to(tensors.bias.dtype), added
 
 
 def _pairs(q: Any, k: Any, asked: OpArguments) -> int:

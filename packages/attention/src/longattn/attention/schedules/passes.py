@@ -95,7 +95,7 @@ class ScheduleRun(ABC):
 
     Attributes:
         seed: 0-dim int64, the same on every rank, or None without dropout.
-        mask, bias: as in `ScheduleWork`, for the rows and heads of this run's shards.
+        mask, bias, by_distance: as in `ScheduleWork.tensors`, for the rows and heads of this run's shards.
         one_step: whether every shard has one step at most, so that nothing is merged.
         by_rows: whether all there is to `join` is to put each shard's results where its `rows` are.
     """
@@ -103,6 +103,7 @@ class ScheduleRun(ABC):
     seed: Tensor | None
     mask: Tensor | None
     bias: Tensor | None
+    by_distance: Tensor | None
     one_step: bool = False
     by_rows: bool = False
 
@@ -120,6 +121,10 @@ class ScheduleRun(ABC):
 
     def bias_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient of `ScheduleWork.bias` from that of `bias`."""
+        return gradient
+
+    def by_distance_gradient(self, gradient: Tensor) -> Tensor:
+        """This rank's share of the gradient of `ScheduleWork.tensors.by_distance` from that of `by_distance`."""
         return gradient
 
 

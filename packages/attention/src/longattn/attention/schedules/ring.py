@@ -133,6 +133,7 @@ class _InProcessRun(ScheduleRun):
     def __init__(self, ring: Ring, work: ScheduleWork) -> None:
         self.work, self.one_step = work, ring.size == 1
         self.seed, self.mask, self.bias = work.tensors.seed, work.tensors.mask, work.tensors.bias
+        self.by_distance = work.tensors.by_distance
         nq, nk = work.queries[0].shape[1], work.k.shape[1]
         self.queries, self.keys = (LAYOUTS[ring.layout](n, ring.size) for n in (nq, nk))
         self.spans = query_spans(work.asked, nq, nk)

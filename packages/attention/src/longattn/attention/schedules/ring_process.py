@@ -53,6 +53,7 @@ class GroupRun(ScheduleRun):
         self.whole = WholeSequence(members, work)
         check_masks(work, self.whole.nq, self.whole.nk)
         self.seed, self.mask, self.bias = self.whole.seed, work.tensors.mask, work.tensors.bias
+        self.by_distance = work.tensors.by_distance
         self.size = members.place.size
         self.k_rows = self.whole.keys.rows()
         self.backward = len(work.queries) > 1

@@ -159,13 +159,15 @@ class _HeadsRun(ScheduleRun):
         k, v = (self.exchange.to_heads(x, self.whole.keys) for x in (work.k, work.v))
         padding = None if work.padding is None else self.exchange.padding_to_heads(work.padding)
         metadata = ulysses.inner_metadata(given.metadata)
-        tensors = OpTensors(queries[0], k, v, bias, mask, padding, self.whole.seed, metadata=metadata)
+        by_distance = None if given.by_distance is None else self.exchange.of_heads(given.by_distance)
+        tensors = OpTensors(queries[0], k, v, bias, by_distance, mask, padding, self.whole.seed, metadata=metadata)
         asked = work.asked._replace(heads=self.exchange.heads)
         inside = ScheduleWork(queries, tensors, asked, work.environment)
         if not inner.distributed:
             check_masks(inside, self.whole.nq, self.whole.nk)
         self.inside = inner.start(inside)
         self.seed, self.mask, self.bias = self.inside.seed, self.inside.mask, self.inside.bias
+        self.by_distance = self.inside.by_distance
         self.one_step = self.inside.one_step
 
     def shards(self) -> Iterator[QueryShard]:
@@ -189,3 +191,6 @@ class _HeadsRun(ScheduleRun):
         bias = self.work.tensors.bias
         assert bias is not None
         return self.exchange.mask_to_rows(self.inside.bias_gradient(gradient), bias)
+
+    def by_distance_gradient(self, gradient: Tensor) -> Tensor:
+        return self.exchange.among_heads(self.inside.by_distance_gradient(gradient))

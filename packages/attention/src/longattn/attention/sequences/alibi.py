@@ -1,6 +1,6 @@
-"""ALiBi (Press et al. 2022, arXiv:2108.12409) as a bias: every row that takes a floating attention_mask has it.
+"""ALiBi (Press et al. 2022, arXiv:2108.12409): its slopes, and, for who needs one, a dense bias.
 
-The bias is dense, O(heads * Nq * Nk) memory. No row takes slopes alone.
+`longattn.kernels.Alibi(alibi_slopes(heads).to(q))` as `score_terms` is the same without O(heads * Nq * Nk) memory, at any positions.
 """
 
 from __future__ import annotations

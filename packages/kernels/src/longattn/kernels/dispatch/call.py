@@ -28,6 +28,9 @@ class Call:
         out_dtype: dtype of the returned out.
         deterministic: equal inputs must give equal bits.
         allocator: who owns outputs and scratch.
+        softcap: c where scaled scores s become c * tanh(s / c), before anything is added; 0: they stay.
+        by_distance: what is added for each head and distance, as `terms` says, contiguous, in float32 (float64 for float64), or None.
+        by_distance_grad: like it, what a backward adds its gradient to, in place; None: not wanted.
     """
 
     q: Tensor
@@ -44,3 +47,6 @@ class Call:
     out_dtype: torch.dtype
     deterministic: bool
     allocator: Allocator
+    softcap: float = 0.0
+    by_distance: Tensor | None = None
+    by_distance_grad: Tensor | None = None

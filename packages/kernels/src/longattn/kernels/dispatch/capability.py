@@ -26,6 +26,7 @@ class Capability:
         dtypes: element types per device type; the key "" is every other device.
         max_head_dim: largest head_dim of q and k, and of v; None is any.
         listed, attention_mask, bias, bias_grad, key_padding, dropout, gqa, backward: whether supported.
+        softcap, by_distance, by_distance_grad: whether score terms are: a Softcap; an Alibi or RelativeBias; the gradient of what those hold.
         decode: whether it serves decode steps, over the slots of a cache in any order.
         deterministic: device types on which equal inputs give equal bits; empty is any.
         architectures: patterns of the architectures that can run it, such as "sm_9?"; empty is any. Asked only where one is named.
@@ -41,6 +42,9 @@ class Capability:
     attention_mask: bool = True
     bias: bool = True
     bias_grad: bool = False
+    softcap: bool = False
+    by_distance: bool = False
+    by_distance_grad: bool = False
     dropout: bool = False
     key_padding: bool = True
     gqa: bool = True
@@ -89,6 +93,9 @@ _FEATURES = {
     "attention_mask": "attention_mask is not supported",
     "bias": "a floating attention_mask (bias) is not supported",
     "bias_grad": "the gradient of a floating attention_mask (bias) is not supported",
+    "softcap": "score_terms with a Softcap is not supported",
+    "by_distance": "score_terms with an Alibi or RelativeBias is not supported",
+    "by_distance_grad": "the gradient of an Alibi's slopes or a RelativeBias's table is not supported",
     "dropout": "dropout is not supported",
     "key_padding": "key_padding_mask is not supported",
     "backward": "gradients are not supported",

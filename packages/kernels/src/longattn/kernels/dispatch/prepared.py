@@ -24,6 +24,7 @@ from longattn.kernels.dispatch.settings import raw_settings
 from longattn.kernels.dispatch.table import Row, RowFailure, twice_differentiable
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
 from longattn.kernels.problem import AttentionProblem, architecture_of
+from longattn.kernels.state import state_dtype
 from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
 
 logger = logging.getLogger("longattn.kernels")
@@ -77,6 +78,9 @@ class PreparedCall:
             attention_mask=tensors.mask is not None,
             bias=tensors.bias is not None,
             bias_grad=asked.bias_grad,
+            softcap=asked.softcap > 0,
+            by_distance=tensors.by_distance is not None,
+            by_distance_grad=asked.by_distance_grad,
             key_padding=tensors.key_padding is not None,
             dropout=asked.dropout_p > 0,
             prior=tensors.prior_out is not None,
@@ -95,10 +99,10 @@ class PreparedCall:
         """That plan, as long as somebody holds it."""
         return self._plan()
 
-    def call(self, tensors: OpTensors, plan: Plan, environment: Environment) -> Call:
-        """The call as a row takes it."""
+    def call(self, tensors: OpTensors, plan: Plan, environment: Environment, total: Tensor | None = None) -> Call:
+        """The call as a row takes it; total: what the gradient of by_distance is added to."""
         asked = self.arguments
-        q, k, v, bias, mask, key_padding, seed, prior_out, prior_lse, *_ = tensors
+        q, k, v, bias, by_distance, mask, key_padding, seed, prior_out, prior_lse, *_ = tensors
         if key_padding is not None and not self.row.capability.skips_padding:
             # 0 * NaN is NaN: what padding holds must not meet a product at all.
             k, v = (_without_padding(x, key_padding, environment) for x in (k, v))
@@ -117,6 +121,9 @@ class PreparedCall:
             out_dtype=asked.out_dtype,
             deterministic=asked.deterministic,
             allocator=environment.allocator,
+            softcap=asked.softcap,
+            by_distance=None if by_distance is None else by_distance.to(state_dtype(q.dtype)).contiguous(),
+            by_distance_grad=total,
         )
 
     def forward(self, tensors: OpTensors, plan: Plan, environment: Environment) -> tuple[Tensor, Tensor]:
@@ -133,7 +140,7 @@ class PreparedCall:
         return computed
 
     def backward(self, cotangents: Cotangents, tensors: OpTensors, plan: Plan, environment: Environment) -> Gradients:
-        """dq, dk, dv and dbias."""
+        """dq, dk, dv, dbias and the gradient of by_distance."""
         grad_out, grad_lse, out, lse = cotangents
         key = (
             grad_out.stride(),
@@ -146,13 +153,16 @@ class PreparedCall:
         if bound:
             gradients = bound(cotangents, tensors, environment.allocator)
             if gradients is not None:
-                return gradients
+                return (*gradients, None)
             bound = None
-        call = self.call(tensors, plan, environment)
+        total = None
+        if self.arguments.by_distance_grad and tensors.by_distance is not None:
+            total = torch.zeros_like(tensors.by_distance, dtype=state_dtype(tensors.q.dtype))
+        call = self.call(tensors, plan, environment, total)
         gradients = self.row.backward(call, grad_out, grad_lse, out, lse, self.arguments.bias_grad)
         if bound is None and self.row.bind_backward is not None and len(self._backward) < _MOST_GRADIENT_FORMS:
             self._backward[key] = self.row.bind_backward(call, grad_out, grad_lse, out, lse, gradients) or False
-        return gradients
+        return (*gradients, total)
 
     def second_backward(
         self,

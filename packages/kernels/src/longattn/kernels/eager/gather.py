@@ -11,8 +11,8 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import FLOATS, Capability
-from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, ungroup_rows
-from longattn.kernels.eager.masks import sum_to, tile_picks
+from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, scores_and_slope, ungroup_rows
+from longattn.kernels.eager.masks import add_distance_gradients, sum_to, tile_picks
 from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.eager.tile_walk import finish, new_state, walk
 from longattn.kernels.eager.tiles import Tile
@@ -32,6 +32,9 @@ CAPABILITY = Capability(
     # Elsewhere index_add_ adds with float atomics, in no fixed order.
     deterministic=("cpu",),
     bias_grad=True,
+    softcap=True,
+    by_distance=True,
+    by_distance_grad=True,
     dropout=True,
 )
 
@@ -48,7 +51,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     out, lse = new_state(call, triangles=False)
     for tile in walk(call, triangles=False, cells=_CELLS):
         q, k, v = _operands(call, tile)
-        scores = masked_scores(q, k, tile, call.scale)
+        scores = masked_scores(q, k, tile, call)
         # Finite where every key is hidden, so that -inf - -inf does not arise.
         pivot = scores.amax(-1, keepdim=True)
         pivot = pivot.masked_fill(pivot == -torch.inf, 0)
@@ -78,12 +81,16 @@ def backward(
         if grad_lse is not None:
             delta = delta - group_rows(tile.queries(grad_lse).to(dtype).unsqueeze(-1), tile)
         pivot = group_rows(tile.queries(lse).unsqueeze(-1), tile)
-        weights = (masked_scores(q, k, tile, call.scale) - pivot.masked_fill(pivot == -torch.inf, 0)).exp_()
+        scores, slope = scores_and_slope(q, k, tile, call)
+        weights = (scores - pivot.masked_fill(pivot == -torch.inf, 0)).exp_()
         grad_scores = dropped(grad @ v.transpose(-1, -2), tile).sub_(delta).mul_(weights)
+        add_distance_gradients(call, tile, ungroup_rows(grad_scores, tile))
         if dbias is not None:
             at = tile_picks(dbias, tile)
             dbias.index_put_(at, sum_to(ungroup_rows(grad_scores, tile), at), accumulate=True)
         grad_scores.mul_(call.scale)
+        if slope is not None:
+            grad_scores.mul_(slope)
         tile.add_queries(dq, ungroup_rows(grad_scores @ k, tile))
         tile.add_keys(dk, grad_scores.transpose(-1, -2) @ q)
         tile.add_keys(dv, dropped(weights, tile).transpose(-1, -2) @ grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longattn.kernels.dispatch.call import Call
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.far_rows import bounded
 
@@ -19,9 +20,25 @@ def ungroup_rows(x: Tensor, tile: Tile) -> Tensor:
     return x.unflatten(2, (tile.heads.length // tile.kv_heads.length, tile.q.count)).flatten(1, 2)
 
 
-def masked_scores(q: Tensor, k: Tensor, tile: Tile, scale: float) -> Tensor:
-    """scale * q k^T + bias, -inf where hidden: (tiles, kv_heads, rows, k count), for grouped q."""
-    scores = (q @ k.transpose(-1, -2)).mul_(scale)
+def masked_scores(q: Tensor, k: Tensor, tile: Tile, call: Call) -> Tensor:
+    """scale * q k^T, capped, + bias, -inf where hidden: (tiles, kv_heads, rows, k count), for grouped q."""
+    return _hidden(_capped((q @ k.transpose(-1, -2)).mul_(call.scale), call), tile)
+
+
+def scores_and_slope(q: Tensor, k: Tensor, tile: Tile, call: Call) -> tuple[Tensor, Tensor | None]:
+    """`masked_scores`, and the derivative of the softcap there, 1 - tanh^2; None: there is no softcap."""
+    scores = _capped((q @ k.transpose(-1, -2)).mul_(call.scale), call)
+    slope = 1 - (scores / call.softcap).square_() if call.softcap else None
+    return _hidden(scores, tile), slope
+
+
+def _capped(scores: Tensor, call: Call) -> Tensor:
+    """In place."""
+    return scores.div_(call.softcap).tanh_().mul_(call.softcap) if call.softcap else scores
+
+
+def _hidden(scores: Tensor, tile: Tile) -> Tensor:
+    """Biased and masked, in place."""
     whole = (-1, tile.heads.length, tile.q.count, tile.k.count)
     if tile.bias is not None:
         scores += group_rows(bounded(tile.bias).expand(whole), tile)

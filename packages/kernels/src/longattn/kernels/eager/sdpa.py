@@ -33,6 +33,8 @@ CAPABILITY = Capability(
         torch.float16: (4e-3, 4e-3),
         torch.bfloat16: (3e-2, 3e-2),
     },
+    # As a bias, made tile by tile.
+    by_distance=True,
 )
 
 _CELLS = (1 << 18, 1 << 22)
@@ -96,7 +98,7 @@ def _is_whole(call: Call) -> bool:
         return False
     if call.q.shape[-1] != call.v.shape[-1]:
         return False
-    if call.mask is not None or call.bias is not None or call.key_padding is not None:
+    if any(x is not None for x in (call.mask, call.bias, call.by_distance, call.key_padding)):
         return False
     branch, (heads, queries, keys) = call.plan.branches[0], call.plan.rectangle.shape
     every = all(
@@ -164,15 +166,12 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _additive(tile: Tile, dtype: torch.dtype) -> Tensor | None:
-    if tile.seen is None:
-        return None
     # A float32 bias of a bfloat16 q stays float32: -100 is not the same as -100.5.
-    bias = (
-        torch.zeros((), dtype=dtype, device=tile.seen.device)
-        if tile.bias is None
-        else bounded(tile.bias).to(state_dtype(dtype))
-    )
-    return torch.where(tile.seen, bias, -torch.inf)
+    bias = None if tile.bias is None else bounded(tile.bias).to(state_dtype(dtype))
+    if tile.seen is None:
+        return bias
+    none = torch.zeros((), dtype=dtype, device=tile.seen.device)
+    return torch.where(tile.seen, none if bias is None else bias, -torch.inf)
 
 
 def _with_lse_column(

@@ -28,6 +28,7 @@ _WITH_FLASH = Capability(
     max_head_dim=256,
     # Its backward kernels add with atomics.
     deterministic=("cpu",),
+    by_distance=True,
     architectures=("sm_8?*", "sm_9?*", "sm_1??*", "gfx90a", "gfx94?", "gfx950"),
 )
 _WIDTH = 8

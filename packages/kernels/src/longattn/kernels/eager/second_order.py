@@ -27,15 +27,19 @@ Parts = list["Tensor | None"]
 
 
 def second_gradients(call: Call, above: Parts, cotangents: tuple[Tensor, Tensor | None, Tensor, Tensor]) -> Parts:
-    """Gradients of grad_out, grad_lse, out, lse, q, k, v and bias, from those of dq, dk, dv and dbias; None where there is none.
+    """Gradients of grad_out, grad_lse, out, lse, q, k, v, bias and by_distance, from those of dq, dk, dv and dbias; None where there is none.
 
     Args:
         call: the forward's. above: of dq, dk, dv and dbias, each or None. cotangents: grad_out, grad_lse or None, out, lse.
 
     Raises:
-        NotImplementedError: a row whose every key has a huge bias, whose first derivatives are made elsewhere.
+        NotImplementedError: a row whose every key has a huge bias, whose first derivatives are made elsewhere; score terms.
     """
     grad_out, grad_lse, out, lse = cotangents
+    if call.softcap or call.by_distance is not None:
+        raise NotImplementedError(
+            "second derivatives are not supported with score_terms: give what is added as a floating attention_mask"
+        )
     if call.bias is not None and has_far_rows(call, lse):
         raise NotImplementedError(
             "second derivatives are not supported where all that a query sees has a huge bias (see far_rows): hide such keys with -inf"
@@ -48,7 +52,8 @@ def second_gradients(call: Call, above: Parts, cotangents: tuple[Tensor, Tensor 
     others = tuple(x for x in (grad_out, grad_lse, out, lse, above[0]) if x is not None)
     for tile in walk(call, triangles=False, cells=_CELLS, others=others):
         _add_tile(call, tile, above, inputs, totals)
-    return [None if total is None or x is None else total.to(x.dtype) for total, x in zip(totals, inputs, strict=True)]
+    found = [None if total is None or x is None else total.to(x.dtype) for total, x in zip(totals, inputs, strict=True)]
+    return [*found, None]
 
 
 def _add_tile(call: Call, tile: Tile, above: Parts, inputs: Parts, totals: Parts) -> None:
@@ -57,7 +62,7 @@ def _add_tile(call: Call, tile: Tile, above: Parts, inputs: Parts, totals: Parts
     assert grad is not None and out is not None and lse is not None and q is not None
     k, v = (tile.keys(x).to(wide) for x in (call.k, call.v))
     # Finite where nothing was seen: the scores are all -inf.
-    weights = (masked_scores(q, k, tile, scale) - lse.masked_fill(lse == -torch.inf, 0)).exp_()
+    weights = (masked_scores(q, k, tile, call) - lse.masked_fill(lse == -torch.inf, 0)).exp_()
     delta = (grad * out).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta - grad_lse

@@ -61,9 +61,8 @@ def blocks(call: Call) -> Iterator[tuple[Branch, Tile]]:
 
 def _strip_rows(call: Call, branch: Branch, triangles: bool, cells: int) -> int | None:
     """How many query rows a tile may have, or None: all."""
-    needs_mask = (
-        call.mask is not None or call.bias is not None or (branch.band is not None and call.key_padding is not None)
-    )
+    beside = (call.mask, call.bias, call.by_distance)
+    needs_mask = any(x is not None for x in beside) or (branch.band is not None and call.key_padding is not None)
     if triangles and not needs_mask:
         return None
     return max(16, min(512, cells // (branch.heads.length * branch.k.count)))
@@ -97,7 +96,8 @@ def _batches(
 ) -> Iterator[Tile]:
     batch, (nq, nk) = call.q.shape[0], (call.q.shape[1], call.k.shape[1])
     q, k = _as_tiles(branch.q, nq), _as_tiles(branch.k, nk)
-    plain = call.mask is None and call.bias is None and call.key_padding is None and not call.dropout_p
+    beside = (call.mask, call.bias, call.by_distance, call.key_padding)
+    plain = all(x is None for x in beside) and not call.dropout_p
     if plain and _foldable(q, nq, (call.q, *others)) and _foldable(k, nk, (call.k, call.v)) and branch.uniform:
         q, k = replace(q, tiles=q.tiles * batch), replace(k, tiles=k.tiles * batch)
         batch = 1

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import FLOATS, Capability
-from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, ungroup_rows
-from longattn.kernels.eager.masks import attach_masks
+from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, scores_and_slope, ungroup_rows
+from longattn.kernels.eager.masks import add_distance_gradients, attach_masks
 from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.eager.tile_walk import blocks, finish, new_state
 from longattn.kernels.eager.tiles import Tile
@@ -48,6 +48,9 @@ class TiledRow:
             torch.bfloat16: (1.6e-2, 1.6e-2),
         },
         deterministic=("cpu",),
+        softcap=True,
+        by_distance=True,
+        by_distance_grad=True,
         dropout=True,
     )
     second_backward = staticmethod(second_gradients)
@@ -124,7 +127,7 @@ def _stream_keys(call: Call, branch: Branch, block: Tile, rows: Range, out: Tens
         if tile is None:
             continue
         k = tile.keys(call.k).to(dtype)  # k tile: memory -> cache, replaced every iteration
-        scores = masked_scores(q, k, tile, call.scale)
+        scores = masked_scores(q, k, tile, call)
         m_new = torch.maximum(m, scores.amax(-1))
         # Finite where nothing was seen yet, so that -inf - -inf does not arise.
         pivot = m_new.masked_fill(m_new == -torch.inf, 0)
@@ -151,7 +154,7 @@ def _stream_queries(call: Call, branch: Branch, block: Tile, keys: Range, out: T
         if tile is None:
             continue
         q = group_rows(tile.queries(call.q).to(dtype), tile)  # q tile: memory -> cache, replaced every iteration
-        scores = masked_scores(q, k, tile, call.scale)
+        scores = masked_scores(q, k, tile, call)
         pivot = scores.amax(-1, keepdim=True)
         pivot = pivot.masked_fill(pivot == -torch.inf, 0)
         p = (scores - pivot).exp_()
@@ -168,7 +171,10 @@ def _gradients(call: Call, tile: Tile, grad_out: Tensor, delta: Tensor, pivot: T
     q, grad = (group_rows(tile.queries(x).to(dtype), tile) for x in (call.q, grad_out))
     rows = [group_rows(tile.queries(x).unsqueeze(-1), tile) for x in (delta, pivot)]
     k, v = tile.keys(call.k).to(dtype), tile.keys(call.v).to(dtype)
-    p = (masked_scores(q, k, tile, call.scale) - rows[1]).exp_()
-    ds = (dropped(grad @ v.transpose(-1, -2), tile) - rows[0]).mul_(p).mul_(call.scale)
+    scores, slope = scores_and_slope(q, k, tile, call)
+    p = (scores - rows[1]).exp_()
+    ds = (dropped(grad @ v.transpose(-1, -2), tile) - rows[0]).mul_(p)
+    add_distance_gradients(call, tile, ungroup_rows(ds, tile))
+    ds = ds.mul_(call.scale) if slope is None else ds.mul_(slope).mul_(call.scale)
     dv = dropped(p, tile).transpose(-1, -2) @ grad
     return ungroup_rows(ds @ k, tile), ds.transpose(-1, -2) @ q, dv

@@ -31,7 +31,8 @@ class Tile:
         q, k: rows.
         causal: row a sees exactly keys 0 .. a, and `seen` is None.
         seen: (tiles or 1, heads or 1, q count or 1, k count) bool, or None: all (or causal).
-        bias: (tiles or 1, heads or 1, q count or 1, k count or 1), or None.
+        bias: (tiles or 1, heads or 1, q count or 1, k count or 1), what is added to scores, by a tensor or by terms; or None.
+        distance: (tiles or 1, q count, k count) int64, position of the key minus that of the query, where terms read it, or None.
         first: which of the branch's tiles is the first here.
         keep: (tiles, heads, q count, k count), what dropout multiplies each weight with, or None.
         fresh: no earlier tile wrote these query rows of these heads.
@@ -50,6 +51,7 @@ class Tile:
     keep: Tensor | None = None
     first: int = 0
     kept: Kept | None = None
+    distance: Tensor | None = None
 
     def queries(self, x: Tensor) -> Tensor:
         """Query rows of x (batch, Nq, heads, ...) as (tiles, heads, q count, ...)."""

@@ -55,14 +55,14 @@ static void attend_backward(const Call& call) {
         Pool::of_process().run(call.threads, tasks.count(), [&](int64_t thread, int64_t i) {
             Backward<Op> backward = own(thread);
             tasks.at(i, [&](const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t rows) {
-                backward.run(job, b, h, t, first, rows, Share{true, false, 0, call.keys}, nullptr);
+                backward.run(job, b, h, t, first, rows, Share{true, false, 0, call.keys, 0}, nullptr);
             });
         });
         return;
     }
     Pool::of_process().run(call.threads, call.batch * call.kv_heads * parts, [&](int64_t thread, int64_t i) {
         const int64_t part = i % parts, head = i / parts % call.kv_heads, b = i / parts / call.kv_heads;
-        own(thread).keys(b, head, Share{parts == 1, true, call.keys * part / parts, call.keys * (part + 1) / parts});
+        own(thread).keys(b, head, Share{parts == 1, true, call.keys * part / parts, call.keys * (part + 1) / parts, part});
     });
 }
 

@@ -11,6 +11,7 @@
 struct Share {
     bool dq, dkv;
     int64_t row_begin, row_end;
+    int64_t part;  // which one of several
 };
 
 // float32 sums of dk and dv: the tensors themselves, or scratch from the share's first row on.
@@ -30,7 +31,8 @@ class Backward {
     const Shape<Op> shape, values;  // of q and k; of v and out
     const Units units;
     const PairMask pair_mask;
-    float *Q, *dO, *Q_rows, *dO_rows, *dq, *lse, *delta, *Kt, *Vt, *K, *dk, *dv, *stage, *scores, *products, *keep;
+    const ScoreTerms terms;
+    float *Q, *dO, *Q_rows, *dO_rows, *dq, *lse, *delta, *Kt, *Vt, *K, *dk, *dv, *stage, *scores, *products, *keep, *steep;
     float *ds_rows, *p_pairs, *ds_pairs;  // bfloat16 operands; in float32 the scores and products themselves
     float* sums;
     Queries* queries;
@@ -41,7 +43,8 @@ public:
 
     // `key_rows` of dk and dv are summed in scratch: 0 where the tensors are float32.
     Backward(const Call& call, float* from, int64_t key_rows)
-        : call(call), shape(call.dim), values(call.value_dim), units(call.scale, PAIRS), pair_mask(call, float(LOG2_E / units.unit)) {
+        : call(call), shape(call.dim), values(call.value_dim), units(call.scale, PAIRS), pair_mask(call, float(LOG2_E / units.unit)),
+          terms(call, units.unit) {
         float* at = from;
         auto take = [&](int64_t n) { float* mine = at; at += round_up(n, 16); return mine; };
         Q = take(ROWS * shape.wide);
@@ -61,6 +64,7 @@ public:
         scores = take(STRIP * KEYS + VL);
         products = take(STRIP * KEYS + VL);
         keep = take(KEYS);
+        steep = take(terms.capped() ? STRIP * KEYS : 0);
         ds_rows = PAIRS ? take(STRIP * KEYS / 2) : products;
         p_pairs = PAIRS ? take(STRIP / 2 * KEYS + VL) : scores;
         ds_pairs = PAIRS ? take(STRIP / 2 * KEYS + VL) : products;
@@ -172,10 +176,16 @@ private:
         const KeyTile& keys = *tile;
         float top[STRIP * VL];
         const Reach<Op::GROUP> reach(keys, visibility, *queries, r, real);
-        scores_of<Op>(Q + r * shape.wide, height, Kt, shape, keys, reach, scores, top);
+        scores_of<Op>(Q + r * shape.wide, height, Kt, shape, keys, terms.start(keys), reach, scores, top);
+        if (terms.any()) terms.apply(keys, reach, h, *queries, r, height, scores, nullptr, steep);
         if (pair_mask.needed(visibility)) pair_mask.hide(keys, visibility, reach, b, h, *queries, r, real, scores, nullptr);
         products_of<Op>(dO + r * values.wide, height, Vt, values, keys.padded, reach, products);
-        for (int64_t i = 0; i < height; i += Op::PAIR) weigh(r, i, reach.from[i / MR], reach.to[i / MR], b, h);
+        // Whoever owns keys owns a part of these sums; each pair is met once where dk and dv are made.
+        const int64_t columns = call.by_distance_columns;
+        float* by_distance = share.dkv && call.by_distance_grad
+            ? call.by_distance_grad + ((share.part * call.batch + b) * call.heads + h) * columns
+            : nullptr;
+        for (int64_t i = 0; i < height; i += Op::PAIR) weigh(r, i, reach.from[i / MR], reach.to[i / MR], b, h, by_distance);
         const auto one = [](int64_t) { return splat(1.f); };
         const int64_t all = round_up(keys.padded, MR);
         if (share.dkv) {
@@ -195,12 +205,13 @@ private:
     }
 
     // One row (or pair of rows) of scores and of dO v: in place they become P and dS, zeros but for the keys from .. to.
-    INLINE void weigh(int64_t r, int64_t i, int64_t from, int64_t to, int64_t b, int64_t h) {
+    INLINE void weigh(int64_t r, int64_t i, int64_t from, int64_t to, int64_t b, int64_t h, float* by_distance) {
         const Floats unit = splat(units.unit);
         for (int row = 0; row < Op::PAIR; row++) {
             float *p_row = scores + (i + row) * KEYS, *ds_row = products + (i + row) * KEYS;
             const Floats pivot = splat(lse[r + i + row]), less = splat(delta[r + i + row]);
-            if (call.drop > 0) keep_row(call, *tile, b, h, queries->positions[least(r + i + row, queries->n - 1)], keep);
+            const int64_t position = queries->positions[least(r + i + row, queries->n - 1)];
+            if (call.drop > 0) keep_row(call, *tile, b, h, position, keep);
             for (float* zeros : {p_row, ds_row}) {
                 memset(zeros, 0, from * 4);
                 memset(zeros + to, 0, (tile->padded - to) * 4);
@@ -211,6 +222,9 @@ private:
                 store(ds_row + j, p * (dp * kept - less));
                 store(p_row + j, p * kept);
             }
+            if (by_distance) terms.add_gradients(*tile, position, from, to, ds_row, by_distance);
+            if (!terms.capped()) continue;
+            for (int64_t j = from; j < to; j += VL) store(ds_row + j, load(ds_row + j) * load(steep + (i + row) * KEYS + j));
         }
 #if defined(__AVX512BF16__)
         for (int64_t j = 0; PAIRS && j < tile->padded; j += 2 * VL) {

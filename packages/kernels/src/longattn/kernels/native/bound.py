@@ -34,7 +34,7 @@ _SEED, _SCRATCH = CallArgument.seed.offset, CallArgument.scratch.offset
 
 def is_plain(call: Call) -> bool:
     """Whether the library reads q, k and v as they lie, and nothing beside them."""
-    extra = (call.mask, call.bias, call.key_padding, call.prior)
+    extra = (call.mask, call.bias, call.by_distance, call.key_padding, call.prior)
     return all(x is None for x in extra) and all(x.stride(3) == 1 and x.numel() for x in (call.q, call.k, call.v))
 
 

@@ -73,6 +73,10 @@ struct Call {
     int64_t key_parts;         // backward: in how many parts the keys are owned; 1: one pass makes all gradients
     float* scratch;            // `scratch_floats` for each thread
     int64_t merges;            // 1: rows are merged onto what stands in out and lse
+    double softcap;            // scaled scores s become softcap * tanh(s / softcap); 0: they stay
+    const float* by_distance;  // (heads, columns): what is added for each head and distance, or null
+    int64_t by_distance_columns;  // 1: a slope; 2 + 2 * L: and a number for each distance from -L to L
+    float* by_distance_grad;   // (key_parts, batch, heads, columns), to be added to, or null
 };
 
 static INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

@@ -7,7 +7,7 @@
 #include "flush.h"
 #include "philox.h"
 #include "strip.h"
-
+#include "terms.h"
 
 // scale * log2 e = q_factor * unit. Products of bfloat16 need a power of two for q, products of float32 take everything.
 struct Units {
@@ -31,6 +31,7 @@ class Forward {
     const Shape<Op> shape, values;  // of q and k; of v and out
     const Units units;
     const PairMask pair_mask;
+    const ScoreTerms terms;
     float *Q, *acc, *m, *l, *Kt, *V, *stage, *scores, *top, *factor, *keep;
     uint32_t* halves;
     Queries* queries;
@@ -39,7 +40,8 @@ class Forward {
 public:
     // Lays out the scratch of one thread from `from` on; `floats` is how much of it there must be.
     Forward(const Call& call, float* from)
-        : call(call), shape(call.dim), values(call.value_dim), units(call.scale, Op::PAIR == 2), pair_mask(call, float(LOG2_E / units.unit)) {
+        : call(call), shape(call.dim), values(call.value_dim), units(call.scale, Op::PAIR == 2), pair_mask(call, float(LOG2_E / units.unit)),
+          terms(call, units.unit) {
         float* at = from;
         auto take = [&](int64_t n) { float* mine = at; at += round_up(n, 16); return mine; };
         Q = take(ROWS * shape.wide);
@@ -75,7 +77,8 @@ public:
                 if (visibility == NOTHING) continue;
                 if (!packed) pack(b, kv_head), packed = true;
                 const Reach<Op::GROUP> reach(*tile, visibility, *queries, r, real);
-                scores_of<Op>(Q + r * shape.wide, height, Kt, shape, *tile, reach, scores, top);
+                scores_of<Op>(Q + r * shape.wide, height, Kt, shape, *tile, terms.start(*tile), reach, scores, top);
+                if (terms.any()) terms.apply(*tile, reach, h, *queries, r, height, scores, top, nullptr);
                 if (pair_mask.needed(visibility)) pair_mask.hide(*tile, visibility, reach, b, h, *queries, r, real, scores, top);
                 for (int64_t i = 0; i < height; i++) softmax(r, i, reach.from[i / MR], reach.to[i / MR], b, h);
                 accumulate<Op>(

@@ -27,6 +27,9 @@ CAPABILITY = Capability(
     dtypes={"cpu": (torch.float16, torch.bfloat16, torch.float32)},
     tolerance={torch.float32: (2e-5, 2e-5), torch.float16: (2e-3, 2e-3), torch.bfloat16: (1.6e-2, 1.6e-2)},
     max_head_dim=MOST_WIDE,
+    softcap=True,
+    by_distance=True,
+    by_distance_grad=True,
     dropout=True,
     skips_padding=True,
 )
@@ -85,7 +88,8 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def _is_short(call: Call, lowered: Lowered, half: bool) -> bool:
     """Whether reading keys and values is most of the work: they are then streamed in ranges, all heads of a kv head at once."""
-    if any(x is not None for x in (call.prior, call.mask, call.bias)) or call.dropout_p:
+    beside = (call.prior, call.mask, call.bias, call.by_distance)
+    if any(x is not None for x in beside) or call.softcap or call.dropout_p:
         return False
     rows = call.q.shape[1] * (call.q.shape[2] // call.k.shape[2])
     return call.q.dtype == call.k.dtype == call.v.dtype and _few_rows_of_even_keys(lowered, rows, half)
@@ -97,7 +101,14 @@ def _few_rows_of_even_keys(lowered: Lowered, rows: int, half: bool) -> bool:
 
 def form(plan: Plan, problem: AttentionProblem) -> str:
     """Which of the row's two forms a forward of this plan takes: "few queries" or "tiles"."""
-    beside = problem.prior or problem.attention_mask or problem.bias or problem.dropout
+    beside = (
+        problem.prior
+        or problem.attention_mask
+        or problem.bias
+        or problem.softcap
+        or problem.by_distance
+        or problem.dropout
+    )
     rows = plan.rectangle.shape[1] * (problem.heads // problem.kv_heads)
     # Long plans are not lowered for an answer that their length gives.
     if beside or rows > max(_SHORT_ROWS.values()):
@@ -127,11 +138,18 @@ def backward(
     for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
         asked.point_to(name, x, tuple(x.shape))
     asked.key_parts = parts = _key_parts(asked)
+    sums = None
+    if call.by_distance is not None and call.by_distance_grad is not None:
+        # A part for everyone who owns keys: no two add to one number, and equal calls give equal bits.
+        sums = torch.zeros((parts, asked.batch, *call.by_distance.shape), dtype=torch.float32)
+        asked.add_by_distance(call.by_distance, sums, asked.heads)
     if lowered.phases:
         _run(call, "longattn_attend_backward", asked, packed(lowered, None))
     asked.key_parts = 0
     for phase in range(len(lowered.phases) if parts > 1 else 0):
         _run(call, "longattn_attend_backward", asked, packed(lowered, phase))
+    if sums is not None and call.by_distance_grad is not None:
+        call.by_distance_grad.add_(sums.sum((0, 1)))
     return dq.to(call.q.dtype), dk, dv, None
 
 
@@ -193,6 +211,9 @@ def _argument(call: Call, out: Tensor, lse: Tensor) -> CallArgument:
     for name, x in (("mask", call.mask), ("bias", call.bias)):
         if x is not None:
             asked.look_up(name, _in_known_type(x), (batch, heads, nq, nk))
+    if call.by_distance is not None:
+        asked.add_by_distance(call.by_distance, None, heads)
+    asked.softcap = call.softcap
     asked.scale, asked.drop, asked.seed = call.scale, call.dropout_p, call.seed & (2**64 - 1)
     asked.first_head = call.plan.rectangle.heads.start
     asked.half = _half(call.q.dtype)

@@ -24,9 +24,9 @@ static INLINE void tiles_of(int64_t rows, int64_t padded, const Reach<GROUP>& re
         }
 }
 
-// scores (rows x KEYS) = A B + bias for each key, and top, the largest of each row in each lane. B is packed in panels.
+// scores (rows x KEYS) = A B + start for each key, and top, the largest of each row in each lane. B is packed in panels.
 template <class Op>
-static void scores_of(const float* A, int64_t rows, const float* B, const Shape<Op>& shape, const KeyTile& tile,
+static void scores_of(const float* A, int64_t rows, const float* B, const Shape<Op>& shape, const KeyTile& tile, const float* start,
                       const Reach<Op::GROUP>& reach, float* scores, float* top) {
     for (int64_t r = 0; r < rows * VL; r += VL) store(top + r, splat(NONE));
     tiles_of(rows, tile.padded, reach, [&](int64_t r, int64_t j, auto count) {
@@ -37,7 +37,7 @@ static void scores_of(const float* A, int64_t rows, const float* B, const Shape<
             shape.words, A + r * shape.wide, shape.wide, 1, panel, PW,
             [&](Floats(&s)[MR][N]) {
                 for (int n = 0; n < N; n++) {
-                    Floats bias = load(tile.bias + j + n * VL);
+                    Floats bias = load(start + j + n * VL);
                     for (int i = 0; i < MR; i++) s[i][n] = bias;
                 }
             },

@@ -60,6 +60,10 @@ class CallArgument(ctypes.Structure):
         *((name, _int) for name in ("first_head", "half", "threads", "rows", "key_parts")),
         ("scratch", _pointer),
         ("merges", _int),
+        ("softcap", _double),
+        ("by_distance", _pointer),
+        ("by_distance_columns", _int),
+        ("by_distance_grad", _pointer),
     ]
 
     def __init__(self, **fields: Any) -> None:
@@ -97,6 +101,27 @@ class CallArgument(ctypes.Structure):
         self._kept.append(x)
         strides = (0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
         setattr(self, name, LookupArgument(x.data_ptr(), *strides, TYPES.get(x.dtype, 0)))
+
+    def add_by_distance(self, x: Tensor, grad: Tensor | None, heads: int) -> None:
+        """Set where what is added for each head and distance lies, float32 (heads, columns), and what its gradient is added to.
+
+        grad: float32 (parts, batch, heads, columns), or None.
+
+        Raises:
+            ValueError: another shape, dtype or device, or not contiguous.
+        """
+        for name, y in (("by_distance", x), ("by_distance_grad", grad)):
+            if y is None:
+                continue
+            fits = y.shape[-2:] == (heads, x.shape[-1]) and y.dtype == torch.float32 and y.device.type == "cpu"
+            if not fits or not y.is_contiguous():
+                raise ValueError(
+                    f"{name} must be float32 (..., {heads}, {x.shape[-1]}), contiguous on the CPU, got {tuple(y.shape)}, {y.dtype}, "
+                    f"{y.stride()}, on {y.device}"
+                )
+            self._kept.append(y)
+        self.by_distance, self.by_distance_columns = x.data_ptr(), x.shape[-1]
+        self.by_distance_grad = None if grad is None else grad.data_ptr()
 
     def hide(self, key_padding: Tensor, shape: tuple[int, int]) -> None:
         """Set the field `padding` to where a bool tensor (batch, keys) lies.

@@ -18,6 +18,7 @@ class OpTensors(NamedTuple):
     Attributes:
         q: (batch, Nq, heads, head_dim). k, v: (batch, Nk, kv_heads, head_dim); v, and so out, may have its own head_dim.
         bias: floating, broadcastable to (batch, heads, Nq, Nk), or None. mask: bool, likewise.
+        by_distance: what score terms add for each head of q and distance, (heads, columns) as `terms` says, or None.
         key_padding: (batch, Nk) bool, or None.
         seed: 0-dim int64, or None without dropout.
         prior_out, prior_lse: a state to merge onto, read only, or None. Only of `longattn::attend`.
@@ -30,6 +31,7 @@ class OpTensors(NamedTuple):
     k: Tensor
     v: Tensor
     bias: Tensor | None = None
+    by_distance: Tensor | None = None
     mask: Tensor | None = None
     key_padding: Tensor | None = None
     seed: Tensor | None = None
@@ -46,7 +48,8 @@ class OpArguments(NamedTuple):
     Attributes:
         pattern: canonical string. q_spans, k_spans: flat (start, length, step) triples; empty: the schedule knows, from all ranks.
         heads: (total, first, count).
-        needs_grad, bias_grad: whether q, k or v, and whether bias, will want a gradient.
+        softcap: what scaled scores are capped at; 0: they are not.
+        needs_grad, bias_grad, by_distance_grad: whether anything, and whether bias, or by_distance, will want a gradient.
         backend: a row's name, or ''. env: an environment's name, or ''.
         schedule: canonical string of a schedule; '' in `longattn::attend`.
     """
@@ -64,6 +67,8 @@ class OpArguments(NamedTuple):
     out_dtype: torch.dtype
     env: str
     schedule: str = ""
+    softcap: float = 0.0
+    by_distance_grad: bool = False
 
 
 class Cotangents(NamedTuple):
@@ -75,10 +80,10 @@ class Cotangents(NamedTuple):
     lse: Tensor
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
-"""Of the first `GRADED` tensors: dq, dk, dv, dbias."""
+Gradients = tuple[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None"]
+"""Of the first `GRADED` tensors: dq, dk, dv, dbias and that of by_distance."""
 
-GRADED = 4
+GRADED = 5
 OPTIONAL_GRADED = OpTensors._fields[3:GRADED]
 """Those of them that a call need not have; `<name>_grad` of `OpArguments` says whether one wants a gradient."""
 

@@ -57,8 +57,15 @@ def rectangle_gradients(
         gradients = served(compute, tensors, asked, environment, plan)
     if gradients is None:
         return None
-    dq, dk, dv, dbias = gradients
-    return dq, dk, dv, None if dbias is None or tensors.bias is None else dbias.reshape(tensors.bias.shape)
+    dq, dk, dv, dbias, added = gradients
+    dbias = None if dbias is None or tensors.bias is None else dbias.reshape(tensors.bias.shape)
+    return (
+        dq,
+        dk,
+        dv,
+        dbias,
+        None if added is None or tensors.by_distance is None else added.to(tensors.by_distance.dtype),
+    )
 
 
 def _compute(tensors: OpTensors, asked: OpArguments) -> tuple[Tensor, Tensor]:

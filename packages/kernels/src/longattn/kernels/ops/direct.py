@@ -28,6 +28,7 @@ from longattn.kernels.dispatch.table import RowFailure
 from longattn.kernels.ops.arguments import Cotangents, OpArguments, OpTensors
 from longattn.kernels.ops.attend_op import rectangle_gradients
 from longattn.kernels.options import IN_FORM, Options, of_documented_types
+from longattn.kernels.terms import Alibi, RelativeBias, Softcap
 from longattn.patterncache import Pattern, Plan
 
 _PLAIN = (Tensor, Parameter)
@@ -79,12 +80,17 @@ def signature(
         text = pattern.canonical()
     if not of_documented_types(options):
         return None
-    mask, key_padding, environment, deterministic = options[:IN_FORM]
+    mask, key_padding, terms, environment, deterministic = options[:IN_FORM]
     beside: tuple[Hashable, ...] = ()
     if mask is not None or key_padding is not None:
         beside = tuple(None if x is None else plain_form(x) or _NOT_PLAIN for x in (mask, key_padding))
         if _NOT_PLAIN in beside or (mask is not None and mask.requires_grad):
             return None
+    if terms is not None:
+        form = _form_of(terms)
+        if form is None:
+            return None
+        beside = (*beside, form)
     return (
         place,
         text,
@@ -96,6 +102,24 @@ def signature(
         _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
         *process_settings(),
     )
+
+
+def _form_of(terms: object) -> tuple[Hashable, ...] | None:
+    """What of score terms decides how they are computed: all but the numbers in their tensors. None: they have no signature."""
+    found: list[Hashable] = []
+    for term in terms if isinstance(terms, (tuple, list)) else (terms,):
+        if isinstance(term, Softcap):
+            found.append(term)
+            continue
+        if not isinstance(term, (Alibi, RelativeBias)):
+            return None
+        x = term.slopes if isinstance(term, Alibi) else term.table
+        form = plain_form(x)
+        if form is None or (x.requires_grad and _is_grad_enabled()):
+            return None
+        rest = () if isinstance(term, Alibi) else (term.bidirectional, term.max_distance)
+        found.append((type(term), form, *rest))
+    return tuple(found)
 
 
 def plain_form(x: object) -> tuple[Hashable, ...] | None:

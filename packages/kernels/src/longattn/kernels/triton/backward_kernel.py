@@ -18,6 +18,7 @@ from longattn.kernels.triton.score_kernel import (
     ENTRY_WIDTH,
     JOB_WIDTH,
     LOG2_E,
+    add_by_distance,
     find_positions,
     find_rows,
     hide,
@@ -25,6 +26,7 @@ from longattn.kernels.triton.score_kernel import (
     load_tile,
     product,
     product_over_dims,
+    tanh,
 )
 
 
@@ -64,8 +66,8 @@ def stream_queries(
     k, v, dk, dv, begin, end, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions, k_valid,
     k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims, value_dims,
     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-    scale, sm_scale, seed, threshold, rescale, first_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    by_distance_ptr, cap, scale, sm_scale, seed, threshold, rescale, first_head,
+    SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, REDUCE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -92,8 +94,15 @@ def stream_queries(
             scores = product_over_dims(
                 k, k_ptr, k_base, k_rows, k_strides, k_valid, q, q_ptr, q_base, q_rows, q_strides, q_valid,
                 BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D, CHUNK, PRECISION, UPCAST,
-            ) * scale + weight  # fmt: skip
+            ) * scale  # fmt: skip
             q_positions = find_positions(origin, unit, q_rows)
+            if SOFTCAP:
+                bent = tanh(scores / cap)
+                scores = bent * cap
+            if COLUMNS > 0:
+                distance = k_positions[:, None] - q_positions[None, :]
+                scores = add_by_distance(scores, distance, head, by_distance_ptr, COLUMNS)
+            scores += weight
             if MASKED:
                 scores = hide(
                     scores, q_valid[None, :], k_valid[:, None], k_positions[:, None] - q_positions[None, :], low, high,
@@ -129,7 +138,10 @@ def stream_queries(
                 q = load_tile(
                     q_ptr, q_base, q_rows, q_strides[1], dims, q_strides[3], q_valid, HEAD_DIM, BLOCK_D, MASKED
                 )
-            ds = (p * (dp - delta[None, :])).to(q.dtype)
+            ds = p * (dp - delta[None, :])
+            if SOFTCAP:
+                ds *= 1.0 - bent * bent
+            ds = ds.to(q.dtype)
             dk += product(ds, q, PRECISION, UPCAST)
             if REDUCE:
                 # head_dim is a constant, so an address a row is all that registers hold.
@@ -156,8 +168,8 @@ def keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, pivot_ptr, dq_ptr, dk_ptr, dv_ptr, mask_ptr, bias_ptr, padding_ptr,
     jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, program_count, heads, length,
     q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides, mask_strides, bias_strides, padding_strides,
-    scale, sm_scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    by_distance_ptr, cap, scale, sm_scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
+    SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, REDUCE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -185,15 +197,15 @@ def keys_kernel(
             k, v, dk, dv, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
             k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
             value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            scale, sm_scale, seed, threshold, rescale, first_head,
-            GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL, DROPOUT, REDUCE, PRECISION, UPCAST,
+            by_distance_ptr, cap, scale, sm_scale, seed, threshold, rescale, first_head,
+            SOFTCAP, COLUMNS, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL, DROPOUT, REDUCE, PRECISION, UPCAST,
         )  # fmt: skip
         dk, dv = stream_queries(
             k, v, dk, dv, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
             k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
             value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            scale, sm_scale, seed, threshold, rescale, first_head,
-            GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, True, DROPOUT, REDUCE, PRECISION, UPCAST,
+            by_distance_ptr, cap, scale, sm_scale, seed, threshold, rescale, first_head,
+            SOFTCAP, COLUMNS, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, True, DROPOUT, REDUCE, PRECISION, UPCAST,
         )  # fmt: skip
         mask = k_valid[:, None] & (dims < HEAD_DIM)[None, :]
         # dk, dv: registers -> HBM, once a job

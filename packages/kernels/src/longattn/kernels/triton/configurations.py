@@ -8,7 +8,7 @@ large, and its products without tf32 do not run on tensor cores.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -147,12 +147,20 @@ def padded(head_dim: int) -> int:
     return next(dim for dim in HEAD_DIMS if dim >= head_dim)
 
 
-def choose(kernel: str, architecture: str, head_dim: int, element_size: int) -> tuple[Configuration, int]:
+def with_terms(tile: Configuration) -> Configuration:
+    """The tile where score terms act: numbers by distance stand beside as many scores, and a pipeline would hold them in SRAM."""
+    return replace(tile, streamed=max(16, tile.streamed // 2), stages=1)
+
+
+def choose(
+    kernel: str, architecture: str, head_dim: int, element_size: int, terms: bool = False
+) -> tuple[Configuration, int]:
     """The tile of a kernel on an architecture ("" is the interpreter), and the width that head_dim is padded to.
 
-    head_dim: the larger one, where v has its own.
+    head_dim: the larger one, where v has its own. terms: there are score terms.
     """
     width = padded(head_dim)
     if not architecture:
         return _INTERPRETED, width
-    return TABLE[kernel, table_architecture(architecture), width, element_size], width
+    found = TABLE[kernel, table_architecture(architecture), width, element_size]
+    return with_terms(found) if terms else found, width

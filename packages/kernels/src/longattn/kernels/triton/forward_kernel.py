@@ -17,6 +17,7 @@ from longattn.kernels.triton.score_kernel import (
     JOB_WIDTH,
     LN_2,
     LOG2_E,
+    add_by_distance,
     find_positions,
     find_rows,
     hide,
@@ -24,6 +25,7 @@ from longattn.kernels.triton.score_kernel import (
     load_tile,
     product,
     product_over_dims,
+    tanh,
 )
 
 
@@ -32,8 +34,8 @@ def stream_keys(
     q, m, l, acc, begin, end, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
     q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-    scale, seed, threshold, rescale, first_head,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
+    SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
     LISTED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, FLIP: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -58,13 +60,23 @@ def stream_keys(
             )  # fmt: skip
             if FLIP:
                 scores = -scores
-            if MASKED:
+            TERMS: tl.constexpr = SOFTCAP or COLUMNS > 0
+            if MASKED or TERMS:
                 k_positions = find_positions(origin, unit, k_rows)
+                scores = scores * scale
+                if SOFTCAP:
+                    scores = tanh(scores / cap) * cap
+                if COLUMNS > 0:
+                    distance = k_positions[None, :] - q_positions[:, None]
+                    scores = add_by_distance(scores, distance, heads[:, None], by_distance_ptr, COLUMNS)
+                scores += weight
+            if MASKED:
                 scores = hide(
-                    scores * scale + weight, q_valid[:, None], k_valid[None, :], q_positions[:, None] - k_positions[None, :], low, high,
+                    scores, q_valid[:, None], k_valid[None, :], q_positions[:, None] - k_positions[None, :], low, high,
                     batch, heads[:, None], q_rows[:, None], k_rows[None, :],
                     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
                 )  # fmt: skip
+            if MASKED or TERMS:
                 m_new = tl.maximum(m, tl.max(scores, 1))
                 # Finite where nothing was seen yet, so that -inf - -inf does not arise.
                 pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -97,8 +109,8 @@ def forward_kernel(
     jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, program_count,
     q_strides, k_strides, v_strides, out_strides, lse_strides, prior_out_strides, prior_lse_strides,
     mask_strides, bias_strides, padding_strides, part_strides,
-    scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
-    GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    by_distance_ptr, cap, scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
+    SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr,
     FLIP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -130,15 +142,15 @@ def forward_kernel(
             q, m, l, acc, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
             q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
             mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, MASK_ALL, DROPOUT, FLIP, PRECISION, UPCAST,
+            by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
+            SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, MASK_ALL, DROPOUT, FLIP, PRECISION, UPCAST,
         )  # fmt: skip
         m, l, acc = stream_keys(
             q, m, l, acc, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
             q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
             mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, True, DROPOUT, FLIP, PRECISION, UPCAST,
+            by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
+            SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, True, DROPOUT, FLIP, PRECISION, UPCAST,
         )  # fmt: skip
         total = tl.where(l == 0.0, 1.0, l)
         acc = acc / total[:, None]

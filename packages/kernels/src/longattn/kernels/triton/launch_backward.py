@@ -16,10 +16,12 @@ from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
 from longattn.kernels.triton.configurations import Configuration, choose
 from longattn.kernels.triton.launching import (
     dropout_arguments,
+    has_terms,
     mask_arguments,
     persistent_grid,
     run,
     table_arguments,
+    term_arguments,
     tile_options,
     value_chunk,
 )
@@ -56,7 +58,7 @@ def backward(
     for name in "qkv":
         x: Tensor = getattr(call, name)
         shared |= {f"{name}_ptr": x, f"{name}_strides": x.stride()}
-    shared |= mask_arguments(call) | dropout_arguments(call)
+    shared |= mask_arguments(call) | dropout_arguments(call) | term_arguments(call)
     if call.deterministic:
         dk, dv = _own_keys(call, shared, None)
         dq = _own_queries(call, shared)
@@ -72,7 +74,8 @@ def backward(
 
 def _configuration(call: Call, kernel: str) -> Configuration:
     head_dim = max(call.q.shape[-1], call.v.shape[-1])
-    return choose(kernel, architecture_of(call.q.device), head_dim, call.q.element_size())[0]
+    architecture = architecture_of(call.q.device)
+    return choose(kernel, architecture, head_dim, call.q.element_size(), terms=has_terms(call))[0]
 
 
 def _own_keys(call: Call, shared: dict[str, Any], dq: Tensor | None) -> tuple[Tensor, Tensor]:

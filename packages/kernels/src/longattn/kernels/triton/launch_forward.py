@@ -14,11 +14,13 @@ from longattn.kernels.triton.configurations import Configuration, choose
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.launching import (
     dropout_arguments,
+    has_terms,
     mask_arguments,
     persistent_grid,
     programs,
     run,
     table_arguments,
+    term_arguments,
     tile_options,
 )
 from longattn.kernels.triton.merge_kernel import merge_kernel
@@ -110,7 +112,8 @@ def _configuration(call: Call, pack: int) -> Configuration:
     few = call.q.shape[1] * pack <= _DECODE_ROWS
     kernel = "decode" if few else "forward"
     head_dim = max(call.q.shape[-1], call.v.shape[-1])
-    return choose(kernel, architecture_of(call.q.device), head_dim, call.q.element_size())[0]
+    architecture = architecture_of(call.q.device)
+    return choose(kernel, architecture, head_dim, call.q.element_size(), terms=has_terms(call))[0]
 
 
 def _launch(
@@ -133,7 +136,7 @@ def _launch(
     run(
         forward_kernel, persistent_grid(tables, call),
         call.q, call.k, call.v, out, lse, prior_out, prior_lse,
-        **table_arguments(tables, call), **mask_arguments(call), **dropout_arguments(call), **strides,
+        **table_arguments(tables, call), **mask_arguments(call), **dropout_arguments(call), **term_arguments(call), **strides,
         out_strides=out.stride(), lse_strides=lse.stride(), part_strides=split[1:],
         prior_out_strides=None if prior_out is None else prior_out.stride(),
         prior_lse_strides=None if prior_lse is None else prior_lse.stride(),

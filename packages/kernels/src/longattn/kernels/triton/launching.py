@@ -107,6 +107,22 @@ def mask_arguments(call: Call) -> dict[str, Any]:
     return found | {"padding_ptr": padding, "padding_strides": None if padding is None else padding.stride()}
 
 
+def has_terms(call: Call) -> bool:
+    """Whether score terms act."""
+    return call.softcap > 0 or call.by_distance is not None
+
+
+def term_arguments(call: Call) -> dict[str, Any]:
+    """Score terms; those that are not there leave no trace in the kernel. The cap is in log2 units, as scores are."""
+    by_distance = call.by_distance
+    return {
+        "by_distance_ptr": by_distance,
+        "cap": call.softcap * math.log2(math.e),
+        "SOFTCAP": call.softcap > 0,
+        "COLUMNS": 0 if by_distance is None else by_distance.shape[1],
+    }
+
+
 def dropout_arguments(call: Call) -> dict[str, Any]:
     """Seed, threshold and scale of dropout, and the global number of head 0."""
     return {

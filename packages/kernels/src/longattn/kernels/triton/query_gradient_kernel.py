@@ -13,6 +13,7 @@ import triton.language as tl
 from longattn.kernels.triton.score_kernel import (
     ENTRY_WIDTH,
     JOB_WIDTH,
+    add_by_distance,
     find_positions,
     find_rows,
     hide,
@@ -20,6 +21,7 @@ from longattn.kernels.triton.score_kernel import (
     load_tile,
     product,
     product_over_dims,
+    tanh,
 )
 
 
@@ -28,8 +30,8 @@ def gather_dq(
     q, grad, dq, pivot, delta, begin, end, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions, q_valid,
     q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-    scale, seed, threshold, rescale, first_head,
-    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
+    SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr,
     LISTED: tl.constexpr, MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +53,14 @@ def gather_dq(
             scores = product_over_dims(
                 q, q_ptr, q_base, q_rows, q_strides, q_valid, k, k_ptr, k_base, k_rows, k_strides, k_valid,
                 BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, CHUNK, PRECISION, UPCAST,
-            ) * scale + weight  # fmt: skip
+            ) * scale  # fmt: skip
+            if SOFTCAP:
+                bent = tanh(scores / cap)
+                scores = bent * cap
+            if COLUMNS > 0:
+                distance = k_positions[None, :] - q_positions[:, None]
+                scores = add_by_distance(scores, distance, head, by_distance_ptr, COLUMNS)
+            scores += weight
             if MASKED:
                 scores = hide(
                     scores, q_valid[:, None], k_valid[None, :], q_positions[:, None] - k_positions[None, :], low, high,
@@ -70,7 +79,10 @@ def gather_dq(
             if DROPOUT:
                 kept = keep(seed, threshold, batch, head + first_head, q_positions[:, None], k_positions[None, :])
                 dp = tl.where(kept, dp * rescale, 0.0)
-            ds = (p * (dp - delta[:, None])).to(k.dtype)
+            ds = p * (dp - delta[:, None])
+            if SOFTCAP:
+                ds *= 1.0 - bent * bent
+            ds = ds.to(k.dtype)
             dq += product(ds, k, PRECISION, UPCAST)
     return dq
 
@@ -80,8 +92,8 @@ def queries_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, delta_ptr, pivot_ptr, dq_ptr, mask_ptr, bias_ptr, padding_ptr,
     jobs_ptr, entries_ptr, weights_ptr, rows_ptr, job_count, program_count, heads, length,
     q_strides, k_strides, v_strides, grad_strides, dq_strides, mask_strides, bias_strides, padding_strides,
-    scale, sm_scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    by_distance_ptr, cap, scale, sm_scale, seed: tl.int64, threshold: tl.int64, rescale, first_head,
+    SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, VALUE_CHUNK: tl.constexpr, LISTED: tl.constexpr, MASK_ALL: tl.constexpr, DROPOUT: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -114,15 +126,15 @@ def queries_kernel(
             q, grad, dq, pivot, delta, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions,
             q_valid, q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
             value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL, DROPOUT, PRECISION, UPCAST,
+            by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
+            SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL, DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
         dq = gather_dq(
             q, grad, dq, pivot, delta, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions,
             q_valid, q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
             value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            scale, seed, threshold, rescale, first_head,
-            HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, True, DROPOUT, PRECISION, UPCAST,
+            by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
+            SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, True, DROPOUT, PRECISION, UPCAST,
         )  # fmt: skip
         dq *= sm_scale
         mask = q_valid[:, None] & (dims < HEAD_DIM)[None, :]

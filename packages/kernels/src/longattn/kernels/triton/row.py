@@ -20,6 +20,8 @@ CAPABILITY = Capability(
         torch.bfloat16: (3e-2, 3e-2),
     },
     max_head_dim=256,
+    softcap=True,
+    by_distance=True,
     dropout=True,
     architectures=("sm_8?*", "sm_9?*", "sm_1??*", "gfx90a", "gfx94?", "gfx950"),
 )

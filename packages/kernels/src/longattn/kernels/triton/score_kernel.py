@@ -85,6 +85,30 @@ def product_over_dims(
 
 
 @triton.jit
+def tanh(x):
+    """In float32, relative error 5e-7. Near zero a power series, because 1 - e^(-2x) has lost its digits there."""
+    a = tl.abs(x)
+    square = a * a
+    far = tl.exp2(a * -2.8853900817779268)
+    series = a + a * square * (-0.3333333333333333 + square * (0.13333333333333333 - square * 0.05396825396825397))
+    found = tl.where(a < 0.2, series, (1.0 - far) / (1.0 + far))
+    return tl.where(x < 0.0, -found, found)
+
+
+@triton.jit
+def add_by_distance(scores, distance, head, by_distance_ptr, COLUMNS: tl.constexpr):
+    """Scores (log2 units) plus what is added for each head and distance, key's position - query's; see longattn.kernels.terms."""
+    own = by_distance_ptr + head * COLUMNS
+    # a slope, and numbers of a small table: L1 -> registers, for one tile
+    scores -= tl.load(own) * LOG2_E * tl.abs(distance).to(tl.float32)
+    if COLUMNS > 1:
+        MOST: tl.constexpr = COLUMNS // 2 - 1
+        at = tl.minimum(tl.maximum(distance, -MOST), MOST) + (MOST + 1)
+        scores += tl.load(own + at) * LOG2_E
+    return scores
+
+
+@triton.jit
 def hide(
     scores, q_valid, k_valid, distance, low, high, batch, head, q_rows, k_rows,
     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
