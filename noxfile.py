@@ -262,6 +262,16 @@ def sanitize(session: nox.Session) -> None:
         f"packages/kernels/tests/test_native_{name}.py" for name in ("rows", "short", "decode", "bad_input", "lowering")
     ]
     session.run("pytest", *tests, *session.posargs, env=environment)
+    # Products in tiles, on any processor: those tests, and every call of the others that names no level.
+    tiled = [*(name for name in tests if "bad_input" not in name), "packages/kernels/tests/test_native_tiles.py"]
+    session.run(
+        "pytest",
+        *tiled,
+        "-k",
+        "not forced_level",
+        *session.posargs,
+        env={**environment, "LONGATTN_NATIVE": "amx-plain"},
+    )
 
 
 @nox.session

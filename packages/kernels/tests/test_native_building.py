@@ -110,7 +110,10 @@ def test_an_unknown_processor(monkeypatch: pytest.MonkeyPatch):
     ("choice", "words"),
     [
         ("0", "switched off by LONGATTN_NATIVE=0"),
-        ("fast", "LONGATTN_NATIVE must be 0, 1 or one of avx512bf16, avx512, avx2, generic, got 'fast'"),
+        (
+            "fast",
+            "LONGATTN_NATIVE must be 0, 1 or one of amx, avx512bf16, avx512, avx2, generic, amx-plain, got 'fast'",
+        ),
         ("avx512", "LONGATTN_NATIVE=avx512 is wider than this processor, which has generic"),
     ],
 )
@@ -126,10 +129,23 @@ def test_switched_off_or_misspelt(choice: str, words: str, monkeypatch: pytest.M
 
 def test_the_widest_level_that_fits(monkeypatch: pytest.MonkeyPatch):
     """From the flags of the processor; each level includes the narrower ones."""
-    every = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx2", "fma", "f16c"}
+    every = {
+        "avx512f",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "avx512_bf16",
+        "avx2",
+        "fma",
+        "f16c",
+        "amx_tile",
+        "amx_bf16",
+    }
+    monkeypatch.setattr(cpu, "tiles_refusal", lambda: None)
     for missing, level in (
-        (set(), "avx512bf16"),
-        ({"avx512_bf16"}, "avx512"),
+        (set(), "amx"),
+        ({"amx_bf16"}, "avx512bf16"),
+        ({"amx_tile", "avx512_bf16"}, "avx512"),
         ({"avx512dq"}, "avx2"),
         ({"fma"}, "generic"),
     ):

@@ -7,7 +7,7 @@ import os
 import sys
 
 from longattn.kernels.native import building
-from longattn.kernels.native.cpu import LEVELS
+from longattn.kernels.native.cpu import CHOICES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="compile the native CPU row now rather than in its first call",
         description="Compile the native CPU row for this processor into the cache folder (LONGATTN_CACHE), and print the library's path.",
     )
-    build.add_argument("--level", choices=tuple(LEVELS), help="widest form to use (default: what this processor has)")
+    build.add_argument("--level", choices=CHOICES, help="widest form to use (default: what this processor has)")
     asked = parser.parse_args(arguments)
     if asked.level is not None:
         os.environ["LONGATTN_NATIVE"] = asked.level

@@ -242,7 +242,7 @@ def described(x: Tensor) -> tuple[Hashable, ...]:
 
 def process_settings() -> tuple[Hashable, ...]:
     """What of the process decides which row serves, and how."""
-    return torch.get_num_threads(), *raw_settings()
+    return torch.get_num_threads(), torch.get_float32_matmul_precision(), *raw_settings()
 
 
 def plan_key(asked: OpArguments) -> tuple[Hashable, ...]:

@@ -52,6 +52,7 @@ class Row:
     Attributes:
         refusal: why this machine cannot run the row, as far as that is known without trying, or None.
         prepare: makes what the row needs of the machine, before its first call; the reason why that failed, or None.
+        remark: what of this machine holds the row back without keeping it from serving, or None.
         bind: of a call that was served and what it gave, its forward with everything but pointers and seed in place, (q, k, v, seed, allocator) ->
             (out, lse), or None once it must be bound anew; None where the row has no such form. bind_backward: the same of its backward, from the
             arguments of `backward` and the gradients that it gave.
@@ -78,6 +79,7 @@ class Row:
     second_backward: Callable[..., Any] | None = None
     bind_shards: Callable[[Tensor, Tensor, Tensor, Sequence[Shard], torch.dtype], Any] | None = None
     form: Callable[[Plan, AttentionProblem], str] | None = None
+    remark: Callable[[], str | None] | None = None
 
 
 @lru_cache
@@ -95,6 +97,7 @@ def row(name: str) -> Row:
         "second_backward",
         "bind_shards",
         "form",
+        "remark",
     )
     machine = [getattr(home, need, None) for need in needs]
     return Row(name, home.CAPABILITY, home.forward, home.backward, *machine)
@@ -168,6 +171,9 @@ class Explanation:
                 verdict += (
                     f"; {source}" if seconds is None else f"; {seconds * 1e3:.3g} ms of CPU time expected, {source}"
                 )
+            remark = row(name).remark
+            if not reasons and remark is not None and (said := remark()) is not None:
+                verdict += f" ({said})"
             lines.append(f"  {name}: {verdict}")
         if self.traffic is not None:
             lines.append(f"  on {self.traffic}")

@@ -71,6 +71,18 @@ static int64_t floats_of(const Call& call) {
     return call.dk.data ? Backward<Op>(call, nullptr, scratch_rows(call)).floats : Forward<Op>(call, nullptr).floats;
 }
 
+// visit(the products that the call asks for).
+template <class Visit>
+static int64_t of_numbers(const Call& call, Visit visit) {
+#if defined(LONGATTN_TILES)
+    if (call.half == HALVES) return visit(Tiled<1>());
+    if (call.half == SPLIT) return visit(Tiled<2>());
+#elif defined(__AVX512BF16__)
+    if (call.half == HALVES) return visit(BFloat16());
+#endif
+    return visit(Float32());
+}
+
 extern "C" {
 
 int64_t longattn_sizes(int64_t which) {
@@ -80,24 +92,15 @@ int64_t longattn_sizes(int64_t which) {
 
 // Floats of scratch for each thread; a call with a dk is a backward.
 int64_t longattn_scratch(const Call* call) {
-#if defined(__AVX512BF16__)
-    if (call->half) return floats_of<BFloat16>(*call);
-#endif
-    return floats_of<Float32>(*call);
+    return of_numbers(*call, [&](auto op) { return floats_of<decltype(op)>(*call); });
 }
 
 void longattn_attend(const Call* call) {
-#if defined(__AVX512BF16__)
-    if (call->half) return attend<BFloat16>(*call);
-#endif
-    attend<Float32>(*call);
+    of_numbers(*call, [&](auto op) { return attend<decltype(op)>(*call), 0; });
 }
 
 void longattn_attend_backward(const Call* call) {
-#if defined(__AVX512BF16__)
-    if (call->half) return attend_backward<BFloat16>(*call);
-#endif
-    attend_backward<Float32>(*call);
+    of_numbers(*call, [&](auto op) { return attend_backward<decltype(op)>(*call), 0; });
 }
 
 // Floats of scratch for all of a short call.

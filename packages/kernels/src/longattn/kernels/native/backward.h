@@ -27,6 +27,8 @@ struct Sums {
 template <class Op>
 class Backward {
     static constexpr bool PAIRS = Op::PAIR == 2;
+    static constexpr int64_t STRIP = Op::BACK_STRIP, WIDTH = Op::WIDTH, HALVES = WIDTH / 2 * Op::PARTS;
+    static constexpr int64_t PAIRS_LOW = STRIP / 2 * WIDTH;  // from the high part of a strip's pairs to the low one
     const Call& call;
     const Shape<Op> shape, values;  // of q and k; of v and out
     const Units units;
@@ -49,25 +51,25 @@ public:
         auto take = [&](int64_t n) { float* mine = at; at += round_up(n, 16); return mine; };
         Q = take(ROWS * shape.wide);
         dO = take(ROWS * values.wide);
-        Q_rows = PAIRS ? take(ROWS / 2 * shape.columns) : Q;
-        dO_rows = PAIRS ? take(ROWS / 2 * values.columns) : dO;
+        Q_rows = PAIRS ? take(ROWS / 2 * shape.line) : Q;
+        dO_rows = PAIRS ? take(ROWS / 2 * values.line) : dO;
         dq = take(ROWS * shape.columns);
         lse = take(ROWS);
         delta = take(ROWS);
-        Kt = take(KEYS * shape.wide);
-        Vt = take(KEYS * values.wide);
-        K = take(KEYS / Op::PAIR * shape.columns);
-        // KEYS is no multiple of MR: the last register tile of rows reads and writes a few more.
-        dk = take((KEYS + MR) * shape.columns);
-        dv = take((KEYS + MR) * values.columns);
-        stage = take(most(VL * most(shape.wide, values.wide), 2 * most(shape.columns, values.columns)));
-        scores = take(STRIP * KEYS + VL);
-        products = take(STRIP * KEYS + VL);
+        Kt = take(WIDTH * shape.wide);
+        Vt = take(WIDTH * values.wide);
+        K = take(WIDTH / Op::PAIR * shape.line);
+        // WIDTH is no multiple of MR: the last register tile of rows reads and writes a few more.
+        dk = take((WIDTH + MR) * shape.columns);
+        dv = take((WIDTH + MR) * values.columns);
+        stage = take(most(most(VL * most(shape.wide, values.wide), 2 * most(shape.line, values.line)), VL * most(2 * VL, shape.columns + values.columns)));
+        scores = take(STRIP * WIDTH + VL);
+        products = take(STRIP * WIDTH + VL);
         keep = take(KEYS);
-        steep = take(terms.capped() ? STRIP * KEYS : 0);
-        ds_rows = PAIRS ? take(STRIP * KEYS / 2) : products;
-        p_pairs = PAIRS ? take(STRIP / 2 * KEYS + VL) : scores;
-        ds_pairs = PAIRS ? take(STRIP / 2 * KEYS + VL) : products;
+        steep = take(terms.capped() ? STRIP * WIDTH : 0);
+        ds_rows = PAIRS ? take(STRIP * HALVES) : products;
+        p_pairs = PAIRS ? take(PAIRS_LOW * Op::PARTS + VL) : scores;
+        ds_pairs = PAIRS ? take(PAIRS_LOW * Op::PARTS + VL) : products;
         sums = take(key_rows * (shape.columns + values.columns));
         queries = (Queries*)take(sizeof(Queries) / 4 + 1);
         tile = (KeyTile*)take(sizeof(KeyTile) / 4 + 1);
@@ -104,14 +106,14 @@ public:
 
     // The query rows of one task.
     void run(const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t count, const Share& share, const Sums* to) {
-        const int64_t rows = round_up(count, MR), kv_head = h / (call.heads / call.kv_heads);
+        const int64_t rows = round_up(count, Op::TALL), kv_head = h / (call.heads / call.kv_heads);
         int64_t nearest, farthest;
-        queries->take(job.queries, t, first, count);
+        queries->take(job.queries, t, first, count, Op::TALL);
         queries->range(0, count, nearest, farthest);
         KeyStream stream(call, job, t, b, nearest, farthest, share.row_begin, share.row_end);
         bool begun = false;
         if (share.dq) memset(dq, 0, rows * shape.columns * 4);
-        while (stream.next(*tile)) {
+        while (stream.template next<Op>(*tile)) {
             for (int64_t j = 0; j < tile->n; j++) tile->bias[j] /= units.unit;
             bool packed = false;
             for (int64_t r = 0; r < rows; r += STRIP) {
@@ -139,8 +141,8 @@ private:
             memset(dO_row, 0, values.wide * 4);
             if (r >= count) continue;
             const int64_t n = queries->rows[r];
-            load_words<Op>(q_row, call.q.at(b, n, h), call.q.type, shape.dim, shape.wide, units.q_factor);
-            load_words<Op>(dO_row, call.grad_out.at(b, n, h), call.grad_out.type, values.dim, values.wide, 1);
+            load_words<Op>(q_row, call.q.at(b, n, h), call.q.type, shape.dim, shape.part, units.q_factor);
+            load_words<Op>(dO_row, call.grad_out.at(b, n, h), call.grad_out.type, values.dim, values.part, 1);
             // A row that saw nothing: 2^(s - inf) is 0.
             const float own = *(const float*)call.lse.at(b, n, h);
             lse[r] = own == NONE ? -NONE : float(own * LOG2_E);
@@ -151,6 +153,11 @@ private:
             delta[r] = total - (call.grad_lse.data ? *(const float*)call.grad_lse.at(b, n, h) : 0.f);
         }
         if (!PAIRS) return;
+        if constexpr (Op::TILES) {
+            pack_columns<Op>(Q_rows, ROWS / 2, stage, Q, shape, rows);
+            pack_columns<Op>(dO_rows, ROWS / 2, stage, dO, values, rows);
+            return;
+        }
         auto words = [rows](float* from, int64_t wide) {
             return [=](int64_t i) { return i < rows ? (const char*)(from + i * wide) : nullptr; };
         };
@@ -168,14 +175,15 @@ private:
                 return i < keys.n ? call.k.at(b, keys.rows[i], kv_head) : nullptr;
             });
         if (!share.dkv) return;
-        memset(dk, 0, round_up(keys.padded, MR) * shape.columns * 4);
-        memset(dv, 0, round_up(keys.padded, MR) * values.columns * 4);
+        const int64_t all = Op::TILES ? WIDTH : round_up(keys.padded, MR);
+        memset(dk, 0, all * shape.columns * 4);
+        memset(dv, 0, all * values.columns * 4);
     }
 
     void strip(int64_t r, int64_t height, int64_t real, Visibility visibility, int64_t b, int64_t h, const Share& share) {
         const KeyTile& keys = *tile;
         float top[STRIP * VL];
-        const Reach<Op::GROUP> reach(keys, visibility, *queries, r, real);
+        const Reach<Op> reach(keys, visibility, *queries, r, real);
         scores_of<Op>(Q + r * shape.wide, height, Kt, shape, keys, terms.start(keys), reach, scores, top);
         if (terms.any()) terms.apply(keys, reach, h, *queries, r, height, scores, nullptr, steep);
         if (pair_mask.needed(visibility)) pair_mask.hide(keys, visibility, reach, b, h, *queries, r, real, scores, nullptr);
@@ -185,30 +193,58 @@ private:
         float* by_distance = share.dkv && call.by_distance_grad
             ? call.by_distance_grad + ((share.part * call.batch + b) * call.heads + h) * columns
             : nullptr;
-        for (int64_t i = 0; i < height; i += Op::PAIR) weigh(r, i, reach.from[i / MR], reach.to[i / MR], b, h, by_distance);
+        for (int64_t i = 0; i < height; i += Op::PAIR) weigh(r, i, reach.begin(i), reach.end(i), b, h, by_distance);
+        if constexpr (Op::TILES) return add_in_tiles(r, height, reach, share);
+        else add(r, height, reach, share);
+    }
+
+    // dv += P^T dO, dk += dS^T q, dq += dS K, for the strip from row r on.
+    void add(int64_t r, int64_t height, const Reach<Op>& reach, const Share& share) {
         const auto one = [](int64_t) { return splat(1.f); };
-        const int64_t all = round_up(keys.padded, MR);
+        const int64_t all = round_up(tile->padded, MR);
         if (share.dkv) {
             // Of each register tile of keys: the rows from the first to the last that meets it.
-            Steps met[KEYS / MR + 1] = {};
+            Steps met[WIDTH / MR + 1] = {};
             for (int64_t i = 0; i < height; i += MR)
-                for (int64_t j = reach.from[i / MR] / MR; j * MR < reach.to[i / MR]; j++)
+                for (int64_t j = reach.begin(i) / MR; j * MR < reach.end(i); j++)
                     met[j] = {met[j].to ? met[j].from : i / Op::PAIR, least(height, i + MR) / Op::PAIR};
             const auto steps = [&](int64_t j) { return met[j / MR]; };
-            accumulate<Op>(all, steps, p_pairs, 1, KEYS, dO_rows + r / Op::PAIR * values.columns, values.columns, dv, one);
-            accumulate<Op>(all, steps, ds_pairs, 1, KEYS, Q_rows + r / Op::PAIR * shape.columns, shape.columns, dk, one);
+            accumulate<Op>(all, steps, p_pairs, 1, WIDTH, dO_rows + r / Op::PAIR * values.columns, values.columns, dv, one);
+            accumulate<Op>(all, steps, ds_pairs, 1, WIDTH, Q_rows + r / Op::PAIR * shape.columns, shape.columns, dk, one);
         }
         if (share.dq)
             accumulate<Op>(
-                height, [&](int64_t i) { return Steps{reach.from[i / MR] / Op::PAIR, reach.to[i / MR] / Op::PAIR}; }, ds_rows,
-                KEYS / Op::PAIR, 1, K, shape.columns, dq + r * shape.columns, one);
+                height, [&](int64_t i) { return Steps{reach.begin(i) / Op::PAIR, reach.end(i) / Op::PAIR}; }, ds_rows,
+                WIDTH / Op::PAIR, 1, K, shape.columns, dq + r * shape.columns, one);
+    }
+
+    // The same in tiles, where dv and dk stand transposed, (columns, WIDTH): dv^T += dO^T P, dk^T += q^T dS.
+    void add_in_tiles(int64_t r, int64_t height, const Reach<Op>& reach, const Share& share) {
+        for (int64_t j = 0; share.dkv && j < tile->padded; j += Op::GROUP) {
+            Steps met = {};
+            for (int64_t i = 0; i < height; i += Op::TALL)
+                if (reach.begin(i) <= j && j < reach.end(i)) met = {met.to ? met.from : i / 2, (i + Op::TALL) / 2};
+            const int64_t deep = (met.to - met.from) / Op::DEEP, at = r / 2 + met.from, pairs = met.from * WIDTH + j;
+            for (int64_t d = 0; d < values.columns; d += Op::COLUMNS)
+                Op::add(dv + d * WIDTH + j, WIDTH, {dO_rows + d * (ROWS / 2) + at, ROWS / 2, values.columns * (ROWS / 2)},
+                        {p_pairs + pairs, WIDTH, PAIRS_LOW}, deep);
+            for (int64_t d = 0; d < shape.columns; d += Op::COLUMNS)
+                Op::add(dk + d * WIDTH + j, WIDTH, {Q_rows + d * (ROWS / 2) + at, ROWS / 2, shape.columns * (ROWS / 2)},
+                        {ds_pairs + pairs, WIDTH, PAIRS_LOW}, deep);
+        }
+        for (int64_t i = 0; share.dq && i < height; i += Op::TALL)
+            for (int64_t c = 0; c < shape.columns; c += Op::COLUMNS) {
+                const int64_t from = reach.begin(i) / 2, deep = (reach.end(i) - reach.begin(i)) / 2 / Op::DEEP;
+                Op::add(dq + (r + i) * shape.columns + c, shape.columns, {ds_rows + i * HALVES + from, HALVES, WIDTH / 2},
+                        {K + from * shape.line + c, shape.line, shape.columns}, deep);
+            }
     }
 
     // One row (or pair of rows) of scores and of dO v: in place they become P and dS, zeros but for the keys from .. to.
     INLINE void weigh(int64_t r, int64_t i, int64_t from, int64_t to, int64_t b, int64_t h, float* by_distance) {
         const Floats unit = splat(units.unit);
         for (int row = 0; row < Op::PAIR; row++) {
-            float *p_row = scores + (i + row) * KEYS, *ds_row = products + (i + row) * KEYS;
+            float *p_row = scores + (i + row) * WIDTH, *ds_row = products + (i + row) * WIDTH;
             const Floats pivot = splat(lse[r + i + row]), less = splat(delta[r + i + row]);
             const int64_t position = queries->positions[least(r + i + row, queries->n - 1)];
             if (call.drop > 0) keep_row(call, *tile, b, h, position, keep);
@@ -224,20 +260,20 @@ private:
             }
             if (by_distance) terms.add_gradients(*tile, position, from, to, ds_row, by_distance);
             if (!terms.capped()) continue;
-            for (int64_t j = from; j < to; j += VL) store(ds_row + j, load(ds_row + j) * load(steep + (i + row) * KEYS + j));
+            for (int64_t j = from; j < to; j += VL) store(ds_row + j, load(ds_row + j) * load(steep + (i + row) * WIDTH + j));
         }
-#if defined(__AVX512BF16__)
-        for (int64_t j = 0; PAIRS && j < tile->padded; j += 2 * VL) {
-            const float *p = scores + i * KEYS + j, *ds = products + i * KEYS + j;
-            Floats even[2] = {load(ds), load(ds + VL)}, odd[2] = {load(ds + KEYS), load(ds + KEYS + VL)};
-            store(ds_rows + (i * KEYS + j) / 2, in_order(even[0], even[1]));
-            store(ds_rows + ((i + 1) * KEYS + j) / 2, in_order(odd[0], odd[1]));
-            for (int n = 0; n < 2; n++) {
-                store(ds_pairs + i / 2 * KEYS + j + n * VL, in_pairs(even[n], odd[n]));
-                store(p_pairs + i / 2 * KEYS + j + n * VL, in_pairs(load(p + n * VL), load(p + KEYS + n * VL)));
+        if constexpr (PAIRS)
+            for (int64_t j = 0; j < tile->padded; j += 2 * VL) {
+                const float *p = scores + i * WIDTH + j, *ds = products + i * WIDTH + j;
+                const Floats even[2] = {load(ds), load(ds + VL)}, odd[2] = {load(ds + WIDTH), load(ds + WIDTH + VL)};
+                store_in_order<Op::PARTS>(ds_rows + i * HALVES + j / 2, WIDTH / 2, even[0], even[1]);
+                store_in_order<Op::PARTS>(ds_rows + (i + 1) * HALVES + j / 2, WIDTH / 2, odd[0], odd[1]);
+                for (int n = 0; n < 2; n++) {
+                    const int64_t to = i / 2 * WIDTH + j + n * VL;
+                    store_in_pairs<Op::PARTS>(ds_pairs + to, PAIRS_LOW, even[n], odd[n]);
+                    store_in_pairs<Op::PARTS>(p_pairs + to, PAIRS_LOW, load(p + n * VL), load(p + WIDTH + n * VL));
+                }
             }
-        }
-#endif
     }
 
     // dk, dv of a tile: L2 -> memory, once for all rows of the task.
@@ -246,9 +282,19 @@ private:
         for (int64_t j = 0; j < tile->n; j++) {
             float *dk_row = to.dk_at(tile->rows[j]), *dv_row = to.dv_at(tile->rows[j]);
             const float *dk_own = dk + j * shape.columns, *dv_own = dv + j * values.columns;
+            if constexpr (Op::TILES) {
+                float *dk_rows = stage, *dv_rows = stage + VL * shape.columns;
+                if (j % VL == 0) upright(dk_rows, dk + j, shape.columns), upright(dv_rows, dv + j, values.columns);
+                dk_own = dk_rows + j % VL * shape.columns, dv_own = dv_rows + j % VL * values.columns;
+            }
             for (int64_t i = 0; i < shape.dim; i++) dk_row[i] += dk_own[i] * factor;
             for (int64_t i = 0; i < values.dim; i++) dv_row[i] += dv_own[i];
         }
+    }
+
+    // (columns, WIDTH) as rows: VL of them.
+    static void upright(float* to, const float* from, int64_t columns) {
+        for (int64_t d = 0; d < columns; d += VL) transpose(from + d * WIDTH, WIDTH, to + d, columns);
     }
 
     // dq: L2 -> memory, once; onto what stands there where an earlier phase wrote the row.

@@ -28,9 +28,9 @@ from time import perf_counter
 
 from longattn.kernels import cachefolder
 from longattn.kernels.dispatch.settings import NATIVE
-from longattn.kernels.native import compiling
+from longattn.kernels.native import compiling, cpu
 from longattn.kernels.native.compiling import COMPILERS, Compiler, NativeBuildError
-from longattn.kernels.native.cpu import LEVELS, levels
+from longattn.kernels.native.cpu import CHOICES, LEVELS, PLAIN_TILES, levels
 
 __all__ = [
     "COMPILERS",
@@ -67,7 +67,7 @@ class Target:
     """The library that a value of LONGATTN_NATIVE asks for.
 
     Attributes:
-        level: one of `LEVELS`. compiler, flags: how it is made. folder, stem: where it is kept, and how its name begins.
+        level: one of `CHOICES`. compiler, flags: how it is made. folder, stem: where it is kept, and how its name begins.
         refusal: why it cannot be had, or None.
         path: its file, once it is there. loaded: the library, once it is.
     """
@@ -159,8 +159,8 @@ def target(choice: str) -> Target:
     """What a value of LONGATTN_NATIVE asks for; nothing is compiled or written."""
     here = levels()
     named = choice.strip().lower()
-    level = named if named in here else here[0] if here else "generic"
-    flags = (*FLAGS, *LEVELS[level], *os.environ.get("LONGATTN_NATIVE_FLAGS", "").split())
+    level = named if named in (*here, PLAIN_TILES) else here[0] if here else "generic"
+    flags = (*FLAGS, *cpu.compiler_flags(level), *os.environ.get("LONGATTN_NATIVE_FLAGS", "").split())
     wanted = Target(level, None, flags, Path(), f"native-{level}", _not_for_here(named, here))
     if wanted.refusal is None:
         try:
@@ -173,10 +173,12 @@ def target(choice: str) -> Target:
 def _not_for_here(named: str, here: tuple[str, ...]) -> str | None:
     if named == "0":
         return "switched off by LONGATTN_NATIVE=0"
-    if named not in ("", "1", *LEVELS):
-        return f"LONGATTN_NATIVE must be 0, 1 or one of {', '.join(LEVELS)}, got {named!r}"
+    if named not in ("", "1", *CHOICES):
+        return f"LONGATTN_NATIVE must be 0, 1 or one of {', '.join(CHOICES)}, got {named!r}"
     if not here:
         return "this machine's processor is not known"
+    if named == "amx" and (refused := cpu.refused()) is not None:
+        return f"LONGATTN_NATIVE={named}: {refused}"
     if named in LEVELS and named not in here:
         return f"LONGATTN_NATIVE={named} is wider than this processor, which has {here[0]}"
     return None

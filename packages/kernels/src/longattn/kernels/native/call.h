@@ -5,8 +5,7 @@
 #pragma once
 #include "vectors.h"
 
-constexpr int64_t KEYS = 256;    // keys of a tile: K^T, V and a strip of scores stay in L2
-constexpr int64_t STRIP = 96;    // query rows whose scores are in memory at a time
+constexpr int64_t KEYS = 256;    // most keys of a tile
 constexpr int64_t ROWS = 768;    // most query rows that share one packing of a tile of keys
 
 struct Tensor {
@@ -53,6 +52,9 @@ struct Job {
     int64_t fresh;  // no earlier phase wrote these rows
 };
 
+// Products of float32, of bfloat16, or of numbers split into two bfloat16; those that a library has not are float32's.
+enum Products : int64_t { WHOLE_FLOATS, HALVES, SPLIT };
+
 struct Call {
     Tensor q, k, v, out, grad_out, dq, dk, dv;
     Tensor lse, grad_lse;      // float32, (batch, row, head)
@@ -67,7 +69,7 @@ struct Call {
     double drop;               // probability, and what philox counts with
     uint64_t seed;
     int64_t first_head;
-    int64_t half;              // 1: products of bfloat16
+    int64_t half;              // Products
     int64_t threads;
     int64_t rows;              // most query rows of a task, at most ROWS
     int64_t key_parts;         // backward: in how many parts the keys are owned; 1: one pass makes all gradients
@@ -87,21 +89,22 @@ static INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 struct Queries {
     int64_t n;
     int64_t rows[ROWS], positions[ROWS];
-    int64_t near[ROWS / MR], far[ROWS / MR];  // smallest and largest position of each register tile of rows
+    int64_t tall;                             // rows that share a reach
+    int64_t near[ROWS / MR], far[ROWS / MR];  // smallest and largest position of each `tall` rows
 
-    void take(const RowSet& set, int64_t t, int64_t first, int64_t count) {
-        n = count;
+    void take(const RowSet& set, int64_t t, int64_t first, int64_t count, int64_t reach_rows) {
+        n = count, tall = reach_rows;
         for (int64_t i = 0; i < n; i++) {
             rows[i] = set.row(t, first + i);
-            const int64_t at = positions[i] = set.position(rows[i]), tile = i / MR;
-            near[tile] = i % MR ? least(near[tile], at) : at;
-            far[tile] = i % MR ? most(far[tile], at) : at;
+            const int64_t at = positions[i] = set.position(rows[i]), tile = i / tall;
+            near[tile] = i % tall ? least(near[tile], at) : at;
+            far[tile] = i % tall ? most(far[tile], at) : at;
         }
     }
-    // Of `count` rows from row `first` on, which begins a register tile.
+    // Of `count` rows from row `first` on, a multiple of `tall`.
     void range(int64_t first, int64_t count, int64_t& nearest, int64_t& farthest) const {
-        nearest = near[first / MR], farthest = far[first / MR];
-        for (int64_t i = first / MR + 1; i < (first + count + MR - 1) / MR; i++) {
+        nearest = near[first / tall], farthest = far[first / tall];
+        for (int64_t i = first / tall + 1; i < (first + count + tall - 1) / tall; i++) {
             nearest = least(nearest, near[i]);
             farthest = most(farthest, far[i]);
         }

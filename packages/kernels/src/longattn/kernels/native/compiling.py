@@ -92,7 +92,7 @@ def _zig_flags(flags: Sequence[str]) -> list[str]:
     """Zig compiles for the machine at hand unless told otherwise; each level names all that it may use."""
     if os.uname().machine not in ("x86_64", "amd64"):
         return [*flags, "-mcpu=baseline"]
-    features = [flag for flag in flags if flag.startswith(("-mavx", "-mfma", "-mf16c"))]
+    features = [flag for flag in flags if flag.startswith(("-mavx", "-mfma", "-mf16c", "-mamx"))]
     named = "+".join(["x86_64", *(flag.removeprefix("-m") for flag in features)])
     return [*(flag for flag in flags if flag not in features), f"-mcpu={named}"]
 

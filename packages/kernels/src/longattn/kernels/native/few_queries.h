@@ -4,6 +4,7 @@
 // streamed once, in their storage type, a tile of both at a time; Q, scores and the running m, l, acc stay in L1. A range leaves a part
 // (acc, m, l), and parts of a row merge. Scores are in units in which exp is 2^score.
 #pragma once
+#include "few_tiles.h"
 #include "pack.h"
 #include "stored.h"
 
@@ -53,6 +54,10 @@ public:
             if (rest) Stored::keep(q, key_of<Stored>(all.q[r] + whole * Stored::BYTES, rest));
             m[r] = NONE, l[r] = 0;
         }
+#if defined(LONGATTN_TILES)
+        if constexpr (std::is_same<Stored, Stored16>::value)
+            if (all.rows >= LEAST_TILED) return run_in_tiles(first, last);
+#endif
         memset(acc, 0, all.rows * wide * 4);
         while (first < last) {
             first = take(first, last);
@@ -64,6 +69,21 @@ public:
     }
 
 private:
+#if defined(LONGATTN_TILES)
+    void run_in_tiles(int64_t first, int64_t last) {
+        FewTiles<FEW_KEYS, MOST_WIDE> tiles(all.rows, all.dim, all.value_dim);
+        tiles.open(all.q);
+        while (first < last) {
+            first = take(first, last);
+            if (!n) continue;
+            tiles.scores(all.k, all.k_step, at, n, all.unit, scores);
+            for (int64_t r = 0; r < all.rows; r++) softmax(r);
+            tiles.add_values(all.v, all.v_step, at, n, scores, factor);
+        }
+        tiles.close(acc, wide);
+    }
+#endif
+
     template <int N>
     struct Number {
         constexpr int operator()() const { return N; }

@@ -27,13 +27,14 @@ struct Units {
 
 template <class Op>
 class Forward {
+    static constexpr int64_t STRIP = Op::STRIP, WIDTH = Op::WIDTH, HALVES = WIDTH / 2 * Op::PARTS;
     const Call& call;
     const Shape<Op> shape, values;  // of q and k; of v and out
     const Units units;
     const PairMask pair_mask;
     const ScoreTerms terms;
     float *Q, *acc, *m, *l, *Kt, *V, *stage, *scores, *top, *factor, *keep;
-    uint32_t* halves;
+    float* halves;  // weights as words of bfloat16
     Queries* queries;
     KeyTile* tile;
 
@@ -48,14 +49,14 @@ public:
         acc = take(ROWS * values.columns);
         m = take(ROWS);
         l = take(ROWS * VL);
-        Kt = take(KEYS * shape.wide);
-        V = take(KEYS / Op::PAIR * values.columns);
-        stage = take(most(VL * shape.wide, values.columns));
-        scores = take(STRIP * KEYS);
+        Kt = take(WIDTH * shape.wide);
+        V = take(WIDTH / Op::PAIR * values.line);
+        stage = take(most(VL * shape.wide, values.line));
+        scores = take(STRIP * WIDTH);
         top = take(STRIP * VL);
         factor = take(STRIP);
         keep = take(KEYS);
-        halves = (uint32_t*)take(Op::PAIR == 2 ? STRIP * KEYS / 2 : 0);
+        halves = take(Op::PAIR == 2 ? STRIP * HALVES : 0);
         queries = (Queries*)take(sizeof(Queries) / 4 + 1);
         tile = (KeyTile*)take(sizeof(KeyTile) / 4 + 1);
         floats = at - from;
@@ -67,7 +68,7 @@ public:
         queries->range(0, count, nearest, farthest);
         KeyStream stream(call, job, t, b, nearest, farthest, 0, call.keys);
         const int64_t kv_head = h / (call.heads / call.kv_heads);
-        while (stream.next(*tile)) {
+        while (stream.template next<Op>(*tile)) {
             for (int64_t j = 0; j < tile->n; j++) tile->bias[j] /= units.unit;
             bool packed = false;
             for (int64_t r = 0; r < rows; r += STRIP) {
@@ -76,15 +77,12 @@ public:
                 Visibility visibility = tile->seen(nearest, farthest);
                 if (visibility == NOTHING) continue;
                 if (!packed) pack(b, kv_head), packed = true;
-                const Reach<Op::GROUP> reach(*tile, visibility, *queries, r, real);
+                const Reach<Op> reach(*tile, visibility, *queries, r, real);
                 scores_of<Op>(Q + r * shape.wide, height, Kt, shape, *tile, terms.start(*tile), reach, scores, top);
                 if (terms.any()) terms.apply(*tile, reach, h, *queries, r, height, scores, top, nullptr);
                 if (pair_mask.needed(visibility)) pair_mask.hide(*tile, visibility, reach, b, h, *queries, r, real, scores, top);
-                for (int64_t i = 0; i < height; i++) softmax(r, i, reach.from[i / MR], reach.to[i / MR], b, h);
-                accumulate<Op>(
-                    height, [&](int64_t i) { return Steps{reach.from[i / MR] / Op::PAIR, reach.to[i / MR] / Op::PAIR}; },
-                    Op::PAIR == 2 ? (const float*)halves : scores, KEYS / Op::PAIR, 1, V, values.columns, acc + r * values.columns,
-                    [&](int64_t i) { return splat(factor[i]); });
+                for (int64_t i = 0; i < height; i++) softmax(r, i, reach.begin(i), reach.end(i), b, h);
+                add_values(r, height, reach);
             }
         }
         for (int64_t r = 0; r < count; r++) finish(job, b, h, r);
@@ -93,12 +91,12 @@ public:
 private:
     // Q: memory -> L2, stays for all keys. Returns the rows, padded to whole register tiles.
     int64_t begin(const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t count) {
-        queries->take(job.queries, t, first, count);
-        int64_t rows = round_up(count, MR);
+        queries->take(job.queries, t, first, count, Op::TALL);
+        int64_t rows = round_up(count, Op::TALL);
         const Flush none(false);  // a small q times the scale is what it is
         for (int64_t r = 0; r < rows; r++) {
             float* row = Q + r * shape.wide;
-            if (r < count) load_words<Op>(row, call.q.at(b, queries->rows[r], h), call.q.type, shape.dim, shape.wide, units.q_factor);
+            if (r < count) load_words<Op>(row, call.q.at(b, queries->rows[r], h), call.q.type, shape.dim, shape.part, units.q_factor);
             else memset(row, 0, shape.wide * 4);
             m[r] = NONE;
         }
@@ -119,14 +117,17 @@ private:
     // One row: the running max moves, scores become weights, and what stood before is to be scaled by `factor`.
     void softmax(int64_t r, int64_t i, int64_t from, int64_t to, int64_t b, int64_t h) {
         if (from == to) return;
-        float* row = scores + i * KEYS;
+        float* row = scores + i * WIDTH;
         const float before = m[r + i], here = largest(load(top + i * VL)), now = here > before ? here : before;
         // Finite where nothing was seen yet, so that -inf - -inf does not arise.
         const float pivot = now == NONE ? 0.f : now * units.unit;
-        factor[i] = before == now ? 1.f : before == NONE ? 0.f : exp2<5>(splat(before * units.unit - pivot))[0];
+        // A product that is rounded and one that is not, as in a fused multiply-add, may differ by more than 2^x has room for.
+        const bool far = std::fabs(pivot) > FAR;
+        factor[i] = before == now ? 1.f : before == NONE ? 0.f : exp2<5>(splat(far ? (before - now) * units.unit : before * units.unit - pivot))[0];
         m[r + i] = now;
         Floats total = load(l + (r + i) * VL) * factor[i];
-        const Floats unit = splat(units.unit), less = splat(pivot);
+        for (int64_t j = from; far && j < to; j += VL) store(row + j, load(row + j) - now);
+        const Floats unit = splat(units.unit), less = splat(far ? 0.f : pivot);
         if (call.drop > 0) keep_row(call, *tile, b, h, queries->positions[least(r + i, queries->n - 1)], keep);
         for (int64_t j = from; j < to; j += VL * Op::PAIR) {
             Floats p[2];
@@ -141,13 +142,30 @@ private:
     }
 
     INLINE void put(int64_t i, int64_t j, const Floats* p) {
-#if defined(__AVX512BF16__)
-        if (Op::PAIR == 2) {
-            store((float*)halves + (i * KEYS + j) / 2, in_order(p[0], p[1]));
-            return;
-        }
-#endif
-        store(scores + i * KEYS + j, p[0]);
+        if constexpr (Op::PAIR == 2) store_in_order<Op::PARTS>(halves + i * HALVES + j / 2, WIDTH / 2, p[0], p[1]);
+        else store(scores + i * WIDTH + j, p[0]);
+    }
+
+    // acc = acc * factor + weights V, for the strip from row r on.
+    void add_values(int64_t r, int64_t height, const Reach<Op>& reach) {
+        float* sums = acc + r * values.columns;
+        if constexpr (Op::TILES) {
+            for (int64_t i = 0; i < height; i++) {
+                if (reach.begin(i) == reach.end(i) || factor[i] == 1) continue;
+                float* row = sums + i * values.columns;
+                for (int64_t c = 0; c < values.columns; c += VL) store(row + c, load(row + c) * factor[i]);
+            }
+            for (int64_t i = 0; i < height; i += Op::TALL)
+                for (int64_t c = 0; c < values.columns; c += Op::COLUMNS) {
+                    const int64_t from = reach.begin(i) / 2, deep = (reach.end(i) - reach.begin(i)) / 2 / Op::DEEP;
+                    Op::add(sums + i * values.columns + c, values.columns, {halves + i * HALVES + from, HALVES, WIDTH / 2},
+                            {V + from * values.line + c, values.line, values.columns}, deep);
+                }
+        } else
+            accumulate<Op>(
+                height, [&](int64_t i) { return Steps{reach.begin(i) / Op::PAIR, reach.end(i) / Op::PAIR}; },
+                Op::PAIR == 2 ? halves : scores, WIDTH / Op::PAIR, 1, V, values.columns, sums,
+                [&](int64_t i) { return splat(factor[i]); });
     }
 
     // out and lse: L2 -> memory, once a task; onto what stands there where the row was written before.

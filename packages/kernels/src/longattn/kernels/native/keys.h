@@ -13,6 +13,7 @@ struct KeyTile {
     bool neighbours;                // rows follow one another in memory
     int64_t rows[KEYS], positions[KEYS];
     int64_t near[KEYS / VL], far[KEYS / VL];  // smallest and largest position of each vector of keys
+    bool counted;                   // some key's bias is not zero
     int32_t after[KEYS];            // positions from `first` on, where all are below NEAR; else `wide`
     bool wide;
     float bias[KEYS];               // log2 of the count, -inf beyond n
@@ -67,10 +68,11 @@ public:
               int64_t row_end)
         : call(call), job(job), t(t), batch(batch), nearest(nearest), farthest(farthest), row_begin(row_begin), row_end(row_end) {}
 
-    // The next tile; false where there is none. Keys of sets with different bands never share a tile.
+    // The next tile of at most Op::WIDTH keys; false where there is none. Keys of sets with different bands never share a tile.
+    template <class Op>
     bool next(KeyTile& tile) {
         tile.n = 0;
-        while (tile.n < KEYS) {
+        while (tile.n < Op::WIDTH) {
             if (at < 0 || i >= end) {
                 if (at + 1 >= job.key_sets) break;
                 const RowSet& coming = job.keys[at + 1];
@@ -80,7 +82,7 @@ public:
             }
             const RowSet& set = job.keys[at];
             tile.low = set.low, tile.high = set.high;
-            for (; i < end && tile.n < KEYS; i++) {
+            for (; i < end && tile.n < Op::WIDTH; i++) {
                 int64_t row = set.row(t, i), position = set.position(row);
                 if (!wanted(set, row, position)) continue;
                 tile.rows[tile.n] = row;
@@ -96,7 +98,9 @@ public:
             tile.first = least(tile.first, tile.positions[j]);
             tile.last = most(tile.last, tile.positions[j]);
         }
-        tile.padded = round_up(tile.n, PW);
+        tile.padded = round_up(tile.n, Op::WHOLE);
+        tile.counted = tile.padded > tile.n;
+        for (int64_t j = 0; j < tile.n; j++) tile.counted |= tile.bias[j] != 0;
         for (int64_t j = tile.n; j < tile.padded; j++) {
             tile.positions[j] = tile.positions[0];
             tile.bias[j] = NONE;
@@ -112,25 +116,29 @@ public:
     }
 };
 
-// What each register tile of a strip's rows meets of a tile of keys: the keys from .. to, in groups of GROUP. Work follows it, so that a
+// What each TALL rows of a strip meet of a tile of keys: the keys from .. to, in groups of GROUP. Work follows it, so that a
 // narrow band costs little more than its pairs.
-template <int GROUP>
+template <class Op>
 struct Reach {
-    static_assert(GROUP % VL == 0 && STRIP % MR == 0 && KEYS % GROUP == 0, "whole vectors, whole register tiles, whole groups");
-    int64_t from[STRIP / MR], to[STRIP / MR];
+    static constexpr int64_t GROUP = Op::GROUP, TALL = Op::TALL, MOST = Op::BACK_STRIP / TALL;
+    static_assert(GROUP % VL == 0 && Op::STRIP % TALL == 0 && Op::BACK_STRIP % TALL == 0 && Op::WIDTH % GROUP == 0, "whole tiles");
+    static_assert(Op::WIDTH <= KEYS && Op::STRIP <= Op::BACK_STRIP && ROWS % TALL == 0, "room for all");
+    int64_t from[MOST], to[MOST];
 
     // `rows` query rows from row `first` on; `visibility` is what they see of the tile together.
     Reach(const KeyTile& tile, Visibility visibility, const Queries& queries, int64_t first, int64_t rows) {
-        for (int64_t r = 0; r < rows; r += MR) {
-            int64_t &begin = from[r / MR] = 0, &end = to[r / MR] = round_up(tile.padded, GROUP);
+        for (int64_t r = 0; r < rows; r += TALL) {
+            int64_t &begin = from[r / TALL] = 0, &end = to[r / TALL] = round_up(tile.padded, GROUP);
             if (visibility == ALL) continue;
-            const int64_t near = queries.near[(first + r) / MR], far = queries.far[(first + r) / MR];
+            const int64_t near = queries.near[(first + r) / TALL], far = queries.far[(first + r) / TALL];
             while (begin < end && !met(tile, begin, near, far)) begin += GROUP;
             while (begin < end && !met(tile, end - GROUP, near, far)) end -= GROUP;
         }
     }
 
-    bool none(int64_t row) const { return from[row / MR] == to[row / MR]; }
+    // Of a row.
+    int64_t begin(int64_t row) const { return from[row / TALL]; }
+    int64_t end(int64_t row) const { return to[row / TALL]; }
 
 private:
     static bool met(const KeyTile& tile, int64_t j, int64_t near, int64_t far) {

@@ -1,14 +1,16 @@
 // Rows of q, k, v from memory into the layouts that register tiles read, and results back. Each row is converted once.
 #pragma once
 #include "call.h"
-#include "product.h"
+#include "halves.h"
 
-// How wide rows are in words (one float32, or two bfloat16): as an A operand, and as columns of a B operand.
+// How wide rows are in words (one float32, or two bfloat16): as an A operand, `wide`, of PARTS parts; and as columns of a B operand, a
+// `line`, of PARTS times `columns`. Parts follow one another.
 template <class Op>
 struct Shape {
-    int64_t dim, words, wide, columns;
+    int64_t dim, words, part, wide, columns, line;
     explicit Shape(int64_t dim)
-        : dim(dim), words((dim + Op::PAIR - 1) / Op::PAIR), wide(round_up(words, VL)), columns(round_up(dim, VL)) {}
+        : dim(dim), words((dim + Op::PAIR - 1) / Op::PAIR), part(round_up(words, Op::DEEP)), wide(part * Op::PARTS),
+          columns(round_up(dim, Op::COLUMNS)), line(columns * Op::PARTS) {}
 };
 
 static INLINE void load_floats(float* to, const char* from, int64_t type, int64_t n, float factor) {
@@ -29,13 +31,27 @@ static INLINE void store_floats(char* to, const float* from, int64_t type, int64
     uint16_t* halves = (uint16_t*)to;
     if (type == FLOAT32)
         for (int64_t i = 0; i < n; i++) ((float*)to)[i] = from[i];
-    else if (type == BFLOAT16)
-        for (int64_t i = 0; i < n; i++) halves[i] = to_bfloat16(from[i]);
-    else
+    else if (type == BFLOAT16) {
+        int64_t i = 0;
+        for (; i + VL <= n; i += VL) store_halves(halves + i, load(from + i));
+        for (; i < n; i++) halves[i] = to_bfloat16(from[i]);
+    } else
         for (int64_t i = 0; i < n; i++) halves[i] = to_float16(from[i]);
 }
 
-// A row of `width` words, zero beyond `dim` numbers; `factor` is a power of two where words are bfloat16.
+// A number as the sum of two bfloat16; what is not finite has no low part.
+static INLINE void split(float x, uint16_t& high, uint16_t& low) {
+    high = to_bfloat16(x);
+    const float rest = x - from_bfloat16(high);
+    low = rest - rest == 0 ? to_bfloat16(rest) : 0;
+}
+template <class Number>
+static INLINE void load_parts(uint16_t* to, int64_t dim, int64_t part, Number number) {
+    for (int64_t i = 0; i < dim; i++) split(number(i), to[i], to[part + i]);
+    for (int64_t i = dim; i < part; i++) to[i] = to[part + i] = 0;
+}
+
+// A row of PARTS parts of `width` words, zero beyond `dim` numbers; `factor` is a power of two where words are bfloat16.
 template <class Op>
 static INLINE void load_words(float* to, const char* from, int64_t type, int64_t dim, int64_t width, float factor) {
     if (Op::PAIR == 1) {
@@ -44,6 +60,13 @@ static INLINE void load_words(float* to, const char* from, int64_t type, int64_t
         return;
     }
     uint16_t* halves = (uint16_t*)to;
+    if constexpr (Op::PARTS == 2) {
+        const uint16_t* given = (const uint16_t*)from;
+        if (type == FLOAT32) load_parts(halves, dim, width * 2, [=](int64_t i) { return ((const float*)from)[i] * factor; });
+        else if (type == BFLOAT16) load_parts(halves, dim, width * 2, [=](int64_t i) { return from_bfloat16(given[i]) * factor; });
+        else load_parts(halves, dim, width * 2, [=](int64_t i) { return from_float16(given[i]) * factor; });
+        return;
+    }
     if (type == BFLOAT16 && factor == 1) memcpy(halves, from, dim * 2);
     else if (type == BFLOAT16)
         for (int64_t i = 0; i < dim; i++) halves[i] = to_bfloat16(from_bfloat16(((const uint16_t*)from)[i]) * factor);
@@ -74,39 +97,58 @@ static INLINE void transpose(const float* from, int64_t ldf, float* to, int64_t 
     for (int i = 0; i < VL; i++) *(LooseInts*)(to + i * ldt) = x[i];
 }
 
-// Rows of k (or v) as panels of PW keys, (panels, wide, PW) words, transposed; `stage` holds VL rows.
+// Rows of k (or v) as panels of PANEL keys, (panels, wide, PANEL) words, transposed; `stage` holds VL rows.
 template <class Op>
 static void pack_transposed(float* to, float* stage, const Tensor& x, const Shape<Op>& shape, int64_t b, int64_t h,
                             const int64_t* rows, int64_t n, int64_t padded) {
     for (int64_t first = 0; first < padded; first += VL) {
         for (int64_t i = 0; i < VL; i++) {
             float* row = stage + i * shape.wide;
-            if (first + i < n) load_words<Op>(row, x.at(b, rows[first + i], h), x.type, shape.dim, shape.wide, 1);
+            if (first + i < n) load_words<Op>(row, x.at(b, rows[first + i], h), x.type, shape.dim, shape.part, 1);
             else memset(row, 0, shape.wide * 4);
         }
-        float* panel = to + first / PW * PW * shape.wide + first % PW;
-        for (int64_t w = 0; w < shape.wide; w += VL) transpose(stage + w, shape.wide, panel + w * PW, PW);
+        constexpr int64_t PANEL = Op::PANEL;
+        float* panel = to + first / PANEL * PANEL * shape.wide + first % PANEL;
+        for (int64_t w = 0; w < shape.wide; w += VL) transpose(stage + w, shape.wide, panel + w * PANEL, PANEL);
     }
 }
 
-// Rows as a B operand whose K is the rows: (rows / PAIR, columns) words. `row(i)` is the i-th source, null beyond the last: zeros.
+// Rows as a B operand whose K is the rows: (rows / PAIR, line) words. `row(i)` is the i-th source, null beyond the last: zeros.
 template <class Op, class Row>
 static INLINE void pack_rows(float* to, float* stage, const Shape<Op>& shape, int64_t type, int64_t padded, float factor, Row row) {
     for (int64_t i = 0; i < padded; i += Op::PAIR) {
-        float* line = to + i / Op::PAIR * shape.columns;
+        float* line = to + i / Op::PAIR * shape.line;
         if (Op::PAIR == 1) {
             if (const char* from = row(i)) load_words<Op>(line, from, type, shape.dim, shape.columns, factor);
             else memset(line, 0, shape.columns * 4);
             continue;
         }
         uint16_t* even = (uint16_t*)stage;
-        uint16_t* odd = even + shape.columns;
+        uint16_t* odd = even + shape.line;
         for (int64_t j = 0; j < 2; j++) {
             uint16_t* half = j ? odd : even;
             if (const char* from = row(i + j)) load_words<Op>((float*)half, from, type, shape.dim, shape.columns / 2, factor);
-            else memset(half, 0, shape.columns * 2);
+            else memset(half, 0, shape.line * 2);
         }
         uint32_t* words = (uint32_t*)line;
-        for (int64_t j = 0; j < shape.columns; j++) words[j] = even[j] | uint32_t(odd[j]) << 16;
+        for (int64_t j = 0; j < shape.line; j++) words[j] = even[j] | uint32_t(odd[j]) << 16;
     }
+}
+
+// Rows of words of neighbouring numbers, (rows, wide), as columns of words of neighbouring rows: number d of rows 2 i and 2 i + 1 is word i
+// of line d, and the low part of all lines follows the high one. `stage` holds 2 VL vectors.
+template <class Op>
+static void pack_columns(float* to, int64_t ldt, float* stage, const float* from, const Shape<Op>& shape, int64_t rows) {
+    for (int64_t part = 0; part < Op::PARTS; part++, from += shape.part, to += shape.columns * ldt)
+        for (int64_t i = 0; i < rows / 2; i += VL)
+            for (int64_t w = 0; w < shape.columns / 2; w += VL) {
+                for (int64_t x = 0; x < VL; x++) {
+                    const float* row = from + 2 * (i + x) * shape.wide + w;
+                    const Ints even = *(const LooseInts*)row, odd = *(const LooseInts*)(row + shape.wide);
+                    *(LooseInts*)(stage + x * VL) = (even & 0xffff) | odd << 16;
+                    *(LooseInts*)(stage + (VL + x) * VL) = (even >> 16 & 0xffff) | (odd & int32_t(0xffff0000));
+                }
+                transpose(stage, VL, to + 2 * w * ldt + i, 2 * ldt);
+                transpose(stage + VL * VL, VL, to + (2 * w + 1) * ldt + i, 2 * ldt);
+            }
 }

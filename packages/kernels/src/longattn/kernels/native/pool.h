@@ -14,6 +14,7 @@
 
 #include "call.h"
 #include "flush.h"
+#include "tiles.h"
 
 class Pool {
     std::mutex taken, guard;
@@ -65,12 +66,13 @@ class Pool {
     }
 
 public:
-    // task(thread, i) for every i < tasks; no thread runs two at a time. In a task results below 2^-126 are zeros.
+    // task(thread, i) for every i < tasks; no thread runs two at a time. In a task results below 2^-126 are zeros, and tiles are set up where there are any.
     template <class Task>
     void run(int64_t threads, int64_t tasks, const Task& task) {
         std::atomic<int64_t> next{0};
         const std::function<void(int64_t)> each = [&](int64_t thread) {
             const Flush small(true);
+            const TileState tiles;
             for (int64_t i; (i = next.fetch_add(1)) < tasks;) task(thread, i);
         };
         threads = least(threads, tasks);

@@ -5,7 +5,18 @@
 #pragma once
 #include "vectors.h"
 
-struct Float32 {
+// What every kind of product says of its shapes; register tiles share these.
+struct RegisterTiles {
+    static constexpr bool TILES = false;
+    static constexpr int PARTS = 1;                    // bfloat16 that make one number
+    static constexpr int TALL = MR;                    // rows that share a reach of keys
+    static constexpr int PANEL = PW, WHOLE = PW;       // keys of a packed panel, and of what a tile of keys is a multiple
+    static constexpr int COLUMNS = VL, DEEP = VL;      // of what columns of sums, and words of a row, are multiples
+    static constexpr int WIDTH = 256;                  // most keys of a tile: K^T, V and a strip of scores stay in L2
+    static constexpr int STRIP = 96, BACK_STRIP = 96;  // query rows whose scores are in memory at a time
+};
+
+struct Float32 : RegisterTiles {
     static constexpr int PAIR = 1;    // numbers in a step of K
     static constexpr int GROUP = VL;  // keys that are weighed at a time
     static constexpr int DEGREE = 5;  // of the polynomial for exp2
@@ -13,7 +24,7 @@ struct Float32 {
 };
 
 #if defined(__AVX512BF16__)
-struct BFloat16 {
+struct BFloat16 : RegisterTiles {
     static constexpr int PAIR = 2, GROUP = 2 * VL;
     static constexpr int DEGREE = 3;
     static INLINE Floats add(Floats sum, Floats a, Floats b) {

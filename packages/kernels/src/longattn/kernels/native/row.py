@@ -13,9 +13,10 @@ from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.dispatch.table import Shard
 from longattn.kernels.eager.tile_walk import finish
 from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
-from longattn.kernels.native import building
+from longattn.kernels.native import building, cpu
 from longattn.kernels.native.bound import BoundBackward, BoundForward, is_plain, readable_as_it_lies
 from longattn.kernels.native.bound_shards import BoundShards, Step
+from longattn.kernels.native.cpu import TILED
 from longattn.kernels.native.decode import MOST_WIDE
 from longattn.kernels.native.lowering import Lowered, lower
 from longattn.kernels.native.structures import SIZES, TYPES, CallArgument, PackedJobs, packed
@@ -60,6 +61,13 @@ def revision() -> tuple[str, str]:
     """The level of vectors, and what tells this library from others."""
     wanted = building.current()
     return wanted.level, wanted.stem
+
+
+def remark() -> str | None:
+    """Why the level is not the processor's widest, where nobody chose it; None where it is."""
+    refused = cpu.refused()
+    level = building.current().level
+    return None if refused is None else f"level {level}, for {refused}"
 
 
 def prepare() -> str | None:
@@ -113,12 +121,7 @@ def form(plan: Plan, problem: AttentionProblem) -> str:
     # Long plans are not lowered for an answer that their length gives.
     if beside or rows > max(_SHORT_ROWS.values()):
         return "tiles"
-    return "few queries" if _few_rows_of_even_keys(lower(plan), rows, _half(problem.dtype)) else "tiles"
-
-
-def _half(dtype: torch.dtype) -> bool:
-    """Whether products are of bfloat16."""
-    return dtype == torch.bfloat16 and building.current().level == "avx512bf16"
+    return "few queries" if _few_rows_of_even_keys(lower(plan), rows, bool(_products(problem.dtype))) else "tiles"
 
 
 @exact_backward
@@ -216,9 +219,18 @@ def _argument(call: Call, out: Tensor, lse: Tensor) -> CallArgument:
     asked.softcap = call.softcap
     asked.scale, asked.drop, asked.seed = call.scale, call.dropout_p, call.seed & (2**64 - 1)
     asked.first_head = call.plan.rectangle.heads.start
-    asked.half = _half(call.q.dtype)
+    asked.half = _products(call.q.dtype)
     asked.threads = torch.get_num_threads()
     return asked
+
+
+def _products(dtype: torch.dtype) -> int:
+    """`Products` of call.h: 0 of float32, 1 of bfloat16, 2 of numbers split into two bfloat16, where the level has them."""
+    level = building.current().level
+    if dtype == torch.bfloat16:
+        return int(level in ("avx512bf16", *TILED))
+    splits = dtype == torch.float16 or torch.get_float32_matmul_precision() != "highest"
+    return 2 if level in TILED and splits else 0
 
 
 def _run(call: Call, entry: str, asked: CallArgument, jobs: PackedJobs) -> None:

@@ -3,13 +3,12 @@
 // A step is 2 * VL neighbouring numbers. Each storage type decides which of them go to which vector: a sum over a row does not depend on
 // it, and `in_order` restores the order of a row of results.
 #pragma once
-#include "product.h"
+#include "halves.h"
 
 constexpr int64_t STEP = 2 * VL;
 
 // Words of two numbers, wherever such a number may begin.
 typedef int32_t HalfAlignedInts __attribute__((vector_size(VL * 4), aligned(2), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
 
 struct Pair {
     Floats a, b;

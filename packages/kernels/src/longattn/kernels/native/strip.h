@@ -2,6 +2,7 @@
 #pragma once
 #include "keys.h"
 #include "pack.h"
+#include "tiled_product.h"
 
 // visit(Count<n>()) for n = 1 .. MOST: n as a constant.
 template <int N>
@@ -15,62 +16,86 @@ static INLINE void with_count(int64_t n, Visit visit) {
 }
 
 // For all register tiles of `rows` x keys that meet: visit(row, key, Count<vectors of keys>()). A panel of keys stays for all rows of the strip.
-template <int GROUP, class Visit>
-static INLINE void tiles_of(int64_t rows, int64_t padded, const Reach<GROUP>& reach, Visit visit) {
+template <class Op, class Visit>
+static INLINE void tiles_of(int64_t rows, int64_t padded, const Reach<Op>& reach, Visit visit) {
     for (int64_t j = 0; j < padded; j += PW)
         for (int64_t r = 0; r < rows; r += MR) {
-            const int64_t begin = most(j, reach.from[r / MR]), end = least(j + PW, reach.to[r / MR]);
+            const int64_t begin = most(j, reach.begin(r)), end = least(j + PW, reach.end(r));
             if (begin < end) with_count<NV>((end - begin) / VL, [&](auto n) { visit(r, begin, n); });
         }
 }
 
-// scores (rows x KEYS) = A B + start for each key, and top, the largest of each row in each lane. B is packed in panels.
+// The plain product: C (rows x WIDTH) = A B, in blocks of tiles.
 template <class Op>
-static void scores_of(const float* A, int64_t rows, const float* B, const Shape<Op>& shape, const KeyTile& tile, const float* start,
-                      const Reach<Op::GROUP>& reach, float* scores, float* top) {
-    for (int64_t r = 0; r < rows * VL; r += VL) store(top + r, splat(NONE));
-    tiles_of(rows, tile.padded, reach, [&](int64_t r, int64_t j, auto count) {
-        constexpr int N = decltype(count)::value;
-        const float* panel = B + j / PW * PW * shape.wide + j % PW;  // K^T panel: L2 -> L1
-        float* C = scores + r * KEYS + j;
-        register_tile<Op, MR, N>(
-            shape.words, A + r * shape.wide, shape.wide, 1, panel, PW,
-            [&](Floats(&s)[MR][N]) {
-                for (int n = 0; n < N; n++) {
-                    Floats bias = load(start + j + n * VL);
-                    for (int i = 0; i < MR; i++) s[i][n] = bias;
-                }
-            },
-            [&](Floats(&s)[MR][N]) {
-                for (int i = 0; i < MR; i++) {
-                    Floats m = load(top + (r + i) * VL);
-                    for (int n = 0; n < N; n++) {
-                        store(C + i * KEYS + n * VL, s[i][n]);
-                        m = max(m, s[i][n]);
-                    }
-                    store(top + (r + i) * VL, m);
-                }
-            });
-    });
+static void tiled_products(const float* A, int64_t rows, const float* B, const Shape<Op>& shape, const Reach<Op>& reach, float* out) {
+    for (int64_t r = 0; r < rows; r += Op::TALL)
+        Op::scores(A + r * shape.wide, shape.wide, shape.part / Op::DEEP, B, reach.begin(r), reach.end(r), out + r * Op::WIDTH);
 }
 
-// The plain product: C (rows x KEYS) = A B, for dO V^T.
+// scores (rows x WIDTH) = A B + start for each key, and top, the largest of each row in each lane. B is packed in panels.
+template <class Op>
+static void scores_of(const float* A, int64_t rows, const float* B, const Shape<Op>& shape, const KeyTile& tile, const float* start,
+                      const Reach<Op>& reach, float* scores, float* top) {
+    if constexpr (Op::TILES) {
+        const bool counted = tile.counted && start == tile.bias;
+        tiled_products<Op>(A, rows, B, shape, reach, scores);
+        for (int64_t r = 0; r < rows; r++) {
+            float* row = scores + r * Op::WIDTH;
+            Floats m = splat(NONE);
+            for (int64_t j = reach.begin(r); j < reach.end(r); j += VL) {
+                Floats s = load(row + j);
+                if (counted) store(row + j, s += load(start + j));
+                m = max(m, s);
+            }
+            store(top + r * VL, m);
+        }
+    } else {
+        for (int64_t r = 0; r < rows * VL; r += VL) store(top + r, splat(NONE));
+        tiles_of(rows, tile.padded, reach, [&](int64_t r, int64_t j, auto count) {
+            constexpr int N = decltype(count)::value;
+            const float* panel = B + j / PW * PW * shape.wide + j % PW;  // K^T panel: L2 -> L1
+            float* C = scores + r * Op::WIDTH + j;
+            register_tile<Op, MR, N>(
+                shape.words, A + r * shape.wide, shape.wide, 1, panel, PW,
+                [&](Floats(&s)[MR][N]) {
+                    for (int n = 0; n < N; n++) {
+                        Floats bias = load(start + j + n * VL);
+                        for (int i = 0; i < MR; i++) s[i][n] = bias;
+                    }
+                },
+                [&](Floats(&s)[MR][N]) {
+                    for (int i = 0; i < MR; i++) {
+                        Floats m = load(top + (r + i) * VL);
+                        for (int n = 0; n < N; n++) {
+                            store(C + i * Op::WIDTH + n * VL, s[i][n]);
+                            m = max(m, s[i][n]);
+                        }
+                        store(top + (r + i) * VL, m);
+                    }
+                });
+        });
+    }
+}
+
+// C (rows x WIDTH) = A B, for dO V^T.
 template <class Op>
 static void products_of(const float* A, int64_t rows, const float* B, const Shape<Op>& shape, int64_t padded,
-                        const Reach<Op::GROUP>& reach, float* out) {
-    tiles_of(rows, padded, reach, [&](int64_t r, int64_t j, auto count) {
-        constexpr int N = decltype(count)::value;
-        register_tile<Op, MR, N>(
-            shape.words, A + r * shape.wide, shape.wide, 1, B + j / PW * PW * shape.wide + j % PW, PW,
-            [&](Floats(&s)[MR][N]) {
-                for (int i = 0; i < MR; i++)
-                    for (int n = 0; n < N; n++) s[i][n] = Floats{};
-            },
-            [&](Floats(&s)[MR][N]) {
-                for (int i = 0; i < MR; i++)
-                    for (int n = 0; n < N; n++) store(out + (r + i) * KEYS + j + n * VL, s[i][n]);
-            });
-    });
+                        const Reach<Op>& reach, float* out) {
+    if constexpr (Op::TILES) tiled_products<Op>(A, rows, B, shape, reach, out);
+    else
+        tiles_of(rows, padded, reach, [&](int64_t r, int64_t j, auto count) {
+            constexpr int N = decltype(count)::value;
+            register_tile<Op, MR, N>(
+                shape.words, A + r * shape.wide, shape.wide, 1, B + j / PW * PW * shape.wide + j % PW, PW,
+                [&](Floats(&s)[MR][N]) {
+                    for (int i = 0; i < MR; i++)
+                        for (int n = 0; n < N; n++) s[i][n] = Floats{};
+                },
+                [&](Floats(&s)[MR][N]) {
+                    for (int i = 0; i < MR; i++)
+                        for (int n = 0; n < N; n++) store(out + (r + i) * Op::WIDTH + j + n * VL, s[i][n]);
+                });
+        });
 }
 
 // scores[j] = change(scores[j], j-th key's number) for the keys from .. to of a tile, in numbers of some type with a stride.
@@ -131,12 +156,12 @@ public:
 
     bool needed(Visibility visibility) const { return visibility == SOME || call.mask.data || call.bias.data; }
 
-    template <int GROUP>
-    void hide(const KeyTile& tile, Visibility visibility, const Reach<GROUP>& reach, int64_t b, int64_t h, const Queries& queries,
+    template <class Op>
+    void hide(const KeyTile& tile, Visibility visibility, const Reach<Op>& reach, int64_t b, int64_t h, const Queries& queries,
               int64_t first, int64_t rows, float* scores, float* top) const {
         for (int64_t r = 0; r < rows; r++) {
-            float* row = scores + r * KEYS;
-            const int64_t n = queries.rows[first + r], from = reach.from[r / MR], to = reach.to[r / MR], last = least(to, tile.n);
+            float* row = scores + r * Op::WIDTH;
+            const int64_t n = queries.rows[first + r], from = reach.begin(r), to = reach.end(r), last = least(to, tile.n);
             if (visibility == SOME) band(tile, from, to, queries.positions[first + r], row);
             if (call.bias.data) bias(tile, from, last, b, h, n, row);
             if (call.mask.data)
@@ -184,15 +209,3 @@ static void accumulate(int64_t rows, Of steps, const float* A, int64_t lda, int6
             accumulate_columns<Op, decltype(count)::value>(rows, steps, A, lda, step, B + c, columns, C + c, columns, factor);
         });
 }
-
-// Two vectors of numbers as one of bfloat16, in order; and two rows of numbers as pairs (row 0, row 1) for each column.
-#if defined(__AVX512BF16__)
-static INLINE Floats in_order(Floats first, Floats second) {
-    return (Floats)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-}
-static INLINE Floats in_pairs(Floats even, Floats odd) {
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
-    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
-    return (Floats)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-#endif

@@ -68,21 +68,21 @@ public:
     }
 
     // A strip of scores, `rows` of them padded ones included; `top`, where given, is made again. `steep` gets the cap's derivative.
-    template <int GROUP>
-    void apply(const KeyTile& tile, const Reach<GROUP>& reach, int64_t h, const Queries& queries, int64_t first, int64_t rows,
+    template <class Op>
+    void apply(const KeyTile& tile, const Reach<Op>& reach, int64_t h, const Queries& queries, int64_t first, int64_t rows,
                float* scores, float* top, float* steep) const {
         const float* own = call.by_distance ? call.by_distance + h * call.by_distance_columns : nullptr;
         const float slope = own ? -own[0] * factor : 0.f, per_cap = cap > 0 ? 1 / cap : 0.f;
         const int64_t most = table() ? most_distance() : 0;
         for (int64_t r = 0; r < rows; r++) {
-            float* row = scores + r * KEYS;
+            float* row = scores + r * Op::WIDTH;
             const int64_t position = queries.positions[least(first + r, queries.n - 1)];
             Floats highest = splat(NONE);
-            for (int64_t j = reach.from[r / MR]; j < reach.to[r / MR]; j += VL) {
+            for (int64_t j = reach.begin(r); j < reach.end(r); j += VL) {
                 Floats x = load(row + j);
                 if (cap > 0) {
                     const Floats t = tanh_of(x * per_cap);
-                    if (steep) store(steep + r * KEYS + j, 1 - t * t);
+                    if (steep) store(steep + r * Op::WIDTH + j, 1 - t * t);
                     x = t * cap + load(tile.bias + j);
                 }
                 if (own) {

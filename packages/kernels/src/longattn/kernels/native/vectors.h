@@ -33,6 +33,7 @@ typedef int32_t LooseInts __attribute__((vector_size(VL * 4), aligned(4), may_al
 typedef int32_t Word __attribute__((may_alias));
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
+constexpr float FAR = 1 << 20;  // scores of which float32 knows no fractions that matter; see far_rows.py
 constexpr double LOG2_E = 1.4426950408889634074, LN_2 = 0.69314718055994530942;
 
 static INLINE Floats load(const float* p) { return *(const LooseFloats*)p; }
