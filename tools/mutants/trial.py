@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,9 +49,13 @@ class Tree:
         return [str(path.relative_to(self.root)) for path in found if path.name != "__init__.py"]
 
     def write(self, file: str, text: str) -> None:
-        """Put a text in the place of the copy of a file, as a new file: nothing compiled from the old one is taken for it."""
+        """Put a text in the place of the copy of a file.
+
+        What was compiled from the old one is removed: Python takes it for the new one's where both have the same size and second.
+        """
         path = self.source / Path(file).relative_to(Path("packages", self.target.package, "src"))
         path.unlink()
+        Path(cache_from_source(path)).unlink(missing_ok=True)
         path.write_text(text, encoding="utf-8")
 
     def begin(self, limit: float, mutant: Mutant | None = None) -> None:
