@@ -185,7 +185,7 @@ def _weights(
     total, first, _ = numbers
     pattern_counts = pattern.counts(Rectangle(total, rows, Span(0, nk), Span(first, heads)))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    counts = torch.from_numpy(pattern_counts).to(q.device, dtype)
+    counts = torch.as_tensor(pattern_counts, device="cpu").to(q.device, dtype)
     floating = attention_mask is not None and attention_mask.dtype != torch.bool
     if attention_mask is not None:
         counts = counts * (attention_mask != -torch.inf if floating else attention_mask)

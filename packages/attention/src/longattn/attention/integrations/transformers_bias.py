@@ -26,8 +26,7 @@ def compute_bias(self: Any, *args: Any, **options: Any) -> Tensor:
     """A layer's bucket table while the model has a pattern; under another implementation the layer's own dense bias."""
     if self.config._attn_implementation == saved.IMPLEMENTATION:
         return self.relative_attention_bias.weight
-    own: Any = type(self)
-    return own.compute_bias(self, *args, **options)
+    return self.__class__.compute_bias(self, *args, **options)
 
 
 def declare_bias(layer: torch.nn.Module) -> None:
@@ -61,8 +60,7 @@ def _is_declared(layer: Any) -> bool:
     if table.device.type == "meta" or not hasattr(layer.config, "_attn_implementation"):
         return False
     try:
-        kind: Any = type(layer)
-        source = inspect.getsource(kind.forward)
+        source = inspect.getsource(layer.__class__.forward)
         term = relative_bias(layer, table.detach())
     except (OSError, ValueError):
         return False  # code without a source; buckets that are no T5's

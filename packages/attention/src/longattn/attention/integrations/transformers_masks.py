@@ -141,7 +141,7 @@ def _count(q_rows: Tensor, first_row: Tensor, starts: Tensor, keys: int, canonic
     h = np.arange(heads, dtype=np.int64)[None, :, None, None]
     counts = pattern.count(h, np.maximum(i, 0), np.maximum(j, 0), heads) * ((i >= 0) & (j >= 0))
     shape = (len(unique), heads, len(rows), keys)
-    return torch.as_tensor(np.broadcast_to(counts, shape)[members].astype(np.int64)).to(q_rows.device)
+    return torch.as_tensor(np.broadcast_to(counts, shape)[members].astype(np.int64), device="cpu").to(q_rows.device)
 
 
 pattern_counts = torch.library.custom_op("longattn::pattern_counts", _count, mutates_args=())

@@ -69,7 +69,7 @@ def packing_of(plan: Plan, kv_heads: int) -> Packing:
     packing: Packing | None = plan.derived.get(key)
     if packing is None:
         visible = visible_key_rows(plan, kv_heads)
-        pairs = None if visible.all() else torch.as_tensor(np.flatnonzero(visible))
+        pairs = None if visible.all() else torch.as_tensor(np.flatnonzero(visible), device="cpu")
         packing = plan.derived[key] = Packing(visible.shape[0], visible.shape[1], pairs, int(visible.sum()))
     return packing
 
