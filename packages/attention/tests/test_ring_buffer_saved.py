@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from longattn.attention import RingBufferAttention, RingBufferConfig, RingBufferState
@@ -157,6 +157,7 @@ ODD = [None, True, -1, 0, 1, 2, 5, 2**31, 2**48, 2**63, 10**30, 1.5, float("nan"
 
 
 @given(path=st.sampled_from(PATHS), value=st.sampled_from(ODD))
+@example(path=("clocks", 1, "position"), value=5)  # the window there would hold tokens that are said to be lost
 def test_any_value_anywhere_is_refused_or_harmless(path, value):
     """Nothing but ValueError; what is accepted decodes to numbers, rewinds, and shows no memory that was not written."""
     saved = copy.deepcopy(STATE)
@@ -228,3 +229,19 @@ def test_a_state_goes_to_a_floating_dtype():
     saved["rings"] = {name: ring.to("meta") for name, ring in saved["rings"].items()}
     with pytest.raises(ValueError, match="saved.rings must hold data to go to cpu, got tensors on meta"):
         from_dict(RingBufferState, saved, torch.device("cpu"))
+
+
+def test_a_stream_that_begins_again_forgets_what_was_lost():
+    """Rewound to its sinks and written on, it keeps as many evicted tokens as any other."""
+    module = module_of()
+    with stale_slots_hold_nan():
+        _, state = module(*tokens(4))
+        _, state = module(*tokens(3, seed=1), buffer_state=state)
+        module(*tokens(3, seed=2), buffer_state=state)
+        state.rewind(3)
+        state.rewind(0)
+        for _ in range(3):
+            module(*tokens(), is_decoder=True, buffer_state=state)
+    fresh = state.clone()
+    assert all(c.restorable <= max(1, c.position - 4) for c in fresh.cursors)
+    RingBufferState.from_state_dict(state.state_dict()).rewind(1)

@@ -51,3 +51,5 @@ class Cursor:
             self.decoded[-1][1] = remaining
             if not remaining:
                 self.decoded.pop()
+        # Tokens from here on are written anew: of those that were lost only the ones before stay so.
+        self.restorable = min(self.restorable, self.position)

@@ -134,6 +134,11 @@ def _cursor(name: str, saved: object, geometry: Geometry) -> Cursor:
     counters = ("position", "restorable", "fed", "fed_restorable")
     values = _check_fields(name, saved, (*counters, "decoded"))
     position, restorable, fed, fed_restorable = (_integer(f"{name}.{n}", values[n]) for n in counters)
+    oldest = max(geometry.sinks, position - geometry.buffer_size)
+    if restorable > oldest:
+        raise ValueError(
+            f"{name}.restorable must be at most {oldest}, the oldest token in the window at position={position}, got {restorable}"
+        )
     stretches = _items(values["decoded"])
     if stretches is None or len(stretches) > geometry.buffer_size:
         raise ValueError(
