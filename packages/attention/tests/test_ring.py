@@ -14,7 +14,7 @@ from longattn.attention import Local, PatternAttention, Ring, pattern_attention
 from longattn.attention.schedules import driver as scheduled
 from longattn.attention.schedules.layouts import LAYOUTS, take
 from longattn.attention.testing import check_schedule
-from longattn.kernels import Environment, reference_attention
+from longattn.kernels import Alibi, Environment, Softcap, reference_attention
 from longattn.kernels.dispatch.prepared import PREPARED
 from longattn.patterncache import Dilated, Full, Pattern, PatternCache, Rectangle, Restrict, Span, Window
 from longattn.patterncache.testing import patterns, spans
@@ -289,3 +289,30 @@ def test_a_bad_call_is_named_as_a_whole(options, error, words):
     arguments = {"q": X, "k": X, "v": X, "pattern": Window(3), "schedule": Ring(size=3), **options}
     with pytest.raises(error, match=words):
         pattern_attention(**arguments)
+
+
+def test_repeated_calls_of_a_ring_are_each_of_their_own_options():
+    """A ring in one process is one call that the memo knows: options of one signature may not serve another's, nor old values new ones."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 64, 4, 16, generator=generator)
+    mask = torch.rand(64, 64, generator=generator) < 0.9
+    options: list[dict[str, Any]] = [
+        {},
+        {"softmax_scale": 0.5},
+        {"softmax_scale": torch.tensor([0.1, 0.2, 0.3, 0.4])},
+        {"softmax_scale": torch.tensor([0.4, 0.3, 0.2, 0.1])},
+        {"score_terms": Softcap(1.0)},
+        {"score_terms": Softcap(2.0)},
+        {"score_terms": Alibi(torch.tensor([0.1, 0.2, 0.3, 0.4]))},
+        {"score_terms": Alibi(torch.tensor([0.4, 0.3, 0.2, 0.1]))},
+        {"attention_mask": mask},
+        {"attention_mask": ~mask | torch.eye(64, dtype=torch.bool)},
+        {"key_padding_mask": torch.arange(64)[None] < 7},
+        {"num_heads": 8, "head_start": 4},
+        {"is_causal": False},
+    ]
+    pattern = Dilated((16, 32), (1, 2), causal=True)
+    for _ in range(3):
+        for some in options:
+            expected = pattern_attention(q, k, v, pattern, **some)
+            torch.testing.assert_close(pattern_attention(q, k, v, pattern, schedule=Ring(size=4), **some), expected)
