@@ -36,6 +36,19 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A path that is not there is an error before any worker starts: pytest-xdist would say that no tests ran, and not why."""
+    if config.getoption("pyargs"):
+        return
+    missing = [
+        argument for argument in config.args if not (config.invocation_params.dir / argument.split("::")[0]).exists()
+    ]
+    if missing:
+        raise pytest.UsageError(
+            f"no such file or folder, counted from {config.invocation_params.dir}: {', '.join(missing)}"
+        )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first: the last one to end is then a short one, whoever runs it. Nightly ones are skipped by day."""
     if os.environ.get("HYPOTHESIS_PROFILE") != "nightly":
