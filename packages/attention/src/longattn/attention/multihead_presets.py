@@ -71,9 +71,10 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
 
     Args:
         embed_dim, num_heads: num_heads divides embed_dim.
-        segment_lengths: default (2048, 4096, 8192). dilation_rates: default (1, 2, 4).
-        dropout, bias, layer_norm, layer_norm_eps, gamma_init, kv_heads, fused_qkv, softmax_scale, backend, merge_grad,
-            head_start, local_heads, device, dtype: as in `MultiheadPatternAttention`.
+        segment_lengths: default (2048, 4096, 8192).
+        dilation_rates: default (1, 2, 4).
+        others: dropout, bias, layer_norm, layer_norm_eps, gamma_init, kv_heads, fused_qkv, softmax_scale, backend, merge_grad,
+            head_start, local_heads, device and dtype are as in `MultiheadPatternAttention`.
         heads, causal: as in `Dilated`.
         flags: enable_memory_pool, lightweight_pool, enable_profiling, as in `Wiring`.
 

@@ -40,20 +40,21 @@ _PREALLOCATED_TYPES = (BufferType.QUERY, BufferType.KEY, BufferType.VALUE, Buffe
 class AttentionBufferManager(SlotTable, Reports):
     """Leases buffers by type and reuses their memory when nothing references it any more.
 
-    custom_configs: rows that replace those of DEFAULT_CONFIGS. Default none.
-    enable_reuse: keep returned memory, within the type's limits. Default True.
-    enable_preallocation: the first QUERY buffer of a (batch, seq, heads, head_dim) also readies KEY, VALUE and OUTPUT
-        of that shape. Default False.
-    enable_profiling: get_stats() has a `profile` entry. Default False.
-    lightweight: safety, plain counters and the two fast strategies (strategy.py). Default True. False adds call sites
-        (`outstanding`), a timeline and the other strategies, and has no slots.
-    upstream: where blocks come from. Default: the global memory pool.
-    cleanup: how soon free memory goes back when memory gets short, "adaptive" (default) or "aggressive" (pressure.py).
-    debug: call sites, and poison over memory that came back (debug.py). Slow. Default False.
+    Args:
+        custom_configs: rows that replace those of DEFAULT_CONFIGS. Default none.
+        enable_reuse: keep returned memory, within the type's limits. Default True.
+        enable_preallocation: the first QUERY buffer of a (batch, seq, heads, head_dim) also readies KEY, VALUE and OUTPUT
+            of that shape. Default False.
+        enable_profiling: get_stats() has a `profile` entry. Default False.
+        lightweight: safety, plain counters and the two fast strategies (strategy.py). Default True. False adds call sites
+            (`outstanding`), a timeline and the other strategies, and has no slots.
+        upstream: where blocks come from. Default: the global memory pool.
+        cleanup: how soon free memory goes back when memory gets short, "adaptive" (default) or "aggressive" (pressure.py).
+        debug: call sites, and poison over memory that came back (debug.py). Slow. Default False.
 
     Host memory is recycled here. On an accelerator torch's caching allocator recycles; there, on "meta" and for size
     zero the manager adds types, checks and counts. Inside torch.compile and CUDA-graph capture it steps aside. Safe to
-    use from any thread. A copy, pickled ones included, has the same options, no buffers, and counters at zero.
+    use from any thread. A copy, pickled ones included, has the same options, no buffers, and counters at zero::
 
         manager = AttentionBufferManager()
         scores = manager.allocate(BufferType.SCORES, (8, 128, 128))

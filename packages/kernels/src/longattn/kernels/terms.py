@@ -47,7 +47,7 @@ class Softcap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alibi:
-    """-slopes[h] * |i - j| is added to the score of query i and key j, whose positions these are.
+    """`-slopes[h] * abs(i - j)` is added to the score of query i and key j, whose positions these are.
 
     Args:
         slopes: (heads,) floating, one for each query head of the call, finite, with gradient. Negative ones favour what is far.

@@ -20,7 +20,7 @@ _OPEN: ContextVar[tuple[BufferScope, ...]] = ContextVar("longattn.bufmgr open sc
 
 
 class BufferScope:
-    """Deallocates at its end what was allocated inside, also when an exception ends it.
+    """Deallocates at its end what was allocated inside, also when an exception ends it::
 
         with manager.scope() as scope:
             scores = manager.allocate(BufferType.SCORES, (8, 128, 128))

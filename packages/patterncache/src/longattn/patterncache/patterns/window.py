@@ -120,7 +120,7 @@ class Full(Pattern, name="full"):
 
 @dataclass(frozen=True)
 class Window(Pattern, name="window"):
-    """The last `size` keys up to the query, (i - size, i]; not causal: |i - j| < size. The first `sinks` keys are always seen.
+    """The last `size` keys up to the query, (i - size, i]; not causal: `abs(i - j) < size`. The first `sinks` keys are always seen.
 
     Args:
         size: window width in positions, >= 1.
