@@ -147,7 +147,8 @@ def test_patterns_answer_themselves_and_draw_a_small_map():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "length"), [(Dilated((8, 16), (1, 2), causal=True), 40), (Full(), 100), (Full(), 1), (Window(9, causal=True), 8192)]
+    ("pattern", "length"),
+    [(Dilated((8, 16), (1, 2), causal=True), 40), (Full(), 100), (Full(), 1), (Window(9, causal=True), 8192)],
 )
 def test_a_picture_is_drawn_where_matplotlib_is(pattern, length, tmp_path):
     """A PNG of some size, beside the text."""

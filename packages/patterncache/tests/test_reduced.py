@@ -29,7 +29,11 @@ def test_a_cell_is_the_mean_of_the_pairs_that_it_samples(length, cells, causal, 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
-    [({"length": 0}, "length must be"), ({"head": 4}, "head must be below num_heads=4, got 4"), ({"cells": 0}, "cells must be")],
+    [
+        ({"length": 0}, "length must be"),
+        ({"head": 4}, "head must be below num_heads=4, got 4"),
+        ({"cells": 0}, "cells must be"),
+    ],
 )
 def test_a_bad_argument_is_named(changed, words):
     """The parameter, and what came."""

@@ -71,5 +71,7 @@ def _map(axes: Any, pattern: Pattern, length: int, num_heads: int, head: int) ->
         return axes.imshow(np.ma.masked_equal(mean, 0), cmap="viridis_r", norm=norm, extent=extent)
     counts = pattern.counts(replace(square(length, num_heads), heads=Span(head, 1)))[0]
     most = max(1, int(counts.max(initial=0)))
-    shown = axes.imshow(np.ma.masked_equal(counts, 0), cmap="viridis_r", vmin=1, vmax=max(2, most), interpolation="nearest")
+    shown = axes.imshow(
+        np.ma.masked_equal(counts, 0), cmap="viridis_r", vmin=1, vmax=max(2, most), interpolation="nearest"
+    )
     return shown if most > 1 else None
