@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from demo.refusal import RefusalError
 from longattn.patterncache import Dilated, Rectangle, Span
+from longattn.patterncache.analysis.reduced import reduced_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,38 +18,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
     from matplotlib.image import AxesImage
 
-_CELLS = 256
 _ZOOM = 64
 _PANELS = 6
 _INK, _BLANK = "#26303a", "#f4f5f7"
 _HEADS = 16
 
 
-def reduced_counts(pattern: Dilated, seq_len: int, heads: int) -> npt.NDArray[np.float64]:
-    """How often a query sees a key, averaged over heads (at most 16) and over square tiles of positions.
-
-    Each tile is sampled by a run of neighbours as long as the rates' common multiple (at most 16), which holds every
-    residue, so inside a segment the average is the exact one.
+def mean_counts(pattern: Dilated, seq_len: int, heads: int) -> npt.NDArray[np.float64]:
+    """`reduced_counts` of at most 16 heads, averaged; neighbours as many as the rates' common multiple (at most 16) hold every residue.
 
     Returns:
         (cells, cells) float64, at most 256 x 256; rows are queries, columns keys.
     """
-    cells = min(_CELLS, seq_len)
-    tile = seq_len // cells
-    run = min(tile, math.lcm(*pattern.dilation_rates), 16)
-    starts = [cell * seq_len // cells for cell in range(cells)]
-    total = np.zeros((cells, cells))
+    run = min(math.lcm(*pattern.dilation_rates), 16)
     sampled = min(heads, _HEADS)
-    for head in range(sampled):
-        # One head at a time: the counts of all heads at once would be the demo's largest array.
-        rectangle = Rectangle(
-            num_heads=heads,
-            queries=tuple(Span(start, run) for start in starts),
-            keys=tuple(Span(start, run) for start in starts),
-            heads=Span(head, 1),
-        )
-        total += pattern.counts(rectangle)[0].reshape(cells, run, cells, run).mean(axis=(1, 3))
-    return total / sampled
+    # One head at a time: the counts of all heads at once would be the demo's largest array.
+    maps = (reduced_counts(pattern, seq_len, heads, head=head, neighbours=run) for head in range(sampled))
+    return sum(maps, np.zeros(())) / sampled
 
 
 def zoom_start(pattern: Dilated, seq_len: int) -> int:
@@ -78,7 +64,7 @@ def draw(pattern: Dilated, seq_len: int, heads: int, path: Path) -> None:
     columns = math.ceil(panels / 2)
     figure = plt.figure(figsize=(6.6 + 3.2 * columns, 7.2), layout="constrained", facecolor="white")
     left, right = np.ravel(np.asarray(figure.subfigures(1, 2, width_ratios=(6.6, 3.2 * columns))))
-    _overview(left, reduced_counts(pattern, seq_len, heads), seq_len, heads)
+    _overview(left, mean_counts(pattern, seq_len, heads), seq_len, heads)
     _neighbourhood(right, (2, columns), pattern, seq_len, heads)
     figure.suptitle("Who sees whom: causal dilated attention", color=_INK, fontsize=15, fontweight="bold")
     try:

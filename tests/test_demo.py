@@ -13,7 +13,7 @@ import pytest
 from demo import resources
 from demo.__main__ import main, prepare
 from demo.options import Options, parse
-from demo.picture import draw, reduced_counts
+from demo.picture import draw, mean_counts
 from demo.refusal import RefusalError
 from demo.text import read_text
 from longattn.patterncache import Dilated, Rectangle, Span
@@ -173,7 +173,7 @@ def test_cgroup_limits_are_read(tmp_path: Path) -> None:
 def test_reduced_picture_averages_the_true_counts() -> None:
     """Away from the diagonal, where tiles are uniform, a pixel is the mean of the counts that it stands for."""
     pattern = Dilated((64, 256, 1024), (1, 2, 4), heads="shared", causal=False)
-    seen = reduced_counts(pattern, 1024, heads=8)
+    seen = mean_counts(pattern, 1024, heads=8)
     whole = Span(0, 1024)
     counts = pattern.counts(Rectangle(num_heads=8, queries=(whole,), keys=(whole,)))
     np.testing.assert_allclose(seen, counts.reshape(8, 256, 4, 256, 4).mean(axis=(0, 2, 4)))

@@ -96,7 +96,7 @@ def describe(
 
     Args:
         pattern: who sees whom.
-        length: tokens: up to 64, or 1 to 2048 with a picture, and then without a map in the text above 64.
+        length: tokens: up to 64, or any number from 1 with a picture, and then without a map in the text above 64.
         num_heads, head: how many heads, and whose map.
         png: where to draw a picture. Needs matplotlib, the extra `png`. Default None: nowhere.
 

@@ -1,0 +1,180 @@
+"""`longattn plan`: memory and time of a decoder-only model, from counts; what is assumed is said."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+
+from longattn.attention.cli.patterns import pattern_of
+from longattn.attention.cli.report import Report, Table
+from longattn.kernels.interface import MACHINES, Machine
+
+GIB = 1024**3
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+ADAM_STATE = {"float64": 16, "float32": 8, "bfloat16": 12, "float16": 12}
+"""Bytes a parameter: two moments; in half precision of float32, with the weights in float32 beside."""
+
+ASSUMPTIONS = (
+    "assumed: every device reaches the given share of its peak in products; a ring's transfers overlap its products; activations are those "
+    "of a pre-norm layer with a two-matrix feed-forward; softmax, norms and the allocator's own overhead cost nothing. A plan, not a measurement."
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one device holds, in bytes, and what one pass takes.
+
+    Attributes:
+        parameters: of the model. weights, gradients, optimizer: bytes of them.
+        activations: bytes kept for the backward, or alive at once in a forward.
+        cache: keys and values of all layers, for decoding after a forward; 0 in training. in_flight: shards of a ring on their way.
+        product_flops, attention_flops: of one pass, a device's share.
+        compute_seconds, transfer_seconds: of one pass; the larger is expected.
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    cache: int
+    in_flight: int
+    product_flops: float
+    attention_flops: float
+    compute_seconds: float
+    transfer_seconds: float
+
+    @property
+    def total(self) -> int:
+        """Bytes on one device."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.cache + self.in_flight
+
+    @property
+    def seconds(self) -> float:
+        """Expected seconds of one pass."""
+        return max(self.compute_seconds, self.transfer_seconds)
+
+
+def run(options: Namespace) -> Report:
+    """The budget of one device, as a table."""
+    if options.machine not in MACHINES:
+        raise ValueError(f"--machine must be one of {', '.join(MACHINES)}, got {options.machine!r}")
+    if options.ring > options.length:
+        raise ValueError(f"--ring must be at most --length={options.length}, got {options.ring}")
+    kv_heads = options.kv_heads or options.heads
+    if options.heads % kv_heads:
+        raise ValueError(f"--kv-heads must divide --heads={options.heads}, got {kv_heads}")
+    pattern = pattern_of(options)
+    verdict = pattern.lint(options.length, options.heads, head_dim=options.head_dim, dtype=options.dtype)
+    passes = verdict.flops_forward
+    if options.train:
+        passes += verdict.flops_backward + (verdict.flops_forward if options.recompute else 0)
+    found = budget(options, kv_heads, options.batch * options.layers * passes, MACHINES[options.machine])
+    tokens = options.batch * options.length
+    rows = [
+        ("weights", _gib(found.weights), f"{found.parameters / 1e9:.3f} billion parameters in {options.dtype}"),
+        ("gradients", _gib(found.gradients), "as the weights" if options.train else "none"),
+        (
+            "optimizer",
+            _gib(found.optimizer),
+            f"Adam, {ADAM_STATE[options.dtype]} bytes a parameter" if options.train else "none",
+        ),
+        (
+            "activations",
+            _gib(found.activations),
+            "each layer's input, and one layer's"
+            if options.recompute
+            else "of all layers"
+            if options.train
+            else "of one layer",
+        ),
+        ("key-value cache", _gib(found.cache), "none" if options.train else "of all layers"),
+        (
+            "shards in flight",
+            _gib(found.in_flight),
+            "none" if options.ring == 1 else f"two of each kind, ring of {options.ring}",
+        ),
+        ("together", _gib(found.total), "on one device"),
+    ]
+    what = "step of training" if options.train else "forward of the whole sequence"
+    sentence = (
+        f"a {what}: {found.seconds:.3g} s, {tokens / found.seconds:.4g} tokens a second on {options.ring} x {options.machine}: "
+        f"{found.product_flops:.3g} FLOP in projections, {found.attention_flops:.3g} in attention on a device at {options.efficiency:g} of its "
+        f"peak ({found.compute_seconds:.3g} s); transfers {found.transfer_seconds:.3g} s"
+    )
+    parts: list[Table | str] = [
+        pattern.canonical(),
+        Table("", ("what", "GiB", "of"), rows),
+        sentence,
+        verdict.line,
+        ASSUMPTIONS,
+    ]
+    data = {
+        "pattern": pattern.canonical(),
+        **asdict(found),
+        "total": found.total,
+        "seconds": found.seconds,
+        "assumptions": ASSUMPTIONS,
+    }
+    return Report(data, parts)
+
+
+def budget(options: Namespace, kv_heads: int, attention_flops: float, machine: Machine) -> Budget:
+    """What one device of `options.ring` holds and does.
+
+    Args:
+        options: of `longattn plan`.
+        kv_heads: key and value heads.
+        attention_flops: of all layers and sequences, forward, and where trained backward.
+        machine: whose peak is taken.
+
+    Raises:
+        ValueError: the machine's peak for the dtype is not known.
+    """
+    width, size = options.heads * options.head_dim, BYTES[options.dtype]
+    kv_width, hidden = kv_heads * options.head_dim, int(options.mlp_ratio * options.heads * options.head_dim)
+    in_layers = options.layers * (2 * width * width + 2 * width * kv_width + 2 * width * hidden)
+    parameters = in_layers + options.vocabulary * width
+    tokens = -(-options.batch * options.length // options.ring)
+    # Two norms' inputs, q, k, v, the attention's out and lse, the residual, the feed-forward before and after its activation.
+    of_layer = tokens * (size * (4 * width + width + 2 * kv_width + 2 * hidden) + 4 * options.heads)
+    passes = 1 if not options.train else 4 if options.recompute else 3
+    if not options.train:
+        activations = of_layer
+    elif options.recompute:
+        activations = options.layers * tokens * width * size + of_layer
+    else:
+        activations = options.layers * of_layer
+    shard = 2 * tokens * kv_width * size
+    travelling = 2 * tokens * kv_width * max(4, size)  # gradients of keys and values stay in float32 until home
+    hops = options.ring - 1
+    moved = options.layers * hops * (shard + (shard + travelling if options.train else 0))
+    products = passes * 2 * tokens * (in_layers + options.vocabulary * width)
+    bits = 32 if options.dtype == "float32" else 16
+    if options.dtype == "float64" or bits not in machine.peak:
+        raise ValueError(
+            f"--dtype must be one whose peak is known on {machine.name}: {_known(machine)}, got {options.dtype!r}"
+        )
+    speed = options.efficiency * machine.peak[bits]
+    return Budget(
+        parameters=parameters,
+        weights=parameters * size,
+        gradients=parameters * size if options.train else 0,
+        optimizer=parameters * ADAM_STATE[options.dtype] if options.train else 0,
+        activations=activations,
+        cache=0 if options.train else options.layers * shard,
+        in_flight=0 if options.ring == 1 else 2 * (shard + (travelling if options.train else 0)),
+        product_flops=products,
+        attention_flops=attention_flops / options.ring,
+        compute_seconds=(products + attention_flops / options.ring) / speed,
+        transfer_seconds=moved / (options.link * 1e9),
+    )
+
+
+def _known(machine: Machine) -> str:
+    names = {16: "bfloat16, float16", 32: "float32"}
+    return ", ".join(names[bits] for bits in sorted(machine.peak) if bits in names) or "none"
+
+
+def _gib(amount: int) -> str:
+    return f"{amount / GIB:.3f}"
