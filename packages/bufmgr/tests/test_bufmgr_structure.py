@@ -19,6 +19,7 @@ LAYERS = (
     ("leasing",),
     ("report",),
     ("pool",),
+    ("serving",),
     ("manager",),
     ("testing",),
 )

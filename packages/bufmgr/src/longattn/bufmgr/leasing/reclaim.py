@@ -103,7 +103,7 @@ class FreeMemory(ForkListener):
                 evicted += cache.put(lease.block)
         return evicted
 
-    def put_free(self, wanted: Iterable[tuple[BufferType, int]]) -> int:
+    def put_free(self, sizes: Iterable[tuple[BufferType, int]]) -> int:
         """Make sure that the cache of each type has a free block of so many bytes; return how many have.
 
         Raises MemoryError when the upstream refuses, after which what was readied so far stays.
@@ -111,7 +111,7 @@ class FreeMemory(ForkListener):
         self.settle(blocking=True)
         ready, fresh = 0, list[tuple[BufferType, Block]]()
         try:
-            for kind, size in wanted:
+            for kind, size in sizes:
                 cache = self.caches[kind]
                 if cache.holds(size):
                     ready += 1
