@@ -16,15 +16,16 @@ from longattn.bufmgr.leasing.book import LeaseBook
 from longattn.bufmgr.leasing.cache import BlockCache
 from longattn.bufmgr.leasing.debug import Inspector
 from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.leasing.profile import Profile
 from longattn.bufmgr.leasing.scope import innermost_scope
 from longattn.bufmgr.leasing.slots import SlotTable
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.memory.adaptors import StatisticsAllocator
 from longattn.bufmgr.memory.allocator import Allocator
 from longattn.bufmgr.memory.arena import ArenaAllocator
 from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge
+from longattn.bufmgr.memory.statistics import StatisticsAllocator
 from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
-from longattn.bufmgr.report import Profile, Reports
+from longattn.bufmgr.report import Reports
 from longattn.bufmgr.request import BufferRequest
 from longattn.bufmgr.spec import BufferConfig, BufferType
 from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy, numa_nodes
@@ -66,7 +67,7 @@ class RequestServer(SlotTable, Reports):
         super().__init__(LeaseBook(self._host, caches, inspector), slow_path_only=enable_profiling)
         if isinstance(source, MemoryPool):
             source.add_borrower(self._book)
-        self._profile = Profile(timeline=not lightweight) if enable_profiling else None
+        self._profile = self._book.profile = Profile(timeline=not lightweight) if enable_profiling else None
         self._strategies = dict.fromkeys(Strategy, 0)
         self._prepared_shapes: set[BufferRequest] = set()
         # Buffers may outlive the manager; the book then gives their memory back as they die.
@@ -83,7 +84,8 @@ class RequestServer(SlotTable, Reports):
         if scope is not None and slot is not None:
             scope.add(tensor, slot)
         if self._profile is not None:
-            self._profile.note(kind, request.nbytes, time.perf_counter_ns() - started)
+            serial = -1 if slot is None else slot.serial
+            self._profile.note(kind, request.nbytes, time.perf_counter_ns() - started, serial)
         if self.enable_preallocation and kind is BufferType.QUERY and len(request.shape) == 4:
             self._prepare_once(request)
         return tensor, slot
