@@ -89,9 +89,9 @@ def test_a_trace_that_cannot_be():
     ("text", "message"),
     [
         ("", "header seconds,action,block,nbytes, got \\[\\]"),
-        ("seconds,action,block,nbytes\n0.0,allocate,0,8\n0.1,steal,0,8\n", "line 3 must be seconds"),
-        ("seconds,action,block,nbytes\n0.0,allocate,zero,8\n", "line 2"),
-        ("seconds,action,block,nbytes\n0.0,allocate,0\n", "line 2"),
+        ("seconds,action,block,nbytes\n0.0,allocate,0,8\n0.1,steal,0,8\n", "lines\\[3\\] must be seconds"),
+        ("seconds,action,block,nbytes\n0.0,allocate,zero,8\n", "lines\\[2\\]"),
+        ("seconds,action,block,nbytes\n0.0,allocate,0\n", "lines\\[2\\]"),
     ],
 )
 def test_a_file_that_is_no_trace(text: str, message: str, tmp_path: Path):

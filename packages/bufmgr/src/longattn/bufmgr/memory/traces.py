@@ -98,7 +98,7 @@ class AllocationTrace:
 
     @classmethod
     def load(cls, path: Path | str) -> AllocationTrace:
-        """Return the trace of a file that `save` wrote. Raises ValueError that names the line which is no event."""
+        """Return the trace of a file that `save` wrote. Raises ValueError that names the line that is no event."""
         with Path(path).open(encoding="utf-8", newline="") as file:
             rows = csv.reader(file)
             header = next(rows, list[str]())
@@ -148,4 +148,4 @@ def _parse(row: list[str], line: int) -> TraceEvent:
                 return TraceEvent(float(row[0]), action, int(row[2]), int(row[3]))
             except ValueError:
                 break
-    raise ValueError(f"line {line} must be seconds, action, block and nbytes, got {describe(row)}")
+    raise ValueError(f"lines[{line}] must be seconds, action, block and nbytes, got {describe(row)}")
