@@ -3,9 +3,14 @@
 import pytest
 
 from longattn.bufmgr import (
+    ArenaAllocator,
     AttentionBufferManager,
+    FailureCallbackAllocator,
     LimitingAllocator,
+    LoggingAllocator,
     MemoryPool,
+    PoisoningAllocator,
+    RecordingAllocator,
     Statistics,
     StatisticsAllocator,
     SystemAllocator,
@@ -17,6 +22,13 @@ MAKERS = {
     "counting": lambda: StatisticsAllocator(SystemAllocator()),
     "limited": lambda: LimitingAllocator(SystemAllocator(), 2**30),
     "failing": FailingAllocator,
+    "poisoning": lambda: PoisoningAllocator(SystemAllocator()),
+    "recording": lambda: RecordingAllocator(SystemAllocator()),
+    "logging": lambda: LoggingAllocator(SystemAllocator()),
+    "callback": lambda: FailureCallbackAllocator(SystemAllocator(), lambda nbytes: False),
+    "all of them": lambda: PoisoningAllocator(
+        RecordingAllocator(LoggingAllocator(LimitingAllocator(StatisticsAllocator(ArenaAllocator()), 2**30)))
+    ),
     "pool": MemoryPool,
 }
 

@@ -18,6 +18,8 @@ from longattn.bufmgr import (
     LimitingAllocator,
     LoggingAllocator,
     MemoryPool,
+    PoisoningAllocator,
+    RecordingAllocator,
     StatisticsAllocator,
     SystemAllocator,
     get_global_memory_pool,
@@ -78,14 +80,18 @@ def always(nbytes: int) -> bool:
 def test_a_stack_of_allocators(twin_of: Callable[[Any], Any]):
     """Each layer is of the same kind, with the same limit, and holds nothing."""
     arena = ArenaAllocator(limit_bytes=2**20, floor_bytes=4096, huge_pages=False)
-    limited = LimitingAllocator(FailureCallbackAllocator(LoggingAllocator(arena), always), 10 * 2**20)
+    poisoning = PoisoningAllocator(RecordingAllocator(LoggingAllocator(arena)))
+    limited = LimitingAllocator(FailureCallbackAllocator(poisoning, always), 10 * 2**20)
     counted = StatisticsAllocator(limited)
     counted.push_statistics()
     held = counted.allocate(2**19)
     twin = twin_of(counted)
     assert twin.statistics.total_count == 0
     layers: Any = twin
-    kinds = [StatisticsAllocator, LimitingAllocator, FailureCallbackAllocator, LoggingAllocator, ArenaAllocator]
+    kinds = [
+        StatisticsAllocator, LimitingAllocator, FailureCallbackAllocator, PoisoningAllocator, RecordingAllocator,
+        LoggingAllocator, ArenaAllocator,
+    ]  # fmt: skip
     for kind in kinds:
         assert type(layers) is kind
         if kind is not ArenaAllocator:

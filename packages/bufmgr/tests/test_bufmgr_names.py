@@ -15,7 +15,8 @@ def test_public_names():
         "MemoryPool", "get_global_memory_pool", "reset_global_memory_pool", "Allocator", "TensorAllocator", "Block",
         "SystemAllocator", "StatisticsAllocator", "LimitingAllocator", "Statistics", "PreparedSlot",
         "BufferScope", "OutstandingBuffer", "Strategy", "ArenaAllocator", "LoggingAllocator", "FailureCallbackAllocator",
-        "MemoryReading", "read_device_memory",
+        "MemoryReading", "read_device_memory", "PoisoningAllocator", "RecordingAllocator", "TraceEvent",
+        "AllocationTrace", "prometheus_text",
     }  # fmt: skip
     assert set(longattn.bufmgr.__all__) == expected
     assert expected <= set(dir(longattn.bufmgr))

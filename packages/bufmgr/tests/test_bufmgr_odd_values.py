@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import longattn.bufmgr as package
 from longattn.bufmgr import (
+    AllocationTrace,
     ArenaAllocator,
     AttentionBufferManager,
     BufferConfig,
@@ -17,9 +18,13 @@ from longattn.bufmgr import (
     LimitingAllocator,
     LoggingAllocator,
     MemoryPool,
+    PoisoningAllocator,
+    RecordingAllocator,
     StatisticsAllocator,
     SystemAllocator,
+    TraceEvent,
     create_attention_buffer_manager,
+    prometheus_text,
     read_device_memory,
 )
 
@@ -188,7 +193,28 @@ def logging():
 
 @call
 def failure_callback():
-    return FailureCallbackAllocator, {"upstream": SystemAllocator(), "on_refusal": lambda nbytes: False}
+    arguments = {"upstream": SystemAllocator(), "on_refusal": lambda nbytes: False, "max_retries": 2}
+    return FailureCallbackAllocator, arguments
+
+
+@call
+def poisoning():
+    return PoisoningAllocator, {"upstream": SystemAllocator()}
+
+
+@call
+def recording():
+    return RecordingAllocator, {"upstream": SystemAllocator(), "max_events": 10}
+
+
+@call
+def allocation_trace():
+    return AllocationTrace, {"events": [TraceEvent(0.0, "refuse", -1, 10)]}
+
+
+@call
+def prometheus():
+    return prometheus_text, {"sources": {"pool": MemoryPool()}}
 
 
 STACK: list[Callable[[], Any]] = [
@@ -199,6 +225,8 @@ STACK: list[Callable[[], Any]] = [
     lambda: LimitingAllocator(SystemAllocator(), 100),
     lambda: LoggingAllocator(SystemAllocator()),
     lambda: FailureCallbackAllocator(SystemAllocator(), lambda nbytes: False),
+    lambda: PoisoningAllocator(SystemAllocator()),
+    lambda: RecordingAllocator(SystemAllocator()),
 ]
 for number, make in enumerate(STACK):
     CALLS[f"allocate {number}"] = lambda make=make: (make().allocate, {"nbytes": 10})
@@ -235,7 +263,7 @@ def test_every_public_callable_is_here_or_needs_no_arguments():
     tried = [getattr(make()[0], "__self__", make()[0]) for make in CALLS.values()]
     kinds = [value if callable(value) else type(value) for value in tried]
     without = {
-        "BufferType", "DEFAULT_CONFIGS", "Allocator", "TensorAllocator", "Block", "Statistics", "OutstandingBuffer",
+        "BufferType", "DEFAULT_CONFIGS", "Allocator", "TensorAllocator", "Block", "Statistics", "OutstandingBuffer", "TraceEvent",
         "Strategy", "MemoryReading", "PreparedSlot", "get_global_memory_pool", "reset_global_memory_pool",
     }  # fmt: skip
     assert {name for name in package.__all__ if not any(getattr(package, name) is kind for kind in kinds)} == without

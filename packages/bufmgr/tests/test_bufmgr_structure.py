@@ -17,14 +17,19 @@ LAYERS = (
     ("request", "strategy"),
     ("memory",),
     ("leasing",),
+    ("timeline",),
     ("report",),
     ("pool",),
+    ("serving", "metrics"),
     ("manager",),
     ("testing",),
 )
 
 # Where a module may import inside a function or by a string, and why.
-DEFERRED = {"__init__": "the public names are lazy, so that importing the package loads no torch"}
+DEFERRED = {
+    "__init__": "the public names are lazy, so that importing the package loads no torch",
+    "timeline": "matplotlib, the extra png, is imported when a picture is asked for",
+}
 
 
 def modules() -> dict[str, ast.Module]:

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
         FailureCallbackAllocator,
         LimitingAllocator,
         LoggingAllocator,
-        Statistics,
-        StatisticsAllocator,
+        PoisoningAllocator,
     )
     from longattn.bufmgr.memory.allocator import Allocator, Block, SystemAllocator, TensorAllocator
     from longattn.bufmgr.memory.arena import ArenaAllocator
     from longattn.bufmgr.memory.pressure import MemoryReading, read_device_memory
+    from longattn.bufmgr.memory.statistics import Statistics, StatisticsAllocator
+    from longattn.bufmgr.memory.traces import AllocationTrace, RecordingAllocator, TraceEvent
+    from longattn.bufmgr.metrics import prometheus_text
     from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool, reset_global_memory_pool
     from longattn.bufmgr.spec import DEFAULT_CONFIGS, BufferConfig, BufferType
     from longattn.bufmgr.strategy import Strategy
@@ -50,6 +52,11 @@ __all__ = [
     "FailureCallbackAllocator",
     "MemoryReading",
     "read_device_memory",
+    "PoisoningAllocator",
+    "RecordingAllocator",
+    "TraceEvent",
+    "AllocationTrace",
+    "prometheus_text",
 ]
 
 if not TYPE_CHECKING:
@@ -66,9 +73,9 @@ if not TYPE_CHECKING:
         "TensorAllocator": "memory.allocator",
         "Block": "memory.allocator",
         "SystemAllocator": "memory.allocator",
-        "StatisticsAllocator": "memory.adaptors",
+        "StatisticsAllocator": "memory.statistics",
         "LimitingAllocator": "memory.adaptors",
-        "Statistics": "memory.adaptors",
+        "Statistics": "memory.statistics",
         "PreparedSlot": "leasing.slots",
         "BufferScope": "leasing.scope",
         "OutstandingBuffer": "leasing.debug",
@@ -78,6 +85,11 @@ if not TYPE_CHECKING:
         "FailureCallbackAllocator": "memory.adaptors",
         "MemoryReading": "memory.pressure",
         "read_device_memory": "memory.pressure",
+        "PoisoningAllocator": "memory.adaptors",
+        "RecordingAllocator": "memory.traces",
+        "TraceEvent": "memory.traces",
+        "AllocationTrace": "memory.traces",
+        "prometheus_text": "metrics",
     }
 
     def __getattr__(name):

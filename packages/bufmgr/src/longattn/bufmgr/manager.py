@@ -6,38 +6,26 @@
 from __future__ import annotations
 
 import functools
-import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from sys import getrefcount
-from typing import Any
 
 import torch
 from torch import compiler, get_default_dtype
 
 from longattn.bufmgr.checks import check_flag, check_kind, check_whole
-from longattn.bufmgr.leasing.book import LeaseBook
-from longattn.bufmgr.leasing.cache import BlockCache
-from longattn.bufmgr.leasing.debug import Inspector
 from longattn.bufmgr.leasing.guard import TAKEN
-from longattn.bufmgr.leasing.lease import Lease
-from longattn.bufmgr.leasing.scope import BufferScope, innermost_scope
-from longattn.bufmgr.leasing.slots import PreparedSlot, SlotTable, has_only_ints, traced_as
+from longattn.bufmgr.leasing.scope import BufferScope
+from longattn.bufmgr.leasing.slots import PreparedSlot, has_only_ints, traced_as
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.memory.adaptors import StatisticsAllocator
 from longattn.bufmgr.memory.allocator import Allocator, check_upstream
-from longattn.bufmgr.memory.arena import ArenaAllocator
-from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge, check_cleanup
-from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
-from longattn.bufmgr.report import Profile, Reports
-from longattn.bufmgr.request import BufferRequest, function_modes, resolve_request
+from longattn.bufmgr.memory.pressure import Cleanup, check_cleanup
+from longattn.bufmgr.request import function_modes, resolve_request
+from longattn.bufmgr.serving import PREALLOCATED_TYPES, RequestServer
 from longattn.bufmgr.spec import BufferConfig, BufferType, merge_configs, parse_type
-from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy, numa_nodes
-
-_PREALLOCATED_TYPES = (BufferType.QUERY, BufferType.KEY, BufferType.VALUE, BufferType.OUTPUT)
+from longattn.bufmgr.strategy import Strategy
 
 
-class AttentionBufferManager(SlotTable, Reports):
+class AttentionBufferManager(RequestServer):
     """Leases buffers by type and reuses their memory when nothing references it any more.
 
     Args:
@@ -84,29 +72,7 @@ class AttentionBufferManager(SlotTable, Reports):
             check_flag(name, value)
         if upstream is not None:
             check_upstream(upstream)
-        self.configs = merge_configs(custom_configs)
-        self.enable_reuse = enable_reuse
-        self.enable_preallocation = enable_preallocation
-        self.enable_profiling = enable_profiling
-        self.lightweight = lightweight
-        self.debug = debug
-        self._upstream = upstream
-        self._gauge = PressureGauge(check_cleanup(cleanup))
-        caches = {
-            kind: BlockCache(config.max_cached_buffers if enable_reuse else 0, config.max_cached_bytes)
-            for kind, config in self.configs.items()
-        }
-        source = get_global_memory_pool() if upstream is None else upstream
-        self._host = StatisticsAllocator(source)
-        inspector = Inspector(poison=debug) if debug or not lightweight else None
-        super().__init__(LeaseBook(self._host, caches, inspector), slow_path_only=enable_profiling)
-        if isinstance(source, MemoryPool):
-            source.add_borrower(self._book)
-        self._profile = Profile(timeline=not lightweight) if enable_profiling else None
-        self._strategies = dict.fromkeys(Strategy, 0)
-        self._prepared_shapes: set[BufferRequest] = set()
-        # Buffers may outlive the manager; the book then gives their memory back as they die.
-        weakref.finalize(self, self._book.close).atexit = False
+        super().__init__(merge_configs(custom_configs), upstream=upstream, cleanup=check_cleanup(cleanup), **flags)
 
     def __reduce__(self) -> tuple[Callable[..., AttentionBufferManager], tuple[dict[BufferType, BufferConfig]]]:
         names = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "cleanup", "debug")
@@ -236,52 +202,6 @@ class AttentionBufferManager(SlotTable, Reports):
         """Return how a request for host memory would be served; see strategy.py."""
         return self._strategy(parse_type(type), resolve_request(shape, dtype, "cpu"))
 
-    def _strategy(self, kind: BufferType, request: BufferRequest) -> Strategy:
-        config = self.configs[kind]
-        return choose_strategy(config, request.nbytes, lightweight=self.lightweight, nodes=numa_nodes())
-
-    def _serve_request(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease | None]:
-        started = time.perf_counter_ns() if self._profile is not None else 0
-        tensor, slot = super()._serve_request(request, kind, zero)
-        scope = innermost_scope(self) if self.open_scopes else None
-        if scope is not None and slot is not None:
-            scope.add(tensor, slot)
-        if self._profile is not None:
-            self._profile.note(kind, request.nbytes, time.perf_counter_ns() - started)
-        if self.enable_preallocation and kind is BufferType.QUERY and len(request.shape) == 4:
-            self._prepare_once(request)
-        return tensor, slot
-
-    def _make(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease]:
-        config = self.configs[kind]
-        pinned = config.pinned and request.device.type == "cpu" and torch.cuda.is_available()
-        strategy = self._strategy(kind, request)
-        if request.device.type == "cpu" and request.nbytes and not pinned:
-            self._strategies[strategy] += 1
-            share = self._gauge.share_to_give_back()
-            if share:
-                freed = self._book.give_back(int(self._book.free_bytes() * share))
-                LOGGER.debug("cleanup: memory is short; gave back %d bytes", freed)
-        bounds = block_bounds(strategy, request.nbytes)
-        try:
-            tensor, lease = self._book.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
-        except MemoryError as error:
-            error.add_note(self.memory_summary())
-            raise
-        lease.zeroes = config.zero_init
-        return tensor, lease
-
-    def _segments(self) -> list[dict[str, Any]]:
-        source = self._host.upstream
-        if isinstance(source, MemoryPool):
-            return source.memory_snapshot()
-        return source.snapshot() if isinstance(source, ArenaAllocator) else []
-
-    def _prepare_once(self, request: BufferRequest) -> None:
-        if request not in self._prepared_shapes:
-            self._prepared_shapes.add(request)
-            self._prepare(request, _PREALLOCATED_TYPES[1:])
-
     def preallocate_buffers(
         self,
         batch_size: int,
@@ -300,15 +220,7 @@ class AttentionBufferManager(SlotTable, Reports):
         """
         sizes = {"batch_size": batch_size, "seq_len": seq_len, "num_heads": num_heads, "head_dim": head_dim}
         shape = [check_whole(name, size) for name, size in sizes.items()]
-        return self._prepare(resolve_request(shape, dtype, device), _PREALLOCATED_TYPES)
-
-    def _prepare(self, request: BufferRequest, kinds: Sequence[BufferType]) -> int:
-        ready = 0
-        if request.device.type == "cpu" and request.nbytes > 0:
-            bounds = (block_bounds(self._strategy(kind, request), request.nbytes) for kind in kinds)
-            ready = self._book.put_free((kind, size) for kind, (size, _) in zip(kinds, bounds, strict=True))
-        LOGGER.debug("preallocation: %d of %d buffers of %s are ready", ready, len(kinds), request.describe())
-        return ready
+        return self._prepare(resolve_request(shape, dtype, device), PREALLOCATED_TYPES)
 
     def clear_cache(self, type: BufferType | str | None = None) -> None:  # noqa: A002
         """Give the free memory of one type, or of all, back to the upstream. Buffers in use are not touched."""

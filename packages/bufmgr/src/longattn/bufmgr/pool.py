@@ -15,11 +15,11 @@ from longattn.bufmgr.leasing.cache import BlockCache
 from longattn.bufmgr.leasing.lease import Lease
 from longattn.bufmgr.leasing.slots import SlotTable
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.memory.adaptors import Statistics, StatisticsAllocator
 from longattn.bufmgr.memory.allocator import Allocator, Block, check_block, check_upstream
 from longattn.bufmgr.memory.arena import LARGE_BYTES, ArenaAllocator
 from longattn.bufmgr.memory.forking import ForkableLock
 from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge, check_cleanup
+from longattn.bufmgr.memory.statistics import Statistics, StatisticsAllocator
 from longattn.bufmgr.report import memory_report, torch_style_stats
 from longattn.bufmgr.request import BufferRequest
 from longattn.bufmgr.spec import MIB, BufferType

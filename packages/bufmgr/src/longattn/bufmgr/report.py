@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from longattn.bufmgr.leasing import guard
 from longattn.bufmgr.leasing.book import LeaseBook
 from longattn.bufmgr.leasing.debug import OutstandingBuffer, describe_lease
 from longattn.bufmgr.leasing.lease import Lease
-from longattn.bufmgr.memory.adaptors import Statistics, StatisticsAllocator
-from longattn.bufmgr.memory.forking import ForkableLock
+from longattn.bufmgr.leasing.profile import Event, Profile
+from longattn.bufmgr.memory.statistics import Statistics, StatisticsAllocator
 from longattn.bufmgr.spec import MIB, BufferType
 from longattn.bufmgr.strategy import Strategy
+from longattn.bufmgr.timeline import save_timeline
 
-_EVENTS_KEPT = 1000
 _HOLDERS_SHOWN = 5
 
 
@@ -135,51 +134,10 @@ def _advice(leases: Sequence[Lease], free: int, *, debugging: bool) -> list[str]
     return ["what to do:", *lines] if lines else []
 
 
-class Event(NamedTuple):
-    """One allocation: seconds since the profile began, type, bytes asked for, nanoseconds it took."""
-
-    seconds: float
-    type: str
-    nbytes: int
-    nanoseconds: int
-
-
-class Profile:
-    """What `enable_profiling` keeps. timeline: also the last 1000 allocations."""
-
-    def __init__(self, *, timeline: bool) -> None:
-        self._began = time.perf_counter()
-        self._rows = {kind: [0, 0, 0] for kind in BufferType}  # count, bytes, nanoseconds
-        self._events: deque[Event] | None = deque(maxlen=_EVENTS_KEPT) if timeline else None
-        self._lock = ForkableLock()
-
-    def note(self, kind: BufferType, nbytes: int, nanoseconds: int) -> None:
-        """Add one allocation."""
-        with self._lock:
-            row = self._rows[kind]
-            row[0] += 1
-            row[1] += nbytes
-            row[2] += nanoseconds
-            if self._events is not None:
-                self._events.append(Event(time.perf_counter() - self._began, kind.value, nbytes, nanoseconds))
-
-    def as_dict(self) -> dict[str, dict[str, float]]:
-        """Return count, bytes and time (seconds) of each type."""
-        with self._lock:
-            return {
-                kind.value: {"count": row[0], "bytes": row[1], "time": row[2] * 1e-9}
-                for kind, row in self._rows.items()
-            }
-
-    def timeline(self) -> list[Event]:
-        """Return the events kept, the oldest first."""
-        with self._lock:
-            return list(self._events or ())
-
-
 class Reports:
     """The statistics that a manager offers."""
 
+    lightweight: bool
     _book: LeaseBook
     _host: StatisticsAllocator
     _profile: Profile | None
@@ -191,8 +149,20 @@ class Reports:
         return [describe_lease(lease) for lease in sorted(leases, key=lambda lease: lease.serial)]
 
     def timeline(self) -> list[Event]:
-        """Return the last 1000 allocations, the oldest first: with enable_profiling, and without lightweight."""
+        """Return the last 10,000 allocations and ends of buffers in order: with enable_profiling, and without lightweight."""
         return [] if self._profile is None else self._profile.timeline()
+
+    def save_timeline(self, path: Path | str) -> None:
+        """Write the timeline as a trace for Perfetto and chrome://tracing (.json) or as a picture (.png, needs matplotlib).
+
+        Raises ValueError for another ending, and without enable_profiling or with lightweight, which keep no timeline.
+        """
+        if self._profile is None or self.lightweight:
+            raise ValueError(
+                "manager must have enable_profiling=True and lightweight=False to keep a timeline, "
+                f"got {self._profile is not None} and {self.lightweight}"
+            )
+        save_timeline(self.timeline(), path)
 
     def get_stats(self) -> dict[str, Any]:
         """Return the counters.

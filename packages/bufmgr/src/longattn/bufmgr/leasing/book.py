@@ -19,8 +19,8 @@ from longattn.bufmgr.leasing.lease import Lease, UseCounter, lend_block, lend_fr
 from longattn.bufmgr.leasing.reclaim import FreeMemory
 from longattn.bufmgr.leasing.release import release_lease
 from longattn.bufmgr.log import LOGGER
-from longattn.bufmgr.memory.adaptors import Statistics
 from longattn.bufmgr.memory.allocator import Allocator, Block
+from longattn.bufmgr.memory.statistics import Statistics
 from longattn.bufmgr.request import BufferRequest
 from longattn.bufmgr.spec import BufferType
 

@@ -18,9 +18,8 @@ import torch
 
 from longattn.bufmgr.leasing.cache import BlockCache
 from longattn.bufmgr.leasing.lease import Lease
-from longattn.bufmgr.memory.allocator import Block
+from longattn.bufmgr.memory.allocator import POISON, Block, block_bytes, fill_with_poison
 
-_POISON = 0xFF
 _PACKAGE = str(PurePath(__file__).parent.parent) + os.sep
 
 
@@ -81,18 +80,14 @@ class Inspector:
     def poison(self, block: Block) -> None:
         """Write over memory that came back."""
         if self._poison:
-            _bytes_of(block).fill_(_POISON)
+            fill_with_poison(block)
 
     def check_poison(self, block: Block) -> None:
         """Raise RuntimeError if memory was written to after it came back. Fresh memory has no loans and is not checked."""
-        if self._poison and block.loans and not bool((_bytes_of(block) == _POISON).all()):
+        if self._poison and block.loans and not bool((block_bytes(block) == POISON).all()):
             raise RuntimeError(
                 f"a block of {block.nbytes} bytes was written to after it came back from its loan number {block.loans}"
             )
-
-
-def _bytes_of(block: Block) -> torch.Tensor:
-    return torch.frombuffer(memoryview(block.memory), dtype=torch.uint8)
 
 
 def _call_site() -> str:

@@ -189,7 +189,7 @@ class _Slot:
         return True
 
     def sees_object(self) -> bool:
-        kept = self.master.data.untyped_storage()
+        referenced = self.master.data.untyped_storage()
         noticed = self.owners.value == FREE + 1 and not has_unreferenced_object(self.master)
-        del kept
+        del referenced
         return noticed and self.is_counted(FREE, has_object=1)

@@ -17,9 +17,10 @@ import torch
 from longattn.bufmgr.leasing.cache import BlockCache
 from longattn.bufmgr.leasing.debug import Inspector, check_leases
 from longattn.bufmgr.leasing.lease import Lease
-from longattn.bufmgr.memory.adaptors import Statistics
-from longattn.bufmgr.memory.allocator import Allocator, Block
+from longattn.bufmgr.leasing.profile import Profile
+from longattn.bufmgr.memory.allocator import Allocator, Block, block_bytes
 from longattn.bufmgr.memory.forking import ForkListener, Gate, listen_to_forks
+from longattn.bufmgr.memory.statistics import Statistics
 from longattn.bufmgr.spec import BufferType
 
 
@@ -39,7 +40,7 @@ class TypeCounts:
 class FreeMemory(ForkListener):
     """One cache per buffer type (types may share one) over an upstream, and the index of the leases that are out.
 
-    `inspector`: records and checks each lease for a debugging manager.
+    inspector: records and checks each lease for a debugging manager. profile: what a profiling manager keeps.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class FreeMemory(ForkListener):
         self.upstream = upstream
         self.caches = caches
         self.inspector = inspector
+        self.profile: Profile | None = None
         self.counts = {kind: TypeCounts() for kind in BufferType}
         self.from_torch: dict[torch.device, Statistics] = {}
         self.leases: dict[int, Lease] = {}  # address of the storage -> lease, until it ended
@@ -66,6 +68,8 @@ class FreeMemory(ForkListener):
 
     def take_back(self, lease: Lease) -> None:
         """Take the memory of a lease that ended. Called from finalisers of buffers: never waits, never logs."""
+        if self.profile is not None:
+            self.profile.note_end(lease.kind, lease.nbytes, lease.serial)
         self._pending.append(lease)
         self.settle(blocking=False)
 
@@ -103,7 +107,7 @@ class FreeMemory(ForkListener):
                 evicted += cache.put(lease.block)
         return evicted
 
-    def put_free(self, wanted: Iterable[tuple[BufferType, int]]) -> int:
+    def put_free(self, sizes: Iterable[tuple[BufferType, int]]) -> int:
         """Make sure that the cache of each type has a free block of so many bytes; return how many have.
 
         Raises MemoryError when the upstream refuses, after which what was readied so far stays.
@@ -111,7 +115,7 @@ class FreeMemory(ForkListener):
         self.settle(blocking=True)
         ready, fresh = 0, list[tuple[BufferType, Block]]()
         try:
-            for kind, size in wanted:
+            for kind, size in sizes:
                 cache = self.caches[kind]
                 if cache.holds(size):
                     ready += 1
@@ -134,7 +138,7 @@ class FreeMemory(ForkListener):
     def _written(self, size: int) -> Block:
         block = self.upstream.allocate(size)
         # Every page is written now, so that the later hit pays for no page fault; the block stays zero.
-        torch.frombuffer(memoryview(block.memory), dtype=torch.uint8).zero_()
+        block_bytes(block).zero_()
         block.zeroed = True
         return block
 

@@ -1,12 +1,12 @@
-"""Allocators over an upstream, each with one feature: counting, a limit, a log, a callback when memory is refused.
+"""Allocators over an upstream, each with one feature: a limit, a log, a callback when memory is refused, poison.
 
-They stack in any order. Copies, pickled ones included, have a copy of the upstream and hold nothing: counters start anew.
+They stack in any order, also with those of statistics.py and traces.py. Copies, pickled ones included, have a copy of the
+upstream and hold nothing: counters start anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 
 from longattn.bufmgr.checks import check_whole, describe
 from longattn.bufmgr.log import LOGGER
@@ -15,115 +15,9 @@ from longattn.bufmgr.memory.allocator import (
     Block,
     check_block,
     check_upstream,
+    fill_with_poison,
 )
 from longattn.bufmgr.memory.forking import ForkableLock
-
-
-@dataclass
-class Statistics:
-    """Bytes and number of blocks: held now, the most held at once, and all that were ever handed out."""
-
-    current_bytes: int = 0
-    current_count: int = 0
-    peak_bytes: int = 0
-    peak_count: int = 0
-    total_bytes: int = 0
-    total_count: int = 0
-
-    def add(self, nbytes: int) -> None:
-        """Count one block that was handed out."""
-        self.current_bytes += nbytes
-        self.current_count += 1
-        self.total_bytes += nbytes
-        self.total_count += 1
-        if self.current_bytes > self.peak_bytes:
-            self.peak_bytes = self.current_bytes
-        if self.current_count > self.peak_count:
-            self.peak_count = self.current_count
-
-    def remove(self, nbytes: int) -> None:
-        """Count one block that came back."""
-        self.current_bytes -= nbytes
-        self.current_count -= 1
-
-    def restart_peaks(self) -> None:
-        """Start the peaks again from what is held now."""
-        self.peak_bytes, self.peak_count = self.current_bytes, self.current_count
-
-    def restart(self) -> None:
-        """Start the peaks again from what is held now, and the totals from zero."""
-        self.restart_peaks()
-        self.total_bytes = self.total_count = 0
-
-    def include(self, later: Statistics) -> None:
-        """Add what `later` counted, which began from zero at this moment."""
-        self.peak_bytes = max(self.peak_bytes, self.current_bytes + later.peak_bytes)
-        self.peak_count = max(self.peak_count, self.current_count + later.peak_count)
-        self.current_bytes += later.current_bytes
-        self.current_count += later.current_count
-        self.total_bytes += later.total_bytes
-        self.total_count += later.total_count
-
-    def as_dict(self) -> dict[str, int]:
-        """Return the six fields by name."""
-        return asdict(self)
-
-
-class StatisticsAllocator:
-    """Counts what the upstream hands out.
-
-    The lock is re-entrant: the garbage collector may run a tensor's finaliser between any two lines of this class, and the
-    finaliser gives a block back on the same thread.
-    """
-
-    def __init__(self, upstream: Allocator) -> None:
-        check_upstream(upstream)
-        self.upstream = upstream
-        self.statistics = Statistics()
-        self._outer: list[Statistics] = []
-        self._lock = ForkableLock()
-
-    def __reduce__(self) -> tuple[type[StatisticsAllocator], tuple[Allocator]]:
-        return type(self), (self.upstream,)
-
-    def allocate(self, nbytes: int) -> Block:
-        """Return the upstream's block and count its bytes. Raises the upstream's MemoryError, then counts nothing."""
-        block = self.upstream.allocate(nbytes)
-        with self._lock:
-            self.statistics.add(block.nbytes)
-        return block
-
-    def deallocate(self, block: Block) -> None:
-        """Give the block to the upstream and count it as gone."""
-        check_block(block)
-        nbytes = block.nbytes
-        self.upstream.deallocate(block)
-        with self._lock:
-            self.statistics.remove(nbytes)
-
-    def restart_peaks(self) -> None:
-        """Start the peaks again from what is held now."""
-        with self._lock:
-            self.statistics.restart_peaks()
-
-    def push_statistics(self) -> None:
-        """Begin counting from zero; `pop_statistics` ends it and returns the counts. Calls nest, as in RMM."""
-        with self._lock:
-            self._outer.append(self.statistics)
-            self.statistics = Statistics()
-
-    def pop_statistics(self) -> Statistics:
-        """Return what was counted since the last `push_statistics`, and add it to the counts from before.
-
-        Raises ValueError without a push.
-        """
-        with self._lock:
-            if not self._outer:
-                raise ValueError("pop_statistics must follow a push_statistics, got none before it")
-            inner, outer = self.statistics, self._outer.pop()
-            outer.include(inner)
-            self.statistics = outer
-        return inner
 
 
 class LimitingAllocator:
@@ -197,24 +91,58 @@ class LoggingAllocator:
 class FailureCallbackAllocator:
     """Calls a function when the upstream refuses: `on_refusal(nbytes)` frees something and returns True to try
     again, or returns False to let the MemoryError through.
+
+    max_retries: most tries of one request after the first, default 16. A function that always returns True ends there,
+    too, and the error says so.
     """
 
-    def __init__(self, upstream: Allocator, on_refusal: Callable[[int], bool]) -> None:
+    def __init__(self, upstream: Allocator, on_refusal: Callable[[int], bool], *, max_retries: int = 16) -> None:
         check_upstream(upstream)
-        self.upstream = upstream
         if not callable(on_refusal):
             raise TypeError(f"on_refusal must be a function of nbytes, got {describe(on_refusal)}")
+        self.upstream = upstream
         self.on_refusal = on_refusal
+        self.max_retries = check_whole("max_retries", max_retries)
 
     def allocate(self, nbytes: int) -> Block:
-        """Return the upstream's block, after as many refusals as the function answers with True."""
-        while True:
+        """Return the upstream's block, after as many refusals as the function answers with True, up to `max_retries`."""
+        for _ in range(self.max_retries):
             try:
                 return self.upstream.allocate(nbytes)
             except MemoryError:
                 if not self.on_refusal(nbytes):
                     raise
+        try:
+            return self.upstream.allocate(nbytes)
+        except MemoryError as error:
+            error.add_note(f"refused again after {self.max_retries} retries, each of which on_refusal had asked for")
+            raise
 
     def deallocate(self, block: Block) -> None:
         """Give the block to the upstream."""
+        self.upstream.deallocate(block)
+
+
+class PoisoningAllocator:
+    """Fills every block with 0xFF bytes (NaN in floating dtypes, -1 in signed integers) when it is handed out and when it
+    comes back, so that code which reads memory before it wrote to it, or after it gave it back, gets values that show.
+
+    Each block is written twice in full. `AttentionBufferManager(debug=True)` also notices writes to memory that came back.
+    """
+
+    def __init__(self, upstream: Allocator) -> None:
+        check_upstream(upstream)
+        self.upstream = upstream
+
+    def allocate(self, nbytes: int) -> Block:
+        """Return the upstream's block, poisoned. Raises the upstream's MemoryError."""
+        block = self.upstream.allocate(nbytes)
+        block.zeroed = False
+        fill_with_poison(block)
+        return block
+
+    def deallocate(self, block: Block) -> None:
+        """Poison the block and give it to the upstream."""
+        check_block(block)
+        fill_with_poison(block)
         self.upstream.deallocate(block)

@@ -1,7 +1,7 @@
 """Sources of memory: blocks, the Allocator protocol, and the simplest upstream.
 
 An Allocator hands out blocks of host memory and takes them back. Allocators stack: one takes another as its upstream
-and adds a feature (see adaptors.py). The life of a block: `allocate` makes it, the caller holds it and may lend it
+and adds a feature (adaptors.py, statistics.py, traces.py). The life of a block: `allocate` makes it, the caller holds it and may lend it
 any number of times, and `deallocate` is called once, when no tensor uses its memory. Dropping a block without
 `deallocate` frees its memory too, but leaves the counters of a counting allocator wrong.
 """
@@ -19,6 +19,9 @@ from longattn.bufmgr.checks import check_kind, check_whole, describe
 # Smaller blocks would waste too much of a page; blocks of this size and larger are private mappings of their own.
 _MAPPED_FROM = 64 * 1024
 _ALIGNMENT = 64
+
+POISON = 0xFF
+"""The byte of memory that nobody may read: NaN for floating dtypes, -1 for signed integers, True for bool."""
 
 
 class Block:
@@ -91,6 +94,16 @@ def check_upstream(upstream: object) -> None:
     """Raise TypeError unless `upstream` can be asked for blocks."""
     if isinstance(upstream, type) or not isinstance(upstream, Allocator):
         raise TypeError(f"upstream must be an Allocator (allocate and deallocate), got {describe(upstream)}")
+
+
+def block_bytes(block: Block) -> torch.Tensor:
+    """Return the block's memory as a tensor of uint8."""
+    return torch.frombuffer(memoryview(block.memory), dtype=torch.uint8)
+
+
+def fill_with_poison(block: Block) -> None:
+    """Write POISON over the block."""
+    block_bytes(block).fill_(POISON)
 
 
 def private_mapping(nbytes: int) -> mmap.mmap:

@@ -66,20 +66,20 @@ class Segment:
         """Take [start, start + size) out of the free pieces; return whether every byte of it is zero."""
         end = start + size
         zero = True
-        kept: list[Piece] = []
+        remaining: list[Piece] = []
         for piece in self._pieces:
             shared = _overlap(piece, start, end)
             if not shared:
-                kept.append(piece)
+                remaining.append(piece)
                 continue
             if piece.dirty:
                 zero = False
                 self.dirty -= shared
             if piece.start < start:
-                kept.append(Piece(piece.start, start, piece.dirty))
+                remaining.append(Piece(piece.start, start, piece.dirty))
             if piece.end > end:
-                kept.append(Piece(end, piece.end, piece.dirty))
-        self._pieces = kept
+                remaining.append(Piece(end, piece.end, piece.dirty))
+        self._pieces = remaining
         self.in_use += size
         return zero
 

@@ -1,0 +1,129 @@
+"""How a manager serves a request on the slow path: strategy, pressure, a lease, profile, and what is readied beforehand."""
+
+# A manager's own book, profile and strategies are read by the classes above this one.
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from longattn.bufmgr.leasing.book import LeaseBook
+from longattn.bufmgr.leasing.cache import BlockCache
+from longattn.bufmgr.leasing.debug import Inspector
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.leasing.profile import Profile
+from longattn.bufmgr.leasing.scope import innermost_scope
+from longattn.bufmgr.leasing.slots import SlotTable
+from longattn.bufmgr.log import LOGGER
+from longattn.bufmgr.memory.allocator import Allocator
+from longattn.bufmgr.memory.arena import ArenaAllocator
+from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge
+from longattn.bufmgr.memory.statistics import StatisticsAllocator
+from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
+from longattn.bufmgr.report import Reports
+from longattn.bufmgr.request import BufferRequest
+from longattn.bufmgr.spec import BufferConfig, BufferType
+from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy, numa_nodes
+
+PREALLOCATED_TYPES = (BufferType.QUERY, BufferType.KEY, BufferType.VALUE, BufferType.OUTPUT)
+"""The types of which preallocation readies one buffer each."""
+
+
+class RequestServer(SlotTable, Reports):
+    """Serves checked requests for buffers of ten types; the options are those of AttentionBufferManager, checked."""
+
+    def __init__(
+        self,
+        configs: dict[BufferType, BufferConfig],
+        *,
+        enable_reuse: bool,
+        enable_preallocation: bool,
+        enable_profiling: bool,
+        lightweight: bool,
+        upstream: Allocator | None,
+        cleanup: Cleanup,
+        debug: bool,
+    ) -> None:
+        self.configs = configs
+        self.enable_reuse = enable_reuse
+        self.enable_preallocation = enable_preallocation
+        self.enable_profiling = enable_profiling
+        self.lightweight = lightweight
+        self.debug = debug
+        self._upstream = upstream
+        self._gauge = PressureGauge(cleanup)
+        caches = {
+            kind: BlockCache(config.max_cached_buffers if enable_reuse else 0, config.max_cached_bytes)
+            for kind, config in configs.items()
+        }
+        source = get_global_memory_pool() if upstream is None else upstream
+        self._host = StatisticsAllocator(source)
+        inspector = Inspector(poison=debug) if debug or not lightweight else None
+        super().__init__(LeaseBook(self._host, caches, inspector), slow_path_only=enable_profiling)
+        if isinstance(source, MemoryPool):
+            source.add_borrower(self._book)
+        self._profile = self._book.profile = Profile(timeline=not lightweight) if enable_profiling else None
+        self._strategies = dict.fromkeys(Strategy, 0)
+        self._prepared_shapes: set[BufferRequest] = set()
+        # Buffers may outlive the manager; the book then gives their memory back as they die.
+        weakref.finalize(self, self._book.close).atexit = False
+
+    def _strategy(self, kind: BufferType, request: BufferRequest) -> Strategy:
+        config = self.configs[kind]
+        return choose_strategy(config, request.nbytes, lightweight=self.lightweight, nodes=numa_nodes())
+
+    def _serve_request(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease | None]:
+        started = time.perf_counter_ns() if self._profile is not None else 0
+        tensor, slot = super()._serve_request(request, kind, zero)
+        scope = innermost_scope(self) if self.open_scopes else None
+        if scope is not None and slot is not None:
+            scope.add(tensor, slot)
+        if self._profile is not None:
+            serial = -1 if slot is None else slot.serial
+            self._profile.note(kind, request.nbytes, time.perf_counter_ns() - started, serial)
+        if self.enable_preallocation and kind is BufferType.QUERY and len(request.shape) == 4:
+            self._prepare_once(request)
+        return tensor, slot
+
+    def _make(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease]:
+        config = self.configs[kind]
+        pinned = config.pinned and request.device.type == "cpu" and torch.cuda.is_available()
+        strategy = self._strategy(kind, request)
+        if request.device.type == "cpu" and request.nbytes and not pinned:
+            self._strategies[strategy] += 1
+            share = self._gauge.share_to_give_back()
+            if share:
+                freed = self._book.give_back(int(self._book.free_bytes() * share))
+                LOGGER.debug("cleanup: memory is short; gave back %d bytes", freed)
+        bounds = block_bounds(strategy, request.nbytes)
+        try:
+            tensor, lease = self._book.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
+        except MemoryError as error:
+            error.add_note(self.memory_summary())
+            raise
+        lease.zeroes = config.zero_init
+        return tensor, lease
+
+    def _segments(self) -> list[dict[str, Any]]:
+        source = self._host.upstream
+        if isinstance(source, MemoryPool):
+            return source.memory_snapshot()
+        return source.snapshot() if isinstance(source, ArenaAllocator) else []
+
+    def _prepare_once(self, request: BufferRequest) -> None:
+        if request not in self._prepared_shapes:
+            self._prepared_shapes.add(request)
+            self._prepare(request, PREALLOCATED_TYPES[1:])
+
+    def _prepare(self, request: BufferRequest, kinds: Sequence[BufferType]) -> int:
+        ready = 0
+        if request.device.type == "cpu" and request.nbytes > 0:
+            bounds = (block_bounds(self._strategy(kind, request), request.nbytes) for kind in kinds)
+            ready = self._book.put_free((kind, size) for kind, (size, _) in zip(kinds, bounds, strict=True))
+        LOGGER.debug("preallocation: %d of %d buffers of %s are ready", ready, len(kinds), request.describe())
+        return ready
