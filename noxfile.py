@@ -284,6 +284,69 @@ def mutants(session: nox.Session) -> None:
 
 
 @nox.session
+def release(session: nox.Session) -> None:
+    """Build what people would install, twice, and check it; into the folder named after `--`, else a temporary one. Uploads and tags nothing.
+
+    Source distributions and wheels have the same bytes in both builds, install without an index, and hold no name fewer than the package's last
+    tag unless it is deprecated. Beside them lie release notes from the news fragments, a bill of materials and checksums.
+    """
+    dist = Path(session.posargs[0] if session.posargs else Path(session.create_tmp()) / "dist").resolve()
+    again = Path(session.create_tmp()).resolve() / "again"
+    committed = session.run("git", "log", "-1", "--format=%ct", external=True, silent=True)
+    session.env["SOURCE_DATE_EPOCH"] = str(committed).strip()
+    for folder in (dist, again):
+        shutil.rmtree(folder, ignore_errors=True)
+        for package in PACKAGES:
+            words = ("uv", "build", "--quiet", "--no-sources", "--out-dir", str(folder), f"packages/{package}")
+            session.run_install(*words, external=True)
+    session.run("python", "tests/wheel_contents.py", *(str(path) for path in sorted(dist.glob("*.whl"))))
+    session.install(*group("release"))
+    for package in PACKAGES:
+        version = metadata(package)["version"]
+        notes = session.run(
+            "towncrier",
+            "build",
+            "--draft",
+            "--version",
+            version,
+            "--dir",
+            f"packages/{package}",
+            silent=True,
+            stderr=None,
+        )
+        (dist / f"longattn-{package}-{version}.md").write_text(str(notes), encoding="utf-8")
+        before = session.run(
+            "python", "-c", f"from tools.release import earlier_tag; print(earlier_tag({package!r}) or '')", silent=True
+        )
+        if before and (tag := str(before).strip()):
+            session.run(
+                "griffe", "check", f"longattn.{package}", "--search", f"packages/{package}/src", "--against", tag
+            )
+        else:
+            session.log(f"{package} has no earlier tag: no name can have vanished")
+    # An environment with what is declared, then our wheels from the folder alone: torch stays the one that was there.
+    session.install(*constraints(session), "torch", "numpy")
+    freeze = ("python", "-c", "import torch, numpy; print(torch.__version__, torch.__file__, numpy.__version__)")
+    had = session.run(*freeze, silent=True)
+    wheels = [f"longattn-{package}" for package in PACKAGES]
+    session.run_install(
+        "uv", "pip", "install", "--quiet", "--no-index", "--find-links", str(dist), *wheels, external=True
+    )
+    if session.run(*freeze, silent=True) != had:
+        session.error("installing our wheels changed torch or numpy")
+    check_floors(session, "attention", "wheel")
+    session.run(
+        "cyclonedx-py", "environment", "--output-reproducible", "--of", "JSON", "-o", str(dist / "longattn.cdx.json"),
+        str(Path(session.virtualenv.location) / "bin" / "python"),
+    )  # fmt: skip
+    for folder in (dist, again):
+        (folder / ".gitignore").unlink()  # uv's own
+    for made in (*dist.glob("*.md"), *dist.glob("*.json")):
+        shutil.copy(made, again)  # made once: what differs between builds is asked of archives
+    session.run("python", "-m", "tools.release", str(dist), str(again))
+
+
+@nox.session
 def ahead(session: nox.Session) -> None:
     """Compile every shipped Triton configuration for its architecture, without a GPU: shared memory, spills, registers, occupancy."""
     session.install(*constraints(session), *from_checkout("kernels", "testing,triton"), *group("test"))
