@@ -119,3 +119,19 @@ def test_other_bad_arguments_are_named():
         RingDilatedAttentionV3(layout="spiral")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="sparse_config must be None or a SparsePatternConfig"):
         BlockSparseRingDilatedAttention(sparse_config={"block_size": 4})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_options_of_the_modules_are_options_of_every_preset(name):
+    """A slice of the heads and torchscale's gradient, by the same names; of multihead forms also the width of values."""
+    if name in MULTIHEAD_PRESETS:
+        module = small_preset(name, value_head_dim=4, rotary_base=100.0, merge_grad="exact")
+        assert 4 == module.value_head_dim and module(*small_inputs(name)).shape == (1, 21, 16)
+    else:
+        module = small_preset(name, head_start=1, num_heads=3)
+        assert (1, 3) == (module.head_start, module.num_heads)
+        q, k, v = small_inputs(name)
+        expected = pattern_attention(
+            q, k, v, module.pattern, schedule=module.schedule, head_start=1, num_heads=3, merge_grad="exact"
+        )
+        assert torch.equal(expected, module(q, k, v))

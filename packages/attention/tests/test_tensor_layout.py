@@ -15,7 +15,7 @@ from longattn.attention import (
     pattern_attention,
     sparse_attention_weights,
 )
-from longattn.kernels import AttentionState, LayoutWarning, attend, check
+from longattn.kernels import AttentionState, LayoutWarning, Softcap, attend, check
 from longattn.patterncache import Dilated, Full, Window
 
 DILATED = Dilated((4, 12), (1, 2), causal=True)
@@ -112,6 +112,15 @@ def test_streams():
     found = one(token, token, token, position=9, is_decoder=True, buffer_state=state, layout="bhnd")
     wanted = other(*turned(*[token] * 3), position=9, is_decoder=True, buffer_state=kept)
     torch.testing.assert_close(found, wanted.transpose(1, 2))
+
+
+def test_streams_take_score_terms():
+    """As in the default layout: none is lost on the way."""
+    attention = RingBufferAttention(RingBufferConfig(num_heads=4, head_dim=8, buffer_size=6, dropout=0.0)).eval()
+    prompt, terms = torch.randn(2, 4, 9, 8), Softcap(0.5)
+    actual, _ = attention(prompt, prompt, prompt, layout="bhnd", score_terms=terms)
+    expected, _ = attention(*turned(*[prompt] * 3), score_terms=terms)
+    assert torch.equal(expected.transpose(1, 2), actual)
 
 
 def test_compiled_calls():

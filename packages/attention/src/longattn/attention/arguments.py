@@ -112,7 +112,7 @@ def positions(call: CallExtents, options: dict[str, Any]) -> tuple[Tensor, Tenso
     q, k = call.positions(check_start("q_start", options.get("q_start")))
     padding = call.local("positions_start", options.get("positions_start"))
     if padding is not None:
-        # Of what is padding, positions are below zero: nobody sees it.
+        # Of what is padding, positions are below zero: no query sees it.
         q, k = (x - padding.to(x.device).unsqueeze(-1) for x in (q, k))
     return q, k
 
@@ -129,7 +129,7 @@ def _packed_positions(call: CallExtents, cu_seqlens: object, cu_seqlens_q: objec
 
 
 def hidden_rows(call: CallExtents, key_padding_mask: object, options: dict[str, Any]) -> Tensor | None:
-    """(batch, keys) bool: rows of this process's key that nobody sees; None: none, or a mask that is refused later, by name.
+    """(batch, keys) bool: rows of this process's key that no query sees; None: none, or a mask that is refused later, by name.
 
     Raises:
         TypeError: key_padding_mask is a tensor of something else.

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, Never, Unpack, cast, overload
+from typing import Any, Literal, Never, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from longattn.attention.arguments import AttentionOptions, MergeGrad
+from longattn.attention.ragged_calls import attend_ragged, is_ragged
 from longattn.attention.schedules.base import Schedule
-from longattn.attention.schedules.call_extents import dtensor_module, is_sharded
+from longattn.attention.schedules.call_extents import is_sharded
 from longattn.attention.schedules.documents import as_data, check_packed, packed_pattern
 from longattn.attention.schedules.extents import Extents, mask_flags
 from longattn.attention.schedules.in_process import WHOLE, attend_in_process, place_of
 from longattn.attention.schedules.key_weights import key_weights
 from longattn.attention.schedules.local import check_schedule_argument
 from longattn.attention.schedules.op import scheduled_attend
-from longattn.attention.sequences.varlen import ragged_attention
 from longattn.attention.validate import (
     check_bool,
     check_merge_grad,
@@ -238,31 +238,16 @@ def pattern_attention(
         elif key is not None:
             computed = run_shards(key, OpTensors(q, k, v), environment)
         if computed is not None:
-            return _given_back(computed[0], computed[1], None, layout, return_lse)
+            return _in_layout(computed[0], computed[1], None, layout, return_lse)
     refuse_torchscript()
-    sharded = is_sharded(q) or is_sharded(k) or is_sharded(v)
-    if sharded or positions_start is not None or (isinstance(cast(object, q), Tensor) and q.is_nested):
-        given: dict[str, Any] = options._asdict()
-        del given["out_dtype"]
-        given |= {"schedule": schedule, "seed": seed, "sink_logits": sink_logits, "pattern": pattern}
-        given |= {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "merge_grad": merge_grad}
-        if check_bool("return_key_weights", return_key_weights):
-            raise ValueError(
-                "return_key_weights must be False for DTensors, nested tensors and with positions_start, got True: give local tensors under a "
-                "schedule, and key_padding_mask"
-            )
+    if is_ragged(q, k, v, positions_start):
+        others: dict[str, Any] = options._asdict()
+        del others["out_dtype"]
+        others |= {"schedule": schedule, "seed": seed, "sink_logits": sink_logits, "pattern": pattern}
+        others |= {"cu_seqlens": cu_seqlens, "cu_seqlens_q": cu_seqlens_q, "merge_grad": merge_grad}
         whole = functools.partial(pattern_attention, return_lse=True)
-        if sharded:
-            attend_sharded = dtensor_module().sharded_attention
-            found = attend_sharded(whole, q, k, v, given | {"positions_start": positions_start})
-        else:
-            check_pattern_argument(pattern)
-            placed = pattern if is_causal is None else pattern.with_causal(check_bool("is_causal", is_causal))
-            crossing = q_start is not None and not placed.positional
-            found = ragged_attention(whole, q, k, v, positions_start, given, crossing)
-        if layout != "bnhd":
-            found = exchanged(found[0]), exchanged(found[1])
-        return found if check_bool("return_lse", return_lse) else found[0]
+        out, lse = attend_ragged(whole, q, k, v, positions_start, others, return_key_weights)
+        return _in_layout(out, lse, None, layout, check_bool("return_lse", return_lse))
     schedule = check_schedule_argument(schedule)
     check_pattern_argument(pattern)
     if is_causal is not None and check_bool("is_causal", is_causal) != pattern.causal:
@@ -299,34 +284,36 @@ def pattern_attention(
         q_spans, k_spans = q_spans or last_positions(nq, nk, pattern.positional), [0, nk, 1]
     tensors, out_dtype = tensors_of(q, k, v, options, drawn), q.dtype if sink_logits is None else state_dtype(q.dtype)
     if key is not None and (schedule.whole or not wants_gradient(tensors)):
-        asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype)
+        arguments = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype)
         if schedule.whole:
-            computed = prepare_and_run(key, tensors, asked, environment)
+            computed = prepare_and_run(key, tensors, arguments, environment)
         else:
-            computed = attend_in_process(key, schedule, tensors, asked, environment)
-        return _given_back(computed[0], computed[1], None, layout, return_lse)
+            computed = attend_in_process(key, schedule, tensors, arguments, environment)
+        return _in_layout(computed[0], computed[1], None, layout, return_lse)
     tensors = tensors._replace(metadata=metadata, **ends)
-    asked = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype, schedule.canonical())
+    arguments = arguments_of(pattern, options, q_spans, k_spans, heads, out_dtype, schedule.canonical())
     if merge_grad == "exact":
-        state = AttentionState(*scheduled_attend(tensors, asked))
+        state = AttentionState(*scheduled_attend(tensors, arguments))
     else:
-        # Each branch is a state of its own, whose gradient knows nothing of the others; seed and lengths are the call's.
-        parts = [asked._replace(pattern=part.canonical(), out_dtype=state_dtype(q.dtype)) for part in pattern.addends]
+        # Each branch is a state of its own, whose gradient does not depend on the others; seed and lengths are the call's.
+        parts = [
+            arguments._replace(pattern=part.canonical(), out_dtype=state_dtype(q.dtype)) for part in pattern.addends
+        ]
         state = merge_detached([AttentionState(*scheduled_attend(tensors, part)) for part in parts])
     if sink_logits is not None:
         state = add_sink(state, sink_logits)
-    received = key_weights(tensors, asked, state.lse) if return_key_weights else None
-    return _given_back(state.finalize(q.dtype), state.lse, received, layout, return_lse)
+    received = key_weights(tensors, arguments, state.lse) if return_key_weights else None
+    return _in_layout(state.finalize(q.dtype), state.lse, received, layout, return_lse)
 
 
-def _given_back(
+def _in_layout(
     out: Tensor, lse: Tensor, received: Tensor | None, layout: Layout, return_lse: bool
 ) -> Tensor | tuple[Tensor, ...]:
-    """What was asked for, in the caller's layout."""
+    """What the call returns, in the caller's layout."""
     if layout != "bnhd":
         out, lse = exchanged(out), exchanged(lse)
-    found = (out, *((lse,) if return_lse else ()), *(() if received is None else (received,)))
-    return found if len(found) > 1 else out
+    results = (out, *((lse,) if return_lse else ()), *(() if received is None else (received,)))
+    return results if len(results) > 1 else out
 
 
 def _masked_keys(mask: object, k: Tensor, schedule: Schedule) -> Tensor:

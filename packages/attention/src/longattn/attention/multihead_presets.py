@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor
 
-from longattn.attention.arguments import MergeGrad
 from longattn.attention.multihead import MultiheadPatternAttention
-from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS, RingLayout, block_sparse_of, ring_of, wiring_of
-from longattn.attention.sparse_config import SparsePatternConfig
-from longattn.attention.wiring import CacheFlags, ManagerFlags, PoolFlags, ResidentFlags, split_flags
-from longattn.patterncache import Dilated
+from longattn.attention.presets import (
+    DILATION_RATES,
+    SEGMENT_LENGTHS,
+    BlockArguments,
+    PatternOptions,
+    RingArguments,
+    preset_arguments,
+)
+from longattn.attention.wiring import CacheFlags, ManagerFlags, PoolFlags, ResidentFlags
 
 
-class MultiheadOptions(TypedDict, total=False):
+class _HeadOptions(PatternOptions, total=False):
+    """What says how many heads there are and how wide they are, as in `MultiheadPatternAttention`."""
+
+    kv_heads: int | None
+    value_head_dim: int | None
+    local_heads: int | None
+    rotary_base: float | None
+
+
+class MultiheadOptions(_HeadOptions, total=False):
     """What all of them take, as in `MultiheadPatternAttention`."""
 
     dropout: float
@@ -25,45 +37,34 @@ class MultiheadOptions(TypedDict, total=False):
     layer_norm: bool
     layer_norm_eps: float
     gamma_init: float
-    kv_heads: int | None
-    softmax_scale: float | Tensor | None
-    backend: str | None
-    merge_grad: MergeGrad
-    head_start: int | None
-    local_heads: int | None
     device: torch.device | str | None
     dtype: torch.dtype | None
 
 
-class DilatedOptions(PoolFlags, total=False):
-    """What multihead forms without a ring take by name alone."""
+class _ByName(_HeadOptions, PoolFlags, total=False):
+    """What MultiheadDilatedAttention takes by name alone: the rest has a place as well."""
 
-    heads: str
-    causal: bool
-    kv_heads: int | None
-    softmax_scale: float | Tensor | None
-    backend: str | None
-    merge_grad: MergeGrad
-    head_start: int | None
-    local_heads: int | None
+    fused_qkv: bool
 
 
-class ManagerOptions(MultiheadOptions, ManagerFlags, total=False):
+class _Pool(MultiheadOptions, PoolFlags, total=False):
+    """All that MultiheadDilatedAttention takes."""
+
+
+class _Manager(MultiheadOptions, ManagerFlags, total=False):
     """And the flags of ImprovedDilatedAttentionV2."""
 
 
-class CacheOptions(MultiheadOptions, CacheFlags, total=False):
-    """And the flags of RingDilatedAttentionV2."""
+class _Cache(MultiheadOptions, RingArguments, CacheFlags, total=False):
+    """And the arguments of RingDilatedAttentionV2."""
 
 
-class ResidentOptions(MultiheadOptions, ResidentFlags, total=False):
-    """And the flags of RingDilatedAttentionV3."""
+class _Resident(MultiheadOptions, RingArguments, ResidentFlags, total=False):
+    """And the arguments of RingDilatedAttentionV3."""
 
 
-def options_of(preset: type, kind: Any, options: Any) -> dict[str, Any]:
-    """What `MultiheadPatternAttention` takes, from the options of a preset that takes those of TypedDict `kind`."""
-    wiring, remaining = split_flags(f"{preset.__name__}()", kind.__optional_keys__, options)
-    return {**remaining, "wiring": wiring}
+class _BlockSparse(_Cache, BlockArguments, total=False):
+    """And those of BlockSparseRingDilatedAttention."""
 
 
 class MultiheadDilatedAttention(MultiheadPatternAttention):
@@ -73,10 +74,10 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
         embed_dim, num_heads: num_heads divides embed_dim.
         segment_lengths: default (2048, 4096, 8192).
         dilation_rates: default (1, 2, 4).
-        others: dropout, bias, layer_norm, layer_norm_eps, gamma_init, kv_heads, fused_qkv, softmax_scale, backend, merge_grad,
-            head_start, local_heads, device and dtype are as in `MultiheadPatternAttention`.
+        others: dropout, bias, layer_norm, layer_norm_eps, gamma_init, kv_heads, value_head_dim, rotary_base, fused_qkv, softmax_scale,
+            backend, merge_grad, head_start, local_heads, device and dtype are as in `MultiheadPatternAttention`.
         heads, causal: as in `Dilated`.
-        flags: enable_memory_pool, lightweight_pool, enable_profiling, as in `Wiring`.
+        enable_memory_pool, lightweight_pool, enable_profiling: as in `Wiring`.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -95,26 +96,12 @@ class MultiheadDilatedAttention(MultiheadPatternAttention):
         gamma_init: float = 1.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        heads: str = "shared",
-        causal: bool = False,
-        kv_heads: int | None = None,
-        fused_qkv: bool = False,
-        softmax_scale: float | Tensor | None = None,
-        backend: str | None = None,
-        merge_grad: MergeGrad = "exact",
-        head_start: int | None = None,
-        local_heads: int | None = None,
-        **flags: Unpack[PoolFlags],
+        **options: Unpack[_ByName],
     ) -> None:
-        options: dict[str, Any] = {"dropout": dropout, "bias": bias, "layer_norm": layer_norm, "kv_heads": kv_heads}
-        options["fused_qkv"] = fused_qkv
-        options |= {"layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init, "device": device, "dtype": dtype}
-        options |= {"softmax_scale": softmax_scale, "backend": backend, "merge_grad": merge_grad}
-        options |= {"head_start": head_start, "local_heads": local_heads}
-        wiring = wiring_of(type(self), PoolFlags, flags)
-        pattern = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
-        super().__init__(embed_dim, num_heads, pattern, wiring=wiring, **options)
+        norm: dict[str, Any] = {"layer_norm": layer_norm, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init}
+        placed = {"dropout": dropout, "bias": bias, "device": device, "dtype": dtype, **norm}
+        arguments = preset_arguments(type(self), _Pool, (segment_lengths, dilation_rates), placed | {**options})
+        super().__init__(embed_dim, num_heads, **arguments)
 
 
 class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
@@ -125,34 +112,15 @@ class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
         others: as in `MultiheadDilatedAttention`.
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
-        dilation_rates: Sequence[int] = DILATION_RATES,
-        dropout: float = 0.0,
-        bias: bool = True,
-        layer_norm: bool = True,
-        layer_norm_eps: float = 1e-5,
-        gamma_init: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        fused_qkv: bool = True,
-        **options: Unpack[DilatedOptions],
-    ) -> None:
-        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype, "fused_qkv": fused_qkv}
-        branches = (segment_lengths, dilation_rates)
-        norm = {"layer_norm": layer_norm, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init}
-        super().__init__(embed_dim, num_heads, *branches, dropout, bias, **norm, **factory_kwargs, **options)
+    def __init__(self, *arguments: Any, fused_qkv: bool = True, **options: Any) -> None:
+        super().__init__(*arguments, fused_qkv=fused_qkv, **options)
 
 
 class ImprovedMultiheadDilatedAttentionV2(MultiheadPatternAttention):
     """= one fused projection + what ImprovedDilatedAttentionV2 is.
 
     Args:
-        embed_dim, num_heads, segment_lengths, dilation_rates, heads, causal: as in `MultiheadDilatedAttention`.
+        embed_dim, num_heads, segment_lengths, dilation_rates: as in `MultiheadDilatedAttention`.
         options: the others of `MultiheadDilatedAttention`, and the flags of `ImprovedDilatedAttentionV2`.
     """
 
@@ -162,22 +130,17 @@ class ImprovedMultiheadDilatedAttentionV2(MultiheadPatternAttention):
         num_heads: int,
         segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
         dilation_rates: Sequence[int] = DILATION_RATES,
-        *,
-        heads: str = "shared",
-        causal: bool = False,
-        **options: Unpack[ManagerOptions],
+        **options: Unpack[_Manager],
     ) -> None:
-        pattern = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
-        arguments: dict[str, Any] = {"fused_qkv": True} | options_of(type(self), ManagerOptions, options)
-        super().__init__(embed_dim, num_heads, pattern, **arguments)
+        arguments = preset_arguments(type(self), _Manager, (segment_lengths, dilation_rates), options)
+        super().__init__(embed_dim, num_heads, **({"fused_qkv": True} | arguments))
 
 
 class RingMultiheadDilatedAttentionV2(MultiheadPatternAttention):
     """= projections + what RingDilatedAttentionV2 is.
 
     Args:
-        ring_size, layout: as in `RingDilatedAttentionV2`.
-        options: the others of `MultiheadDilatedAttention`, and the flags of `RingDilatedAttentionV2`.
+        options: the others of `MultiheadDilatedAttention`, and what `RingDilatedAttentionV2` takes besides.
         others: as in `MultiheadDilatedAttention`.
     """
 
@@ -187,15 +150,10 @@ class RingMultiheadDilatedAttentionV2(MultiheadPatternAttention):
         num_heads: int,
         segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
         dilation_rates: Sequence[int] = DILATION_RATES,
-        *,
-        ring_size: int = 1,
-        layout: RingLayout = "contiguous",
-        heads: str = "shared",
-        causal: bool = False,
-        **options: Unpack[CacheOptions],
+        **options: Unpack[_Cache],
     ) -> None:
-        pattern, ring = Dilated(segment_lengths, dilation_rates, heads, causal=causal), ring_of(ring_size, layout)
-        super().__init__(embed_dim, num_heads, pattern, schedule=ring, **options_of(type(self), CacheOptions, options))
+        arguments = preset_arguments(type(self), _Cache, (segment_lengths, dilation_rates), options)
+        super().__init__(embed_dim, num_heads, **arguments)
 
 
 class RingMultiheadDilatedAttentionV3(MultiheadPatternAttention):
@@ -207,16 +165,10 @@ class RingMultiheadDilatedAttentionV3(MultiheadPatternAttention):
         num_heads: int,
         segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
         dilation_rates: Sequence[int] = DILATION_RATES,
-        *,
-        ring_size: int = 1,
-        layout: RingLayout = "contiguous",
-        heads: str = "shared",
-        causal: bool = False,
-        **options: Unpack[ResidentOptions],
+        **options: Unpack[_Resident],
     ) -> None:
-        pattern, ring = Dilated(segment_lengths, dilation_rates, heads, causal=causal), ring_of(ring_size, layout)
-        arguments = options_of(type(self), ResidentOptions, options)
-        super().__init__(embed_dim, num_heads, pattern, schedule=ring, **arguments)
+        arguments = preset_arguments(type(self), _Resident, (segment_lengths, dilation_rates), options)
+        super().__init__(embed_dim, num_heads, **arguments)
 
 
 class BlockSparseRingMultiheadDilatedAttention(MultiheadPatternAttention):
@@ -231,15 +183,7 @@ class BlockSparseRingMultiheadDilatedAttention(MultiheadPatternAttention):
         num_heads: int,
         segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
         dilation_rates: Sequence[int] = DILATION_RATES,
-        *,
-        sparse_config: SparsePatternConfig | None = None,
-        ring_size: int = 1,
-        layout: RingLayout = "contiguous",
-        heads: str = "shared",
-        causal: bool = False,
-        **options: Unpack[CacheOptions],
+        **options: Unpack[_BlockSparse],
     ) -> None:
-        dilated, ring = Dilated(segment_lengths, dilation_rates, heads, causal=causal), ring_of(ring_size, layout)
-        arguments: dict[str, Any] = options_of(type(self), CacheOptions, options)
-        arguments |= {"schedule": ring, "sparse_weights": True}
-        super().__init__(embed_dim, num_heads, block_sparse_of(dilated, sparse_config), **arguments)
+        arguments = preset_arguments(type(self), _BlockSparse, (segment_lengths, dilation_rates), options)
+        super().__init__(embed_dim, num_heads, **arguments)

@@ -1,4 +1,4 @@
-"""The seeds' names. Each is a constructor that builds a pattern, a schedule and a wiring; none has a forward of its own.
+"""The presets: constructors that build a pattern, a schedule and a wiring. None has a forward of its own.
 
 | preset | pattern | schedule | flags |
 | --- | --- | --- | --- |
@@ -8,21 +8,23 @@
 | RingDilatedAttentionV3 | Dilated | Ring | pool, pattern cache, cache_on_gpu |
 | BlockSparseRingDilatedAttention | Restrict(Dilated, BlockLayout) | Ring | pool, pattern cache |
 
-Flags are those of `Wiring`. The same pattern gives the same numbers in every one of them.
+Flags are those of `Wiring`. The same pattern gives the same numbers in every one of them. What a preset takes by name is a TypedDict; its
+config, its line in the factory and its row of the support page are read from that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from torch import Tensor
 
+from longattn.attention.arguments import MergeGrad
 from longattn.attention.modules import PatternAttention
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.sparse_config import SparsePatternConfig
 from longattn.attention.validate import check_size, check_type
-from longattn.attention.wiring import CacheFlags, ManagerFlags, PoolFlags, ResidentFlags, Wiring, split_flags
+from longattn.attention.wiring import CacheFlags, ManagerFlags, PoolFlags, ResidentFlags, split_flags
 from longattn.patterncache import Dilated, Pattern, Restrict
 
 SEGMENT_LENGTHS = (2048, 4096, 8192)
@@ -31,22 +33,81 @@ DILATION_RATES = (1, 2, 4)
 RingLayout = Literal["contiguous", "zigzag", "striped"]
 
 
-def ring_of(ring_size: int, layout: RingLayout) -> Ring:
-    """The in-process ring of a preset."""
-    return Ring(size=check_size("ring_size", ring_size), layout=layout)
+class PatternOptions(TypedDict, total=False):
+    """What every preset and multihead preset takes by name, by the meaning it has in `Dilated` and `PatternAttention`."""
+
+    heads: str
+    causal: bool
+    softmax_scale: float | Tensor | None
+    backend: str | None
+    merge_grad: MergeGrad
+    head_start: int | None
 
 
-def block_sparse_of(dilated: Dilated, config: SparsePatternConfig | None) -> Pattern:
-    """What is left of a dilated pattern in the blocks that a config keeps."""
-    if config is None:
-        config = SparsePatternConfig()
-    check_type("sparse_config", config, SparsePatternConfig, "None or a SparsePatternConfig")
-    return Restrict(dilated, config.layout(dilated.causal))
+class RingArguments(TypedDict, total=False):
+    """What presets on a `Ring` take besides."""
+
+    ring_size: int
+    layout: RingLayout
 
 
-def wiring_of(preset: type, kind: Any, flags: Any) -> Wiring:
-    """The wiring of a preset that takes the flags of TypedDict `kind`."""
-    return split_flags(f"{preset.__name__}()", kind.__optional_keys__, flags)[0]
+class BlockArguments(TypedDict, total=False):
+    """What block-sparse presets take besides."""
+
+    sparse_config: SparsePatternConfig | None
+
+
+class SingleOptions(PatternOptions, total=False):
+    """What presets take that are called with heads."""
+
+    dropout: float
+    num_heads: int | None
+
+
+class DilatedOptions(SingleOptions, PoolFlags, total=False):
+    """Those of DilatedAttention."""
+
+
+class ManagerOptions(SingleOptions, ManagerFlags, total=False):
+    """Those of ImprovedDilatedAttentionV2."""
+
+
+class CacheOptions(SingleOptions, RingArguments, CacheFlags, total=False):
+    """Those of RingDilatedAttentionV2."""
+
+
+class ResidentOptions(SingleOptions, RingArguments, ResidentFlags, total=False):
+    """Those of RingDilatedAttentionV3."""
+
+
+class BlockSparseOptions(CacheOptions, BlockArguments, total=False):
+    """Those of BlockSparseRingDilatedAttention."""
+
+
+def preset_arguments(preset: type, kind: Any, branches: tuple[Sequence[int], Sequence[int]], options: Any) -> Any:
+    """What `PatternAttention` or `MultiheadPatternAttention` takes for a preset.
+
+    Args:
+        preset: the class, for messages. kind: the TypedDict of what it takes by name. branches: segment lengths, dilation rates.
+
+    Raises:
+        TypeError, ValueError: an option that it does not take, or a bad one, by name.
+    """
+    taken = kind.__optional_keys__
+    wiring, remaining = split_flags(f"{preset.__name__}()", taken, options)
+    heads, causal = remaining.pop("heads", "shared"), remaining.pop("causal", False)
+    pattern: Pattern = Dilated(*branches, heads, causal=causal)
+    arguments: dict[str, Any] = {"wiring": wiring}
+    if "ring_size" in taken:
+        size, layout = remaining.pop("ring_size", 1), remaining.pop("layout", "contiguous")
+        arguments["schedule"] = Ring(size=check_size("ring_size", size), layout=layout)
+    if "sparse_config" in taken:
+        config = remaining.pop("sparse_config", None)
+        config = SparsePatternConfig() if config is None else config
+        check_type("sparse_config", config, SparsePatternConfig, "None or a SparsePatternConfig")
+        pattern = Restrict(pattern, config.layout(causal))
+        arguments["sparse_weights"] = True
+    return {"pattern": pattern, **arguments, **remaining}
 
 
 class DilatedAttention(PatternAttention):
@@ -56,8 +117,8 @@ class DilatedAttention(PatternAttention):
         segment_lengths: default (2048, 4096, 8192). dilation_rates: default (1, 2, 4).
         heads: "shared", "blocks" or "split", as in `Dilated`. Default "shared".
         causal: default False.
-        softmax_scale, dropout, backend: as in `PatternAttention`.
-        flags: enable_memory_pool, lightweight_pool, enable_profiling, as in `Wiring`.
+        softmax_scale, dropout, backend, merge_grad, head_start, num_heads: as in `PatternAttention`.
+        enable_memory_pool, lightweight_pool, enable_profiling: as in `Wiring`.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -67,46 +128,32 @@ class DilatedAttention(PatternAttention):
         self,
         segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
         dilation_rates: Sequence[int] = DILATION_RATES,
-        *,
-        heads: str = "shared",
-        causal: bool = False,
-        softmax_scale: float | Tensor | None = None,
-        dropout: float = 0.0,
-        backend: str | None = None,
-        **flags: Unpack[PoolFlags],
+        **options: Unpack[DilatedOptions],
     ) -> None:
-        wiring = wiring_of(type(self), PoolFlags, flags)
-        pattern = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
-        super().__init__(pattern, softmax_scale=softmax_scale, dropout=dropout, backend=backend, wiring=wiring)
+        branches = segment_lengths, dilation_rates
+        super().__init__(**preset_arguments(type(self), DilatedOptions, branches, options))
 
 
 class ImprovedDilatedAttention(DilatedAttention):
-    """= DilatedAttention. The seeds' second name for it: the same pattern, and so the same numbers."""
+    """= DilatedAttention, by a second name: the same pattern, and so the same numbers."""
 
 
 class ImprovedDilatedAttentionV2(PatternAttention):
     """= Dilated + Local + outputs and scratch through an AttentionBufferManager.
 
     Args:
-        flags: those of `DilatedAttention`, and enable_buffer_manager, enable_buffer_reuse, enable_preallocation, as in `Wiring`.
-        segment_lengths, dilation_rates, heads, causal, softmax_scale, dropout, backend: as in `DilatedAttention`.
+        options: those of `DilatedAttention`, and enable_buffer_manager, enable_buffer_reuse, enable_preallocation, as in `Wiring`.
+        segment_lengths, dilation_rates: as in `DilatedAttention`.
     """
 
     def __init__(
         self,
         segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
         dilation_rates: Sequence[int] = DILATION_RATES,
-        *,
-        heads: str = "shared",
-        causal: bool = False,
-        softmax_scale: float | Tensor | None = None,
-        dropout: float = 0.0,
-        backend: str | None = None,
-        **flags: Unpack[ManagerFlags],
+        **options: Unpack[ManagerOptions],
     ) -> None:
-        wiring = wiring_of(type(self), ManagerFlags, flags)
-        pattern = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
-        super().__init__(pattern, softmax_scale=softmax_scale, dropout=dropout, backend=backend, wiring=wiring)
+        branches = segment_lengths, dilation_rates
+        super().__init__(**preset_arguments(type(self), ManagerOptions, branches, options))
 
 
 class RingDilatedAttentionV2(PatternAttention):
@@ -114,56 +161,34 @@ class RingDilatedAttentionV2(PatternAttention):
 
     Args:
         ring_size, layout: of the `Ring`, played in one process. Defaults 1 and "contiguous".
-        flags: those of `DilatedAttention`, and use_pattern_cache, as in `Wiring`.
-        segment_lengths, dilation_rates, heads, causal, softmax_scale, dropout, backend: as in `DilatedAttention`.
+        options: those of `DilatedAttention`, and use_pattern_cache, as in `Wiring`.
+        segment_lengths, dilation_rates: as in `DilatedAttention`.
     """
 
     def __init__(
         self,
         segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
         dilation_rates: Sequence[int] = DILATION_RATES,
-        *,
-        ring_size: int = 1,
-        layout: RingLayout = "contiguous",
-        heads: str = "shared",
-        causal: bool = False,
-        softmax_scale: float | Tensor | None = None,
-        dropout: float = 0.0,
-        backend: str | None = None,
-        **flags: Unpack[CacheFlags],
+        **options: Unpack[CacheOptions],
     ) -> None:
-        options: dict[str, Any] = {"softmax_scale": softmax_scale, "dropout": dropout, "backend": backend}
-        wiring, ring = wiring_of(type(self), CacheFlags, flags), ring_of(ring_size, layout)
-        pattern = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
-        super().__init__(pattern, schedule=ring, wiring=wiring, **options)
+        super().__init__(**preset_arguments(type(self), CacheOptions, (segment_lengths, dilation_rates), options))
 
 
 class RingDilatedAttentionV3(PatternAttention):
     """= Dilated + Ring + plans whose index tensors may stay on the device.
 
     Args:
-        flags: those of `RingDilatedAttentionV2`, and cache_on_gpu, as in `Wiring`.
-        others: as in `RingDilatedAttentionV2`.
+        options: those of `RingDilatedAttentionV2`, and cache_on_gpu, as in `Wiring`.
+        segment_lengths, dilation_rates: as in `DilatedAttention`.
     """
 
     def __init__(
         self,
         segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
         dilation_rates: Sequence[int] = DILATION_RATES,
-        *,
-        ring_size: int = 1,
-        layout: RingLayout = "contiguous",
-        heads: str = "shared",
-        causal: bool = False,
-        softmax_scale: float | Tensor | None = None,
-        dropout: float = 0.0,
-        backend: str | None = None,
-        **flags: Unpack[ResidentFlags],
+        **options: Unpack[ResidentOptions],
     ) -> None:
-        options: dict[str, Any] = {"softmax_scale": softmax_scale, "dropout": dropout, "backend": backend}
-        wiring, ring = wiring_of(type(self), ResidentFlags, flags), ring_of(ring_size, layout)
-        pattern = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
-        super().__init__(pattern, schedule=ring, wiring=wiring, **options)
+        super().__init__(**preset_arguments(type(self), ResidentOptions, (segment_lengths, dilation_rates), options))
 
 
 class BlockSparseRingDilatedAttention(PatternAttention):
@@ -172,26 +197,15 @@ class BlockSparseRingDilatedAttention(PatternAttention):
 
     Args:
         sparse_config: default SparsePatternConfig().
-        others, flags: as in `RingDilatedAttentionV2`.
+        options: those of `RingDilatedAttentionV2`.
+        segment_lengths, dilation_rates: as in `DilatedAttention`.
     """
 
     def __init__(
         self,
         segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
         dilation_rates: Sequence[int] = DILATION_RATES,
-        *,
-        sparse_config: SparsePatternConfig | None = None,
-        ring_size: int = 1,
-        layout: RingLayout = "contiguous",
-        heads: str = "shared",
-        causal: bool = False,
-        softmax_scale: float | Tensor | None = None,
-        dropout: float = 0.0,
-        backend: str | None = None,
-        **flags: Unpack[CacheFlags],
+        **options: Unpack[BlockSparseOptions],
     ) -> None:
-        options: dict[str, Any] = {"softmax_scale": softmax_scale, "dropout": dropout, "backend": backend}
-        wiring, ring = wiring_of(type(self), CacheFlags, flags), ring_of(ring_size, layout)
-        dilated = Dilated(segment_lengths, dilation_rates, heads, causal=causal)
-        options |= {"schedule": ring, "wiring": wiring, "sparse_weights": True}
-        super().__init__(block_sparse_of(dilated, sparse_config), **options)
+        branches = segment_lengths, dilation_rates
+        super().__init__(**preset_arguments(type(self), BlockSparseOptions, branches, options))

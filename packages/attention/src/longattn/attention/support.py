@@ -30,7 +30,7 @@ BUFFERS: dict[BufferType, tuple[str, str, str, str]] = {
     BufferType.KEY: ("the caller's projections", "torch", "torch", "torch; `enable_preallocation` readies one"),
     BufferType.VALUE: ("the caller's projections", "torch", "torch", "torch; `enable_preallocation` readies one"),
     BufferType.OUTPUT: ("`attend`'s result", "torch", "torch: it leaves with the caller", "manager"),
-    BufferType.SCORES: ("nobody: rows hold scores a tile at a time", "torch", "torch", "torch"),
+    BufferType.SCORES: ("none: rows hold scores a tile at a time", "torch", "torch", "torch"),
     BufferType.WEIGHTS: ("`need_weights=True`", "torch", "torch", "torch"),
     BufferType.TEMP: ("lse, float32 sums, copies of k and v without padding", "torch", "pool", "manager"),
     BufferType.COMM: ("shards that arrive on a ring of processes", "torch", "pool", "manager"),

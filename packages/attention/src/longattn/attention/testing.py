@@ -94,5 +94,5 @@ def check_schedule(
         loss = out.square().sum() + lse.masked_fill(lse == -torch.inf, 0).sum()
         return [out, lse, *torch.autograd.grad(loss, inputs)]
 
-    for found, expected in zip(run(schedule), run(Local()), strict=True):
-        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    for actual, expected in zip(run(schedule), run(Local()), strict=True):
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)

@@ -84,19 +84,22 @@ class Wiring:
             check_bool(field.name, getattr(self, field.name))
 
 
+FLAGS = frozenset(field.name for field in fields(Wiring))
+"""The names of all flags."""
+
+
 def split_flags(where: str, taken: frozenset[str], options: Mapping[str, Any]) -> tuple[Wiring, dict[str, Any]]:
     """(the flags among `options` as a Wiring, the other options).
 
     Raises:
         TypeError: an option that `where` does not take; for a flag that other presets take, the message says which it takes.
     """
-    flags = {field.name for field in fields(Wiring)}
     for name in options:
-        if name in flags and name not in taken:
-            raise TypeError(f"{where} does not take {name}: of the flags it takes {', '.join(sorted(taken & flags))}")
+        if name in FLAGS and name not in taken:
+            raise TypeError(f"{where} does not take {name}: of the flags it takes {', '.join(sorted(taken & FLAGS))}")
     refuse_unknown(where, {name: value for name, value in options.items() if name not in taken})
-    wiring = Wiring(**{name: value for name, value in options.items() if name in flags})
-    return wiring, {name: value for name, value in options.items() if name not in flags}
+    wiring = Wiring(**{name: value for name, value in options.items() if name in FLAGS})
+    return wiring, {name: value for name, value in options.items() if name not in FLAGS}
 
 
 class ScratchPool:

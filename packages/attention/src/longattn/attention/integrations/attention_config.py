@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
 import torch
 
-from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS, RingLayout
-from longattn.attention.sparse_config import SparsePatternConfig
+from longattn.attention import presets
+from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
 
 
 @dataclass
@@ -25,51 +25,27 @@ class AttentionConfig:
     dropout: float = 0.0
 
 
-@dataclass
-class DilatedConfig(AttentionConfig):
-    """Arguments of `DilatedAttention`, defaults as there."""
-
-    segment_lengths: Sequence[int] = SEGMENT_LENGTHS
-    dilation_rates: Sequence[int] = DILATION_RATES
-    heads: str = "shared"
-    causal: bool = False
-    softmax_scale: float | None = None
-    backend: str | None = None
-    enable_memory_pool: bool = False
-    lightweight_pool: bool = False
-    enable_profiling: bool = False
+class PresetConfig(AttentionConfig):
+    """A config of a preset: None leaves a field to the constructor's default."""
 
 
-@dataclass
-class ManagerConfig(DilatedConfig):
-    """Arguments of `ImprovedDilatedAttentionV2`."""
-
-    enable_buffer_manager: bool = False
-    enable_buffer_reuse: bool = True
-    enable_preallocation: bool = False
-
-
-@dataclass
-class RingConfig(DilatedConfig):
-    """Arguments of `RingDilatedAttentionV2`."""
-
-    ring_size: int = 1
-    layout: RingLayout = "contiguous"
-    use_pattern_cache: bool = False
+def _config(name: str, kind: Any) -> Any:
+    """A config whose fields are what a preset takes: the keys of TypedDict `kind`."""
+    branches = [("segment_lengths", Any, SEGMENT_LENGTHS), ("dilation_rates", Any, DILATION_RATES)]
+    names = [key for key in kind.__annotations__ if key != "dropout"]
+    return make_dataclass(
+        name,
+        [*branches, *((key, Any, None) for key in names)],
+        bases=(PresetConfig,),
+        namespace={"__module__": __name__, "__doc__": f"Arguments of a preset, as in `{kind.__name__}`."},
+    )
 
 
-@dataclass
-class ResidentConfig(RingConfig):
-    """Arguments of `RingDilatedAttentionV3`."""
-
-    cache_on_gpu: bool = False
-
-
-@dataclass
-class BlockSparseConfig(RingConfig):
-    """Arguments of `BlockSparseRingDilatedAttention`."""
-
-    sparse_config: SparsePatternConfig | None = None
+DilatedConfig = _config("DilatedConfig", presets.DilatedOptions)
+ManagerConfig = _config("ManagerConfig", presets.ManagerOptions)
+RingConfig = _config("RingConfig", presets.CacheOptions)
+ResidentConfig = _config("ResidentConfig", presets.ResidentOptions)
+BlockSparseConfig = _config("BlockSparseConfig", presets.BlockSparseOptions)
 
 
 @dataclass
@@ -95,7 +71,10 @@ class MultiheadConfig(AttentionConfig):
 
 def arguments_of(config: Any) -> dict[str, Any]:
     """What a constructor is called with: the config's fields but its name, `options` unpacked."""
-    arguments = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "name"}
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "name"}
+    arguments = values
+    if isinstance(config, PresetConfig):
+        arguments = {name: value for name, value in values.items() if value is not None}
     return arguments | dict(arguments.pop("options", {}))
 
 

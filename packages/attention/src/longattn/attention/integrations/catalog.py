@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import fields
+from typing import NamedTuple
 
-from longattn.attention import multihead_presets, presets, wiring
+from longattn.attention import multihead_presets as m
+from longattn.attention import presets as p
 from longattn.attention.integrations import attention_config as configs
 from longattn.attention.modules import PatternAttention
 from longattn.attention.multihead import MultiheadPatternAttention
+from longattn.attention.wiring import FLAGS
 
 
 class Preset(NamedTuple):
@@ -15,49 +18,21 @@ class Preset(NamedTuple):
 
     Attributes:
         single, multihead: the class called as (query, key, value), and the one called as (query) with an embedding.
-        flags: the TypedDict of the flags that both take. config: the factory's, of `single`.
+        config: the factory's, of `single`; its fields are what `single` takes, the flags among them.
     """
 
     single: type[PatternAttention]
     multihead: type[MultiheadPatternAttention]
-    flags: Any
     config: type[configs.AttentionConfig]
 
 
 TABLE = (
-    Preset(
-        presets.DilatedAttention, multihead_presets.MultiheadDilatedAttention, wiring.PoolFlags, configs.DilatedConfig
-    ),
-    Preset(
-        presets.ImprovedDilatedAttention,
-        multihead_presets.ImprovedMultiheadDilatedAttention,
-        wiring.PoolFlags,
-        configs.DilatedConfig,
-    ),
-    Preset(
-        presets.ImprovedDilatedAttentionV2,
-        multihead_presets.ImprovedMultiheadDilatedAttentionV2,
-        wiring.ManagerFlags,
-        configs.ManagerConfig,
-    ),
-    Preset(
-        presets.RingDilatedAttentionV2,
-        multihead_presets.RingMultiheadDilatedAttentionV2,
-        wiring.CacheFlags,
-        configs.RingConfig,
-    ),
-    Preset(
-        presets.RingDilatedAttentionV3,
-        multihead_presets.RingMultiheadDilatedAttentionV3,
-        wiring.ResidentFlags,
-        configs.ResidentConfig,
-    ),
-    Preset(
-        presets.BlockSparseRingDilatedAttention,
-        multihead_presets.BlockSparseRingMultiheadDilatedAttention,
-        wiring.CacheFlags,
-        configs.BlockSparseConfig,
-    ),
+    Preset(p.DilatedAttention, m.MultiheadDilatedAttention, configs.DilatedConfig),
+    Preset(p.ImprovedDilatedAttention, m.ImprovedMultiheadDilatedAttention, configs.DilatedConfig),
+    Preset(p.ImprovedDilatedAttentionV2, m.ImprovedMultiheadDilatedAttentionV2, configs.ManagerConfig),
+    Preset(p.RingDilatedAttentionV2, m.RingMultiheadDilatedAttentionV2, configs.RingConfig),
+    Preset(p.RingDilatedAttentionV3, m.RingMultiheadDilatedAttentionV3, configs.ResidentConfig),
+    Preset(p.BlockSparseRingDilatedAttention, m.BlockSparseRingMultiheadDilatedAttention, configs.BlockSparseConfig),
 )
 
 PRESETS: dict[str, type[PatternAttention]] = {row.single.__name__: row.single for row in TABLE}
@@ -67,6 +42,8 @@ MULTIHEAD_PRESETS: dict[str, type[MultiheadPatternAttention]] = {row.multihead._
 """Presets called as (query) with an embedding."""
 
 PRESET_FLAGS: dict[str, tuple[str, ...]] = {
-    cls.__name__: tuple(row.flags.__annotations__) for row in TABLE for cls in (row.single, row.multihead)
+    cls.__name__: tuple(field.name for field in fields(row.config) if field.name in FLAGS)
+    for row in TABLE
+    for cls in (row.single, row.multihead)
 }
 """The flags that each preset takes."""

@@ -1,6 +1,6 @@
 """Which pattern a model of transformers has: kept in its configuration, so that a checkpoint says what it was trained with.
 
-A configuration's entry `attn_implementation` is what transformers reads when it loads one: a name that nobody registered is refused there.
+A configuration's entry `attn_implementation` is what transformers reads when it loads one: an unregistered name is refused there.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def pattern_of_layer(module: torch.nn.Module) -> Pattern:
     """The pattern of a layer of a model under `IMPLEMENTATION`.
 
     Raises:
-        ValueError: the configuration has none, or several and nobody said which layer has which.
+        ValueError: the configuration has none, or several, and layers do not say which is theirs.
     """
     text = of_layer(module)
     if text is None:

@@ -61,7 +61,42 @@ class FeedForward(nn.Module):
         return self.linear2(self.norm(self.dropout(_ACTIVATIONS[self.activation](self.linear1(x)))))
 
 
-class DilatedTransformerEncoderLayer(nn.Module):
+class _DilatedLayer(nn.Module):
+    """Dilated self-attention, attention to `memory` where there is a pattern for it, feedforward, and a LayerNorm before each."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int],
+        branches: tuple[Sequence[int], Sequence[int]],
+        dropout: float,
+        activation: str,
+        causal: bool,
+        memory: Pattern | None = None,
+        *,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **attention: Any,
+    ) -> None:
+        super().__init__()
+        d_model, nhead, dim_feedforward = sizes
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        shared: dict[str, Any] = {"dropout": dropout, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init}
+        shared |= factory_kwargs
+        pattern = Dilated(*branches, causal=causal)
+        self.self_attn = MultiheadPatternAttention(d_model, nhead, pattern, **shared, **attention)
+        if memory is not None:
+            memory_options = {name: value for name, value in attention.items() if name != "rotary_base"}
+            self.memory_attn = MultiheadPatternAttention(d_model, nhead, memory, **shared, **memory_options)
+        self.feedforward = FeedForward(d_model, dim_feedforward, activation=activation, **shared)
+        self.norm1, self.norm2 = (nn.LayerNorm(d_model, eps=layer_norm_eps, **factory_kwargs) for _ in range(2))
+        if memory is not None:
+            self.norm3 = nn.LayerNorm(d_model, eps=layer_norm_eps, **factory_kwargs)
+        self.dropout = nn.Dropout(dropout)
+
+
+class DilatedTransformerEncoderLayer(_DilatedLayer):
     """x + attention(norm(x)), then x + feedforward(norm(x)): (batch, seq, d_model) to the same.
 
     Args:
@@ -73,7 +108,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
         causal: default False.
         layer_norm_eps: default 1e-5. gamma_init: MAGNETO's gain. Default 1.0.
         device, dtype: of the parameters.
-        attention: further options of `MultiheadPatternAttention`, such as kv_heads, rotary_base, fused_qkv, wiring.
+        options: those of the lines above, and further ones of `MultiheadPatternAttention`, such as kv_heads, rotary_base, fused_qkv, wiring.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -90,25 +125,10 @@ class DilatedTransformerEncoderLayer(nn.Module):
         activation: str = "gelu",
         *,
         causal: bool = False,
-        layer_norm_eps: float = 1e-5,
-        gamma_init: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **attention: Any,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        shared: dict[str, Any] = {
-            "dropout": dropout,
-            "layer_norm_eps": layer_norm_eps,
-            "gamma_init": gamma_init,
-            **factory_kwargs,
-        }
-        pattern = Dilated(segment_lengths, dilation_rates, causal=causal)
-        self.self_attn = MultiheadPatternAttention(d_model, nhead, pattern, **shared, **attention)
-        self.feedforward = FeedForward(d_model, dim_feedforward, activation=activation, **shared)
-        self.norm1, self.norm2 = (nn.LayerNorm(d_model, eps=layer_norm_eps, **factory_kwargs) for _ in range(2))
-        self.dropout = nn.Dropout(dropout)
+        sizes, branches = (d_model, nhead, dim_feedforward), (segment_lengths, dilation_rates)
+        super().__init__(sizes, branches, dropout, activation, causal, **options)
 
     def forward(
         self,
@@ -124,7 +144,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
         return src + self.dropout(self.feedforward(self.norm2(src)))
 
 
-class DilatedTransformerDecoderLayer(nn.Module):
+class DilatedTransformerDecoderLayer(_DilatedLayer):
     """Causal dilated self-attention, attention to an encoder's memory, feedforward; each as x + branch(norm(x)).
 
     Args:
@@ -145,30 +165,11 @@ class DilatedTransformerDecoderLayer(nn.Module):
         *,
         causal: bool = True,
         memory_pattern: Pattern | None = None,
-        layer_norm_eps: float = 1e-5,
-        gamma_init: float = 1.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **attention: Any,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        shared: dict[str, Any] = {
-            "dropout": dropout,
-            "layer_norm_eps": layer_norm_eps,
-            "gamma_init": gamma_init,
-            **factory_kwargs,
-        }
-        pattern = Dilated(segment_lengths, dilation_rates, causal=causal)
-        self.self_attn = MultiheadPatternAttention(d_model, nhead, pattern, **shared, **attention)
-        memory_options = {name: value for name, value in attention.items() if name != "rotary_base"}
+        sizes, branches = (d_model, nhead, dim_feedforward), (segment_lengths, dilation_rates)
         memory = Full() if memory_pattern is None else memory_pattern
-        self.memory_attn = MultiheadPatternAttention(d_model, nhead, memory, **shared, **memory_options)
-        self.feedforward = FeedForward(d_model, dim_feedforward, activation=activation, **shared)
-        self.norm1, self.norm2, self.norm3 = (
-            nn.LayerNorm(d_model, eps=layer_norm_eps, **factory_kwargs) for _ in range(3)
-        )
-        self.dropout = nn.Dropout(dropout)
+        super().__init__(sizes, branches, dropout, activation, causal, memory, **options)
 
     def forward(
         self,

@@ -63,7 +63,7 @@ class ProjectedModule(WiredModule):
         """(batch, seq, heads or kv_heads, head_dim or value_head_dim) of each.
 
         Raises:
-            ValueError: a projection made another number of heads than the module holds, so that nobody knows which.
+            ValueError: a projection made another number of heads than the module holds, so that which ones is not known.
         """
         if not self.fused_qkv:
             # Called as layers: hooks on them, and layers put in their place, keep working.

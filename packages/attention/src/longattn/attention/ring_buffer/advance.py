@@ -25,7 +25,7 @@ from longattn.attention.ring_buffer.tiles import TilingProcessor
 from longattn.kernels.interface import ScoreTerms, as_seed, check_sinks, tensors_in
 
 
-class Options(NamedTuple):
+class StreamOptions(NamedTuple):
     """A call's arguments beside q, k and v; see `RingBufferAttention.forward`."""
 
     mask: Tensor | None
@@ -43,7 +43,7 @@ def advance(
     state: RingBufferState,
     tensors: tuple[Tensor, Tensor, Tensor],
     decode: bool,
-    options: Options,
+    options: StreamOptions,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with q, k, v that fit the config and the state, and put k, v (and in decode the output) into the rings.
 

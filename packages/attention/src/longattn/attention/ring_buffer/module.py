@@ -8,7 +8,7 @@ from typing import Any, Never
 import torch
 from torch import Tensor, nn
 
-from longattn.attention.ring_buffer.advance import Options, advance
+from longattn.attention.ring_buffer.advance import StreamOptions, advance
 from longattn.attention.ring_buffer.config import RingBufferConfig
 from longattn.attention.ring_buffer.decode import append_and_decode, fits_append_and_decode
 from longattn.attention.ring_buffer.requests import (
@@ -162,13 +162,7 @@ class RingBufferAttention(nn.Module):
         """
         if layout != "bnhd":
             q, k, v = in_order(layout, q, k, v)
-            masks: dict[str, Any] = {
-                "att_mask": att_mask,
-                "key_padding_mask": key_padding_mask,
-                "attention_mask": attention_mask,
-            }
-            flags: dict[str, Any] = {"needs_weights": needs_weights, "output_attentions": output_attentions}
-            found = self.forward(
+            results = self.forward(
                 q,
                 k,
                 v,
@@ -176,13 +170,17 @@ class RingBufferAttention(nn.Module):
                 position,
                 is_decoder,
                 buffer_state,
-                **masks,
-                **flags,
+                att_mask,
+                key_padding_mask,
+                needs_weights,
+                output_attentions,
+                attention_mask=attention_mask,
                 sink_logits=sink_logits,
+                score_terms=score_terms,
                 seed=seed,
                 **unknown,
             )
-            return (exchanged(found[0]), *found[1:]) if isinstance(found, tuple) else exchanged(found)
+            return (exchanged(results[0]), *results[1:]) if isinstance(results, tuple) else exchanged(results)
         dropout_p = self.config.dropout if self.training else 0.0
         plain = att_mask is None and attention_mask is None and key_padding_mask is None and sink_logits is None
         plain = plain and score_terms is None and not (dropout_p or needs_weights or output_attentions or unknown)
@@ -200,14 +198,14 @@ class RingBufferAttention(nn.Module):
         if requires_grad is not None:
             check_bool("requires_grad", requires_grad)
         mask = attention_mask if att_mask is None else att_mask
-        options = Options(mask, key_padding_mask, weights, dropout_p, seed, sink_logits, score_terms)
+        options = StreamOptions(mask, key_padding_mask, weights, dropout_p, seed, sink_logits, score_terms)
         with torch.set_grad_enabled(torch.is_grad_enabled() and requires_grad is not False):
             if check_bool("is_decoder", is_decoder):
                 return self._decode(buffer_state, position, q, k, v, options)
             return self._encode(buffer_state, position, q, k, v, options)
 
     def _encode(
-        self, state: RingBufferState | None, position: object, q: Any, k: Any, v: Any, options: Options
+        self, state: RingBufferState | None, position: object, q: Any, k: Any, v: Any, options: StreamOptions
     ) -> tuple[Tensor, RingBufferState] | tuple[Tensor, RingBufferState, Tensor]:
         q, k, v = autocast(q, k, v)
         check_tensors(self.config, q, k, v, decode=False)
@@ -217,7 +215,7 @@ class RingBufferAttention(nn.Module):
         return (out, state) if weights is None else (out, state, weights)
 
     def _decode(
-        self, state: RingBufferState | None, position: object, q: Any, k: Any, v: Any, options: Options
+        self, state: RingBufferState | None, position: object, q: Any, k: Any, v: Any, options: StreamOptions
     ) -> Tensor | tuple[Tensor, Tensor]:
         state = self._latest if state is None else state
         if q is None:

@@ -63,13 +63,13 @@ def check_tensors(config: RingBufferConfig, q: Tensor, k: Tensor, v: Tensor, dec
 
 def check_score_terms(config: RingBufferConfig, terms: object, q: Tensor) -> tuple[ScoreTerm, ...]:
     """Score terms, as `attend` takes them; where positions are places in the cache, those that read no distance."""
-    found = check_terms(terms, q)
-    if config.positions == "cache" and config.sinks and tensors_in(found):
-        kinds = ", ".join(type(term).__name__ for term in found)
+    checked = check_terms(terms, q)
+    if config.positions == "cache" and config.sinks and tensors_in(checked):
+        kinds = ", ".join(type(term).__name__ for term in checked)
         raise ValueError(
             f"score_terms must be a Softcap where positions='cache' and there are sinks, whose distance differs from query to query, got {kinds}"
         )
-    return found
+    return checked
 
 
 def geometry_of(config: RingBufferConfig, kv_heads: int) -> Geometry:

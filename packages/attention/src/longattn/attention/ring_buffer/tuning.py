@@ -51,18 +51,18 @@ def tuned(
         about: beside settings, heads and n, what the time of a call depends on.
     """
     now = settings_of(tiling)
-    asked = {name: _said(value) for name, value in now.items()}
+    named = {name: _said(value) for name, value in now.items()}
 
     def measure() -> dict[str, Any]:
         return {name: _said(value) for name, value in quickest(tiling, heads, n, call).items()}
 
-    kept = "settings are kept for CPUs alone"
+    settings = "settings are kept for CPUs alone"
     if device == "cpu":
-        kept = keep_measured("tiles", (*map(str, (heads, n, asked)), *map(str, about)), _checked, measure)
-    if isinstance(kept, str):
-        logger.info("tiles of a ring buffer are not kept: %s", kept)
+        settings = keep_measured("tiles", (*map(str, (heads, n, named)), *map(str, about)), _checked, measure)
+    if isinstance(settings, str):
+        logger.info("tiles of a ring buffer are not kept: %s", settings)
         return quickest(tiling, heads, n, call)
-    chosen = {name: TileOrder(value) if name == "tile_order" else value for name, value in kept.items()}
+    chosen = {name: TileOrder(value) if name == "tile_order" else value for name, value in settings.items()}
     apply(tiling, chosen)
     return chosen
 
