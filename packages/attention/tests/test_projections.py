@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from longattn.attention import ImprovedMultiheadDilatedAttention, MultiheadDilatedAttention
+from longattn.attention import ImprovedMultiheadDilatedAttention, MultiheadDilatedAttention, MultiheadPatternAttention
+from longattn.patterncache import Full
 
 SHAPE = {"segment_lengths": (8, 16), "dilation_rates": (1, 2)}
 PAIRS = [
@@ -38,6 +39,30 @@ def test_the_fused_one_has_one_projection():
         assert torch.equal(weight, other) and torch.equal(bias, zero)
     assert fused.qkv_proj.weight.is_leaf and torch.equal(fused.out_proj.weight, plain.out_proj.weight)
     assert MultiheadDilatedAttention(16, 2, **SHAPE, fused_qkv=True).qkv_proj.out_features == 48
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_state_of_torchs_multihead_attention_loads(fused, bias):
+    """Strictly; where the pattern is Full and there is no norm, the output is torch's."""
+    dense = torch.nn.MultiheadAttention(16, 2, bias=bias, batch_first=True, dtype=torch.float64)
+    for parameter in dense.parameters():
+        torch.nn.init.normal_(parameter)
+    ours = MultiheadPatternAttention(16, 2, Full(), bias=bias, layer_norm=False, fused_qkv=fused, dtype=torch.float64)
+    ours.load_state_dict(dense.state_dict())
+    x = torch.randn(2, 21, 16, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), dense(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("dense", "entry"),
+    [({"kdim": 8}, "q_proj_weight"), ({"add_bias_kv": True}, "bias_k"), ({"embed_dim": 32}, "size mismatch")],
+)
+def test_a_state_that_does_not_fit_is_refused(dense, entry):
+    """Other widths, keys of their own, another model: torch's error names the entry."""
+    other = torch.nn.MultiheadAttention(**{"embed_dim": 16, "num_heads": 2} | dense)
+    with pytest.raises(RuntimeError, match=entry):
+        MultiheadPatternAttention(16, 2, Full(), layer_norm=False).load_state_dict(other.state_dict())
 
 
 def test_cross_attention_takes_slices():

@@ -97,8 +97,10 @@ class ProjectedModule(WiredModule):
 
 
 def _match_layout(module: ProjectedModule, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before loading: three layers' entries become one's, or one's three, as this module has them."""
+    """Before loading: three layers' entries become one's, or one's three, as this module has them; so do those of `nn.MultiheadAttention`."""
     for kind in ("weight", "bias"):
+        if f"{prefix}in_proj_{kind}" in state_dict:
+            state_dict[f"{prefix}qkv_proj.{kind}"] = state_dict.pop(f"{prefix}in_proj_{kind}")
         fused, separate = f"{prefix}qkv_proj.{kind}", [f"{prefix}{name}_proj.{kind}" for name in "qkv"]
         if module.fused_qkv and all(entry in state_dict for entry in separate):
             state_dict[fused] = torch.cat([state_dict.pop(entry) for entry in separate])
