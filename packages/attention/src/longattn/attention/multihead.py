@@ -56,6 +56,9 @@ class MultiheadPatternAttention(ProjectedModule):
         TypeError, ValueError: a bad argument, by name.
     """
 
+    batch_first = True
+    """Read by `nn.TransformerEncoder`."""
+
     def __init__(
         self,
         embed_dim: int,

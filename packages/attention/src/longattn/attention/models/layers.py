@@ -61,6 +61,13 @@ class FeedForward(nn.Module):
         return self.linear2(self.norm(self.dropout(_ACTIVATIONS[self.activation](self.linear1(x)))))
 
 
+class EncoderLayerOptions(CallOptions, total=False):
+    """And the masks that `nn.TransformerEncoder` passes, in its own convention."""
+
+    src_mask: Tensor | None
+    src_key_padding_mask: Tensor | None
+
+
 class _DilatedLayer(nn.Module):
     """Dilated self-attention, attention to `memory` where there is a pattern for it, feedforward, and a LayerNorm before each."""
 
@@ -97,7 +104,7 @@ class _DilatedLayer(nn.Module):
 
 
 class DilatedTransformerEncoderLayer(_DilatedLayer):
-    """x + attention(norm(x)), then x + feedforward(norm(x)): (batch, seq, d_model) to the same.
+    """x + attention(norm(x)), then x + feedforward(norm(x)): (batch, seq, d_model) to the same. Stacks in `nn.TransformerEncoder`.
 
     Args:
         d_model, nhead: nhead divides d_model.
@@ -136,12 +143,55 @@ class DilatedTransformerEncoderLayer(_DilatedLayer):
         is_causal: bool | None = None,
         attention_mask: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
-        **options: Unpack[CallOptions],
+        **options: Unpack[EncoderLayerOptions],
     ) -> Tensor:
-        """Masks and `CallOptions` as in `pattern_attention`; `is_causal=None` takes the constructor's."""
+        """Masks and `CallOptions` as in `pattern_attention`; `is_causal=None` takes the constructor's.
+
+        `nn.TransformerEncoder` calls with src_mask and src_key_padding_mask, which mean what they mean in `nn.TransformerEncoderLayer`: True hides.
+        Then the pattern stays the constructor's unless is_causal is True: torch passes False where it was given no causal mask.
+
+        Raises:
+            TypeError, ValueError: a bad argument, by name.
+        """
+        if "src_mask" in options or "src_key_padding_mask" in options:
+            if attention_mask is not None or key_padding_mask is not None:
+                raise ValueError(
+                    "attention_mask and key_padding_mask must be None beside src_mask and src_key_padding_mask, got both"
+                )
+            src_mask, padding = options.pop("src_mask", None), options.pop("src_key_padding_mask", None)
+            attention_mask, key_padding_mask = masks_of_torch(src_mask, padding, len(src), self.self_attn.num_heads)
+            is_causal = True if is_causal else None
         x = self.norm1(src)
         src = src + self.dropout(self.self_attn(x, x, x, is_causal, attention_mask, key_padding_mask, **options))
         return src + self.dropout(self.feedforward(self.norm2(src)))
+
+
+def masks_of_torch(
+    mask: Tensor | None, padding: Tensor | None, batch: int, heads: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(attention_mask, key_padding_mask) of masks in the convention of `nn.TransformerEncoderLayer`.
+
+    Args:
+        mask: (Nq, Nk) or (batch * heads, Nq, Nk): bool, True hides, or floating, added to scores.
+        padding: (batch, Nk): bool, True hides, or floating, added to scores.
+        batch, heads: of the call.
+
+    Raises:
+        ValueError: a mask has another shape.
+    """
+    if mask is not None:
+        if mask.ndim not in (2, 3) or (mask.ndim == 3 and len(mask) != batch * heads):
+            raise ValueError(f"src_mask must be (Nq, Nk) or ({batch * heads}, Nq, Nk), got {tuple(mask.shape)}")
+        mask = ~mask if mask.dtype == torch.bool else mask
+        mask = mask.unflatten(0, (batch, heads)) if mask.ndim == 3 else mask
+    if padding is None or padding.dtype == torch.bool:
+        return mask, padding
+    if padding.ndim != 2:
+        raise ValueError(f"src_key_padding_mask must be (batch, Nk), got {tuple(padding.shape)}")
+    added = padding[:, None, None]
+    if mask is None:
+        return added, None
+    return (added + mask if mask.is_floating_point() else added.masked_fill(~mask, -torch.inf)), None
 
 
 class DilatedTransformerDecoderLayer(_DilatedLayer):
