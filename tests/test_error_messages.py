@@ -14,7 +14,7 @@ import pytest
 from tests.workspace import modules
 
 # "q", "{}", "{}.out", "parts[{}][0]", 'heads="split"', "ranks {}", "q, k and v", "q_start (or q_spans)"
-_NAME = r"(?:a plan's )?[\w{}][\w.\[\]{}=\"'!]*(?: \(or \w+\))?"
+_NAME = r"(?:a plan's |--)?[\w{}][\w.\[\]{}=\"'!-]*(?: \(or \w+\))?"
 FORM = re.compile(rf"{_NAME}(?:, {_NAME})*(?: and {_NAME})? must (?:not )?\S.*[,;] got \S.*", re.DOTALL)
 
 # (module, text): why this error has another form.

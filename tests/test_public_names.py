@@ -13,7 +13,8 @@ EXPECTED = {
         AttentionBufferManager create_attention_buffer_manager
         MemoryPool get_global_memory_pool reset_global_memory_pool
         Allocator TensorAllocator Block SystemAllocator StatisticsAllocator LimitingAllocator Statistics
-        ArenaAllocator LoggingAllocator FailureCallbackAllocator
+        ArenaAllocator LoggingAllocator FailureCallbackAllocator PoisoningAllocator RecordingAllocator
+        AllocationTrace TraceEvent prometheus_text
         PreparedSlot BufferScope OutstandingBuffer Strategy MemoryReading read_device_memory
         """,
     "patterncache": """

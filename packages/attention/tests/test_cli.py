@@ -184,7 +184,10 @@ def test_memory_runs_a_script_and_tells_what_is_held(capsys, tmp_path):
         (("plan", "--kv-heads", "3"), "--kv-heads must divide --heads=8, got 3"),
         (("plan", "--ring", "9", "--length", "8"), "--ring must be at most --length=8, got 9"),
         (("bench", "--peers", "rocket"), "--peers must be of sdpa"),
-        (("bench", "--peers", "sdpa-mask", "--length", "20000"), "sdpa-mask takes --length up to 16384"),
+        (
+            ("bench", "--peers", "sdpa-mask", "--length", "20000"),
+            "--length must be at most 16384 with --peers sdpa-mask, got 20000",
+        ),
         (("show", "--length", "64", "--png", "/nowhere/at/all.png"), "No such file or directory"),
         (("memory", "/nowhere/script.py"), "script must be a file"),
     ],

@@ -117,7 +117,7 @@ def side_of(name: str, pattern: Pattern, options: Namespace) -> Side:
         )
     if name == "sdpa-mask":
         if options.length > MOST_MASKED:
-            raise ValueError(f"--peers sdpa-mask takes --length up to {MOST_MASKED}, got {options.length}")
+            raise ValueError(f"--length must be at most {MOST_MASKED} with --peers sdpa-mask, got {options.length}")
         counts = torch.as_tensor(pattern.to_dense(options.length, options.heads))
         bias = counts.to(getattr(torch, options.dtype)).log()[None]
         return lambda q, k, v: _heads_first(

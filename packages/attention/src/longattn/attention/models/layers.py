@@ -183,7 +183,7 @@ def masks_of_torch(
         if mask.ndim not in (2, 3) or (mask.ndim == 3 and len(mask) != batch * heads):
             raise ValueError(f"src_mask must be (Nq, Nk) or ({batch * heads}, Nq, Nk), got {tuple(mask.shape)}")
         mask = ~mask if mask.dtype == torch.bool else mask
-        mask = mask.unflatten(0, (batch, heads)) if mask.ndim == 3 else mask
+        mask = mask.view(batch, heads, *mask.shape[1:]) if mask.ndim == 3 else mask
     if padding is None or padding.dtype == torch.bool:
         return mask, padding
     if padding.ndim != 2:
