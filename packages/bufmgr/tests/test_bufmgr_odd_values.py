@@ -18,14 +18,19 @@ from longattn.bufmgr import (
     LimitingAllocator,
     LoggingAllocator,
     MemoryPool,
+    NumaAllocator,
     PoisoningAllocator,
     RecordingAllocator,
     StatisticsAllocator,
     SystemAllocator,
     TraceEvent,
     create_attention_buffer_manager,
+    migrate,
+    numa_policy,
+    numa_topology,
     prometheus_text,
     read_device_memory,
+    read_placement,
 )
 
 TEMP = BufferType.TEMP
@@ -79,7 +84,13 @@ def request(**more: Any) -> dict[str, Any]:
 
 
 FLAGS = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "debug")
-OPTIONS = {"custom_configs": None, "upstream": None, "cleanup": "adaptive", **dict.fromkeys(FLAGS, False)}
+OPTIONS = {
+    "custom_configs": None,
+    "upstream": None,
+    "cleanup": "adaptive",
+    "numa": "prefer",
+    **dict.fromkeys(FLAGS, False),
+}
 
 
 @call
@@ -217,6 +228,26 @@ def prometheus():
     return prometheus_text, {"sources": {"pool": MemoryPool()}}
 
 
+@call
+def numa_allocator():
+    return NumaAllocator, {"upstream": SystemAllocator(), "policy": "prefer", "nodes": None}
+
+
+@call
+def policy_of_a_thread():
+    return lambda **arguments: numa_policy(**arguments).__enter__(), {"policy": "prefer", "nodes": None}
+
+
+@call
+def placement():
+    return read_placement, {"tensor": torch.ones(3)}
+
+
+@call
+def migration():
+    return migrate, {"tensor": torch.ones(3), "node": numa_topology().memory_nodes[0]}
+
+
 STACK: list[Callable[[], Any]] = [
     SystemAllocator,
     ArenaAllocator,
@@ -227,6 +258,7 @@ STACK: list[Callable[[], Any]] = [
     lambda: FailureCallbackAllocator(SystemAllocator(), lambda nbytes: False),
     lambda: PoisoningAllocator(SystemAllocator()),
     lambda: RecordingAllocator(SystemAllocator()),
+    lambda: NumaAllocator(SystemAllocator(), "prefer"),
 ]
 for number, make in enumerate(STACK):
     CALLS[f"allocate {number}"] = lambda make=make: (make().allocate, {"nbytes": 10})
@@ -265,5 +297,6 @@ def test_every_public_callable_is_here_or_needs_no_arguments():
     without = {
         "BufferType", "DEFAULT_CONFIGS", "Allocator", "TensorAllocator", "Block", "Statistics", "OutstandingBuffer", "TraceEvent",
         "Strategy", "MemoryReading", "PreparedSlot", "get_global_memory_pool", "reset_global_memory_pool",
+        "NumaNode", "NumaTopology", "Placement", "numa_policy", "numa_topology",
     }  # fmt: skip
     assert {name for name in package.__all__ if not any(getattr(package, name) is kind for kind in kinds)} == without

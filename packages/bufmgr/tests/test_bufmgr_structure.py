@@ -16,6 +16,7 @@ LAYERS = (
     ("spec",),
     ("request", "strategy"),
     ("memory",),
+    ("numa",),
     ("leasing",),
     ("timeline",),
     ("report",),

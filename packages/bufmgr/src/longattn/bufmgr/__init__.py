@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from longattn.bufmgr.memory.statistics import Statistics, StatisticsAllocator
     from longattn.bufmgr.memory.traces import AllocationTrace, RecordingAllocator, TraceEvent
     from longattn.bufmgr.metrics import prometheus_text
+    from longattn.bufmgr.numa.placement import NumaAllocator, Placement, migrate, numa_policy, read_placement
+    from longattn.bufmgr.numa.topology import NumaNode, NumaTopology, numa_topology
     from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool, reset_global_memory_pool
     from longattn.bufmgr.spec import DEFAULT_CONFIGS, BufferConfig, BufferType
     from longattn.bufmgr.strategy import Strategy
@@ -57,6 +59,14 @@ __all__ = [
     "TraceEvent",
     "AllocationTrace",
     "prometheus_text",
+    "NumaAllocator",
+    "Placement",
+    "migrate",
+    "numa_policy",
+    "read_placement",
+    "NumaNode",
+    "NumaTopology",
+    "numa_topology",
 ]
 
 if not TYPE_CHECKING:
@@ -90,6 +100,14 @@ if not TYPE_CHECKING:
         "TraceEvent": "memory.traces",
         "AllocationTrace": "memory.traces",
         "prometheus_text": "metrics",
+        "NumaAllocator": "numa.placement",
+        "Placement": "numa.placement",
+        "migrate": "numa.placement",
+        "numa_policy": "numa.placement",
+        "read_placement": "numa.placement",
+        "NumaNode": "numa.topology",
+        "NumaTopology": "numa.topology",
+        "numa_topology": "numa.topology",
     }
 
     def __getattr__(name):
