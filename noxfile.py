@@ -275,6 +275,17 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def numa(session: nox.Session) -> None:
+    """Boot a machine with two NUMA nodes under emulation and check where every page is; skip with a reason where none can be booted."""
+    session.install(*constraints(session), *from_checkout("bufmgr", ""))
+    command = ("python", "-m", "tools.numa_guest", *session.posargs)
+    reason = session.run(*command, "--dry-run", silent=True, success_codes=[0, 77])
+    if reason:
+        session.skip(str(reason).strip())
+    session.run(*command)
+
+
+@nox.session
 def mutants(session: nox.Session) -> None:
     """Put a seeded sample of faults into copies of the source: tests notice 90 % of them at least, and the others are listed with a reason."""
     extras = {"kernels": "testing", "patterncache": "testing,torch"}

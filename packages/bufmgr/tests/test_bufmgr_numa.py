@@ -93,7 +93,8 @@ class FakeLibc:
             page = addresses[i] // PAGE * PAGE
             if goals is not None and page in self.pages and page not in self.stuck:
                 self.pages[page] = goals[i]
-            status[i] = self.pages.get(page, -errno.ENOENT)
+            # The kernel has one answer for a missing page, and another for a missing table of pages.
+            status[i] = self.pages.get(page, -errno.ENOENT if page // PAGE % 2 else -errno.EFAULT)
             if goals is not None and page in self.stuck:
                 status[i] = -errno.EBUSY
         return 0

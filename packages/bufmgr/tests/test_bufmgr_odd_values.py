@@ -28,6 +28,7 @@ from longattn.bufmgr import (
     migrate,
     numa_policy,
     numa_topology,
+    plan_memory,
     prometheus_text,
     read_device_memory,
     read_placement,
@@ -248,6 +249,19 @@ def migration():
     return migrate, {"tensor": torch.ones(3), "node": numa_topology().memory_nodes[0]}
 
 
+@call
+def plan():
+    class AnyShapes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return self.weight * 2
+
+    return plan_memory, {"module": AnyShapes(), "shapes": [(4, 3)], "backward": True}
+
+
 STACK: list[Callable[[], Any]] = [
     SystemAllocator,
     ArenaAllocator,
@@ -297,6 +311,6 @@ def test_every_public_callable_is_here_or_needs_no_arguments():
     without = {
         "BufferType", "DEFAULT_CONFIGS", "Allocator", "TensorAllocator", "Block", "Statistics", "OutstandingBuffer", "TraceEvent",
         "Strategy", "MemoryReading", "PreparedSlot", "get_global_memory_pool", "reset_global_memory_pool",
-        "NumaNode", "NumaTopology", "Placement", "numa_policy", "numa_topology",
+        "NumaNode", "NumaTopology", "Placement", "numa_policy", "numa_topology", "MemoryPlan", "Lifetime",
     }  # fmt: skip
     assert {name for name in package.__all__ if not any(getattr(package, name) is kind for kind in kinds)} == without

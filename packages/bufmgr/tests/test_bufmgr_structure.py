@@ -19,7 +19,7 @@ LAYERS = (
     ("numa",),
     ("leasing",),
     ("timeline",),
-    ("report",),
+    ("report", "planning"),
     ("pool",),
     ("serving", "metrics"),
     ("manager",),

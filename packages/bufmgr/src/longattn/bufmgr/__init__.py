@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from longattn.bufmgr.metrics import prometheus_text
     from longattn.bufmgr.numa.placement import NumaAllocator, Placement, migrate, numa_policy, read_placement
     from longattn.bufmgr.numa.topology import NumaNode, NumaTopology, numa_topology
+    from longattn.bufmgr.planning.lifetimes import Lifetime
+    from longattn.bufmgr.planning.plan import MemoryPlan, plan_memory
     from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool, reset_global_memory_pool
     from longattn.bufmgr.spec import DEFAULT_CONFIGS, BufferConfig, BufferType
     from longattn.bufmgr.strategy import Strategy
@@ -67,6 +69,9 @@ __all__ = [
     "NumaNode",
     "NumaTopology",
     "numa_topology",
+    "plan_memory",
+    "MemoryPlan",
+    "Lifetime",
 ]
 
 if not TYPE_CHECKING:
@@ -108,6 +113,9 @@ if not TYPE_CHECKING:
         "NumaNode": "numa.topology",
         "NumaTopology": "numa.topology",
         "numa_topology": "numa.topology",
+        "plan_memory": "planning.plan",
+        "MemoryPlan": "planning.plan",
+        "Lifetime": "planning.lifetimes",
     }
 
     def __getattr__(name):

@@ -261,6 +261,7 @@ def _spread(calls: SystemCalls, pages: Sequence[int], nodes: Sequence[int]) -> N
 
 def _summary(statuses: Sequence[int]) -> Placement:
     counts = Counter(statuses)
-    untouched = counts.pop(-errno.ENOENT, 0)
+    # No page, no table of pages, or the page of zeros that all processes share: nobody has written there.
+    untouched = counts.pop(-errno.ENOENT, 0) + counts.pop(-errno.EFAULT, 0)
     failed = {errno.errorcode.get(-status, str(status)): n for status, n in counts.items() if status < 0}
     return Placement({node: n for node, n in sorted(counts.items()) if node >= 0}, untouched, failed or None)

@@ -79,7 +79,7 @@ class SystemCalls:
         self._call(self._numbers.set_mempolicy, ctypes.c_int(mode), mask if any(mask) else None, bits)
 
     def page_nodes(self, pages: Sequence[int], targets: Sequence[int] | None = None) -> list[int]:
-        """Return the node of each page by its address, or a negative error number: -ENOENT where no page is yet.
+        """Return the node of each page by its address, or a negative error number: -ENOENT or -EFAULT where no page is yet.
 
         targets: first move each page to this node; what is returned is then the kernel's answer for each.
         """
