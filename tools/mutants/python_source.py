@@ -94,7 +94,7 @@ def _parts(node: ast.AST) -> Iterator[ast.AST]:
             return  # an alias of a type
         case ast.Call(func=ast.Name(id="cast" | "isinstance" | "issubclass" | "TypeVar")):
             return
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="logger" | "warnings"))):
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="logger" | "LOGGER" | "warnings"))):
             return
         case _:
             pass
@@ -140,7 +140,7 @@ def _replacements(node: ast.expr | ast.stmt) -> Iterator[str]:
 def _says_only(call: ast.Call) -> bool:
     """Whether a call writes to the log or warns."""
     value = call.func.value if isinstance(call.func, ast.Attribute) else None
-    return isinstance(value, ast.Name) and value.id in ("logger", "warnings")
+    return isinstance(value, ast.Name) and value.id in ("logger", "LOGGER", "warnings")
 
 
 def _copied(node: ast.AST, **changed: object) -> ast.AST:
