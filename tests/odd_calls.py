@@ -6,7 +6,6 @@ bufmgr has a table of its own beside its tests, which run where the other packag
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 import longattn.attention as attention
 import longattn.kernels as kernels
 import longattn.patterncache as patterncache
-from longattn.attention import Local, Ring
 from longattn.patterncache import Dilated, Full, PatternCache, Rectangle, Span, Window
 
 Call = Callable[[], tuple[Callable[..., Any], dict[str, Any]]]
@@ -119,6 +117,9 @@ add(
 )  # fmt: skip
 add("patterncache.from_natten", shape=(4, 4), kernel_size=3, stride=1, dilation=1, is_causal=False)
 
+BIGBIRD = SimpleNamespace(attention_type="block_sparse", block_size=2, num_random_blocks=1)
+add("patterncache.from_bigbird", config=BIGBIRD, N=32, rand_attn=None)
+
 # kernels
 OPTIONS: dict[str, Any] = {
     "is_causal": None, "softmax_scale": None, "attention_mask": None, "key_padding_mask": None, "score_terms": None, "dropout_p": 0.0,
@@ -151,39 +152,3 @@ add("kernels.RelativeBias", table=x(8, 2), bidirectional=True, max_distance=16)
 add("kernels.RelativeBias.buckets", kernels.RelativeBias(x(8, 2)).buckets, distance=torch.arange(3))
 add("kernels.backends", device=None)
 add("kernels.Environment", cache=None, allocator=None)
-
-# attention
-MORE: dict[str, Any] = {
-    **OPTIONS, "return_lse": False, "schedule": None, "q_start": None, "seed": None, "sink_logits": None, "positions_start": None,
-    "cu_seqlens": None, "cu_seqlens_q": None, "merge_grad": "exact", "head_start": None, "num_heads": None, "layout": "bnhd",
-    "return_key_weights": False,
-}  # fmt: skip
-add("attention.pattern_attention", **qkv(), pattern=Window(3), **MORE)
-add(
-    "attention.pattern_attention ring",
-    attention.pattern_attention,
-    **qkv(),
-    pattern=Window(3),
-    **{**MORE, "schedule": Ring(size=2)},
-)
-WEIGHED: dict[str, Any] = {
-    "softmax_scale": None, "attention_mask": None, "key_padding_mask": None, "head_start": None, "num_heads": None, "layout": "bnhd",
-    "score_terms": None,
-}  # fmt: skip
-add("attention.attention_weights", **qkv("q", "k"), pattern=Window(3), **WEIGHED, distance=None)
-add("attention.sparse_attention_weights", **qkv("q", "k"), pattern=Window(3), **WEIGHED)
-add("attention.shard_sequence", x=x(1, 4, 2), schedule=Local(), dim=1)
-add("attention.unshard_sequence", x=x(1, 4, 2), schedule=Local(), group=None, dim=1)
-add(
-    "attention.choose", group=2, pattern=Window(3), length=16, num_heads=2, kv_heads=None, head_dim=4, batch=1, dtype=torch.float32,
-    value_head_dim=None,
-)  # fmt: skip
-add("attention.Ring", group=None, size=2, layout="contiguous", lengths=None)
-add(
-    "attention.SparsePatternConfig", pattern_type="dilated_sparse", sparsity_ratio=0.1, block_size=2, local_window_size=4,
-    num_global_tokens=1, seed=0,
-)  # fmt: skip
-add("attention.SparsePatternConfig.layout", attention.SparsePatternConfig().layout, causal=True)
-add("attention.SparsePatternConfig.block_sparse", attention.SparsePatternConfig().block_sparse, length=8, causal=True)
-add("attention.Wiring", **dict.fromkeys(attention.Wiring.__dataclass_fields__, False))
-add("attention.AttentionConfig", name="dilated", dropout=0.0)
