@@ -22,17 +22,15 @@ CALLS: dict[str, Call] = {}
 """{name: makes (the callable, arguments that it serves)}, made anew for each call."""
 
 SQUARE = Rectangle(2, Span(0, 4), Span(0, 4))
-SHAPE = {"segment_lengths": (2, 4), "dilation_rates": (1, 2)}
+SHAPE: dict[str, Any] = {"segment_lengths": (2, 4), "dilation_rates": (1, 2)}
 
 
 def add(name: str, function: Callable[..., Any] | None = None, /, **arguments: Any) -> None:
     """A call whose arguments no call changes. `name` is PACKAGE.NAME or PACKAGE.NAME.METHOD, `function` where it is another."""
-    if function is None:
-        package, attribute = name.split(".")
-        function = getattr(
-            {"patterncache": patterncache, "kernels": kernels, "attention": attention}[package], attribute
-        )
-    CALLS[name] = lambda: (function, dict(arguments))
+    package, attribute = name.split(".")[:2]
+    modules = {"patterncache": patterncache, "kernels": kernels, "attention": attention}
+    called: Callable[..., Any] = getattr(modules[package], attribute) if function is None else function
+    CALLS[name] = lambda: (called, dict(arguments))
 
 
 def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -40,7 +38,7 @@ def x(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-def qkv(*names: str) -> dict[str, torch.Tensor]:
+def qkv(*names: str) -> dict[str, Any]:
     """(1, 4, 2, 4) tensors by name."""
     return {name: x(1, 4, 2, 4) for name in names or ("q", "k", "v")}
 

@@ -56,7 +56,7 @@ ODD: dict[str, Any] = {
 @pytest.fixture(scope="module", autouse=True)
 def one_process() -> Iterator[None]:
     """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     yield
     dist.destroy_process_group()
 

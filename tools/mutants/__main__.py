@@ -72,13 +72,13 @@ def try_target(
     limit = 0.0
     for tree in trees:
         # First what each test calls is recorded, then the order of tests is the one that mutants meet.
+        begun = 0.0
         for _ in range(2):
             begun = time.monotonic()
             if tree.run(900.0) != SURVIVED:
                 print(f"{name}: the tests fail without a fault:\n{tree.printed[-3000:]}")
                 return False
-            took = time.monotonic() - begun
-        limit = max(limit, 20.0 + 3.0 * took)
+        limit = max(limit, 20.0 + 3.0 * (time.monotonic() - begun))
     print(f"{name}: {len(chosen)} of {len(every)} mutants, at most {limit:.0f} s each", flush=True)
     counted: dict[str, int] = dict.fromkeys((KILLED, HANGS, INVALID, SURVIVED), 0)
     unlisted = 0

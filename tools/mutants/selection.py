@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import pytest
 
@@ -36,7 +36,7 @@ class Recorder:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         """Record one test."""
-        called: dict[object, None] = {}
+        called: dict[CodeType, None] = {}
 
         def note(frame: FrameType, event: str, _: object) -> None:
             if event == "call":
