@@ -154,8 +154,10 @@ class RingBufferState(Rings):
         Raises:
             ValueError: copies is not an integer >= 1.
         """
-        if isinstance(copies, bool) or not isinstance(cast(object, copies), int) or not 1 <= copies <= MOST_COPIES:
-            raise ValueError(f"copies must be an integer from 1 to {MOST_COPIES}, got {copies!r}")
+        if isinstance(copies, bool) or not isinstance(cast(object, copies), int) or copies < 1:
+            raise ValueError(f"copies must be an integer >= 1, got {copies!r}")
+        if copies > MOST_COPIES:
+            raise ValueError(f"copies must be at most {MOST_COPIES}, got {copies}")
         copy = self.alias()
         copy.cursors = [cursor.clone() for cursor in self.cursors]
         return copy.reorder([row for row in range(self.batch_size) for _ in range(copies)])
