@@ -20,7 +20,7 @@ from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
 from longattn.patterncache.planning.intervals import Intervals
 from longattn.patterncache.planning.limits import counting_pairs
 from longattn.patterncache.planning.listing import listed_branches
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_flag, check_int, shortened
 
 if TYPE_CHECKING:
     from longattn.patterncache.analysis.results import Gap, Lint, Reach
@@ -173,7 +173,7 @@ class Pattern(ABC):
 
     def counts(self, rectangle: Rectangle) -> Counts:
         """(heads, queries, keys) int64, dense: for tests, oracles and small sizes."""
-        self.check_rectangle(rectangle)
+        self.check_rectangle(check_rectangle_type(rectangle))
         h = rectangle.heads.positions()[:, None, None]
         i = rectangle.query_positions()[None, :, None]
         j = rectangle.key_positions()[None, None, :]
@@ -193,11 +193,7 @@ class Pattern(ABC):
             TypeError, ValueError: an argument is not such a value, the pattern means nothing on part of the rectangle, or too many
                 pairs.
         """
-        if not isinstance(rectangle, Rectangle):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                "rectangle must be a Rectangle, such as Rectangle(heads, Span(0, N), Span(0, N)), "
-                f"got {rectangle!r} ({type(rectangle).__name__})"
-            )
+        check_rectangle_type(rectangle)
         with counting_pairs(listed):
             self.check_rectangle(rectangle)
             return make_plan(rectangle, self.branches(rectangle))
@@ -294,8 +290,16 @@ def check_pattern_type(name: str, value: object) -> Pattern:
     return value
 
 
+def check_rectangle_type(value: object) -> Rectangle:
+    """Return `value`, or raise TypeError unless it is a Rectangle."""
+    if not isinstance(value, Rectangle):
+        raise TypeError(
+            "rectangle must be a Rectangle, such as Rectangle(heads, Span(0, N), Span(0, N)), "
+            f"got {shortened(value)} ({type(value).__name__})"
+        )
+    return value
+
+
 def check_causal(value: object) -> bool:
     """Return `value`, or raise TypeError unless it is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"causal must be True or False, got {shortened(value)} ({type(value).__name__})")
-    return value
+    return check_flag("causal", value)

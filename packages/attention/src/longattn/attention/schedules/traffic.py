@@ -18,10 +18,11 @@ from longattn.attention.schedules.packing import packing_of
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.schedules.transport import Place
 from longattn.attention.schedules.ulysses import Ulysses
-from longattn.attention.validate import check_pattern_argument, check_size
+from longattn.attention.validate import check_pattern_argument, check_size, check_type
 from longattn.kernels.interface import state_dtype
 from longattn.patterncache import Pattern, Rectangle, get_global_pattern_cache
 
+MOST_RANKS = 1024
 MOST_IMBALANCE = 1.25
 """An engine whose slowest rank works more than that over the mean is chosen only where all do."""
 
@@ -188,6 +189,9 @@ def choose(
         TypeError, ValueError: a bad argument, by name.
     """
     ranks = check_size("group", group) if isinstance(group, int) else Place.of(group).size
+    if ranks > MOST_RANKS:
+        raise ValueError(f"group must have at most {MOST_RANKS} ranks, each of whose steps is looked at, got {ranks}")
+    check_type("dtype", dtype, torch.dtype, "a torch.dtype")
     heads = check_size("num_heads", num_heads)
     kv_heads = heads if kv_heads is None else check_size("kv_heads", kv_heads)
     if heads % kv_heads:

@@ -39,7 +39,11 @@ def for_length(
             )
         affordable = {
             rate: max(
-                width, min(length, int(width + (budget - _keys(length, rate, width, causal)) / (1 if causal else 2)))
+                width,
+                min(
+                    length,
+                    int(width + (min(budget, length) - _keys(length, rate, width, causal)) / (1 if causal else 2)),
+                ),
             )
             for rate, width in candidates.items()
             if _keys(length, rate, width, causal) <= budget

@@ -14,7 +14,7 @@ from longattn.patterncache.analysis.propagation import nodes_of, square, stretch
 from longattn.patterncache.analysis.reach import count_islands, layers_needed
 from longattn.patterncache.analysis.results import Lint
 from longattn.patterncache.pattern import Pattern
-from longattn.patterncache.spans import Span, check_int
+from longattn.patterncache.spans import Span, check_int, shortened
 
 _MOST_NODES = 1 << 14
 """Tokens of a stretch that `lint` follows one by one; `reach` is more patient."""
@@ -37,7 +37,7 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
     """
     length = check_int("N", length, minimum=0)
     num_heads, head_dim = check_int("num_heads", num_heads, minimum=1), check_int("head_dim", head_dim, minimum=1)
-    if dtype not in _BYTES:
+    if not isinstance(dtype, str) or dtype not in _BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"dtype must be one of {tuple(_BYTES)}, got {dtype!r}")
     parts = stretches(pattern, length, num_heads)
     apart = sum(part.times * count_islands(part) for part in parts)
@@ -110,6 +110,8 @@ def describe(
             f"N must be at most 64 without a picture, and head below num_heads={num_heads}, got N={length} and head={head}"
         )
     if png is not None:
+        if not isinstance(png, (str, PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"png must be None or the path of a picture, got {shortened(png)} ({type(png).__name__})")
         draw(pattern, verdict, head, png)
     if length > 64:
         return str(verdict)

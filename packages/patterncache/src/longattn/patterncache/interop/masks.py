@@ -16,11 +16,12 @@ from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.patterns.periodic import Periodic, Run
 from longattn.patterncache.planning.limits import VARIABLE, check_listed, cost_of, is_limited
-from longattn.patterncache.spans import Rows, check_int, shortened
+from longattn.patterncache.spans import Rows, check_flag, check_int, shortened
 
 Shown = npt.NDArray[np.bool_]
 
 MOST_CELLS = 1 << 28
+MOST_BATCH = 1 << 16
 """(head, query, key) triples of a mask that are looked at one by one: a quarter of a gigabyte of booleans."""
 
 _STRIP_CELLS = 1 << 20
@@ -58,7 +59,7 @@ def from_mask_mod(
         mask_mod: (b, h, q, k) -> whether q sees k; elementwise over broadcast int64 arrays, True or False each.
         N: tokens, >= 1: queries and keys.
         num_heads: heads to ask about, which are the heads of the result; None (default): heads do not differ, and 0 is asked.
-        batch: how many batch entries to ask; a pattern has none, so they must agree. Default 1.
+        batch: how many batch entries to ask, at most 65536; a pattern has none, so they must agree. Default 1.
         as_tensor: makes what mask_mod takes of an int64 array; `torch.from_numpy` for one written with torch functions.
         compact: demand a `Periodic`. Default False.
         listed: what happens where num_heads * N * N is above 2 ** 28. "limit": an error that says what comparing every pair would
@@ -76,7 +77,10 @@ def from_mask_mod(
     if not callable(mask_mod):
         raise TypeError(f"mask_mod must be callable as mask_mod(b, h, q, k), got {mask_mod!r}")
     length, batch = check_int("N", N, minimum=1), check_int("batch", batch, minimum=1)
+    if batch > MOST_BATCH:
+        raise ValueError(f"batch must be at most {MOST_BATCH}, for every entry is asked, got {batch}")
     heads = 1 if num_heads is None else check_int("num_heads", num_heads, minimum=1)
+    check_flag("compact", compact)
     if listed is not None:
         check_listed("listed", listed)
     if verify not in VERIFY:

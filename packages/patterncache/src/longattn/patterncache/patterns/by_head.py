@@ -11,7 +11,7 @@ import numpy as np
 from longattn.patterncache.analysis.results import Gap
 from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
 from longattn.patterncache.plan import Branch, Counts
-from longattn.patterncache.spans import Rectangle, Rows, Span, congruent_indices
+from longattn.patterncache.spans import Rectangle, Rows, Span, congruent_indices, shortened
 
 MOST_HEADS = 1 << 20
 """Heads that a module may have: each is looked at."""
@@ -35,7 +35,10 @@ class ByHead(Pattern, name="by_head"):
         if not isinstance(self.parts, (tuple, list)) or not self.parts:
             raise TypeError(f"parts must be a sequence of at least one (heads, pattern), got {self.parts!r}")
         taken: set[int] = set()
-        for at, (heads, pattern) in enumerate(self.parts):
+        for at, part in enumerate(self.parts):
+            if not isinstance(part, (tuple, list)) or len(part) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+                raise TypeError(f"parts[{at}] must be (heads, pattern), got {shortened(part)}")
+            heads, pattern = part
             if not isinstance(heads, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"parts[{at}][0] must be a Span of heads, got {heads!r}")
             if heads.length and heads.last >= MOST_HEADS:

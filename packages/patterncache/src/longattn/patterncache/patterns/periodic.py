@@ -11,7 +11,7 @@ import numpy as np
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
 Run = tuple[int, int, int | None, int | None]
 
@@ -42,7 +42,10 @@ class Periodic(Pattern, name="periodic"):
         if not isinstance(self.runs, (tuple, list)):
             raise TypeError(f"runs must be a sequence of (a, b, low, high), got {self.runs!r}")
         runs: list[Run] = []
-        for at, (a, b, low, high) in enumerate(self.runs):
+        for at, run in enumerate(self.runs):
+            if not isinstance(run, (tuple, list)) or len(run) != 4:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+                raise TypeError(f"runs[{at}] must be (a, b, low, high), got {shortened(run)}")
+            a, b, low, high = run
             if (
                 check_int(f"runs[{at}][0]", a, minimum=0) >= self.period
                 or check_int(f"runs[{at}][1]", b, minimum=0) >= self.period
