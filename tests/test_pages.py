@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.experiment import experiments
 from longattn.patterncache import Dilated, Full
 from tests.workspace import ROOT
+from tools.pages import picture
 from tools.pages.figures import FIGURES, counts_of, save, slots_of, work_of
 from tools.pages.plots import draw_all
 from tools.pages.repository import FOLDERS, SHOWN, page_of, relinked
-from tools.pages.rows import Measured, measured, processors
+from tools.pages.rows import Measured, measured, processor_of, processors, records
 from tools.pages.tables import TABLES
 
 DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_shown_file_has_a_page() -> None:
@@ -32,7 +35,7 @@ def test_every_shown_file_has_a_page() -> None:
         ("[x](LICENSE)", "[x](licence.md)"),
         ("[x](tools/sass.py)", "x (`tools/sass.py`)"),
         ("[x](https://example.org/y)", "[x](https://example.org/y)"),
-        ("![x](picture.svg)", "![x](picture.svg)"),
+        ("![x](docs/picture.svg)", "![x](picture.svg)"),
     ],
 )
 def test_links_of_the_readme_lead_to_pages(link: str, expected: str) -> None:
@@ -128,3 +131,38 @@ def test_everything_can_be_drawn(tmp_path: Path) -> None:
     assert len(names) == len(set(names)) > 3
     pages = "".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")) + TABLES["performance"]()
     assert [] == [name for name in [*FIGURES, *names] if f"_figures/{name}.svg" not in pages]
+
+
+def test_the_readme_picture_is_drawn() -> None:
+    """`python -m tools.pages.picture` writes it; it is the same in every byte."""
+    assert picture.FILE.read_text(encoding="utf-8") == picture.picture()
+
+
+MEASURED = re.findall(r"^\| (.+) \| ([\d.]+)x \| (AMD .+|Intel .+) \| `bench (\w+) (.+)` \|$", README, re.M)
+
+
+@pytest.mark.parametrize(("what", "ratio", "processor", "case", "options"), MEASURED)
+def test_ratios_of_the_readme_are_rows(what: str, ratio: str, processor: str, case: str, options: str) -> None:
+    """Each is a row of an experiment that its command runs, on the processor that it names."""
+    texts = re.findall(r"--only (\S+)", options)
+    asked = [one.labels for one in experiments(case, quick=False) if all(text in one.key for text in texts)]
+    named = {
+        (label.variant, label.peer, label.dtype, str(label.seq_len), str(label.causal), label.direction)
+        for label in asked
+    }
+    columns = ("variant", "peer", "dtype", "seq_len", "causal", "direction")
+    rows = [
+        row
+        for row in records(case)
+        if tuple(row[column] for column in columns) in named
+        and processor_of(row) == processor
+        and ratio == f"{float(row['ratio_cpu']):.2f}"
+    ]
+    assert rows
+    assert all(row["seq_len"] in what and ("backward" in row["direction"]) == ("backward" in what) for row in rows)
+
+
+def test_the_readme_has_four_ratios() -> None:
+    """Four, and one of them is a loss."""
+    assert len(MEASURED) == 4
+    assert any(float(ratio) < 1 for _, ratio, _, _, _ in MEASURED)

@@ -186,7 +186,7 @@ class Walker(SimpleHTTPRequestHandler):
         self.end_headers()
         Walker.ready.set()
 
-    def log_message(self, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  as the base class calls it
         """Silent."""
 
 

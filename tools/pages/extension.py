@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sphinx.application import Sphinx
-
 from tools.pages.figures import FIGURES, save
 from tools.pages.plots import draw_all
 from tools.pages.repository import SHOWN, shown
@@ -16,7 +14,7 @@ from tools.pages.tables import TABLES
 _ROWS = re.compile(r"^```\{rows\} (?P<name>.+)\n```$", re.MULTILINE)
 
 
-def draw(app: Sphinx) -> None:
+def draw(app: Any) -> None:
     """Write every figure into `_figures` below the pages."""
     folder = Path(app.srcdir) / "_figures"
     folder.mkdir(exist_ok=True)
@@ -35,12 +33,12 @@ def with_tables(text: str) -> str:
     return _ROWS.sub(lambda match: TABLES[match["name"]](), text)
 
 
-def read(app: Sphinx, docname: str, source: list[str]) -> None:
+def read(app: Any, docname: str, source: list[str]) -> None:
     """What Sphinx reads instead of the page's own text."""
     source[0] = shown(docname) if docname in SHOWN else with_tables(source[0])
 
 
-def setup(app: Sphinx) -> dict[str, Any]:
+def setup(app: Any) -> dict[str, Any]:
     """Called by Sphinx."""
     app.connect("builder-inited", draw)
     app.connect("source-read", read)

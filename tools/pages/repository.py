@@ -26,7 +26,7 @@ SHOWN = {
 FOLDERS = {"docs/adr": "adr/index", "benchmarks/results": "performance", "docs": "index", "examples": "examples"}
 """Folder -> the page about what is in it."""
 
-_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]\[]*)\]\((?P<target>[^)\s]+)\)")
+_LINK = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]\[]*)\]\((?P<target>[^)\s]+)\)")
 
 
 def page_of(path: str) -> str | None:
@@ -49,17 +49,20 @@ def shown(page: str) -> str:
 
 
 def relinked(text: str, file: str, page: str) -> str:
-    """Links of a file of the repository, said from a page's place; what has no page leads to a file name without a link."""
+    """Links and pictures of a file of the repository, said from a page's place; a file without a page is named, without a link."""
 
     def replaced(match: re.Match[str]) -> str:
         target, _, anchor = match["target"].partition("#")
         if not target or "://" in target:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(file), target))
+        folder = posixpath.dirname(page) or "."
+        if match["picture"]:
+            return f"![{match['text']}]({posixpath.relpath(path, posixpath.join('docs', folder))})"
         known = page_of(path)
         if known is None:
             return f"{match['text']} (`{path}`)"
-        place = posixpath.relpath(known, posixpath.dirname(page) or ".") + ".md"
+        place = posixpath.relpath(known, folder) + ".md"
         return f"[{match['text']}]({place}{'#' + anchor if anchor else ''})"
 
     return _LINK.sub(replaced, text)
