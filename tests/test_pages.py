@@ -1,12 +1,14 @@
 """What pages are made of: files of the repository as pages, tables of rows, figures. `test_site` looks at what is built of them."""
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.experiment import experiments
+from longattn.attention.cli.parser import build_parser
 from longattn.patterncache import Dilated, Full
 from tests.workspace import ROOT
 from tools.pages import picture
@@ -166,3 +168,17 @@ def test_the_readme_has_four_ratios() -> None:
     """Four, and one of them is a loss."""
     assert len(MEASURED) == 4
     assert any(float(ratio) < 1 for _, ratio, _, _, _ in MEASURED)
+
+
+def test_commands_on_the_pages_parse() -> None:
+    """Each `longattn ...` line of a shell block is one that the command takes."""
+    lines = [
+        line.removeprefix("longattn ")
+        for path in (ROOT / "README.md", *DOCS.rglob("*.md"))
+        for block in re.findall(r"```sh\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("longattn ")
+    ]
+    assert len(lines) >= 8
+    for line in lines:
+        build_parser().parse_args(shlex.split(line, comments=True))
