@@ -12,6 +12,7 @@ from longattn.attention.cli.parser import build_parser
 from longattn.patterncache import Dilated, Full
 from tests.workspace import ROOT
 from tools.pages import picture
+from tools.pages.extension import with_examples
 from tools.pages.figures import FIGURES, counts_of, save, slots_of, work_of
 from tools.pages.plots import draw_all
 from tools.pages.repository import FOLDERS, SHOWN, page_of, relinked
@@ -99,6 +100,26 @@ def test_a_choice_is_a_comparison() -> None:
     """The row that a call takes, beside dense attention, by the same ratio as everywhere."""
     row: Measured = next(row for row in measured("choice") if row.variant.startswith("window 64"))
     assert ("dense", round(row.peer_ms / row.ours_ms, 3)) == (row.peer, row.ratio)
+
+
+def test_examples_in_docstrings_are_marked() -> None:
+    """An indented block after a paragraph is code; sections, lists and blocks that say so themselves are left alone."""
+    plain = [
+        "Says it.",
+        "",
+        "    x = 1",
+        "    y = 2",
+        "",
+        "Args:",
+        "    x: a number",
+        "        of any size.",
+        "",
+        "Code::",
+        "",
+        "    z",
+    ]
+    assert ["Says it.", "", ".. code-block:: python", "", "    x = 1", *plain[3:]] == with_examples(plain)
+    assert plain[4:] == with_examples(plain[4:])
 
 
 def test_figures_show_counts() -> None:
