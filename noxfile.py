@@ -221,7 +221,10 @@ def floors(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """Build the pages, a warning is an error; then walk every link and, where a Chromium is at hand, look at every page in it."""
     extras = {"patterncache": "torch", "kernels": "testing"}
-    editable = [f"--editable=packages/{name}[{extras[name]}]" if name in extras else f"--editable=packages/{name}" for name in PACKAGES]
+    editable = [
+        f"--editable=packages/{name}[{extras[name]}]" if name in extras else f"--editable=packages/{name}"
+        for name in PACKAGES
+    ]
     session.install(*constraints(session), *editable, *group("docs", "test"))
     site = (ROOT / "docs" / "_build" / "html").resolve()
     shutil.rmtree(site, ignore_errors=True)
