@@ -43,7 +43,7 @@ TARGETS: dict[str, Target] = {
         ("caching/*.py",),
         tuple(
             f"patterncache/test_{name}"
-            for name in ("cache", "cache_policy", "cache_flight", "held_bytes", "wire", "cache_global", "device_tier")
+            for name in ("cache", "cache_policy", "cache_flight", "held_bytes", "hostile_text", "wire", "cache_global", "device_tier")
         ),
     ),
     "merge": Target(
