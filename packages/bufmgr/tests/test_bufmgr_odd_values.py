@@ -84,7 +84,7 @@ def request(**more: Any) -> dict[str, Any]:
     return {"type": TEMP, "shape": (3,), "dtype": torch.float32, "device": "cpu", "zero_init": False, **more}
 
 
-FLAGS = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "debug")
+FLAGS = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "debug", "adaptive_cache")
 OPTIONS = {
     "custom_configs": None,
     "upstream": None,

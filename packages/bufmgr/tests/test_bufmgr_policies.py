@@ -303,3 +303,45 @@ def test_a_pool_accounts_for_its_managers():
     del held
     second.allocate(SCORES, (MIB,), torch.uint8)
     assert {row["name"]: row["cache_misses"] for row in pool.accounts()} == {"layer 0": 2, "layer 1": 2, "pool": 1}
+
+
+def rounds(manager: AttentionBufferManager, shapes: int, count: int = 6) -> float:
+    """Take and drop so many shapes in turn; return the hit rate of the last rounds."""
+    for _ in range(count):
+        for size in range(1, shapes + 1):
+            manager.allocate(TEMP, (size * MIB // 64,), torch.uint8)
+    before = manager.get_stats()
+    for size in range(1, shapes + 1):
+        manager.allocate(TEMP, (size * MIB // 64,), torch.uint8)
+    return (manager.get_stats()["cache_hits"] - before["cache_hits"]) / shapes
+
+
+def test_a_cache_adapts_to_what_its_limit_costs(monkeypatch: pytest.MonkeyPatch):
+    """Five shapes in turn never hit in a cache of three; the misses that the limit costs are counted, and raise it to five."""
+    configs = {TEMP: BufferConfig(max_cached_buffers=3)}
+    fixed = AttentionBufferManager(configs, upstream=SystemAllocator())
+    assert rounds(fixed, 5) == 0.0
+    stats = fixed.get_stats()["types"]["temp"]
+    assert (stats["max_buffers"], stats["limit_misses"]) == (3, 5 * 6)
+    adaptive = AttentionBufferManager(configs, upstream=SystemAllocator(), adaptive_cache=True)
+    assert rounds(adaptive, 5) == 1.0
+    assert adaptive.get_stats()["types"]["temp"]["max_buffers"] == 5
+    assert adaptive.get_stats()["cached_buffers"] == 5
+    adaptive.check_valid()
+    monkeypatch.setattr(adaptive._gauge, "share_to_give_back", lambda: 0.5)
+    adaptive.allocate("scores", (16,))
+    assert adaptive.get_stats()["types"]["temp"]["max_buffers"] == 3
+    assert adaptive.get_stats()["types"]["temp"]["cached_buffers"] <= 3
+    adaptive.check_valid()
+
+
+def test_a_cache_grows_four_times_at_most_and_not_for_what_it_would_not_serve():
+    """Shapes that never come again raise nothing; more shapes than four times the limit raise it to that and no further."""
+    configs = {TEMP: BufferConfig(max_cached_buffers=2)}
+    manager = AttentionBufferManager(configs, upstream=SystemAllocator(), adaptive_cache=True)
+    for size in range(1, 100):
+        manager.allocate(TEMP, (size * 4096,), torch.uint8)
+    assert manager.get_stats()["types"]["temp"]["max_buffers"] == 2
+    rounds(manager, 7)
+    assert manager.get_stats()["types"]["temp"]["max_buffers"] <= 8
+    manager.check_valid()

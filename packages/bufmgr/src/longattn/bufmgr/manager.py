@@ -12,17 +12,16 @@ from sys import getrefcount
 import torch
 from torch import compiler, get_default_dtype
 
-from longattn.bufmgr.checks import check_flag, check_kind, check_whole
+from longattn.bufmgr.checks import check_flag, check_kind
 from longattn.bufmgr.leasing.guard import TAKEN
 from longattn.bufmgr.leasing.scope import BufferScope
 from longattn.bufmgr.leasing.slots import PreparedSlot, has_only_ints, traced_as
-from longattn.bufmgr.log import LOGGER
 from longattn.bufmgr.memory.allocator import Allocator, check_upstream
 from longattn.bufmgr.memory.pressure import Cleanup, check_cleanup
 from longattn.bufmgr.numa.placement import check_policy
 from longattn.bufmgr.numa.system_calls import Policy
 from longattn.bufmgr.request import function_modes, resolve_request
-from longattn.bufmgr.serving import PREALLOCATED_TYPES, RequestServer
+from longattn.bufmgr.serving import RequestServer
 from longattn.bufmgr.spec import BufferConfig, BufferType, merge_configs, parse_type
 from longattn.bufmgr.strategy import Strategy
 
@@ -44,6 +43,8 @@ class AttentionBufferManager(RequestServer):
     numa: where Strategy.NUMA_AWARE puts pages, "prefer" (default: the node of the thread that allocates, while it has room),
         "bind" (only there) or "interleave" (round all nodes). Inactive on one node, and with lightweight; `get_stats` says so.
     name: whose manager this is, a module's name say; `MemoryPool.accounts` lists managers by it. Default "".
+    adaptive_cache: raise a type's max_cached_buffers, up to four times, as misses show that it is too low, and set it back when
+        memory gets short. max_cached_mb stays. Default False.
 
     Host memory is recycled here. On an accelerator torch's caching allocator recycles; there, on "meta" and for size
     zero the manager adds types, checks and counts. Inside torch.compile and CUDA-graph capture it steps aside. Safe to
@@ -67,6 +68,7 @@ class AttentionBufferManager(RequestServer):
         debug: bool = False,
         numa: Policy = "prefer",
         name: str = "",
+        adaptive_cache: bool = False,
     ) -> None:
         flags = {
             "enable_reuse": enable_reuse,
@@ -74,6 +76,7 @@ class AttentionBufferManager(RequestServer):
             "enable_profiling": enable_profiling,
             "lightweight": lightweight,
             "debug": debug,
+            "adaptive_cache": adaptive_cache,
         }
         for flag, value in flags.items():
             check_flag(flag, value)
@@ -232,36 +235,6 @@ class AttentionBufferManager(RequestServer):
         """Return how a request for host memory would be served; see strategy.py."""
         return self._strategy(parse_type(type), resolve_request(shape, dtype, "cpu"))
 
-    def preallocate_buffers(
-        self,
-        batch_size: int,
-        seq_len: int,
-        num_heads: int,
-        head_dim: int,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | int | None = None,
-    ) -> int:
-        """Ready one buffer each of QUERY, KEY, VALUE and OUTPUT of (batch, seq, heads, head_dim); never SCORES.
-
-        The next allocate of that size is a hit, its pages written to already. Returns how many of the four are ready:
-        0 without reuse, on devices where torch recycles and for size zero; fewer than 4 where one is over its type's
-        max_cached_mb. Raises TypeError or ValueError naming the parameter, and MemoryError, after which what was
-        readied so far stays.
-        """
-        sizes = {"batch_size": batch_size, "seq_len": seq_len, "num_heads": num_heads, "head_dim": head_dim}
-        shape = [check_whole(name, size) for name, size in sizes.items()]
-        return self._prepare(resolve_request(shape, dtype, device), PREALLOCATED_TYPES)
-
-    def clear_cache(self, type: BufferType | str | None = None) -> None:  # noqa: A002
-        """Give the free memory of one type, or of all, back to the upstream. Buffers in use are not touched."""
-        kind = None if type is None else parse_type(type)
-        freed = self._book.clear(kind)
-        LOGGER.debug("cleanup: %s gave back %d bytes", "all types" if kind is None else kind.name, freed)
-
-    def check_valid(self) -> None:
-        """Assert the invariants of caches, leases and counters; for tests."""
-        self._book.check_valid()
-
 
 def create_attention_buffer_manager(
     enable_reuse: bool = True,
@@ -275,6 +248,7 @@ def create_attention_buffer_manager(
     debug: bool = False,
     numa: Policy = "prefer",
     name: str = "",
+    adaptive_cache: bool = False,
 ) -> AttentionBufferManager:
     """Return a manager; the arguments are those of AttentionBufferManager."""
     return AttentionBufferManager(
@@ -288,4 +262,5 @@ def create_attention_buffer_manager(
         debug=debug,
         numa=numa,
         name=name,
+        adaptive_cache=adaptive_cache,
     )

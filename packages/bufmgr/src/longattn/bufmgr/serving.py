@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from longattn.bufmgr.checks import check_whole
 from longattn.bufmgr.leasing.book import LeaseBook
 from longattn.bufmgr.leasing.cache import BlockCache
 from longattn.bufmgr.leasing.debug import Inspector
@@ -28,12 +29,11 @@ from longattn.bufmgr.numa.placement import Placer
 from longattn.bufmgr.numa.system_calls import Policy
 from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
 from longattn.bufmgr.report import Reports
-from longattn.bufmgr.request import BufferRequest
-from longattn.bufmgr.spec import BufferConfig, BufferType
+from longattn.bufmgr.request import BufferRequest, resolve_request
+from longattn.bufmgr.spec import BufferConfig, BufferType, parse_type
 from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy
 
-PREALLOCATED_TYPES = (BufferType.QUERY, BufferType.KEY, BufferType.VALUE, BufferType.OUTPUT)
-"""The types of which preallocation readies one buffer each."""
+_PREALLOCATED_TYPES = (BufferType.QUERY, BufferType.KEY, BufferType.VALUE, BufferType.OUTPUT)
 
 
 class RequestServer(SlotTable, Reports):
@@ -52,6 +52,7 @@ class RequestServer(SlotTable, Reports):
         debug: bool,
         numa: Policy,
         name: str,
+        adaptive_cache: bool,
     ) -> None:
         self.configs = configs
         self.enable_reuse = enable_reuse
@@ -60,10 +61,13 @@ class RequestServer(SlotTable, Reports):
         self.lightweight = lightweight
         self.debug = debug
         self.name = name
+        self.adaptive_cache = adaptive_cache
         self._upstream = upstream
         self._gauge = PressureGauge(cleanup)
         caches = {
-            kind: BlockCache(config.max_cached_buffers if enable_reuse else 0, config.max_cached_bytes)
+            kind: BlockCache(
+                config.max_cached_buffers if enable_reuse else 0, config.max_cached_bytes, adapts=adaptive_cache
+            )
             for kind, config in configs.items()
         }
         source = get_global_memory_pool() if upstream is None else upstream
@@ -112,6 +116,7 @@ class RequestServer(SlotTable, Reports):
             self._strategies[strategy] += 1
             share = self._gauge.share_to_give_back()
             if share:
+                self._book.shrink_caches()
                 freed = self._book.give_back(int(self._book.free_bytes() * share))
                 LOGGER.debug("cleanup: memory is short; gave back %d bytes", freed)
         bounds = block_bounds(strategy, request.nbytes)
@@ -135,7 +140,7 @@ class RequestServer(SlotTable, Reports):
     def _prepare_once(self, request: BufferRequest) -> None:
         if request not in self._prepared_shapes:
             self._prepared_shapes.add(request)
-            self._prepare(request, PREALLOCATED_TYPES[1:])
+            self._prepare(request, _PREALLOCATED_TYPES[1:])
 
     def _prepare(self, request: BufferRequest, kinds: Sequence[BufferType]) -> int:
         ready = 0
@@ -144,3 +149,33 @@ class RequestServer(SlotTable, Reports):
             ready = self._book.put_free((kind, size) for kind, (size, _) in zip(kinds, bounds, strict=True))
         LOGGER.debug("preallocation: %d of %d buffers of %s are ready", ready, len(kinds), request.describe())
         return ready
+
+    def preallocate_buffers(
+        self,
+        batch_size: int,
+        seq_len: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> int:
+        """Ready one buffer each of QUERY, KEY, VALUE and OUTPUT of (batch, seq, heads, head_dim); never SCORES.
+
+        The next allocate of that size is a hit, its pages written to already. Returns how many of the four are ready:
+        0 without reuse, on devices where torch recycles and for size zero; fewer than 4 where one is over its type's
+        max_cached_mb. Raises TypeError or ValueError naming the parameter, and MemoryError, after which what was
+        readied so far stays.
+        """
+        sizes = {"batch_size": batch_size, "seq_len": seq_len, "num_heads": num_heads, "head_dim": head_dim}
+        shape = [check_whole(name, size) for name, size in sizes.items()]
+        return self._prepare(resolve_request(shape, dtype, device), _PREALLOCATED_TYPES)
+
+    def clear_cache(self, type: BufferType | str | None = None) -> None:  # noqa: A002
+        """Give the free memory of one type, or of all, back to the upstream. Buffers in use are not touched."""
+        kind = None if type is None else parse_type(type)
+        freed = self._book.clear(kind)
+        LOGGER.debug("cleanup: %s gave back %d bytes", "all types" if kind is None else kind.name, freed)
+
+    def check_valid(self) -> None:
+        """Assert the invariants of caches, leases and counters; for tests."""
+        self._book.check_valid()

@@ -76,6 +76,8 @@ class LeaseBook(FreeMemory):
             try:
                 evicted = self._drain()
                 block = cache.take(*bounds, lambda: evicted.extend(self._drain()))
+                if block is None:
+                    cache.note_miss(bounds[0])
             finally:
                 self._gate.leave()
         self._to_upstream(evicted)

@@ -7,11 +7,14 @@ The life of a block here:
 3. Over a limit, the oldest slots in use are closed first: they become ordinary leases, which costs no memory. Then the
    free block or slot that was used longest ago is evicted. A slot is used when it is handed out and when it is released.
 Slots in use count towards the limits, because they become free without a call. So free memory is bounded at every moment.
+4. The sizes of what the limit of buffers evicted last are remembered, three times as many as the limit. A miss of such a size is one
+   that a larger cache would have served: it is counted, and a cache that adapts raises its limit by one for it.
 This module takes no lock and calls no upstream; the cache's owner does both.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from operator import attrgetter
 
@@ -19,17 +22,23 @@ from longattn.bufmgr.leasing.lease import Lease, UseCounter
 from longattn.bufmgr.memory.allocator import Block
 
 _used = attrgetter("used")
+_MOST_GROWTH = 4  # a cache that adapts keeps at most so many times the buffers of its policy
 
 
 class BlockCache:
     """Free blocks and slots of one type (or of all types, in a pool).
 
-    max_buffers: most blocks and slots kept. max_bytes: most bytes of them; a larger block is not kept.
+    max_buffers: most blocks and slots kept. max_bytes: most bytes of them; a larger block is not kept. adapts: raise
+    max_buffers, up to four times, as misses show that it is too low; `shrink` sets it back. Default False.
     """
 
-    def __init__(self, max_buffers: int, max_bytes: int) -> None:
+    def __init__(self, max_buffers: int, max_bytes: int, *, adapts: bool = False) -> None:
         self.max_buffers = max_buffers
         self.max_bytes = max_bytes
+        self.limit_misses = 0
+        self._adapts = adapts
+        self._policy_buffers = max_buffers
+        self._evicted_sizes: deque[int] = deque(maxlen=(_MOST_GROWTH - 1) * max_buffers)
         self.evictions = 0
         self.slots: list[Lease] = []
         self.nbytes = 0
@@ -92,6 +101,19 @@ class BlockCache:
             return None
         return self._remove(-min(fitting)[1])
 
+    def note_miss(self, size: int) -> None:
+        """Count a miss of a size that the limit of buffers evicted not long ago, and raise the limit if the cache adapts."""
+        if size in self._evicted_sizes:
+            self._evicted_sizes.remove(size)
+            self.limit_misses += 1
+            if self._adapts and self.max_buffers < _MOST_GROWTH * self._policy_buffers:
+                self.max_buffers += 1
+
+    def shrink(self) -> list[Block]:
+        """Set the limit back to the policy's; return the blocks that are evicted for it."""
+        self.max_buffers = self._policy_buffers
+        return self.trim()
+
     def put(self, block: Block) -> list[Block]:
         """Keep a free block; return the blocks that are evicted for it."""
         if self.max_buffers == 0:  # nothing is ever kept here, so nothing was evicted
@@ -123,12 +145,16 @@ class BlockCache:
         """Evict until the limits hold; return the evicted blocks. (A slot's block returns as its lease ends.)"""
         evicted: list[Block] = []
         while len(self._blocks) + len(self.slots) > self.max_buffers or self.nbytes > self.max_bytes:
+            over_count = self.nbytes <= self.max_bytes
             in_use = [slot for slot in self.slots if not slot.is_free()]
             if in_use:
                 self.close_slot(min(in_use, key=_used))
             else:
+                before = self.nbytes
                 evicted += self.evict_oldest()
                 self.evictions += 1
+                if over_count:
+                    self._evicted_sizes.append(before - self.nbytes)
         return evicted
 
     def evict_oldest(self, least: int = 0) -> list[Block]:

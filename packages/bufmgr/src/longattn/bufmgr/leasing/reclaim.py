@@ -185,6 +185,18 @@ class FreeMemory(ForkListener):
         self._to_upstream(evicted)
         return freed
 
+    def shrink_caches(self) -> None:
+        """Set the limits of caches that adapted back to their policies."""
+        evicted: list[Block] = []
+        if self._gate.enter(blocking=True):
+            try:
+                for cache in self.distinct_caches():
+                    evicted += cache.shrink()
+                evicted += self._drain()
+            finally:
+                self._gate.leave()
+        self._to_upstream(evicted)
+
     def free_bytes(self) -> int:
         """Return the bytes of all free blocks."""
         return sum(cache.free_bytes() for cache in self.distinct_caches())
