@@ -103,6 +103,7 @@ class AttentionBufferManager(RequestServer):
             "debug",
             "numa",
             "name",
+            "adaptive_cache",
         )
         options = {name: getattr(self, name) for name in names}
         return functools.partial(type(self), upstream=self._upstream, **options), (dict(self.configs),)
