@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from operator import attrgetter
+from operator import attrgetter, index
 
 from longattn.bufmgr.leasing.lease import Lease, UseCounter
 from longattn.bufmgr.memory.allocator import Block
 
 _used = attrgetter("used")
 _MOST_GROWTH = 4  # a cache that adapts keeps at most so many times the buffers of its policy
+_MOST_SIZES = 4096
 
 
 class BlockCache:
@@ -38,7 +39,7 @@ class BlockCache:
         self.limit_misses = 0
         self._adapts = adapts
         self._policy_buffers = max_buffers
-        self._evicted_sizes: deque[int] = deque(maxlen=(_MOST_GROWTH - 1) * max_buffers)
+        self._evicted_sizes: deque[int] = deque(maxlen=min((_MOST_GROWTH - 1) * index(max_buffers), _MOST_SIZES))
         self.evictions = 0
         self.slots: list[Lease] = []
         self.nbytes = 0
