@@ -40,11 +40,11 @@ class AttentionBufferManager(RequestServer):
         upstream: where blocks come from. Default: the global memory pool.
         cleanup: how soon free memory goes back when memory gets short, "adaptive" (default) or "aggressive" (pressure.py).
         debug: call sites, and poison over memory that came back (debug.py). Slow. Default False.
-    numa: where Strategy.NUMA_AWARE puts pages, "prefer" (default: the node of the thread that allocates, while it has room),
-        "bind" (only there) or "interleave" (round all nodes). Inactive on one node, and with lightweight; `get_stats` says so.
-    name: whose manager this is, a module's name say; `MemoryPool.accounts` lists managers by it. Default "".
-    adaptive_cache: raise a type's max_cached_buffers, up to four times, as misses show that it is too low, and set it back when
-        memory gets short. max_cached_mb stays. Default False.
+        numa: where Strategy.NUMA_AWARE puts pages, "prefer" (default: the node of the thread that allocates, while it has room),
+            "bind" (only there) or "interleave" (round all nodes). Inactive on one node, and with lightweight; `get_stats` says so.
+        name: whose manager this is, a module's name say; `MemoryPool.accounts` lists managers by it. Default "".
+        adaptive_cache: raise a type's max_cached_buffers, up to four times, as misses show that it is too low, and set it back when
+            memory gets short. max_cached_mb stays. Default False.
 
     Host memory is recycled here. On an accelerator torch's caching allocator recycles; there, on "meta" and for size
     zero the manager adds types, checks and counts. Inside torch.compile and CUDA-graph capture it steps aside. Safe to
