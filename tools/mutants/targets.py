@@ -49,7 +49,7 @@ TARGETS: dict[str, Target] = {
     "merge": Target(
         "kernels",
         ("state.py", "reference.py", "philox.py", "positions.py", "lowering/*.py", "eager/gather.py", "eager/grouping.py"),
-        tuple(f"kernels/test_{name}" for name in ("states", "lowering", "sinks", "decode", "dropout", "attend", "rows", "bad_input")),
+        tuple(f"kernels/test_{name}" for name in ("states", "lowering", "sinks", "decode", "dropout", "attend", "rows", "bad_input", "dispatch")),
         environment={"LONGATTN_NATIVE_FLAGS": "-O1"},
     ),
     "memory": Target(

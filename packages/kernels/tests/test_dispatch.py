@@ -1,5 +1,6 @@
 """The table: what rows declare, why they refuse, and `explain`, which needs neither data nor device."""
 
+import itertools
 import sys
 import time
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longattn.kernels
-from longattn.kernels import Capability, attend, backends, explain
+from longattn.kernels import Alibi, Capability, Softcap, attend, backends, explain
 from longattn.kernels.dispatch import choosing
 from longattn.kernels.dispatch import table as dispatch
 from longattn.kernels.dispatch.capability import FLOATS
@@ -220,3 +221,19 @@ def test_no_row_at_all(monkeypatch: pytest.MonkeyPatch):
 def test_capabilities_are_replaced_not_changed():
     """Frozen: a row cannot be talked into more."""
     assert replace(NARROW, gqa=True).gqa and not NARROW.gqa
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("pattern", [Full(), Window(3), Dilated((4, 8), (1, 2)) & Window(5)], ids=str)
+def test_one_row_serves_whatever_may_be_asked(dtype: torch.dtype, pattern: Pattern):
+    """Every option with every other, with gradients and without, for each dtype and kind of plan: `gather` refuses none."""
+    names = ("attention_mask", "bias", "dropout", "key_padding_mask", "requires_grad", "deterministic")
+    for given in itertools.product([False, True], repeat=len(names)):
+        options: dict[str, Any] = dict(zip(names, given, strict=True))
+        if options["attention_mask"] and options["bias"]:
+            continue  # one argument, bool or floating
+        for terms in (None, Softcap(3.0), Alibi(torch.ones(4))):
+            found = explain(
+                pattern, (1, 8, 4, 4), (1, 8, 2, 4), dtype=dtype, value_head_dim=6, score_terms=terms, **options
+            )
+            assert dict(found.rows)["gather"] == ()

@@ -8,7 +8,7 @@ import torch
 
 from longattn.kernels import AttentionState, attend, backends, explain, merge
 from longattn.kernels.dispatch.table import row
-from longattn.kernels.philox import keep_scale, philox
+from longattn.kernels.philox import as_seed, keep_scale, philox
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
 from longattn.patterncache import Dilated, Full, Pattern, Restrict, Span, Window
 
@@ -187,3 +187,13 @@ def test_a_row_without_dropout_says_so():
     assert explain(Full(), (1, 8, 2, 4), dropout=True).backend == DROPPING[0]
     state: AttentionState = attend(q, q, q, Full(), dropout_p=0.1, seed=1)
     assert torch.equal(state.out, attend(q, q, q, Full(), dropout_p=0.1, seed=1, backend=DROPPING[0]).out)
+
+
+@pytest.mark.parametrize(("seed", "fits"), [(-(2**63), True), (2**63 - 1, True), (-(2**63) - 1, False), (2**63, False)])
+def test_a_seed_has_64_bits(seed: int, fits: bool):
+    """With a sign: both ends are seeds, and what lies beyond is refused."""
+    if fits:
+        assert int(as_seed(seed)) == seed
+    else:
+        with pytest.raises(ValueError, match="seed must fit 64 bits"):
+            as_seed(seed)

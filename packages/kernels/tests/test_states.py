@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longattn.kernels import AttentionState, attend, backends, merge, reference_attention
-from longattn.kernels.state import merge_into, state_dtype
+from longattn.kernels.state import merge_detached, merge_into, state_dtype
 from longattn.kernels.testing import Case, Tensors, assert_near, check_merge_laws
 from longattn.patterncache import Full
 
@@ -53,6 +53,33 @@ def test_merging_with_rows_that_saw_nothing_has_no_nan(blind: tuple[bool, bool])
     for root in (merged.out.sum(), merged.lse.masked_fill(merged.lse == -torch.inf, 0).sum()):
         for grad in torch.autograd.grad(root, leaves, retain_graph=True, allow_unused=True):
             assert grad is None or grad.isfinite().all()
+
+
+@given(st.lists(states(), min_size=1, max_size=4))
+def test_merging_with_constant_weights_is_the_same_merge(parts: list[AttentionState]):
+    """All at once: out and lse of one merge after the other, without NaN where no part saw a key."""
+    merged, expected = merge_detached(parts), parts[0]
+    for other in parts[1:]:
+        expected = merge(expected, other)
+    assert_near(merged.out, expected.out, 1e-5, 1e-5, "out")
+    assert_near(merged.lse, expected.lse, 1e-5, 1e-5, "lse")
+
+
+@pytest.mark.parametrize("blind", [(False, False), (True, False), (True, True)])
+def test_constant_weights_have_no_gradient(blind: tuple[bool, bool]):
+    """That of each out is its weight, and of no out reaches an lse; that of the merged lse is softmax over the parts. 0 where none saw a key."""
+    sides = [make_state(side, seed, torch.float64) for seed, side in enumerate(blind)]
+    outs, lses = ([getattr(s, name).requires_grad_() for s in sides] for name in ("out", "lse"))
+    merged = merge_detached(sides)
+    weights = torch.stack(lses).detach().softmax(0).nan_to_num(nan=0.0)
+    grads = torch.autograd.grad(merged.out.sum(), [*outs, *lses], retain_graph=True, allow_unused=True)
+    for grad, weight in zip(grads[:2], weights, strict=True):
+        torch.testing.assert_close(grad, weight.unsqueeze(-1).expand_as(grad))
+    assert grads[2:] == (None, None)
+    finite = merged.lse.masked_fill(merged.lse == -torch.inf, 0)
+    if finite.requires_grad:
+        for grad, weight in zip(torch.autograd.grad(finite.sum(), lses), weights, strict=True):
+            torch.testing.assert_close(grad, weight)
 
 
 def test_merge_is_differentiable_in_both():
