@@ -58,7 +58,7 @@ _ABSENT = ("mask", "bias", "padding", "prior_out", "prior_lse")
 
 
 @dataclass(frozen=True)
-class Line:
+class TableLine:
     """One line of the table, or one of your own, to compile. value_dim: the head_dim of v; 0: head_dim."""
 
     kernel: str
@@ -79,7 +79,7 @@ class Need:
         tensor_memory: columns of it, where there is such memory. occupancy: the share of a multiprocessor's threads that fit at once, judged from registers and SRAM.
     """
 
-    line: Line
+    line: TableLine
     shared: int
     registers: int
     spilled: int
@@ -111,17 +111,17 @@ class Need:
         return "  ".join([said, *self.faults])
 
 
-def lines(architectures: Iterator[str] | list[str]) -> list[Line]:
+def lines(architectures: Iterator[str] | list[str]) -> list[TableLine]:
     """Every shipped line of these architectures; those of the widest tiles also with a narrower v, as in MLA."""
     found = [
-        Line(kernel, arch, dim, size, tile)
+        TableLine(kernel, arch, dim, size, tile)
         for (kernel, arch, dim, size), tile in TABLE.items()
         if arch in architectures
     ]
     return found + [replace(line, value_dim=_NARROW_VALUES) for line in found if line.head_dim == max(HEAD_DIMS)]
 
 
-def source(line: Line, flags: dict[str, Any] | None = None) -> ASTSource:
+def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
     """The kernel as a call with plain, contiguous tensors would specialise it; `flags` replace constants."""
     kernel, tile = _KERNELS[line.kernel], line.configuration
     own = "BLOCK_N" if line.kernel == "backward_keys" else "BLOCK_M"
@@ -180,7 +180,7 @@ def _pointed(stem: str, element: str) -> str:
     return fixed.get(stem, "fp32" if stem == "dq" else element)
 
 
-def compile_line(line: Line, flags: dict[str, Any] | None = None) -> Need:
+def compile_line(line: TableLine, flags: dict[str, Any] | None = None) -> Need:
     """Compile one line for its target and read what it needs."""
     target = ARCHITECTURES[line.architecture]
     options = {"num_warps": line.configuration.warps, "num_stages": line.configuration.stages}

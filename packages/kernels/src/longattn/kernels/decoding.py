@@ -125,9 +125,9 @@ def _plain(q: Tensor, cache: DecodeCache, first: tuple[Tensor, int] | None, sink
         return False
     if not torch.is_grad_enabled():
         return True
-    wanted = q.requires_grad or cache.keys.requires_grad or cache.values.requires_grad
-    wanted = wanted or (first is not None and first[0].requires_grad)
-    return not (wanted or (sink_logits is not None and sink_logits.requires_grad))
+    requires_grad = q.requires_grad or cache.keys.requires_grad or cache.values.requires_grad
+    requires_grad = requires_grad or (first is not None and first[0].requires_grad)
+    return not (requires_grad or (sink_logits is not None and sink_logits.requires_grad))
 
 
 def _products(

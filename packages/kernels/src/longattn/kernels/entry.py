@@ -128,7 +128,7 @@ def attend(
     check_sinks(sink_logits, q)
     check_prior(prior, q, v)
     state_type = state_dtype(q.dtype)
-    asked = arguments_of(
+    arguments = arguments_of(
         pattern,
         options,
         last_positions(q.shape[1], k.shape[1], pattern.positional)
@@ -140,9 +140,9 @@ def attend(
     )
     tensors = tensors_of(q, k, v, options, as_seed(seed) if dropout_p or seed is not None else None)
     if key is not None:
-        state = AttentionState(*direct.prepare_and_run(key, tensors, asked, environment))
+        state = AttentionState(*direct.prepare_and_run(key, tensors, arguments, environment))
     else:
-        state = _onto(prior, tensors, asked)
+        state = _onto(prior, tensors, arguments)
     if sink_logits is not None:
         state = add_sink(state, sink_logits)
         state = AttentionState(state.finalize(state_type if out_dtype is None else out_dtype), state.lse)
@@ -170,19 +170,19 @@ def checked_pattern(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: 
     return pattern if causal is None or causal == pattern.causal else pattern.with_causal(causal)
 
 
-def _onto(prior: AttentionState | None, tensors: OpTensors, asked: OpArguments) -> AttentionState:
+def _onto(prior: AttentionState | None, tensors: OpTensors, arguments: OpArguments) -> AttentionState:
     """The op's state, merged onto a prior."""
     if prior is None:
-        return AttentionState(*attend_op(tensors, asked))
+        return AttentionState(*attend_op(tensors, arguments))
     every = (*tensors[:GRADED], prior.out, prior.lse)
     refuse_tangents(*every)
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in every)
-    if wanted or torch._C._are_functorch_transforms_active():
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in every)
+    if needs_grad or torch._C._are_functorch_transforms_active():
         # The op reads a prior without a gradient; `merge` has one.
-        state = AttentionState(*attend_op(tensors, asked._replace(out_dtype=prior.out.dtype)))
+        state = AttentionState(*attend_op(tensors, arguments._replace(out_dtype=prior.out.dtype)))
         merged = merge(prior, state)
-        return AttentionState(merged.finalize(asked.out_dtype), merged.lse)
-    return AttentionState(*attend_op(tensors._replace(prior_out=prior.out, prior_lse=prior.lse), asked))
+        return AttentionState(merged.finalize(arguments.out_dtype), merged.lse)
+    return AttentionState(*attend_op(tensors._replace(prior_out=prior.out, prior_lse=prior.lse), arguments))
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

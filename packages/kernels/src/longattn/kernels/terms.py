@@ -117,8 +117,8 @@ class RelativeBias:
         # Logarithms of distances below `exact` are made too, and not used: of 0 it would be -inf, whose integer is undefined.
         steps = torch.log(far.clamp(min=1).to(torch.float32) / exact) / math.log(self.max_distance / exact)
         large = (exact + (steps * (count - exact)).to(torch.int64)).clamp(max=count - 1)
-        found = torch.where(far < exact, far, large)
-        return found + count * (distance > 0) if self.bidirectional else found
+        bucket = torch.where(far < exact, far, large)
+        return bucket + count * (distance > 0) if self.bidirectional else bucket
 
 
 ScoreTerm = Softcap | Alibi | RelativeBias
@@ -162,8 +162,8 @@ def check_terms(terms: object, q: Tensor, name: str = "score_terms") -> tuple[Sc
     Raises:
         TypeError, ValueError: they are not, by name.
     """
-    found = as_terms(terms, name)
-    for term in found:
+    checked = as_terms(terms, name)
+    for term in checked:
         if isinstance(term, Softcap):
             continue
         part, x = ("slopes", term.slopes) if isinstance(term, Alibi) else ("a table", term.table)
@@ -171,7 +171,7 @@ def check_terms(terms: object, q: Tensor, name: str = "score_terms") -> tuple[Sc
             raise ValueError(f"{name} must have {part} for the heads of q, {q.shape[2]}, got shape {tuple(x.shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    return found
+    return checked
 
 
 def tensors_in(terms: Sequence[ScoreTerm]) -> list[Tensor]:
@@ -181,14 +181,14 @@ def tensors_in(terms: Sequence[ScoreTerm]) -> list[Tensor]:
 
 def with_tensors(terms: Sequence[ScoreTerm], tensors: Sequence[Tensor]) -> tuple[ScoreTerm, ...]:
     """The terms with other tensors in place of `tensors_in`."""
-    rest, found = list(tensors), []
+    rest, replaced = list(tensors), []
     for term in terms:
         if isinstance(term, Alibi):
             term = Alibi(rest.pop(0))
         elif isinstance(term, RelativeBias):
             term = RelativeBias(rest.pop(0), term.bidirectional, term.max_distance)
-        found.append(term)
-    return tuple(found)
+        replaced.append(term)
+    return tuple(replaced)
 
 
 def of_heads(terms: Sequence[ScoreTerm], first: int, count: int) -> tuple[ScoreTerm, ...]:

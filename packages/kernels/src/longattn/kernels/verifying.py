@@ -42,18 +42,20 @@ def errors_of(
     if not rows:
         return ()
     state = attend(q, k, v, pattern, q_spans=queries, backend=backend)
-    asked = tuple(Span(queries.start + row * queries.step, 1) for row in rows)
-    counts = torch.from_numpy(pattern.counts(Rectangle(q.shape[2], asked, Span(0, k.shape[1]))).copy())
+    spans = tuple(Span(queries.start + row * queries.step, 1) for row in rows)
+    counts = torch.from_numpy(pattern.counts(Rectangle(q.shape[2], spans, Span(0, k.shape[1]))).copy())
     exact_q, exact_k, exact_v = (x.detach().cpu().double().requires_grad_(backward) for x in (q[:, rows], k, v))
     truth = reference_attention(exact_q, exact_k, exact_v, counts)
-    found = [("out", state.out[:, rows], truth.out), ("lse", state.lse[:, rows], truth.lse)]
+    pairs = [("out", state.out[:, rows], truth.out), ("lse", state.lse[:, rows], truth.lse)]
     if backward:
         upstream = torch.zeros_like(state.out)
         upstream[:, rows] = 1
         dq, dk, dv = torch.autograd.grad(state.out, (q, k, v), upstream)
-        wanted = torch.autograd.grad(truth.out, (exact_q, exact_k, exact_v), torch.ones_like(truth.out))
-        found += [(f"d{name}", *pair) for name, *pair in zip("qkv", (dq[:, rows], dk, dv), wanted, strict=True)]
-    return tuple((name, _largest(got, expected)) for name, got, expected in found)
+        exact_gradients = torch.autograd.grad(truth.out, (exact_q, exact_k, exact_v), torch.ones_like(truth.out))
+        pairs += [
+            (f"d{name}", *pair) for name, *pair in zip("qkv", (dq[:, rows], dk, dv), exact_gradients, strict=True)
+        ]
+    return tuple((name, _largest(got, expected)) for name, got, expected in pairs)
 
 
 def _largest(got: Tensor, expected: Tensor) -> float:

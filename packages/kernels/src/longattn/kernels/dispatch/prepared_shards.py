@@ -25,13 +25,13 @@ class ShardRectangle(NamedTuple):
 
     Attributes:
         shard: which shard, counted from 0. rows: (first, length, step) of the whole's query rows, those of the shard.
-        tensors: views of the whole's q, k and v. asked: the op's arguments.
+        tensors: views of the whole's q, k and v. arguments: the op's arguments.
     """
 
     shard: int
     rows: tuple[int, int, int]
     tensors: OpTensors
-    asked: OpArguments
+    arguments: OpArguments
 
 
 Cut = Callable[[OpTensors, Environment], Sequence[ShardRectangle]]
@@ -58,21 +58,23 @@ class PreparedShards:
     ) -> PreparedShards | None:
         """Of rectangles that were all computed before, one by one; None where that cannot be one call. The cache is not asked."""
         rectangles = cut(tensors, environment)
-        calls = [PREPARED.peek(rectangle_key(each.tensors, each.asked)) for each in rectangles]
+        calls = [PREPARED.peek(rectangle_key(each.tensors, each.arguments)) for each in rectangles]
         plans = [call.plan for call in calls if call is not None]
         known = [plan for plan in plans if plan is not None]
         if not rectangles or len(known) < len(rectangles):
             return None
         bound = _bind(rectangles, tensors, known, out_dtype, environment)
         return (
-            None if bound is None else cls(cut, [plan_key(each.asked) for each in rectangles], bound, known, out_dtype)
+            None
+            if bound is None
+            else cls(cut, [plan_key(each.arguments) for each in rectangles], bound, known, out_dtype)
         )
 
     def forward(self, tensors: OpTensors, environment: Environment) -> tuple[Tensor, Tensor] | None:
         """(out, lse) of tensors of this signature; None where these rectangles are no longer one call."""
         plans = [find_plan_of(key, environment) for key in self._keys]
         q, k, v = tensors[:3]
-        if all(kept() is plan for kept, plan in zip(self._plans, plans, strict=True)):
+        if all(reference() is plan for reference, plan in zip(self._plans, plans, strict=True)):
             computed = self._bound(q, k, v, environment.allocator)
             if computed is not None:
                 return computed
@@ -97,7 +99,7 @@ def _bind(
     for each, plan in zip(rectangles, plans, strict=True):
         if not each.rows[1]:
             continue
-        call = prepared_for(each.tensors, each.asked, environment, plan)[0]
+        call = prepared_for(each.tensors, each.arguments, environment, plan)[0]
         rows[call.row.name] = call.row
         calls = shards.setdefault(each.shard, (each.rows, []))[1]
         if not plan.empty:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
-from longattn.kernels.hierarchy import Traffic
+from longattn.kernels.hierarchy import MemoryTraffic
 from longattn.kernels.problem import AttentionProblem
 from longattn.patterncache import Plan
 
@@ -46,7 +46,7 @@ Shard = tuple[tuple[int, int, int], list[Call]]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One backend: its name, what it declares, and its two functions.
 
     Attributes:
@@ -83,7 +83,7 @@ class Row:
 
 
 @lru_cache
-def row(name: str) -> Row:
+def row(name: str) -> TableRow:
     """The row of that name."""
     module, _, member = TABLE[name].partition(":")
     home = getattr(import_module(module), member) if member else import_module(module)
@@ -100,7 +100,7 @@ def row(name: str) -> Row:
         "remark",
     )
     machine = [getattr(home, need, None) for need in needs]
-    return Row(name, home.CAPABILITY, home.forward, home.backward, *machine)
+    return TableRow(name, home.CAPABILITY, home.forward, home.backward, *machine)
 
 
 def backends(device: str | None = None) -> tuple[str, ...]:
@@ -151,7 +151,7 @@ class Explanation:
     backend: str | None
     expected: tuple[tuple[str, float | None, str], ...] = ()
     order: str = "fixed"
-    traffic: Traffic | None = None
+    traffic: MemoryTraffic | None = None
     errors: tuple[tuple[str, float], ...] | None = None
     standings: tuple[tuple[str, str], ...] = ()
     forms: tuple[tuple[str, str], ...] = ()
@@ -172,14 +172,14 @@ class Explanation:
                     f"; {source}" if seconds is None else f"; {seconds * 1e3:.3g} ms of CPU time expected, {source}"
                 )
             remark = row(name).remark
-            if not reasons and remark is not None and (said := remark()) is not None:
-                verdict += f" ({said})"
+            if not reasons and remark is not None and (text := remark()) is not None:
+                verdict += f" ({text})"
             lines.append(f"  {name}: {verdict}")
         if self.traffic is not None:
             lines.append(f"  on {self.traffic}")
         if self.errors is not None:
-            said = ", ".join(f"{name} {error:.2g}" for name, error in self.errors)
-            lines.append(f"  sampled rows beside float64, largest error: {said}")
+            errors = ", ".join(f"{name} {error:.2g}" for name, error in self.errors)
+            lines.append(f"  sampled rows beside float64, largest error: {errors}")
         return "\n".join(lines)
 
 
@@ -188,14 +188,14 @@ Refusals = tuple[tuple[str, str], ...]
 
 def standings(problem: AttentionProblem) -> tuple[tuple[str, str], ...]:
     """(row, how it stands with this problem) of the rows that check themselves on a device; nothing is checked now."""
-    asked = ((name, row(name).standing) for name in TABLE)
-    return tuple((name, text) for name, ask in asked if ask is not None and (text := ask(problem, False)))
+    checks = ((name, row(name).standing) for name in TABLE)
+    return tuple((name, text) for name, check in checks if check is not None and (text := check(problem, False)))
 
 
 def refusals(problem: AttentionProblem) -> Refusals:
     """(row, reason) of the rows that this machine, as far as is known now, cannot run, or that were wrong on the problem's device."""
-    asked = ((name, row(name).refusal) for name in TABLE)
-    unable = [(name, reason) for name, ask in asked if ask is not None and (reason := ask()) is not None]
+    checks = ((name, row(name).refusal) for name in TABLE)
+    unable = [(name, reason) for name, check in checks if check is not None and (reason := check()) is not None]
     return (*unable, *((name, text) for name, text in standings(problem) if text.startswith("failed")))
 
 
@@ -209,6 +209,6 @@ def explain_problem(problem: AttentionProblem, backend: str | None = None, refus
     )
     fitting = [name for name, reasons in rows if not reasons and backend in (None, name)]
     chosen = fitting[0] if fitting else None
-    found = Explanation(problem, rows, chosen)
-    logger.debug("%s", found)
-    return found
+    explanation = Explanation(problem, rows, chosen)
+    logger.debug("%s", explanation)
+    return explanation

@@ -78,8 +78,8 @@ class TiledRow:
         # delta = rowsum(dO * O) - dlse: one number a row, read by every tile of that row. Made strip by strip: no product stands whole.
         delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse.to(dtype)
         for rows in _ranges(lse.shape[1]):
-            mine = (x.narrow(1, *rows).to(dtype) for x in (grad_out, out))
-            delta.narrow(1, *rows).add_(torch.mul(*mine).sum(-1))
+            own = (x.narrow(1, *rows).to(dtype) for x in (grad_out, out))
+            delta.narrow(1, *rows).add_(torch.mul(*own).sum(-1))
         pivot = lse.masked_fill(lse == -torch.inf, 0)
         for branch, block in blocks(call):
             for tile in self._tiles(call, branch, block):
@@ -117,8 +117,8 @@ def _cut(call: Call, branch: Branch, block: Tile, q: Range, k: Range) -> Tile | 
 def _stream_keys(call: Call, branch: Branch, block: Tile, rows: Range, out: Tensor, lse: Tensor) -> None:
     """Q-major: one q tile, all its keys, one merge at the end."""
     dtype = state_dtype(call.q.dtype)
-    mine = replace(block, q=block.q.narrow(*rows), fresh=False)
-    q = group_rows(mine.queries(call.q).to(dtype), mine)  # q tile: memory -> cache, stays for all its keys
+    own = replace(block, q=block.q.narrow(*rows), fresh=False)
+    q = group_rows(own.queries(call.q).to(dtype), own)  # q tile: memory -> cache, stays for all its keys
     m = torch.full(q.shape[:-1], -torch.inf, dtype=dtype, device=q.device)  # running max: stays
     l = torch.zeros_like(m)  # running sum: stays
     acc = q.new_zeros((*q.shape[:-1], call.v.shape[-1]))  # output: stays, rescaled when m moves
@@ -138,16 +138,16 @@ def _stream_keys(call: Call, branch: Branch, block: Tile, rows: Range, out: Tens
         acc = acc * rescale.unsqueeze(-1) + dropped(p, tile) @ v
         m = m_new
     acc = acc / l.masked_fill(l == 0, 1).unsqueeze(-1)
-    mine.merge(out, lse, ungroup_rows(acc, mine), ungroup_rows(m + l.log(), mine))  # cache -> memory, once a branch
+    own.merge(out, lse, ungroup_rows(acc, own), ungroup_rows(m + l.log(), own))  # cache -> memory, once a branch
 
 
 def _stream_queries(call: Call, branch: Branch, block: Tile, keys: Range, out: Tensor, lse: Tensor) -> None:
     """K-major: one k, v tile, all its queries, a merge for each."""
     dtype = state_dtype(call.q.dtype)
-    mine = replace(block, k=block.k.narrow(*keys))
+    own = replace(block, k=block.k.narrow(*keys))
     k, v = (
-        mine.keys(call.k).to(dtype),
-        mine.keys(call.v).to(dtype),
+        own.keys(call.k).to(dtype),
+        own.keys(call.v).to(dtype),
     )  # k, v tile: memory -> cache, stays for all its queries
     for rows in _ranges(block.q.count):
         tile = _cut(call, branch, block, rows, keys)

@@ -106,10 +106,10 @@ def signature(
 
 def _form_of(terms: object) -> tuple[Hashable, ...] | None:
     """What of score terms decides how they are computed: all but the numbers in their tensors. None: they have no signature."""
-    found: list[Hashable] = []
+    forms: list[Hashable] = []
     for term in terms if isinstance(terms, (tuple, list)) else (terms,):
         if isinstance(term, Softcap):
-            found.append(term)
+            forms.append(term)
             continue
         if not isinstance(term, (Alibi, RelativeBias)):
             return None
@@ -118,8 +118,8 @@ def _form_of(terms: object) -> tuple[Hashable, ...] | None:
         if form is None or (x.requires_grad and _is_grad_enabled()):
             return None
         rest = () if isinstance(term, Alibi) else (term.bidirectional, term.max_distance)
-        found.append((type(term), form, *rest))
-    return tuple(found)
+        forms.append((type(term), form, *rest))
+    return tuple(forms)
 
 
 def plain_form(x: object) -> tuple[Hashable, ...] | None:
@@ -158,20 +158,20 @@ def run_prepared(
 
 
 def prepare_and_run(
-    key: tuple[Hashable, ...], tensors: OpTensors, asked: OpArguments, environment: Environment | None
+    key: tuple[Hashable, ...], tensors: OpTensors, arguments: OpArguments, environment: Environment | None
 ) -> tuple[Tensor, Tensor]:
     """The first call of a `signature`, whose arguments have been checked: (out, lse), and the memo knows the next one."""
-    call, plan = prepare_checked(key, tensors, asked, environment)
+    call, plan = prepare_checked(key, tensors, arguments, environment)
     return run_prepared(call, key, tensors, environment, plan)
 
 
 def prepare_checked(
-    key: tuple[Hashable, ...], tensors: OpTensors, asked: OpArguments, environment: Environment | None
+    key: tuple[Hashable, ...], tensors: OpTensors, arguments: OpArguments, environment: Environment | None
 ) -> tuple[PreparedCall, Plan]:
     """The prepared call of a `signature` whose arguments have been checked, and its plan; the memo knows it from now on."""
     environment = DEFAULT_ENVIRONMENT if environment is None else environment
-    wanted = _is_grad_enabled() and any(x.requires_grad for x in tensors[:3])
-    call, plan = prepared_for(tensors, asked._replace(needs_grad=wanted), environment)
+    needs_grad = _is_grad_enabled() and any(x.requires_grad for x in tensors[:3])
+    call, plan = prepared_for(tensors, arguments._replace(needs_grad=needs_grad), environment)
     PREPARED.keep(key, call)
     return call, plan
 
@@ -219,16 +219,16 @@ class _Direct(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         call: PreparedCall = ctx.call
-        asked, cotangents = call.arguments, Cotangents(grad_out, grad_lse, out, lse)
+        arguments, cotangents = call.arguments, Cotangents(grad_out, grad_lse, out, lse)
         if not is_plain() or _is_grad_enabled() or type(grad_out) is not Tensor:
-            dq, dk, dv, *_ = torch.ops.longattn.attend_backward(*cotangents, *tensors, *asked)
+            dq, dk, dv, *_ = torch.ops.longattn.attend_backward(*cotangents, *tensors, *arguments)
             return dq, dk, dv, None
-        environment = find_environment(asked.env, may_be_gone=True)
+        environment = find_environment(arguments.env, may_be_gone=True)
         plan = find_plan_of(call.plan_key, environment)
         if call.serves(plan):
             gradients = call.backward(cotangents, tensors, plan, environment)
         else:
-            anew = rectangle_gradients(cotangents, tensors, asked, environment, plan=plan)
+            anew = rectangle_gradients(cotangents, tensors, arguments, environment, plan=plan)
             assert anew is not None
             gradients = anew
         return *gradients[:3], None

@@ -63,10 +63,10 @@ ARCHITECTURES = {
 }
 
 
-Tile = tuple[int, ...]
+TileShape = tuple[int, ...]
 """Fields of a `Configuration`, in order."""
 
-_FLOAT32: dict[str, tuple[Tile, ...]] = {
+_FLOAT32: dict[str, tuple[TileShape, ...]] = {
     # Without tf32 products run outside tensor cores, and operands stand in registers: small tiles, the same on all of NVIDIA's.
     "forward": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1), (64, 32, 8, 1, 32)),
     "decode": ((32, 16, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1, 32), (64, 32, 8, 1, 32)),
@@ -75,7 +75,7 @@ _FLOAT32: dict[str, tuple[Tile, ...]] = {
 }
 """kernel -> a tile for each of HEAD_DIMS."""
 
-_FLOAT32_GFX942: dict[str, tuple[Tile, ...]] = {
+_FLOAT32_GFX942: dict[str, tuple[TileShape, ...]] = {
     # Four warps may have 512 registers each, eight only 256.
     "forward": ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
     "decode": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (32, 16, 8, 1)),
@@ -83,7 +83,7 @@ _FLOAT32_GFX942: dict[str, tuple[Tile, ...]] = {
     "backward_queries": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 4, 1)),
 }
 
-_HALF: dict[str, dict[str, tuple[Tile, ...]]] = {
+_HALF: dict[str, dict[str, tuple[TileShape, ...]]] = {
     # kernel -> architecture -> a tile for each of HEAD_DIMS
     "forward": {
         "sm_80": ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 1, 64)),
@@ -162,5 +162,5 @@ def choose(
     width = padded(head_dim)
     if not architecture:
         return _INTERPRETED, width
-    found = TABLE[kernel, table_architecture(architecture), width, element_size]
-    return with_terms(found) if terms else found, width
+    tile = TABLE[kernel, table_architecture(architecture), width, element_size]
+    return with_terms(tile) if terms else tile, width

@@ -90,10 +90,10 @@ def stream_keys(
             l = l * alpha + tl.sum(p, 1)
             if DROPOUT:
                 k_positions = find_positions(origin, unit, k_rows)
-                kept = keep(
+                survives = keep(
                     seed, threshold, batch, heads[:, None] + first_head, q_positions[:, None], k_positions[None, :]
                 )
-                p = tl.where(kept, p * rescale, 0.0)
+                p = tl.where(survives, p * rescale, 0.0)
             # v tile: HBM -> SRAM, replaced every iteration
             v = load_tile(
                 v_ptr, v_base, k_rows, v_strides[1], value_dims, v_strides[3], k_valid, VALUE_DIM, BLOCK_V, MASKED
@@ -171,10 +171,10 @@ def forward_kernel(
             other_out = tl.load(at_out, mask=seen, other=0.0).to(tl.float32)
             top = tl.maximum(lse, other)
             pivot = tl.where(top == float("-inf"), 0.0, top)
-            mine, theirs = tl.exp2((lse - pivot) * LOG2_E), tl.exp2((other - pivot) * LOG2_E)
-            both = tl.where(mine + theirs == 0.0, 1.0, mine + theirs)
-            acc = acc * (mine / both)[:, None] + other_out * (theirs / both)[:, None]
-            lse = tl.where(top == float("-inf"), float("-inf"), pivot + tl.log2(both) * LN_2)
+            own_weight, prior_weight = tl.exp2((lse - pivot) * LOG2_E), tl.exp2((other - pivot) * LOG2_E)
+            total_weight = tl.where(own_weight + prior_weight == 0.0, 1.0, own_weight + prior_weight)
+            acc = acc * (own_weight / total_weight)[:, None] + other_out * (prior_weight / total_weight)[:, None]
+            lse = tl.where(top == float("-inf"), float("-inf"), pivot + tl.log2(total_weight) * LN_2)
         out_at = out_ptr + part * part_strides[0] + batch * out_strides[0] + head_at[:, None] * out_strides[2]
         out_at += row_at[:, None] * out_strides[1] + value_dims[None, :] * out_strides[3]
         # out, lse: registers -> HBM, once a job

@@ -121,11 +121,11 @@ def _own_queries(call: Call, shared: dict[str, Any]) -> Tensor:
 def _every_key_owned(plan: Plan, group: int) -> bool:
     """Whether every key of every kv head is seen by some tile. Kept with the plan."""
     key = f"triton every key, group={group}"
-    found: bool | None = plan.derived.get(key)
-    if found is None:
+    every: bool | None = plan.derived.get(key)
+    if every is None:
         heads, _, keys = plan.rectangle.shape
         owned = np.zeros((heads // group, keys), bool)
         for branch in plan.branches:
             owned[branch.heads.positions()[:, None] // group, branch.k.rows().reshape(1, -1)] = True
-        found = plan.derived[key] = bool(owned.all())
-    return found
+        every = plan.derived[key] = bool(owned.all())
+    return every

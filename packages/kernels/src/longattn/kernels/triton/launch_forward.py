@@ -79,8 +79,8 @@ def _parts(call: Call, pack: int) -> int:
     if rows * pack > _DECODE_ROWS or not batch * rows:
         return 1
     tile = _configuration(call, pack).streamed
-    wanted = programs(call.q.device) // (batch * heads // pack)
-    return max(1, min(wanted, call.k.shape[1] // (_PART_TILES * tile)))
+    parts = programs(call.q.device) // (batch * heads // pack)
+    return max(1, min(parts, call.k.shape[1] // (_PART_TILES * tile)))
 
 
 def _split(call: Call, pack: int, parts: int) -> tuple[Tensor, Tensor]:

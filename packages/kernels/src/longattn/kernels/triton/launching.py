@@ -34,7 +34,7 @@ _COMPILER_TEXTS = ("PassManager::run failed", "Failed to find C compiler")
 """How messages of plain RuntimeErrors begin with which triton says that a kernel, or the C code that launches it, does not compile."""
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **named: Any) -> None:
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **keywords: Any) -> None:
     """Launch a kernel on `device`, whichever device is current; an empty grid launches nothing.
 
     Where the kernel does not compile, this row refuses from now on, and says with which configuration.
@@ -49,22 +49,22 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.devic
     guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
         with guard:
-            kernel[grid](*arguments, **named)
+            kernel[grid](*arguments, **keywords)
     except (CompilationError, OutOfResources, PTXASError, CalledProcessError) as error:
-        raise _row_failure(kernel, named, error) from error
+        raise _row_failure(kernel, keywords, error) from error
     except RuntimeError as error:
         if str(error).startswith(_COMPILER_TEXTS):
-            raise _row_failure(kernel, named, error) from error
-        launched = f"{kernel.__name__} with {_constants(named)} on {device}, grid {grid}"
+            raise _row_failure(kernel, keywords, error) from error
+        launched = f"{kernel.__name__} with {_constants(keywords)} on {device}, grid {grid}"
         raise RuntimeError(f"{launched}: {error}") from error
 
 
-def _constants(named: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in named.items() if name.isupper() or name.startswith("num_")}
+def _constants(keywords: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in keywords.items() if name.isupper() or name.startswith("num_")}
 
 
-def _row_failure(kernel: Any, named: dict[str, Any], error: Exception) -> RowFailure:
-    reason = f"{kernel.__name__} with {_constants(named)} does not compile: {type(error).__name__}: {error}"
+def _row_failure(kernel: Any, keywords: dict[str, Any], error: Exception) -> RowFailure:
+    reason = f"{kernel.__name__} with {_constants(keywords)} does not compile: {type(error).__name__}: {error}"
     FAILURES.append(reason)
     return RowFailure(reason)
 
@@ -98,13 +98,13 @@ def mask_arguments(call: Call) -> dict[str, Any]:
     mask = None if call.mask is None else call.mask.view(torch.uint8)
     padding = None if call.key_padding is None else call.key_padding.view(torch.uint8)
     nq, nk = call.q.shape[1], call.k.shape[1]
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     # The kernels read a bias in float32, which ends before float64 does.
     bias = call.bias if call.bias is None or call.bias.dtype != torch.float64 else bounded(call.bias)
     for name, x in (("mask", mask), ("bias", bias)):
         wide = None if x is None else x.expand(call.q.shape[0], call.q.shape[2], nq, nk)
-        found |= {f"{name}_ptr": wide, f"{name}_strides": None if wide is None else wide.stride()}
-    return found | {"padding_ptr": padding, "padding_strides": None if padding is None else padding.stride()}
+        arguments |= {f"{name}_ptr": wide, f"{name}_strides": None if wide is None else wide.stride()}
+    return arguments | {"padding_ptr": padding, "padding_strides": None if padding is None else padding.stride()}
 
 
 def has_terms(call: Call) -> bool:

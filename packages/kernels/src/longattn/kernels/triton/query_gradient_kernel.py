@@ -77,8 +77,8 @@ def gather_dq(
                 BLOCK_M, BLOCK_N, VALUE_DIM, BLOCK_V, VALUE_CHUNK, PRECISION, UPCAST,
             )  # fmt: skip
             if DROPOUT:
-                kept = keep(seed, threshold, batch, head + first_head, q_positions[:, None], k_positions[None, :])
-                dp = tl.where(kept, dp * rescale, 0.0)
+                survives = keep(seed, threshold, batch, head + first_head, q_positions[:, None], k_positions[None, :])
+                dp = tl.where(survives, dp * rescale, 0.0)
             ds = p * (dp - delta[:, None])
             if SOFTCAP:
                 ds *= 1.0 - bent * bent

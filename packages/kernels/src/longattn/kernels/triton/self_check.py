@@ -112,8 +112,8 @@ def wrong(form: Form, device: torch.device) -> str:
                 form.dtype
             )
             true = torch.autograd.grad(expected[0], tensors, grad.double())
-            found = launch_backward.backward(call, grad.to(device), None, out, lse)[:3]
-            pairs = list(zip(("dq", "dk", "dv"), found, true, strict=True))
+            gradients = launch_backward.backward(call, grad.to(device), None, out, lse)[:3]
+            pairs = list(zip(("dq", "dk", "dv"), gradients, true, strict=True))
             atol, rtol = 4 * atol, 4 * rtol
         for name, got, want in pairs:
             got, want = got.double().cpu(), want.detach().double()
@@ -165,10 +165,10 @@ def _problem(
         prior = prior[0].to(device), prior[1].to(device)
     else:
         expected = state.out, state.lse
-    there = [None if x is None else x.to(device) for x in (mask, bias, padding)]
+    moved = [None if x is None else x.to(device) for x in (mask, bias, padding)]
     call = Call(
-        q.to(device), k.to(device), v.to(device), pattern.plan(rectangle), scale=form.width**-0.5, mask=there[0], bias=there[1],
-        key_padding=there[2], prior=prior, dropout_p=dropout_p, seed=seed, out_dtype=torch.float32, deterministic=form.deterministic,
+        q.to(device), k.to(device), v.to(device), pattern.plan(rectangle), scale=form.width**-0.5, mask=moved[0], bias=moved[1],
+        key_padding=moved[2], prior=prior, dropout_p=dropout_p, seed=seed, out_dtype=torch.float32, deterministic=form.deterministic,
         allocator=TorchAllocator(),
     )  # fmt: skip
     return call, exact, expected
