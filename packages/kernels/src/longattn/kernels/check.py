@@ -8,9 +8,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from longattn.kernels.dispatch.capability import FLOATS, dtype_name
+from longattn.kernels.dispatch.capability import dtype_name
 from longattn.kernels.dispatch.environment import Environment
-from longattn.kernels.state import AttentionState, state_dtype
+from longattn.kernels.state import FLOATS, AttentionState, state_dtype
 
 Names = tuple[str, str, str]
 

@@ -13,23 +13,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from longattn.kernels.dispatch.capability import FLOATS, Capability
+from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
 from longattn.kernels.dispatch.table import TABLE, Explanation, refusals, row
 from longattn.kernels.native import building
 from longattn.kernels.native.decode import CAPABILITY as STREAMED
 from longattn.kernels.native.decode import StreamedCache, result_shape
 from longattn.kernels.problem import AttentionProblem
-from longattn.kernels.state import state_dtype
+from longattn.kernels.state import FLOATS, state_dtype
 
 PRODUCTS = Capability(
     devices=(),
     dtypes={"": FLOATS},
-    tolerance={
-        torch.float64: (1e-10, 1e-10),
-        torch.float32: (2e-5, 2e-5),
-        torch.float16: (4e-3, 4e-3),
-        torch.bfloat16: (3e-2, 3e-2),
-    },
+    tolerance=ROUNDED_WITHIN,
     decode=True,
     bias=False,
     softcap=True,

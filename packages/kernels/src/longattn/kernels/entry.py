@@ -94,26 +94,10 @@ def attend(
     else:
         number = softmax_scale
     options = Options(
-        attention_mask,
-        key_padding_mask,
-        score_terms,
-        environment,
-        deterministic,
-        is_causal,
-        number,
-        dropout_p,
-        backend,
-        out_dtype,
-    )
+        attention_mask, key_padding_mask, score_terms, environment, deterministic, is_causal, number, dropout_p, backend, out_dtype
+    )  # fmt: skip
     key = None
-    if (
-        prior is None
-        and q_spans is None
-        and k_spans is None
-        and heads is None
-        and num_heads is None
-        and sink_logits is None
-    ):
+    if prior is q_spans is k_spans is heads is num_heads is sink_logits is None:
         key = direct.signature("attend", q, k, v, pattern, options)
         prepared = None if key is None else direct.find_prepared(key)
         if key is not None and prepared is not None:

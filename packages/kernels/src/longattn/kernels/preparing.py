@@ -182,17 +182,8 @@ def prepare(
     if isinstance(dropout_p, int) and not isinstance(dropout_p, bool):
         dropout_p = float(dropout_p)
     options = Options(
-        attention_mask,
-        key_padding_mask,
-        score_terms,
-        environment,
-        deterministic,
-        is_causal,
-        softmax_scale,
-        dropout_p,
-        backend,
-        out_dtype,
-    )
+        attention_mask, key_padding_mask, score_terms, environment, deterministic, is_causal, softmax_scale, dropout_p, backend, out_dtype
+    )  # fmt: skip
     return PreparedAttention(q, k, v, pattern, options)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from longattn.kernels.check import check_device
-from longattn.kernels.dispatch.capability import FLOATS, dtype_name
-from longattn.kernels.state import state_dtype
+from longattn.kernels.dispatch.capability import dtype_name
+from longattn.kernels.state import FLOATS, state_dtype
 
 
 def fold_scale(q: Tensor, scale: object) -> tuple[Tensor, float | None]:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What q, k and v may be of."""
+
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """What partial results of inputs of `dtype` are kept in: float32, or float64 for float64."""

@@ -20,9 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.kernels.state import state_dtype
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from longattn.kernels.state import FLOATS, state_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +127,7 @@ ScoreTerms = ScoreTerm | Sequence[ScoreTerm] | None
 def _check_floating(name: str, x: Any, shape: str, axes: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a floating torch.Tensor {shape}, got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be a floating torch.Tensor {shape}, got {x.dtype}")
     if x.dim() != axes or not x.numel():
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")

@@ -9,7 +9,16 @@ import torch
 
 from longattn.kernels.problem import AttentionProblem
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT32_WITHIN = {
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (2e-5, 2e-5),
+    torch.float16: (2e-3, 2e-3),
+    torch.bfloat16: (1.6e-2, 1.6e-2),
+}
+"""`Capability.tolerance` of rows that compute in float32 (float64 for float64) and round inputs and results alone."""
+
+ROUNDED_WITHIN = FLOAT32_WITHIN | {torch.float16: (4e-3, 4e-3), torch.bfloat16: (3e-2, 3e-2)}
+"""The same of rows that also round softmax weights to the dtype of q, before their product with v."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

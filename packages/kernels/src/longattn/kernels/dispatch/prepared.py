@@ -30,7 +30,8 @@ from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
 logger = logging.getLogger("longattn.kernels")
 
 T = TypeVar("T")
-Forward = Callable[..., "tuple[Tensor, Tensor] | None"]
+Bound = Callable[..., "tuple[Tensor, Tensor] | None"]
+"""A forward with everything but pointers and seed in place: see `TableRow.bind`."""
 
 
 class PreparedCall:
@@ -64,7 +65,7 @@ class PreparedCall:
         self.plan_key = plan_key(arguments)
         # Weak: the pattern cache decides how long a plan lives.
         self._plan = weakref.ref(plan)
-        self._forward: Forward | None = None
+        self._forward: Bound | None = None
         self._backward: dict[Hashable, Any] = {}
         self._asked_to_bind = False
         problem = AttentionProblem(

@@ -47,6 +47,19 @@ def _hidden(scores: Tensor, tile: Tile) -> Tensor:
     return scores
 
 
+def tile_state(q: Tensor, k: Tensor, v: Tensor, tile: Tile, call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a tile, (tiles, heads, q count, ...), for grouped q."""
+    scores = masked_scores(q, k, tile, call)
+    # Finite where every key is hidden, so that -inf - -inf does not arise.
+    pivot = scores.amax(-1, keepdim=True)
+    pivot = pivot.masked_fill(pivot == -torch.inf, 0)
+    weights = (scores - pivot).exp_()
+    total = weights.sum(-1, keepdim=True)
+    lse = (pivot + total.log()).squeeze(-1)
+    out = dropped(weights, tile) @ v / total.masked_fill(total == 0, 1)
+    return ungroup_rows(out, tile), ungroup_rows(lse, tile)
+
+
 def dropped(x: Tensor, tile: Tile) -> Tensor:
     """x (tiles, kv_heads, rows, k count) times what dropout keeps of it, in place."""
     return x if tile.keep is None else x.mul_(group_rows(tile.keep, tile))

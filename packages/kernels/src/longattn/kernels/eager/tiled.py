@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.capability import FLOATS, Capability
-from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, scores_and_slope, ungroup_rows
+from longattn.kernels.eager import gather
+from longattn.kernels.eager.grouping import (
+    dropped,
+    group_rows,
+    masked_scores,
+    scores_and_slope,
+    tile_state,
+    ungroup_rows,
+)
 from longattn.kernels.eager.masks import add_distance_gradients, attach_masks
 from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.eager.tile_walk import blocks, finish, new_state
@@ -38,21 +45,7 @@ class TiledRow:
     """One of the two orders. Results do not depend on it, beyond rounding."""
 
     q_major: bool
-    CAPABILITY = Capability(
-        devices=(),
-        dtypes={"": FLOATS, "mps": (torch.float16, torch.bfloat16, torch.float32)},
-        tolerance={
-            torch.float64: (1e-10, 1e-10),
-            torch.float32: (2e-5, 2e-5),
-            torch.float16: (2e-3, 2e-3),
-            torch.bfloat16: (1.6e-2, 1.6e-2),
-        },
-        deterministic=("cpu",),
-        softcap=True,
-        by_distance=True,
-        by_distance_grad=True,
-        dropout=True,
-    )
+    CAPABILITY = replace(gather.CAPABILITY, bias_grad=False)
     second_backward = staticmethod(second_gradients)
 
     @exact_forward
@@ -145,24 +138,15 @@ def _stream_queries(call: Call, branch: Branch, block: Tile, keys: Range, out: T
     """K-major: one k, v tile, all its queries, a merge for each."""
     dtype = state_dtype(call.q.dtype)
     own = replace(block, k=block.k.narrow(*keys))
-    k, v = (
-        own.keys(call.k).to(dtype),
-        own.keys(call.v).to(dtype),
-    )  # k, v tile: memory -> cache, stays for all its queries
+    # k, v tile: memory -> cache, stays for all its queries
+    k, v = own.keys(call.k).to(dtype), own.keys(call.v).to(dtype)
     for rows in _ranges(block.q.count):
         tile = _cut(call, branch, block, rows, keys)
         if tile is None:
             continue
         q = group_rows(tile.queries(call.q).to(dtype), tile)  # q tile: memory -> cache, replaced every iteration
-        scores = masked_scores(q, k, tile, call)
-        pivot = scores.amax(-1, keepdim=True)
-        pivot = pivot.masked_fill(pivot == -torch.inf, 0)
-        p = (scores - pivot).exp_()
-        total = p.sum(-1, keepdim=True)
-        part = dropped(p, tile) @ v / total.masked_fill(total == 0, 1)
-        part_lse = (pivot + total.log()).squeeze(-1)
         # out, lse rows: memory -> cache -> memory, every iteration
-        replace(tile, fresh=False).merge(out, lse, ungroup_rows(part, tile), ungroup_rows(part_lse, tile))
+        replace(tile, fresh=False).merge(out, lse, *tile_state(q, k, v, tile, call))
 
 
 def _gradients(call: Call, tile: Tile, grad_out: Tensor, delta: Tensor, pivot: Tensor) -> Grads:

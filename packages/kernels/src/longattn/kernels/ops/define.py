@@ -25,7 +25,7 @@ from longattn.kernels.ops.arguments import (
     OpTensors,
     schema,
 )
-from longattn.kernels.ops.folding import map_backward, map_forward, one_by_one
+from longattn.kernels.ops.folding import map_backward, map_forward, map_second, mapped
 from longattn.kernels.state import state_dtype
 
 Compute = Callable[[OpTensors, OpArguments], tuple[Tensor, Tensor]]
@@ -99,6 +99,9 @@ def define(
     def autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         return _gradients(back_op, ctx.saved_tensors, ctx.arguments, grad_out, grad_lse)
 
+    def refuse_third_order(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(f"longattn::{second} is not differentiable: third derivatives are not supported")
+
     class Forward(torch.autograd.Function):
         @staticmethod
         def forward(*inputs: Any) -> Any:  # type: ignore[override]
@@ -116,9 +119,7 @@ def define(
             call = back_op if torch.compiler.is_compiling() else Backward.apply
             return _gradients(call, ctx.saved_tensors, ctx.arguments, grad_out, grad_lse)
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # type: ignore[override]
-            return map_forward(Forward.apply, info.batch_size, in_dims, inputs)
+        vmap = mapped(lambda *inputs: Forward.apply(*inputs), map_forward)
 
     class Backward(torch.autograd.Function):
         @staticmethod
@@ -135,9 +136,7 @@ def define(
             call = second_op if torch.compiler.is_compiling() else Second.apply
             return _second_gradients(call, ctx.saved_tensors, ctx.arguments, grads)
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # type: ignore[override]
-            return map_backward(Backward.apply, info.batch_size, in_dims, inputs)
+        vmap = mapped(lambda *inputs: Backward.apply(*inputs), map_backward)
 
     class Second(torch.autograd.Function):
         @staticmethod
@@ -148,25 +147,9 @@ def define(
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             pass  # there is no third derivative
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-            refuse_third_order(ctx, *grads)
+        backward = staticmethod(refuse_third_order)
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # type: ignore[override]
-            return one_by_one(Second.apply, info.batch_size, in_dims, inputs), (0,) * _TWICE
-
-    def refuse_third_order(ctx: Any, *grads: Any) -> NoReturn:
-        raise NotImplementedError(f"longattn::{second} is not differentiable: third derivatives are not supported")
-
-    def op_map_second(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return one_by_one(second_op, info.batch_size, in_dims, inputs), (0,) * _TWICE
-
-    def op_map_forward(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return map_forward(op, info.batch_size, in_dims, inputs)
-
-    def op_map_backward(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return map_backward(back_op, info.batch_size, in_dims, inputs)
+        vmap = mapped(lambda *inputs: Second.apply(*inputs), map_second)
 
     def flops(*shapes: Any, **_: Any) -> int:
         # Two products for each visible pair: scores over q's head_dim, and the output over v's.
@@ -195,9 +178,9 @@ def define(
     library.impl(back, backward, "CompositeExplicitAutograd")
     library.impl(second, twice, "CompositeExplicitAutograd")
     forms = {
-        name: (_fake, autograd, setup, op_map_forward),
-        back: (_fake_backward, autograd_backward, setup_backward, op_map_backward),
-        second: (_fake_second, refuse_third_order, None, op_map_second),
+        name: (_fake, autograd, setup, mapped(op, map_forward)),
+        back: (_fake_backward, autograd_backward, setup_backward, mapped(back_op, map_backward)),
+        second: (_fake_second, refuse_third_order, None, mapped(second_op, map_second)),
     }
     for each, (fake, derivative, setup_context, rule) in forms.items():
         torch.library.register_fake(f"longattn::{each}", fake, lib=library)

@@ -58,9 +58,7 @@ def is_plain() -> bool:
     )
 
 
-def signature(
-    place: str, q: object, k: object, v: object, pattern: object, options: Options
-) -> tuple[Hashable, ...] | None:
+def signature(place: str, q: Any, k: Any, v: Any, pattern: object, options: Options) -> tuple[Hashable, ...] | None:
     """What the memo knows a call of the public function `place` by; None where the call does not go this way.
 
     Arguments are as the caller gave them. Values of another type than the documented one have no signature: they could equal one that
@@ -71,7 +69,6 @@ def signature(
     forms = plain_form(q), plain_form(k), plain_form(v)
     if None in forms:
         return None
-    assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
     text = getattr(pattern, "_canonical", None)
     if text is None:
         # isinstance of an abstract class is slow: it is asked once a pattern.

@@ -44,6 +44,21 @@ def map_backward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tup
     return (*(x.unflatten(0, (size, batch)) for x in (dq, dk, dv)), *rest), (0, 0, 0, *(None,) * (GRADED - 3))
 
 
+def map_second(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """vmap of the derivative of an op's backward."""
+    results = one_by_one(call, size, in_dims, inputs)
+    return results, (0,) * len(results)
+
+
+def mapped(call: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]) -> Any:
+    """One of these rules for `call`, as torch takes it."""
+
+    def vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, Any]:
+        return rule(call, info.batch_size, in_dims, inputs)
+
+    return staticmethod(vmap)
+
+
 def _folds(dims: Dims) -> bool:
     """Whether every mapped tensor has a batch axis to be folded into."""
     dim_of = zip(OpTensors._fields, dims, strict=False)

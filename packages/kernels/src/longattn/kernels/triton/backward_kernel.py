@@ -193,20 +193,16 @@ def keys_kernel(
         dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)  # registers, stays
         # A short block has rows that are no keys: their P is not theirs to add, so all its entries are masked.
         edge = tl.where(count < BLOCK_N, dense, edge)
-        dk, dv = stream_queries(
-            k, v, dk, dv, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
-            k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
-            value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            by_distance_ptr, cap, scale, sm_scale, seed, threshold, rescale, first_head,
-            SOFTCAP, COLUMNS, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL, DROPOUT, REDUCE, PRECISION, UPCAST,
-        )  # fmt: skip
-        dk, dv = stream_queries(
-            k, v, dk, dv, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
-            k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
-            value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            by_distance_ptr, cap, scale, sm_scale, seed, threshold, rescale, first_head,
-            SOFTCAP, COLUMNS, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, True, DROPOUT, REDUCE, PRECISION, UPCAST,
-        )  # fmt: skip
+        for stage in tl.static_range(2):
+            # dense entries, then edges
+            begin, stop = (dense, edge) if stage == 0 else (edge, end)
+            dk, dv = stream_queries(
+                k, v, dk, dv, begin, stop, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
+                k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
+                value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
+                by_distance_ptr, cap, scale, sm_scale, seed, threshold, rescale, first_head,
+                SOFTCAP, COLUMNS, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL or stage == 1, DROPOUT, REDUCE, PRECISION, UPCAST,
+            )  # fmt: skip
         mask = k_valid[:, None] & (dims < HEAD_DIM)[None, :]
         # dk, dv: registers -> HBM, once a job
         row_at = k_rows.to(tl.int64)

@@ -138,20 +138,16 @@ def forward_kernel(
         l = tl.zeros([BLOCK_M], tl.float32)  # running sum: registers, stays
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)  # output: registers, stays
         k_base, v_base = batch * k_strides[0] + kv_head * k_strides[2], batch * v_strides[0] + kv_head * v_strides[2]
-        m, l, acc = stream_keys(
-            q, m, l, acc, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
-            q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
-            mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
-            SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, MASK_ALL, DROPOUT, FLIP, PRECISION, UPCAST,
-        )  # fmt: skip
-        m, l, acc = stream_keys(
-            q, m, l, acc, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
-            q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
-            mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
-            SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, True, DROPOUT, FLIP, PRECISION, UPCAST,
-        )  # fmt: skip
+        for stage in tl.static_range(2):
+            # dense entries, then edges
+            begin, stop = (dense, edge) if stage == 0 else (edge, end)
+            m, l, acc = stream_keys(
+                q, m, l, acc, begin, stop, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
+                q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
+                mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
+                by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
+                SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, MASK_ALL or stage == 1, DROPOUT, FLIP, PRECISION, UPCAST,
+            )  # fmt: skip
         total = tl.where(l == 0.0, 1.0, l)
         acc = acc / total[:, None]
         lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(total)) * LN_2)

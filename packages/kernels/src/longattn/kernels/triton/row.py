@@ -6,19 +6,17 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.capability import Capability
+from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
 from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.problem import AttentionProblem
 from longattn.kernels.triton import availability, self_check
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 CAPABILITY = Capability(
     devices=("cuda", "cpu") if availability.INTERPRETED else ("cuda",),
-    dtypes={"": (torch.float16, torch.bfloat16, torch.float32)},
-    tolerance={
-        torch.float32: (2e-5, 2e-5),
-        torch.float16: (4e-3, 4e-3),
-        torch.bfloat16: (3e-2, 3e-2),
-    },
+    dtypes={"": _DTYPES},
+    tolerance={dtype: ROUNDED_WITHIN[dtype] for dtype in _DTYPES},
     max_head_dim=256,
     softcap=True,
     by_distance=True,
