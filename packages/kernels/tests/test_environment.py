@@ -172,7 +172,9 @@ def test_copies_have_names_of_their_own():
         find_environment(name)
 
 
-@given(shape=st.lists(st.integers(0, 3), max_size=4), dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
+@given(
+    shape=st.lists(st.integers(0, 3), max_size=4), dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64])
+)
 def test_plain_torch_gives_what_torch_empty_gives(shape: list[int], dtype: torch.dtype):
     """Shape, strides, dtype and device; new memory each time, under any default device, and NaN where memory is poisoned."""
     allocate = partial(TorchAllocator().empty, shape, dtype, torch.device("cpu"), "output")

@@ -167,13 +167,13 @@ else:
         case = replace(SMALL, lengths=(queries, 400), pattern=Full(causal=True), dtype=dtype, prior=True, padding=True)
         case = replace(case, value_head_dim=16 if queries == 1 else 9)
         seen = []
-        merged = launch.merge_states
-        launch.merge_states = lambda *a: (seen.append(a[0].shape[0]), merged(*a))
+        made = launch.merge_launch
+        launch.merge_launch = lambda *a: (seen.append(a[0].shape[0]), made(*a))[1]
         try:
             with torch.no_grad():
                 check = run_case(case, case.tensors(), backend="triton")
         finally:
-            launch.merge_states = merged
+            launch.merge_launch = made
         expected = expect_case(case, case.tensors())
         atol, rtol = row("triton").capability.tolerance[dtype]
         assert seen == [3]
@@ -201,7 +201,7 @@ else:
 
     def test_the_merge_kernel_merges_like_merge():
         """Any number of parts, and rows that saw nothing, whose memory was never written."""
-        from longattn.kernels.triton.launch_forward import merge_states
+        from longattn.kernels.triton.launch_forward import merge_launch, run
 
         out, lse = torch.randn(3, 1, 5, 2, 24), torch.randn(3, 1, 5, 2)
         lse[1, :, 2:] = lse[:, :, 4] = -torch.inf
@@ -210,7 +210,8 @@ else:
             expected = merge(expected, AttentionState(a, b))
         out[(lse == -torch.inf)] = torch.nan
         got = torch.full_like(out[0], torch.nan), torch.full_like(lse[0], torch.nan)
-        merge_states(out, lse, None, *got)
+        merging = merge_launch(out, lse, None, *got)
+        run(merging.kernel, merging.grid, device=out.device, **merging.arguments)
         assert_near(got[0], expected.out, 1e-6, 1e-6, "out")
         assert_near(got[1], expected.lse, 1e-6, 1e-6, "lse")
 

@@ -1,5 +1,8 @@
 """Checks at the public edge, once. Every message names the parameter, what was expected and what came."""
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import sys

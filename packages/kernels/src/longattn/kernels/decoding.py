@@ -6,6 +6,9 @@ elsewhere, and where a gradient is wanted, it is two of torch's products. There,
 to that type, which is what torch's products of these types on CPU return.
 """
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from functools import lru_cache

@@ -1,5 +1,8 @@
 """`attend`: the front door of the kernels."""
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import torch

@@ -145,13 +145,17 @@ def explain(
         explanation = replace(explanation, traffic=traffic)
     if verify is not False:
         # What computes imports the ops, and torch's FLOP counter with them, which imports triton.
-        from longattn.kernels.verifying import errors_of
+        from longattn.kernels import verifying
 
-        tensors = _tensors(verify, q_shape, k_shape, problem, device, flags)
+        tensors = _tensors(verify, q_shape, k_shape, problem, flags)
+        if tensors is None:
+            tensors = verifying.drawn(
+                q_shape, k_shape, problem.dtype, torch.device("cpu" if device is None else device)
+            )
         if explanation.backend is None:
             raise ValueError(f"verify must be False where no row fits, got {verify is not False}: {explanation}")
         explanation = replace(
-            explanation, errors=errors_of(tensors, pattern, queries, explanation.backend, requires_grad)
+            explanation, errors=verifying.errors_of(tensors, pattern, queries, explanation.backend, requires_grad)
         )
     return explanation
 
@@ -161,17 +165,14 @@ def _tensors(
     q_shape: tuple[int, ...],
     k_shape: tuple[int, ...],
     problem: AttentionProblem,
-    device: torch.device | str | None,
     flags: dict[str, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `verify` computes with."""
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `verify` computes with; None: tensors that are drawn."""
     beside = [name for name in ("attention_mask", "bias", "dropout", "key_padding_mask", "score_terms") if flags[name]]
     if beside:
         raise ValueError(f"verify must be False with {' and '.join(beside)}, got {verify is not False}")
     if verify is True:
-        from longattn.kernels.verifying import drawn
-
-        return drawn(q_shape, k_shape, problem.dtype, torch.device("cpu" if device is None else device))
+        return None
     if not isinstance(verify, tuple) or len(verify) != 3 or not all(isinstance(x, Tensor) for x in verify):
         raise TypeError(f"verify must be a bool or a triple of tensors (q, k, v), got {type(verify).__name__}")
     for name, x, shape in zip("qkv", verify, (q_shape, k_shape, k_shape), strict=True):

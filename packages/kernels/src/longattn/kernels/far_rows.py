@@ -99,8 +99,9 @@ def _far_rows(call: Call, lse: Tensor) -> Tensor | None:
 def _chunks(call: Call, far: Tensor) -> Iterator[_FarRows]:
     by_head = far.transpose(1, 2).cpu()
     size = max(1, _CELLS // max(1, call.k.shape[1]))
-    for batch, head in by_head.any(-1).nonzero().tolist():
-        for rows in by_head[batch, head].nonzero()[:, 0].split(size):
+    heads: list[list[int]] = by_head.any(-1).nonzero().tolist()
+    for batch, head in heads:
+        for rows in torch.split(by_head[batch, head].nonzero()[:, 0], size):
             yield _FarRows(call, batch, head, rows)
 
 

@@ -151,7 +151,7 @@ def traffic_of(plan: Plan, batch: int, head_dim: int, element: int, backward: bo
     pairs = sum(branch.pairs * branch.heads.length for branch in plan.branches) * batch
     products = FORWARD_PRODUCTS + (BACKWARD_PRODUCTS if backward else 0)
     operations = 2 * products * pairs * head_dim
-    into = []
+    into: list[tuple[str, int]] = []
     row = head_dim * element
     for level in machine.levels[:-1]:
         moved = sum(_into(b, level.capacity, 2 * row, 2 * row, keys_own=False) for b in plan.branches)

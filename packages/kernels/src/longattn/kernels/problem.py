@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -68,5 +69,5 @@ def architecture_of(device: torch.device) -> str:
     """The architecture of a device that is here: "sm_90" for CUDA, "gfx942" for ROCm, "" elsewhere."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return ""
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"

@@ -179,7 +179,8 @@ def tensors_in(terms: Sequence[ScoreTerm]) -> list[Tensor]:
 
 def with_tensors(terms: Sequence[ScoreTerm], tensors: Sequence[Tensor]) -> tuple[ScoreTerm, ...]:
     """The terms with other tensors in place of `tensors_in`."""
-    rest, replaced = list(tensors), []
+    rest = list(tensors)
+    replaced: list[ScoreTerm] = []
     for term in terms:
         if isinstance(term, Alibi):
             term = Alibi(rest.pop(0))

@@ -24,7 +24,8 @@ def sampled(count: int) -> list[int]:
     """Rows to look at: both ends, and random ones between; the same each time."""
     generator = torch.Generator().manual_seed(0)
     chosen = {row for row in (0, count - 1) if 0 <= row < count}
-    for row in torch.randperm(count, generator=generator)[:MOST_ROWS].tolist():
+    drawn_rows: list[int] = torch.randperm(count, generator=generator)[:MOST_ROWS].tolist()
+    for row in drawn_rows:
         if len(chosen) < MOST_ROWS:
             chosen.add(row)
     return sorted(chosen)

@@ -69,7 +69,7 @@ class Capability:
 
     def reasons(self, problem: AttentionProblem) -> list[str]:
         """Why this row cannot serve the problem, a sentence each; empty when it can."""
-        sentences = []
+        sentences: list[str] = []
         if self.devices and problem.device not in self.devices:
             sentences.append(f"device={problem.device} is not in {{{', '.join(self.devices)}}}")
         elif problem.dtype not in self.dtypes_on(problem.device):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Environment
 from longattn.kernels.dispatch.prepared import PREPARED, find_plan_of, plan_key, prepared_for, rectangle_key
+from longattn.kernels.dispatch.table import TableRow
 from longattn.kernels.ops.arguments import OpArguments, OpTensors
 from longattn.patterncache import Plan
 
@@ -95,7 +96,7 @@ def _bind(
     """One call of the row that serves all rectangles which see anything; None where it is not one row, or has no such form."""
     q, k, v = tensors[:3]
     shards: dict[int, Any] = {}
-    rows = {}
+    rows: dict[str, TableRow] = {}
     for each, plan in zip(rectangles, plans, strict=True):
         if not each.rows[1]:
             continue

@@ -88,7 +88,8 @@ def writes(plan: Plan, triangles: bool) -> tuple[tuple[bool, ...], bool]:
     written: tuple[tuple[bool, ...], bool] | None = plan.derived.get(key)
     if written is None:
         source = source_branches(plan, triangles)
-        order, fresh = WriteOrder(plan, len(source)), []
+        order = WriteOrder(plan, len(source))
+        fresh: list[bool] = []
         for branch in source:
             at = (branch.heads.positions()[:, None], branch.q.rows().reshape(1, -1))
             fresh.append(order.write(at, seeing=np.tile(branch.seeing, branch.q.tiles)) == 0)

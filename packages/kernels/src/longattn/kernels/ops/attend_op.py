@@ -4,6 +4,9 @@ A Plan is a Python object and cannot cross it, so the pattern travels as its can
 allocator as the name of an environment; plan look-up, the choice of a row and leasing happen inside, never in traced code.
 """
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from typing import Any

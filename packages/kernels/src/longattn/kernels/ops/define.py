@@ -4,6 +4,9 @@ The op itself for tracing, with fakes, autograd, vmap rules and FLOPs; and an `a
 torch.func's transforms need. What the two functions do inside is opaque to all of these.
 """
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -4,6 +4,9 @@ A call goes this way where nothing but torch's autograd looks on: no tracing, tr
 Everything else goes through the opaque op, which each of these knows how to handle.
 """
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Hashable

@@ -66,7 +66,7 @@ def _folds(dims: Dims) -> bool:
 
 
 def _fold_tensors(tensors: OpTensors, dims: Dims, size: int, batch: int) -> list[Any]:
-    folded = []
+    folded: list[Any] = []
     for name, x, dim in zip(OpTensors._fields, tensors, dims, strict=False):
         fold = _fold if name in _BATCHED else _fold_mask if name in _BROADCAST else None
         folded.append(x if fold is None else fold(x, dim, size, batch))

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from subprocess import CalledProcessError
 from typing import Any
 
@@ -15,11 +16,13 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.table import RowFailure
 from longattn.kernels.far_rows import bounded
+from longattn.kernels.problem import architecture_of
 from longattn.kernels.triton.availability import FAILURES, INTERPRETED
-from longattn.kernels.triton.configurations import Configuration, padded
+from longattn.kernels.triton.configurations import Configuration, choose, padded
 from longattn.kernels.triton.passes import DeviceTables
 
 
+@lru_cache
 def programs(device: torch.device) -> int:
     """How many programs keep a device busy: its multiprocessors, twice, so that one computes while another loads."""
     return 8 if device.type == "cpu" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -45,18 +48,27 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.devic
     """
     if not math.prod(grid):
         return
-    # triton launches on the current device, and takes pointers of any other without a word.
-    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        with guard:
+        with on_device(device):
             kernel[grid](*arguments, **keywords)
     except (CompilationError, OutOfResources, PTXASError, CalledProcessError) as error:
         raise _row_failure(kernel, keywords, error) from error
     except RuntimeError as error:
         if str(error).startswith(_COMPILER_TEXTS):
             raise _row_failure(kernel, keywords, error) from error
-        launched = f"{kernel.__name__} with {_constants(keywords)} on {device}, grid {grid}"
-        raise RuntimeError(f"{launched}: {error}") from error
+        raise failed_launch(kernel.__name__, keywords, device, grid, error) from error
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the current one: triton launches there, and takes pointers of any other without a word."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def failed_launch(
+    name: str, keywords: dict[str, Any], device: torch.device, grid: tuple[int, ...], error: RuntimeError
+) -> RuntimeError:
+    """What was launched, and what the driver said."""
+    return RuntimeError(f"{name} with {_constants(keywords)} on {device}, grid {grid}: {error}")
 
 
 def _constants(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +135,17 @@ def term_arguments(call: Call) -> dict[str, Any]:
     }
 
 
+def shared_arguments(call: Call) -> dict[str, Any]:
+    """Masks, dropout and score terms."""
+    return mask_arguments(call) | dropout_arguments(call) | term_arguments(call)
+
+
+def configuration_of(call: Call, kernel: str) -> Configuration:
+    """The tile of a kernel for this call on its device."""
+    head_dim, architecture = max(call.q.shape[-1], call.v.shape[-1]), architecture_of(call.q.device)
+    return choose(kernel, architecture, head_dim, call.q.element_size(), terms=has_terms(call))[0]
+
+
 def dropout_arguments(call: Call) -> dict[str, Any]:
     """Seed, threshold and scale of dropout, and the global number of head 0."""
     return {
@@ -150,4 +173,5 @@ def table_arguments(tables: DeviceTables, call: Call) -> dict[str, Any]:
     """The tables, as kernels take them, and how many programs share them."""
     names = ("jobs", "entries", "weights", "rows")
     pointers = {f"{name}_ptr": getattr(tables, name) for name in names}
-    return pointers | {"job_count": tables.count, "program_count": program_count(tables, call)}
+    sizes = {"job_count": tables.count, "program_count": program_count(tables, call), "LISTED": tables.listed}
+    return pointers | sizes

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,15 +98,67 @@ class DeviceTables:
 def tables_on(
     plan: Plan, key: tuple[object, ...], device: torch.device, build: Callable[[], JobTables]
 ) -> DeviceTables:
-    """The tables that `build` makes, copied to the device once and kept with the plan, so that later calls neither copy nor wait."""
+    """The tables that `build` makes, copied to the device once and kept with the plan, so that later calls neither copy nor wait.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and there are none yet.
+    """
     cache: dict[tuple[object, ...], DeviceTables] = plan.derived.setdefault("triton tables", {})
-    device_tables = cache.get((key, device))
-    if device_tables is None:
-        tables = build()
-        arrays = (tables.jobs, tables.entries, tables.weights, tables.rows)
-        jobs, entries, weights, rows = (torch.from_numpy(x).to(device) for x in arrays)
-        device_tables = cache[key, device] = DeviceTables(jobs, entries, weights, rows, tables.listed)
-    return device_tables
+    tables = cache.get((key, device))
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if tables is None and captured:
+        raise RuntimeError(
+            "the row triton must have served a call of these lengths, pattern and options before a CUDA graph captures one: its tables cannot "
+            "be copied to the device inside; make the call once before the capture"
+        )
+    if tables is None:
+        tables = cache[key, device] = _copied(build(), device)
+    if captured:
+        retain_for_graph(tables)
+    return tables
+
+
+def _copied(tables: JobTables, device: torch.device) -> DeviceTables:
+    """All tables in one copy, which nobody waits for; outside of any pool that belongs to a CUDA graph."""
+    arrays = (tables.jobs, tables.entries, tables.weights.view(np.int32), tables.rows)
+    sizes = [-(-x.size // _LINE) * _LINE for x in arrays]
+    packed = np.zeros(sum(sizes), np.int32)
+    for at, x in zip(np.cumsum([0, *sizes]).tolist(), arrays, strict=False):
+        packed[at : at + x.size] = x.reshape(-1)
+    host = torch.from_numpy(packed)
+    memory = host if device.type == "cpu" else _to_device(host, device)
+    jobs, entries, weights, rows = (
+        part[: x.size].view(x.shape) for part, x in zip(memory.split(sizes), arrays, strict=True)
+    )
+    return DeviceTables(jobs, entries, weights.view(torch.float32), rows, tables.listed)
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    """The copy over pinned memory. torch gives pinned memory back only once the copy is over, and orders the copy by the current stream.
+
+    torch.compile(mode="reduce-overhead") lets memory of the current thread come from a graph's pool, where nothing may stay; that of another
+    thread does not.
+    """
+    stream = torch.cuda.current_stream(device)
+
+    def copy() -> Tensor:
+        with torch.cuda.stream(stream):
+            return host.pin_memory().to(device, non_blocking=True)
+
+    if "torch._inductor.cudagraph_trees" not in sys.modules:
+        return copy()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(copy).result()
+
+
+def retain_for_graph(tables: DeviceTables) -> None:
+    """Keep tables that a CUDA graph captures until the process ends: it reads them at each replay, and nobody is told when it is gone."""
+    _CAPTURED[id(tables)] = tables
+
+
+_CAPTURED: dict[int, DeviceTables] = {}
+_LINE = 32
+"""Numbers of 4 bytes that a table begins at a multiple of: 128 bytes."""
 
 
 def query_tables(plan: Plan, number: int, block: tuple[int, int], pack: int = 1, parts: int = 1) -> JobTables:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longattn.kernels import cachefolder
 from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.capability import ROUNDED_WITHIN
 from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.philox import keep_scale
 from longattn.kernels.problem import AttentionProblem, architecture_of
@@ -99,10 +100,9 @@ def standing(problem: AttentionProblem, run: bool) -> str:
 def wrong(form: Form, device: torch.device) -> str:
     """What a form computes wrongly on a device: the largest error beside the oracle, and where; "" where it is right."""
     from longattn.kernels.triton import launch_backward, launch_forward
-    from longattn.kernels.triton.row import CAPABILITY
 
     lengths = [(200, 200)] if form.direction == "backward" else [(200, 200), (1, 300)]
-    atol, rtol = CAPABILITY.tolerance[form.dtype]
+    atol, rtol = ROUNDED_WITHIN[form.dtype]
     for nq, nk in lengths:
         call, tensors, expected = _problem(form, device, nq, nk)
         out, lse = launch_forward.forward(call)
