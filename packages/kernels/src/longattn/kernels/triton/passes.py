@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from longattn.kernels.lowering.head_classes import HeadClass, head_classes
 from longattn.kernels.lowering.write_order import WriteOrder
+from longattn.kernels.triton.decode_tables import decode_tables
 from longattn.kernels.triton.joblist import JobTables, job_tables
 from longattn.kernels.triton.row_classes import gathered
 from longattn.patterncache import Branch, Plan
@@ -47,6 +49,11 @@ def query_passes(plan: Plan) -> Passes:
     are mostly empty; there branches whose rows do not overlap share a launch, and later ones merge onto what is there.
     """
     passes: Passes | None = plan.derived.get("triton passes")
+    if passes is None and len(plan.branches) == 1:
+        (branch,), (heads, queries, _) = plan.branches, plan.rectangle.shape
+        # No query row stands in two tiles.
+        complete = branch.heads.length * branch.q.tiles * branch.q.count == heads * queries
+        passes = plan.derived["triton passes"] = Passes((Pass(plan.branches, unique=False, fresh=True),), complete)
     if passes is None:
         banded = any(branch.band is not None for branch in plan.branches)
         alike = len({branch.q.step for branch in plan.branches}) <= 1
@@ -121,14 +128,15 @@ def tables_on(
 def _copied(tables: JobTables, device: torch.device) -> DeviceTables:
     """All tables in one copy, which nobody waits for; outside of any pool that belongs to a CUDA graph."""
     arrays = (tables.jobs, tables.entries, tables.weights.view(np.int32), tables.rows)
-    sizes = [-(-x.size // _LINE) * _LINE for x in arrays]
-    packed = np.zeros(sum(sizes), np.int32)
-    for at, x in zip(np.cumsum([0, *sizes]).tolist(), arrays, strict=False):
+    first = list(accumulate((-(-x.size // _LINE) * _LINE for x in arrays), initial=0))
+    packed = np.empty(first[-1], np.int32)
+    for at, x in zip(first, arrays, strict=False):
         packed[at : at + x.size] = x.reshape(-1)
     host = torch.from_numpy(packed)
     memory = host if device.type == "cpu" else _to_device(host, device)
     jobs, entries, weights, rows = (
-        part[: x.size].view(x.shape) for part, x in zip(memory.split(sizes), arrays, strict=True)
+        memory.as_strided(x.shape, (x.size // max(1, len(x)), 1)[: x.ndim], at)
+        for at, x in zip(first, arrays, strict=False)
     )
     return DeviceTables(jobs, entries, weights.view(torch.float32), rows, tables.listed)
 
@@ -164,6 +172,9 @@ _LINE = 32
 def query_tables(plan: Plan, number: int, block: tuple[int, int], pack: int = 1, parts: int = 1) -> JobTables:
     """Tables of the `number`-th launch where queries own; packed, of the heads that share a kv head as one owner."""
     launch = query_passes(plan).launches[number]
+    tables = decode_tables(plan, launch.branches, block[1], pack, parts)
+    if tables is not None:
+        return tables
     classes = head_classes(plan.rectangle.shape[0], launch.branches, pack)
     if pack > 1:
         classes = [HeadClass(alike.owners, [(m, b) for m, b in alike.branches if m == 0]) for alike in classes]
