@@ -171,7 +171,7 @@ class Explanation:
                 verdict += (
                     f"; {source}" if seconds is None else f"; {seconds * 1e3:.3g} ms of CPU time expected, {source}"
                 )
-            remark = row(name).remark
+            remark = row(name).remark if name in TABLE else None  # decode steps have rows beside the table's
             if not reasons and remark is not None and (text := remark()) is not None:
                 verdict += f" ({text})"
             lines.append(f"  {name}: {verdict}")
