@@ -54,12 +54,29 @@ TENSOR_MEMORY = 512
 _NARROW_VALUES = 128
 """head_dim of v beside a q and k of 192 in DeepSeek's models; those are padded to 256."""
 
-_ABSENT = ("mask", "bias", "padding", "prior_out", "prior_lse")
+_OPTIONAL = ("mask", "bias", "padding", "prior_out", "prior_lse", "by_distance")
+
+FORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "plain": ((), {}),
+    "masked": (("mask", "bias", "padding"), {"MASK_ALL": True}),
+    "dropout": ((), {"DROPOUT": True}),
+    "all": (("mask", "bias", "padding", "prior_out", "prior_lse"), {"MASK_ALL": True, "DROPOUT": True}),
+    "terms": (("by_distance",), {"SOFTCAP": True, "COLUMNS": 258}),
+    "listed": ((), {"LISTED": True}),
+}
+"""What a call may have beside q, k and v: (arguments that are there, constants). Each is compiled with the tile that `choose` gives it."""
+
+NARROW_STRIDES = "i32 strides"
+"""The plain form of a tensor whose strides fit 32 bits, as triton specialises it."""
 
 
 @dataclass(frozen=True)
 class TableLine:
-    """One line of the table, or one of your own, to compile. value_dim: the head_dim of v; 0: head_dim."""
+    """One line of the table, or one of your own, to compile.
+
+    Attributes:
+        value_dim: the head_dim of v; 0: head_dim. form: one of FORMS, or NARROW_STRIDES.
+    """
 
     kernel: str
     architecture: str
@@ -67,6 +84,7 @@ class TableLine:
     element_size: int
     configuration: Configuration
     value_dim: int = 0
+    form: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -127,16 +145,18 @@ def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
     own = "BLOCK_N" if line.kernel == "backward_keys" else "BLOCK_M"
     other = "BLOCK_M" if line.kernel == "backward_keys" else "BLOCK_N"
     value_dim = line.value_dim or line.head_dim
+    present, form_flags = FORMS["plain" if line.form == NARROW_STRIDES else line.form]
     constants = {
         "HEAD_DIM": line.head_dim, "BLOCK_D": line.head_dim, "VALUE_DIM": value_dim, "BLOCK_V": value_dim, own: tile.owned, other: tile.streamed, "LISTED": False,
         "CHUNK": min(tile.chunk or line.head_dim, line.head_dim),
-        "MASK_ALL": False, "DROPOUT": False, "PRECISION": "ieee", "UPCAST": False, "SOFTCAP": False, "COLUMNS": 0, **_FLAGS[line.kernel], **(flags or {}),
+        "MASK_ALL": False, "DROPOUT": False, "PRECISION": "ieee", "UPCAST": False, "SOFTCAP": False, "COLUMNS": 0, **_FLAGS[line.kernel], **form_flags, **(flags or {}),
     }  # fmt: skip
     if "VALUE_CHUNK" in kernel.arg_names:
         constants["VALUE_CHUNK"] = min(tile.chunk or value_dim, value_dim)
     element, signature, attributes = ELEMENTS[line.element_size], {}, {}
     values: dict[Any, Any] = dict(constants)
-    absent = _ABSENT if constants["COLUMNS"] else (*_ABSENT, "by_distance")
+    absent = {*_OPTIONAL} - {*present, *(["by_distance"] if constants["COLUMNS"] else [])}
+    integer = "i32" if line.form == NARROW_STRIDES else "i64"
     for at, name in enumerate(kernel.arg_names):
         stem = name.removesuffix("_ptr").removesuffix("_strides")
         if name in constants or stem in absent:
@@ -148,11 +168,12 @@ def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
         elif name == "part_strides":
             signature[name] = ("i64", "i64")
         elif name.endswith("_strides"):
-            # The last axis of q, k, v and out is contiguous; the others are whole multiples of a row.
-            width = 3 if stem == "lse" else 4
-            signature[name] = ("i64",) * (width - 1) + (("i64",) if stem == "lse" else ("constexpr",))
-            attributes |= {(at, axis): [["tt.divisibility", 16]] for axis in range(3) if stem != "lse"}
-            if stem != "lse":
+            # The last axis of q, k, v and out is contiguous; the others are whole multiples of a row. Masks lie as they please.
+            width = {"lse": 3, "prior_lse": 3, "padding": 2}.get(stem, 4)
+            rowed = stem not in ("lse", "prior_lse", "padding", "mask", "bias")
+            signature[name] = (integer,) * (width - 1) + (("constexpr",) if rowed else (integer,))
+            if rowed:
+                attributes |= {(at, axis): [["tt.divisibility", 16]] for axis in range(3)}
                 values[(at, 3)] = 1
         else:
             signature[name] = {
@@ -169,6 +190,10 @@ def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
 def _pointed(stem: str, element: str) -> str:
     fixed = {
         "lse": "fp32",
+        "prior_lse": "fp32",
+        "prior_out": "fp32",
+        "mask": "u8",
+        "padding": "u8",
         "by_distance": "fp32",
         "delta": "fp32",
         "pivot": "fp32",

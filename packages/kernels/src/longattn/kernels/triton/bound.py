@@ -16,8 +16,12 @@ from triton import knobs
 from triton.runtime import driver
 
 from longattn.kernels.dispatch.call import Call
+from longattn.kernels.triton.availability import INTERPRETED, installed_version
 from longattn.kernels.triton.launching import failed_launch, on_device
 from longattn.kernels.triton.passes import DeviceTables, retain_for_graph
+
+READ_VERSIONS = ("3.7.",)
+"""Of triton: what its launcher does after it found the compiled kernel was read there, and is done here."""
 
 _ALIGNMENT = 16
 """Bytes: the only property of a pointer that kernels are compiled for."""
@@ -36,8 +40,10 @@ class Launch(NamedTuple):
     tables: DeviceTables | None = None
 
 
-def is_plain(call: Call) -> bool:
-    """Whether a call has q, k and v alone, beginning at addresses that kernels are compiled for."""
+def can_bind(call: Call) -> bool:
+    """Whether a call has q, k and v alone, beginning at addresses that kernels are compiled for, and triton compiles and is known."""
+    if INTERPRETED or not call.q.numel() or not (installed_version() or "").startswith(READ_VERSIONS):
+        return False
     beside = (call.mask, call.bias, call.by_distance, call.key_padding, call.prior)
     return all(x is None for x in beside) and is_aligned(call.q, call.k, call.v)
 

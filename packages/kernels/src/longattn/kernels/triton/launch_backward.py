@@ -14,9 +14,8 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import TensorAllocator
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
-from longattn.kernels.triton.availability import INTERPRETED
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
-from longattn.kernels.triton.bound import BoundLaunch, Launch, is_aligned, is_plain
+from longattn.kernels.triton.bound import BoundLaunch, Launch, can_bind, is_aligned
 from longattn.kernels.triton.configurations import Configuration
 from longattn.kernels.triton.launching import (
     configuration_of,
@@ -83,7 +82,7 @@ def bind_backward(
 ) -> BoundBackward | None:
     """`backward` of such calls with everything in place but tensors and seed; None where a call has more, or a cotangent is copied first."""
     beside = [x for x in (grad_out, grad_lse, out, lse) if x is not None]
-    if INTERPRETED or not is_plain(call) or not call.q.numel() or grad_out.stride(-1) != 1 or not is_aligned(*beside):
+    if not can_bind(call) or grad_out.stride(-1) != 1 or not is_aligned(*beside):
         return None
     return BoundBackward(call, grad_out, grad_lse, out, lse)
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import TensorAllocator
-from longattn.kernels.triton.availability import INTERPRETED
-from longattn.kernels.triton.bound import BoundLaunch, Launch, is_aligned, is_plain
+from longattn.kernels.triton.bound import BoundLaunch, Launch, can_bind, is_aligned
 from longattn.kernels.triton.configurations import Configuration
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.launching import (
@@ -86,7 +85,7 @@ class BoundForward:
 
 def bind(call: Call, out: Tensor, lse: Tensor) -> BoundForward | None:
     """`forward` of such calls with everything in place but tensors and seed; None where a call has more than q, k and v."""
-    return None if INTERPRETED or not is_plain(call) or not call.q.numel() else BoundForward(call)
+    return BoundForward(call) if can_bind(call) else None
 
 
 def _form(call: Call) -> _Form:
