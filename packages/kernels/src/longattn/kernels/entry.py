@@ -142,7 +142,7 @@ def _exchanged_state(state: AttentionState) -> AttentionState:
 
 
 def checked_pattern(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Options) -> Pattern:
-    """The pattern that is asked for, with the causal field that is.
+    """The checked pattern, with the causal field of `is_causal`.
 
     Raises:
         TypeError, ValueError: a bad tensor, pattern or option, by name.

@@ -2,8 +2,8 @@
 
 At lse = -1e9 the next float32 is 64 away, so lse no longer says how many keys a row saw: parts of it would merge with wrong weights, and
 exp(score - lse), from which gradients are made, would be 1 for every key. `exact_forward` and `exact_backward` wrap the two functions of
-a row of the table: such rows, which are few or none, are made again from the plan in float64, a chunk at a time. Where nothing is added to
-scores nothing is asked; with a bias or an Alibi over long distances, whether any lse is that far.
+a row of the table: such rows, which are few or none, are made again from the plan in float64, a chunk at a time. They are looked for only where
+something is added to scores: a bias, or an Alibi over long distances.
 """
 
 from __future__ import annotations

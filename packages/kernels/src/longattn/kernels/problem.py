@@ -1,4 +1,4 @@
-"""`AttentionProblem`: what is asked of a row of the dispatch table, without the data."""
+"""`AttentionProblem`: a call without its data, as rows of the dispatch table judge it."""
 
 from __future__ import annotations
 

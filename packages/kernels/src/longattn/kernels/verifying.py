@@ -34,7 +34,7 @@ def sampled(count: int) -> list[int]:
 def errors_of(
     tensors: Triple, pattern: Pattern, queries: Span, backend: str, backward: bool
 ) -> tuple[tuple[str, float], ...]:
-    """The largest absolute errors of out and lse, and of dq, dk and dv where gradients are asked for, on sampled query rows.
+    """The largest absolute errors of out and lse, and of dq, dk and dv with `backward`, on sampled query rows.
 
     queries: where the rows of q stand. Gradients are of an upstream gradient of ones in the sampled rows and zero elsewhere.
     """

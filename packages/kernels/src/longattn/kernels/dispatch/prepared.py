@@ -2,8 +2,8 @@
 
 A call's signature is everything but data: shapes, strides, dtypes, devices, pattern, options, which gradients are wanted, and the
 settings of the process that a choice depends on. For each signature the memo holds which row serves and in which form. The plan is
-asked of the environment's cache at every call, so that its statistics and its limits hold; where the cache answers with another plan
-than before (it was reset, or the plan was evicted), the call is prepared anew.
+looked up in the environment's cache at every call, so that its statistics and its limits hold; where the cache has another plan than
+before (it was reset, or the plan was evicted), the call is prepared anew.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Bound = Callable[..., "tuple[Tensor, Tensor] | None"]
 
 
 class PreparedCall:
-    """What a signature of a call came to.
+    """The row, and the form of its call, for one signature.
 
     Attributes:
         arguments: the op's arguments. plan_key: the pattern cache's key. row: who serves.
-        used: whether somebody asked for it since the memo last passed over it.
-        successor: the same call prepared with a newer plan, once the cache answered with one.
+        used: whether it was looked up since the memo last passed over it.
+        successor: the same call prepared with a newer plan, once the cache had one.
     """
 
     __slots__ = (
@@ -247,12 +247,12 @@ def process_settings() -> tuple[Hashable, ...]:
 
 
 def plan_key(arguments: OpArguments) -> tuple[Hashable, ...]:
-    """The pattern cache's key of what is asked."""
+    """The pattern cache's key of a rectangle."""
     return (arguments.pattern, tuple(arguments.q_spans), tuple(arguments.k_spans), tuple(arguments.heads))
 
 
 def find_plan(arguments: OpArguments, environment: Environment) -> Plan:
-    """The plan of what is asked, from the environment's cache."""
+    """The plan of a rectangle, from the environment's cache."""
     return find_plan_of(plan_key(arguments), environment)
 
 

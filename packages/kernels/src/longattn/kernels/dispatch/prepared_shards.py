@@ -1,8 +1,8 @@
 """`PreparedShards`: many rectangles of one q, k and v that were looked up once, in the memo beside prepared calls of one rectangle.
 
 A schedule within one process is such: shards of query rows, each with its rectangles in the order in which keys arrive. Where one row
-serves them all and has a form for it, they are one call. Plans are asked of the environment's cache at every call, one for each
-rectangle, and where the cache answers with another plan than before, the whole is bound anew.
+serves them all and has a form for it, they are one call. Plans are looked up in the environment's cache at every call, one for each
+rectangle, and where the cache has another plan than before, the whole is bound anew.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PreparedShards:
     """A schedule's rectangles of one signature, bound as one call.
 
     Attributes:
-        used: whether somebody asked for it since the memo last passed over it.
+        used: whether it was looked up since the memo last passed over it.
     """
 
     __slots__ = ("_bound", "_cut", "_keys", "_out_dtype", "_plans", "used")
@@ -57,7 +57,7 @@ class PreparedShards:
     def of(
         cls, cut: Cut, tensors: OpTensors, out_dtype: torch.dtype, environment: Environment
     ) -> PreparedShards | None:
-        """Of rectangles that were all computed before, one by one; None where that cannot be one call. The cache is not asked."""
+        """Of rectangles that were all computed before, one by one; None where that cannot be one call. Nothing is looked up in the pattern cache."""
         rectangles = cut(tensors, environment)
         calls = [PREPARED.peek(rectangle_key(each.tensors, each.arguments)) for each in rectangles]
         plans = [call.plan for call in calls if call is not None]

@@ -58,7 +58,7 @@ class TableRow:
             arguments of `backward` and the gradients that it gave.
         revision: (level, revision) of what serves, where figures of speed depend on more than this package's version.
         standing: of a problem, whether what the row would run for it has been checked on its device: "checked", "unchecked: why", "failed: what
-            was wrong", or "" where that is not asked; the second argument says whether to check now what was not. A failed one refuses.
+            was wrong", or "" where rows do not check; the second argument says whether to check now what was not. A failed one refuses.
         second_backward: the derivative of `backward`, (call, gradients of dq, dk, dv and dbias or None each, (grad_out, grad_lse, out, lse)) ->
             gradients of grad_out, grad_lse, out, lse, q, k, v and bias; None where the row has none.
         bind_shards: of q, k, v, shards of query rows with their rectangles, which are views of the three, and out's dtype: all of them in one call,
@@ -134,14 +134,14 @@ class Explanation:
     """Which row serves a problem, and why not the others.
 
     Attributes:
-        problem: what was asked.
+        problem: the call without its data.
         rows: (name, reasons) in order of preference; no reasons means that the row could serve.
         backend: the row that serves, or None.
         expected: (name, seconds of CPU time, where the figure is from) of each row that could serve; seconds are None, and the text says why, where
             there is no figure. Empty where figures do not decide.
         order: what decides between rows that could serve.
-        traffic: what the call moves and multiplies, where that was asked for.
-        errors: (name, largest absolute error) of sampled rows beside float64, where that was asked for.
+        traffic: what the call moves and multiplies, with `verbose`.
+        errors: (name, largest absolute error) of sampled rows beside float64, with `verify`.
         standings: (name, "checked" or "unchecked: why") of rows that check themselves on a device.
         forms: (name, form) of rows that could serve in more than one way: which of them this call takes.
     """

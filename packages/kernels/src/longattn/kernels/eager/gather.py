@@ -54,7 +54,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv) in the dtypes of q, k, v and, if asked, dbias in the shape and dtype of bias; summed in float32 (float64)."""
+    """(dq, dk, dv) in the dtypes of q, k, v and, with bias_grad, dbias in the shape and dtype of bias; summed in float32 (float64)."""
     dtype = state_dtype(call.q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
     dbias = (

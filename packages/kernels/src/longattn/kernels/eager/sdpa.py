@@ -88,7 +88,7 @@ def backward(
 
 
 def _is_whole(call: Call) -> bool:
-    """Whether one call of torch's kernel on the whole tensors is what is asked: every query sees every key, or those up to its own."""
+    """Whether one call of torch's kernel on the whole tensors will do: every query sees every key, or those up to its own."""
     if len(call.plan.branches) != 1 or not call.q.numel() or call.prior is not None or call.dropout_p:
         return False
     if call.q.shape[-1] != call.v.shape[-1]:

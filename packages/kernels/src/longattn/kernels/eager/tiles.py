@@ -126,7 +126,7 @@ def index_tensor(index: Index, device: torch.device, tensors: IndexTensors | Non
 
 
 def keep_tensors(plan: Plan) -> None:
-    """From now on index tensors of this plan stay with it, on the devices that asked, until it leaves its cache."""
+    """From now on index tensors of this plan stay with it, on the devices that they are made for, until it leaves its cache."""
     plan.derived.setdefault(_INDEX_TENSORS, {})
 
 

@@ -50,7 +50,7 @@ def rectangle_gradients(
 ) -> Gradients | None:
     """`longattn::attend_backward` itself, on real tensors: dq, dk, dv, dbias (None where it is not wanted); `skip_empty` as above.
 
-    plan: what the environment's cache answered, where it was asked already.
+    plan: the rectangle's, where it was looked up already.
     """
 
     def compute(call: PreparedCall, plan: Plan) -> Gradients | None:

@@ -74,7 +74,7 @@ def signature(place: str, q: Any, k: Any, v: Any, pattern: object, options: Opti
         return None
     text = getattr(pattern, "_canonical", None)
     if text is None:
-        # isinstance of an abstract class is slow: it is asked once a pattern.
+        # isinstance of an abstract class is slow: it is called once a pattern.
         if not isinstance(pattern, Pattern):
             return None
         text = pattern.canonical()
@@ -148,7 +148,7 @@ def run_prepared(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the prepared call of a `signature`; differentiable where it was prepared so.
 
-    environment: None is the default one. plan: what its cache answered, if it was asked.
+    environment: None is the default one. plan: the call's, where it was looked up already.
     """
     if environment is None:
         environment = DEFAULT_ENVIRONMENT
