@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from longattn.kernels.triton.configurations import ARCHITECTURES, HEAD_DIMS, TABLE, Configuration, with_terms
 from tools.sass import local_accesses, loops
-from tools.triton_ahead import TableLine, compile_line, lines
+from tools.triton_ahead import FORMS, NARROW_STRIDES, TableLine, compile_line, in_form, lines
 from tools.triton_predict import RESULTS, predict
 
 
@@ -24,6 +24,25 @@ def test_a_shipped_line_has_no_fault():
     need = compile_line(TableLine("forward", "sm_90", 64, 2, TABLE["forward", "sm_90", 64, 2]))
     assert not need.faults and 0 < need.registers <= 255 and 0 < need.shared <= ARCHITECTURES["sm_90"].shared
     assert 0 < need.occupancy <= 1 and "registers" in str(need)
+
+
+def test_forms_have_tiles_of_their_own():
+    """A call with masks or dropout keeps more beside its scores; all other forms keep the line's tile, but for score terms."""
+    line = TableLine("forward", "sm_90", 64, 2, TABLE["forward", "sm_90", 64, 2])
+    tiles = {form: in_form(line, form).configuration for form in (*FORMS, NARROW_STRIDES)}
+    assert tiles["plain"] == tiles["listed"] == tiles[NARROW_STRIDES] == line.configuration
+    assert tiles["masked"] == tiles["dropout"] == tiles["all"] == Configuration(64, 32, 8, 1)
+    assert tiles["terms"] == with_terms(line.configuration)
+    assert len(lines(["sm_90"], every_form=True)) == len(lines(["sm_90"])) * (len(FORMS) + 1)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("form", [form for form in (*FORMS, NARROW_STRIDES) if form != "plain"])
+@pytest.mark.parametrize("kernel", ["forward", "backward_keys", "backward_queries"])
+def test_forms_compile_without_a_fault(kernel: str, form: str):
+    """On Hopper at head_dim 64; `python -m tools.triton_ahead --forms` compiles all lines so."""
+    need = compile_line(in_form(TableLine(kernel, "sm_90", 64, 2, TABLE[kernel, "sm_90", 64, 2]), form))
+    assert not need.faults, str(need)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_keys", "backward_queries"])

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longattn.kernels.triton.backward_kernel import keys_kernel
-from longattn.kernels.triton.configurations import ARCHITECTURES, HEAD_DIMS, TABLE, Architecture, Configuration
+from longattn.kernels.triton.configurations import ARCHITECTURES, HEAD_DIMS, TABLE, Architecture, Configuration, choose
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
 from tools.sass import local_accesses, product_loops
@@ -121,6 +121,7 @@ class Need:
         line, tile = self.line, self.line.configuration
         said = f"{line.architecture:7} {line.kernel:17} D={line.head_dim:<3} "
         said += f"DV={line.value_dim:<3} " if line.value_dim else ""
+        said += f"{line.form} " if line.form != "plain" else ""
         said += f"{ELEMENTS[line.element_size]}"
         said += f" {tile.owned:>3} x {tile.streamed:<3} {tile.warps} warps {tile.stages} stages"
         said += f" chunks of {tile.chunk:<2}" if tile.chunk else " " * 13
@@ -129,14 +130,28 @@ class Need:
         return "  ".join([said, *self.faults])
 
 
-def lines(architectures: Iterator[str] | list[str]) -> list[TableLine]:
-    """Every shipped line of these architectures; those of the widest tiles also with a narrower v, as in MLA."""
-    found = [
+def lines(architectures: Iterator[str] | list[str], *, every_form: bool = False) -> list[TableLine]:
+    """Every shipped line of these architectures; those of the widest tiles also with a narrower v, as in MLA.
+
+    every_form: with each of FORMS and strides of 32 bits too, in the tile that such a call gets.
+    """
+    plain = [
         TableLine(kernel, arch, dim, size, tile)
         for (kernel, arch, dim, size), tile in TABLE.items()
         if arch in architectures
     ]
-    return found + [replace(line, value_dim=_NARROW_VALUES) for line in found if line.head_dim == max(HEAD_DIMS)]
+    plain += [replace(line, value_dim=_NARROW_VALUES) for line in plain if line.head_dim == max(HEAD_DIMS)]
+    forms = [form for form in (*FORMS, NARROW_STRIDES) if form != "plain"] if every_form else []
+    return plain + [in_form(line, form) for form in forms for line in plain]
+
+
+def in_form(line: TableLine, form: str) -> TableLine:
+    """The line as a call of that form takes it."""
+    masked, key = (
+        form in ("masked", "dropout", "all"),
+        (line.kernel, line.architecture, line.head_dim, line.element_size),
+    )
+    return replace(line, form=form, configuration=choose(*key, terms=form == "terms", masked=masked)[0])
 
 
 def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
@@ -272,12 +287,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("architectures", nargs="*", default=list(ARCHITECTURES), help=f"of {', '.join(ARCHITECTURES)}")
     parser.add_argument("--jobs", type=int, default=None, help="processes; default one a core")
+    parser.add_argument(
+        "--forms", action="store_true", help="also with masks, dropout, score terms, listed rows and narrow strides"
+    )
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     options = parser.parse_args(argv)
     unknown = set(options.architectures) - set(ARCHITECTURES)
     if unknown:
         parser.error(f"architectures must be of {', '.join(ARCHITECTURES)}, got {', '.join(sorted(unknown))}")
-    found = [line for line in lines(options.architectures) if options.only in line.kernel]
+    found = [line for line in lines(options.architectures, every_form=options.forms) if options.only in line.kernel]
     with ProcessPoolExecutor(options.jobs) as pool:
         needs = []
         for need in pool.map(compile_line, found):

@@ -2,6 +2,8 @@
 
 # What is active in torch is known to private names alone.
 # pyright: reportPrivateUsage=false
+# Arguments come as anything, and are checked here.
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def refuse_torchscript() -> None:
     if torch.compiler.is_dynamo_compiling():
         return
     onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    if onnx or torch._C._get_tracing_state() is not None:
+    if onnx or torch._C._get_tracing_state() is not None:  # pyright: ignore[reportUnnecessaryComparison]
         raise NotImplementedError(
             "attention cannot be recorded by torch.jit.trace or exported to ONNX, which have no such operator: use "
             "torch.export.export, whose program torch._inductor.aoti_compile_and_package compiles, or torch.compile"

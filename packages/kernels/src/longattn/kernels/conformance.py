@@ -3,6 +3,9 @@
 Needs torch alone: benchmarks on a bare machine use it. `testing` has it for tests, with Hypothesis strategies.
 """
 
+# torch's own types are partial.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import math

@@ -122,9 +122,11 @@ def decode_attention(
         if out is not None:
             return out
     if cache.split is not None and held and _plain(q, cache, first, sink_logits) and q.dtype == cache.keys.dtype:
-        own = {"hidden": hidden, "first": first, "sink_logits": sink_logits, "softcap": softcap, "added": added}
         try:
-            return cache.split.attend(q, held, scale, **own).reshape(result_shape(q, *cache.dims))
+            out = cache.split.attend(
+                q, held, scale, hidden=hidden, first=first, sink_logits=sink_logits, softcap=softcap, added=added
+            )
+            return out.reshape(result_shape(q, *cache.dims))
         except RowFailure as failure:
             cache.split = None
             logger.warning("row triton_decode: %s", failure)

@@ -138,7 +138,7 @@ def attend(
 
 def _exchanged_state(state: AttentionState) -> AttentionState:
     """The state with sequence and heads exchanged; what is none is itself, to be refused later."""
-    return AttentionState(exchanged(state.out), exchanged(state.lse)) if isinstance(state, AttentionState) else state
+    return AttentionState(exchanged(state.out), exchanged(state.lse)) if isinstance(state, AttentionState) else state  # pyright: ignore[reportUnnecessaryIsInstance]
 
 
 def checked_pattern(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Options) -> Pattern:
@@ -148,7 +148,7 @@ def checked_pattern(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: 
         TypeError, ValueError: a bad tensor, pattern or option, by name.
     """
     check_qkv(q, k, v)
-    if not isinstance(pattern, Pattern):
+    if not isinstance(pattern, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"pattern must be a Pattern such as Dilated or Window, got {pattern!r} ({type(pattern).__name__})"
         )
@@ -177,10 +177,10 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return q, k, v
     # torch refuses the question itself on devices such as "meta".
-    if not isinstance(q, Tensor) or not torch.amp.is_autocast_available(q.device.type):
+    if not isinstance(q, Tensor) or not torch.amp.is_autocast_available(q.device.type):  # pyright: ignore[reportUnnecessaryIsInstance]
         return q, k, v
     if not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
-    cast = [x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in (q, k, v)]
+    cast = [x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in (q, k, v)]  # pyright: ignore[reportUnnecessaryIsInstance]
     return cast[0], cast[1], cast[2]

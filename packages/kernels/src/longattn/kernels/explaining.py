@@ -77,7 +77,7 @@ def explain(
     Raises:
         TypeError, ValueError: a bad argument, by name.
     """
-    if not isinstance(pattern, Pattern):
+    if not isinstance(pattern, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"pattern must be a Pattern such as Dilated or Window, got {pattern!r} ({type(pattern).__name__})"
         )
@@ -153,7 +153,7 @@ def explain(
                 q_shape, k_shape, problem.dtype, torch.device("cpu" if device is None else device)
             )
         if explanation.backend is None:
-            raise ValueError(f"verify must be False where no row fits, got {verify is not False}: {explanation}")
+            raise ValueError(f"verify must be False where no row fits, got {verify is not False}: {explanation}")  # pyright: ignore[reportUnnecessaryComparison]
         explanation = replace(
             explanation, errors=verifying.errors_of(tensors, pattern, queries, explanation.backend, requires_grad)
         )
@@ -173,7 +173,7 @@ def _tensors(
         raise ValueError(f"verify must be False with {' and '.join(beside)}, got {verify is not False}")
     if verify is True:
         return None
-    if not isinstance(verify, tuple) or len(verify) != 3 or not all(isinstance(x, Tensor) for x in verify):
+    if not isinstance(verify, tuple) or len(verify) != 3 or not all(isinstance(x, Tensor) for x in verify):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"verify must be a bool or a triple of tensors (q, k, v), got {type(verify).__name__}")
     for name, x, shape in zip("qkv", verify, (q_shape, k_shape, k_shape), strict=True):
         if (tuple(x.shape), x.dtype, x.device.type) != (tuple(shape), problem.dtype, problem.device):

@@ -6,6 +6,9 @@ a row of the table: such rows, which are few or none, are made again from the pl
 something is added to scores: a bias, or an Alibi over long distances.
 """
 
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

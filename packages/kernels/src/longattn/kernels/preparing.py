@@ -1,5 +1,8 @@
 """`prepare`: a call that is checked and looked up once, for loops that call with the same shapes again and again."""
 
+# Arguments come as anything, and are checked here.
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -170,7 +173,7 @@ def prepare(
         >>> step(q, k, v).out.shape
         torch.Size([1, 16, 2, 8])
     """
-    if isinstance(pattern, Pattern):
+    if isinstance(pattern, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
         pattern.canonical()
     if isinstance(softmax_scale, Tensor):
         raise TypeError(

@@ -1,5 +1,8 @@
 """`AttentionProblem`: a call without its data, as rows of the dispatch table judge it."""
 
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass, fields

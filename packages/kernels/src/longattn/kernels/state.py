@@ -66,7 +66,7 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
         TypeError, ValueError: not two states of the same shape, or of dtypes other than float32 and float64.
     """
     for name, state in (("first", first), ("second", second)):
-        if not isinstance(state, AttentionState):
+        if not isinstance(state, AttentionState):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{name} must be an AttentionState, got {type(state).__name__}")
         if state.out.dtype not in (torch.float32, torch.float64):
             raise TypeError(

@@ -10,6 +10,9 @@ of (heads, 1) or (heads, 2 + 2 * L) numbers whatever the length of the sequence:
 is made by torch operations, through which gradients go on to slopes and tables.
 """
 
+# Arguments come as anything, and are checked here.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math
@@ -37,7 +40,7 @@ class Softcap:
     value: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"value must be a finite number > 0, got {self.value!r} ({type(self.value).__name__})")
         if not 0 < self.value < math.inf:
             raise ValueError(f"value must be a finite number > 0, got {self.value}")
@@ -83,14 +86,14 @@ class RelativeBias:
 
     def __post_init__(self) -> None:
         _check_floating("table", self.table, "(num_buckets, heads)", 2)
-        if not isinstance(self.bidirectional, bool):
+        if not isinstance(self.bidirectional, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"bidirectional must be True or False, got {self.bidirectional!r} ({type(self.bidirectional).__name__})"
             )
         least = 4 if self.bidirectional else 2
         if self.table.shape[0] < least:
             raise ValueError(f"table must have at least {least} buckets, got {self.table.shape[0]}")
-        if isinstance(self.max_distance, bool) or not isinstance(self.max_distance, int):
+        if isinstance(self.max_distance, bool) or not isinstance(self.max_distance, int):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"max_distance must be an integer over {self.table.shape[0] // least}, got {self.max_distance!r} "
                 f"({type(self.max_distance).__name__})"

@@ -1,5 +1,8 @@
 """Sampled rows of a call beside the float64 oracle: what `explain(verify=...)` states."""
 
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import torch

@@ -1,5 +1,8 @@
 """Scores of a tile in torch operations, for rows that hold them: grouped heads as rows, masks, bias, dropout."""
 
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import torch

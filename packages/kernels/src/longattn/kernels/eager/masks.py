@@ -1,5 +1,8 @@
 """What hides, biases or drops the pairs of one tile."""
 
+# torch's own types are partial.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from dataclasses import replace

@@ -3,6 +3,9 @@
 Rows that are affine are read and written through strided views, listed ones through index tensors.
 """
 
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator

@@ -6,6 +6,8 @@ torch.func's transforms need. What the two functions do inside is opaque to all 
 
 # What is active in torch is known to private names alone.
 # pyright: reportPrivateUsage=false
+# torch's own types are partial.
+# pyright: reportUnknownLambdaType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ Everything else goes through the opaque op, which each of these knows how to han
 
 # What is active in torch is known to private names alone.
 # pyright: reportPrivateUsage=false
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def is_plain() -> bool:
         or _transforms_active()
         or _dispatch_modes()
         or _function_modes()
-        or _tracing_state() is not None
+        or _tracing_state() is not None  # pyright: ignore[reportUnnecessaryComparison]
         or _autocast_active()
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled

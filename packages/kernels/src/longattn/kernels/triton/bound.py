@@ -111,7 +111,8 @@ class BoundLaunch:
             retain_for_graph(tables)
         kernel, runtime = self._kernel, knobs.runtime
         with on_device(self._device):
-            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            active: Any = driver.active
+            stream = active.get_current_stream(active.get_current_device())
             metadata = kernel.launch_metadata(self._grid, stream, *arguments)
             try:
                 kernel.run(

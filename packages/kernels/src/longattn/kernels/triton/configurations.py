@@ -112,6 +112,16 @@ _HALF: dict[str, dict[str, tuple[TileShape, ...]]] = {
 }
 
 
+_MASKED: dict[str, tuple[TileShape, ...]] = {
+    "forward": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1, 64)),
+    "decode": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1, 64)),
+    "backward_keys": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1, 32)),
+    "backward_queries": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1, 32)),
+}
+"""kernel -> a tile for each of HEAD_DIMS, of 16-bit types with a mask, a bias, padding or dropout: addresses, flags and random words of as many pairs
+stand in registers beside scores, where wider tiles keep them in memory."""
+
+
 def _lines() -> Iterator[tuple[tuple[str, str, int, int], Configuration]]:
     for kernel, architectures in _HALF.items():
         for name, tiles in architectures.items():
@@ -153,14 +163,16 @@ def with_terms(tile: Configuration) -> Configuration:
 
 
 def choose(
-    kernel: str, architecture: str, head_dim: int, element_size: int, terms: bool = False
+    kernel: str, architecture: str, head_dim: int, element_size: int, terms: bool = False, masked: bool = False
 ) -> tuple[Configuration, int]:
     """The tile of a kernel on an architecture ("" is the interpreter), and the width that head_dim is padded to.
 
-    head_dim: the larger one, where v has its own. terms: there are score terms.
+    head_dim: the larger one, where v has its own. terms: there are score terms. masked: there is a mask, a bias, padding or dropout.
     """
     width = padded(head_dim)
     if not architecture:
         return _INTERPRETED, width
     tile = TABLE[kernel, table_architecture(architecture), width, element_size]
+    if masked and element_size == 2:
+        tile = Configuration(*_MASKED[kernel][HEAD_DIMS.index(width)])
     return with_terms(tile) if terms else tile, width

@@ -143,7 +143,8 @@ def shared_arguments(call: Call) -> dict[str, Any]:
 def configuration_of(call: Call, kernel: str) -> Configuration:
     """The tile of a kernel for this call on its device."""
     head_dim, architecture = max(call.q.shape[-1], call.v.shape[-1]), architecture_of(call.q.device)
-    return choose(kernel, architecture, head_dim, call.q.element_size(), terms=has_terms(call))[0]
+    masked = call.dropout_p > 0 or any(x is not None for x in (call.mask, call.bias, call.key_padding))
+    return choose(kernel, architecture, head_dim, call.q.element_size(), terms=has_terms(call), masked=masked)[0]
 
 
 def dropout_arguments(call: Call) -> dict[str, Any]:
