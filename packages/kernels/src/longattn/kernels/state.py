@@ -42,7 +42,7 @@ class AttentionState:
         Raises:
             TypeError: out is no tensor.
         """
-        if not isinstance(out, Tensor):
+        if not isinstance(out, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"out must be a torch.Tensor, got {out!r} ({type(out).__name__})")
         dtype = state_dtype(out.dtype)
         lse = torch.full(out.shape[:-1], -torch.inf, dtype=dtype, device=out.device)
@@ -54,7 +54,7 @@ class AttentionState:
         Raises:
             TypeError: dtype is no torch.dtype.
         """
-        if not isinstance(dtype, torch.dtype):
+        if not isinstance(dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"dtype must be a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
         return self.out.to(dtype)
 

@@ -110,7 +110,7 @@ class RelativeBias:
         Raises:
             TypeError: distance is no tensor of integers.
         """
-        if not isinstance(distance, Tensor) or distance.is_floating_point() or distance.is_complex():
+        if not isinstance(distance, Tensor) or distance.is_floating_point() or distance.is_complex():  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"distance must be a tensor of integers, got {distance!r} ({type(distance).__name__})")
         count = self.table.shape[0] // (2 if self.bidirectional else 1)
         exact = count // 2
