@@ -281,6 +281,51 @@ def test_a_bound_call_serves_only_what_it_was_made_for(stub: StubDriver):
     assert bound(q, k, v, None, allocator) is None and not stub.launches
 
 
+def test_one_tensor_may_be_two_arguments_when_a_call_is_bound(stub: StubDriver):
+    """Self-attention without projections: the next call of that signature may have three tensors."""
+    call = call_of(Full())
+    call = replace(call, k=call.q, v=call.q)
+    bound = launch_forward.bind(call, *launch_forward.forward(call))
+    back = launch_backward.bind_backward(call, call.q, None, call.q, torch.empty(call.q.shape[:3]), ())
+    assert bound is not None and back is not None
+    q, k, v, grad, out = (torch.empty_like(call.q) for _ in range(5))
+    stub.launches.clear()
+    bound(q, k, v, None, call.allocator)
+    back(Cotangents(grad, None, out, torch.empty(out.shape[:3])), OpTensors(q, k, v), call.allocator)
+    names = [forward_kernel.arg_names, rows_kernel.arg_names, keys_kernel.arg_names]
+    forward, rows, keys = (
+        dict(zip(some, launch.arguments, strict=True)) for some, launch in zip(names, stub.launches, strict=True)
+    )
+    for launched in (forward, keys):
+        assert (launched["q_ptr"], launched["k_ptr"], launched["v_ptr"]) == (Same(q), Same(k), Same(v))
+    assert (rows["grad_out_ptr"], rows["out_ptr"], keys["grad_ptr"]) == (Same(grad), Same(out), Same(grad))
+
+
+@dataclass(frozen=True, eq=False)
+class Same:
+    """Equal to its tensor alone."""
+
+    tensor: torch.Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
+
+
+def test_an_empty_grid_is_not_bound(stub: StubDriver):
+    """No key, no job: nothing is launched, and rows are what nothing seen leaves."""
+    call = call_of(Full(), nq=4, nk=4)
+    call = replace(call, k=call.k[:, :0], v=call.v[:, :0], plan=Full().plan(Rectangle(2, Span(0, 4), Span(0, 0))))
+    bound = launch_forward.bind(call, *launch_forward.forward(call))
+    stub.launches.clear()
+    computed = None if bound is None else bound(call.q, call.k, call.v, None, call.allocator)
+    assert (
+        computed is not None and not stub.launches and not computed[0].any() and bool((computed[1] == -torch.inf).all())
+    )
+
+
 def test_masks_and_priors_are_not_bound(stub: StubDriver):
     """Their calls are made anew each time."""
     call = replace(call_of(Full()), key_padding=torch.zeros(1, 96, dtype=torch.bool))

@@ -6,8 +6,10 @@ call of one signature whose tensors begin at multiples of 16 bytes, so it is kep
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.triton.availability import INTERPRETED, installed_version
 from longattn.kernels.triton.launching import failed_launch, on_device
 from longattn.kernels.triton.passes import DeviceTables, retain_for_graph
@@ -46,6 +49,18 @@ def can_bind(call: Call) -> bool:
         return False
     beside = (call.mask, call.bias, call.by_distance, call.key_padding, call.prior)
     return all(x is None for x in beside) and is_aligned(call.q, call.k, call.v)
+
+
+def apart(call: Call) -> Call:
+    """The call with q, k and v that are objects of their own, also where one tensor is two of them: places are found by identity."""
+    return replace(call, q=call.q.detach(), k=call.k.detach(), v=call.v.detach(), allocator=TorchAllocator())
+
+
+def bind_launches(
+    launches: Iterable[Launch], tensors: Sequence[Tensor | None], device: torch.device
+) -> list[BoundLaunch]:
+    """All of them but those of an empty grid; see `BoundLaunch`."""
+    return [BoundLaunch(launch, tensors, device) for launch in launches if math.prod(launch.grid)]
 
 
 def is_aligned(*tensors: Tensor) -> bool:

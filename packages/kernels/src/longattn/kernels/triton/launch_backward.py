@@ -15,7 +15,7 @@ from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import TensorAllocator
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
-from longattn.kernels.triton.bound import BoundLaunch, Launch, can_bind, is_aligned
+from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned
 from longattn.kernels.triton.configurations import Configuration
 from longattn.kernels.triton.launching import (
     configuration_of,
@@ -52,12 +52,14 @@ class BoundBackward:
     """(cotangents, tensors, allocator) -> (dq, dk, dv, None), for tensors laid out like those of the backward that it was made from."""
 
     def __init__(self, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> None:
+        call, grad_out, out, lse = apart(call), grad_out.detach(), out.detach(), lse.detach()
+        grad_lse = None if grad_lse is None else grad_lse.detach()
         self._dtype, self._device, self._deterministic = call.q.dtype, call.q.device, call.deterministic
         self._lse_stride, self._memory = lse.stride(), _Memory.of(call, _whole(call))
         memory = self._memory.fresh(self._device, call.allocator)
         beside = (grad_out, grad_lse, out, lse, grad_out.to(self._dtype))
         tensors = (call.q, call.k, call.v, *beside, *memory)
-        self._launches = [BoundLaunch(launch, tensors, self._device) for launch in _launches(call, beside, memory)]
+        self._launches = bind_launches(_launches(call, beside, memory), tensors, self._device)
 
     def __call__(
         self, cotangents: Cotangents, tensors: OpTensors, allocator: TensorAllocator

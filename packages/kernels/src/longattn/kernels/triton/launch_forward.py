@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import TensorAllocator
-from longattn.kernels.triton.bound import BoundLaunch, Launch, can_bind, is_aligned
+from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned
 from longattn.kernels.triton.configurations import Configuration
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.launching import (
@@ -61,11 +61,12 @@ class BoundForward:
     """(q, k, v, seed, allocator) -> (out, lse), for tensors laid out like those of the call that it was made from."""
 
     def __init__(self, call: Call) -> None:
+        call = apart(call)
         self._form, self._shape, self._value_dim = _form(call), call.q.shape, call.v.shape[-1]
         self._out_dtype, self._device = call.out_dtype, call.q.device
         memory = _memory(self._shape, self._value_dim, self._out_dtype, self._form, self._device, call.allocator)
         tensors = (call.q, call.k, call.v, *memory)
-        self._launches = [BoundLaunch(launch, tensors, self._device) for launch in _launches(call, self._form, memory)]
+        self._launches = bind_launches(_launches(call, self._form, memory), tensors, self._device)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, allocator: TensorAllocator
