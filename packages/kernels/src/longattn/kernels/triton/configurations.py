@@ -175,4 +175,6 @@ def choose(
     tile = TABLE[kernel, table_architecture(architecture), width, element_size]
     if masked and element_size == 2:
         tile = Configuration(*_MASKED[kernel][HEAD_DIMS.index(width)])
+        if table_architecture(architecture) == "gfx942":
+            tile = replace(tile, warps=4)  # which may have 512 registers each
     return with_terms(tile) if terms else tile, width
