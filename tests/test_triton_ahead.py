@@ -15,34 +15,53 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from longattn.kernels.triton.configurations import ARCHITECTURES, HEAD_DIMS, TABLE, Configuration, with_terms
 from tools.sass import local_accesses, loops
-from tools.triton_ahead import Line, compile_line, lines
+from tools.triton_ahead import FORMS, NARROW_STRIDES, TableLine, compile_line, in_form, lines
 from tools.triton_predict import RESULTS, predict
 
 
 def test_a_shipped_line_has_no_fault():
     """One of them; `nox -s ahead` compiles all."""
-    need = compile_line(Line("forward", "sm_90", 64, 2, TABLE["forward", "sm_90", 64, 2]))
+    need = compile_line(TableLine("forward", "sm_90", 64, 2, TABLE["forward", "sm_90", 64, 2]))
     assert not need.faults and 0 < need.registers <= 255 and 0 < need.shared <= ARCHITECTURES["sm_90"].shared
     assert 0 < need.occupancy <= 1 and "registers" in str(need)
+
+
+def test_forms_have_tiles_of_their_own():
+    """A call with masks or dropout keeps more beside its scores; all other forms keep the line's tile, but for score terms."""
+    line = TableLine("forward", "sm_90", 64, 2, TABLE["forward", "sm_90", 64, 2])
+    tiles = {form: in_form(line, form).configuration for form in (*FORMS, NARROW_STRIDES)}
+    assert tiles["plain"] == tiles["listed"] == tiles[NARROW_STRIDES] == line.configuration
+    assert tiles["masked"] == tiles["dropout"] == tiles["all"] == Configuration(64, 32, 8, 1)
+    assert tiles["terms"] == with_terms(line.configuration)
+    assert len(lines(["sm_90"], every_form=True)) == len(lines(["sm_90"])) * (len(FORMS) + 1)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("form", [form for form in (*FORMS, NARROW_STRIDES) if form != "plain"])
+@pytest.mark.parametrize("kernel", ["forward", "backward_keys", "backward_queries"])
+def test_forms_compile_without_a_fault(kernel: str, form: str):
+    """On Hopper at head_dim 64; `python -m tools.triton_ahead --forms` compiles all lines so."""
+    need = compile_line(in_form(TableLine(kernel, "sm_90", 64, 2, TABLE[kernel, "sm_90", 64, 2]), form))
+    assert not need.faults, str(need)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_keys", "backward_queries"])
 def test_score_terms_compile(kernel):
     """With a cap and a table of distances, whose numbers are gathered."""
     tile = with_terms(TABLE[kernel, "sm_90", 64, 2])
-    need = compile_line(Line(kernel, "sm_90", 64, 2, tile), {"SOFTCAP": True, "COLUMNS": 258})
+    need = compile_line(TableLine(kernel, "sm_90", 64, 2, tile), {"SOFTCAP": True, "COLUMNS": 258})
     assert not need.faults, str(need)
 
 
 def test_a_planted_spill_is_caught():
     """128 x 128 at head_dim 128 does not fit four warps on Hopper."""
-    need = compile_line(Line("forward", "sm_90", 128, 2, Configuration(128, 128, 4, 2)))
+    need = compile_line(TableLine("forward", "sm_90", 128, 2, Configuration(128, 128, 4, 2)))
     assert need.spilled > 0 and any("of spilled registers in loops of products" in fault for fault in need.faults)
 
 
 def test_waiting_for_every_product_is_caught():
     """With this tile the compiler waits for each product of the loop before it issues the next."""
-    line = Line("backward_keys", "sm_90", 128, 2, Configuration(128, 64, 8, 2))
+    line = TableLine("backward_keys", "sm_90", 128, 2, Configuration(128, 64, 8, 2))
     assert not compile_line(line).faults
     assert any("products of a loop is waited for" in fault for fault in compile_line(line, {"REDUCE": False}).faults)
 
@@ -84,7 +103,7 @@ def test_predictions_are_of_the_table_as_it_is(row: dict[str, str]):
 @pytest.mark.nightly
 def test_too_much_shared_memory_is_caught():
     """The compiler itself does not look at the target's limit."""
-    need = compile_line(Line("forward", "gfx942", 64, 2, Configuration(256, 256, 8, 3)))
+    need = compile_line(TableLine("forward", "gfx942", 64, 2, Configuration(256, 256, 8, 3)))
     assert need.shared > ARCHITECTURES["gfx942"].shared
     assert any("shared memory of" in fault for fault in need.faults)
 
@@ -92,7 +111,7 @@ def test_too_much_shared_memory_is_caught():
 @pytest.mark.nightly
 def test_too_much_tensor_memory_is_caught():
     """Nor at that of tensor memory: what comes out then has four registers and does nothing."""
-    need = compile_line(Line("backward_keys", "sm_100", 256, 2, Configuration(128, 64, 8, 1)))
+    need = compile_line(TableLine("backward_keys", "sm_100", 256, 2, Configuration(128, 64, 8, 1)))
     assert any("columns of tensor memory are over the 512" in fault for fault in need.faults)
 
 

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from longattn.kernels.dispatch import rates
-from longattn.kernels.dispatch.capability import FLOATS, dtype_name
+from longattn.kernels.dispatch.capability import dtype_name
 from longattn.kernels.dispatch.probing import TINY, numbers_of, seconds_of
 from longattn.kernels.dispatch.processor import processor
 from longattn.kernels.dispatch.table import Row, backends, row
 from longattn.kernels.dispatch.work import Work, work_of
+from longattn.kernels.state import FLOATS
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Span, Window
 
 HEAD_DIMS = (64, 128)

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longattn.kernels.triton.backward_kernel import keys_kernel
-from longattn.kernels.triton.configurations import ARCHITECTURES, HEAD_DIMS, TABLE, Architecture, Configuration
+from longattn.kernels.triton.configurations import ARCHITECTURES, HEAD_DIMS, TABLE, Architecture, Configuration, choose
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
 from tools.sass import local_accesses, product_loops
@@ -54,12 +54,29 @@ TENSOR_MEMORY = 512
 _NARROW_VALUES = 128
 """head_dim of v beside a q and k of 192 in DeepSeek's models; those are padded to 256."""
 
-_ABSENT = ("mask", "bias", "padding", "prior_out", "prior_lse")
+_OPTIONAL = ("mask", "bias", "padding", "prior_out", "prior_lse", "by_distance")
+
+FORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "plain": ((), {}),
+    "masked": (("mask", "bias", "padding"), {"MASK_ALL": True}),
+    "dropout": ((), {"DROPOUT": True}),
+    "all": (("mask", "bias", "padding", "prior_out", "prior_lse"), {"MASK_ALL": True, "DROPOUT": True}),
+    "terms": (("by_distance",), {"SOFTCAP": True, "COLUMNS": 258}),
+    "listed": ((), {"LISTED": True}),
+}
+"""What a call may have beside q, k and v: (arguments that are there, constants). Each is compiled with the tile that `choose` gives it."""
+
+NARROW_STRIDES = "i32 strides"
+"""The plain form of a tensor whose strides fit 32 bits, as triton specialises it."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of the table, or one of your own, to compile. value_dim: the head_dim of v; 0: head_dim."""
+class TableLine:
+    """One line of the table, or one of your own, to compile.
+
+    Attributes:
+        value_dim: the head_dim of v; 0: head_dim. form: one of FORMS, or NARROW_STRIDES.
+    """
 
     kernel: str
     architecture: str
@@ -67,6 +84,7 @@ class Line:
     element_size: int
     configuration: Configuration
     value_dim: int = 0
+    form: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,7 @@ class Need:
         tensor_memory: columns of it, where there is such memory. occupancy: the share of a multiprocessor's threads that fit at once, judged from registers and SRAM.
     """
 
-    line: Line
+    line: TableLine
     shared: int
     registers: int
     spilled: int
@@ -103,6 +121,7 @@ class Need:
         line, tile = self.line, self.line.configuration
         said = f"{line.architecture:7} {line.kernel:17} D={line.head_dim:<3} "
         said += f"DV={line.value_dim:<3} " if line.value_dim else ""
+        said += f"{line.form} " if line.form != "plain" else ""
         said += f"{ELEMENTS[line.element_size]}"
         said += f" {tile.owned:>3} x {tile.streamed:<3} {tile.warps} warps {tile.stages} stages"
         said += f" chunks of {tile.chunk:<2}" if tile.chunk else " " * 13
@@ -111,32 +130,48 @@ class Need:
         return "  ".join([said, *self.faults])
 
 
-def lines(architectures: Iterator[str] | list[str]) -> list[Line]:
-    """Every shipped line of these architectures; those of the widest tiles also with a narrower v, as in MLA."""
-    found = [
-        Line(kernel, arch, dim, size, tile)
+def lines(architectures: Iterator[str] | list[str], *, every_form: bool = False) -> list[TableLine]:
+    """Every shipped line of these architectures; those of the widest tiles also with a narrower v, as in MLA.
+
+    every_form: with each of FORMS and strides of 32 bits too, in the tile that such a call gets.
+    """
+    plain = [
+        TableLine(kernel, arch, dim, size, tile)
         for (kernel, arch, dim, size), tile in TABLE.items()
         if arch in architectures
     ]
-    return found + [replace(line, value_dim=_NARROW_VALUES) for line in found if line.head_dim == max(HEAD_DIMS)]
+    plain += [replace(line, value_dim=_NARROW_VALUES) for line in plain if line.head_dim == max(HEAD_DIMS)]
+    forms = [form for form in (*FORMS, NARROW_STRIDES) if form != "plain"] if every_form else []
+    return plain + [in_form(line, form) for form in forms for line in plain]
 
 
-def source(line: Line, flags: dict[str, Any] | None = None) -> ASTSource:
+def in_form(line: TableLine, form: str) -> TableLine:
+    """The line as a call of that form takes it."""
+    masked, key = (
+        form in ("masked", "dropout", "all"),
+        (line.kernel, line.architecture, line.head_dim, line.element_size),
+    )
+    return replace(line, form=form, configuration=choose(*key, terms=form == "terms", masked=masked)[0])
+
+
+def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
     """The kernel as a call with plain, contiguous tensors would specialise it; `flags` replace constants."""
     kernel, tile = _KERNELS[line.kernel], line.configuration
     own = "BLOCK_N" if line.kernel == "backward_keys" else "BLOCK_M"
     other = "BLOCK_M" if line.kernel == "backward_keys" else "BLOCK_N"
     value_dim = line.value_dim or line.head_dim
+    present, form_flags = FORMS["plain" if line.form == NARROW_STRIDES else line.form]
     constants = {
         "HEAD_DIM": line.head_dim, "BLOCK_D": line.head_dim, "VALUE_DIM": value_dim, "BLOCK_V": value_dim, own: tile.owned, other: tile.streamed, "LISTED": False,
         "CHUNK": min(tile.chunk or line.head_dim, line.head_dim),
-        "MASK_ALL": False, "DROPOUT": False, "PRECISION": "ieee", "UPCAST": False, "SOFTCAP": False, "COLUMNS": 0, **_FLAGS[line.kernel], **(flags or {}),
+        "MASK_ALL": False, "DROPOUT": False, "PRECISION": "ieee", "UPCAST": False, "SOFTCAP": False, "COLUMNS": 0, **_FLAGS[line.kernel], **form_flags, **(flags or {}),
     }  # fmt: skip
     if "VALUE_CHUNK" in kernel.arg_names:
         constants["VALUE_CHUNK"] = min(tile.chunk or value_dim, value_dim)
     element, signature, attributes = ELEMENTS[line.element_size], {}, {}
     values: dict[Any, Any] = dict(constants)
-    absent = _ABSENT if constants["COLUMNS"] else (*_ABSENT, "by_distance")
+    absent = {*_OPTIONAL} - {*present, *(["by_distance"] if constants["COLUMNS"] else [])}
+    integer = "i32" if line.form == NARROW_STRIDES else "i64"
     for at, name in enumerate(kernel.arg_names):
         stem = name.removesuffix("_ptr").removesuffix("_strides")
         if name in constants or stem in absent:
@@ -148,11 +183,12 @@ def source(line: Line, flags: dict[str, Any] | None = None) -> ASTSource:
         elif name == "part_strides":
             signature[name] = ("i64", "i64")
         elif name.endswith("_strides"):
-            # The last axis of q, k, v and out is contiguous; the others are whole multiples of a row.
-            width = 3 if stem == "lse" else 4
-            signature[name] = ("i64",) * (width - 1) + (("i64",) if stem == "lse" else ("constexpr",))
-            attributes |= {(at, axis): [["tt.divisibility", 16]] for axis in range(3) if stem != "lse"}
-            if stem != "lse":
+            # The last axis of q, k, v and out is contiguous; the others are whole multiples of a row. Masks lie as they please.
+            width = {"lse": 3, "prior_lse": 3, "padding": 2}.get(stem, 4)
+            rowed = stem not in ("lse", "prior_lse", "padding", "mask", "bias")
+            signature[name] = (integer,) * (width - 1) + (("constexpr",) if rowed else (integer,))
+            if rowed:
+                attributes |= {(at, axis): [["tt.divisibility", 16]] for axis in range(3)}
                 values[(at, 3)] = 1
         else:
             signature[name] = {
@@ -169,6 +205,10 @@ def source(line: Line, flags: dict[str, Any] | None = None) -> ASTSource:
 def _pointed(stem: str, element: str) -> str:
     fixed = {
         "lse": "fp32",
+        "prior_lse": "fp32",
+        "prior_out": "fp32",
+        "mask": "u8",
+        "padding": "u8",
         "by_distance": "fp32",
         "delta": "fp32",
         "pivot": "fp32",
@@ -180,7 +220,7 @@ def _pointed(stem: str, element: str) -> str:
     return fixed.get(stem, "fp32" if stem == "dq" else element)
 
 
-def compile_line(line: Line, flags: dict[str, Any] | None = None) -> Need:
+def compile_line(line: TableLine, flags: dict[str, Any] | None = None) -> Need:
     """Compile one line for its target and read what it needs."""
     target = ARCHITECTURES[line.architecture]
     options = {"num_warps": line.configuration.warps, "num_stages": line.configuration.stages}
@@ -247,12 +287,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("architectures", nargs="*", default=list(ARCHITECTURES), help=f"of {', '.join(ARCHITECTURES)}")
     parser.add_argument("--jobs", type=int, default=None, help="processes; default one a core")
+    parser.add_argument(
+        "--forms", action="store_true", help="also with masks, dropout, score terms, listed rows and narrow strides"
+    )
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     options = parser.parse_args(argv)
     unknown = set(options.architectures) - set(ARCHITECTURES)
     if unknown:
         parser.error(f"architectures must be of {', '.join(ARCHITECTURES)}, got {', '.join(sorted(unknown))}")
-    found = [line for line in lines(options.architectures) if options.only in line.kernel]
+    found = [line for line in lines(options.architectures, every_form=options.forms) if options.only in line.kernel]
     with ProcessPoolExecutor(options.jobs) as pool:
         needs = []
         for need in pool.map(compile_line, found):

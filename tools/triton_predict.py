@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 
 from longattn.kernels.triton.configurations import ARCHITECTURES, TABLE
 from tools.sass import product_loops
-from tools.triton_ahead import Line, source
+from tools.triton_ahead import TableLine, source
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "gpu-predicted.csv"
 MULTIPROCESSORS, CLOCK, TENSOR, EXPONENTIALS, SCHEDULERS, OVERHEAD = 132, 1.7e9, 4096, 16, 4, 1.25
@@ -81,7 +81,7 @@ class Prediction:
     triton: str
 
 
-def hot_loop(line: Line, products: int, flags: dict[str, Any] | None = None) -> Loop:
+def hot_loop(line: TableLine, products: int, flags: dict[str, Any] | None = None) -> Loop:
     """The dense loop of a kernel: of its innermost loops that hold matrix products, the one with the fewest instructions."""
     target, tile = ARCHITECTURES[line.architecture], line.configuration
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -102,7 +102,7 @@ def predict(direction: str, head_dim: int, architecture: str = "sm_90") -> Predi
     for kernel, products in ROWS[direction]:
         tile = TABLE[kernel, architecture, head_dim, 2]
         flags = {"REDUCE": products == 5} if kernel == "backward_keys" else None
-        found.append((hot_loop(Line(kernel, architecture, head_dim, 2, tile), products, flags), tile))
+        found.append((hot_loop(TableLine(kernel, architecture, head_dim, 2, tile), products, flags), tile))
     # Clocks of one score; kernels follow each other.
     clocks = sum(loop.clocks / (tile.owned * tile.streamed) for loop, tile in found)
     tflops = COUNTED[direction] * 2 * head_dim / clocks * MULTIPROCESSORS * CLOCK / 1e12

@@ -20,7 +20,7 @@ STATE = 4
 
 
 @dataclass(frozen=True)
-class Traffic:
+class KernelTraffic:
     """One kernel, for one batch element.
 
     Attributes:
@@ -40,8 +40,8 @@ class Traffic:
         """Issued FLOPs a byte loaded, stored or added."""
         return self.flops / max(1, self.loaded + self.stored + self.added)
 
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def __add__(self, other: KernelTraffic) -> KernelTraffic:
+        return KernelTraffic(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 def _sums(tables: JobTables) -> tuple[int, int, int, int]:
@@ -57,10 +57,10 @@ def _sums(tables: JobTables) -> tuple[int, int, int, int]:
     return owned, met, int((column["count"] * tables.tiles).sum()), read
 
 
-def forward_traffic(plan: Plan, architecture: str, head_dim: int, element: int) -> Traffic:
+def forward_traffic(plan: Plan, architecture: str, head_dim: int, element: int) -> KernelTraffic:
     """The forward launches of a plan for one batch element; later ones read and write the float32 state that they merge onto."""
     tile, width = choose("forward", architecture, head_dim, element)
-    total = Traffic(0, 0, 0, 0, 0, 0)
+    total = KernelTraffic(0, 0, 0, 0, 0, 0)
     pairs = sum(branch.pairs * branch.heads.length for branch in plan.branches)
     passes = query_passes(plan).launches
     for number, launch in enumerate(passes):
@@ -68,7 +68,7 @@ def forward_traffic(plan: Plan, architecture: str, head_dim: int, element: int) 
         owned, met, again, read = _sums(tables)
         out = element if len(passes) == 1 else STATE
         merged = 0 if launch.fresh else owned * (head_dim * out + STATE)
-        total += Traffic(
+        total += KernelTraffic(
             ((again if tile.chunk else owned) + 2 * met) * head_dim * element + read + merged,
             owned * (head_dim * out + STATE),
             0,
@@ -81,7 +81,7 @@ def forward_traffic(plan: Plan, architecture: str, head_dim: int, element: int) 
 
 def keys_traffic(
     plan: Plan, architecture: str, head_dim: int, element: int, group: int = 1, *, fast: bool = True
-) -> Traffic:
+) -> KernelTraffic:
     """The backward launch where keys own: five products with dq's reduce-add, or four without."""
     tile, width = choose("backward_keys", architecture, head_dim, element)
     tables = key_tables(plan, group, (tile.owned, tile.streamed))
@@ -89,7 +89,7 @@ def keys_traffic(
     pairs, products = sum(branch.pairs * branch.heads.length for branch in plan.branches), 5 if fast else 4
     # In chunks v is read again for each tile of queries, k once more for dq, and q and dO twice.
     kept, streamed = ((3 if fast else 2) * again, 4 * met) if tile.chunk else (2 * owned, 2 * met)
-    return Traffic(
+    return KernelTraffic(
         (kept + streamed) * head_dim * element + 2 * met * STATE + read,
         2 * owned * head_dim * element,
         met * head_dim * STATE if fast else 0,
@@ -99,17 +99,17 @@ def keys_traffic(
     )
 
 
-def queries_traffic(plan: Plan, architecture: str, head_dim: int, element: int) -> Traffic:
+def queries_traffic(plan: Plan, architecture: str, head_dim: int, element: int) -> KernelTraffic:
     """The deterministic launches that make dq, three products each; later ones add onto a float32 sum."""
     tile, width = choose("backward_queries", architecture, head_dim, element)
-    total = Traffic(0, 0, 0, 0, 0, 0)
+    total = KernelTraffic(0, 0, 0, 0, 0, 0)
     pairs = sum(branch.pairs * branch.heads.length for branch in plan.branches)
     passes = query_passes(plan).launches
     for number, launch in enumerate(passes):
         tables = query_tables(plan, number, (tile.owned, tile.streamed))
         owned, met, again, read = _sums(tables)
         out = element if len(passes) == 1 else STATE
-        total += Traffic(
+        total += KernelTraffic(
             (2 * again + 3 * met if tile.chunk else 2 * owned + 2 * met) * head_dim * element
             + 2 * owned * STATE
             + read

@@ -9,6 +9,7 @@ from longattn.kernels import backends, explain, reference_attention
 from longattn.kernels.decoding import DecodeCache, decode_attention
 from longattn.kernels.native import building
 from longattn.kernels.native.decode import StreamedCache
+from longattn.kernels.triton import availability
 from longattn.patterncache import Full
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -139,15 +140,17 @@ def test_explain_says_which_row_takes_a_decode_step_and_why_no_other_does():
     shapes = (2, 1, 4, 16), (2, 40, 2, 16)
     plain = explain(Full(), *shapes, decode=True)
     assert plain.backend == "native_decode"
-    assert {*backends(), "native_decode", "torch_decode"} == {name for name, _ in plain.rows}
+    assert {*backends(), "native_decode", "triton_decode", "torch_decode"} == {name for name, _ in plain.rows}
     assert all("decode steps" in " ".join(reasons) for name, reasons in plain.rows if name in backends())
-    for options, reason in (
-        ({"requires_grad": True}, "gradients"),
-        ({"dtype": torch.float64}, "dtype=float64"),
-        ({"device": "cuda"}, "device=cuda"),
+    on_cuda = "torch_decode" if availability.refusal() else "triton_decode"
+    for options, reason, serving in (
+        ({"requires_grad": True}, "gradients", "torch_decode"),
+        ({"dtype": torch.float64}, "dtype=float64", "torch_decode"),
+        ({"device": "cuda"}, "device=cuda", on_cuda),
     ):
         found = explain(Full(), *shapes, decode=True, **options)
-        assert found.backend == "torch_decode" and reason in " ".join(dict(found.rows)["native_decode"])
+        assert found.backend == serving and reason in " ".join(dict(found.rows)["native_decode"])
+        assert f"{serving}: chosen" in str(found)
     with pytest.raises(ValueError, match="decode must be False"):
         explain(Full(), (2, 2, 4, 16), (2, 40, 2, 16), decode=True)
 

@@ -15,8 +15,8 @@ import longattn.kernels
 from longattn.kernels import Alibi, Capability, Softcap, attend, backends, explain
 from longattn.kernels.dispatch import choosing
 from longattn.kernels.dispatch import table as dispatch
-from longattn.kernels.dispatch.capability import FLOATS
 from longattn.kernels.dispatch.table import row
+from longattn.kernels.state import FLOATS
 from longattn.patterncache import BlockLayout, BlockSparse, Dilated, Full, Pattern, Restrict, Window
 
 LONGNET = Dilated((2048, 4096, 8192), (1, 2, 4), causal=True)

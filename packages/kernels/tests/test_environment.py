@@ -3,14 +3,17 @@
 import copy
 import gc
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from longattn.kernels import Environment, attend, backends
 from longattn.kernels.dispatch.environment import TorchAllocator, find_environment
-from longattn.kernels.testing import Case, assert_near
+from longattn.kernels.testing import Case, assert_near, poisoned_memory
 from longattn.patterncache import Dilated, Full, PatternCache, Restrict, Window, get_global_pattern_cache
 
 T = TypeVar("T")
@@ -167,3 +170,19 @@ def test_copies_have_names_of_their_own():
     assert find_environment(twin.name) is twin
     with pytest.raises(ValueError, match="living environment"):
         find_environment(name)
+
+
+@given(
+    shape=st.lists(st.integers(0, 3), max_size=4), dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.float64])
+)
+def test_plain_torch_gives_what_torch_empty_gives(shape: list[int], dtype: torch.dtype):
+    """Shape, strides, dtype and device; new memory each time, under any default device, and NaN where memory is poisoned."""
+    allocate = partial(TorchAllocator().empty, shape, dtype, torch.device("cpu"), "output")
+    with torch.device("meta"):
+        first, second = allocate(), allocate()
+    expected = torch.empty(shape, dtype=dtype)
+    for x in (first, second):
+        assert (x.shape, x.stride(), x.dtype, x.device.type) == (expected.shape, expected.stride(), dtype, "cpu")
+    assert not expected.numel() or first.data_ptr() != second.data_ptr()
+    with poisoned_memory():
+        assert allocate().isnan().all()

@@ -1,5 +1,6 @@
 """The tiled rows: what they skip, how much memory they work in, and that their two orders agree. Values are in test_rows."""
 
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.kernels import attend
 from longattn.kernels.dispatch.call import Call
+from longattn.kernels.eager import grouping
 from longattn.kernels.eager import tiled as torch_tiled
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.testing import Case, assert_near
@@ -24,19 +26,20 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Rows, bool]]:
     """(query rows, key rows) and whether it has a mask, of every tile that a row computes, in its order; tiles are 4 by 4."""
     found: list[tuple[Rows, bool]] = []
 
-    def watch(name: str) -> None:
-        compute = getattr(torch_tiled, name)
+    def watch(module: ModuleType, name: str) -> None:
+        compute = getattr(module, name)
 
         def watched(q: torch.Tensor, k: torch.Tensor, tile: Tile, call: Call) -> object:
             rows = [tuple(index.rows().ravel().tolist()) for index in (tile.q, tile.k)]
             found.append(((rows[0], rows[1]), tile.seen is not None))
             return compute(q, k, tile, call)
 
-        monkeypatch.setattr(torch_tiled, name, watched)
+        monkeypatch.setattr(module, name, watched)
 
     monkeypatch.setattr(torch_tiled, "TILE", 4)
-    watch("masked_scores")
-    watch("scores_and_slope")
+    watch(grouping, "masked_scores")
+    watch(torch_tiled, "masked_scores")
+    watch(torch_tiled, "scores_and_slope")
     return found
 
 

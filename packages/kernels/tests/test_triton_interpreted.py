@@ -18,9 +18,11 @@ import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.kernels import AttentionState, attend, explain, merge
+from longattn.kernels.decoding import _products as products
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
 from longattn.kernels.triton import configurations, self_check
+from longattn.kernels.triton.cached_step import TritonCache
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Window
 
 pytest.importorskip("triton", reason="triton is not installed: the extra longattn-kernels[triton]")
@@ -167,13 +169,13 @@ else:
         case = replace(SMALL, lengths=(queries, 400), pattern=Full(causal=True), dtype=dtype, prior=True, padding=True)
         case = replace(case, value_head_dim=16 if queries == 1 else 9)
         seen = []
-        merged = launch.merge_states
-        launch.merge_states = lambda *a: (seen.append(a[0].shape[0]), merged(*a))
+        made = launch.merge_launch
+        launch.merge_launch = lambda *a: (seen.append(a[0].shape[0]), made(*a))[1]
         try:
             with torch.no_grad():
                 check = run_case(case, case.tensors(), backend="triton")
         finally:
-            launch.merge_states = merged
+            launch.merge_launch = made
         expected = expect_case(case, case.tensors())
         atol, rtol = row("triton").capability.tolerance[dtype]
         assert seen == [3]
@@ -201,7 +203,7 @@ else:
 
     def test_the_merge_kernel_merges_like_merge():
         """Any number of parts, and rows that saw nothing, whose memory was never written."""
-        from longattn.kernels.triton.launch_forward import merge_states
+        from longattn.kernels.triton.launch_forward import merge_launch, run
 
         out, lse = torch.randn(3, 1, 5, 2, 24), torch.randn(3, 1, 5, 2)
         lse[1, :, 2:] = lse[:, :, 4] = -torch.inf
@@ -210,9 +212,37 @@ else:
             expected = merge(expected, AttentionState(a, b))
         out[(lse == -torch.inf)] = torch.nan
         got = torch.full_like(out[0], torch.nan), torch.full_like(lse[0], torch.nan)
-        merge_states(out, lse, None, *got)
+        merging = merge_launch(out, lse, None, *got)
+        run(merging.kernel, merging.grid, device=out.device, **merging.arguments)
         assert_near(got[0], expected.out, 1e-6, 1e-6, "out")
         assert_near(got[1], expected.lse, 1e-6, 1e-6, "lse")
+
+    @pytest.mark.parametrize("apart", ["plain", "hidden", "first", "sinks", "terms", "all"])
+    @pytest.mark.parametrize(("held", "dtype"), [(300, torch.float32), (37, HALF)])
+    def test_a_decoder_step_over_a_cache(apart: str, held: int, dtype: torch.dtype):
+        """As torch's products have it: hidden slots, other queries for the first keys, sinks, a cap and what terms add; v of its own width."""
+        random = torch.Generator().manual_seed(held)
+        shapes = ((3, 4, 16), (3, 320, 16), (3, 320, 24), (3, 4, 16), (3, 4, 1), (3, 4, held))
+        q, keys, values, turned, sinks, added = (torch.randn(shape, generator=random) for shape in shapes)
+        q, keys, values, turned = (x.to(dtype) for x in (q, keys, values, turned))
+        keys[:, held:], values[:, held:] = torch.nan, torch.nan
+        options: dict[str, Any] = {}
+        if apart in ("hidden", "all"):
+            options["hidden"] = torch.rand(3, 1, held, generator=random) < 0.3
+            options["hidden"][1] = True
+        if apart in ("first", "all"):
+            options["first"] = (turned, 5)
+        if apart in ("sinks", "all"):
+            options["sink_logits"] = sinks
+        if apart in ("terms", "all"):
+            options |= {"softcap": 1.5, "added": added}
+        assert TritonCache.serves(keys, values)
+        got = TritonCache(keys, values).attend(q, held, 0.25, **options)
+        absent = dict.fromkeys(("hidden", "first", "sink_logits", "added")) | {"softcap": 0.0}
+        own = (q, keys[:, :held], values[:, :held], 0.25)
+        wanted = products(*own, **{**absent, **options})
+        atol, rtol = row("triton").capability.tolerance[dtype]
+        assert_near(got.reshape(wanted.shape), wanted.double(), 2 * atol, 2 * rtol, apart)
 
     def test_transforms_and_graphs():
         """opcheck, fullgraph compile, vmap and a checkpoint, as for every row: the op hides the kernels."""

@@ -5,10 +5,13 @@ triton's own launcher runs; nothing is compiled and no GPU is needed. What kerne
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from subprocess import CalledProcessError
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +29,8 @@ from triton.runtime.jit import JITFunction
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.dispatch.table import RowFailure
-from longattn.kernels.triton import launch_backward, launch_forward, launching
+from longattn.kernels.ops.arguments import Cotangents, OpTensors
+from longattn.kernels.triton import launch_backward, launch_forward, launching, passes
 from longattn.kernels.triton.availability import FAILURES, INTERPRETED, installed_version
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
 from longattn.kernels.triton.forward_kernel import forward_kernel
@@ -221,6 +225,137 @@ def test_a_failed_launch_is_raised_with_what_was_launched(stub: StubDriver):
     with pytest.raises(RuntimeError, match=words) as raised:
         launch_forward.forward(call_of(Full()))
     assert not isinstance(raised.value, RowFailure) and not FAILURES
+
+
+@pytest.mark.parametrize(
+    ("nq", "nk", "dtype"), [(96, 96, torch.bfloat16), (96, 96, torch.float32), (1, 4096, torch.bfloat16)]
+)
+def test_a_bound_forward_launches_what_a_forward_does(stub: StubDriver, nq: int, nk: int, dtype: torch.dtype):
+    """The same kernels over the same grids with the same numbers; out, lse, and parts of a split, are new."""
+    call = call_of(Full(), nq=nq, nk=nk, out_dtype=dtype, dropout_p=0.25, seed=3)
+    out, lse = launch_forward.forward(call)
+    bound = launch_forward.bind(call, out, lse)
+    assert bound is not None
+    expected, compiled = stub.launches.copy(), len(stub.compiled)
+    stub.launches.clear()
+    q, k, v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+    computed = bound(q, k, v, torch.tensor(3), call.allocator)
+    assert computed is not None and [x.shape for x in computed] == [out.shape, lse.shape]
+    assert [x.dtype for x in computed] == [dtype, torch.float32] and len(stub.compiled) == compiled
+    assert [described(launch) for launch in expected] == [described(launch) for launch in stub.launches]
+    assert all(any(x is y for y in stub.launches[0].arguments) for x in (q, k, v))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_bound_backward_launches_what_a_backward_does(stub: StubDriver, deterministic: bool):
+    """Rows, keys, and queries where those own dq."""
+    call = call_of(Full(causal=True), deterministic=deterministic)
+    grad, out, lse = torch.empty_like(call.q), torch.empty_like(call.q), torch.empty(call.q.shape[:3])
+    gradients = launch_backward.backward(call, grad, None, out, lse)
+    bound = launch_backward.bind_backward(call, grad, None, out, lse, gradients)
+    assert bound is not None
+    expected = stub.launches.copy()
+    stub.launches.clear()
+    again = bound(Cotangents(grad, None, out, lse), OpTensors(call.q, call.k, call.v), call.allocator)
+    assert again is not None and [x.stride() for x in gradients[:3]] == [x.stride() for x in again[:3]]
+    assert [described(launch) for launch in expected] == [described(launch) for launch in stub.launches]
+
+
+def described(launch: Launch) -> tuple[Any, ...]:
+    """A launch without which tensors it reads and writes."""
+    shown = [(x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x for x in launch.arguments]
+    return launch.kernel, launch.device, launch.grid, shown
+
+
+def test_a_bound_call_serves_only_what_it_was_made_for(stub: StubDriver):
+    """None, so that the call takes the long way: for tensors that begin elsewhere, and once the plan is gone."""
+    call = call_of(Full())
+    bound = launch_forward.bind(call, *launch_forward.forward(call))
+    assert bound is not None
+    moved = torch.empty(call.q.numel() + 1, dtype=call.q.dtype)[1:].view(call.q.shape)
+    assert bound(moved, call.k, call.v, None, call.allocator) is None
+    q, k, v, allocator = call.q, call.k, call.v, call.allocator
+    del call
+    gc.collect()
+    stub.launches.clear()
+    assert bound(q, k, v, None, allocator) is None and not stub.launches
+
+
+def test_one_tensor_may_be_two_arguments_when_a_call_is_bound(stub: StubDriver):
+    """Self-attention without projections: the next call of that signature may have three tensors."""
+    call = call_of(Full())
+    call = replace(call, k=call.q, v=call.q)
+    bound = launch_forward.bind(call, *launch_forward.forward(call))
+    back = launch_backward.bind_backward(call, call.q, None, call.q, torch.empty(call.q.shape[:3]), ())
+    assert bound is not None and back is not None
+    q, k, v, grad, out = (torch.empty_like(call.q) for _ in range(5))
+    stub.launches.clear()
+    bound(q, k, v, None, call.allocator)
+    back(Cotangents(grad, None, out, torch.empty(out.shape[:3])), OpTensors(q, k, v), call.allocator)
+    names = [forward_kernel.arg_names, rows_kernel.arg_names, keys_kernel.arg_names]
+    forward, rows, keys = (
+        dict(zip(some, launch.arguments, strict=True)) for some, launch in zip(names, stub.launches, strict=True)
+    )
+    for launched in (forward, keys):
+        assert (launched["q_ptr"], launched["k_ptr"], launched["v_ptr"]) == (Same(q), Same(k), Same(v))
+    assert (rows["grad_out_ptr"], rows["out_ptr"], keys["grad_ptr"]) == (Same(grad), Same(out), Same(grad))
+
+
+@dataclass(frozen=True, eq=False)
+class Same:
+    """Equal to its tensor alone."""
+
+    tensor: torch.Tensor
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
+
+
+def test_an_empty_grid_is_not_bound(stub: StubDriver):
+    """No key, no job: nothing is launched, and rows are what nothing seen leaves."""
+    call = call_of(Full(), nq=4, nk=4)
+    call = replace(call, k=call.k[:, :0], v=call.v[:, :0], plan=Full().plan(Rectangle(2, Span(0, 4), Span(0, 0))))
+    bound = launch_forward.bind(call, *launch_forward.forward(call))
+    stub.launches.clear()
+    computed = None if bound is None else bound(call.q, call.k, call.v, None, call.allocator)
+    assert (
+        computed is not None and not stub.launches and not computed[0].any() and bool((computed[1] == -torch.inf).all())
+    )
+
+
+def test_masks_and_priors_are_not_bound(stub: StubDriver):
+    """Their calls are made anew each time."""
+    call = replace(call_of(Full()), key_padding=torch.zeros(1, 96, dtype=torch.bool))
+    assert launch_forward.bind(call, call.q, call.q) is None
+
+
+@contextmanager
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tables are on a device, and a CUDA graph captures."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
+
+
+def test_tables_that_a_graph_captured_stay(monkeypatch: pytest.MonkeyPatch):
+    """They outlive their plan; others die with it. Inside a capture none are made."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(passes, "_to_device", lambda host, device: host)
+    monkeypatch.setattr(passes, "_CAPTURED", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kept, lost = (Full().plan(Rectangle(2, Span(0, n), Span(0, n))) for n in (64, 65))
+    build = {id(plan): partial(passes.query_tables, plan, 0, (64, 64)) for plan in (kept, lost)}
+    tables = [weakref.ref(passes.tables_on(plan, ("x",), device, build[id(plan)])) for plan in (kept, lost)]
+    with capturing(monkeypatch):
+        assert passes.tables_on(kept, ("x",), device, build[id(kept)]) is tables[0]()
+        with pytest.raises(RuntimeError, match="make the call once before the capture"):
+            passes.tables_on(lost, ("y",), device, build[id(lost)])
+    del kept, lost, build
+    gc.collect()
+    assert tables[0]() is not None and tables[1]() is None
 
 
 @pytest.mark.parametrize("name", ["triton", "triton-rocm", "pytorch-triton-rocm"])

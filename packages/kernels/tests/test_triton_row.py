@@ -96,7 +96,7 @@ def test_a_compiler_that_fails_is_named_or_replaced(monkeypatch: pytest.MonkeyPa
         FAILURES.append(said)
         raise RowFailure(said)
 
-    broken = dispatch.Row("triton", row("gather").capability, fail, fail, lambda: (FAILURES or [None])[0])
+    broken = dispatch.TableRow("triton", row("gather").capability, fail, fail, lambda: (FAILURES or [None])[0])
     chosen = row
     for module in (dispatch, choosing):
         monkeypatch.setattr(module, "row", lambda name: broken if name == "triton" else chosen(name))

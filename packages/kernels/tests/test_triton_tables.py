@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from longattn.kernels.lowering.head_classes import head_classes
 from longattn.kernels.triton.joblist import ENTRY_FIELDS, JOB_FIELDS, JobTables
-from longattn.kernels.triton.passes import key_tables, query_passes, query_tables
+from longattn.kernels.triton.passes import key_tables, packable, query_passes, query_tables
 from longattn.kernels.triton.row_classes import row_classes
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Plan, Rectangle, Restrict, Span, Window
 from longattn.patterncache.testing import patterns, spans
@@ -77,6 +77,26 @@ def test_what_queries_are_told_is_the_plan(
     total = np.zeros(plan.rectangle.shape, np.int64)
     for number in range(len(query_passes(plan).launches)):
         add_counts(total, query_tables(plan, number, BLOCK, parts=parts), own_keys=False)
+    assert (total == plan.counts()).all()
+
+
+@given(
+    pattern=patterns(),
+    group=st.integers(1, 2),
+    length=st.integers(1, 90),
+    past=st.integers(0, 40),
+    parts=st.integers(1, 4),
+)
+@example(pattern=LONGNET, group=2, length=90, past=0, parts=3)
+@example(pattern=Window(9, sinks=2), group=1, length=50, past=3, parts=2)
+def test_what_a_single_query_is_told_is_the_plan(pattern: Pattern, group: int, length: int, past: int, parts: int):
+    """A decoder step, whose tables are worked out branch by branch, packed or not."""
+    plan = planned(pattern, 2 * group, (Span(length - 1, 1),), (Span(past, length),))
+    if plan is None or not packable(plan, group):
+        return
+    total = np.zeros(plan.rectangle.shape, np.int64)
+    for number in range(len(query_passes(plan).launches)):
+        add_counts(total, query_tables(plan, number, BLOCK, group, parts), own_keys=False, pack=group)
     assert (total == plan.counts()).all()
 
 

@@ -20,9 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
         description="Compile the native CPU row for this processor into the cache folder (LONGATTN_CACHE), and print the library's path.",
     )
     build.add_argument("--level", choices=CHOICES, help="widest form to use (default: what this processor has)")
-    asked = parser.parse_args(arguments)
-    if asked.level is not None:
-        os.environ["LONGATTN_NATIVE"] = asked.level
+    options = parser.parse_args(arguments)
+    if options.level is not None:
+        os.environ["LONGATTN_NATIVE"] = options.level
     try:
         print(building.build_native())
     except building.NativeBuildError as problem:

@@ -21,10 +21,10 @@ _ASIDE = ".damaged"
 
 def cache_folder() -> Path | str:
     """LONGATTN_CACHE, or longattn in the user's cache folder; or why that is no folder to keep libraries in."""
-    named = os.environ.get("LONGATTN_CACHE")
-    if named:
+    path = os.environ.get("LONGATTN_CACHE")
+    if path:
         # A shell that did not expand it would have us write into a folder called "~".
-        return Path(named) if os.path.isabs(named) else f"LONGATTN_CACHE must be an absolute path, got {named!r}"
+        return Path(path) if os.path.isabs(path) else f"LONGATTN_CACHE must be an absolute path, got {path!r}"
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # its specification: a relative path is to be ignored
         base = os.path.join(os.path.expanduser("~"), ".cache")
@@ -137,9 +137,9 @@ def keep_text(folder: Path, name: str, text: str) -> str:
         try:
             os.link(made, folder / name)
         except FileExistsError:
-            kept = read_text(folder, name)
-            if kept is not None:
-                return kept
+            earlier = read_text(folder, name)
+            if earlier is not None:
+                return earlier
             os.replace(made, folder / name)  # somebody else's file, which is not believed
     return text
 

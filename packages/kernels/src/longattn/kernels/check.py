@@ -1,5 +1,10 @@
 """Checks at the public edge, once. Every message names the parameter, what was expected and what came."""
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+# Arguments come as anything, and are checked here.
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import sys
@@ -8,9 +13,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from longattn.kernels.dispatch.capability import FLOATS, dtype_name
+from longattn.kernels.dispatch.capability import dtype_name
 from longattn.kernels.dispatch.environment import Environment
-from longattn.kernels.state import AttentionState, state_dtype
+from longattn.kernels.state import FLOATS, AttentionState, state_dtype
 
 Names = tuple[str, str, str]
 
@@ -30,7 +35,7 @@ def refuse_torchscript() -> None:
     if torch.compiler.is_dynamo_compiling():
         return
     onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    if onnx or torch._C._get_tracing_state() is not None:
+    if onnx or torch._C._get_tracing_state() is not None:  # pyright: ignore[reportUnnecessaryComparison]
         raise NotImplementedError(
             "attention cannot be recorded by torch.jit.trace or exported to ONNX, which have no such operator: use "
             "torch.export.export, whose program torch._inductor.aoti_compile_and_package compiles, or torch.compile"

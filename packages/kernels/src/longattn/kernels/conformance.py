@@ -3,6 +3,9 @@
 Needs torch alone: benchmarks on a bare machine use it. `testing` has it for tests, with Hypothesis strategies.
 """
 
+# torch's own types are partial.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import math
@@ -255,9 +258,9 @@ def check_backend(name: str, case: Case) -> None:
     if capability.backward:
         beside = (capability.bias_grad, capability.by_distance_grad)
         graded = _gradients(run_case, case, beside, name), _gradients(expect_case, case, beside)
-        for index, (mine, true) in enumerate(zip(*graded, strict=True)):
-            size = 4 * slack * max(1.0, float(true.abs().max()) if true.numel() else 0.0)
-            assert_near(mine, true, atol * size, rtol * size, f"{name}: gradient {index} of {case}")
+        for index, (computed, exact) in enumerate(zip(*graded, strict=True)):
+            size = 4 * slack * max(1.0, float(exact.abs().max()) if exact.numel() else 0.0)
+            assert_near(computed, exact, atol * size, rtol * size, f"{name}: gradient {index} of {case}")
     for x, (values, version) in zip(inputs, before, strict=True):
         assert x._version == version and torch.equal(x.nan_to_num(), values.nan_to_num()), (
             f"{name} wrote an input of {case}"
@@ -267,7 +270,12 @@ def check_backend(name: str, case: Case) -> None:
 def assert_near(got: Tensor, expected: Tensor, atol: float, rtol: float, what: str) -> None:
     """Equal shapes, and |got - expected| <= atol + rtol * |expected|; NaN is never near, -inf only to -inf."""
     torch.testing.assert_close(
-        got.double(), expected.double(), atol=atol, rtol=rtol, msg=lambda found: f"{what}\n{found}", check_device=False
+        got.double(),
+        expected.double(),
+        atol=atol,
+        rtol=rtol,
+        msg=lambda difference: f"{what}\n{difference}",
+        check_device=False,
     )
 
 
@@ -296,9 +304,9 @@ def _gradients(
     parameters = [x.requires_grad_() for x in tensors_in(data.terms)] if terms_grad else []
     graded = replace(data, q=q, k=k, v=v, prior=prior)
     state = compute(case, graded, **({} if backend is None else {"backend": backend}))
-    wanted = [q, k, v] + ([] if prior is None else [prior.out, prior.lse]) + ([] if bias is None else [bias])
-    wanted += parameters
+    inputs = [q, k, v] + ([] if prior is None else [prior.out, prior.lse]) + ([] if bias is None else [bias])
+    inputs += parameters
     # A cotangent at lse = -inf has no meaning.
     grad_lse = data.grad_lse.masked_fill(state.lse == -torch.inf, 0)
     cotangents = [data.grad_out.to(state.out.dtype), grad_lse.to(state.lse.dtype)]
-    return torch.autograd.grad([state.out, state.lse], wanted, cotangents)
+    return torch.autograd.grad([state.out, state.lse], inputs, cotangents)

@@ -1,42 +1,45 @@
 """Decode: one query row for each head against cached rows that lie in any order.
 
 softmax(scale * q k^T) v does not care in which order keys lie, so a ring is read as it lies: no rotation, no gather, no plan. Its rows
-stand in the dispatch table beside those that read plans: the native library streams keys and values once, in ranges, over all threads;
-elsewhere, and where a gradient is wanted, it is two of torch's products. There, in float16 and bfloat16, scores and weights are rounded
+stand in the dispatch table beside those that read plans: on CPUs the native library streams keys and values once, in ranges, over all
+threads; on GPUs the Triton row splits them over programs; elsewhere, and where a gradient is wanted, it is two of torch's products. There, in float16 and bfloat16, scores and weights are rounded
 to that type, which is what torch's products of these types on CPU return.
 """
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from longattn.kernels.dispatch.capability import FLOATS, Capability
-from longattn.kernels.dispatch.table import TABLE, Explanation, refusals, row
+from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
+from longattn.kernels.dispatch.table import TABLE, Explanation, RowFailure, refusals, row
 from longattn.kernels.native import building
 from longattn.kernels.native.decode import CAPABILITY as STREAMED
 from longattn.kernels.native.decode import StreamedCache, result_shape
 from longattn.kernels.problem import AttentionProblem
-from longattn.kernels.state import state_dtype
+from longattn.kernels.state import FLOATS, state_dtype
+from longattn.kernels.triton.cached_step import CAPABILITY as SPLIT
+from longattn.kernels.triton.cached_step import TritonCache
+
+logger = logging.getLogger("longattn.kernels")
 
 PRODUCTS = Capability(
     devices=(),
     dtypes={"": FLOATS},
-    tolerance={
-        torch.float64: (1e-10, 1e-10),
-        torch.float32: (2e-5, 2e-5),
-        torch.float16: (4e-3, 4e-3),
-        torch.bfloat16: (3e-2, 3e-2),
-    },
+    tolerance=ROUNDED_WITHIN,
     decode=True,
     bias=False,
     softcap=True,
     by_distance=True,
 )
 
-DECODE_ROWS = {"native_decode": STREAMED, "torch_decode": PRODUCTS}
+DECODE_ROWS = {"native_decode": STREAMED, "triton_decode": SPLIT, "torch_decode": PRODUCTS}
 """What serves decode steps, in order of preference, and what each declares."""
 
 
@@ -45,6 +48,8 @@ def explain_decode(problem: AttentionProblem) -> Explanation:
     machine = dict(refusals(problem))
     if (refused := building.refusal()) is not None:
         machine["native_decode"] = refused
+    if "triton" in machine:
+        machine["triton_decode"] = machine["triton"]
     declared = {name: row(name).capability for name in TABLE} | DECODE_ROWS
     rows = tuple(
         (name, (*([machine[name]] if name in machine else []), *capability.reasons(problem)))
@@ -74,6 +79,8 @@ class DecodeCache:
         declared = _streams(keys.dtype, keys.device.type, max(self.dims))
         served = declared and StreamedCache.serves(keys) and StreamedCache.serves(values)
         self.streamed = StreamedCache(keys, values) if served else None
+        split = self.streamed is None and TritonCache.serves(keys, values)
+        self.split = TritonCache(keys, values) if split else None
 
 
 def decode_attention(
@@ -90,7 +97,8 @@ def decode_attention(
 ) -> Tensor:
     """softmax(scale * q k^T) v over the first `held` slots of a cache, which hold keys in any order.
 
-    Differentiable; `native_decode` serves where it declares to and there is a library, else `torch_decode`.
+    Differentiable; where no gradient is wanted `native_decode` serves if it declares to and there is a library, `triton_decode` if triton is
+    here, else `torch_decode`.
 
     Args:
         q: (rows, group, head_dim) in the cache's dtype, or of any shape whose numbers in order are that; `group` query heads to a row.
@@ -113,6 +121,15 @@ def decode_attention(
         out = cache.streamed.attend(q, held, scale, hidden=hidden, first=first, sink_logits=sink_logits)
         if out is not None:
             return out
+    if cache.split is not None and held and _plain(q, cache, first, sink_logits) and q.dtype == cache.keys.dtype:
+        try:
+            out = cache.split.attend(
+                q, held, scale, hidden=hidden, first=first, sink_logits=sink_logits, softcap=softcap, added=added
+            )
+            return out.reshape(result_shape(q, *cache.dims))
+        except RowFailure as failure:
+            cache.split = None
+            logger.warning("row triton_decode: %s", failure)
     keys, values = cache.keys, cache.values
     if held < keys.shape[1]:
         keys, values = keys.narrow(1, 0, held), values.narrow(1, 0, held)
@@ -125,9 +142,9 @@ def _plain(q: Tensor, cache: DecodeCache, first: tuple[Tensor, int] | None, sink
         return False
     if not torch.is_grad_enabled():
         return True
-    wanted = q.requires_grad or cache.keys.requires_grad or cache.values.requires_grad
-    wanted = wanted or (first is not None and first[0].requires_grad)
-    return not (wanted or (sink_logits is not None and sink_logits.requires_grad))
+    requires_grad = q.requires_grad or cache.keys.requires_grad or cache.values.requires_grad
+    requires_grad = requires_grad or (first is not None and first[0].requires_grad)
+    return not (requires_grad or (sink_logits is not None and sink_logits.requires_grad))
 
 
 def _products(

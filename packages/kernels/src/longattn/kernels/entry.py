@@ -1,5 +1,8 @@
 """`attend`: the front door of the kernels."""
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import torch
@@ -94,26 +97,10 @@ def attend(
     else:
         number = softmax_scale
     options = Options(
-        attention_mask,
-        key_padding_mask,
-        score_terms,
-        environment,
-        deterministic,
-        is_causal,
-        number,
-        dropout_p,
-        backend,
-        out_dtype,
-    )
+        attention_mask, key_padding_mask, score_terms, environment, deterministic, is_causal, number, dropout_p, backend, out_dtype
+    )  # fmt: skip
     key = None
-    if (
-        prior is None
-        and q_spans is None
-        and k_spans is None
-        and heads is None
-        and num_heads is None
-        and sink_logits is None
-    ):
+    if prior is q_spans is k_spans is heads is num_heads is sink_logits is None:
         key = direct.signature("attend", q, k, v, pattern, options)
         prepared = None if key is None else direct.find_prepared(key)
         if key is not None and prepared is not None:
@@ -128,7 +115,7 @@ def attend(
     check_sinks(sink_logits, q)
     check_prior(prior, q, v)
     state_type = state_dtype(q.dtype)
-    asked = arguments_of(
+    arguments = arguments_of(
         pattern,
         options,
         last_positions(q.shape[1], k.shape[1], pattern.positional)
@@ -140,9 +127,9 @@ def attend(
     )
     tensors = tensors_of(q, k, v, options, as_seed(seed) if dropout_p or seed is not None else None)
     if key is not None:
-        state = AttentionState(*direct.prepare_and_run(key, tensors, asked, environment))
+        state = AttentionState(*direct.prepare_and_run(key, tensors, arguments, environment))
     else:
-        state = _onto(prior, tensors, asked)
+        state = _onto(prior, tensors, arguments)
     if sink_logits is not None:
         state = add_sink(state, sink_logits)
         state = AttentionState(state.finalize(state_type if out_dtype is None else out_dtype), state.lse)
@@ -151,17 +138,17 @@ def attend(
 
 def _exchanged_state(state: AttentionState) -> AttentionState:
     """The state with sequence and heads exchanged; what is none is itself, to be refused later."""
-    return AttentionState(exchanged(state.out), exchanged(state.lse)) if isinstance(state, AttentionState) else state
+    return AttentionState(exchanged(state.out), exchanged(state.lse)) if isinstance(state, AttentionState) else state  # pyright: ignore[reportUnnecessaryIsInstance]
 
 
 def checked_pattern(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Options) -> Pattern:
-    """The pattern that is asked for, with the causal field that is.
+    """The checked pattern, with the causal field of `is_causal`.
 
     Raises:
         TypeError, ValueError: a bad tensor, pattern or option, by name.
     """
     check_qkv(q, k, v)
-    if not isinstance(pattern, Pattern):
+    if not isinstance(pattern, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"pattern must be a Pattern such as Dilated or Window, got {pattern!r} ({type(pattern).__name__})"
         )
@@ -170,19 +157,19 @@ def checked_pattern(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: 
     return pattern if causal is None or causal == pattern.causal else pattern.with_causal(causal)
 
 
-def _onto(prior: AttentionState | None, tensors: OpTensors, asked: OpArguments) -> AttentionState:
+def _onto(prior: AttentionState | None, tensors: OpTensors, arguments: OpArguments) -> AttentionState:
     """The op's state, merged onto a prior."""
     if prior is None:
-        return AttentionState(*attend_op(tensors, asked))
+        return AttentionState(*attend_op(tensors, arguments))
     every = (*tensors[:GRADED], prior.out, prior.lse)
     refuse_tangents(*every)
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in every)
-    if wanted or torch._C._are_functorch_transforms_active():
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in every)
+    if needs_grad or torch._C._are_functorch_transforms_active():
         # The op reads a prior without a gradient; `merge` has one.
-        state = AttentionState(*attend_op(tensors, asked._replace(out_dtype=prior.out.dtype)))
+        state = AttentionState(*attend_op(tensors, arguments._replace(out_dtype=prior.out.dtype)))
         merged = merge(prior, state)
-        return AttentionState(merged.finalize(asked.out_dtype), merged.lse)
-    return AttentionState(*attend_op(tensors._replace(prior_out=prior.out, prior_lse=prior.lse), asked))
+        return AttentionState(merged.finalize(arguments.out_dtype), merged.lse)
+    return AttentionState(*attend_op(tensors._replace(prior_out=prior.out, prior_lse=prior.lse), arguments))
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,10 +177,10 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return q, k, v
     # torch refuses the question itself on devices such as "meta".
-    if not isinstance(q, Tensor) or not torch.amp.is_autocast_available(q.device.type):
+    if not isinstance(q, Tensor) or not torch.amp.is_autocast_available(q.device.type):  # pyright: ignore[reportUnnecessaryIsInstance]
         return q, k, v
     if not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
-    cast = [x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in (q, k, v)]
+    cast = [x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in (q, k, v)]  # pyright: ignore[reportUnnecessaryIsInstance]
     return cast[0], cast[1], cast[2]

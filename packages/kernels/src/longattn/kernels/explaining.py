@@ -77,14 +77,14 @@ def explain(
     Raises:
         TypeError, ValueError: a bad argument, by name.
     """
-    if not isinstance(pattern, Pattern):
+    if not isinstance(pattern, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"pattern must be a Pattern such as Dilated or Window, got {pattern!r} ({type(pattern).__name__})"
         )
     k_shape = q_shape if k_shape is None else k_shape
     check_shapes(q_shape, k_shape)
     check_dtype("dtype", dtype)
-    wanted = {
+    flags = {
         "attention_mask": attention_mask,
         "bias": bias,
         "dropout": dropout,
@@ -94,12 +94,12 @@ def explain(
         "verbose": verbose,
         "decode": decode,
     }
-    for name, flag in wanted.items():
+    for name, flag in flags.items():
         check_flag(name, flag)
     check_backend_name(backend)
     terms = as_terms(score_terms)
     held = tensors_in(terms)
-    wanted["score_terms"] = bool(terms)
+    flags["score_terms"] = bool(terms)
     if is_causal is not None and check_flag("is_causal", is_causal) != pattern.causal:
         pattern = pattern.with_causal(is_causal)
     queries = Span(*last_positions(q_shape[1], k_shape[1], pattern.positional))
@@ -132,26 +132,32 @@ def explain(
             )
         return explain_decode(replace(problem, decode=True, listed=False))
     measure = verify is not False  # what computes the call also measures what it would
-    found = explain_choice(problem, backend, plan, q_shape[0], measure=measure)
+    explanation = explain_choice(problem, backend, plan, q_shape[0], measure=measure)
     if plan is not None:
-        able = [row(name) for name, reasons in found.rows if not reasons]
+        able = [row(name) for name, reasons in explanation.rows if not reasons]
         forms = tuple((each.name, each.form(plan, problem)) for each in able if each.form is not None)
-        found = replace(found, forms=forms)
+        explanation = replace(explanation, forms=forms)
     if verbose:
         if plan is None:
             raise ValueError("verbose must be False where the pattern lists rows and is too long to plan, got True")
         where = machine_of(machine, problem.architecture or (processor() if problem.device == "cpu" else ""))
         traffic = traffic_of(plan, q_shape[0], q_shape[3], problem.dtype.itemsize, requires_grad, where)
-        found = replace(found, traffic=traffic)
+        explanation = replace(explanation, traffic=traffic)
     if verify is not False:
         # What computes imports the ops, and torch's FLOP counter with them, which imports triton.
-        from longattn.kernels.verifying import errors_of
+        from longattn.kernels import verifying
 
-        tensors = _tensors(verify, q_shape, k_shape, problem, device, wanted)
-        if found.backend is None:
-            raise ValueError(f"verify must be False where no row fits, got {verify is not False}: {found}")
-        found = replace(found, errors=errors_of(tensors, pattern, queries, found.backend, requires_grad))
-    return found
+        tensors = _tensors(verify, q_shape, k_shape, problem, flags)
+        if tensors is None:
+            tensors = verifying.drawn(
+                q_shape, k_shape, problem.dtype, torch.device("cpu" if device is None else device)
+            )
+        if explanation.backend is None:
+            raise ValueError(f"verify must be False where no row fits, got {verify is not False}: {explanation}")  # pyright: ignore[reportUnnecessaryComparison]
+        explanation = replace(
+            explanation, errors=verifying.errors_of(tensors, pattern, queries, explanation.backend, requires_grad)
+        )
+    return explanation
 
 
 def _tensors(
@@ -159,18 +165,15 @@ def _tensors(
     q_shape: tuple[int, ...],
     k_shape: tuple[int, ...],
     problem: AttentionProblem,
-    device: torch.device | str | None,
-    wanted: dict[str, bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `verify` computes with."""
-    beside = [name for name in ("attention_mask", "bias", "dropout", "key_padding_mask", "score_terms") if wanted[name]]
+    flags: dict[str, bool],
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `verify` computes with; None: tensors that are drawn."""
+    beside = [name for name in ("attention_mask", "bias", "dropout", "key_padding_mask", "score_terms") if flags[name]]
     if beside:
         raise ValueError(f"verify must be False with {' and '.join(beside)}, got {verify is not False}")
     if verify is True:
-        from longattn.kernels.verifying import drawn
-
-        return drawn(q_shape, k_shape, problem.dtype, torch.device("cpu" if device is None else device))
-    if not isinstance(verify, tuple) or len(verify) != 3 or not all(isinstance(x, Tensor) for x in verify):
+        return None
+    if not isinstance(verify, tuple) or len(verify) != 3 or not all(isinstance(x, Tensor) for x in verify):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"verify must be a bool or a triple of tensors (q, k, v), got {type(verify).__name__}")
     for name, x, shape in zip("qkv", verify, (q_shape, k_shape, k_shape), strict=True):
         if (tuple(x.shape), x.dtype, x.device.type) != (tuple(shape), problem.dtype, problem.device):
@@ -182,10 +185,10 @@ def _tensors(
 
 def _architecture(device: torch.device | str | None) -> str:
     """Of a device that is here, else ""."""
-    found = torch.device("cpu" if device is None else device)
-    if found.type != "cuda" or (found.index or 0) >= torch.cuda.device_count():
+    place = torch.device("cpu" if device is None else device)
+    if place.type != "cuda" or (place.index or 0) >= torch.cuda.device_count():
         return ""
-    return architecture_of(found)
+    return architecture_of(place)
 
 
 def check_architecture(architecture: object) -> str:

@@ -2,9 +2,12 @@
 
 At lse = -1e9 the next float32 is 64 away, so lse no longer says how many keys a row saw: parts of it would merge with wrong weights, and
 exp(score - lse), from which gradients are made, would be 1 for every key. `exact_forward` and `exact_backward` wrap the two functions of
-a row of the table: such rows, which are few or none, are made again from the plan in float64, a chunk at a time. Where nothing is added to
-scores nothing is asked; with a bias or an Alibi over long distances, whether any lse is that far.
+a row of the table: such rows, which are few or none, are made again from the plan in float64, a chunk at a time. They are looked for only where
+something is added to scores: a bias, or an Alibi over long distances.
 """
+
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
@@ -50,8 +53,8 @@ def exact_forward(forward: Callable[..., State]) -> Callable[..., State]:
         out, lse = forward(*arguments)
         call: Call = arguments[-1]
         if _may_be_far(call) and (far := _far_rows(call, lse)) is not None:
-            for some in _chunks(call, far):
-                some.write(out, lse)
+            for chunk in _chunks(call, far):
+                chunk.write(out, lse)
         return out, lse
 
     return exact
@@ -68,8 +71,8 @@ def exact_backward(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tu
             return backward(*arguments)
         # exp(score - inf) is 0: these rows add nothing to what the row of the table makes.
         grads = backward(*owner, call, grad_out, grad_lse, out, lse.masked_fill(far, torch.inf), bias_grad)
-        for some in _chunks(call, far):
-            some.add_gradients(grads, grad_out, grad_lse, out, lse)
+        for chunk in _chunks(call, far):
+            chunk.add_gradients(grads, grad_out, grad_lse, out, lse)
         return grads
 
     return exact
@@ -97,10 +100,11 @@ def _far_rows(call: Call, lse: Tensor) -> Tensor | None:
 
 
 def _chunks(call: Call, far: Tensor) -> Iterator[_FarRows]:
-    wanted = far.transpose(1, 2).cpu()
+    by_head = far.transpose(1, 2).cpu()
     size = max(1, _CELLS // max(1, call.k.shape[1]))
-    for batch, head in wanted.any(-1).nonzero().tolist():
-        for rows in wanted[batch, head].nonzero()[:, 0].split(size):
+    heads: list[list[int]] = by_head.any(-1).nonzero().tolist()
+    for batch, head in heads:
+        for rows in torch.split(by_head[batch, head].nonzero()[:, 0], size):
             yield _FarRows(call, batch, head, rows)
 
 
@@ -232,10 +236,10 @@ class _FarRows:
             own = call.by_distance_grad[self.head, None]
             add_gradients(own, self.distance, grad_scores[None].to(own.dtype))
         if dbias is not None:
-            here = dbias[self.batch if len(dbias) > 1 else 0, self.head if dbias.shape[1] > 1 else 0]
+            target = dbias[self.batch if len(dbias) > 1 else 0, self.head if dbias.shape[1] > 1 else 0]
             part = grad_scores if dbias.shape[3] > 1 else grad_scores.sum(-1, keepdim=True)
             at = self.on_device if dbias.shape[2] > 1 else torch.zeros_like(self.on_device)
-            here.index_add_(0, at, part.to(dbias.dtype))
+            target.index_add_(0, at, part.to(dbias.dtype))
         if call.softcap:
             grad_scores = grad_scores * (1 - (self.products / call.softcap) ** 2)
         dq[self.batch, self.on_device, self.head] += (grad_scores @ self.keys(call.k) * call.scale).to(dq.dtype)
@@ -252,11 +256,11 @@ def row_counts(plan: Plan, head: int, rows: np.ndarray) -> np.ndarray:
         # No query row stands in two tiles of a branch.
         tile_of = np.full(plan.rectangle.shape[1], -1)
         tile_of[branch.q.rows()] = np.arange(branch.q.tiles)[:, None]
-        here = np.flatnonzero(tile_of[rows] >= 0)
-        keys = branch.k.rows()[tile_of[rows[here]]]
+        members = np.flatnonzero(tile_of[rows] >= 0)
+        keys = branch.k.rows()[tile_of[rows[members]]]
         shown = np.ones(keys.shape, np.int64)
         if branch.band is not None:
-            distance = branch.q_at[0] + branch.q_at[1] * rows[here][:, None] - branch.k_at[0] - branch.k_at[1] * keys
+            distance = branch.q_at[0] + branch.q_at[1] * rows[members][:, None] - branch.k_at[0] - branch.k_at[1] * keys
             shown = branch.band.sees(distance).astype(np.int64)
-        np.add.at(total, (here[:, None], keys), shown)
+        np.add.at(total, (members[:, None], keys), shown)
     return total

@@ -28,14 +28,14 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, sm_sc
     if check_flag("causal", causal) is None:
         raise TypeError("causal must be True or False, got None")
     check_scale(sm_scale, "sm_scale")
-    q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) and x.dim() == 4 else x for x in (q, k, v))  # pyright: ignore[reportUnnecessaryIsInstance]
     q, k, v = autocast(q, k, v)
-    whole = isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4
+    whole = isinstance(q, Tensor) and isinstance(k, Tensor) and q.dim() == k.dim() == 4  # pyright: ignore[reportUnnecessaryIsInstance]
     if causal and whole and q.shape[1] > k.shape[1]:
         check_qkv(q, k, v)
         raise ValueError(
             f"causal must be False where queries outnumber keys, got Nq={q.shape[1]}, Nk={k.shape[1]}: "
             "longattn.kernels.attend takes q_spans, which say where such queries stand"
         )
-    dtype = q.dtype if isinstance(q, Tensor) else None
+    dtype = q.dtype if isinstance(q, Tensor) else None  # pyright: ignore[reportUnnecessaryIsInstance]
     return attend(q, k, v, _CAUSAL if causal else _FULL, softmax_scale=sm_scale, out_dtype=dtype).out.transpose(1, 2)

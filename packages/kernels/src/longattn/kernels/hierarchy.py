@@ -113,17 +113,17 @@ def machine_of(name: str | None, known_by: str) -> Machine:
     Raises:
         ValueError: there is none of that name.
     """
-    wanted = (
+    machine = (
         name if name is not None else next((of for start, of in _KNOWN_BY.items() if known_by.startswith(start)), None)
     )
-    if wanted is None or wanted not in MACHINES:
-        said = repr(name) if name is not None else f"None, on {known_by or 'a device without a name'}"
-        raise ValueError(f"machine must be one of {', '.join(MACHINES)}, got {said}")
-    return MACHINES[wanted]
+    if machine is None or machine not in MACHINES:
+        given = repr(name) if name is not None else f"None, on {known_by or 'a device without a name'}"
+        raise ValueError(f"machine must be one of {', '.join(MACHINES)}, got {given}")
+    return MACHINES[machine]
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
+class MemoryTraffic:
     """What a call does on a machine.
 
     Attributes:
@@ -146,12 +146,12 @@ class Traffic:
         return text
 
 
-def traffic_of(plan: Plan, batch: int, head_dim: int, element: int, backward: bool, machine: Machine) -> Traffic:
+def traffic_of(plan: Plan, batch: int, head_dim: int, element: int, backward: bool, machine: Machine) -> MemoryTraffic:
     """What a call moves and multiplies; `element` is the size of a number of q, k and v in bytes."""
     pairs = sum(branch.pairs * branch.heads.length for branch in plan.branches) * batch
     products = FORWARD_PRODUCTS + (BACKWARD_PRODUCTS if backward else 0)
     operations = 2 * products * pairs * head_dim
-    into = []
+    into: list[tuple[str, int]] = []
     row = head_dim * element
     for level in machine.levels[:-1]:
         moved = sum(_into(b, level.capacity, 2 * row, 2 * row, keys_own=False) for b in plan.branches)
@@ -164,7 +164,7 @@ def traffic_of(plan: Plan, batch: int, head_dim: int, element: int, backward: bo
     for (_, moved), giver in zip(into, machine.levels[1:], strict=True):
         if giver.bandwidth is not None:
             seconds.append((giver.name, moved / giver.bandwidth))
-    return Traffic(machine, operations, tuple(into), tuple(seconds))
+    return MemoryTraffic(machine, operations, tuple(into), tuple(seconds))
 
 
 def _into(branch: Branch, capacity: int | None, owned_bytes: int, met_bytes: int, *, keys_own: bool) -> int:

@@ -1,5 +1,8 @@
 """`installation`: what of this machine the rows of the dispatch table use, and what they lack. Nothing is compiled, measured or launched."""
 
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import os

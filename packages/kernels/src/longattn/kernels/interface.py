@@ -18,8 +18,8 @@ from longattn.kernels.check import (
     warn_of_axes,
 )
 from longattn.kernels.decoding import DecodeCache, decode_attention
-from longattn.kernels.dispatch.capability import FLOATS, dtype_name
-from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Allocator, TorchAllocator, find_environment
+from longattn.kernels.dispatch.capability import dtype_name
+from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, TensorAllocator, TorchAllocator, find_environment
 from longattn.kernels.dispatch.keeping import keep_measured
 from longattn.kernels.dispatch.prepared import find_plan
 from longattn.kernels.dispatch.prepared_shards import ShardRectangle, prepare_shards, run_shards
@@ -37,7 +37,7 @@ from longattn.kernels.options import Options, arguments_of, check_options, tenso
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import last_positions
 from longattn.kernels.scaling import fold_scale
-from longattn.kernels.state import add_sink, merge_detached, merge_into, state_dtype
+from longattn.kernels.state import FLOATS, add_sink, merge_detached, merge_into, state_dtype
 from longattn.kernels.terms import (
     ScoreTerm,
     ScoreTerms,
@@ -112,7 +112,7 @@ __all__ = [
     "prepare_shards",
     "run_shards",
     # plans and memory
-    "Allocator",
+    "TensorAllocator",
     "DEFAULT_ENVIRONMENT",
     "TorchAllocator",
     "find_environment",

@@ -1,4 +1,4 @@
-"""`Options`: what the public functions are asked beside q, k, v and the pattern. One table, from which checks and the memo's keys follow."""
+"""`Options`: the arguments of public functions beside q, k, v and the pattern. One table, from which checks and the memo's keys follow."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def arguments_of(
     out_dtype: torch.dtype,
     schedule: str = "",
 ) -> OpArguments:
-    """The op's other arguments of checked options; `pattern` has the causal field that was asked for, and the op finds out which gradients are wanted."""
+    """The op's other arguments of checked options; `pattern` has its final causal field, and the op finds out which gradients are needed."""
     environment, deterministic = options.environment, options.deterministic
     return OpArguments(
         pattern.canonical(),

@@ -55,7 +55,7 @@ def as_seed(seed: Tensor | int | None) -> Tensor:
     """A 0-dim int64 tensor on the CPU; None draws one from torch's generator."""
     if seed is None:
         return draw_seed()
-    if isinstance(seed, bool) or not isinstance(seed, (int, Tensor)):
+    if isinstance(seed, bool) or not isinstance(seed, (int, Tensor)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"seed must be None, an integer or a 0-dim int64 tensor, got {seed!r} ({type(seed).__name__})")
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit 64 bits, -2^63 <= seed < 2^63, got {seed}")

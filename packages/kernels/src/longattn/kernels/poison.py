@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-@contextmanager
+@contextmanager  # pyright: ignore[reportDeprecated]
 def poisoned_memory() -> Iterator[None]:
     """Inside this context torch.empty and its relatives return NaN, so that a read before the first write shows in the result."""
     names = {torch: ("empty", "empty_like", "empty_strided"), torch.Tensor: ("new_empty", "new_empty_strided")}

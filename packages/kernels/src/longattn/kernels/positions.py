@@ -1,5 +1,8 @@
 """Where the rows of q and k stand in the whole sequence and among all heads, as the op's flat integers."""
 
+# Arguments come as anything, and are checked here.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -38,14 +41,14 @@ def flat_heads(local: int, heads: Span | None, num_heads: int | None) -> list[in
         TypeError, ValueError: heads is not a Span of as many neighbouring heads, or num_heads no integer that reaches the last of them.
     """
     expected = f"None or a Span of {local} neighbouring heads, as many as q has"
-    if heads is not None and not isinstance(heads, Span):
+    if heads is not None and not isinstance(heads, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"heads must be {expected}, got {heads!r} ({type(heads).__name__})")
     if heads is not None and (heads.length != local or heads.step != 1):
         raise ValueError(f"heads must be {expected}, got {heads!r}")
     first = 0 if heads is None else heads.start
     total = local if num_heads is None else num_heads
     expected = f"an integer >= {first + local}, the heads up to the last of q"
-    if isinstance(total, bool) or not isinstance(total, int):
+    if isinstance(total, bool) or not isinstance(total, int):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"num_heads must be {expected}, got {num_heads!r} ({type(num_heads).__name__})")
     if not first + local <= total < 1 << 63:
         raise ValueError(f"num_heads must be {expected}, got {total}")

@@ -1,5 +1,8 @@
 """`prepare`: a call that is checked and looked up once, for loops that call with the same shapes again and again."""
 
+# Arguments come as anything, and are checked here.
+# pyright: reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -44,14 +47,14 @@ class PreparedAttention:
             )
         out_dtype = state_dtype(q.dtype) if options.out_dtype is None else options.out_dtype
         spans = last_positions(q.shape[1], k.shape[1], placed.positional), [0, k.shape[1], 1]
-        asked = arguments_of(placed, options, *spans, flat_heads(q.shape[2], None, None), out_dtype)
-        self._drops = asked.dropout_p > 0
+        arguments = arguments_of(placed, options, *spans, flat_heads(q.shape[2], None, None), out_dtype)
+        self._drops = arguments.dropout_p > 0
         self._environment = options.environment
-        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         tensors = tensors_of(q, k, v, options, as_seed(0) if self._drops else None)
-        self._call = direct.prepare_checked(key, tensors, asked, self._environment)[0]
+        self._call = direct.prepare_checked(key, tensors, arguments, self._environment)[0]
         self._key = key
-        self._forms, self._wanted = (described(q), described(k), described(v)), wanted
+        self._forms, self._needs_grad = (described(q), described(k), described(v)), needs_grad
         self._beside = tuple(None if x is None else described(x) for x in (mask, padding))
         # What was prepared with is not kept alive.
         self._options = options._replace(attention_mask=None, key_padding_mask=None)
@@ -80,19 +83,19 @@ class PreparedAttention:
         if attention_mask is not None or key_padding_mask is not None:
             options = options._replace(attention_mask=attention_mask, key_padding_mask=key_padding_mask)
         if not direct.is_plain():
-            given: Any = options._asdict()
+            as_by_default: Any = options._asdict()
             # What `attend` does not take; here they are as by default.
             for name in ("q_start", "head_start", "num_heads"):
-                del given[name]
-            return attend(q, k, v, self._pattern, seed=seed if self._drops else None, **given)
+                del as_by_default[name]
+            return attend(q, k, v, self._pattern, seed=seed if self._drops else None, **as_by_default)
         forms = direct.plain_form(q), direct.plain_form(k), direct.plain_form(v)
         if None in forms:
             raise TypeError(
                 f"q, k and v must be plain torch.Tensors, got {type(q).__name__}, {type(k).__name__}, {type(v).__name__}"
             )
-        wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if forms != self._forms or wanted is not self._wanted:
-            self._refuse(forms, wanted)
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if forms != self._forms or needs_grad is not self._needs_grad:
+            self._refuse(forms, needs_grad)
         if attention_mask is not None or key_padding_mask is not None or self._masked != (False, False):
             self._check_masks(attention_mask, key_padding_mask)
         drawn = as_seed(seed) if self._drops else None
@@ -102,7 +105,7 @@ class PreparedAttention:
         tensors = tensors_of(q, k, v, options, drawn)
         return AttentionState(*direct.run_prepared(call, self._key, tensors, self._environment))
 
-    def _refuse(self, forms: tuple[Any, ...], wanted: bool) -> None:
+    def _refuse(self, forms: tuple[Any, ...], needs_grad: bool) -> None:
         for name, of_prepared, of_given in zip("qkv", self._forms, forms, strict=True):
             for part, expected, came in zip(
                 ("shape", "strides", "dtype", "device"), of_prepared, of_given, strict=True
@@ -112,12 +115,12 @@ class PreparedAttention:
                         f"{name} must have the {part} that was prepared, {_text(expected)}, got {_text(came)}"
                     )
         raise ValueError(
-            f"q, k and v must want gradients as prepared, {self._wanted}, got {wanted}: prepare with tensors that require them"
+            f"q, k and v must want gradients as prepared, {self._needs_grad}, got {needs_grad}: prepare with tensors that require them"
         )
 
     def _check_masks(self, attention_mask: Tensor | None, key_padding_mask: Tensor | None) -> None:
-        given = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
-        for (name, x), expected in zip(given.items(), self._beside, strict=True):
+        masks = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
+        for (name, x), expected in zip(masks.items(), self._beside, strict=True):
             came = described(x) if isinstance(x, Tensor) else None
             if came != expected or (x is not None and x.requires_grad):
                 raise ValueError(
@@ -170,7 +173,7 @@ def prepare(
         >>> step(q, k, v).out.shape
         torch.Size([1, 16, 2, 8])
     """
-    if isinstance(pattern, Pattern):
+    if isinstance(pattern, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
         pattern.canonical()
     if isinstance(softmax_scale, Tensor):
         raise TypeError(
@@ -182,17 +185,8 @@ def prepare(
     if isinstance(dropout_p, int) and not isinstance(dropout_p, bool):
         dropout_p = float(dropout_p)
     options = Options(
-        attention_mask,
-        key_padding_mask,
-        score_terms,
-        environment,
-        deterministic,
-        is_causal,
-        softmax_scale,
-        dropout_p,
-        backend,
-        out_dtype,
-    )
+        attention_mask, key_padding_mask, score_terms, environment, deterministic, is_causal, softmax_scale, dropout_p, backend, out_dtype
+    )  # fmt: skip
     return PreparedAttention(q, k, v, pattern, options)
 
 

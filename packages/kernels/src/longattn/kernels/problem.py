@@ -1,9 +1,13 @@
-"""`AttentionProblem`: what is asked of a row of the dispatch table, without the data."""
+"""`AttentionProblem`: a call without its data, as rows of the dispatch table judge it."""
+
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -55,12 +59,12 @@ class AttentionProblem:
         return self.head_dim if self.value_head_dim is None else self.value_head_dim
 
     def __str__(self) -> str:
-        wanted = [f.name for f in fields(self) if getattr(self, f.name) is True]
+        features = [f.name for f in fields(self) if getattr(self, f.name) is True]
         where = f"{self.device} {self.architecture}".rstrip()
         heads = f"heads={self.heads} kv_heads={self.kv_heads} head_dim={self.head_dim}"
         if self.value_width != self.head_dim:
             heads += f" value_head_dim={self.value_width}"
-        return " ".join([f"device={where} dtype={str(self.dtype).removeprefix('torch.')} {heads}", *wanted])
+        return " ".join([f"device={where} dtype={str(self.dtype).removeprefix('torch.')} {heads}", *features])
 
 
 @lru_cache
@@ -68,5 +72,5 @@ def architecture_of(device: torch.device) -> str:
     """The architecture of a device that is here: "sm_90" for CUDA, "gfx942" for ROCm, "" elsewhere."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return ""
-    found = torch.cuda.get_device_properties(device)
-    return found.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{found.major}{found.minor}"
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"

@@ -1,5 +1,8 @@
 """The float64 oracle: softmax(scores + log counts) @ v, dense and boring. It judges every path, outputs and gradients."""
 
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import numpy as np

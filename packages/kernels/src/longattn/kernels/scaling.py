@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from longattn.kernels.check import check_device
-from longattn.kernels.dispatch.capability import FLOATS, dtype_name
-from longattn.kernels.state import state_dtype
+from longattn.kernels.dispatch.capability import dtype_name
+from longattn.kernels.state import FLOATS, state_dtype
 
 
 def fold_scale(q: Tensor, scale: object) -> tuple[Tensor, float | None]:
@@ -25,7 +25,7 @@ def fold_scale(q: Tensor, scale: object) -> tuple[Tensor, float | None]:
         return q, scale  # type: ignore[return-value]
     if scale.dtype not in FLOATS:
         raise TypeError(f"softmax_scale must be None, a number or a floating tensor, got {dtype_name(scale.dtype)}")
-    if not isinstance(q, Tensor) or q.dim() != 4 or q.dtype not in FLOATS:
+    if not isinstance(q, Tensor) or q.dim() != 4 or q.dtype not in FLOATS:  # pyright: ignore[reportUnnecessaryIsInstance]
         return q, 1.0  # refused by name with the other tensors
     if scale.shape not in ((), (q.shape[2],)):
         raise ValueError(

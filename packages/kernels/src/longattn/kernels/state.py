@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What q, k and v may be of."""
+
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """What partial results of inputs of `dtype` are kept in: float32, or float64 for float64."""
@@ -39,7 +42,7 @@ class AttentionState:
         Raises:
             TypeError: out is no tensor.
         """
-        if not isinstance(out, Tensor):
+        if not isinstance(out, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"out must be a torch.Tensor, got {out!r} ({type(out).__name__})")
         dtype = state_dtype(out.dtype)
         lse = torch.full(out.shape[:-1], -torch.inf, dtype=dtype, device=out.device)
@@ -51,7 +54,7 @@ class AttentionState:
         Raises:
             TypeError: dtype is no torch.dtype.
         """
-        if not isinstance(dtype, torch.dtype):
+        if not isinstance(dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"dtype must be a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
         return self.out.to(dtype)
 
@@ -63,7 +66,7 @@ def merge(first: AttentionState, second: AttentionState) -> AttentionState:
         TypeError, ValueError: not two states of the same shape, or of dtypes other than float32 and float64.
     """
     for name, state in (("first", first), ("second", second)):
-        if not isinstance(state, AttentionState):
+        if not isinstance(state, AttentionState):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{name} must be an AttentionState, got {type(state).__name__}")
         if state.out.dtype not in (torch.float32, torch.float64):
             raise TypeError(

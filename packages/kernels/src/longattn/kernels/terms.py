@@ -10,6 +10,9 @@ of (heads, 1) or (heads, 2 + 2 * L) numbers whatever the length of the sequence:
 is made by torch operations, through which gradients go on to slopes and tables.
 """
 
+# Arguments come as anything, and are checked here.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import math
@@ -20,9 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.kernels.state import state_dtype
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from longattn.kernels.state import FLOATS, state_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Softcap:
     value: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"value must be a finite number > 0, got {self.value!r} ({type(self.value).__name__})")
         if not 0 < self.value < math.inf:
             raise ValueError(f"value must be a finite number > 0, got {self.value}")
@@ -85,14 +86,14 @@ class RelativeBias:
 
     def __post_init__(self) -> None:
         _check_floating("table", self.table, "(num_buckets, heads)", 2)
-        if not isinstance(self.bidirectional, bool):
+        if not isinstance(self.bidirectional, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"bidirectional must be True or False, got {self.bidirectional!r} ({type(self.bidirectional).__name__})"
             )
         least = 4 if self.bidirectional else 2
         if self.table.shape[0] < least:
             raise ValueError(f"table must have at least {least} buckets, got {self.table.shape[0]}")
-        if isinstance(self.max_distance, bool) or not isinstance(self.max_distance, int):
+        if isinstance(self.max_distance, bool) or not isinstance(self.max_distance, int):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"max_distance must be an integer over {self.table.shape[0] // least}, got {self.max_distance!r} "
                 f"({type(self.max_distance).__name__})"
@@ -109,7 +110,7 @@ class RelativeBias:
         Raises:
             TypeError: distance is no tensor of integers.
         """
-        if not isinstance(distance, Tensor) or distance.is_floating_point() or distance.is_complex():
+        if not isinstance(distance, Tensor) or distance.is_floating_point() or distance.is_complex():  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"distance must be a tensor of integers, got {distance!r} ({type(distance).__name__})")
         count = self.table.shape[0] // (2 if self.bidirectional else 1)
         exact = count // 2
@@ -117,8 +118,8 @@ class RelativeBias:
         # Logarithms of distances below `exact` are made too, and not used: of 0 it would be -inf, whose integer is undefined.
         steps = torch.log(far.clamp(min=1).to(torch.float32) / exact) / math.log(self.max_distance / exact)
         large = (exact + (steps * (count - exact)).to(torch.int64)).clamp(max=count - 1)
-        found = torch.where(far < exact, far, large)
-        return found + count * (distance > 0) if self.bidirectional else found
+        bucket = torch.where(far < exact, far, large)
+        return bucket + count * (distance > 0) if self.bidirectional else bucket
 
 
 ScoreTerm = Softcap | Alibi | RelativeBias
@@ -129,7 +130,7 @@ ScoreTerms = ScoreTerm | Sequence[ScoreTerm] | None
 def _check_floating(name: str, x: Any, shape: str, axes: int) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a floating torch.Tensor {shape}, got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be a floating torch.Tensor {shape}, got {x.dtype}")
     if x.dim() != axes or not x.numel():
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
@@ -162,8 +163,8 @@ def check_terms(terms: object, q: Tensor, name: str = "score_terms") -> tuple[Sc
     Raises:
         TypeError, ValueError: they are not, by name.
     """
-    found = as_terms(terms, name)
-    for term in found:
+    checked = as_terms(terms, name)
+    for term in checked:
         if isinstance(term, Softcap):
             continue
         part, x = ("slopes", term.slopes) if isinstance(term, Alibi) else ("a table", term.table)
@@ -171,7 +172,7 @@ def check_terms(terms: object, q: Tensor, name: str = "score_terms") -> tuple[Sc
             raise ValueError(f"{name} must have {part} for the heads of q, {q.shape[2]}, got shape {tuple(x.shape)}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
-    return found
+    return checked
 
 
 def tensors_in(terms: Sequence[ScoreTerm]) -> list[Tensor]:
@@ -181,14 +182,15 @@ def tensors_in(terms: Sequence[ScoreTerm]) -> list[Tensor]:
 
 def with_tensors(terms: Sequence[ScoreTerm], tensors: Sequence[Tensor]) -> tuple[ScoreTerm, ...]:
     """The terms with other tensors in place of `tensors_in`."""
-    rest, found = list(tensors), []
+    rest = list(tensors)
+    replaced: list[ScoreTerm] = []
     for term in terms:
         if isinstance(term, Alibi):
             term = Alibi(rest.pop(0))
         elif isinstance(term, RelativeBias):
             term = RelativeBias(rest.pop(0), term.bidirectional, term.max_distance)
-        found.append(term)
-    return tuple(found)
+        replaced.append(term)
+    return tuple(replaced)
 
 
 def of_heads(terms: Sequence[ScoreTerm], first: int, count: int) -> tuple[ScoreTerm, ...]:

@@ -1,5 +1,8 @@
 """Sampled rows of a call beside the float64 oracle: what `explain(verify=...)` states."""
 
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import torch
@@ -24,7 +27,8 @@ def sampled(count: int) -> list[int]:
     """Rows to look at: both ends, and random ones between; the same each time."""
     generator = torch.Generator().manual_seed(0)
     chosen = {row for row in (0, count - 1) if 0 <= row < count}
-    for row in torch.randperm(count, generator=generator)[:MOST_ROWS].tolist():
+    drawn_rows: list[int] = torch.randperm(count, generator=generator)[:MOST_ROWS].tolist()
+    for row in drawn_rows:
         if len(chosen) < MOST_ROWS:
             chosen.add(row)
     return sorted(chosen)
@@ -33,7 +37,7 @@ def sampled(count: int) -> list[int]:
 def errors_of(
     tensors: Triple, pattern: Pattern, queries: Span, backend: str, backward: bool
 ) -> tuple[tuple[str, float], ...]:
-    """The largest absolute errors of out and lse, and of dq, dk and dv where gradients are asked for, on sampled query rows.
+    """The largest absolute errors of out and lse, and of dq, dk and dv with `backward`, on sampled query rows.
 
     queries: where the rows of q stand. Gradients are of an upstream gradient of ones in the sampled rows and zero elsewhere.
     """
@@ -42,18 +46,20 @@ def errors_of(
     if not rows:
         return ()
     state = attend(q, k, v, pattern, q_spans=queries, backend=backend)
-    asked = tuple(Span(queries.start + row * queries.step, 1) for row in rows)
-    counts = torch.from_numpy(pattern.counts(Rectangle(q.shape[2], asked, Span(0, k.shape[1]))).copy())
+    spans = tuple(Span(queries.start + row * queries.step, 1) for row in rows)
+    counts = torch.from_numpy(pattern.counts(Rectangle(q.shape[2], spans, Span(0, k.shape[1]))).copy())
     exact_q, exact_k, exact_v = (x.detach().cpu().double().requires_grad_(backward) for x in (q[:, rows], k, v))
     truth = reference_attention(exact_q, exact_k, exact_v, counts)
-    found = [("out", state.out[:, rows], truth.out), ("lse", state.lse[:, rows], truth.lse)]
+    pairs = [("out", state.out[:, rows], truth.out), ("lse", state.lse[:, rows], truth.lse)]
     if backward:
         upstream = torch.zeros_like(state.out)
         upstream[:, rows] = 1
         dq, dk, dv = torch.autograd.grad(state.out, (q, k, v), upstream)
-        wanted = torch.autograd.grad(truth.out, (exact_q, exact_k, exact_v), torch.ones_like(truth.out))
-        found += [(f"d{name}", *pair) for name, *pair in zip("qkv", (dq[:, rows], dk, dv), wanted, strict=True)]
-    return tuple((name, _largest(got, expected)) for name, got, expected in found)
+        exact_gradients = torch.autograd.grad(truth.out, (exact_q, exact_k, exact_v), torch.ones_like(truth.out))
+        pairs += [
+            (f"d{name}", *pair) for name, *pair in zip("qkv", (dq[:, rows], dk, dv), exact_gradients, strict=True)
+        ]
+    return tuple((name, _largest(got, expected)) for name, got, expected in pairs)
 
 
 def _largest(got: Tensor, expected: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from longattn.kernels.interface import Allocator
+from longattn.kernels.interface import TensorAllocator
 
 Parcel = tuple[int, Tensor]
 """(rank in the group, tensor that is sent to it or filled from it)."""
@@ -143,7 +143,7 @@ def gather_integers(place: Place, row: Sequence[int]) -> Tensor:
 
 
 def swap(
-    place: Place, label: str, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], allocator: Allocator
+    place: Place, label: str, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], allocator: TensorAllocator
 ) -> list[Tensor]:
     """Send parts[r] to rank r, and receive a tensor of shapes[r] from it. Waits. This rank's own part is itself, made contiguous.
 

@@ -9,7 +9,16 @@ import torch
 
 from longattn.kernels.problem import AttentionProblem
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT32_WITHIN = {
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (2e-5, 2e-5),
+    torch.float16: (2e-3, 2e-3),
+    torch.bfloat16: (1.6e-2, 1.6e-2),
+}
+"""`Capability.tolerance` of rows that compute in float32 (float64 for float64) and round inputs and results alone."""
+
+ROUNDED_WITHIN = FLOAT32_WITHIN | {torch.float16: (4e-3, 4e-3), torch.bfloat16: (3e-2, 3e-2)}
+"""The same of rows that also round softmax weights to the dtype of q, before their product with v."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -60,31 +69,31 @@ class Capability:
 
     def reasons(self, problem: AttentionProblem) -> list[str]:
         """Why this row cannot serve the problem, a sentence each; empty when it can."""
-        found = []
+        sentences: list[str] = []
         if self.devices and problem.device not in self.devices:
-            found.append(f"device={problem.device} is not in {{{', '.join(self.devices)}}}")
+            sentences.append(f"device={problem.device} is not in {{{', '.join(self.devices)}}}")
         elif problem.dtype not in self.dtypes_on(problem.device):
             names = ", ".join(dtype_name(d) for d in self.dtypes_on(problem.device))
-            found.append(f"dtype={dtype_name(problem.dtype)} is not in {{{names}}} on {problem.device}")
-        named = problem.architecture if self.architectures else ""
-        if named and not any(fnmatch(named, pattern) for pattern in self.architectures):
-            found.append(f"architecture={named} is not in {{{', '.join(self.architectures)}}}")
+            sentences.append(f"dtype={dtype_name(problem.dtype)} is not in {{{names}}} on {problem.device}")
+        architecture = problem.architecture if self.architectures else ""
+        if architecture and not any(fnmatch(architecture, pattern) for pattern in self.architectures):
+            sentences.append(f"architecture={architecture} is not in {{{', '.join(self.architectures)}}}")
         widths = [("head_dim", problem.head_dim)]
         if problem.value_width != problem.head_dim:
             widths.append(("value_head_dim", problem.value_width))
         for name, width in widths:
             if self.max_head_dim is not None and width > self.max_head_dim:
-                found.append(f"{name}={width} is over {self.max_head_dim}")
+                sentences.append(f"{name}={width} is over {self.max_head_dim}")
         if problem.kv_heads != problem.heads and not self.gqa:
-            found.append(
+            sentences.append(
                 f"kv_heads={problem.kv_heads} differs from heads={problem.heads} and grouped kv heads are not supported"
             )
         for name, sentence in _FEATURES.items():
             if getattr(problem, name) and not getattr(self, name):
-                found.append(sentence)
+                sentences.append(sentence)
         if problem.deterministic and self.deterministic and problem.device not in self.deterministic:
-            found.append(f"deterministic=True is not supported on {problem.device}")
-        return found
+            sentences.append(f"deterministic=True is not supported on {problem.device}")
+        return sentences
 
 
 _FEATURES = {

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from longattn.kernels.dispatch.probing import probe
 from longattn.kernels.dispatch.rates import DIRECTIONS, Numbers, figures_of
 from longattn.kernels.dispatch.settings import CHOICE
-from longattn.kernels.dispatch.table import Explanation, Row, RowFailure, explain_problem, refusals, row, standings
+from longattn.kernels.dispatch.table import Explanation, RowFailure, TableRow, explain_problem, refusals, row, standings
 from longattn.kernels.dispatch.work import Work, work_of
 from longattn.kernels.problem import AttentionProblem
 from longattn.patterncache import Plan
@@ -24,7 +24,7 @@ from longattn.patterncache import Plan
 logger = logging.getLogger("longattn.kernels")
 
 
-def select(problem: AttentionProblem, backend: str | None = None, plan: Plan | None = None, batch: int = 1) -> Row:
+def select(problem: AttentionProblem, backend: str | None = None, plan: Plan | None = None, batch: int = 1) -> TableRow:
     """The row that serves: the named one, or of those without a reason the one with the least expected time.
 
     Args:
@@ -84,7 +84,7 @@ def _why_fixed(problem: AttentionProblem, backend: str | None, plan: Plan | None
     return "the plan is not built" if plan is None else None
 
 
-def _expected(of: Row, problem: AttentionProblem, work: Work, measure: bool) -> tuple[float | None, str]:
+def _expected(of: TableRow, problem: AttentionProblem, work: Work, measure: bool) -> tuple[float | None, str]:
     """(seconds, where the figure is from), or (None, why there is none)."""
     level, revision = ("", _own_version()) if of.revision is None else of.revision()
 

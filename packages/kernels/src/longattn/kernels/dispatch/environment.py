@@ -7,6 +7,7 @@ lives as long as the module that holds it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
@@ -19,7 +20,7 @@ from longattn.patterncache import get_global_pattern_cache
 T = TypeVar("T")
 
 
-class Allocator(Protocol):
+class TensorAllocator(Protocol):
     """Who owns scratch and outputs. `longattn.bufmgr`'s manager and global pool are two."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, role: str) -> Tensor:
@@ -44,10 +45,25 @@ class TorchAllocator:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, role: str) -> Tensor:
         """torch.empty."""
-        return torch.empty(shape, dtype=dtype, device=device)
+        # torch takes shape, dtype and device from a tensor in two thirds of the time that arguments take.
+        key = (tuple(shape), dtype, device)
+        like = _LIKE.get(key)
+        if like is None:
+            if device.type != "cpu" or math.prod(shape) < 2:
+                return torch.empty(shape, dtype=dtype, device=device)
+            if len(_LIKE) >= _MOST_LIKE:
+                _LIKE.clear()
+            with torch.inference_mode(False):
+                like = _LIKE[key] = torch.empty((), dtype=dtype, device=device).expand(key[0])
+        return torch.empty_like(like)
 
     def release(self, tensor: Tensor, role: str) -> None:
         """Nothing: the tensor dies with its last reference."""
+
+
+_MOST_LIKE = 1024
+_LIKE: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
+"""Tensors of one number, expanded to a shape, by (shape, dtype, device)."""
 
 
 class Environment:
@@ -58,9 +74,9 @@ class Environment:
         allocator: default plain torch.
     """
 
-    def __init__(self, cache: PlanCache | None = None, allocator: Allocator | None = None) -> None:
+    def __init__(self, cache: PlanCache | None = None, allocator: TensorAllocator | None = None) -> None:
         self.cache: PlanCache = get_global_pattern_cache() if cache is None else cache
-        self.allocator: Allocator = TorchAllocator() if allocator is None else allocator
+        self.allocator: TensorAllocator = TorchAllocator() if allocator is None else allocator
         self.name = f"environment {next(_COUNTER)}"
         _ENVIRONMENTS[self.name] = self
 

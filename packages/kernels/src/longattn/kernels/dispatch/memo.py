@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 
 class Remembered(Protocol):
-    """A value of a memo; the memo sets `used` when it is asked for."""
+    """A value of a memo; the memo sets `used` when it is looked up."""
 
     used: bool
 
@@ -18,7 +18,7 @@ T = TypeVar("T", bound=Remembered)
 
 
 class Memo(Generic[T]):
-    """Keeps at most `max_size` values. A full memo evicts the oldest value that nobody asked for since it was last passed over (CLOCK).
+    """Keeps at most `max_size` values. A full memo evicts the oldest value that was not looked up since it was last passed over (CLOCK).
 
     A look-up is one read of a dict and takes no lock; keeping a value takes one.
     """
@@ -45,7 +45,7 @@ class Memo(Generic[T]):
         return value
 
     def peek(self, key: Hashable) -> T | None:
-        """The same, without counting as asked for."""
+        """The same, without counting as a look-up."""
         return self._values.get(key)
 
     def keep(self, key: Hashable, value: T) -> None:

@@ -2,8 +2,8 @@
 
 A call's signature is everything but data: shapes, strides, dtypes, devices, pattern, options, which gradients are wanted, and the
 settings of the process that a choice depends on. For each signature the memo holds which row serves and in which form. The plan is
-asked of the environment's cache at every call, so that its statistics and its limits hold; where the cache answers with another plan
-than before (it was reset, or the plan was evicted), the call is prepared anew.
+looked up in the environment's cache at every call, so that its statistics and its limits hold; where the cache has another plan than
+before (it was reset, or the plan was evicted), the call is prepared anew.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from longattn.kernels.dispatch.choosing import select
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.memo import Memo
 from longattn.kernels.dispatch.settings import raw_settings
-from longattn.kernels.dispatch.table import Row, RowFailure, twice_differentiable
+from longattn.kernels.dispatch.table import RowFailure, TableRow, twice_differentiable
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.kernels.state import state_dtype
@@ -30,16 +30,17 @@ from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
 logger = logging.getLogger("longattn.kernels")
 
 T = TypeVar("T")
-Forward = Callable[..., "tuple[Tensor, Tensor] | None"]
+Bound = Callable[..., "tuple[Tensor, Tensor] | None"]
+"""A forward with everything but pointers and seed in place: see `TableRow.bind`."""
 
 
 class PreparedCall:
-    """What a signature of a call came to.
+    """The row, and the form of its call, for one signature.
 
     Attributes:
         arguments: the op's arguments. plan_key: the pattern cache's key. row: who serves.
-        used: whether somebody asked for it since the memo last passed over it.
-        successor: the same call prepared with a newer plan, once the cache answered with one.
+        used: whether it was looked up since the memo last passed over it.
+        successor: the same call prepared with a newer plan, once the cache had one.
     """
 
     __slots__ = (
@@ -55,16 +56,16 @@ class PreparedCall:
         "used",
     )
 
-    def __init__(self, tensors: OpTensors, asked: OpArguments, plan: Plan):
+    def __init__(self, tensors: OpTensors, arguments: OpArguments, plan: Plan):
         q, k, v = tensors[:3]
-        self.arguments = asked
+        self.arguments = arguments
         self.used = False
         self.successor: PreparedCall | None = None
-        self.scale = q.shape[-1] ** -0.5 if asked.scale is None else asked.scale
-        self.plan_key = plan_key(asked)
+        self.scale = q.shape[-1] ** -0.5 if arguments.scale is None else arguments.scale
+        self.plan_key = plan_key(arguments)
         # Weak: the pattern cache decides how long a plan lives.
         self._plan = weakref.ref(plan)
-        self._forward: Forward | None = None
+        self._forward: Bound | None = None
         self._backward: dict[Hashable, Any] = {}
         self._asked_to_bind = False
         problem = AttentionProblem(
@@ -77,18 +78,18 @@ class PreparedCall:
             listed=plan.listed,
             attention_mask=tensors.mask is not None,
             bias=tensors.bias is not None,
-            bias_grad=asked.bias_grad,
-            softcap=asked.softcap > 0,
+            bias_grad=arguments.bias_grad,
+            softcap=arguments.softcap > 0,
             by_distance=tensors.by_distance is not None,
-            by_distance_grad=asked.by_distance_grad,
+            by_distance_grad=arguments.by_distance_grad,
             key_padding=tensors.key_padding is not None,
-            dropout=asked.dropout_p > 0,
+            dropout=arguments.dropout_p > 0,
             prior=tensors.prior_out is not None,
-            backward=asked.needs_grad,
-            deterministic=asked.deterministic,
+            backward=arguments.needs_grad,
+            deterministic=arguments.deterministic,
             architecture=architecture_of(q.device),
         )
-        self.row: Row = select(problem, asked.backend or None, plan, q.shape[0])
+        self.row: TableRow = select(problem, arguments.backend or None, plan, q.shape[0])
 
     def serves(self, plan: Plan) -> bool:
         """Whether this is the very plan that the call was prepared with."""
@@ -101,7 +102,7 @@ class PreparedCall:
 
     def call(self, tensors: OpTensors, plan: Plan, environment: Environment, total: Tensor | None = None) -> Call:
         """The call as a row takes it; total: what the gradient of by_distance is added to."""
-        asked = self.arguments
+        arguments = self.arguments
         q, k, v, bias, by_distance, mask, key_padding, seed, prior_out, prior_lse, *_ = tensors
         if key_padding is not None and not self.row.capability.skips_padding:
             # 0 * NaN is NaN: what padding holds must not meet a product at all.
@@ -116,12 +117,12 @@ class PreparedCall:
             bias=_four_axes(bias),
             key_padding=key_padding,
             prior=None if prior_out is None or prior_lse is None else (prior_out, prior_lse),
-            dropout_p=asked.dropout_p,
+            dropout_p=arguments.dropout_p,
             seed=0 if seed is None else int(seed),
-            out_dtype=asked.out_dtype,
-            deterministic=asked.deterministic,
+            out_dtype=arguments.out_dtype,
+            deterministic=arguments.deterministic,
             allocator=environment.allocator,
-            softcap=asked.softcap,
+            softcap=arguments.softcap,
             by_distance=None if by_distance is None else by_distance.to(state_dtype(q.dtype)).contiguous(),
             by_distance_grad=total,
         )
@@ -193,44 +194,44 @@ PREPARED: Memo[Any] = Memo(max_size=1024)
 
 
 def prepared_for(
-    tensors: OpTensors, asked: OpArguments, environment: Environment, plan: Plan | None = None
+    tensors: OpTensors, arguments: OpArguments, environment: Environment, plan: Plan | None = None
 ) -> tuple[PreparedCall, Plan]:
     """The prepared call of the op's arguments, and its plan: the given one, or what the environment's cache holds.
 
     Raises:
         ValueError: no row fits; the message gives each row's reasons.
     """
-    key = rectangle_key(tensors, asked)
+    key = rectangle_key(tensors, arguments)
     prepared = PREPARED.find(key)
-    plan = find_plan(asked, environment) if plan is None else plan
+    plan = find_plan(arguments, environment) if plan is None else plan
     if prepared is None or not prepared.serves(plan):
-        prepared = PreparedCall(tensors, asked, plan)
+        prepared = PreparedCall(tensors, arguments, plan)
         PREPARED.keep(key, prepared)
     return prepared, plan
 
 
-def rectangle_key(tensors: OpTensors, asked: OpArguments) -> tuple[Hashable, ...]:
+def rectangle_key(tensors: OpTensors, arguments: OpArguments) -> tuple[Hashable, ...]:
     """What the memo knows a call of the op by."""
     forms = tuple(None if x is None else described(x) for x in tensors)
-    where = plan_key(asked)
-    return (forms, where, asked[len(where) :], *process_settings())
+    where = plan_key(arguments)
+    return (forms, where, arguments[len(where) :], *process_settings())
 
 
 def served(
     compute: Callable[[PreparedCall, Plan], T],
     tensors: OpTensors,
-    asked: OpArguments,
+    arguments: OpArguments,
     environment: Environment,
     plan: Plan | None = None,
 ) -> T:
     """What the chosen row computes. One whose compiler fails refuses from then on, and the next serves, unless it was named."""
     while True:
-        prepared, found = prepared_for(tensors, asked, environment, plan)
+        prepared, current = prepared_for(tensors, arguments, environment, plan)
         try:
-            return compute(prepared, found)
+            return compute(prepared, current)
         except RowFailure as failure:
             PREPARED.clear()
-            if asked.backend:
+            if arguments.backend:
                 raise
             logger.warning("row %s: %s", prepared.row.name, failure)
 
@@ -245,14 +246,14 @@ def process_settings() -> tuple[Hashable, ...]:
     return torch.get_num_threads(), torch.get_float32_matmul_precision(), *raw_settings()
 
 
-def plan_key(asked: OpArguments) -> tuple[Hashable, ...]:
-    """The pattern cache's key of what is asked."""
-    return (asked.pattern, tuple(asked.q_spans), tuple(asked.k_spans), tuple(asked.heads))
+def plan_key(arguments: OpArguments) -> tuple[Hashable, ...]:
+    """The pattern cache's key of a rectangle."""
+    return (arguments.pattern, tuple(arguments.q_spans), tuple(arguments.k_spans), tuple(arguments.heads))
 
 
-def find_plan(asked: OpArguments, environment: Environment) -> Plan:
-    """The plan of what is asked, from the environment's cache."""
-    return find_plan_of(plan_key(asked), environment)
+def find_plan(arguments: OpArguments, environment: Environment) -> Plan:
+    """The plan of a rectangle, from the environment's cache."""
+    return find_plan_of(plan_key(arguments), environment)
 
 
 def find_plan_of(key: tuple[Any, ...], environment: Environment) -> Plan:

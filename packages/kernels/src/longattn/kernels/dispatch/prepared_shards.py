@@ -1,8 +1,8 @@
 """`PreparedShards`: many rectangles of one q, k and v that were looked up once, in the memo beside prepared calls of one rectangle.
 
 A schedule within one process is such: shards of query rows, each with its rectangles in the order in which keys arrive. Where one row
-serves them all and has a form for it, they are one call. Plans are asked of the environment's cache at every call, one for each
-rectangle, and where the cache answers with another plan than before, the whole is bound anew.
+serves them all and has a form for it, they are one call. Plans are looked up in the environment's cache at every call, one for each
+rectangle, and where the cache has another plan than before, the whole is bound anew.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Environment
 from longattn.kernels.dispatch.prepared import PREPARED, find_plan_of, plan_key, prepared_for, rectangle_key
+from longattn.kernels.dispatch.table import TableRow
 from longattn.kernels.ops.arguments import OpArguments, OpTensors
 from longattn.patterncache import Plan
 
@@ -25,13 +26,13 @@ class ShardRectangle(NamedTuple):
 
     Attributes:
         shard: which shard, counted from 0. rows: (first, length, step) of the whole's query rows, those of the shard.
-        tensors: views of the whole's q, k and v. asked: the op's arguments.
+        tensors: views of the whole's q, k and v. arguments: the op's arguments.
     """
 
     shard: int
     rows: tuple[int, int, int]
     tensors: OpTensors
-    asked: OpArguments
+    arguments: OpArguments
 
 
 Cut = Callable[[OpTensors, Environment], Sequence[ShardRectangle]]
@@ -42,7 +43,7 @@ class PreparedShards:
     """A schedule's rectangles of one signature, bound as one call.
 
     Attributes:
-        used: whether somebody asked for it since the memo last passed over it.
+        used: whether it was looked up since the memo last passed over it.
     """
 
     __slots__ = ("_bound", "_cut", "_keys", "_out_dtype", "_plans", "used")
@@ -56,23 +57,25 @@ class PreparedShards:
     def of(
         cls, cut: Cut, tensors: OpTensors, out_dtype: torch.dtype, environment: Environment
     ) -> PreparedShards | None:
-        """Of rectangles that were all computed before, one by one; None where that cannot be one call. The cache is not asked."""
+        """Of rectangles that were all computed before, one by one; None where that cannot be one call. Nothing is looked up in the pattern cache."""
         rectangles = cut(tensors, environment)
-        calls = [PREPARED.peek(rectangle_key(each.tensors, each.asked)) for each in rectangles]
+        calls = [PREPARED.peek(rectangle_key(each.tensors, each.arguments)) for each in rectangles]
         plans = [call.plan for call in calls if call is not None]
         known = [plan for plan in plans if plan is not None]
         if not rectangles or len(known) < len(rectangles):
             return None
         bound = _bind(rectangles, tensors, known, out_dtype, environment)
         return (
-            None if bound is None else cls(cut, [plan_key(each.asked) for each in rectangles], bound, known, out_dtype)
+            None
+            if bound is None
+            else cls(cut, [plan_key(each.arguments) for each in rectangles], bound, known, out_dtype)
         )
 
     def forward(self, tensors: OpTensors, environment: Environment) -> tuple[Tensor, Tensor] | None:
         """(out, lse) of tensors of this signature; None where these rectangles are no longer one call."""
         plans = [find_plan_of(key, environment) for key in self._keys]
         q, k, v = tensors[:3]
-        if all(kept() is plan for kept, plan in zip(self._plans, plans, strict=True)):
+        if all(reference() is plan for reference, plan in zip(self._plans, plans, strict=True)):
             computed = self._bound(q, k, v, environment.allocator)
             if computed is not None:
                 return computed
@@ -93,11 +96,11 @@ def _bind(
     """One call of the row that serves all rectangles which see anything; None where it is not one row, or has no such form."""
     q, k, v = tensors[:3]
     shards: dict[int, Any] = {}
-    rows = {}
+    rows: dict[str, TableRow] = {}
     for each, plan in zip(rectangles, plans, strict=True):
         if not each.rows[1]:
             continue
-        call = prepared_for(each.tensors, each.asked, environment, plan)[0]
+        call = prepared_for(each.tensors, each.arguments, environment, plan)[0]
         rows[call.row.name] = call.row
         calls = shards.setdefault(each.shard, (each.rows, []))[1]
         if not plan.empty:

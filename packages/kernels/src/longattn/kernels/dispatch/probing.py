@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.dispatch.rates import PROBED, Numbers
-from longattn.kernels.dispatch.table import Row
+from longattn.kernels.dispatch.table import TableRow
 from longattn.kernels.dispatch.work import Work
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
 from longattn.patterncache import Full, Pattern, Rectangle, Span
@@ -25,7 +25,7 @@ _PATIENCE = 0.02
 """Seconds of calls after which none is added: the row is slow, and need not be known better."""
 
 
-def probe(row: Row, dtype: torch.dtype) -> Numbers:
+def probe(row: TableRow, dtype: torch.dtype) -> Numbers:
     """The figures of a row on `Full()` of `TOKENS` tokens, one head: milliseconds, some ten for rows that are slow.
 
     Works on tensors of its own, beside whatever mode, generator or autograd state the caller has.
@@ -50,7 +50,7 @@ def numbers_of(work: Work, direction: str, seconds: float, overhead: float) -> d
 
 
 def seconds_of(
-    row: Row,
+    row: TableRow,
     dtype: torch.dtype,
     pattern: Pattern,
     tokens: int,

@@ -1,11 +1,11 @@
-"""What environment variables say now. Every call asks, so they are read without os.environ's encoding of names and values."""
+"""The present values of environment variables. Every call reads them, so without os.environ's encoding of names and values."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-# On POSIX os.environ keeps bytes, by the encoded name; elsewhere, and where that is no longer so, it is asked itself.
+# On POSIX os.environ keeps bytes, by the encoded name; elsewhere, and where that is no longer so, it is read itself.
 _values: Any = getattr(os.environ, "_data", os.environ)
 _encode: Any = getattr(os.environ, "encodekey", str)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import Capability
-from longattn.kernels.hierarchy import Traffic
+from longattn.kernels.hierarchy import MemoryTraffic
 from longattn.kernels.problem import AttentionProblem
 from longattn.patterncache import Plan
 
@@ -46,7 +46,7 @@ Shard = tuple[tuple[int, int, int], list[Call]]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One backend: its name, what it declares, and its two functions.
 
     Attributes:
@@ -58,7 +58,7 @@ class Row:
             arguments of `backward` and the gradients that it gave.
         revision: (level, revision) of what serves, where figures of speed depend on more than this package's version.
         standing: of a problem, whether what the row would run for it has been checked on its device: "checked", "unchecked: why", "failed: what
-            was wrong", or "" where that is not asked; the second argument says whether to check now what was not. A failed one refuses.
+            was wrong", or "" where rows do not check; the second argument says whether to check now what was not. A failed one refuses.
         second_backward: the derivative of `backward`, (call, gradients of dq, dk, dv and dbias or None each, (grad_out, grad_lse, out, lse)) ->
             gradients of grad_out, grad_lse, out, lse, q, k, v and bias; None where the row has none.
         bind_shards: of q, k, v, shards of query rows with their rectangles, which are views of the three, and out's dtype: all of them in one call,
@@ -83,7 +83,7 @@ class Row:
 
 
 @lru_cache
-def row(name: str) -> Row:
+def row(name: str) -> TableRow:
     """The row of that name."""
     module, _, member = TABLE[name].partition(":")
     home = getattr(import_module(module), member) if member else import_module(module)
@@ -100,7 +100,7 @@ def row(name: str) -> Row:
         "remark",
     )
     machine = [getattr(home, need, None) for need in needs]
-    return Row(name, home.CAPABILITY, home.forward, home.backward, *machine)
+    return TableRow(name, home.CAPABILITY, home.forward, home.backward, *machine)
 
 
 def backends(device: str | None = None) -> tuple[str, ...]:
@@ -134,14 +134,14 @@ class Explanation:
     """Which row serves a problem, and why not the others.
 
     Attributes:
-        problem: what was asked.
+        problem: the call without its data.
         rows: (name, reasons) in order of preference; no reasons means that the row could serve.
         backend: the row that serves, or None.
         expected: (name, seconds of CPU time, where the figure is from) of each row that could serve; seconds are None, and the text says why, where
             there is no figure. Empty where figures do not decide.
         order: what decides between rows that could serve.
-        traffic: what the call moves and multiplies, where that was asked for.
-        errors: (name, largest absolute error) of sampled rows beside float64, where that was asked for.
+        traffic: what the call moves and multiplies, with `verbose`.
+        errors: (name, largest absolute error) of sampled rows beside float64, with `verify`.
         standings: (name, "checked" or "unchecked: why") of rows that check themselves on a device.
         forms: (name, form) of rows that could serve in more than one way: which of them this call takes.
     """
@@ -151,7 +151,7 @@ class Explanation:
     backend: str | None
     expected: tuple[tuple[str, float | None, str], ...] = ()
     order: str = "fixed"
-    traffic: Traffic | None = None
+    traffic: MemoryTraffic | None = None
     errors: tuple[tuple[str, float], ...] | None = None
     standings: tuple[tuple[str, str], ...] = ()
     forms: tuple[tuple[str, str], ...] = ()
@@ -171,15 +171,15 @@ class Explanation:
                 verdict += (
                     f"; {source}" if seconds is None else f"; {seconds * 1e3:.3g} ms of CPU time expected, {source}"
                 )
-            remark = row(name).remark
-            if not reasons and remark is not None and (said := remark()) is not None:
-                verdict += f" ({said})"
+            remark = row(name).remark if name in TABLE else None  # decode steps have rows beside the table's
+            if not reasons and remark is not None and (text := remark()) is not None:
+                verdict += f" ({text})"
             lines.append(f"  {name}: {verdict}")
         if self.traffic is not None:
             lines.append(f"  on {self.traffic}")
         if self.errors is not None:
-            said = ", ".join(f"{name} {error:.2g}" for name, error in self.errors)
-            lines.append(f"  sampled rows beside float64, largest error: {said}")
+            errors = ", ".join(f"{name} {error:.2g}" for name, error in self.errors)
+            lines.append(f"  sampled rows beside float64, largest error: {errors}")
         return "\n".join(lines)
 
 
@@ -188,14 +188,14 @@ Refusals = tuple[tuple[str, str], ...]
 
 def standings(problem: AttentionProblem) -> tuple[tuple[str, str], ...]:
     """(row, how it stands with this problem) of the rows that check themselves on a device; nothing is checked now."""
-    asked = ((name, row(name).standing) for name in TABLE)
-    return tuple((name, text) for name, ask in asked if ask is not None and (text := ask(problem, False)))
+    checks = ((name, row(name).standing) for name in TABLE)
+    return tuple((name, text) for name, check in checks if check is not None and (text := check(problem, False)))
 
 
 def refusals(problem: AttentionProblem) -> Refusals:
     """(row, reason) of the rows that this machine, as far as is known now, cannot run, or that were wrong on the problem's device."""
-    asked = ((name, row(name).refusal) for name in TABLE)
-    unable = [(name, reason) for name, ask in asked if ask is not None and (reason := ask()) is not None]
+    checks = ((name, row(name).refusal) for name in TABLE)
+    unable = [(name, reason) for name, check in checks if check is not None and (reason := check()) is not None]
     return (*unable, *((name, text) for name, text in standings(problem) if text.startswith("failed")))
 
 
@@ -209,6 +209,6 @@ def explain_problem(problem: AttentionProblem, backend: str | None = None, refus
     )
     fitting = [name for name, reasons in rows if not reasons and backend in (None, name)]
     chosen = fitting[0] if fitting else None
-    found = Explanation(problem, rows, chosen)
-    logger.debug("%s", found)
-    return found
+    explanation = Explanation(problem, rows, chosen)
+    logger.debug("%s", explanation)
+    return explanation

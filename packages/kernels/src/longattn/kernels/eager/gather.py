@@ -10,25 +10,20 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.capability import FLOATS, Capability
-from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, scores_and_slope, ungroup_rows
+from longattn.kernels.dispatch.capability import FLOAT32_WITHIN, Capability
+from longattn.kernels.eager.grouping import dropped, group_rows, scores_and_slope, tile_state, ungroup_rows
 from longattn.kernels.eager.masks import add_distance_gradients, sum_to, tile_picks
 from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.eager.tile_walk import finish, new_state, walk
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.far_rows import exact_backward, exact_forward
-from longattn.kernels.state import state_dtype
+from longattn.kernels.state import FLOATS, state_dtype
 
 CAPABILITY = Capability(
     devices=(),
     # MPS has no float64.
     dtypes={"": FLOATS, "mps": (torch.float16, torch.bfloat16, torch.float32)},
-    tolerance={
-        torch.float64: (1e-10, 1e-10),
-        torch.float32: (2e-5, 2e-5),
-        torch.float16: (2e-3, 2e-3),
-        torch.bfloat16: (1.6e-2, 1.6e-2),
-    },
+    tolerance=FLOAT32_WITHIN,
     # Elsewhere index_add_ adds with float atomics, in no fixed order.
     deterministic=("cpu",),
     bias_grad=True,
@@ -51,15 +46,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     out, lse = new_state(call, triangles=False)
     for tile in walk(call, triangles=False, cells=_CELLS):
         q, k, v = _operands(call, tile)
-        scores = masked_scores(q, k, tile, call)
-        # Finite where every key is hidden, so that -inf - -inf does not arise.
-        pivot = scores.amax(-1, keepdim=True)
-        pivot = pivot.masked_fill(pivot == -torch.inf, 0)
-        weights = (scores - pivot).exp_()
-        total = weights.sum(-1, keepdim=True)
-        tile_lse = (pivot + total.log()).squeeze(-1)
-        tile_out = dropped(weights, tile) @ v / total.masked_fill(total == 0, 1)
-        tile.merge(out, lse, ungroup_rows(tile_out, tile), ungroup_rows(tile_lse, tile))
+        tile.merge(out, lse, *tile_state(q, k, v, tile, call))
     return finish(call, out), lse
 
 
@@ -67,7 +54,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 def backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv) in the dtypes of q, k, v and, if asked, dbias in the shape and dtype of bias; summed in float32 (float64)."""
+    """(dq, dk, dv) in the dtypes of q, k, v and, with bias_grad, dbias in the shape and dtype of bias; summed in float32 (float64)."""
     dtype = state_dtype(call.q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
     dbias = (

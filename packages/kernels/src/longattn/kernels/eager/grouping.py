@@ -1,5 +1,8 @@
 """Scores of a tile in torch operations, for rows that hold them: grouped heads as rows, masks, bias, dropout."""
 
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import torch
@@ -45,6 +48,19 @@ def _hidden(scores: Tensor, tile: Tile) -> Tensor:
     if tile.seen is not None:
         scores.masked_fill_(~group_rows(tile.seen.expand(whole), tile), -torch.inf)
     return scores
+
+
+def tile_state(q: Tensor, k: Tensor, v: Tensor, tile: Tile, call: Call) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a tile, (tiles, heads, q count, ...), for grouped q."""
+    scores = masked_scores(q, k, tile, call)
+    # Finite where every key is hidden, so that -inf - -inf does not arise.
+    pivot = scores.amax(-1, keepdim=True)
+    pivot = pivot.masked_fill(pivot == -torch.inf, 0)
+    weights = (scores - pivot).exp_()
+    total = weights.sum(-1, keepdim=True)
+    lse = (pivot + total.log()).squeeze(-1)
+    out = dropped(weights, tile) @ v / total.masked_fill(total == 0, 1)
+    return ungroup_rows(out, tile), ungroup_rows(lse, tile)
 
 
 def dropped(x: Tensor, tile: Tile) -> Tensor:

@@ -1,5 +1,8 @@
 """What hides, biases or drops the pairs of one tile."""
 
+# torch's own types are partial.
+# pyright: reportUnknownArgumentType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -46,7 +49,7 @@ def _of_heads(by_distance: Tensor, tile: Tile) -> Tensor:
 
 def _positions(call: Call, branch: Branch, tile: Tile) -> tuple[Tensor, Tensor]:
     """Of query rows (tiles, q count), and of key rows (tiles, k count)."""
-    q_rows, k_rows = (index_tensor(i, call.q.device, tile.kept).view(-1, i.count) for i in (tile.q, tile.k))
+    q_rows, k_rows = (index_tensor(i, call.q.device, tile.index_tensors).view(-1, i.count) for i in (tile.q, tile.k))
     return branch.q_at[0] + branch.q_at[1] * q_rows, branch.k_at[0] + branch.k_at[1] * k_rows
 
 
@@ -83,12 +86,12 @@ def _seen(call: Call, branch: Branch, tile: Tile, bias: Tensor | None, first: in
         band = torch.tensor(shown, device=device)[:, None]
         seen = band if seen is None else seen & band
     if call.key_padding is not None:
-        rows = index_tensor(tile.k, device, tile.kept).view(tile.k.tiles, tile.k.count)
-        kept = ~call.key_padding[tile.batch][rows][:, None, None]
-        seen = kept if seen is None else seen & kept
+        rows = index_tensor(tile.k, device, tile.index_tensors).view(tile.k.tiles, tile.k.count)
+        shown = ~call.key_padding[tile.batch][rows][:, None, None]
+        seen = shown if seen is None else seen & shown
     if call.mask is not None:
-        kept = at_tile(call.mask, tile)
-        seen = kept if seen is None else seen & kept
+        shown = at_tile(call.mask, tile)
+        seen = shown if seen is None else seen & shown
     return seen
 
 
@@ -97,8 +100,8 @@ def tile_picks(mask: Tensor, tile: Tile) -> tuple[Tensor, ...]:
     picks = (
         torch.tensor([[[[tile.batch]]]], device="cpu"),
         torch.from_numpy(tile.heads.positions())[None, :, None, None],
-        index_tensor(tile.q, mask.device, tile.kept).view(-1, 1, tile.q.count, 1),
-        index_tensor(tile.k, mask.device, tile.kept).view(-1, 1, 1, tile.k.count),
+        index_tensor(tile.q, mask.device, tile.index_tensors).view(-1, 1, tile.q.count, 1),
+        index_tensor(tile.k, mask.device, tile.index_tensors).view(-1, 1, 1, tile.k.count),
     )
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=mask.device)
     return tuple(p.to(mask.device) if n > 1 else zero for p, n in zip(picks, mask.shape, strict=True))

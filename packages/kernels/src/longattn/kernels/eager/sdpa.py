@@ -14,25 +14,20 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.capability import FLOATS, Capability
+from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
 from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.eager.strides import separated, separated_call
 from longattn.kernels.eager.tile_walk import finish, new_state, walk
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
-from longattn.kernels.state import state_dtype
+from longattn.kernels.state import FLOATS, state_dtype
 from longattn.patterncache.indices import Affine
 
 CAPABILITY = Capability(
     devices=("cpu",),
     dtypes={"cpu": FLOATS},
-    tolerance={
-        torch.float64: (1e-10, 1e-10),
-        torch.float32: (2e-5, 2e-5),
-        torch.float16: (4e-3, 4e-3),
-        torch.bfloat16: (3e-2, 3e-2),
-    },
+    tolerance=ROUNDED_WITHIN,
     # As a bias, made tile by tile.
     by_distance=True,
 )
@@ -41,10 +36,10 @@ _CELLS = (1 << 18, 1 << 22)
 """Least and most output numbers (or, under a mask, scores) that one call of torch's kernel may make: 1 to 16 MiB in float32."""
 
 
-Forward = Callable[[Tensor, Tensor, Tensor, bool, "Tensor | None", float], tuple[Tensor, Tensor]]
+TorchKernel = Callable[[Tensor, Tensor, Tensor, bool, "Tensor | None", float], tuple[Tensor, Tensor]]
 """A kernel of torch: (q, k, v, causal, additive mask, scale) to (out, lse), on (tiles, heads, rows, head_dim) views."""
 
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+TorchGradient = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """Its gradient: (grad_out, q, k, v, out, lse, causal, additive mask, scale) to (dq, dk, dv), given the merged out and lse."""
 
 
@@ -93,7 +88,7 @@ def backward(
 
 
 def _is_whole(call: Call) -> bool:
-    """Whether one call of torch's kernel on the whole tensors is what is asked: every query sees every key, or those up to its own."""
+    """Whether one call of torch's kernel on the whole tensors will do: every query sees every key, or those up to its own."""
     if len(call.plan.branches) != 1 or not call.q.numel() or call.prior is not None or call.dropout_p:
         return False
     if call.q.shape[-1] != call.v.shape[-1]:
@@ -110,7 +105,7 @@ def _is_whole(call: Call) -> bool:
     return every and seen and (branch.heads.start, branch.heads.step, branch.heads.length) == (0, 1, heads)
 
 
-def forward_through(kernel: Forward, call: Call) -> tuple[Tensor, Tensor]:
+def forward_through(kernel: TorchKernel, call: Call) -> tuple[Tensor, Tensor]:
     """`forward` tile by tile through one of torch's kernels."""
     call = separated_call(call)
     out, lse = new_state(call, triangles=True)
@@ -126,7 +121,7 @@ def forward_through(kernel: Forward, call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward_through(
-    kernel: Backward, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+    kernel: TorchGradient, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """`backward` tile by tile through the gradient of one of torch's kernels."""
     call = separated_call(call)

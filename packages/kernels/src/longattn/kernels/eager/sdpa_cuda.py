@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.capability import Capability
-from longattn.kernels.eager.sdpa import Forward, backward_through, forward_through
+from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
+from longattn.kernels.eager.sdpa import TorchKernel, backward_through, forward_through
 from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.far_rows import exact_backward, exact_forward
 
@@ -24,7 +24,7 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _WITH_FLASH = Capability(
     devices=("cuda",),
     dtypes={"cuda": _DTYPES},
-    tolerance={torch.float16: (4e-3, 4e-3), torch.bfloat16: (3e-2, 3e-2)},
+    tolerance={dtype: ROUNDED_WITHIN[dtype] for dtype in _DTYPES},
     max_head_dim=256,
     # Its backward kernels add with atomics.
     deterministic=("cpu",),
@@ -89,7 +89,7 @@ class ViewsRow:
         return backward_through(self._backward, call, grad_out, grad_lse, out, lse)
 
     @property
-    def _forward(self) -> Forward:
+    def _forward(self) -> TorchKernel:
         dense = _cudnn if self.cudnn else _flash
 
         def compute(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Any:

@@ -52,8 +52,10 @@ def second_gradients(call: Call, above: Parts, cotangents: tuple[Tensor, Tensor 
     others = tuple(x for x in (grad_out, grad_lse, out, lse, above[0]) if x is not None)
     for tile in walk(call, triangles=False, cells=_CELLS, others=others):
         _add_tile(call, tile, above, inputs, totals)
-    found = [None if total is None or x is None else total.to(x.dtype) for total, x in zip(totals, inputs, strict=True)]
-    return [*found, None]
+    gradients = [
+        None if total is None or x is None else total.to(x.dtype) for total, x in zip(totals, inputs, strict=True)
+    ]
+    return [*gradients, None]
 
 
 def _add_tile(call: Call, tile: Tile, above: Parts, inputs: Parts, totals: Parts) -> None:

@@ -36,7 +36,7 @@ def walk(
         at_once: heads x tiles that a `Tile` should have at least, where there are so many: what a kernel may spread over threads.
         others: tensors beside q, k, v whose query rows will be read, strided as they please.
     """
-    group, kept = call.q.shape[2] // call.k.shape[2], kept_tensors(call.plan)
+    group, tensors = call.q.shape[2] // call.k.shape[2], kept_tensors(call.plan)
     source = source_branches(call.plan, triangles)
     for branch, fresh in zip(source, writes(call.plan, triangles)[0], strict=True):
         strip = _strip_rows(call, branch, triangles, cells)
@@ -44,19 +44,24 @@ def walk(
             width = max(call.q.shape[-1], call.v.shape[-1]) if triangles and strip is None else part.k.count
             most = max(at_once, cells // (part.q.count * width))
             for heads, kv_heads in head_groups(part.heads, group, most):
-                tile = Tile(heads, kv_heads, 0, part.q, part.k, False, None, fresh and call.prior is None, kept=kept)
+                tile = Tile(
+                    heads, kv_heads, 0, part.q, part.k, False, None, fresh and call.prior is None, index_tensors=tensors
+                )
                 yield from _batches(call, part, tile, max(1, most // heads.length), triangles, others)
 
 
 def blocks(call: Call) -> Iterator[tuple[Branch, Tile]]:
     """Every branch with each of its tiles whole, one at a time and without masks, for rows that cut tiles themselves."""
-    group, kept = call.q.shape[2] // call.k.shape[2], kept_tensors(call.plan)
+    group, tensors = call.q.shape[2] // call.k.shape[2], kept_tensors(call.plan)
     for branch in call.plan.branches:
         for heads, kv_heads in head_groups(branch.heads, group, branch.heads.length):
             for batch in range(call.q.shape[0]):
                 for first in range(branch.q.tiles):
                     q, k = branch.q.tile_range(first, 1), branch.k.tile_range(first, 1)
-                    yield branch, Tile(heads, kv_heads, batch, q, k, False, None, False, first=first, kept=kept)
+                    yield (
+                        branch,
+                        Tile(heads, kv_heads, batch, q, k, False, None, False, first=first, index_tensors=tensors),
+                    )
 
 
 def _strip_rows(call: Call, branch: Branch, triangles: bool, cells: int) -> int | None:
@@ -80,15 +85,16 @@ def writes(plan: Plan, triangles: bool) -> tuple[tuple[bool, ...], bool]:
     nothing are left out of a walk, so only rows that see a key count as written. Kept with the plan.
     """
     key = f"writes triangles={triangles}"
-    found: tuple[tuple[bool, ...], bool] | None = plan.derived.get(key)
-    if found is None:
+    written: tuple[tuple[bool, ...], bool] | None = plan.derived.get(key)
+    if written is None:
         source = source_branches(plan, triangles)
-        order, fresh = WriteOrder(plan, len(source)), []
+        order = WriteOrder(plan, len(source))
+        fresh: list[bool] = []
         for branch in source:
             at = (branch.heads.positions()[:, None], branch.q.rows().reshape(1, -1))
             fresh.append(order.write(at, seeing=np.tile(branch.seeing, branch.q.tiles)) == 0)
-        found = plan.derived[key] = (tuple(fresh), order.complete)
-    return found
+        written = plan.derived[key] = (tuple(fresh), order.complete)
+    return written
 
 
 def _batches(

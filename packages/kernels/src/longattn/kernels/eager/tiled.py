@@ -15,8 +15,15 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.capability import FLOATS, Capability
-from longattn.kernels.eager.grouping import dropped, group_rows, masked_scores, scores_and_slope, ungroup_rows
+from longattn.kernels.eager import gather
+from longattn.kernels.eager.grouping import (
+    dropped,
+    group_rows,
+    masked_scores,
+    scores_and_slope,
+    tile_state,
+    ungroup_rows,
+)
 from longattn.kernels.eager.masks import add_distance_gradients, attach_masks
 from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.eager.tile_walk import blocks, finish, new_state
@@ -38,21 +45,7 @@ class TiledRow:
     """One of the two orders. Results do not depend on it, beyond rounding."""
 
     q_major: bool
-    CAPABILITY = Capability(
-        devices=(),
-        dtypes={"": FLOATS, "mps": (torch.float16, torch.bfloat16, torch.float32)},
-        tolerance={
-            torch.float64: (1e-10, 1e-10),
-            torch.float32: (2e-5, 2e-5),
-            torch.float16: (2e-3, 2e-3),
-            torch.bfloat16: (1.6e-2, 1.6e-2),
-        },
-        deterministic=("cpu",),
-        softcap=True,
-        by_distance=True,
-        by_distance_grad=True,
-        dropout=True,
-    )
+    CAPABILITY = replace(gather.CAPABILITY, bias_grad=False)
     second_backward = staticmethod(second_gradients)
 
     @exact_forward
@@ -78,8 +71,8 @@ class TiledRow:
         # delta = rowsum(dO * O) - dlse: one number a row, read by every tile of that row. Made strip by strip: no product stands whole.
         delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse.to(dtype)
         for rows in _ranges(lse.shape[1]):
-            mine = (x.narrow(1, *rows).to(dtype) for x in (grad_out, out))
-            delta.narrow(1, *rows).add_(torch.mul(*mine).sum(-1))
+            own = (x.narrow(1, *rows).to(dtype) for x in (grad_out, out))
+            delta.narrow(1, *rows).add_(torch.mul(*own).sum(-1))
         pivot = lse.masked_fill(lse == -torch.inf, 0)
         for branch, block in blocks(call):
             for tile in self._tiles(call, branch, block):
@@ -117,8 +110,8 @@ def _cut(call: Call, branch: Branch, block: Tile, q: Range, k: Range) -> Tile | 
 def _stream_keys(call: Call, branch: Branch, block: Tile, rows: Range, out: Tensor, lse: Tensor) -> None:
     """Q-major: one q tile, all its keys, one merge at the end."""
     dtype = state_dtype(call.q.dtype)
-    mine = replace(block, q=block.q.narrow(*rows), fresh=False)
-    q = group_rows(mine.queries(call.q).to(dtype), mine)  # q tile: memory -> cache, stays for all its keys
+    own = replace(block, q=block.q.narrow(*rows), fresh=False)
+    q = group_rows(own.queries(call.q).to(dtype), own)  # q tile: memory -> cache, stays for all its keys
     m = torch.full(q.shape[:-1], -torch.inf, dtype=dtype, device=q.device)  # running max: stays
     l = torch.zeros_like(m)  # running sum: stays
     acc = q.new_zeros((*q.shape[:-1], call.v.shape[-1]))  # output: stays, rescaled when m moves
@@ -138,31 +131,22 @@ def _stream_keys(call: Call, branch: Branch, block: Tile, rows: Range, out: Tens
         acc = acc * rescale.unsqueeze(-1) + dropped(p, tile) @ v
         m = m_new
     acc = acc / l.masked_fill(l == 0, 1).unsqueeze(-1)
-    mine.merge(out, lse, ungroup_rows(acc, mine), ungroup_rows(m + l.log(), mine))  # cache -> memory, once a branch
+    own.merge(out, lse, ungroup_rows(acc, own), ungroup_rows(m + l.log(), own))  # cache -> memory, once a branch
 
 
 def _stream_queries(call: Call, branch: Branch, block: Tile, keys: Range, out: Tensor, lse: Tensor) -> None:
     """K-major: one k, v tile, all its queries, a merge for each."""
     dtype = state_dtype(call.q.dtype)
-    mine = replace(block, k=block.k.narrow(*keys))
-    k, v = (
-        mine.keys(call.k).to(dtype),
-        mine.keys(call.v).to(dtype),
-    )  # k, v tile: memory -> cache, stays for all its queries
+    own = replace(block, k=block.k.narrow(*keys))
+    # k, v tile: memory -> cache, stays for all its queries
+    k, v = own.keys(call.k).to(dtype), own.keys(call.v).to(dtype)
     for rows in _ranges(block.q.count):
         tile = _cut(call, branch, block, rows, keys)
         if tile is None:
             continue
         q = group_rows(tile.queries(call.q).to(dtype), tile)  # q tile: memory -> cache, replaced every iteration
-        scores = masked_scores(q, k, tile, call)
-        pivot = scores.amax(-1, keepdim=True)
-        pivot = pivot.masked_fill(pivot == -torch.inf, 0)
-        p = (scores - pivot).exp_()
-        total = p.sum(-1, keepdim=True)
-        part = dropped(p, tile) @ v / total.masked_fill(total == 0, 1)
-        part_lse = (pivot + total.log()).squeeze(-1)
         # out, lse rows: memory -> cache -> memory, every iteration
-        replace(tile, fresh=False).merge(out, lse, ungroup_rows(part, tile), ungroup_rows(part_lse, tile))
+        replace(tile, fresh=False).merge(out, lse, *tile_state(q, k, v, tile, call))
 
 
 def _gradients(call: Call, tile: Tile, grad_out: Tensor, delta: Tensor, pivot: Tensor) -> Grads:

@@ -3,6 +3,9 @@
 Rows that are affine are read and written through strided views, listed ones through index tensors.
 """
 
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -17,8 +20,8 @@ from longattn.kernels.state import merge_into
 from longattn.patterncache import Plan, Span
 from longattn.patterncache.indices import Affine, Index, Listed
 
-Kept = dict[Any, Tensor]
-_KEPT = "index tensors"
+IndexTensors = dict[Any, Tensor]
+_INDEX_TENSORS = "index tensors"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Tile:
         first: which of the branch's tiles is the first here.
         keep: (tiles, heads, q count, k count), what dropout multiplies each weight with, or None.
         fresh: no earlier tile wrote these query rows of these heads.
-        kept: index tensors that stay with the plan, or None: they are made anew.
+        index_tensors: of listed rows, that stay with the plan, or None: they are made anew.
     """
 
     heads: Span
@@ -50,22 +53,22 @@ class Tile:
     bias: Tensor | None = None
     keep: Tensor | None = None
     first: int = 0
-    kept: Kept | None = None
+    index_tensors: IndexTensors | None = None
     distance: Tensor | None = None
 
     def queries(self, x: Tensor) -> Tensor:
         """Query rows of x (batch, Nq, heads, ...) as (tiles, heads, q count, ...)."""
-        return take(x, self.batch, self.heads, self.q, self.kept)
+        return take(x, self.batch, self.heads, self.q, self.index_tensors)
 
     def keys(self, x: Tensor) -> Tensor:
         """Key rows of x (batch, Nk, kv_heads, ...) as (tiles, kv_heads, k count, ...)."""
-        return take(x, self.batch, self.kv_heads, self.k, self.kept)
+        return take(x, self.batch, self.kv_heads, self.k, self.index_tensors)
 
     def merge(self, out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor) -> None:
         """Merge a tile's result (tiles, heads, q count, ...) into out and lse, in place, on its rows only."""
         for whole, part in ((out, tile_out), (lse, tile_lse)):
             if self.fresh and isinstance(self.q, Listed):
-                put(whole, self.batch, self.heads, self.q, part.to(whole.dtype), self.kept)
+                put(whole, self.batch, self.heads, self.q, part.to(whole.dtype), self.index_tensors)
             elif self.fresh:
                 self.queries(whole).copy_(part)
         if self.fresh:
@@ -73,66 +76,66 @@ class Tile:
         out_rows, lse_rows = self.queries(out), self.queries(lse)
         merge_into(out_rows, lse_rows, tile_out.to(out.dtype), tile_lse.to(lse.dtype))
         if isinstance(self.q, Listed):  # the rows were copies
-            put(out, self.batch, self.heads, self.q, out_rows, self.kept)
-            put(lse, self.batch, self.heads, self.q, lse_rows, self.kept)
+            put(out, self.batch, self.heads, self.q, out_rows, self.index_tensors)
+            put(lse, self.batch, self.heads, self.q, lse_rows, self.index_tensors)
 
     def add_queries(self, total: Tensor, part: Tensor) -> None:
         """Add (tiles, heads, q count, d) to the query rows of `total`, in place."""
-        add(total, self.batch, self.heads, self.q, part, self.kept)
+        add(total, self.batch, self.heads, self.q, part, self.index_tensors)
 
     def add_keys(self, total: Tensor, part: Tensor) -> None:
         """Add (tiles, kv_heads, k count, d) to the key rows of `total`, in place; a row may stand in several tiles."""
-        add(total, self.batch, self.kv_heads, self.k, part, self.kept)
+        add(total, self.batch, self.kv_heads, self.k, part, self.index_tensors)
 
 
-def take(x: Tensor, batch: int, heads: Span, index: Index, kept: Kept | None = None) -> Tensor:
+def take(x: Tensor, batch: int, heads: Span, index: Index, tensors: IndexTensors | None = None) -> Tensor:
     """Rows of x (batch, seq, heads, ...) as (tiles, heads, count, ...): a view where affine, a copy where listed."""
     if isinstance(index, Affine):
         size = (index.tiles, heads.length, index.count, *x.shape[3:])
         stride = (index.tile_step * x.stride(1), heads.step * x.stride(2), index.step * x.stride(1), *x.stride()[3:])
         begin = batch * x.stride(0) + index.start * x.stride(1) + heads.start * x.stride(2)
         return x.as_strided(size, stride, x.storage_offset() + begin)
-    rows = index_tensor(index, x.device, kept)
-    found = x[batch][:, heads.start : heads.last + 1 : heads.step].index_select(0, rows)
-    return found.unflatten(0, (index.tiles, index.count)).transpose(1, 2)
+    rows = index_tensor(index, x.device, tensors)
+    rows_of_heads = x[batch][:, heads.start : heads.last + 1 : heads.step].index_select(0, rows)
+    return rows_of_heads.unflatten(0, (index.tiles, index.count)).transpose(1, 2)
 
 
-def put(x: Tensor, batch: int, heads: Span, index: Listed, value: Tensor, kept: Kept | None = None) -> None:
+def put(x: Tensor, batch: int, heads: Span, index: Listed, value: Tensor, tensors: IndexTensors | None = None) -> None:
     """Write (tiles, heads, count, ...) to listed rows of x (batch, seq, heads, ...), each of which stands in one tile."""
-    rows = index_tensor(index, x.device, kept)
+    rows = index_tensor(index, x.device, tensors)
     x[batch][:, heads.start : heads.last + 1 : heads.step].index_copy_(0, rows, value.transpose(1, 2).flatten(0, 1))
 
 
-def add(x: Tensor, batch: int, heads: Span, index: Index, value: Tensor, kept: Kept | None = None) -> None:
+def add(x: Tensor, batch: int, heads: Span, index: Index, value: Tensor, tensors: IndexTensors | None = None) -> None:
     """Add (tiles, heads, count, d) to rows of x (batch, seq, heads, d), in place."""
     if isinstance(index, Affine) and index.distinct:
-        take(x, batch, heads, index, kept).add_(value)
+        take(x, batch, heads, index, tensors).add_(value)
         return
-    rows = index_tensor(index, x.device, kept)
+    rows = index_tensor(index, x.device, tensors)
     part = value.transpose(1, 2).flatten(0, 1).to(x.dtype)
     x[batch][:, heads.start : heads.last + 1 : heads.step].index_add_(0, rows, part)
 
 
-def index_tensor(index: Index, device: torch.device, kept: Kept | None = None) -> Tensor:
-    """The rows of all tiles, one after the other, as an int64 tensor; from `kept` where it is there, and left there."""
-    if kept is None:
+def index_tensor(index: Index, device: torch.device, tensors: IndexTensors | None = None) -> Tensor:
+    """The rows of all tiles, one after the other, as an int64 tensor; from `tensors` where it is there, and left there."""
+    if tensors is None:
         return torch.from_numpy(index.rows().reshape(-1)).to(device)
     # Parts of a plan's lists are made anew at every call, so what they say is the key, not which object says it.
-    said = index if isinstance(index, Affine) else (index.starts.tobytes(), index.run, index.step)
-    found = kept.get((said, device))
-    if found is None:
-        found = kept[said, device] = index_tensor(index, device)
-    return found
+    content = index if isinstance(index, Affine) else (index.starts.tobytes(), index.run, index.step)
+    tensor = tensors.get((content, device))
+    if tensor is None:
+        tensor = tensors[content, device] = index_tensor(index, device)
+    return tensor
 
 
 def keep_tensors(plan: Plan) -> None:
-    """From now on index tensors of this plan stay with it, on the devices that asked, until it leaves its cache."""
-    plan.derived.setdefault(_KEPT, {})
+    """From now on index tensors of this plan stay with it, on the devices that they are made for, until it leaves its cache."""
+    plan.derived.setdefault(_INDEX_TENSORS, {})
 
 
-def kept_tensors(plan: Plan) -> Kept | None:
+def kept_tensors(plan: Plan) -> IndexTensors | None:
     """The index tensors that stay with a plan, None where none do."""
-    return plan.derived.get(_KEPT)
+    return plan.derived.get(_INDEX_TENSORS)
 
 
 def head_groups(heads: Span, group: int, most: int) -> Iterator[tuple[Span, Span]]:
@@ -140,12 +143,12 @@ def head_groups(heads: Span, group: int, most: int) -> Iterator[tuple[Span, Span
 
     No pair has more than `most` query heads, unless a kv head by itself does.
     """
-    for some, kv_heads in _kv_groups(heads, group):
-        shared = some.length // kv_heads.length
+    for query_heads, kv_heads in _kv_groups(heads, group):
+        shared = query_heads.length // kv_heads.length
         step = max(1, most // shared)
         for first in range(0, kv_heads.length, step):
             count = min(step, kv_heads.length - first)
-            yield some.take(first * shared, count * shared), kv_heads.take(first, count)
+            yield query_heads.take(first * shared, count * shared), kv_heads.take(first, count)
 
 
 def _kv_groups(heads: Span, group: int) -> Iterator[tuple[Span, Span]]:

@@ -31,7 +31,7 @@ def head_classes(heads: int, branches: Sequence[Branch], members: int = 1) -> li
     alike: dict[bytes, list[int]] = {}
     for owner in range(heads // members):
         alike.setdefault(serves[owner * members : (owner + 1) * members].tobytes(), []).append(owner)
-    classes = []
+    classes: list[HeadClass] = []
     for owners in alike.values():
         first = owners[0] * members
         pairs = [(m, branches[n]) for m in range(members) for n in np.flatnonzero(serves[first + m]).tolist()]

@@ -43,7 +43,7 @@ class OpTensors(NamedTuple):
 
 
 class OpArguments(NamedTuple):
-    """What is asked beside the tensors. Its first four fields are the pattern cache's key.
+    """The arguments of an op beside its tensors. Its first four fields are the pattern cache's key.
 
     Attributes:
         pattern: canonical string. q_spans, k_spans: flat (start, length, step) triples; empty: the schedule knows, from all ranks.

@@ -4,6 +4,9 @@ A Plan is a Python object and cannot cross it, so the pattern travels as its can
 allocator as the name of an environment; plan look-up, the choice of a row and leasing happen inside, never in traced code.
 """
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -21,7 +24,7 @@ LIBRARY = torch.library.Library("longattn", "DEF")
 
 
 def attend_rectangle(
-    tensors: OpTensors, asked: OpArguments, environment: Environment, *, skip_empty: bool = False
+    tensors: OpTensors, arguments: OpArguments, environment: Environment, *, skip_empty: bool = False
 ) -> tuple[Tensor, Tensor] | None:
     """`longattn::attend` itself, on real tensors and outside autograd: (out, lse).
 
@@ -33,13 +36,13 @@ def attend_rectangle(
 
     # Inside the ops autocast is off: a row's float32 products must stay float32. `entry.autocast` has cast q, k and v before.
     with torch._C._DisableAutocast():
-        return served(compute, tensors, asked, environment)
+        return served(compute, tensors, arguments, environment)
 
 
 def rectangle_gradients(
     cotangents: Cotangents,
     tensors: OpTensors,
-    asked: OpArguments,
+    arguments: OpArguments,
     environment: Environment,
     *,
     skip_empty: bool = False,
@@ -47,14 +50,14 @@ def rectangle_gradients(
 ) -> Gradients | None:
     """`longattn::attend_backward` itself, on real tensors: dq, dk, dv, dbias (None where it is not wanted); `skip_empty` as above.
 
-    plan: what the environment's cache answered, where it was asked already.
+    plan: the rectangle's, where it was looked up already.
     """
 
     def compute(call: PreparedCall, plan: Plan) -> Gradients | None:
         return None if skip_empty and plan.empty else call.backward(cotangents, tensors, plan, environment)
 
     with torch._C._DisableAutocast():
-        gradients = served(compute, tensors, asked, environment, plan)
+        gradients = served(compute, tensors, arguments, environment, plan)
     if gradients is None:
         return None
     dq, dk, dv, dbias, added = gradients
@@ -68,29 +71,33 @@ def rectangle_gradients(
     )
 
 
-def _compute(tensors: OpTensors, asked: OpArguments) -> tuple[Tensor, Tensor]:
+def _compute(tensors: OpTensors, arguments: OpArguments) -> tuple[Tensor, Tensor]:
     if tensors.cu_seqlens is not None:
         raise NotImplementedError("longattn::attend takes no cu_seqlens; give a Documents pattern")
-    computed = attend_rectangle(tensors, asked, find_environment(asked.env))
+    computed = attend_rectangle(tensors, arguments, find_environment(arguments.env))
     assert computed is not None
     return computed
 
 
-def _differentiate(cotangents: Cotangents, tensors: OpTensors, asked: OpArguments) -> Gradients:
-    gradients = rectangle_gradients(cotangents, tensors, asked, find_environment(asked.env, may_be_gone=True))
+def _differentiate(cotangents: Cotangents, tensors: OpTensors, arguments: OpArguments) -> Gradients:
+    gradients = rectangle_gradients(cotangents, tensors, arguments, find_environment(arguments.env, may_be_gone=True))
     assert gradients is not None
     return gradients
 
 
 def _differentiate_twice(
-    above: list[Tensor | None], cotangents: Cotangents, tensors: OpTensors, asked: OpArguments
+    above: list[Tensor | None], cotangents: Cotangents, tensors: OpTensors, arguments: OpArguments
 ) -> list[Tensor | None]:
-    environment = find_environment(asked.env, may_be_gone=True)
-    return second_gradients(above, cotangents, tensors, asked, environment)
+    environment = find_environment(arguments.env, may_be_gone=True)
+    return second_gradients(above, cotangents, tensors, arguments, environment)
 
 
 def second_gradients(
-    above: list[Tensor | None], cotangents: Cotangents, tensors: OpTensors, asked: OpArguments, environment: Environment
+    above: list[Tensor | None],
+    cotangents: Cotangents,
+    tensors: OpTensors,
+    arguments: OpArguments,
+    environment: Environment,
 ) -> list[Tensor | None]:
     """`longattn::attend_backward`'s own backward, on real tensors: gradients of the cotangents, q, k, v and bias.
 
@@ -101,11 +108,11 @@ def second_gradients(
         return call.second_backward(above, cotangents, tensors, plan, environment)
 
     with torch._C._DisableAutocast():
-        return served(compute, tensors, asked, environment)
+        return served(compute, tensors, arguments, environment)
 
 
-def _pairs(q: Any, k: Any, asked: OpArguments) -> int:
-    return visible_pairs(find_plan(asked, find_environment("")))
+def _pairs(q: Any, k: Any, arguments: OpArguments) -> int:
+    return visible_pairs(find_plan(arguments, find_environment("")))
 
 
 def visible_pairs(plan: Plan) -> int:
@@ -114,4 +121,4 @@ def visible_pairs(plan: Plan) -> int:
 
 
 attend_op = define(LIBRARY, "attend", _compute, _differentiate, _pairs, _differentiate_twice)
-"""The op as a caller calls it: (tensors, asked) -> (out, lse), with or without autograd, transforms and tracing."""
+"""The op as a caller calls it: (tensors, arguments) -> (out, lse), with or without autograd, transforms and tracing."""

@@ -4,6 +4,11 @@ The op itself for tracing, with fakes, autograd, vmap rules and FLOPs; and an `a
 torch.func's transforms need. What the two functions do inside is opaque to all of these.
 """
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+# torch's own types are partial.
+# pyright: reportUnknownLambdaType=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -25,7 +30,7 @@ from longattn.kernels.ops.arguments import (
     OpTensors,
     schema,
 )
-from longattn.kernels.ops.folding import map_backward, map_forward, one_by_one
+from longattn.kernels.ops.folding import map_backward, map_forward, map_second, mapped
 from longattn.kernels.state import state_dtype
 
 Compute = Callable[[OpTensors, OpArguments], tuple[Tensor, Tensor]]
@@ -47,15 +52,15 @@ def define(
     pairs: Pairs,
     differentiate_twice: DifferentiateTwice,
 ) -> Compute:
-    """Register `longattn::NAME`, `longattn::NAME_backward` and its derivative `longattn::NAME_second`; return the caller's way into them, (tensors, asked) -> (out, lse).
+    """Register `longattn::NAME`, `longattn::NAME_backward` and its derivative `longattn::NAME_second`; return the caller's way into them, (tensors, arguments) -> (out, lse).
 
     Args:
         library: of the namespace longattn.
-        compute: (tensors, asked) -> (out, lse), on real tensors, outside autograd.
-        differentiate: (cotangents, tensors, asked) -> gradients of the first `GRADED` tensors; None for what is not wanted.
-        differentiate_twice: (gradients of differentiate's results, cotangents, tensors, asked) -> gradients of the cotangents and of the first
+        compute: (tensors, arguments) -> (out, lse), on real tensors, outside autograd.
+        differentiate: (cotangents, tensors, arguments) -> gradients of the first `GRADED` tensors; None for what is not wanted.
+        differentiate_twice: (gradients of differentiate's results, cotangents, tensors, arguments) -> gradients of the cotangents and of the first
             `GRADED` tensors; where there are none it raises NotImplementedError.
-        pairs: (shape of q, shape of k, asked) -> visible (query, key) pairs of all heads of one batch element, from which FLOPs follow.
+        pairs: (shape of q, shape of k, arguments) -> visible (query, key) pairs of all heads of one batch element, from which FLOPs follow.
     """
     back, second = f"{name}_backward", f"{name}_second"
     library.define(f"{name}({schema(OpTensors, OpArguments)}) -> (Tensor, Tensor)")
@@ -69,23 +74,23 @@ def define(
         return compute(*_sorted(inputs))
 
     def backward(*inputs: Any) -> tuple[Tensor, ...]:
-        tensors, asked = _sorted(inputs[_BESIDE:])
-        found = differentiate(Cotangents(*inputs[:_BESIDE]), tensors, asked)
-        return tuple(tensors.q.new_empty(0) if x is None else x for x in found)
+        tensors, arguments = _sorted(inputs[_BESIDE:])
+        gradients = differentiate(Cotangents(*inputs[:_BESIDE]), tensors, arguments)
+        return tuple(tensors.q.new_empty(0) if x is None else x for x in gradients)
 
     def twice(*inputs: Any) -> tuple[Tensor, ...]:
-        tensors, asked = _sorted(inputs[_TWICE:])
+        tensors, arguments = _sorted(inputs[_TWICE:])
         cotangents = Cotangents(*inputs[GRADED:_TWICE])
-        found = differentiate_twice(list(inputs[:GRADED]), cotangents, tensors, asked)
-        return tuple(tensors.q.new_empty(0) if x is None else x for x in found)
+        gradients = differentiate_twice(list(inputs[:GRADED]), cotangents, tensors, arguments)
+        return tuple(tensors.q.new_empty(0) if x is None else x for x in gradients)
 
     def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
-        ctx.asked = inputs[_BESIDE + TENSORS :]
+        ctx.arguments = inputs[_BESIDE + TENSORS :]
         ctx.save_for_backward(*inputs[: _BESIDE + TENSORS])
 
     def autograd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _second_gradients(second_op, ctx.saved_tensors, ctx.asked, grads)
+        return _second_gradients(second_op, ctx.saved_tensors, ctx.arguments, grads)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         if inputs[_PRIOR] is not None and any(ctx.needs_input_grad[:TENSORS]):
@@ -93,11 +98,14 @@ def define(
                 f"longattn::{name} has no gradient through a prior; call longattn.kernels.attend, which merges"
             )
         ctx.set_materialize_grads(False)
-        ctx.asked = inputs[TENSORS:]
+        ctx.arguments = inputs[TENSORS:]
         ctx.save_for_backward(*inputs[:TENSORS], *output)
 
     def autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(back_op, ctx.saved_tensors, ctx.asked, grad_out, grad_lse)
+        return _gradients(back_op, ctx.saved_tensors, ctx.arguments, grad_out, grad_lse)
+
+    def refuse_third_order(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(f"longattn::{second} is not differentiable: third derivatives are not supported")
 
     class Forward(torch.autograd.Function):
         @staticmethod
@@ -107,18 +115,16 @@ def define(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             # torch.compile wants ctx used here, not handed on.
-            ctx.asked = inputs[TENSORS:]
+            ctx.arguments = inputs[TENSORS:]
             ctx.save_for_backward(*inputs[:TENSORS], *output)
 
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:  # type: ignore[override]
             # torch.compile does not trace a Function inside a Function's backward; there the op itself will do.
             call = back_op if torch.compiler.is_compiling() else Backward.apply
-            return _gradients(call, ctx.saved_tensors, ctx.asked, grad_out, grad_lse)
+            return _gradients(call, ctx.saved_tensors, ctx.arguments, grad_out, grad_lse)
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # type: ignore[override]
-            return map_forward(Forward.apply, info.batch_size, in_dims, inputs)
+        vmap = mapped(lambda *inputs: Forward.apply(*inputs), map_forward)
 
     class Backward(torch.autograd.Function):
         @staticmethod
@@ -127,17 +133,15 @@ def define(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.asked = inputs[_BESIDE + TENSORS :]
+            ctx.arguments = inputs[_BESIDE + TENSORS :]
             ctx.save_for_backward(*inputs[: _BESIDE + TENSORS])
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
             call = second_op if torch.compiler.is_compiling() else Second.apply
-            return _second_gradients(call, ctx.saved_tensors, ctx.asked, grads)
+            return _second_gradients(call, ctx.saved_tensors, ctx.arguments, grads)
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # type: ignore[override]
-            return map_backward(Backward.apply, info.batch_size, in_dims, inputs)
+        vmap = mapped(lambda *inputs: Backward.apply(*inputs), map_backward)
 
     class Second(torch.autograd.Function):
         @staticmethod
@@ -148,25 +152,9 @@ def define(
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             pass  # there is no third derivative
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-            refuse_third_order(ctx, *grads)
+        backward = staticmethod(refuse_third_order)
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:  # type: ignore[override]
-            return one_by_one(Second.apply, info.batch_size, in_dims, inputs), (0,) * _TWICE
-
-    def refuse_third_order(ctx: Any, *grads: Any) -> NoReturn:
-        raise NotImplementedError(f"longattn::{second} is not differentiable: third derivatives are not supported")
-
-    def op_map_second(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return one_by_one(second_op, info.batch_size, in_dims, inputs), (0,) * _TWICE
-
-    def op_map_forward(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return map_forward(op, info.batch_size, in_dims, inputs)
-
-    def op_map_backward(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return map_backward(back_op, info.batch_size, in_dims, inputs)
+        vmap = mapped(lambda *inputs: Second.apply(*inputs), map_second)
 
     def flops(*shapes: Any, **_: Any) -> int:
         # Two products for each visible pair: scores over q's head_dim, and the output over v's.
@@ -178,26 +166,26 @@ def define(
         q, k, v = shapes[_BESIDE : _BESIDE + 3]
         return 2 * q[0] * (3 * q[3] + 2 * v[3]) * pairs(q, k, OpArguments(*shapes[_BESIDE + TENSORS :]))
 
-    def call(tensors: OpTensors, asked: OpArguments) -> tuple[Tensor, Tensor]:
+    def call(tensors: OpTensors, arguments: OpArguments) -> tuple[Tensor, Tensor]:
         refuse_tangents(*tensors)
         transformed = torch._C._are_functorch_transforms_active()
-        asked = _with_wanted(tensors, asked, transformed)
+        arguments = _with_wanted(tensors, arguments, transformed)
         # torch.compile traces a Function under grad, but not under vmap alone; there the op has a rule of its own.
         if transformed and not (torch.compiler.is_compiling() and any(map(is_batchedtensor, tensors[:3]))):
             # torch.compile refuses one tensor in two places of an autograd.Function.
             q, k, v, *rest = tensors
             k = k.view_as(k) if k is q else k
             v = v.view_as(v) if v is q or v is k else v
-            return Forward.apply(q, k, v, *rest, *asked)  # type: ignore[return-value]
-        return op(*tensors, *asked)
+            return Forward.apply(q, k, v, *rest, *arguments)  # type: ignore[return-value]
+        return op(*tensors, *arguments)
 
     library.impl(name, forward, "CompositeExplicitAutograd")
     library.impl(back, backward, "CompositeExplicitAutograd")
     library.impl(second, twice, "CompositeExplicitAutograd")
     forms = {
-        name: (_fake, autograd, setup, op_map_forward),
-        back: (_fake_backward, autograd_backward, setup_backward, op_map_backward),
-        second: (_fake_second, refuse_third_order, None, op_map_second),
+        name: (_fake, autograd, setup, mapped(op, map_forward)),
+        back: (_fake_backward, autograd_backward, setup_backward, mapped(back_op, map_backward)),
+        second: (_fake_second, refuse_third_order, None, mapped(second_op, map_second)),
     }
     for each, (fake, derivative, setup_context, rule) in forms.items():
         torch.library.register_fake(f"longattn::{each}", fake, lib=library)
@@ -213,61 +201,61 @@ def _sorted(inputs: tuple[Any, ...]) -> tuple[OpTensors, OpArguments]:
 
 
 def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
-    tensors, asked = _sorted(inputs)
+    tensors, arguments = _sorted(inputs)
     q, v = tensors.q, tensors.v
-    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=asked.out_dtype)
+    out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=arguments.out_dtype)
     return out, q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
 
 
 def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
-    tensors, asked = _sorted(inputs[_BESIDE:])
-    wanted = _wanted(asked)
-    found = zip(tensors, wanted, strict=False)
-    return tuple(x.new_empty(x.shape) if want and x is not None else tensors.q.new_empty(0) for x, want in found)
+    tensors, arguments = _sorted(inputs[_BESIDE:])
+    needed = _wanted(arguments)
+    gradients = zip(tensors, needed, strict=False)
+    return tuple(x.new_empty(x.shape) if want and x is not None else tensors.q.new_empty(0) for x, want in gradients)
 
 
 def _fake_second(*inputs: Any) -> tuple[Tensor, ...]:
     q = _sorted(inputs[_TWICE:])[0].q
-    given = inputs[GRADED : _TWICE + GRADED]
-    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
+    inputs_with_gradient = inputs[GRADED : _TWICE + GRADED]
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs_with_gradient)
 
 
 def _second_gradients(
-    call: Any, saved: tuple[Any, ...], asked: tuple[Any, ...], grads: tuple[Tensor | None, ...]
+    call: Any, saved: tuple[Any, ...], arguments: tuple[Any, ...], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """What autograd is given of a backward: by the op `call`, for every argument of it."""
-    wanted = _wanted(OpArguments(*asked))
-    above = [x if want else None for x, want in zip(grads, wanted, strict=True)]
-    found = call(*above, *saved, *asked)
-    there = [x is not None for x in saved[:_TWICE]]
+    needed = _wanted(OpArguments(*arguments))
+    above = [x if want else None for x, want in zip(grads, needed, strict=True)]
+    gradients = call(*above, *saved, *arguments)
+    present = [x is not None for x in saved[:_TWICE]]
     none = (None,) * (TENSORS + len(OpArguments._fields) - GRADED)
-    return (*(x if is_there else None for x, is_there in zip(found, there, strict=True)), *none)
+    return (*(x if is_there else None for x, is_there in zip(gradients, present, strict=True)), *none)
 
 
-def _wanted(asked: OpArguments) -> list[bool]:
+def _wanted(arguments: OpArguments) -> list[bool]:
     """Which of the first `GRADED` tensors the backward gives gradients of."""
-    return [True] * (GRADED - len(OPTIONAL_GRADED)) + [getattr(asked, f"{name}_grad") for name in OPTIONAL_GRADED]
+    return [True] * (GRADED - len(OPTIONAL_GRADED)) + [getattr(arguments, f"{name}_grad") for name in OPTIONAL_GRADED]
 
 
-def _with_wanted(tensors: OpTensors, asked: OpArguments, transformed: bool) -> OpArguments:
-    """`asked` with what wants a gradient. Inside a transform requires_grad says little: any tensor may be differentiated."""
+def _with_wanted(tensors: OpTensors, arguments: OpArguments, transformed: bool) -> OpArguments:
+    """`arguments` with what wants a gradient. Inside a transform requires_grad says little: any tensor may be differentiated."""
     grads = torch.is_grad_enabled()
-    wanted = [x is not None and (transformed or (grads and x.requires_grad)) for x in tensors[:GRADED]]
-    flags = {f"{name}_grad": want for name, want in zip(OPTIONAL_GRADED, wanted[-len(OPTIONAL_GRADED) :], strict=True)}
-    return asked._replace(needs_grad=any(wanted), **flags)
+    needed = [x is not None and (transformed or (grads and x.requires_grad)) for x in tensors[:GRADED]]
+    flags = {f"{name}_grad": want for name, want in zip(OPTIONAL_GRADED, needed[-len(OPTIONAL_GRADED) :], strict=True)}
+    return arguments._replace(needs_grad=any(needed), **flags)
 
 
 def _gradients(
-    call: Any, saved: tuple[Any, ...], asked: tuple[Any, ...], grad_out: Tensor | None, grad_lse: Tensor | None
+    call: Any, saved: tuple[Any, ...], arguments: tuple[Any, ...], grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """What autograd is given: by the backward `call`, for every argument of the forward."""
     *tensors, out, lse = saved
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    found = call(grad_out, grad_lse, out, lse, *tensors, *asked)
-    wanted = _wanted(OpArguments(*asked))
+    gradients = call(grad_out, grad_lse, out, lse, *tensors, *arguments)
+    needed = _wanted(OpArguments(*arguments))
     none = (None,) * (TENSORS + len(OpArguments._fields) - GRADED)
-    return (*(x if want else None for x, want in zip(found, wanted, strict=True)), *none)
+    return (*(x if want else None for x, want in zip(gradients, needed, strict=True)), *none)
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:

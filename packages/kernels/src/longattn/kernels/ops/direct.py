@@ -4,6 +4,11 @@ A call goes this way where nothing but torch's autograd looks on: no tracing, tr
 Everything else goes through the opaque op, which each of these knows how to handle.
 """
 
+# What is active in torch is known to private names alone.
+# pyright: reportPrivateUsage=false
+# torch's own types are partial.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Hashable
@@ -51,16 +56,14 @@ def is_plain() -> bool:
         or _transforms_active()
         or _dispatch_modes()
         or _function_modes()
-        or _tracing_state() is not None
+        or _tracing_state() is not None  # pyright: ignore[reportUnnecessaryComparison]
         or _autocast_active()
         or forward_ad._current_level >= 0
         or profiler._is_profiler_enabled
     )
 
 
-def signature(
-    place: str, q: object, k: object, v: object, pattern: object, options: Options
-) -> tuple[Hashable, ...] | None:
+def signature(place: str, q: Any, k: Any, v: Any, pattern: object, options: Options) -> tuple[Hashable, ...] | None:
     """What the memo knows a call of the public function `place` by; None where the call does not go this way.
 
     Arguments are as the caller gave them. Values of another type than the documented one have no signature: they could equal one that
@@ -71,10 +74,9 @@ def signature(
     forms = plain_form(q), plain_form(k), plain_form(v)
     if None in forms:
         return None
-    assert isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
     text = getattr(pattern, "_canonical", None)
     if text is None:
-        # isinstance of an abstract class is slow: it is asked once a pattern.
+        # isinstance of an abstract class is slow: it is called once a pattern.
         if not isinstance(pattern, Pattern):
             return None
         text = pattern.canonical()
@@ -106,10 +108,10 @@ def signature(
 
 def _form_of(terms: object) -> tuple[Hashable, ...] | None:
     """What of score terms decides how they are computed: all but the numbers in their tensors. None: they have no signature."""
-    found: list[Hashable] = []
+    forms: list[Hashable] = []
     for term in terms if isinstance(terms, (tuple, list)) else (terms,):
         if isinstance(term, Softcap):
-            found.append(term)
+            forms.append(term)
             continue
         if not isinstance(term, (Alibi, RelativeBias)):
             return None
@@ -118,8 +120,8 @@ def _form_of(terms: object) -> tuple[Hashable, ...] | None:
         if form is None or (x.requires_grad and _is_grad_enabled()):
             return None
         rest = () if isinstance(term, Alibi) else (term.bidirectional, term.max_distance)
-        found.append((type(term), form, *rest))
-    return tuple(found)
+        forms.append((type(term), form, *rest))
+    return tuple(forms)
 
 
 def plain_form(x: object) -> tuple[Hashable, ...] | None:
@@ -148,7 +150,7 @@ def run_prepared(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the prepared call of a `signature`; differentiable where it was prepared so.
 
-    environment: None is the default one. plan: what its cache answered, if it was asked.
+    environment: None is the default one. plan: the call's, where it was looked up already.
     """
     if environment is None:
         environment = DEFAULT_ENVIRONMENT
@@ -158,20 +160,20 @@ def run_prepared(
 
 
 def prepare_and_run(
-    key: tuple[Hashable, ...], tensors: OpTensors, asked: OpArguments, environment: Environment | None
+    key: tuple[Hashable, ...], tensors: OpTensors, arguments: OpArguments, environment: Environment | None
 ) -> tuple[Tensor, Tensor]:
     """The first call of a `signature`, whose arguments have been checked: (out, lse), and the memo knows the next one."""
-    call, plan = prepare_checked(key, tensors, asked, environment)
+    call, plan = prepare_checked(key, tensors, arguments, environment)
     return run_prepared(call, key, tensors, environment, plan)
 
 
 def prepare_checked(
-    key: tuple[Hashable, ...], tensors: OpTensors, asked: OpArguments, environment: Environment | None
+    key: tuple[Hashable, ...], tensors: OpTensors, arguments: OpArguments, environment: Environment | None
 ) -> tuple[PreparedCall, Plan]:
     """The prepared call of a `signature` whose arguments have been checked, and its plan; the memo knows it from now on."""
     environment = DEFAULT_ENVIRONMENT if environment is None else environment
-    wanted = _is_grad_enabled() and any(x.requires_grad for x in tensors[:3])
-    call, plan = prepared_for(tensors, asked._replace(needs_grad=wanted), environment)
+    needs_grad = _is_grad_enabled() and any(x.requires_grad for x in tensors[:3])
+    call, plan = prepared_for(tensors, arguments._replace(needs_grad=needs_grad), environment)
     PREPARED.keep(key, call)
     return call, plan
 
@@ -219,16 +221,16 @@ class _Direct(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         call: PreparedCall = ctx.call
-        asked, cotangents = call.arguments, Cotangents(grad_out, grad_lse, out, lse)
+        arguments, cotangents = call.arguments, Cotangents(grad_out, grad_lse, out, lse)
         if not is_plain() or _is_grad_enabled() or type(grad_out) is not Tensor:
-            dq, dk, dv, *_ = torch.ops.longattn.attend_backward(*cotangents, *tensors, *asked)
+            dq, dk, dv, *_ = torch.ops.longattn.attend_backward(*cotangents, *tensors, *arguments)
             return dq, dk, dv, None
-        environment = find_environment(asked.env, may_be_gone=True)
+        environment = find_environment(arguments.env, may_be_gone=True)
         plan = find_plan_of(call.plan_key, environment)
         if call.serves(plan):
             gradients = call.backward(cotangents, tensors, plan, environment)
         else:
-            anew = rectangle_gradients(cotangents, tensors, asked, environment, plan=plan)
+            anew = rectangle_gradients(cotangents, tensors, arguments, environment, plan=plan)
             assert anew is not None
             gradients = anew
         return *gradients[:3], None

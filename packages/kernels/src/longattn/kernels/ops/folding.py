@@ -22,36 +22,51 @@ _BROADCAST = ("bias", "mask")
 
 def map_forward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     """vmap of an op's forward over (*OpTensors, *OpArguments): its results, and along which axes they are mapped."""
-    tensors, asked = OpTensors(*inputs[:TENSORS]), OpArguments(*inputs[TENSORS:])
+    tensors, arguments = OpTensors(*inputs[:TENSORS]), OpArguments(*inputs[TENSORS:])
     if tensors.prior_out is not None:
         raise NotImplementedError("the op has no vmap rule with a prior; call longattn.kernels.attend, which merges")
-    if asked.dropout_p or not _folds(in_dims):
+    if arguments.dropout_p or not _folds(in_dims):
         return one_by_one(call, size, in_dims, inputs), (0, 0)
     batch = _batch_of(tensors.q, in_dims[0])
-    out = call(*_fold_tensors(tensors, in_dims, size, batch), *asked)
+    out = call(*_fold_tensors(tensors, in_dims, size, batch), *arguments)
     return tuple(x.unflatten(0, (size, batch)) for x in out), (0, 0)
 
 
 def map_backward(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
     """vmap of an op's backward over (*Cotangents, *OpTensors, *OpArguments): the same."""
     beside, dims = inputs[:_BESIDE], in_dims[_BESIDE:]
-    tensors, asked = OpTensors(*inputs[_BESIDE:][:TENSORS]), OpArguments(*inputs[_BESIDE:][TENSORS:])
-    if asked.dropout_p or any(getattr(asked, f"{name}_grad") for name in OPTIONAL_GRADED) or not _folds(dims):
+    tensors, arguments = OpTensors(*inputs[_BESIDE:][:TENSORS]), OpArguments(*inputs[_BESIDE:][TENSORS:])
+    if arguments.dropout_p or any(getattr(arguments, f"{name}_grad") for name in OPTIONAL_GRADED) or not _folds(dims):
         return one_by_one(call, size, in_dims, inputs), (0,) * GRADED
     batch = _batch_of(tensors.q, dims[0])
     folded = [_fold(x, dim, size, batch) for x, dim in zip(beside, in_dims[:_BESIDE], strict=True)]
-    dq, dk, dv, *rest = call(*folded, *_fold_tensors(tensors, dims, size, batch), *asked)
+    dq, dk, dv, *rest = call(*folded, *_fold_tensors(tensors, dims, size, batch), *arguments)
     return (*(x.unflatten(0, (size, batch)) for x in (dq, dk, dv)), *rest), (0, 0, 0, *(None,) * (GRADED - 3))
+
+
+def map_second(call: Callable[..., Any], size: int, in_dims: Dims, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """vmap of the derivative of an op's backward."""
+    results = one_by_one(call, size, in_dims, inputs)
+    return results, (0,) * len(results)
+
+
+def mapped(call: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]) -> Any:
+    """One of these rules for `call`, as torch takes it."""
+
+    def vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, Any]:
+        return rule(call, info.batch_size, in_dims, inputs)
+
+    return staticmethod(vmap)
 
 
 def _folds(dims: Dims) -> bool:
     """Whether every mapped tensor has a batch axis to be folded into."""
-    named = zip(OpTensors._fields, dims, strict=False)
-    return not any(dim is not None and name not in (*_BATCHED, *_BROADCAST) for name, dim in named)
+    dim_of = zip(OpTensors._fields, dims, strict=False)
+    return not any(dim is not None and name not in (*_BATCHED, *_BROADCAST) for name, dim in dim_of)
 
 
 def _fold_tensors(tensors: OpTensors, dims: Dims, size: int, batch: int) -> list[Any]:
-    folded = []
+    folded: list[Any] = []
     for name, x, dim in zip(OpTensors._fields, tensors, dims, strict=False):
         fold = _fold if name in _BATCHED else _fold_mask if name in _BROADCAST else None
         folded.append(x if fold is None else fold(x, dim, size, batch))

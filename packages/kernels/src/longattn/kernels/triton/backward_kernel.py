@@ -129,9 +129,9 @@ def stream_queries(
             )  # fmt: skip
             dropped = p
             if DROPOUT:
-                kept = keep(seed, threshold, batch, head + first_head, q_positions[None, :], k_positions[:, None])
-                dropped = tl.where(kept, p * rescale, 0.0)
-                dp = tl.where(kept, dp * rescale, 0.0)
+                survives = keep(seed, threshold, batch, head + first_head, q_positions[None, :], k_positions[:, None])
+                dropped = tl.where(survives, p * rescale, 0.0)
+                dp = tl.where(survives, dp * rescale, 0.0)
             dv += product(dropped.to(grad.dtype), grad, PRECISION, UPCAST)
             if CHUNK < BLOCK_D:
                 # Only now is all of q needed: L2 -> SRAM, not held since the scores.
@@ -149,17 +149,17 @@ def stream_queries(
                 # Products outside tensor cores do not gain from narrow ones.
                 WIDTH: tl.constexpr = BLOCK_D if k_ptr.dtype.element_ty == tl.float32 else CHUNK
                 for begin_dim in tl.range(0, BLOCK_D, WIDTH):
-                    some = begin_dim + tl.arange(0, WIDTH)
+                    columns = begin_dim + tl.arange(0, WIDTH)
                     part = k
                     if CHUNK < BLOCK_D:
                         # CHUNK columns of k: L2 -> SRAM, for one product
                         part = load_tile(
-                            k_ptr, k_base, k_rows, k_strides[1], some, k_strides[3], k_valid, HEAD_DIM, BLOCK_D, True
+                            k_ptr, k_base, k_rows, k_strides[1], columns, k_strides[3], k_valid, HEAD_DIM, BLOCK_D, True
                         )
                     dq = product(tl.trans(part), ds, PRECISION, UPCAST) * sm_scale
-                    inside = (some < HEAD_DIM)[:, None] & q_valid[None, :]
+                    inside = (columns < HEAD_DIM)[:, None] & q_valid[None, :]
                     # dq share: registers -> L2, added there in float32, every iteration
-                    tl.atomic_add(dq_at + some[:, None], dq, mask=inside, sem="relaxed")
+                    tl.atomic_add(dq_at + columns[:, None], dq, mask=inside, sem="relaxed")
     return dk, dv
 
 
@@ -193,20 +193,16 @@ def keys_kernel(
         dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)  # registers, stays
         # A short block has rows that are no keys: their P is not theirs to add, so all its entries are masked.
         edge = tl.where(count < BLOCK_N, dense, edge)
-        dk, dv = stream_queries(
-            k, v, dk, dv, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
-            k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
-            value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            by_distance_ptr, cap, scale, sm_scale, seed, threshold, rescale, first_head,
-            SOFTCAP, COLUMNS, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL, DROPOUT, REDUCE, PRECISION, UPCAST,
-        )  # fmt: skip
-        dk, dv = stream_queries(
-            k, v, dk, dv, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
-            k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
-            value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            by_distance_ptr, cap, scale, sm_scale, seed, threshold, rescale, first_head,
-            SOFTCAP, COLUMNS, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, True, DROPOUT, REDUCE, PRECISION, UPCAST,
-        )  # fmt: skip
+        for stage in tl.static_range(2):
+            # dense entries, then edges
+            begin, stop = (dense, edge) if stage == 0 else (edge, end)
+            dk, dv = stream_queries(
+                k, v, dk, dv, begin, stop, entries_ptr, weights_ptr, rows_ptr, batch, kv_head, heads, length, k_rows, k_positions,
+                k_valid, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, q_ptr, q_strides, grad_ptr, grad_strides, delta_ptr, pivot_ptr, dq_ptr, dims,
+                value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
+                by_distance_ptr, cap, scale, sm_scale, seed, threshold, rescale, first_head,
+                SOFTCAP, COLUMNS, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL or stage == 1, DROPOUT, REDUCE, PRECISION, UPCAST,
+            )  # fmt: skip
         mask = k_valid[:, None] & (dims < HEAD_DIM)[None, :]
         # dk, dv: registers -> HBM, once a job
         row_at = k_rows.to(tl.int64)

@@ -63,10 +63,10 @@ ARCHITECTURES = {
 }
 
 
-Tile = tuple[int, ...]
+TileShape = tuple[int, ...]
 """Fields of a `Configuration`, in order."""
 
-_FLOAT32: dict[str, tuple[Tile, ...]] = {
+_FLOAT32: dict[str, tuple[TileShape, ...]] = {
     # Without tf32 products run outside tensor cores, and operands stand in registers: small tiles, the same on all of NVIDIA's.
     "forward": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1), (64, 32, 8, 1, 32)),
     "decode": ((32, 16, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1, 32), (64, 32, 8, 1, 32)),
@@ -75,7 +75,7 @@ _FLOAT32: dict[str, tuple[Tile, ...]] = {
 }
 """kernel -> a tile for each of HEAD_DIMS."""
 
-_FLOAT32_GFX942: dict[str, tuple[Tile, ...]] = {
+_FLOAT32_GFX942: dict[str, tuple[TileShape, ...]] = {
     # Four warps may have 512 registers each, eight only 256.
     "forward": ((64, 32, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
     "decode": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (32, 16, 8, 1)),
@@ -83,7 +83,7 @@ _FLOAT32_GFX942: dict[str, tuple[Tile, ...]] = {
     "backward_queries": ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 4, 1)),
 }
 
-_HALF: dict[str, dict[str, tuple[Tile, ...]]] = {
+_HALF: dict[str, dict[str, tuple[TileShape, ...]]] = {
     # kernel -> architecture -> a tile for each of HEAD_DIMS
     "forward": {
         "sm_80": ((128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 8, 1, 64)),
@@ -110,6 +110,16 @@ _HALF: dict[str, dict[str, tuple[Tile, ...]]] = {
         "gfx942": ((128, 64, 8, 1), (128, 64, 8, 1), (128, 64, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
     },
 }
+
+
+_MASKED: dict[str, tuple[TileShape, ...]] = {
+    "forward": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1, 64)),
+    "decode": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1, 64)),
+    "backward_keys": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1, 32)),
+    "backward_queries": ((64, 32, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1, 32)),
+}
+"""kernel -> a tile for each of HEAD_DIMS, of 16-bit types with a mask, a bias, padding or dropout: addresses, flags and random words of as many pairs
+stand in registers beside scores, where wider tiles keep them in memory."""
 
 
 def _lines() -> Iterator[tuple[tuple[str, str, int, int], Configuration]]:
@@ -153,14 +163,18 @@ def with_terms(tile: Configuration) -> Configuration:
 
 
 def choose(
-    kernel: str, architecture: str, head_dim: int, element_size: int, terms: bool = False
+    kernel: str, architecture: str, head_dim: int, element_size: int, terms: bool = False, masked: bool = False
 ) -> tuple[Configuration, int]:
     """The tile of a kernel on an architecture ("" is the interpreter), and the width that head_dim is padded to.
 
-    head_dim: the larger one, where v has its own. terms: there are score terms.
+    head_dim: the larger one, where v has its own. terms: there are score terms. masked: there is a mask, a bias, padding or dropout.
     """
     width = padded(head_dim)
     if not architecture:
         return _INTERPRETED, width
-    found = TABLE[kernel, table_architecture(architecture), width, element_size]
-    return with_terms(found) if terms else found, width
+    tile = TABLE[kernel, table_architecture(architecture), width, element_size]
+    if masked and element_size == 2:
+        tile = Configuration(*_MASKED[kernel][HEAD_DIMS.index(width)])
+        if table_architecture(architecture) == "gfx942":
+            tile = replace(tile, warps=4)  # which may have 512 registers each
+    return with_terms(tile) if terms else tile, width

@@ -90,10 +90,10 @@ def stream_keys(
             l = l * alpha + tl.sum(p, 1)
             if DROPOUT:
                 k_positions = find_positions(origin, unit, k_rows)
-                kept = keep(
+                survives = keep(
                     seed, threshold, batch, heads[:, None] + first_head, q_positions[:, None], k_positions[None, :]
                 )
-                p = tl.where(kept, p * rescale, 0.0)
+                p = tl.where(survives, p * rescale, 0.0)
             # v tile: HBM -> SRAM, replaced every iteration
             v = load_tile(
                 v_ptr, v_base, k_rows, v_strides[1], value_dims, v_strides[3], k_valid, VALUE_DIM, BLOCK_V, MASKED
@@ -138,20 +138,16 @@ def forward_kernel(
         l = tl.zeros([BLOCK_M], tl.float32)  # running sum: registers, stays
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)  # output: registers, stays
         k_base, v_base = batch * k_strides[0] + kv_head * k_strides[2], batch * v_strides[0] + kv_head * v_strides[2]
-        m, l, acc = stream_keys(
-            q, m, l, acc, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
-            q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
-            mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
-            SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, MASK_ALL, DROPOUT, FLIP, PRECISION, UPCAST,
-        )  # fmt: skip
-        m, l, acc = stream_keys(
-            q, m, l, acc, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
-            q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
-            mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
-            SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, True, DROPOUT, FLIP, PRECISION, UPCAST,
-        )  # fmt: skip
+        for stage in tl.static_range(2):
+            # dense entries, then edges
+            begin, stop = (dense, edge) if stage == 0 else (edge, end)
+            m, l, acc = stream_keys(
+                q, m, l, acc, begin, stop, entries_ptr, weights_ptr, rows_ptr, batch, heads, q_rows, q_positions, q_valid,
+                q_ptr, q_base, q_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims, value_dims,
+                mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
+                by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
+                SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, LISTED, MASK_ALL or stage == 1, DROPOUT, FLIP, PRECISION, UPCAST,
+            )  # fmt: skip
         total = tl.where(l == 0.0, 1.0, l)
         acc = acc / total[:, None]
         lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(total)) * LN_2)
@@ -171,10 +167,10 @@ def forward_kernel(
             other_out = tl.load(at_out, mask=seen, other=0.0).to(tl.float32)
             top = tl.maximum(lse, other)
             pivot = tl.where(top == float("-inf"), 0.0, top)
-            mine, theirs = tl.exp2((lse - pivot) * LOG2_E), tl.exp2((other - pivot) * LOG2_E)
-            both = tl.where(mine + theirs == 0.0, 1.0, mine + theirs)
-            acc = acc * (mine / both)[:, None] + other_out * (theirs / both)[:, None]
-            lse = tl.where(top == float("-inf"), float("-inf"), pivot + tl.log2(both) * LN_2)
+            own_weight, prior_weight = tl.exp2((lse - pivot) * LOG2_E), tl.exp2((other - pivot) * LOG2_E)
+            total_weight = tl.where(own_weight + prior_weight == 0.0, 1.0, own_weight + prior_weight)
+            acc = acc * (own_weight / total_weight)[:, None] + other_out * (prior_weight / total_weight)[:, None]
+            lse = tl.where(top == float("-inf"), float("-inf"), pivot + tl.log2(total_weight) * LN_2)
         out_at = out_ptr + part * part_strides[0] + batch * out_strides[0] + head_at[:, None] * out_strides[2]
         out_at += row_at[:, None] * out_strides[1] + value_dims[None, :] * out_strides[3]
         # out, lse: registers -> HBM, once a job

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longattn.kernels.lowering.head_classes import HeadClass
-from longattn.kernels.triton.row_classes import FAR, RowClass, Runs, row_classes
+from longattn.kernels.triton.row_classes import FAR, RowClass, RowRuns, row_classes
 from longattn.patterncache.spans import Rows
 
 JOB_FIELDS = ("head", "start", "step", "count", "origin", "scale", "dense", "edge", "end", "part")
@@ -65,7 +65,7 @@ class _Building:
     entry_count: int = 0
     row_count: int = 0
     # Entries and the rows that they point to are shared by all classes that meet the same.
-    shared: dict[int, tuple[Runs, tuple[Rows, ...]]] = field(default_factory=dict)
+    shared: dict[int, tuple[RowRuns, tuple[Rows, ...]]] = field(default_factory=dict)
 
 
 def job_tables(
@@ -148,7 +148,7 @@ def _add_class(building: _Building, heads: Rows, row_class: RowClass) -> None:
     building.tiles.append(np.tile(np.broadcast_to(tiles, first.shape), len(heads)))
 
 
-def _entries_for_all(building: _Building, met: Runs) -> tuple[Rows, ...]:
+def _entries_for_all(building: _Building, met: RowRuns) -> tuple[Rows, ...]:
     """One list for every block of a class: nothing is banded, or rows are gathered and the kernel masks by position."""
     shared = building.shared.get(id(met))
     if shared is None:
@@ -161,7 +161,7 @@ def _entries_for_all(building: _Building, met: Runs) -> tuple[Rows, ...]:
     return shared[1]
 
 
-def _gathered_runs(building: _Building, met: Runs) -> Runs:
+def _gathered_runs(building: _Building, met: RowRuns) -> RowRuns:
     """Rows of `met` in the table of rows, one run per way of counting them."""
     ways = np.stack([met.member, met.origin, met.scale, met.low, met.high, met.times])
     parts = []
@@ -178,10 +178,10 @@ def _gathered_runs(building: _Building, met: Runs) -> Runs:
         building.row_count += len(rows)
     if not parts:
         return met
-    return Runs(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+    return RowRuns(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
-def _entries_by_block(building: _Building, met: Runs, nearest: Rows, farthest: Rows) -> tuple[Rows, ...]:
+def _entries_by_block(building: _Building, met: RowRuns, nearest: Rows, farthest: Rows) -> tuple[Rows, ...]:
     """A list for each block, whose positions go from `nearest` to `farthest`: which members of each run the band shows, and shows all."""
     first, step = met.origin + met.scale * met.start, met.scale * met.step
     p, last = nearest[:, None], farthest[:, None]
@@ -192,7 +192,7 @@ def _entries_by_block(building: _Building, met: Runs, nearest: Rows, farthest: R
     return _append(building, met, (begin, full_begin, full_end, end))
 
 
-def _append(building: _Building, met: Runs, bounds: tuple[Rows, Rows, Rows, Rows]) -> tuple[Rows, ...]:
+def _append(building: _Building, met: RowRuns, bounds: tuple[Rows, Rows, Rows, Rows]) -> tuple[Rows, ...]:
     """Append the entries of (blocks, runs) bounds; (dense, edge, end, tiles) of each block."""
     begin, full_begin, full_end, end = (np.atleast_2d(b) for b in bounds)
     tile = building.block[1]

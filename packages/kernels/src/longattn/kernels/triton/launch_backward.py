@@ -4,28 +4,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.problem import architecture_of
+from longattn.kernels.dispatch.environment import TensorAllocator
+from longattn.kernels.ops.arguments import Cotangents, OpTensors
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
-from longattn.kernels.triton.configurations import Configuration, choose
+from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned
+from longattn.kernels.triton.configurations import Configuration
 from longattn.kernels.triton.launching import (
-    dropout_arguments,
-    has_terms,
-    mask_arguments,
+    configuration_of,
     persistent_grid,
     run,
+    shared_arguments,
     table_arguments,
-    term_arguments,
     tile_options,
     value_chunk,
 )
-from longattn.kernels.triton.passes import key_tables, query_passes, query_tables, tables_on
+from longattn.kernels.triton.passes import DeviceTables, key_tables, query_passes, query_tables, tables_on
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
 from longattn.patterncache import Plan
 
@@ -37,95 +38,169 @@ def backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """(dq, dk, dv, None) in the dtypes of q, k, v; each is written once, dq of the fast way from a float32 sum."""
-    batch, length, heads, dim = call.q.shape
-    value_dim = call.v.shape[-1]
     # A cotangent that autograd expanded, as that of a sum, has strides of 0: it would be loaded number by number.
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    memory = _Memory.of(call, _whole(call)).fresh(call.q.device, call.allocator)
     # Products take operands of one type; a cotangent of a float32 state comes in float32.
-    grad = grad_out.to(call.q.dtype)
-    delta, pivot = (
-        call.allocator.empty((batch, heads, length), torch.float32, call.q.device, "temp") for _ in range(2)
-    )
-    run(
-        rows_kernel, (-(-length // _ROWS) * heads * batch,),
-        grad_out, out, lse, grad_lse, delta, pivot, length, heads,
-        grad_out.stride(), out.stride(), lse.stride(), None if grad_lse is None else grad_lse.stride(),
-        device=call.q.device, VALUE_DIM=value_dim, BLOCK_V=1 << (value_dim - 1).bit_length(), ROWS=_ROWS, num_warps=4,
-    )  # fmt: skip
-    shared = {"grad_ptr": grad, "grad_strides": grad.stride(), "delta_ptr": delta, "pivot_ptr": pivot}
-    shared |= {"heads": heads, "length": length, "GROUP": heads // call.k.shape[2]}
-    shared |= {"scale": call.scale * math.log2(math.e), "sm_scale": call.scale}
-    for name in "qkv":
-        x: Tensor = getattr(call, name)
-        shared |= {f"{name}_ptr": x, f"{name}_strides": x.stride()}
-    shared |= mask_arguments(call) | dropout_arguments(call) | term_arguments(call)
-    if call.deterministic:
-        dk, dv = _own_keys(call, shared, None)
-        dq = _own_queries(call, shared)
-    else:
-        total = torch.zeros((batch, heads, length, dim), dtype=torch.float32, device=call.q.device)
-        dk, dv = _own_keys(call, shared, total)
-        # One pass: float32 in, q's dtype and layout out.
-        dq = torch.empty(call.q.shape, dtype=call.q.dtype, device=call.q.device).copy_(total.transpose(1, 2))
+    beside = (grad_out, grad_lse, out, lse, grad_out.to(call.q.dtype))
+    for launch in _launches(call, beside, memory):
+        run(launch.kernel, launch.grid, device=call.q.device, **launch.arguments)
+    return _finish(call.q.dtype, call.deterministic, memory, call.allocator)
+
+
+class BoundBackward:
+    """(cotangents, tensors, allocator) -> (dq, dk, dv, None), for tensors laid out like those of the backward that it was made from."""
+
+    def __init__(self, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> None:
+        call, grad_out, out, lse = apart(call), grad_out.detach(), out.detach(), lse.detach()
+        grad_lse = None if grad_lse is None else grad_lse.detach()
+        self._dtype, self._device, self._deterministic = call.q.dtype, call.q.device, call.deterministic
+        self._lse_stride, self._memory = lse.stride(), _Memory.of(call, _whole(call))
+        memory = self._memory.fresh(self._device, call.allocator)
+        beside = (grad_out, grad_lse, out, lse, grad_out.to(self._dtype))
+        tensors = (call.q, call.k, call.v, *beside, *memory)
+        self._launches = bind_launches(_launches(call, beside, memory), tensors, self._device)
+
+    def __call__(
+        self, cotangents: Cotangents, tensors: OpTensors, allocator: TensorAllocator
+    ) -> tuple[Tensor, Tensor, Tensor, None] | None:
+        """Compute; gradients are contiguous and torch's own memory. None: the plan is gone, or a tensor lies otherwise."""
+        grad_out, grad_lse, out, lse = cotangents
+        q, k, v, seed = tensors.q, tensors.k, tensors.v, tensors.seed
+        if lse.stride() != self._lse_stride or any(launch.outlived for launch in self._launches):
+            return None
+        grad = grad_out.to(self._dtype)
+        if not is_aligned(q, k, v, grad_out, out, lse, grad) or (grad_lse is not None and not is_aligned(grad_lse)):
+            return None
+        memory = self._memory.fresh(self._device, allocator)
+        every, number = (q, k, v, grad_out, grad_lse, out, lse, grad, *memory), 0 if seed is None else int(seed)
+        for launch in self._launches:
+            launch(every, number)
+        return _finish(self._dtype, self._deterministic, memory, allocator)
+
+
+def bind_backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, gradients: tuple[Any, ...]
+) -> BoundBackward | None:
+    """`backward` of such calls with everything in place but tensors and seed; None where a call has more, or a cotangent is copied first."""
+    beside = [x for x in (grad_out, grad_lse, out, lse) if x is not None]
+    if not can_bind(call) or grad_out.stride(-1) != 1 or not is_aligned(*beside):
+        return None
+    return BoundBackward(call, grad_out, grad_lse, out, lse)
+
+
+class _Memory(NamedTuple):
+    """What a backward writes, as (shape, dtype, whether every number is written).
+
+    Attributes:
+        rows: of delta and of the pivots. dq: of the sum, (batch, heads, Nq, d) in float32 where keys add to it; else of dq itself.
+    """
+
+    rows: tuple[int, ...]
+    dq: tuple[tuple[int, ...], torch.dtype, bool]
+    dk: tuple[tuple[int, ...], torch.dtype, bool]
+    dv: tuple[tuple[int, ...], torch.dtype, bool]
+
+    @classmethod
+    def of(cls, call: Call, whole: tuple[bool, bool]) -> _Memory:
+        """whole: whether every row of dq, and of dk and dv, has a job."""
+        batch, length, heads, dim = call.q.shape
+        if call.deterministic:
+            single = len(query_passes(call.plan).launches) == 1
+            dq = tuple(call.q.shape), call.q.dtype if single else torch.float32, whole[0]
+        else:
+            dq = (batch, heads, length, dim), torch.float32, False
+        keys = ((tuple(x.shape), x.dtype, whole[1]) for x in (call.k, call.v))
+        return cls((batch, heads, length), dq, *keys)
+
+    def fresh(self, device: torch.device, allocator: TensorAllocator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """delta, pivots, dq or its sum, dk, dv."""
+        delta, pivot = (allocator.empty(self.rows, torch.float32, device, "temp") for _ in range(2))
+        dq, dk, dv = (
+            (torch.empty if written else torch.zeros)(shape, dtype=dtype, device=device)
+            for shape, dtype, written in (self.dq, self.dk, self.dv)
+        )
+        return delta, pivot, dq, dk, dv
+
+
+def _whole(call: Call) -> tuple[bool, bool]:
+    """Whether every query row is written, and every key row; keys that nobody sees have no job."""
+    return query_passes(call.plan).complete, _every_key_owned(call.plan, call.q.shape[2] // call.k.shape[2])
+
+
+def _finish(
+    dtype: torch.dtype, deterministic: bool, memory: tuple[Tensor, ...], allocator: TensorAllocator
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    delta, pivot, dq, dk, dv = memory
     for x in (delta, pivot):
-        call.allocator.release(x, "temp")
-    return dq, dk, dv, None
+        allocator.release(x, "temp")
+    if deterministic:
+        return dq.to(dtype), dk, dv, None
+    batch, heads, length, dim = dq.shape
+    # One pass: float32 in, q's dtype and layout out.
+    final = torch.empty((batch, length, heads, dim), dtype=dtype, device=dq.device)
+    return final.copy_(dq.transpose(1, 2)), dk, dv, None
 
 
-def _configuration(call: Call, kernel: str) -> Configuration:
-    head_dim = max(call.q.shape[-1], call.v.shape[-1])
-    architecture = architecture_of(call.q.device)
-    return choose(kernel, architecture, head_dim, call.q.element_size(), terms=has_terms(call))[0]
+def _launches(
+    call: Call, beside: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], memory: tuple[Tensor, ...]
+) -> Iterator[Launch]:
+    """Rows first, then keys, and where they own dq queries; beside: grad_out, grad_lse, out, lse and grad_out in q's dtype."""
+    batch, length, heads, _ = call.q.shape
+    (grad_out, grad_lse, out, lse, grad), (delta, pivot, dq, dk, dv) = beside, memory
+    value_dim, group = call.v.shape[-1], heads // call.k.shape[2]
+    rows = {
+        "grad_out_ptr": grad_out, "out_ptr": out, "lse_ptr": lse, "grad_lse_ptr": grad_lse, "delta_ptr": delta, "pivot_ptr": pivot,
+        "length": length, "heads": heads, "grad_strides": grad_out.stride(), "out_strides": out.stride(), "lse_strides": lse.stride(),
+        "grad_lse_strides": None if grad_lse is None else grad_lse.stride(),
+        "VALUE_DIM": value_dim, "BLOCK_V": 1 << (value_dim - 1).bit_length(), "ROWS": _ROWS, "num_warps": 4,
+    }  # fmt: skip
+    yield Launch(rows_kernel, (-(-length // _ROWS) * heads * batch,), rows)
+    shared = {
+        "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v, "grad_ptr": grad, "delta_ptr": delta, "pivot_ptr": pivot,
+        "q_strides": call.q.stride(), "k_strides": call.k.stride(), "v_strides": call.v.stride(), "grad_strides": grad.stride(),
+        "heads": heads, "length": length, "GROUP": group, "scale": call.scale * math.log2(math.e), "sm_scale": call.scale,
+        **shared_arguments(call),
+    }  # fmt: skip
 
+    def launch(kernel: Any, tables: DeviceTables, configuration: Configuration, own: str, **arguments: Any) -> Launch:
+        other = "BLOCK_M" if own == "BLOCK_N" else "BLOCK_N"
+        sizes = {
+            own: configuration.owned,
+            other: configuration.streamed,
+            "VALUE_CHUNK": value_chunk(call, configuration),
+        }
+        arguments |= shared | sizes | table_arguments(tables, call) | tile_options(call, configuration)
+        return Launch(kernel, persistent_grid(tables, call), arguments, tables)
 
-def _own_keys(call: Call, shared: dict[str, Any], dq: Tensor | None) -> tuple[Tensor, Tensor]:
-    """dk, dv, and, where dq is given, its sum."""
-    group = call.q.shape[2] // call.k.shape[2]
-    configuration = _configuration(call, "backward_keys")
-    block = (configuration.owned, configuration.streamed)
+    tile = configuration_of(call, "backward_keys")
+    block = (tile.owned, tile.streamed)
     tables = tables_on(call.plan, ("keys", group, *block), call.q.device, lambda: key_tables(call.plan, group, block))
-    # Keys that nobody sees have no job.
-    make = torch.empty if _every_key_owned(call.plan, group) else torch.zeros
-    dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (call.k, call.v))
-    run(
-        keys_kernel, persistent_grid(tables, call),
-        dq_ptr=dq, dk_ptr=dk, dv_ptr=dv, dk_strides=dk.stride(), dv_strides=dv.stride(), REDUCE=dq is not None,
-        BLOCK_M=configuration.streamed, BLOCK_N=configuration.owned, LISTED=tables.listed, device=call.q.device,
-        VALUE_CHUNK=value_chunk(call, configuration), **shared, **table_arguments(tables, call),
-        **tile_options(call, configuration),
+    yield launch(
+        keys_kernel, tables, tile, "BLOCK_N", dq_ptr=None if call.deterministic else dq, dk_ptr=dk, dv_ptr=dv,
+        dk_strides=dk.stride(), dv_strides=dv.stride(), REDUCE=not call.deterministic,
     )  # fmt: skip
-    return dk, dv
-
-
-def _own_queries(call: Call, shared: dict[str, Any]) -> Tensor:
-    """dq, pass by pass as in the forward; summed in float32 where there are several."""
-    passes = query_passes(call.plan)
-    single = len(passes.launches) == 1
-    make = torch.empty if passes.complete else torch.zeros
-    dq = make(call.q.shape, dtype=call.q.dtype if single else torch.float32, device=call.q.device)
-    configuration = _configuration(call, "backward_queries")
-    block = (configuration.owned, configuration.streamed)
-    for number, launch in enumerate(passes.launches):
+    if not call.deterministic:
+        return
+    # dq pass by pass as in the forward, added to what the passes before left.
+    tile = configuration_of(call, "backward_queries")
+    block = (tile.owned, tile.streamed)
+    for number, query_pass in enumerate(query_passes(call.plan).launches):
         key = ("queries", number, *block, 1, 1)
         tables = tables_on(call.plan, key, call.q.device, lambda n=number: query_tables(call.plan, n, block))
-        run(
-            queries_kernel, persistent_grid(tables, call),
-            dq_ptr=dq, dq_strides=dq.stride(), ADD=not launch.fresh,
-            BLOCK_M=configuration.owned, BLOCK_N=configuration.streamed, LISTED=tables.listed, device=call.q.device,
-            VALUE_CHUNK=value_chunk(call, configuration), **shared, **table_arguments(tables, call),
-        **tile_options(call, configuration),
-        )  # fmt: skip
-    return dq.to(call.q.dtype)
+        yield launch(
+            queries_kernel, tables, tile, "BLOCK_M", dq_ptr=dq, dq_strides=dq.stride(), ADD=not query_pass.fresh
+        )
 
 
 def _every_key_owned(plan: Plan, group: int) -> bool:
     """Whether every key of every kv head is seen by some tile. Kept with the plan."""
     key = f"triton every key, group={group}"
-    found: bool | None = plan.derived.get(key)
-    if found is None:
+    every: bool | None = plan.derived.get(key)
+    if every is None:
         heads, _, keys = plan.rectangle.shape
         owned = np.zeros((heads // group, keys), bool)
         for branch in plan.branches:
             owned[branch.heads.positions()[:, None] // group, branch.k.rows().reshape(1, -1)] = True
-        found = plan.derived[key] = bool(owned.all())
-    return found
+        every = plan.derived[key] = bool(owned.all())
+    return every

@@ -4,23 +4,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.problem import architecture_of
-from longattn.kernels.triton.configurations import Configuration, choose
+from longattn.kernels.dispatch.environment import TensorAllocator
+from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned
+from longattn.kernels.triton.configurations import Configuration
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.launching import (
-    dropout_arguments,
-    has_terms,
-    mask_arguments,
+    configuration_of,
     persistent_grid,
     programs,
     run,
+    shared_arguments,
     table_arguments,
-    term_arguments,
     tile_options,
 )
 from longattn.kernels.triton.merge_kernel import merge_kernel
@@ -33,37 +34,119 @@ _PART_TILES = 2
 """Tiles that a part of a split has at least."""
 
 
+class _Form(NamedTuple):
+    """How a call is computed: heads that are rows of one tile, parts that keys are split into, and whether one launch writes all rows."""
+
+    pack: int
+    parts: int
+    single: bool
+    complete: bool
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads) float32."""
-    passes = query_passes(call.plan)
-    pack = _pack(call)
-    parts = _parts(call, pack) if len(passes.launches) == 1 and passes.complete else 1
-    if parts > 1:
-        return _split(call, pack, parts)
+    form, allocator = _form(call), call.allocator
+    memory = _memory(call.q.shape, call.v.shape[-1], call.out_dtype, form, call.q.device, allocator)
+    out, lse = memory[:2]
+    if not form.complete:
+        # Some rows see nothing at all, and no launch writes them.
+        for x, before, nothing in zip((out, lse), call.prior or (None, None), (0.0, -torch.inf), strict=True):
+            x.fill_(nothing) if before is None else x.copy_(before)
+    for launch in _launches(call, form, memory):
+        run(launch.kernel, launch.grid, device=call.q.device, **launch.arguments)
+    return _finish(memory, call.out_dtype, allocator)
+
+
+class BoundForward:
+    """(q, k, v, seed, allocator) -> (out, lse), for tensors laid out like those of the call that it was made from."""
+
+    def __init__(self, call: Call) -> None:
+        call = apart(call)
+        self._form, self._shape, self._value_dim = _form(call), call.q.shape, call.v.shape[-1]
+        self._out_dtype, self._device = call.out_dtype, call.q.device
+        memory = _memory(self._shape, self._value_dim, self._out_dtype, self._form, self._device, call.allocator)
+        tensors = (call.q, call.k, call.v, *memory)
+        self._launches = bind_launches(_launches(call, self._form, memory), tensors, self._device)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, allocator: TensorAllocator
+    ) -> tuple[Tensor, Tensor] | None:
+        """Compute; out and lse are the allocator's. None: the plan is gone, or a tensor lies where the kernels were not compiled for it."""
+        if any(launch.outlived for launch in self._launches) or not is_aligned(q, k, v):
+            return None
+        memory = _memory(self._shape, self._value_dim, self._out_dtype, self._form, self._device, allocator)
+        if not self._form.complete:
+            memory[0].zero_()
+            memory[1].fill_(-torch.inf)
+        tensors, number = (q, k, v, *memory), 0 if seed is None else int(seed)
+        for launch in self._launches:
+            launch(tensors, number)
+        return _finish(memory, self._out_dtype, allocator)
+
+
+def bind(call: Call, out: Tensor, lse: Tensor) -> BoundForward | None:
+    """`forward` of such calls with everything in place but tensors and seed; None where a call has more than q, k and v."""
+    return BoundForward(call) if can_bind(call) else None
+
+
+def _form(call: Call) -> _Form:
+    passes, pack = query_passes(call.plan), _pack(call)
     single = len(passes.launches) == 1
-    out, lse = _new_state(call, call.out_dtype if single else torch.float32, not passes.complete)
-    for number, launch in enumerate(passes.launches):
-        prior = call.prior if launch.fresh else (out, lse)
-        _launch(call, number, pack, out, lse, prior)
-    if out.dtype == call.out_dtype:
+    return _Form(pack, _parts(call, pack) if single and passes.complete else 1, single, passes.complete)
+
+
+def _memory(
+    q_shape: torch.Size, dim: int, out_dtype: torch.dtype, form: _Form, device: torch.device, allocator: TensorAllocator
+) -> tuple[Tensor, ...]:
+    """out and lse, unwritten, and where keys are split the parts' own. out is in out_dtype at once where one launch writes it."""
+    shape, dtype = (*q_shape[:3], dim), out_dtype if form.single else torch.float32
+    out = allocator.empty(shape, dtype, device, "output" if dtype == out_dtype else "temp")
+    lse = allocator.empty(shape[:3], torch.float32, device, "temp")
+    if form.parts == 1:
         return out, lse
-    final = call.allocator.empty(out.shape, call.out_dtype, out.device, "output").copy_(out)
-    call.allocator.release(out, "temp")
+    parts = allocator.empty((form.parts, *shape), torch.float32, device, "temp")
+    return out, lse, parts, allocator.empty((form.parts, *shape[:3]), torch.float32, device, "temp")
+
+
+def _finish(memory: tuple[Tensor, ...], out_dtype: torch.dtype, allocator: TensorAllocator) -> tuple[Tensor, Tensor]:
+    """out in out_dtype, and lse; the rest goes back to its owner."""
+    out, lse, *parts = memory
+    for x in parts:
+        allocator.release(x, "temp")
+    if out.dtype == out_dtype:
+        return out, lse
+    final = allocator.empty(out.shape, out_dtype, out.device, "output").copy_(out)
+    allocator.release(out, "temp")
     return final, lse
 
 
-def _new_state(call: Call, dtype: torch.dtype, filled: bool) -> tuple[Tensor, Tensor]:
-    """out and lse to write: unwritten, or, where some rows see nothing at all, the prior's or the empty state."""
-    role = "output" if dtype == call.out_dtype else "temp"
-    out = call.allocator.empty((*call.q.shape[:3], call.v.shape[-1]), dtype, call.q.device, role)
-    lse = call.allocator.empty(call.q.shape[:3], torch.float32, call.q.device, "temp")
-    if filled and call.prior is not None:
-        out.copy_(call.prior[0])
-        lse.copy_(call.prior[1])
-    elif filled:
-        out.zero_()
-        lse.fill_(-torch.inf)
-    return out, lse
+def _launches(call: Call, form: _Form, memory: tuple[Tensor, ...]) -> Iterator[Launch]:
+    """Pass by pass; where keys are split, a partial state for each part, then one merge of all, the prior included."""
+    out, lse, *split = memory
+    if split:
+        parts, parts_lse = split
+        strides = (parts.stride()[1:], parts_lse.stride()[1:], (parts.stride(0), parts_lse.stride(0)))
+        yield _launch(call, 0, form, parts, parts_lse, None, strides)
+        yield merge_launch(parts, parts_lse, call.prior, out, lse)
+        return
+    for number, launch in enumerate(query_passes(call.plan).launches):
+        prior = call.prior if launch.fresh else (out, lse)
+        yield _launch(call, number, form, out, lse, prior, (out.stride(), lse.stride(), (0, 0)))
+
+
+def merge_launch(
+    parts: Tensor, parts_lse: Tensor, prior: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor
+) -> Launch:
+    """Merges (parts, batch, Nq, heads, d) states, and a prior, into contiguous out (batch, Nq, heads, d) and lse."""
+    *shape, dim = out.shape
+    rows = math.prod(shape)
+    prior_out, prior_lse = (None, None) if prior is None else (x.contiguous() for x in prior)
+    arguments = {
+        "parts_ptr": parts, "parts_lse_ptr": parts_lse, "prior_out_ptr": prior_out, "prior_lse_ptr": prior_lse,
+        "out_ptr": out, "lse_ptr": lse, "rows": rows, "part_stride": parts.stride(0), "part_lse_stride": parts_lse.stride(0),
+        "PARTS": parts.shape[0], "HEAD_DIM": dim, "BLOCK_D": 1 << (dim - 1).bit_length(), "ROWS": 16, "num_warps": 4,
+    }  # fmt: skip
+    return Launch(merge_kernel, (-(-rows // 16),), arguments)
 
 
 def _pack(call: Call) -> int:
@@ -79,68 +162,40 @@ def _parts(call: Call, pack: int) -> int:
     if rows * pack > _DECODE_ROWS or not batch * rows:
         return 1
     tile = _configuration(call, pack).streamed
-    wanted = programs(call.q.device) // (batch * heads // pack)
-    return max(1, min(wanted, call.k.shape[1] // (_PART_TILES * tile)))
-
-
-def _split(call: Call, pack: int, parts: int) -> tuple[Tensor, Tensor]:
-    """Split over keys: a partial state for each part, then one merge of all, the prior included."""
-    shape = (parts, *call.q.shape[:3], call.v.shape[-1])
-    partial = call.allocator.empty(shape, torch.float32, call.q.device, "temp")
-    partial_lse = call.allocator.empty(shape[:-1], torch.float32, call.q.device, "temp")
-    _launch(call, 0, pack, partial[0], partial_lse[0], None, (parts, partial.stride(0), partial_lse.stride(0)))
-    out, lse = _new_state(call, call.out_dtype, False)
-    merge_states(partial, partial_lse, call.prior, out, lse)
-    for x in (partial, partial_lse):
-        call.allocator.release(x, "temp")
-    return out, lse
-
-
-def merge_states(
-    parts: Tensor, parts_lse: Tensor, prior: tuple[Tensor, Tensor] | None, out: Tensor, lse: Tensor
-) -> None:
-    """Merge (parts, batch, Nq, heads, d) states, and a prior, into contiguous out (batch, Nq, heads, d) and lse."""
-    *shape, dim = out.shape
-    rows = math.prod(shape)
-    prior_out, prior_lse = (None, None) if prior is None else (x.contiguous() for x in prior)
-    arguments = (parts, parts_lse, prior_out, prior_lse, out, lse, rows, parts.stride(0), parts_lse.stride(0))
-    sizes = {"PARTS": parts.shape[0], "HEAD_DIM": dim, "BLOCK_D": 1 << (dim - 1).bit_length(), "ROWS": 16}
-    run(merge_kernel, (-(-rows // 16),), *arguments, device=out.device, **sizes, num_warps=4)
+    parts = programs(call.q.device) // (batch * heads // pack)
+    return max(1, min(parts, call.k.shape[1] // (_PART_TILES * tile)))
 
 
 def _configuration(call: Call, pack: int) -> Configuration:
     few = call.q.shape[1] * pack <= _DECODE_ROWS
-    kernel = "decode" if few else "forward"
-    head_dim = max(call.q.shape[-1], call.v.shape[-1])
-    architecture = architecture_of(call.q.device)
-    return choose(kernel, architecture, head_dim, call.q.element_size(), terms=has_terms(call))[0]
+    return configuration_of(call, "decode" if few else "forward")
 
 
 def _launch(
     call: Call,
     number: int,
-    pack: int,
+    form: _Form,
     out: Tensor,
     lse: Tensor,
     prior: tuple[Tensor, Tensor] | None,
-    split: tuple[int, int, int] = (1, 0, 0),
-) -> None:
-    """One launch of the forward kernel over all jobs of a pass; split: (parts, stride of out's, stride of lse's part)."""
+    strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]],
+) -> Launch:
+    """The forward kernel over all jobs of a pass; strides: of out, of lse, and of both by part."""
+    pack, parts = form.pack, form.parts
     configuration = _configuration(call, pack)
     owned = max(configuration.owned, 1 << (pack - 1).bit_length())
-    key = ("queries", number, owned, configuration.streamed, pack, split[0])
     block = (owned, configuration.streamed)
-    tables = tables_on(call.plan, key, call.q.device, lambda: query_tables(call.plan, number, block, pack, split[0]))
+    key = ("queries", number, *block, pack, parts)
+    tables = tables_on(call.plan, key, call.q.device, lambda: query_tables(call.plan, number, block, pack, parts))
     prior_out, prior_lse = (None, None) if prior is None else prior
-    strides = {f"{name}_strides": x.stride() for name, x in zip("qkv", (call.q, call.k, call.v), strict=True)}
-    run(
-        forward_kernel, persistent_grid(tables, call),
-        call.q, call.k, call.v, out, lse, prior_out, prior_lse,
-        **table_arguments(tables, call), **mask_arguments(call), **dropout_arguments(call), **term_arguments(call), **strides,
-        out_strides=out.stride(), lse_strides=lse.stride(), part_strides=split[1:],
-        prior_out_strides=None if prior_out is None else prior_out.stride(),
-        prior_lse_strides=None if prior_lse is None else prior_lse.stride(),
-        scale=abs(call.scale) * math.log2(math.e), FLIP=call.scale < 0,
-        GROUP=call.q.shape[2] // call.k.shape[2], PACK=pack, BLOCK_M=owned, BLOCK_N=configuration.streamed,
-        LISTED=tables.listed, device=call.q.device, **tile_options(call, configuration),
-    )  # fmt: skip
+    arguments = {
+        "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v, "out_ptr": out, "lse_ptr": lse, "prior_out_ptr": prior_out, "prior_lse_ptr": prior_lse,
+        "q_strides": call.q.stride(), "k_strides": call.k.stride(), "v_strides": call.v.stride(),
+        "out_strides": strides[0], "lse_strides": strides[1], "part_strides": strides[2],
+        "prior_out_strides": None if prior_out is None else prior_out.stride(),
+        "prior_lse_strides": None if prior_lse is None else prior_lse.stride(),
+        "scale": abs(call.scale) * math.log2(math.e), "FLIP": call.scale < 0,
+        "GROUP": call.q.shape[2] // call.k.shape[2], "PACK": pack, "BLOCK_M": owned, "BLOCK_N": configuration.streamed,
+        **shared_arguments(call), **table_arguments(tables, call), **tile_options(call, configuration),
+    }  # fmt: skip
+    return Launch(forward_kernel, persistent_grid(tables, call), arguments, tables)

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from subprocess import CalledProcessError
 from typing import Any
 
@@ -15,11 +16,13 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.table import RowFailure
 from longattn.kernels.far_rows import bounded
+from longattn.kernels.problem import architecture_of
 from longattn.kernels.triton.availability import FAILURES, INTERPRETED
-from longattn.kernels.triton.configurations import Configuration, padded
+from longattn.kernels.triton.configurations import Configuration, choose, padded
 from longattn.kernels.triton.passes import DeviceTables
 
 
+@lru_cache
 def programs(device: torch.device) -> int:
     """How many programs keep a device busy: its multiprocessors, twice, so that one computes while another loads."""
     return 8 if device.type == "cpu" else 2 * torch.cuda.get_device_properties(device).multi_processor_count
@@ -34,7 +37,7 @@ _COMPILER_TEXTS = ("PassManager::run failed", "Failed to find C compiler")
 """How messages of plain RuntimeErrors begin with which triton says that a kernel, or the C code that launches it, does not compile."""
 
 
-def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **named: Any) -> None:
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.device, **keywords: Any) -> None:
     """Launch a kernel on `device`, whichever device is current; an empty grid launches nothing.
 
     Where the kernel does not compile, this row refuses from now on, and says with which configuration.
@@ -45,26 +48,35 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.devic
     """
     if not math.prod(grid):
         return
-    # triton launches on the current device, and takes pointers of any other without a word.
-    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
-        with guard:
-            kernel[grid](*arguments, **named)
+        with on_device(device):
+            kernel[grid](*arguments, **keywords)
     except (CompilationError, OutOfResources, PTXASError, CalledProcessError) as error:
-        raise _row_failure(kernel, named, error) from error
+        raise _row_failure(kernel, keywords, error) from error
     except RuntimeError as error:
         if str(error).startswith(_COMPILER_TEXTS):
-            raise _row_failure(kernel, named, error) from error
-        launched = f"{kernel.__name__} with {_constants(named)} on {device}, grid {grid}"
-        raise RuntimeError(f"{launched}: {error}") from error
+            raise _row_failure(kernel, keywords, error) from error
+        raise failed_launch(kernel.__name__, keywords, device, grid, error) from error
 
 
-def _constants(named: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in named.items() if name.isupper() or name.startswith("num_")}
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the current one: triton launches there, and takes pointers of any other without a word."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _row_failure(kernel: Any, named: dict[str, Any], error: Exception) -> RowFailure:
-    reason = f"{kernel.__name__} with {_constants(named)} does not compile: {type(error).__name__}: {error}"
+def failed_launch(
+    name: str, keywords: dict[str, Any], device: torch.device, grid: tuple[int, ...], error: RuntimeError
+) -> RuntimeError:
+    """What was launched, and what the driver said."""
+    return RuntimeError(f"{name} with {_constants(keywords)} on {device}, grid {grid}: {error}")
+
+
+def _constants(keywords: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in keywords.items() if name.isupper() or name.startswith("num_")}
+
+
+def _row_failure(kernel: Any, keywords: dict[str, Any], error: Exception) -> RowFailure:
+    reason = f"{kernel.__name__} with {_constants(keywords)} does not compile: {type(error).__name__}: {error}"
     FAILURES.append(reason)
     return RowFailure(reason)
 
@@ -98,13 +110,13 @@ def mask_arguments(call: Call) -> dict[str, Any]:
     mask = None if call.mask is None else call.mask.view(torch.uint8)
     padding = None if call.key_padding is None else call.key_padding.view(torch.uint8)
     nq, nk = call.q.shape[1], call.k.shape[1]
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     # The kernels read a bias in float32, which ends before float64 does.
     bias = call.bias if call.bias is None or call.bias.dtype != torch.float64 else bounded(call.bias)
     for name, x in (("mask", mask), ("bias", bias)):
         wide = None if x is None else x.expand(call.q.shape[0], call.q.shape[2], nq, nk)
-        found |= {f"{name}_ptr": wide, f"{name}_strides": None if wide is None else wide.stride()}
-    return found | {"padding_ptr": padding, "padding_strides": None if padding is None else padding.stride()}
+        arguments |= {f"{name}_ptr": wide, f"{name}_strides": None if wide is None else wide.stride()}
+    return arguments | {"padding_ptr": padding, "padding_strides": None if padding is None else padding.stride()}
 
 
 def has_terms(call: Call) -> bool:
@@ -121,6 +133,18 @@ def term_arguments(call: Call) -> dict[str, Any]:
         "SOFTCAP": call.softcap > 0,
         "COLUMNS": 0 if by_distance is None else by_distance.shape[1],
     }
+
+
+def shared_arguments(call: Call) -> dict[str, Any]:
+    """Masks, dropout and score terms."""
+    return mask_arguments(call) | dropout_arguments(call) | term_arguments(call)
+
+
+def configuration_of(call: Call, kernel: str) -> Configuration:
+    """The tile of a kernel for this call on its device."""
+    head_dim, architecture = max(call.q.shape[-1], call.v.shape[-1]), architecture_of(call.q.device)
+    masked = call.dropout_p > 0 or any(x is not None for x in (call.mask, call.bias, call.key_padding))
+    return choose(kernel, architecture, head_dim, call.q.element_size(), terms=has_terms(call), masked=masked)[0]
 
 
 def dropout_arguments(call: Call) -> dict[str, Any]:
@@ -150,4 +174,5 @@ def table_arguments(tables: DeviceTables, call: Call) -> dict[str, Any]:
     """The tables, as kernels take them, and how many programs share them."""
     names = ("jobs", "entries", "weights", "rows")
     pointers = {f"{name}_ptr": getattr(tables, name) for name in names}
-    return pointers | {"job_count": tables.count, "program_count": program_count(tables, call)}
+    sizes = {"job_count": tables.count, "program_count": program_count(tables, call), "LISTED": tables.listed}
+    return pointers | sizes

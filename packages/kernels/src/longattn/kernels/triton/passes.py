@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longattn.kernels.lowering.head_classes import HeadClass, head_classes
 from longattn.kernels.lowering.write_order import WriteOrder
+from longattn.kernels.triton.decode_tables import decode_tables
 from longattn.kernels.triton.joblist import JobTables, job_tables
 from longattn.kernels.triton.row_classes import gathered
 from longattn.patterncache import Branch, Plan
@@ -44,6 +49,11 @@ def query_passes(plan: Plan) -> Passes:
     are mostly empty; there branches whose rows do not overlap share a launch, and later ones merge onto what is there.
     """
     passes: Passes | None = plan.derived.get("triton passes")
+    if passes is None and len(plan.branches) == 1:
+        (branch,), (heads, queries, _) = plan.branches, plan.rectangle.shape
+        # No query row stands in two tiles.
+        complete = branch.heads.length * branch.q.tiles * branch.q.count == heads * queries
+        passes = plan.derived["triton passes"] = Passes((Pass(plan.branches, unique=False, fresh=True),), complete)
     if passes is None:
         banded = any(branch.band is not None for branch in plan.branches)
         alike = len({branch.q.step for branch in plan.branches}) <= 1
@@ -95,20 +105,76 @@ class DeviceTables:
 def tables_on(
     plan: Plan, key: tuple[object, ...], device: torch.device, build: Callable[[], JobTables]
 ) -> DeviceTables:
-    """The tables that `build` makes, copied to the device once and kept with the plan, so that later calls neither copy nor wait."""
+    """The tables that `build` makes, copied to the device once and kept with the plan, so that later calls neither copy nor wait.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and there are none yet.
+    """
     cache: dict[tuple[object, ...], DeviceTables] = plan.derived.setdefault("triton tables", {})
-    device_tables = cache.get((key, device))
-    if device_tables is None:
-        tables = build()
-        arrays = (tables.jobs, tables.entries, tables.weights, tables.rows)
-        jobs, entries, weights, rows = (torch.from_numpy(x).to(device) for x in arrays)
-        device_tables = cache[key, device] = DeviceTables(jobs, entries, weights, rows, tables.listed)
-    return device_tables
+    tables = cache.get((key, device))
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if tables is None and captured:
+        raise RuntimeError(
+            "the row triton must have served a call of these lengths, pattern and options before a CUDA graph captures one: its tables cannot "
+            "be copied to the device inside; make the call once before the capture"
+        )
+    if tables is None:
+        tables = cache[key, device] = _copied(build(), device)
+    if captured:
+        retain_for_graph(tables)
+    return tables
+
+
+def _copied(tables: JobTables, device: torch.device) -> DeviceTables:
+    """All tables in one copy, which nobody waits for; outside of any pool that belongs to a CUDA graph."""
+    arrays = (tables.jobs, tables.entries, tables.weights.view(np.int32), tables.rows)
+    first = list(accumulate((-(-x.size // _LINE) * _LINE for x in arrays), initial=0))
+    packed = np.empty(first[-1], np.int32)
+    for at, x in zip(first, arrays, strict=False):
+        packed[at : at + x.size] = x.reshape(-1)
+    host = torch.from_numpy(packed)
+    memory = host if device.type == "cpu" else _to_device(host, device)
+    jobs, entries, weights, rows = (
+        memory.as_strided(x.shape, (x.size // max(1, len(x)), 1)[: x.ndim], at)
+        for at, x in zip(first, arrays, strict=False)
+    )
+    return DeviceTables(jobs, entries, weights.view(torch.float32), rows, tables.listed)
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    """The copy over pinned memory. torch gives pinned memory back only once the copy is over, and orders the copy by the current stream.
+
+    torch.compile(mode="reduce-overhead") lets memory of the current thread come from a graph's pool, where nothing may stay; that of another
+    thread does not.
+    """
+    stream = torch.cuda.current_stream(device)
+
+    def copy() -> Tensor:
+        with torch.cuda.stream(stream):
+            return host.pin_memory().to(device, non_blocking=True)
+
+    if "torch._inductor.cudagraph_trees" not in sys.modules:
+        return copy()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(copy).result()
+
+
+def retain_for_graph(tables: DeviceTables) -> None:
+    """Keep tables that a CUDA graph captures until the process ends: it reads them at each replay, and nobody is told when it is gone."""
+    _CAPTURED[id(tables)] = tables
+
+
+_CAPTURED: dict[int, DeviceTables] = {}
+_LINE = 32
+"""Numbers of 4 bytes that a table begins at a multiple of: 128 bytes."""
 
 
 def query_tables(plan: Plan, number: int, block: tuple[int, int], pack: int = 1, parts: int = 1) -> JobTables:
     """Tables of the `number`-th launch where queries own; packed, of the heads that share a kv head as one owner."""
     launch = query_passes(plan).launches[number]
+    tables = decode_tables(plan, launch.branches, block[1], pack, parts)
+    if tables is not None:
+        return tables
     classes = head_classes(plan.rectangle.shape[0], launch.branches, pack)
     if pack > 1:
         classes = [HeadClass(alike.owners, [(m, b) for m, b in alike.branches if m == 0]) for alike in classes]

@@ -77,8 +77,8 @@ def gather_dq(
                 BLOCK_M, BLOCK_N, VALUE_DIM, BLOCK_V, VALUE_CHUNK, PRECISION, UPCAST,
             )  # fmt: skip
             if DROPOUT:
-                kept = keep(seed, threshold, batch, head + first_head, q_positions[:, None], k_positions[None, :])
-                dp = tl.where(kept, dp * rescale, 0.0)
+                survives = keep(seed, threshold, batch, head + first_head, q_positions[:, None], k_positions[None, :])
+                dp = tl.where(survives, dp * rescale, 0.0)
             ds = p * (dp - delta[:, None])
             if SOFTCAP:
                 ds *= 1.0 - bent * bent
@@ -122,20 +122,16 @@ def queries_kernel(
         delta = tl.load(delta_ptr + line + q_rows, mask=q_valid, other=0.0)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # registers, stays
         k_base, v_base = batch * k_strides[0] + kv_head * k_strides[2], batch * v_strides[0] + kv_head * v_strides[2]
-        dq = gather_dq(
-            q, grad, dq, pivot, delta, dense, edge, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions,
-            q_valid, q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
-            value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
-            SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL, DROPOUT, PRECISION, UPCAST,
-        )  # fmt: skip
-        dq = gather_dq(
-            q, grad, dq, pivot, delta, edge, end, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions,
-            q_valid, q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
-            value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
-            by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
-            SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, True, DROPOUT, PRECISION, UPCAST,
-        )  # fmt: skip
+        for stage in tl.static_range(2):
+            # dense entries, then edges
+            begin, stop = (dense, edge) if stage == 0 else (edge, end)
+            dq = gather_dq(
+                q, grad, dq, pivot, delta, begin, stop, entries_ptr, weights_ptr, rows_ptr, batch, head, q_rows, q_positions,
+                q_valid, q_ptr, q_base, q_strides, grad_ptr, grad_base, grad_strides, k_ptr, k_base, k_strides, v_ptr, v_base, v_strides, dims,
+                value_dims, mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
+                by_distance_ptr, cap, scale, seed, threshold, rescale, first_head,
+                SOFTCAP, COLUMNS, HEAD_DIM, VALUE_DIM, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_V, CHUNK, VALUE_CHUNK, LISTED, MASK_ALL or stage == 1, DROPOUT, PRECISION, UPCAST,
+            )  # fmt: skip
         dq *= sm_scale
         mask = q_valid[:, None] & (dims < HEAD_DIM)[None, :]
         dq_at = dq_ptr + batch * dq_strides[0] + head * dq_strides[2] + q_rows[:, None].to(tl.int64) * dq_strides[1]

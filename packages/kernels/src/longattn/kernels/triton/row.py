@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.capability import Capability
+from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
 from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.problem import AttentionProblem
 from longattn.kernels.triton import availability, self_check
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 CAPABILITY = Capability(
     devices=("cuda", "cpu") if availability.INTERPRETED else ("cuda",),
-    dtypes={"": (torch.float16, torch.bfloat16, torch.float32)},
-    tolerance={
-        torch.float32: (2e-5, 2e-5),
-        torch.float16: (4e-3, 4e-3),
-        torch.bfloat16: (3e-2, 3e-2),
-    },
+    dtypes={"": _DTYPES},
+    tolerance={dtype: ROUNDED_WITHIN[dtype] for dtype in _DTYPES},
     max_head_dim=256,
     softcap=True,
     by_distance=True,
@@ -37,9 +38,7 @@ def standing(problem: AttentionProblem, run: bool) -> str:
 @exact_forward
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads)."""
-    from longattn.kernels.triton import launch_forward
-
-    return launch_forward.forward(call)
+    return _launches()[0].forward(call)
 
 
 @exact_backward
@@ -47,6 +46,23 @@ def backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """(dq, dk, dv, None) in the dtypes of q, k, v. deterministic: queries own dq, keys own dk and dv; else dq is reduce-added."""
-    from longattn.kernels.triton import launch_backward
+    return _launches()[1].backward(call, grad_out, grad_lse, out, lse)
 
-    return launch_backward.backward(call, grad_out, grad_lse, out, lse)
+
+def bind(call: Call, out: Tensor, lse: Tensor) -> Any:
+    """`forward` of such calls with everything in place but tensors and seed, or None."""
+    return _launches()[0].bind(call, out, lse)
+
+
+def bind_backward(
+    call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, gradients: tuple[Any, ...]
+) -> Any:
+    """`backward` of such calls likewise, or None."""
+    return _launches()[1].bind_backward(call, grad_out, grad_lse, out, lse, gradients)
+
+
+def _launches() -> tuple[ModuleType, ModuleType]:
+    """What launches the forward, and the backward; triton is imported with them."""
+    from longattn.kernels.triton import launch_backward, launch_forward
+
+    return launch_forward, launch_backward

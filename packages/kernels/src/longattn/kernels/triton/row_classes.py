@@ -25,7 +25,7 @@ FAR = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
-class Runs:
+class RowRuns:
     """Runs of equally spaced rows; arrays of one length.
 
     Attributes:
@@ -51,9 +51,9 @@ class Runs:
     def __len__(self) -> int:
         return len(self.start)
 
-    def take(self, picked: Rows | slice) -> Runs:
+    def take(self, picked: Rows | slice) -> RowRuns:
         """Some of them."""
-        return Runs(**{name: values[picked] for name, values in vars(self).items()})
+        return RowRuns(**{name: values[picked] for name, values in vars(self).items()})
 
     @property
     def banded(self) -> bool:
@@ -76,8 +76,8 @@ class RowClass:
         part: which part of the keys this is, where a class is split over them.
     """
 
-    owned: Runs
-    met: Runs
+    owned: RowRuns
+    met: RowRuns
     part: int = 0
 
 
@@ -90,9 +90,9 @@ def _short_runs(index: Index) -> bool:
     return not isinstance(index, Affine) and index.starts.shape[1] > 1 and index.run < SHORT_RUN
 
 
-def branch_runs(branches: Sequence[tuple[int, Branch]]) -> tuple[Runs, Runs]:
+def branch_runs(branches: Sequence[tuple[int, Branch]]) -> tuple[RowRuns, RowRuns]:
     """Query runs and key runs of (member, branch) pairs. The band is said for an owner of queries."""
-    sides: tuple[list[Runs], list[Runs]] = ([], [])
+    sides: tuple[list[RowRuns], list[RowRuns]] = ([], [])
     tiles = 0
     for member, branch in branches:
         band = branch.band
@@ -105,7 +105,7 @@ def branch_runs(branches: Sequence[tuple[int, Branch]]) -> tuple[Runs, Runs]:
     return queries, keys
 
 
-def _index_runs(index: Index, at: tuple[int, int], band: tuple[int, int], member: int, first_tile: int) -> Runs:
+def _index_runs(index: Index, at: tuple[int, int], band: tuple[int, int], member: int, first_tile: int) -> RowRuns:
     if isinstance(index, Affine):
         start, runs_per_tile = index.start + np.arange(index.tiles, dtype=np.int64) * index.tile_step, 1
         count = index.count
@@ -114,11 +114,11 @@ def _index_runs(index: Index, at: tuple[int, int], band: tuple[int, int], member
     tile = first_tile + np.repeat(np.arange(index.tiles, dtype=np.int64), runs_per_tile)
     columns = (index.step if count > 1 else 1, count, *at, *band, member)
     step, counts, origin, scale, low, high, members = (np.full(len(start), value, np.int64) for value in columns)
-    return Runs(start, step, counts, origin, scale, low, high, members, tile, np.ones(len(start), np.int64))
+    return RowRuns(start, step, counts, origin, scale, low, high, members, tile, np.ones(len(start), np.int64))
 
 
-def _concatenate(parts: Sequence[Runs]) -> Runs:
-    return Runs(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+def _concatenate(parts: Sequence[RowRuns]) -> RowRuns:
+    return RowRuns(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
 def row_classes(branches: Sequence[tuple[int, Branch]], *, own_keys: bool, unique: bool) -> Iterator[RowClass]:
@@ -138,7 +138,7 @@ def row_classes(branches: Sequence[tuple[int, Branch]], *, own_keys: bool, uniqu
         other = replace(other, low=-other.high, high=-other.low)
     order = np.argsort(other.tile, kind="stable")
     other = other.take(order)
-    met_by_tiles: dict[bytes, Runs] = {}
+    met_by_tiles: dict[bytes, RowRuns] = {}
     listed = gathered([branch for _, branch in branches])
     for owned_run, run_indices in cells(owned, listed):
         tiles = np.sort(owned.tile[run_indices])
@@ -150,7 +150,7 @@ def row_classes(branches: Sequence[tuple[int, Branch]], *, own_keys: bool, uniqu
         yield RowClass(owned_run, met_by_tiles[key])
 
 
-def _unique(met: Runs) -> Runs:
+def _unique(met: RowRuns) -> RowRuns:
     """The same rows, each once, with how often it counts. Positions differ by span, so spans stay apart."""
     parts = []
     for position in np.unique(np.stack([met.member, met.origin, met.scale]), axis=1).T:
@@ -183,7 +183,7 @@ class _Cells:
         return self.owner[self.begin[at] : self.begin[at + 1]]
 
 
-def cells(runs: Runs, listed: bool, *, by_count: bool = False) -> Iterator[tuple[Runs, Rows]]:
+def cells(runs: RowRuns, listed: bool, *, by_count: bool = False) -> Iterator[tuple[RowRuns, Rows]]:
     """Disjoint runs that together are the rows of `runs`, each with the sorted indices of the runs that it lies in.
 
     listed: rows may be gathered, so that a cell is all rows that lie in the same runs, one run per row.
@@ -212,13 +212,13 @@ def cells(runs: Runs, listed: bool, *, by_count: bool = False) -> Iterator[tuple
             yield _with_positions_of(runs, inside, np.array([start]), step, count), inside
 
 
-def _with_positions_of(runs: Runs, run_indices: Rows, start: Rows, step: int, count: Rows) -> Runs:
+def _with_positions_of(runs: RowRuns, run_indices: Rows, start: Rows, step: int, count: Rows) -> RowRuns:
     """Runs of these rows with the positions of the runs that they lie in."""
     steps = np.where(count > 1, step, 1)
     return replace(runs.take(np.full(len(start), run_indices[0])), start=start, step=steps, count=count)
 
 
-def _stretch_cells(runs: Runs, modulus: int) -> _Cells | None:
+def _stretch_cells(runs: RowRuns, modulus: int) -> _Cells | None:
     """Cells by stretch between two ends of runs and by residue; None where single rows would be fewer."""
     last = runs.start + (runs.count - 1) * runs.step
     cuts = np.unique(np.concatenate([runs.start, last + 1]))
@@ -236,7 +236,7 @@ def _stretch_cells(runs: Runs, modulus: int) -> _Cells | None:
     return _Cells.group(row[inside], cuts[stretch + 1][inside], owner[inside])
 
 
-def _single_rows(runs: Runs) -> _Cells:
+def _single_rows(runs: RowRuns) -> _Cells:
     """Every row a cell of its own."""
     owner = np.repeat(np.arange(len(runs), dtype=np.int64), runs.count)
     row = runs.start[owner] + runs.step[owner] * _enumerate_each(runs.count)

@@ -91,8 +91,8 @@ def tanh(x):
     square = a * a
     far = tl.exp2(a * -2.8853900817779268)
     series = a + a * square * (-0.3333333333333333 + square * (0.13333333333333333 - square * 0.05396825396825397))
-    found = tl.where(a < 0.2, series, (1.0 - far) / (1.0 + far))
-    return tl.where(x < 0.0, -found, found)
+    size = tl.where(a < 0.2, series, (1.0 - far) / (1.0 + far))
+    return tl.where(x < 0.0, -size, size)
 
 
 @triton.jit

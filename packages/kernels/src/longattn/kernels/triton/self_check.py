@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longattn.kernels import cachefolder
 from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.capability import ROUNDED_WITHIN
 from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.philox import keep_scale
 from longattn.kernels.problem import AttentionProblem, architecture_of
@@ -99,10 +100,9 @@ def standing(problem: AttentionProblem, run: bool) -> str:
 def wrong(form: Form, device: torch.device) -> str:
     """What a form computes wrongly on a device: the largest error beside the oracle, and where; "" where it is right."""
     from longattn.kernels.triton import launch_backward, launch_forward
-    from longattn.kernels.triton.row import CAPABILITY
 
     lengths = [(200, 200)] if form.direction == "backward" else [(200, 200), (1, 300)]
-    atol, rtol = CAPABILITY.tolerance[form.dtype]
+    atol, rtol = ROUNDED_WITHIN[form.dtype]
     for nq, nk in lengths:
         call, tensors, expected = _problem(form, device, nq, nk)
         out, lse = launch_forward.forward(call)
@@ -112,8 +112,8 @@ def wrong(form: Form, device: torch.device) -> str:
                 form.dtype
             )
             true = torch.autograd.grad(expected[0], tensors, grad.double())
-            found = launch_backward.backward(call, grad.to(device), None, out, lse)[:3]
-            pairs = list(zip(("dq", "dk", "dv"), found, true, strict=True))
+            gradients = launch_backward.backward(call, grad.to(device), None, out, lse)[:3]
+            pairs = list(zip(("dq", "dk", "dv"), gradients, true, strict=True))
             atol, rtol = 4 * atol, 4 * rtol
         for name, got, want in pairs:
             got, want = got.double().cpu(), want.detach().double()
@@ -165,10 +165,10 @@ def _problem(
         prior = prior[0].to(device), prior[1].to(device)
     else:
         expected = state.out, state.lse
-    there = [None if x is None else x.to(device) for x in (mask, bias, padding)]
+    moved = [None if x is None else x.to(device) for x in (mask, bias, padding)]
     call = Call(
-        q.to(device), k.to(device), v.to(device), pattern.plan(rectangle), scale=form.width**-0.5, mask=there[0], bias=there[1],
-        key_padding=there[2], prior=prior, dropout_p=dropout_p, seed=seed, out_dtype=torch.float32, deterministic=form.deterministic,
+        q.to(device), k.to(device), v.to(device), pattern.plan(rectangle), scale=form.width**-0.5, mask=moved[0], bias=moved[1],
+        key_padding=moved[2], prior=prior, dropout_p=dropout_p, seed=seed, out_dtype=torch.float32, deterministic=form.deterministic,
         allocator=TorchAllocator(),
     )  # fmt: skip
     return call, exact, expected
