@@ -141,10 +141,10 @@ def _differing(inputs: Inputs, rows: int) -> list[str]:
     """The gate: both beside float64."""
     q, k, v, _ = (x.double().transpose(1, 2) for x in inputs.tensors())
     seen = torch.ones(rows, inputs.seq_len, dtype=torch.bool).tril(inputs.seq_len - rows)
-    wanted = torch.nn.functional.scaled_dot_product_attention(q[:, :, -rows:], k, v, attn_mask=seen)
+    truth = torch.nn.functional.scaled_dot_product_attention(q[:, :, -rows:], k, v, attn_mask=seen)
     most = 2e-5 if inputs.dtype == "float32" else 2e-2
     got = {"ours": _streamed(inputs, rows)().transpose(1, 2), "peer": _masked(inputs, rows)()}
-    errors = {name: float((x.double() - wanted).abs().max()) for name, x in got.items()}
+    errors = {name: float((x.double() - truth).abs().max()) for name, x in got.items()}
     return [f"{name}: off by {error:.1e}" for name, error in errors.items() if not error <= most]
 
 

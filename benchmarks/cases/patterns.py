@@ -145,8 +145,8 @@ def random_blocks(count: int, seed: int = 0) -> npt.NDArray[np.bool_]:
     """(count, count), True on the diagonal and at random elsewhere; never less than a tenth is True."""
     seen = np.eye(count, dtype=bool).reshape(-1)
     rest = np.flatnonzero(~seen)
-    kept = max(int(np.ceil((1 - SPARSITY) * count * count - 1e-9)) - count, 0)
-    seen[np.random.default_rng(seed).permutation(rest)[:kept]] = True
+    count_seen = max(int(np.ceil((1 - SPARSITY) * count * count - 1e-9)) - count, 0)
+    seen[np.random.default_rng(seed).permutation(rest)[:count_seen]] = True
     return seen.reshape(count, count)
 
 

@@ -1,5 +1,6 @@
 """The native row beyond what every row is held to: its narrower forms, its specialised sizes, its two ways back, its bits."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -25,10 +26,9 @@ NARROWER = levels()[1:]
 
 
 @pytest.fixture(params=NARROWER)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def level(request: pytest.FixtureRequest, native_level: Callable[[str], str]) -> str:
     """Each form of the library that this machine would not choose by itself."""
-    monkeypatch.setenv("LONGATTN_NATIVE", request.param)
-    return request.param
+    return native_level(request.param)
 
 
 @pytest.fixture
@@ -165,13 +165,13 @@ def test_float16_denormals_keep_their_value(
     flushing(flush)
     for q, k in ((big, lonely), (lonely, big)):
         q = q[:, :rows].clone().requires_grad_()
-        wanted = torch.softmax(torch.einsum("bihd,bjhd->bhij", q.double(), k.double()), -1)  # scale 1
+        weights = torch.softmax(torch.einsum("bihd,bjhd->bhij", q.double(), k.double()), -1)  # scale 1
         state = attend(q, k, v, Full(), backend="native", softmax_scale=1.0)
         assert torch.allclose(
             state.lse.double(), torch.einsum("bihd,bjhd->bihj", q.double(), k.double()).logsumexp(-1), atol=1e-5
         )
         assert torch.allclose(
-            state.out.double(), torch.einsum("bhij,bjhd->bihd", wanted, v.double()), rtol=1e-5, atol=0
+            state.out.double(), torch.einsum("bhij,bjhd->bihd", weights, v.double()), rtol=1e-5, atol=0
         )
     stored = attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16).out
     assert torch.equal(stored, v[:, :rows])
@@ -285,9 +285,9 @@ class Counting:
         self.bytes: list[tuple[str, int]] = []
 
     def empty(self, shape, dtype, device, role):
-        found = torch.full(tuple(shape), torch.nan, dtype=dtype, device=device)
-        self.bytes.append((role, found.nbytes))
-        return found
+        poisoned = torch.full(tuple(shape), torch.nan, dtype=dtype, device=device)
+        self.bytes.append((role, poisoned.nbytes))
+        return poisoned
 
     def release(self, tensor, role):
         self.bytes.append((f"back {role}", tensor.nbytes))
@@ -297,15 +297,15 @@ class Counting:
 def test_working_memory_is_a_tile(pattern, threads):
     """However long the sequence: beside out and lse the allocator is asked for a fixed amount a thread, and gets it back."""
     threads(1)
-    asked = []
+    sizes = []
     for n in (2048, 8192):
         allocator = Counting()
         q = torch.randn(1, n, 1, 64)
         attend(q, q, q, pattern, backend="native", environment=Environment(allocator=allocator))
         (scratch,) = [size for role, size in allocator.bytes if role == "back temp"]
         assert sorted(size for _, size in allocator.bytes) == sorted([n * 256, n * 4, scratch, scratch])
-        asked.append(scratch)
-    assert asked[0] == asked[1] <= 2 << 20
+        sizes.append(scratch)
+    assert sizes[0] == sizes[1] <= 2 << 20
 
 
 def test_a_single_rounding_where_nothing_merges():

@@ -82,14 +82,14 @@ def lower(plan: Plan) -> Lowered:
     Raises:
         ValueError: rows lie outside the rectangle, or a query row stands in two tiles of a branch.
     """
-    found: Lowered | None = plan.derived.get(_KEY)
-    if found is None:
+    known: Lowered | None = plan.derived.get(_KEY)
+    if known is None:
         for branch in plan.branches:
             _check(branch, plan.rectangle.shape)
         # Of two threads that lower at once, both use what the first one kept.
         lowered: Lowered = plan.derived.setdefault(_KEY, _in_phases(plan, list(_jobs(plan))))
         return lowered
-    return found
+    return known
 
 
 def _check(branch: Branch, shape: tuple[int, int, int]) -> None:

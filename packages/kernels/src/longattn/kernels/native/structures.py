@@ -92,7 +92,7 @@ class CallArgument(ctypes.Structure):
         Raises:
             ValueError: it is not, or has another device or dtype, or strides that leave its memory.
         """
-        fits = x.dim() == len(shape) and all(n in (1, wanted) for n, wanted in zip(x.shape, shape, strict=True))
+        fits = x.dim() == len(shape) and all(n in (1, length) for n, length in zip(x.shape, shape, strict=True))
         if not fits or x.device.type != "cpu" or x.dtype not in (*TYPES, torch.bool):
             raise ValueError(
                 f"{name} must be a CPU tensor broadcastable to {shape}, got {tuple(x.shape)}, {x.dtype}, on {x.device}"
@@ -196,13 +196,14 @@ def _even(keys: RowSet) -> bool:
 
 def packed(lowered: Lowered, phase: int | None) -> PackedJobs:
     """A phase in flat arrays, or all of them in order; kept with the plan."""
-    found = lowered.packed.get(phase)
-    if not isinstance(found, PackedJobs):
+    arrays = lowered.packed.get(phase)
+    if not isinstance(arrays, PackedJobs):
         jobs = tuple(job for some in lowered.phases for job in some) if phase is None else lowered.phases[phase]
         made = PackedJobs(jobs)
-        kept = lowered.packed.setdefault(phase, made)
-        found = kept if isinstance(kept, PackedJobs) else made
-    return found
+        # Of two threads that pack at once, both use what the first one left.
+        first = lowered.packed.setdefault(phase, made)
+        arrays = first if isinstance(first, PackedJobs) else made
+    return arrays
 
 
 def check_memory(name: str, x: Tensor) -> None:
