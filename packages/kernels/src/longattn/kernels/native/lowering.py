@@ -68,12 +68,12 @@ class Lowered:
     Attributes:
         phases: jobs that may run at the same time; one after the other.
         complete: every row of every head is written, and written before it is merged into.
-        packed: what `arguments` makes of a phase, by its number, and of all, by None.
+        packed: what `structures` makes of a phase, by its number, and of all, by None; and by query heads to a kv head.
     """
 
     phases: tuple[tuple[Job, ...], ...]
     complete: bool
-    packed: dict[int | None, object] = field(default_factory=dict)
+    packed: dict[tuple[int | None, int], object] = field(default_factory=dict)
 
 
 def lower(plan: Plan) -> Lowered:

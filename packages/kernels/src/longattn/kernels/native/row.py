@@ -147,7 +147,7 @@ def backward(
         sums = torch.zeros((parts, argument.batch, *call.by_distance.shape), dtype=torch.float32)
         argument.add_by_distance(call.by_distance, sums, argument.heads)
     if lowered.phases:
-        _run(call, "longattn_attend_backward", argument, packed(lowered, None))
+        _run(call, "longattn_attend_backward", argument, packed(lowered, None, argument.heads // argument.kv_heads))
     argument.key_parts = 0
     for phase in range(len(lowered.phases) if parts > 1 else 0):
         _run(call, "longattn_attend_backward", argument, packed(lowered, phase))
@@ -326,5 +326,5 @@ def bind_backward(
     complete = (lowered.complete, call.k.dtype != torch.float32)
     for name, x in zip(("dq", "dk", "dv"), gradients[:3], strict=True):
         argument.point_to(name, x, tuple(x.shape))
-    jobs = packed(lowered, None)
+    jobs = packed(lowered, None, argument.heads // argument.kv_heads)
     return BoundBackward(call, argument, jobs, _give_jobs("longattn_attend_backward", argument, jobs), complete)
