@@ -11,6 +11,7 @@ import csv
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -222,12 +223,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--without-flex", action="store_true", help="leave FlexAttention out: it is compiled for each problem"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no new problem after so long")
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     where, path = record.surroundings(), arguments.results / "choice.csv"
     done = recorded(path, where) if arguments.resume else set()
     regrets, green = [], True
+    end = time.monotonic() + 60 * arguments.minutes
     for problem in tiny() if arguments.quick else problems():
         if not all(text in problem.key for text in arguments.only):
             continue
@@ -236,6 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         if _known_by({k: str(v) for k, v in asdict(problem).items()} | {"problem": problem.name}) in done:
             continue
+        if time.monotonic() > end:
+            print(f"{arguments.minutes:g} minutes are over; --resume goes on with {problem.key}", flush=True)
+            break
         try:
             measured = lines(problem, arguments.rounds, where, not arguments.without_flex)
         except RuntimeError as red:

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longattn.kernels import Environment, attend
+from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.native.building import refusal
 from longattn.kernels.native.cpu import levels
 from longattn.kernels.native.row import _key_parts
 from longattn.kernels.poison import poisoned_memory
 from longattn.kernels.testing import Case, Tensors, cases, check_backend, run_case
-from longattn.patterncache import BlockSparse, Dilated, Full, Restrict, Span, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Rectangle, Restrict, Span, Window
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
 
@@ -306,6 +307,23 @@ def test_working_memory_is_a_tile(pattern, threads):
         assert sorted(size for _, size in allocator.bytes) == sorted([n * 256, n * 4, scratch, scratch])
         sizes.append(scratch)
     assert sizes[0] == sizes[1] <= 2 << 20
+
+
+@pytest.mark.parametrize("pattern", [Dilated((256, 512), (1, 2)), Window(64)], ids=str)
+def test_sums_of_a_backward_do_not_grow(pattern, threads):
+    """In half precision: however long the sequence, a thread's float32 sums hold the keys that coming tasks meet."""
+    threads(1)
+    sizes = []
+    for n in (2048, 8192):
+        plan = pattern.plan(Rectangle(2, Span(0, n), Span(0, n)))
+        allocator = Counting()
+        q, k, v, grad = torch.randn(4, 1, n, 2, 16).bfloat16()
+        call = Call(q, k, v, plan, 0.25, None, None, None, None, 0.0, 0, torch.bfloat16, False, allocator)
+        out, lse = row("native").forward(call)
+        allocator.bytes.clear()
+        row("native").backward(call, grad, None, out, lse, False)
+        sizes.append(max(size for _, size in allocator.bytes))
+    assert sizes[0] == sizes[1]
 
 
 def test_a_single_rounding_where_nothing_merges():

@@ -199,7 +199,7 @@ def _look(binary: Target) -> str | None:
 
 
 def compile_for(binary: Target) -> Path:
-    """Compile the source for a target; the file gets its name once it is complete. One line on a terminal, or in the log, says so.
+    """Compile the source for a target; the file gets its name once it is complete. One line on stderr says what, where and how long.
 
     Raises:
         NativeBuildError: there is no compiler, or it fails, with its last line.
@@ -212,9 +212,10 @@ def compile_for(binary: Target) -> Path:
     source = files("longattn.kernels.native").joinpath("attend.cpp")
     begun = perf_counter()
     what = f"compiling the native row ({binary.level}) with {' '.join(compiler.words)} into {binary.folder}"
-    terminal = sys.stderr if sys.stderr is not None and sys.stderr.isatty() else None
-    if terminal is not None:
-        print(f"longattn: {what} ...", end="", file=terminal, flush=True)
+    stderr = sys.stderr  # None where a process has none
+    on_terminal = stderr is not None and stderr.isatty()
+    if on_terminal:
+        print(f"longattn: {what} ...", end="", file=stderr, flush=True)
     outcome = "failed"
     try:
         with tempfile.TemporaryDirectory(dir=binary.folder, prefix="building-") as own:
@@ -229,10 +230,10 @@ def compile_for(binary: Target) -> Path:
         return path
     finally:
         took = f"{outcome} in {perf_counter() - begun:.1f} s"
-        if terminal is not None:
-            print(f" {took}", file=terminal, flush=True)
-        else:
-            logger.info("native row: %s: %s", what, took)
+        if stderr is not None:
+            # In a file, between the lines of others, the line is written as a whole.
+            print(f" {took}" if on_terminal else f"longattn: {what}: {took}", file=stderr, flush=True)
+        logger.debug("native row: %s: %s", what, took)
 
 
 def _hash(flags: tuple[str, ...], compiler: Compiler | None) -> str:
