@@ -377,6 +377,14 @@ def release(session: nox.Session) -> None:
 
 
 @nox.session
+def choice(session: nox.Session) -> None:
+    """Run attention's tests with rows chosen by expected time, as users' calls are; other sessions take the table's fixed order."""
+    session.install(*constraints(session), *from_checkout("attention", "testing"), *group("test"))
+    arguments = session.posargs or ["-m", "not slow"]
+    session.run("pytest", *WORKERS, "packages/attention/tests", *arguments, env={"LONGATTN_CHOICE": "evidence"})
+
+
+@nox.session
 def ahead(session: nox.Session) -> None:
     """Compile every shipped Triton configuration for its architecture, without a GPU: shared memory, spills, registers, occupancy."""
     session.install(*constraints(session), *from_checkout("kernels", "testing,triton"), *group("test"))

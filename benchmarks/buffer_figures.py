@@ -72,16 +72,16 @@ def threads(operations: int = OPERATIONS) -> Iterator[Figure]:
     for setting, way in _WAYS.items():
         rates: dict[int, list[float]] = {1: [], THREADS: []}
         for _ in range(3):
-            for count, found in rates.items():
+            for count, measured in rates.items():
                 manager, done = AttentionBufferManager(), []
                 each = operations * THREADS // count
                 work = [_operations(way(manager, n), each, done) for n in range(count)]
                 began = time.process_time()
                 run_together(work)
-                found.append(operations * THREADS / (time.process_time() - began))
+                measured.append(operations * THREADS / (time.process_time() - began))
                 manager.check_valid()
                 assert done == [each] * count, "a thread met an error"
-        one, many = (max(found) for found in rates.values())
+        one, many = (max(measured) for measured in rates.values())
         beside = f"one thread: {1e9 / one:.0f} ns an operation; no error"
         least = None if setting == "torch.empty" else 0.9
         where = f"{THREADS} threads x {operations}, {setting}"

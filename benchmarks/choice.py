@@ -11,6 +11,7 @@ import csv
 import gc
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,12 +53,7 @@ class Line:
     chosen: bool
     regret: float | None
     verdict: str
-    cpu_model: str
-    cores: int
-    torch: str
-    threads: int
-    commit: str
-    date: str
+    where: record.Surroundings
     waiting: str
 
 
@@ -68,52 +64,52 @@ def contenders(problem: Problem, with_flex: bool) -> tuple[dict[str, Attention],
     q, k, v, _ = problem.tensors()
     with torch.no_grad():
         pattern_attention(q, k, v, problem.pattern)  # measures what has no figures yet
-    asked = {"dtype": q.dtype, "requires_grad": problem.direction != "forward"}
-    plan_is_known = explain(problem.pattern, shape, keys, **asked)
-    found: dict[str, Attention] = {name: _by(problem, name) for name, reasons in plan_is_known.rows if not reasons}
-    if plan_is_known.backend is None:
+    options = {"dtype": q.dtype, "requires_grad": problem.direction != "forward"}
+    explanation = explain(problem.pattern, shape, keys, **options)
+    rivals: dict[str, Attention] = {name: _by(problem, name) for name, reasons in explanation.rows if not reasons}
+    if explanation.backend is None:
         raise ValueError(f"no row serves {problem.key}")
-    found["dense SDPA"] = sdpa(problem)
+    rivals["dense SDPA"] = sdpa(problem)
     compiled = flex(problem) if with_flex else None
     if compiled is not None:
-        found["FlexAttention"] = compiled
-    times = {name: None if seconds is None else seconds * 1e3 for name, seconds, _ in plan_is_known.expected}
-    return found, plan_is_known.backend, times
+        rivals["FlexAttention"] = compiled
+    times = {name: None if seconds is None else seconds * 1e3 for name, seconds, _ in explanation.expected}
+    return rivals, explanation.backend, times
 
 
 def _by(problem: Problem, backend: str) -> Attention:
     return lambda q, k, v: pattern_attention(q, k, v, problem.pattern, backend=backend)
 
 
-def check(problem: Problem, found: dict[str, Attention]) -> list[str]:
+def check(problem: Problem, rivals: dict[str, Attention]) -> list[str]:
     """Every contender that computes the pattern, on sampled rows beside float64."""
     if problem.queries < problem.seq_len:
-        return _check_short(problem, found)
+        return _check_short(problem, rivals)
     gradients = problem.direction != "forward"
     rows = gate.sampled_rows(problem.seq_len, (), CHECKED_ROWS)
     tensors = problem.tensors()
     truth = gate.oracle(*tensors, problem.pattern, rows)
     failures = []
-    for name, attention in _computing_it(problem, found).items():
+    for name, attention in _computing_it(problem, rivals).items():
         errors = gate.errors(attention, *tensors, truth, gradients=gradients)
         failures += gate.red(name, errors, tensors[0].dtype)
     return failures
 
 
-def _check_short(problem: Problem, found: dict[str, Attention]) -> list[str]:
+def _check_short(problem: Problem, rivals: dict[str, Attention]) -> list[str]:
     q, k, v, _ = problem.tensors()
-    wanted = sdpa(problem)(q.double(), k.double(), v.double())
-    errors = {name: gate.relative_error(call(q, k, v), wanted) for name, call in found.items()}
+    truth = sdpa(problem)(q.double(), k.double(), v.double())
+    errors = {name: gate.relative_error(call(q, k, v), truth) for name, call in rivals.items()}
     return [failure for name, error in errors.items() for failure in gate.red(name, {"out": error}, q.dtype)]
 
 
-def _computing_it(problem: Problem, found: dict[str, Attention]) -> dict[str, Attention]:
-    return {name: call for name, call in found.items() if problem.dense or name != "dense SDPA"}
+def _computing_it(problem: Problem, rivals: dict[str, Attention]) -> dict[str, Attention]:
+    return {name: call for name, call in rivals.items() if problem.dense or name != "dense SDPA"}
 
 
-def time_in_turn(problem: Problem, found: dict[str, Attention], rounds: int) -> dict[str, list[Sample]]:
+def time_in_turn(problem: Problem, rivals: dict[str, Attention], rounds: int) -> dict[str, list[Sample]]:
     """Samples of each contender, round by round; whoever takes several times as long as the best is timed once."""
-    calls = {name: _call(problem, attention) for name, attention in found.items()}
+    calls = {name: _call(problem, attention) for name, attention in rivals.items()}
     # The collection before each sample looks at what came after this line, not at all of torch's modules every time.
     gc.freeze()
     try:
@@ -171,11 +167,11 @@ def lines(problem: Problem, rounds: int, where: record.Surroundings, with_flex: 
     Raises:
         RuntimeError: a contender is not within the oracle's tolerance.
     """
-    found, chosen, expected = contenders(problem, with_flex)
-    failures = check(problem, found)
+    rivals, chosen, expected = contenders(problem, with_flex)
+    failures = check(problem, rivals)
     if failures:
         raise RuntimeError(f"{problem.key}: " + "; ".join(failures))
-    summaries = {name: summarize(some) for name, some in time_in_turn(problem, found, rounds).items()}
+    summaries = {name: summarize(some) for name, some in time_in_turn(problem, rivals, rounds).items()}
     regret, said = verdict(problem, chosen, {name: summary.cpu for name, summary in summaries.items()})
     return [
         Line(
@@ -197,7 +193,7 @@ def lines(problem: Problem, rounds: int, where: record.Surroundings, with_flex: 
             name == chosen,
             round(regret, 3) if name == chosen else None,
             said if name == chosen else "",
-            **asdict(where),
+            where=where,
             waiting=WAITING,
         )
         for name, summary in summaries.items()
@@ -227,12 +223,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--without-flex", action="store_true", help="leave FlexAttention out: it is compiled for each problem"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no new problem after so long")
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     where, path = record.surroundings(), arguments.results / "choice.csv"
     done = recorded(path, where) if arguments.resume else set()
     regrets, green = [], True
+    end = time.monotonic() + 60 * arguments.minutes
     for problem in tiny() if arguments.quick else problems():
         if not all(text in problem.key for text in arguments.only):
             continue
@@ -241,19 +239,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         if _known_by({k: str(v) for k, v in asdict(problem).items()} | {"problem": problem.name}) in done:
             continue
+        if time.monotonic() > end:
+            print(f"{arguments.minutes:g} minutes are over; --resume goes on with {problem.key}", flush=True)
+            break
         try:
-            found = lines(problem, arguments.rounds, where, not arguments.without_flex)
+            measured = lines(problem, arguments.rounds, where, not arguments.without_flex)
         except RuntimeError as red:
             print(f"RED, not reported: {red}", file=sys.stderr, flush=True)
             green = False
             continue
-        for line in found:
+        for line in measured:
             if not arguments.quick:
-                record.append(line, path)  # type: ignore[arg-type]
+                record.append(line, path)
             if line.regret is not None:
                 regrets.append(line.regret)
-        shown = "  ".join(f"{line.contender}{'*' * line.chosen} {line.cpu_ms:.2f}" for line in found)
-        print(f"{problem.key}: {shown}  {next(line.verdict for line in found if line.chosen)}", flush=True)
+        shown = "  ".join(f"{line.contender}{'*' * line.chosen} {line.cpu_ms:.2f}" for line in measured)
+        print(f"{problem.key}: {shown}  {next(line.verdict for line in measured if line.chosen)}", flush=True)
     if regrets:
         print(f"{len(regrets)} problems: median regret {statistics.median(regrets):.3f}, worst {max(regrets):.3f}")
     return 0 if green else 1

@@ -107,8 +107,8 @@ class Comparison:
         failures: list[str] = []
         for name, side in (("ours", self.ours), (self.labels.peer, self.peer)):
             truth = side.truth(self.inputs, rows)
-            found = gate.errors(side.checked or side.attention, *tensors, truth, gradients=gradients)
-            failures += gate.red(name, found, self.inputs.torch_dtype)
+            errors = gate.errors(side.checked or side.attention, *tensors, truth, gradients=gradients)
+            failures += gate.red(name, errors, self.inputs.torch_dtype)
         return failures
 
     def _call(self, attention: gate.Attention, seq_len: int) -> Callable[[], object]:

@@ -1,7 +1,9 @@
 """The sides that cases put against each other: longattn in its forms, and the peers. Each carries its oracle."""
 
 import functools
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -17,6 +19,21 @@ from benchmarks.peers.torchscale_style import torchscale_style_attention
 from longattn.attention import pattern_attention
 from longattn.attention.schedules.base import Schedule
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Window
+
+
+def forced_level() -> str:
+    """What a row of results adds to its variant where LONGATTN_NATIVE names a level of the native row: " avx2"; else nothing."""
+    level = os.environ.get("LONGATTN_NATIVE", "")
+    return f" {level}" if level not in ("", "0", "1") else ""
+
+
+def in_float32(side: Contender) -> Contender:
+    """The same on float32 copies of half-precision numbers; it converts them itself, each time."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return side.attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+    return replace(side, attention=attention)
 
 
 def ours(pattern: Pattern, *, schedule: Schedule | None = None, backend: str | None = None) -> Contender:

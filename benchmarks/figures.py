@@ -51,12 +51,12 @@ def hit_ratios(sizes: Sequence[int] = (10, 20, 50, 100, 200, 400)) -> Iterator[F
     """Shares of Belady's hits, and never fewer hits than LRU."""
     for name, trace_of in TRACES.items():
         trace = trace_of(1)
-        asked = Counter(trace)
+        requests = Counter(trace)
         for size in sizes:
             best = belady(trace, size)
             ours, lru = (_hit_rate(trace, size, policy) for policy in ("s3fifo", "lru"))
-            fixed = sum(times - 1 for _, times in asked.most_common(size)) / len(trace)
-            setting = f"{name}, {size} entries of {len(asked)} keys"
+            fixed = sum(times - 1 for _, times in requests.most_common(size)) / len(trace)
+            setting = f"{name}, {size} entries of {len(requests)} keys"
             beside = f"lru {lru / best:.3f}; best fixed set {fixed / best:.3f}; Belady hits {best:.3f}"
             promised = OF_BELADY if name != "decode lengths" else None
             yield Figure("hits, share of Belady's", setting, "ratio", ours / best, beside, least=promised)
@@ -87,13 +87,13 @@ def threads(many: int = 2_000_000) -> Iterator[Figure]:
     """Hits for a CPU-second, beside one thread; the best of five turns each, in turn."""
     rates: dict[int, list[float]] = {1: [], THREADS: []}
     for _ in range(5):
-        for count, found in rates.items():
+        for count, measured in rates.items():
             cache = PatternCache()
             cache.get_or_build(KEY, lambda: VALUE)
             began = time.process_time()
             run_together([_asking(cache, many // count)] * count)
-            found.append(many / (time.process_time() - began))
-    one, all_of_them = (max(found) for found in rates.values())
+            measured.append(many / (time.process_time() - began))
+    one, all_of_them = (max(measured) for measured in rates.values())
     beside = f"one thread: {1e9 / one:.0f} ns a hit"
     yield Figure(
         "hits for a CPU-second, over one thread's", f"{THREADS} threads", "ratio", all_of_them / one, beside, least=0.9

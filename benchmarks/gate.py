@@ -125,12 +125,12 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     return float("inf") if math.isnan(error) else error
 
 
-def red(name: str, found: dict[str, float], dtype: torch.dtype) -> list[str]:
+def red(name: str, errors: dict[str, float], dtype: torch.dtype) -> list[str]:
     """A sentence for each error above its tolerance; empty is green."""
     out_limit, grad_limit = TOLERANCE[dtype]
-    limits = {key: out_limit if key == "out" else grad_limit for key in found}
+    limits = {key: out_limit if key == "out" else grad_limit for key in errors}
     return [
         f"{name}: error of {key} is {error:.2e}, above {limits[key]:.0e} for {dtype}"
-        for key, error in found.items()
+        for key, error in errors.items()
         if not error <= limits[key]
     ]

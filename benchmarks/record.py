@@ -8,11 +8,15 @@ import subprocess
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.experiment import Labels, Targets
 from benchmarks.harness import WAITING, Outcome
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -61,12 +65,7 @@ class Row:
     target_ratio: float | None
     target_growth: float | None
     verdict: str
-    cpu_model: str
-    cores: int
-    torch: str
-    threads: int
-    commit: str
-    date: str
+    where: Surroundings
     waiting: str
 
 
@@ -152,13 +151,21 @@ def make_row(labels: Labels, targets: Targets, outcome: Outcome, where: Surround
         target_ratio=targets.ratio,
         target_growth=targets.growth,
         verdict=verdict(outcome, targets),
-        **asdict(where),
+        where=where,
         waiting=WAITING,
     )
 
 
-def append(row: Row, path: Path) -> None:
-    """Append one row to a CSV file, under a header if the file is new.
+def cells(row: "DataclassInstance") -> dict[str, object]:
+    """A row's cells by column, in order; those of its surroundings in their place."""
+    flat: dict[str, object] = {}
+    for name, value in asdict(row).items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def append(row: "DataclassInstance", path: Path) -> None:
+    """Append a dataclass as one row to a CSV file, under a header if the file is new.
 
     The line reaches the file in one write and is on disk when this returns, so that a run which is stopped keeps every
     row it has shown, and two runs do not mix theirs.
@@ -167,7 +174,7 @@ def append(row: Row, path: Path) -> None:
         ValueError: the file has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(asdict(row))
+    columns = list(cells(row))
     with path.open("a+b", buffering=0) as file:
         file.seek(0)
         header = file.readline().decode().rstrip("\n")
@@ -178,7 +185,7 @@ def append(row: Row, path: Path) -> None:
         writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
         if not header:
             writer.writeheader()
-        writer.writerow(asdict(row))
+        writer.writerow(cells(row))
         # Opened for appending: the position of the write is the end, whatever was read.
         file.write(text.getvalue().encode())
         os.fsync(file.fileno())
@@ -191,7 +198,7 @@ def is_recorded(labels: Labels, where: Surroundings, path: Path) -> bool:
     """
     if not path.exists():
         return False
-    wanted = {key: str(value) for key, value in {**asdict(labels), **asdict(where)}.items() if key != "date"}
-    wanted["waiting"] = WAITING
+    columns = {key: str(value) for key, value in {**asdict(labels), **asdict(where)}.items() if key != "date"}
+    columns["waiting"] = WAITING
     rows = csv.DictReader(path.read_text().splitlines())
-    return any(wanted.items() <= row.items() for row in rows)
+    return any(columns.items() <= row.items() for row in rows)

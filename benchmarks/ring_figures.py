@@ -68,20 +68,20 @@ def bytes_sent() -> Iterator[Figure]:
             sent = really.pop(0)
             yield Figure("bytes the transport sent, less those counted", setting + ", D=2", "bytes", sent - counted, f"{sent} sent", 0, 0)  # fmt: skip
     for name, pattern in (("full", Full(causal=True)), ("dilated", Dilated(*LISTS[1], causal=True))):
-        found = {layout: ring_traffic(Call(pattern, LENGTH, RANKS, 8, 8), layout).imbalance for layout in LAYOUTS}
-        beside = f"contiguous {found['contiguous']:.3f}; striped {found['striped']:.3f}"
-        yield Figure("work of the slowest rank over the mean, zigzag", f"{RANKS} ranks, {LENGTH} tokens, {name}, causal", "ratio", found["zigzag"], beside, most=1.05)  # fmt: skip
+        imbalance = {layout: ring_traffic(Call(pattern, LENGTH, RANKS, 8, 8), layout).imbalance for layout in LAYOUTS}
+        beside = f"contiguous {imbalance['contiguous']:.3f}; striped {imbalance['striped']:.3f}"
+        yield Figure("work of the slowest rank over the mean, zigzag", f"{RANKS} ranks, {LENGTH} tokens, {name}, causal", "ratio", imbalance["zigzag"], beside, most=1.05)  # fmt: skip
 
 
 def timed() -> Iterator[Figure]:
     """Forward and backward at 16K tokens on 2 processes, dense causal, float32, zigzag."""
-    found = ask(2, "time", 16384)
-    assert isinstance(found, dict)
-    ring, setting = found.pop("ring"), "2 ranks, 16384 tokens, full causal, forward+backward, H=2, D=64"
-    local = found.pop("local computations")
+    times = ask(2, "time", 16384)
+    assert isinstance(times, dict)
+    ring, setting = times.pop("ring"), "2 ranks, 16384 tokens, full causal, forward+backward, H=2, D=64"
+    local = times.pop("local computations")
     beside = f"ring {ring:.0f} ms; local {local:.0f} ms"
     yield Figure("ring, over its local computations", setting, "ratio", ring / local, beside, most=1.15)
-    for peer, taken in found.items():
+    for peer, taken in times.items():
         yield Figure(f"{peer}, over the ring", setting, "ratio", taken / ring, f"{taken:.0f} ms", least=1.0)
 
 
@@ -98,8 +98,8 @@ GROUPS = {"bytes": bytes_sent, "time": timed, "memory": remembered}
 
 def main() -> int:
     """Measure what is asked for, print it, and append it to the results."""
-    asked = sys.argv[1:] or GROUPS
-    append("ring", (figure for name in asked for figure in GROUPS[name]()), replace(record.surroundings(), threads=1))
+    groups = sys.argv[1:] or GROUPS
+    append("ring", (figure for name in groups for figure in GROUPS[name]()), replace(record.surroundings(), threads=1))
     return 0
 
 

@@ -82,15 +82,15 @@ def contenders(pattern: Pattern, length: int) -> dict[str, Callable[[], object]]
         options: dict[str, Any] = {"q_spans": ring.held(length), "k_spans": everywhere, "out_dtype": torch.float32}
         return backward(attend(mine[0], k, v, pattern, **options).out, mine)
 
-    found: dict[str, Callable[[], object]] = {
+    calls: dict[str, Callable[[], object]] = {
         "ring": lambda: backward(pattern_attention(mine[0], mine[1], mine[2], pattern, schedule=ring), mine),
         "local computations": local,
         "gloo all-gather": gathered,
     }
     if importlib.util.find_spec("ring_attention_pytorch") is not None:
         ring_flash_attn = importlib.import_module("ring_attention_pytorch.ring_flash_attention").ring_flash_attn
-        found["ring-attention-pytorch"] = lambda: backward(ring_flash_attn(*near, None, True, 1024, True), near)
-    return found
+        calls["ring-attention-pytorch"] = lambda: backward(ring_flash_attn(*near, None, True, 1024, True), near)
+    return calls
 
 
 def times(length: int, turns: int) -> dict[str, float]:
@@ -108,7 +108,7 @@ def times(length: int, turns: int) -> dict[str, float]:
             # The first turn loads and plans.
             if turn:
                 taken[name].append(1e3 * slowest.item())
-    return {name: statistics.median(found) for name, found in taken.items()}
+    return {name: statistics.median(samples) for name, samples in taken.items()}
 
 
 def memory(length: int) -> float:

@@ -65,8 +65,8 @@ class Growing:
         rows = gate.sampled_rows(self.inputs.seq_len, (), _CHECKED_ROWS)
         truth = gate.oracle(q, k, v, grad, self.pattern, rows)
         gradients = self.labels.direction != "forward"
-        found = gate.errors(self._attention, q, k, v, grad, truth, gradients=gradients)
-        return gate.red("ours", found, q.dtype)
+        errors = gate.errors(self._attention, q, k, v, grad, truth, gradients=gradients)
+        return gate.red("ours", errors, q.dtype)
 
     def _attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return pattern_attention(q, k, v, self.pattern)

@@ -1,10 +1,12 @@
 """The native CPU row beside torch's kernels and the peers: promised figures are issue 6's, for two threads of the machine they name.
 
-B=1, H=8, D=64, segments 2048/4096/8192 with rates 1/2/4, normal inputs; the row is asked for by name.
+B=1, H=8, D=64, segments 2048/4096/8192 with rates 1/2/4, normal inputs; the row is asked for by name. Under LONGATTN_NATIVE=avx2
+(or another level) rows say so, for laptops without AVX-512: `LONGATTN_NATIVE=avx2 python -m benchmarks.run native`.
 
     longnet  every head in every branch, beside the torchscale-style pipeline, dense SDPA and FlexAttention on permuted tokens
     split    heads divided over branches, beside the fkodom-style pipeline
     dense    no pattern at all, beside SDPA and, as "fma-peak", a loop of as many multiply-adds: its ratio is the share of the peak
+    table    issue 19's figures for AMD that no group above has: longer sequences, wider heads, backward and LongNet beside dense SDPA
     short    the last few rows of a long sequence, causal, beside SDPA, which is to be no faster in float32
 """
 
@@ -17,7 +19,16 @@ from torch import Tensor
 from benchmarks.calls import Calls
 from benchmarks.cases.attention import RATES, SEGMENTS, branch_names
 from benchmarks.comparison import Comparison, Contender, Inputs
-from benchmarks.contenders import dense, fkodom_style, flex_permuted, fma_peak, ours, torchscale_style
+from benchmarks.contenders import (
+    dense,
+    fkodom_style,
+    flex_permuted,
+    fma_peak,
+    forced_level,
+    in_float32,
+    ours,
+    torchscale_style,
+)
 from benchmarks.experiment import DIRECTIONS, Direction, Labels, Targets
 from longattn.kernels import attend
 from longattn.patterncache import Dilated, Full
@@ -55,7 +66,13 @@ def _row(
 ) -> Comparison:
     heads, head_dim = inputs.per_token
     labels = Labels(
-        "native", f"{variant} h{heads} d{head_dim}", peer[0], inputs.dtype, inputs.seq_len, causal, direction
+        "native",
+        f"{variant} h{heads} d{head_dim}{forced_level()}",
+        peer[0],
+        inputs.dtype,
+        inputs.seq_len,
+        causal,
+        direction,
     )
     growth = _GROWTH[direction] if inputs.dtype == "float32" and inputs.seq_len >= 8192 else None
     return Comparison(labels, inputs, mine, peer[1], Targets(ratio=ratio, growth=growth), name=name, borders=borders)
@@ -109,6 +126,33 @@ def plain(quick: bool) -> Iterator[Comparison]:
             yield _row("dense", "full", ("fma-peak", fma_peak(causal)), mine, inputs, causal, direction, ratio)
 
 
+# (pattern, dtype, length, head_dim, causal, direction) -> dense SDPA's CPU time over ours, at least.
+_TABLE: dict[tuple[str, str, int, int, bool, Direction], float] = {
+    **{("full", "bfloat16", 4096, dim, causal, "forward"): 2.0 for dim in (64, 128) for causal in (False, True)},
+    **{("full", "bfloat16", 4096, 64, causal, "forward+backward"): 1.5 for causal in (False, True)},
+    ("full", "float16", 4096, 64, False, "forward"): 1.0,
+    ("dilated", "bfloat16", 8192, 64, False, "forward"): 6.0,
+    ("dilated", "bfloat16", 8192, 64, True, "forward"): 5.0,
+    **{("dilated", "bfloat16", 8192, 64, causal, "forward+backward"): 3.5 for causal in (False, True)},
+    ("dilated", "bfloat16", 32768, 64, False, "forward"): 20.0,
+}
+
+
+def table(quick: bool) -> Iterator[Comparison]:
+    """One issue's table. Float16 is beside the row's own float32, of the same numbers."""
+    for (name, dtype, seq_len, head_dim, causal, direction), ratio in _TABLE.items():
+        segments = _TINY_SEGMENTS if quick else SEGMENTS
+        pattern = Full(causal=causal) if name == "full" else Dilated(segments, RATES, causal=causal)
+        variant = "full" if name == "full" else f"dilated {branch_names(segments, RATES)}"
+        inputs = Inputs(256, dtype, (4, 16)) if quick else Inputs(seq_len, dtype, (8, head_dim))
+        mine = ours(pattern, backend="native")
+        peer = ("float32", in_float32(mine)) if dtype == "float16" else ("dense", dense(causal))
+        borders = () if name == "full" else segments
+        yield _row(
+            f"table-d{head_dim}", variant, peer, mine, inputs, causal, direction, None if quick else ratio, borders
+        )
+
+
 def short(quick: bool) -> Iterator[Calls]:
     """Few query rows over many keys."""
     length = 64 if quick else 32768
@@ -116,7 +160,9 @@ def short(quick: bool) -> Iterator[Calls]:
         inputs = Inputs(length, dtype, (heads, 64))
         yield Calls(
             name=f"short-{dtype}-h{heads}-{rows}",
-            labels=Labels("native", f"{rows} rows h{heads} d64", "dense", dtype, length, True, "forward"),
+            labels=Labels(
+                "native", f"{rows} rows h{heads} d64{forced_level()}", "dense", dtype, length, True, "forward"
+            ),
             targets=Targets(ratio=1.0 if dtype == "float32" and not quick else None),
             ours=lambda inputs=inputs, rows=rows: _streamed(inputs, rows),
             peer=lambda inputs=inputs, rows=rows: _masked(inputs, rows),
@@ -141,14 +187,14 @@ def _differing(inputs: Inputs, rows: int) -> list[str]:
     """The gate: both beside float64."""
     q, k, v, _ = (x.double().transpose(1, 2) for x in inputs.tensors())
     seen = torch.ones(rows, inputs.seq_len, dtype=torch.bool).tril(inputs.seq_len - rows)
-    wanted = torch.nn.functional.scaled_dot_product_attention(q[:, :, -rows:], k, v, attn_mask=seen)
+    truth = torch.nn.functional.scaled_dot_product_attention(q[:, :, -rows:], k, v, attn_mask=seen)
     most = 2e-5 if inputs.dtype == "float32" else 2e-2
     got = {"ours": _streamed(inputs, rows)().transpose(1, 2), "peer": _masked(inputs, rows)()}
-    errors = {name: float((x.double() - wanted).abs().max()) for name, x in got.items()}
+    errors = {name: float((x.double() - truth).abs().max()) for name, x in got.items()}
     return [f"{name}: off by {error:.1e}" for name, error in errors.items() if not error <= most]
 
 
 def experiments(quick: bool) -> Iterator[Comparison | Calls]:
     """Every row of the case; `quick` gives tiny ones without targets."""
-    for group in (longnet, split, plain, short):
+    for group in (longnet, split, plain, table, short):
         yield from group(quick)

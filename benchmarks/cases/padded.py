@@ -66,11 +66,11 @@ def steps(model: Any, tokens: Tensor, mask: Tensor) -> Callable[[], Tensor]:
 def wrong(pattern: Pattern) -> list[str]:
     """The gate: a padded prompt goes on as it goes on alone; dense, also as under sdpa."""
     model, (tokens, mask) = llama(pattern, 2), prompts(60)
-    found = steps(model, tokens, mask)()
+    together = steps(model, tokens, mask)()
     alone = [_alone(model, tokens[b : b + 1], int(mask[b].sum())) for b in range(BATCH)]
-    errors = {"alone": float((found - torch.cat(alone)).abs().max())}
+    errors = {"alone": float((together - torch.cat(alone)).abs().max())}
     if isinstance(pattern, Full):
-        errors["sdpa"] = float((found - steps(llama(None, 2), tokens, mask)()).abs().max())
+        errors["sdpa"] = float((together - steps(llama(None, 2), tokens, mask)()).abs().max())
     return [f"ours: off by {error:.1e} from {what}" for what, error in errors.items() if not error <= 1e-4]
 
 

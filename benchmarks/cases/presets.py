@@ -66,18 +66,18 @@ def multihead_truth(preset: MultiheadPatternAttention, inputs: Inputs, rows: tup
     *tensors, grad = inputs.tensors()
     query, key, value = (x.double().requires_grad_() for x in tensors)
     shape = (preset.num_heads, preset.head_dim)
-    wanted = list(rows)
+    sampled = list(rows)
     q, k, v = (
         F.linear(x, weight, bias).unflatten(-1, shape)
-        for x, (weight, bias) in zip((query[:, wanted], key, value), exact.qkv_parameters(), strict=True)
+        for x, (weight, bias) in zip((query[:, sampled], key, value), exact.qkv_parameters(), strict=True)
     )
     rectangle = Rectangle(
         num_heads=preset.num_heads, queries=tuple(Span(row, 1) for row in rows), keys=(Span(0, inputs.seq_len),)
     )
     counts = torch.tensor(preset.attention.pattern.counts(rectangle))
     out = exact.out_proj(exact.norm(reference_attention(q, k, v, counts).out.flatten(2)))
-    dq, dk, dv = torch.autograd.grad(out, (query, key, value), grad[:, wanted].double())
-    return gate.Truth(torch.tensor(wanted), out.detach(), dq[:, wanted], dk, dv)
+    dq, dk, dv = torch.autograd.grad(out, (query, key, value), grad[:, sampled].double())
+    return gate.Truth(torch.tensor(sampled), out.detach(), dq[:, sampled], dk, dv)
 
 
 def experiments(quick: bool) -> Iterator[Comparison]:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator
 
 from benchmarks.comparison import Comparison, Inputs
-from benchmarks.contenders import dense, flex_window, ours
+from benchmarks.contenders import dense, flex_window, forced_level, ours
 from benchmarks.experiment import DIRECTIONS, Direction, Labels, Targets
 from longattn.patterncache import Full, Window
 
@@ -36,7 +36,7 @@ def experiments(quick: bool) -> Iterator[Comparison]:
             peers["flex-window"] = flex_window(size)
         heads, head_dim = inputs.per_token
         for peer, contender in peers.items():
-            variant = f"window {size} h{heads} d{head_dim}"
+            variant = f"window {size} h{heads} d{head_dim}{forced_level()}"
             yield Comparison(
                 Labels("windows", variant, peer, dtype, inputs.seq_len, True, direction),
                 inputs,

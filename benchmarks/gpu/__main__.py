@@ -47,15 +47,15 @@ def child(options: argparse.Namespace) -> int:
         for name, check in checks(options.dry, device):
             try:
                 check()
-            except AssertionError as found:
-                wrong[name] = str(found)
+            except AssertionError as failure:
+                wrong[name] = str(failure)
             print(f"gate: {name}: {'wrong' if name in wrong else 'agrees'}", flush=True)
         answer: object = wrong
     elif options.child == "ceilings":
         answer = ceilings(device)
     else:
-        asked = next(e for e in experiments(options.dry) if e.name == options.child)
-        answer = asdict(run(asked, device, 1 if options.dry else options.repeats, options.copy_tb_s))
+        experiment = next(e for e in experiments(options.dry) if e.name == options.child)
+        answer = asdict(run(experiment, device, 1 if options.dry else options.repeats, options.copy_tb_s))
     options.answer.write_text(json.dumps(answer))
     return 0
 
@@ -91,15 +91,15 @@ def ask(options: argparse.Namespace, what: str, seconds: float, copy_tb_s: float
         return None, f"{ended}: {said[-1] if said else 'no output'}"
 
 
-def failed(asked: Experiment, why: str) -> Row:
+def failed(experiment: Experiment, why: str) -> Row:
     """The row of an experiment whose process gave no answer."""
-    target = "" if asked.target is None else f"{asked.target[1]:g} {asked.target[0]}"
+    target = "" if experiment.target is None else f"{experiment.target[1]:g} {experiment.target[0]}"
     return Row(
-        asked.key,
-        asked.head_dim,
-        asked.direction,
-        "x".join(map(str, asked.tile)),
-        peer=asked.peer,
+        experiment.key,
+        experiment.head_dim,
+        experiment.direction,
+        "x".join(map(str, experiment.tile)),
+        peer=experiment.peer,
         target=target,
         verdict=f"failed: {why}",
     )
@@ -126,14 +126,14 @@ def main() -> int:
     copy = reached["copy"] if isinstance(reached, dict) else 0.0
     print(f"ceilings: {reached or why}", flush=True)
     count = broken = 0
-    for asked in experiments(options.dry):
-        if options.only not in asked.name:
+    for experiment in experiments(options.dry):
+        if options.only not in experiment.name:
             continue
         if time.monotonic() - begin > options.seconds:
-            print(f"stopped: {options.seconds:g} s are over; rows from {asked.name} on were not measured")
+            print(f"stopped: {options.seconds:g} s are over; rows from {experiment.name} on were not measured")
             break
-        answer, why = ask(options, asked.name, options.row_seconds, copy)
-        row = Row(**answer) if isinstance(answer, dict) else failed(asked, why)
+        answer, why = ask(options, experiment.name, options.row_seconds, copy)
+        row = Row(**answer) if isinstance(answer, dict) else failed(experiment, why)
         count, broken = count + 1, broken + (answer is None)
         print(
             ", ".join(f"{name}={value}" for name, value in asdict(row).items() if value not in ("", None)), flush=True

@@ -66,30 +66,31 @@ def ceilings(device: str) -> dict[str, float]:
     return {"copy": 2 * source.numel() / copy_ms / 1e9, "product": 2 * a.shape[0] ** 3 / product_ms / 1e9}
 
 
-def tensors(asked: Experiment, device: str) -> list[Tensor]:
+def tensors(experiment: Experiment, device: str) -> list[Tensor]:
     """q, k, v and a cotangent."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    nq, nk = asked.lengths
+    nq, nk = experiment.lengths
     return [
-        torch.randn(asked.batch, n, asked.heads, asked.head_dim, device=device, dtype=dtype) for n in (nq, nk, nk, nq)
+        torch.randn(experiment.batch, n, experiment.heads, experiment.head_dim, device=device, dtype=dtype)
+        for n in (nq, nk, nk, nq)
     ]
 
 
-def ours(asked: Experiment, data: list[Tensor]) -> Callable[[], object]:
+def ours(experiment: Experiment, data: list[Tensor]) -> Callable[[], object]:
     """The call to time."""
     q, k, v, _ = data
-    options = {"backend": "triton", "deterministic": asked.deterministic, "out_dtype": q.dtype}
-    return graded(asked, lambda: attend(q, k, v, asked.pattern, **options).out, data)
+    options = {"backend": "triton", "deterministic": experiment.deterministic, "out_dtype": q.dtype}
+    return graded(experiment, lambda: attend(q, k, v, experiment.pattern, **options).out, data)
 
 
-def graded(asked: Experiment, forward: Callable[[], Tensor], data: list[Tensor]) -> Callable[[], object]:
+def graded(experiment: Experiment, forward: Callable[[], Tensor], data: list[Tensor]) -> Callable[[], object]:
     """`forward`, or its gradient alone (over one kept graph), or both."""
     q, k, v, grad = data
-    if asked.direction == "forward":
+    if experiment.direction == "forward":
         return torch.no_grad()(forward)
     for x in (q, k, v):
         x.requires_grad_()
-    if asked.direction == "both":
+    if experiment.direction == "both":
         return lambda: torch.autograd.grad(forward(), (q, k, v), grad)
     out = forward()
     return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
@@ -103,19 +104,19 @@ def replayed(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def peer_times(asked: Experiment, data: list[Tensor], device: str, repeats: int) -> tuple[list[float], str]:
+def peer_times(experiment: Experiment, data: list[Tensor], device: str, repeats: int) -> tuple[list[float], str]:
     """Milliseconds of the peer, which must say what we say; none where it does not serve, with its reason."""
-    forward = peer_forward(asked.peer, data[0], data[1], data[2], asked.pattern)
+    forward = peer_forward(experiment.peer, data[0], data[1], data[2], experiment.pattern)
     if forward is None:
         return [], ""
     try:
         theirs = torch.no_grad()(forward)()
     except (RuntimeError, ImportError) as refusal:
-        return [], f"{asked.peer} does not serve: {str(refusal).splitlines()[0]}"
-    mine = attend(data[0], data[1], data[2], asked.pattern, backend="triton", out_dtype=data[0].dtype).out
+        return [], f"{experiment.peer} does not serve: {str(refusal).splitlines()[0]}"
+    mine = attend(data[0], data[1], data[2], experiment.pattern, backend="triton", out_dtype=data[0].dtype).out
     torch.testing.assert_close(theirs, mine, rtol=3e-2, atol=3e-2)
     del theirs, mine
-    return measure(graded(asked, forward, data), device, repeats), ""
+    return measure(graded(experiment, forward, data), device, repeats), ""
 
 
 def measure(call: Callable[[], object], device: str, repeats: int) -> list[float]:
@@ -146,22 +147,22 @@ def host_us(call: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) / 200 * 1e6
 
 
-def pairs(asked: Experiment) -> int:
+def pairs(experiment: Experiment) -> int:
     """Visible (query, key) pairs of all heads, as often as they count."""
-    nq, nk = asked.lengths
-    plan = asked.pattern.plan(Rectangle(asked.heads, Span(nk - nq, nq), Span(0, nk)))
+    nq, nk = experiment.lengths
+    plan = experiment.pattern.plan(Rectangle(experiment.heads, Span(nk - nq, nq), Span(0, nk)))
     return sum(branch.pairs * branch.heads.length for branch in plan.branches)
 
 
-def verdict(asked: Experiment, values: dict[str, float | None]) -> str:
+def verdict(experiment: Experiment, values: dict[str, float | None]) -> str:
     """met, missed with the value, or nothing without a target. values: by unit; of ms and us the least is best."""
-    if asked.target is None:
+    if experiment.target is None:
         return ""
-    unit, wanted = asked.target
+    unit, target = experiment.target
     value = values[unit]
     if value is None:
         return "not measured"
-    met = value <= wanted if unit in ("ms", "us") else value >= wanted
+    met = value <= target if unit in ("ms", "us") else value >= target
     return "met" if met else f"missed: {value:.3g} {unit}"
 
 
@@ -191,61 +192,62 @@ def device_state() -> tuple[str, str]:
     return clock.strip(), driver.strip()
 
 
-def use_tile(asked: Experiment) -> None:
+def use_tile(experiment: Experiment) -> None:
     """Put the experiment's tile in the table's place, in this process."""
-    if not asked.tile:
+    if not experiment.tile:
         return
-    tile = configurations.Configuration(*asked.tile)
-    kernel = "forward" if asked.direction == "forward" else "backward_keys"
+    tile = configurations.Configuration(*experiment.tile)
+    kernel = "forward" if experiment.direction == "forward" else "backward_keys"
     for at in configurations.TABLE:
-        if at[0] == kernel and at[2] == asked.head_dim:
+        if at[0] == kernel and at[2] == experiment.head_dim:
             configurations.TABLE[at] = tile
 
 
-def run(asked: Experiment, device: str, repeats: int, copy_tb_s: float) -> Row:
+def run(experiment: Experiment, device: str, repeats: int, copy_tb_s: float) -> Row:
     """One row."""
-    if asked.fails:
+    if experiment.fails:
         raise RuntimeError("this row fails on purpose")
-    use_tile(asked)
-    data = tensors(asked, device)
+    use_tile(experiment)
+    data = tensors(experiment, device)
     on_gpu = device != "cpu"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() if on_gpu else 0
     begin = time.perf_counter()
-    call = ours(asked, data)
+    call = ours(experiment, data)
     call()
     if on_gpu:
         torch.cuda.synchronize()
     first_call = time.perf_counter() - begin
-    timed = replayed(call) if asked.graph else call
+    timed = replayed(call) if experiment.graph else call
     times = sorted(measure(timed, device, repeats))
     clock, driver = device_state() if on_gpu else ("", "")
     extra = (torch.cuda.max_memory_allocated() - held) / 2**20 if on_gpu else 0.0
-    theirs, reason = peer_times(asked, data, device, repeats)
+    theirs, reason = peer_times(experiment, data, device, repeats)
     ms = statistics.median(times)
     peer_ms = statistics.median(theirs) if theirs else None
     tflops = (
-        {"forward": 4, "backward": 10, "both": 14}[asked.direction]
-        * pairs(asked)
-        * asked.batch
-        * asked.head_dim
+        {"forward": 4, "backward": 10, "both": 14}[experiment.direction]
+        * pairs(experiment)
+        * experiment.batch
+        * experiment.head_dim
         / ms
         / 1e9
     )
-    moved = 4 * asked.batch * asked.lengths[1] * asked.heads * asked.head_dim  # k and v, two bytes an element
+    # k and v, two bytes an element.
+    moved = 4 * experiment.batch * experiment.lengths[1] * experiment.heads * experiment.head_dim
     values: dict[str, float | None] = {
         "TFLOP/s": tflops,
         "ms": ms,
         "ratio": peer_ms and peer_ms / ms,
         "copy": moved / ms / 1e9 / copy_tb_s if math.isfinite(copy_tb_s) and copy_tb_s else None,
-        "us": host_us(call) if asked.target and asked.target[0] == "us" and on_gpu else None,
+        "us": host_us(call) if experiment.target and experiment.target[0] == "us" and on_gpu else None,
     }
     here, (registers, spills) = surroundings(), loaded_kernels()
     return Row(
-        asked.key, asked.head_dim, asked.direction, "x".join(map(str, asked.tile)), ms, times[len(times) // 5],
-        times[-1 - len(times) // 5], tflops, asked.peer, peer_ms,
-        "" if asked.target is None else f"{asked.target[1]:g} {asked.target[0]}", verdict(asked, values) or reason, extra,
+        experiment.key, experiment.head_dim, experiment.direction, "x".join(map(str, experiment.tile)), ms, times[len(times) // 5],
+        times[-1 - len(times) // 5], tflops, experiment.peer, peer_ms,
+        "" if experiment.target is None else f"{experiment.target[1]:g} {experiment.target[0]}", verdict(experiment, values) or reason, extra,
         first_call, registers, spills, clock, torch.cuda.get_device_name() if on_gpu else "cpu, interpreted", driver,
         torch.__version__, installed_version() or "", here.commit, here.date,
     )  # fmt: skip

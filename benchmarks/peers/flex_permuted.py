@@ -73,9 +73,9 @@ def _blocks(mask: Callable[..., Tensor], heads: int, length: int, device: torch.
             lambda b, h, x, y: mask(b, only, x, y), None, None, length, length, device=str(device), BLOCK_SIZE=128
         )
 
-    found = [of(head) for head in range(heads)]
+    of_heads = [of(head) for head in range(heads)]
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-    parts = (torch.cat([getattr(one, name) for one in found], 1) for name in names)
+    parts = (torch.cat([getattr(one, name) for one in of_heads], 1) for name in names)
     return BlockMask.from_kv_blocks(*parts, BLOCK_SIZE=128, mask_mod=mask, seq_lengths=(length, length))
 
 

@@ -44,10 +44,10 @@ class GatheredBlocks:
         """For each number of key blocks that occurs: query rows (m,), and the key rows of each (m, number)."""
         mask = self._mask[..., :blocks, :blocks].expand(heads, -1, -1)
         counts = mask.sum(-1).flatten()
-        found = []
+        parts = []
         for number in counts.unique().tolist():
             rows = (counts == number).nonzero().flatten()
             if number:
                 columns = mask.flatten(0, 1)[rows].nonzero()[:, 1].view(-1, number)
-                found.append((rows, columns + (rows // blocks * blocks).unsqueeze(1)))
-        return tuple(found)
+                parts.append((rows, columns + (rows // blocks * blocks).unsqueeze(1)))
+        return tuple(parts)

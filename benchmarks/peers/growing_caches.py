@@ -39,7 +39,7 @@ def dynamic_cache(k: Tensor, v: Tensor) -> Step:
 
 def installed() -> dict[str, Callable[[Tensor, Tensor], Step]]:
     """The peers that this environment has, by name."""
-    found = {"torch.cat": cat_growth}
+    caches = {"torch.cat": cat_growth}
     if importlib.util.find_spec("transformers") is not None:
-        found["DynamicCache"] = dynamic_cache
-    return found
+        caches["DynamicCache"] = dynamic_cache
+    return caches

@@ -27,41 +27,41 @@ def lru_cache(key: Hashable, value: object) -> Get:
 
 def ordered_dict_cache(key: Hashable, value: object) -> Get:
     """An OrderedDict and a lock, the cache that the seeds' users would write."""
-    kept, lock = OrderedDict({key: value}), threading.Lock()
+    entries, lock = OrderedDict({key: value}), threading.Lock()
 
-    def get(asked: Hashable) -> object:
+    def get(key: Hashable) -> object:
         with lock:
-            found = kept[asked]
-            kept.move_to_end(asked)
-            return found
+            value = entries[key]
+            entries.move_to_end(key)
+            return value
 
     return get
 
 
 def cachetools_cache(key: Hashable, value: object) -> Get:
     """cachetools.LRUCache, and the lock that it leaves to its user."""
-    kept, lock = import_module("cachetools").LRUCache(ROOM), threading.Lock()
-    kept[key] = value
+    cache, lock = import_module("cachetools").LRUCache(ROOM), threading.Lock()
+    cache[key] = value
 
-    def get(asked: Hashable) -> object:
+    def get(key: Hashable) -> object:
         with lock:
-            return kept[asked]
+            return cache[key]
 
     return get
 
 
 def cachebox_cache(key: Hashable, value: object) -> Get:
     """cachebox.LRUCache, written in Rust, with its lock inside."""
-    kept = import_module("cachebox").LRUCache(ROOM)
-    kept[key] = value
-    return kept.__getitem__
+    cache = import_module("cachebox").LRUCache(ROOM)
+    cache[key] = value
+    return cache.__getitem__
 
 
 def theine_cache(key: Hashable, value: object) -> Get:
     """theine.Cache, W-TinyLFU."""
-    kept = import_module("theine").Cache(ROOM)
-    kept.set(key, value)
-    return lambda asked: kept.get(asked)[0]
+    cache = import_module("theine").Cache(ROOM)
+    cache.set(key, value)
+    return lambda key: cache.get(key)[0]
 
 
 PEERS: dict[str, Callable[[Hashable, object], Get]] = {

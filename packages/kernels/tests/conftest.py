@@ -1,6 +1,6 @@
 """In every test of this package: memory is poisoned, and torch computes in one thread."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -28,6 +28,17 @@ def one_thread() -> Iterator[None]:
 def rows_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests put rows of their own into the table, and name the one that must serve: figures of speed decide where a test says so."""
     monkeypatch.setenv("LONGATTN_CHOICE", "fixed")
+
+
+@pytest.fixture
+def native_level(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Sets the native row's level for one test, and returns its name."""
+
+    def set_level(name: str) -> str:
+        monkeypatch.setenv("LONGATTN_NATIVE", name)
+        return name
+
+    return set_level
 
 
 @pytest.fixture(autouse=True)

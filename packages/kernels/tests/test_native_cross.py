@@ -38,14 +38,19 @@ def build_and_run(compiler: str, made: Path, *emulator: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "emulator"), [("aarch64-linux-gnu-g++", ("qemu-aarch64",)), ("c++", ())], ids=["aarch64", "here"]
+    ("compiler", "emulator"),
+    [("aarch64-linux-gnu-g++", ("qemu-aarch64", "qemu-aarch64-static")), ("c++", ())],
+    ids=["aarch64", "here"],
 )
 def test_the_definition_holds_without_python(compiler: str, emulator: tuple[str, ...], tmp_path: Path):
     """Forward and backward of two heads that share keys, causal, with keys that count twice; vectors of four floats."""
-    for tool in (compiler, *emulator):
-        if shutil.which(tool) is None:
-            pytest.skip(f"there is no {tool} here")
-    assert "4 floats a vector" in build_and_run(compiler, tmp_path / "driver", *emulator)
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler} here")
+    # Debian's package of programs without shared libraries names them otherwise.
+    command = next((path for name in emulator if (path := shutil.which(name)) is not None), None)
+    if emulator and command is None:
+        pytest.skip(f"there is none of {', '.join(emulator)} here")
+    assert "4 floats a vector" in build_and_run(compiler, tmp_path / "driver", *([command] if command else []))
 
 
 @pytest.mark.parametrize("compiler", ["clang++", f"{sys.executable} -m ziglang c++"], ids=["clang", "zig"])

@@ -130,8 +130,8 @@ def test_a_position_beyond_what_64_bits_can_add_is_refused():
     """Row times step is computed in 64 bits on the other side."""
     job = Job(Span(0, 1), 1, RowSet(Affine(0, 1, 0, 2, 1), (1 << 61, 1)), ())
     with pytest.raises(ValueError, match="positions must lie below"):
-        PackedJobs((job,))
-    PackedJobs((replace(job, queries=RowSet(Affine(0, 1, 0, 2, 1), (5, 1))),))
+        PackedJobs((job,), group=1)
+    PackedJobs((replace(job, queries=RowSet(Affine(0, 1, 0, 2, 1), (5, 1))),), group=1)
 
 
 def test_many_tiles_are_left_to_their_branches():

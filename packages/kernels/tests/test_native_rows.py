@@ -1,5 +1,6 @@
 """The native row beyond what every row is held to: its narrower forms, its specialised sizes, its two ways back, its bits."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longattn.kernels import Environment, attend
+from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.native.building import refusal
 from longattn.kernels.native.cpu import levels
 from longattn.kernels.native.row import _key_parts
 from longattn.kernels.poison import poisoned_memory
 from longattn.kernels.testing import Case, Tensors, cases, check_backend, run_case
-from longattn.patterncache import BlockSparse, Dilated, Full, Restrict, Span, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Rectangle, Restrict, Span, Window
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
 
@@ -25,10 +27,9 @@ NARROWER = levels()[1:]
 
 
 @pytest.fixture(params=NARROWER)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def level(request: pytest.FixtureRequest, native_level: Callable[[str], str]) -> str:
     """Each form of the library that this machine would not choose by itself."""
-    monkeypatch.setenv("LONGATTN_NATIVE", request.param)
-    return request.param
+    return native_level(request.param)
 
 
 @pytest.fixture
@@ -165,13 +166,13 @@ def test_float16_denormals_keep_their_value(
     flushing(flush)
     for q, k in ((big, lonely), (lonely, big)):
         q = q[:, :rows].clone().requires_grad_()
-        wanted = torch.softmax(torch.einsum("bihd,bjhd->bhij", q.double(), k.double()), -1)  # scale 1
+        weights = torch.softmax(torch.einsum("bihd,bjhd->bhij", q.double(), k.double()), -1)  # scale 1
         state = attend(q, k, v, Full(), backend="native", softmax_scale=1.0)
         assert torch.allclose(
             state.lse.double(), torch.einsum("bihd,bjhd->bihj", q.double(), k.double()).logsumexp(-1), atol=1e-5
         )
         assert torch.allclose(
-            state.out.double(), torch.einsum("bhij,bjhd->bihd", wanted, v.double()), rtol=1e-5, atol=0
+            state.out.double(), torch.einsum("bhij,bjhd->bihd", weights, v.double()), rtol=1e-5, atol=0
         )
     stored = attend(q.detach(), k, v, Full(), backend="native", out_dtype=torch.float16).out
     assert torch.equal(stored, v[:, :rows])
@@ -285,9 +286,9 @@ class Counting:
         self.bytes: list[tuple[str, int]] = []
 
     def empty(self, shape, dtype, device, role):
-        found = torch.full(tuple(shape), torch.nan, dtype=dtype, device=device)
-        self.bytes.append((role, found.nbytes))
-        return found
+        poisoned = torch.full(tuple(shape), torch.nan, dtype=dtype, device=device)
+        self.bytes.append((role, poisoned.nbytes))
+        return poisoned
 
     def release(self, tensor, role):
         self.bytes.append((f"back {role}", tensor.nbytes))
@@ -297,15 +298,32 @@ class Counting:
 def test_working_memory_is_a_tile(pattern, threads):
     """However long the sequence: beside out and lse the allocator is asked for a fixed amount a thread, and gets it back."""
     threads(1)
-    asked = []
+    sizes = []
     for n in (2048, 8192):
         allocator = Counting()
         q = torch.randn(1, n, 1, 64)
         attend(q, q, q, pattern, backend="native", environment=Environment(allocator=allocator))
         (scratch,) = [size for role, size in allocator.bytes if role == "back temp"]
         assert sorted(size for _, size in allocator.bytes) == sorted([n * 256, n * 4, scratch, scratch])
-        asked.append(scratch)
-    assert asked[0] == asked[1] <= 2 << 20
+        sizes.append(scratch)
+    assert sizes[0] == sizes[1] <= 2 << 20
+
+
+@pytest.mark.parametrize("pattern", [Dilated((256, 512), (1, 2)), Window(64)], ids=str)
+def test_sums_of_a_backward_do_not_grow(pattern, threads):
+    """In half precision: however long the sequence, a thread's float32 sums hold the keys that coming tasks meet."""
+    threads(1)
+    sizes = []
+    for n in (2048, 8192):
+        plan = pattern.plan(Rectangle(2, Span(0, n), Span(0, n)))
+        allocator = Counting()
+        q, k, v, grad = torch.randn(4, 1, n, 2, 16).bfloat16()
+        call = Call(q, k, v, plan, 0.25, None, None, None, None, 0.0, 0, torch.bfloat16, False, allocator)
+        out, lse = row("native").forward(call)
+        allocator.bytes.clear()
+        row("native").backward(call, grad, None, out, lse, False)
+        sizes.append(max(size for _, size in allocator.bytes))
+    assert sizes[0] == sizes[1]
 
 
 def test_a_single_rounding_where_nothing_merges():

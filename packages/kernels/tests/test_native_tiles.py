@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
@@ -32,10 +33,9 @@ TILED = [
 
 
 @pytest.fixture(params=TILED)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def level(request: pytest.FixtureRequest, native_level: Callable[[str], str]) -> str:
     """The level in each form that runs here."""
-    monkeypatch.setenv("LONGATTN_NATIVE", request.param)
-    return request.param
+    return native_level(request.param)
 
 
 @pytest.fixture
@@ -143,10 +143,10 @@ def test_few_rows(level: str, group: int, head_dim: int):
 
 def error_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
     """Of the native row, beside float64."""
-    wanted = torch.nn.functional.scaled_dot_product_attention(
+    truth = torch.nn.functional.scaled_dot_product_attention(
         *(x.double().transpose(1, 2) for x in (q, k, v))
     ).transpose(1, 2)
-    return float((attend(q, k, v, Full(), backend="native").out - wanted).abs().max())
+    return float((attend(q, k, v, Full(), backend="native").out - truth).abs().max())
 
 
 def test_float16_is_split_exactly(level: str):
@@ -177,10 +177,10 @@ def test_gradients_of_float32_at_high(level: str, precision):
     precision("high")
     inputs = [x.requires_grad_() for x in torch.randn(3, 1, 100, 2, 40).unbind()]
     grad = torch.randn(1, 100, 2, 40)
-    found = torch.autograd.grad(attend(*inputs, LONGNET, backend="native").out, inputs, grad)
+    at_high = torch.autograd.grad(attend(*inputs, LONGNET, backend="native").out, inputs, grad)
     precision("highest")
-    wanted = torch.autograd.grad(attend(*inputs, LONGNET, backend="native").out, inputs, grad)
-    for a, b in zip(found, wanted, strict=True):
+    exact = torch.autograd.grad(attend(*inputs, LONGNET, backend="native").out, inputs, grad)
+    for a, b in zip(at_high, exact, strict=True):
         assert torch.allclose(a, b, atol=2e-4) and not torch.equal(a, b)
 
 

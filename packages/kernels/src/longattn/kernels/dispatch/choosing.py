@@ -33,15 +33,15 @@ def select(problem: AttentionProblem, backend: str | None = None, plan: Plan | N
     Raises:
         ValueError: no row fits, or the named one does not; the message gives each row's reasons.
     """
-    found = explain_choice(problem, backend, plan, batch, measure=True)
-    while found.backend is not None:
-        chosen = row(found.backend)
+    explanation = explain_choice(problem, backend, plan, batch, measure=True)
+    while explanation.backend is not None:
+        chosen = row(explanation.backend)
         able = chosen.prepare is None or chosen.prepare() is None
         if able and (chosen.standing is None or not chosen.standing(problem, True).startswith("failed")):
             return chosen
-        found = explain_choice(problem, backend, plan, batch, measure=True)  # now the row has one more reason
-    wanted = "no backend" if backend is None else f"backend={backend!r} cannot"
-    raise ValueError(f"{wanted} {'fits' if backend is None else 'serve'} this problem: {found}")
+        explanation = explain_choice(problem, backend, plan, batch, measure=True)  # now the row has one more reason
+    subject = "no backend" if backend is None else f"backend={backend!r} cannot"
+    raise ValueError(f"{subject} {'fits' if backend is None else 'serve'} this problem: {explanation}")
 
 
 def explain_choice(
@@ -51,21 +51,21 @@ def explain_choice(
 
     measure: measure now what has no figures yet; else rows say so, and the order is fixed.
     """
-    found = explain_problem(problem, backend, refusals(problem))
-    found = replace(found, standings=standings(problem))
+    explanation = explain_problem(problem, backend, refusals(problem))
+    explanation = replace(explanation, standings=standings(problem))
     why_fixed = _why_fixed(problem, backend, plan)
     if why_fixed is not None or plan is None:
-        return replace(found, order=f"fixed: {why_fixed}")
+        return replace(explanation, order=f"fixed: {why_fixed}")
     work = work_of(plan, batch, (problem.head_dim + problem.value_width + 1) // 2)
     expected = []
-    for at in [row(name) for name, reasons in found.rows if not reasons]:
+    for at in [row(name) for name, reasons in explanation.rows if not reasons]:
         with suppress(RowFailure):  # it could not be made to run, and says so from now on
             expected.append((at.name, *_expected(at, problem, work, measure)))
-    found = replace(explain_problem(problem, backend, refusals(problem)), standings=found.standings)
+    explanation = replace(explain_problem(problem, backend, refusals(problem)), standings=explanation.standings)
     if any(seconds is None for _, seconds, _ in expected):
-        return replace(found, expected=tuple(expected), order="fixed: not every row has figures")
+        return replace(explanation, expected=tuple(expected), order="fixed: not every row has figures")
     chosen = min(expected, key=lambda row: row[1] or 0.0, default=(None,))[0]
-    return replace(found, backend=chosen, expected=tuple(expected), order=f"by expected time, as {work.form}")
+    return replace(explanation, backend=chosen, expected=tuple(expected), order=f"by expected time, as {work.form}")
 
 
 def _why_fixed(problem: AttentionProblem, backend: str | None, plan: Plan | None) -> str | None:

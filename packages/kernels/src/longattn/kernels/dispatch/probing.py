@@ -31,14 +31,14 @@ def probe(row: TableRow, dtype: torch.dtype) -> Numbers:
     Works on tensors of its own, beside whatever mode, generator or autograd state the caller has.
     """
     form, head_dim = PROBED
-    found: Numbers = {}
+    numbers: Numbers = {}
     for direction in ("forward", "backward") if row.capability.backward else ("forward",):
         tiny, whole = (seconds_of(row, dtype, Full(), n, 1, head_dim, direction) for n in (TINY, TOKENS))
         # A tiny problem keeps one thread busy, and the others asleep or waiting.
-        found[direction] = numbers_of(
+        numbers[direction] = numbers_of(
             Work(form, TOKENS * TOKENS, head_dim), direction, whole * torch.get_num_threads(), tiny
         )
-    return found
+    return numbers
 
 
 def numbers_of(work: Work, direction: str, seconds: float, overhead: float) -> dict[str, float]:

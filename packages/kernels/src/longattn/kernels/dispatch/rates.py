@@ -92,17 +92,17 @@ def torch_version() -> str:
 def shipped() -> tuple[dict[str, Any], ...]:
     """Every shipped table, by file name."""
     folder = files("longattn.kernels.dispatch").joinpath("shipped")
-    found = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
-    return tuple(json.loads(f.read_text(encoding="utf-8")) for f in found)
+    tables = sorted((f for f in folder.iterdir() if f.name.endswith(".json")), key=lambda f: f.name)
+    return tuple(json.loads(f.read_text(encoding="utf-8")) for f in tables)
 
 
 def shipped_figures(row: str, dtype: torch.dtype, threads: int) -> Figures | None:
     """Of this processor, torch and number of threads; `row` with its level, as in "native avx512bf16"."""
     for table in shipped():
         if (table["processor"], table["torch"]) == (processor(), torch_version()) and threads in table["threads"]:
-            found = table["rows"].get(row, {}).get(dtype_name(dtype))
-            if found is not None:
-                return Figures(found, f"shipped for {processor()}, torch {torch_version()}")
+            numbers = table["rows"].get(row, {}).get(dtype_name(dtype))
+            if numbers is not None:
+                return Figures(numbers, f"shipped for {processor()}, torch {torch_version()}")
     return None
 
 
@@ -115,8 +115,8 @@ def _like(row: str, dtype: torch.dtype) -> Numbers:
     """What the first shipped table says of a row, whatever its level; nothing of a row that it does not know."""
     for name, by_dtype in shipped()[0]["rows"].items() if shipped() else ():
         if name.split()[0] == row.split()[0] and dtype_name(dtype) in by_dtype:
-            found: Numbers = by_dtype[dtype_name(dtype)]
-            return found
+            numbers: Numbers = by_dtype[dtype_name(dtype)]
+            return numbers
     return {}
 
 
@@ -128,9 +128,9 @@ def figures_of(row: str, revision: str, dtype: torch.dtype, measure: Callable[[]
         measure: measures it now where nothing is shipped or kept; None: nothing is measured.
     """
     threads = torch.get_num_threads()
-    found = shipped_figures(row, dtype, threads)
-    if found is not None:
-        return found
+    figures = shipped_figures(row, dtype, threads)
+    if figures is not None:
+        return figures
     numbers = keep_measured("rates", (row, revision, dtype_name(dtype)), checked, measure)
     if isinstance(numbers, str):
         return numbers

@@ -7,8 +7,7 @@ class Tasks {
     const Call& call;
     int64_t total = 0;
 
-    static int64_t parts(const Call& call, const Job& job) { return (job.queries.count + call.rows - 1) / call.rows; }
-    int64_t of(const Job& job) const { return call.batch * job.heads * job.tiles * parts(call, job); }
+    int64_t of(const Job& job) const { return call.batch * job.heads * job.tiles * parts_of(call, job); }
 
 public:
     explicit Tasks(const Call& call) : call(call) {
@@ -21,16 +20,28 @@ public:
     void at(int64_t i, Visit visit) const {
         const Job* job = call.jobs;
         for (; i >= of(*job); job++) i -= of(*job);
-        int64_t many = parts(call, *job), part = i % many, tile = i / many % job->tiles;
+        int64_t many = parts_of(call, *job), part = i % many, tile = i / many % job->tiles;
         int64_t head = i / many / job->tiles % job->heads, b = i / many / job->tiles / job->heads;
         int64_t rows = job->queries.count, first = rows * part / many;
         visit(*job, b, job->head + head * job->head_step, tile, first, rows * (part + 1) / many - first);
     }
 };
 
-// Rows of dk and dv that a task sums in scratch.
-static int64_t scratch_rows(const Call& call) {
-    return call.dk.type == FLOAT32 || !call.key_parts ? 0 : (call.keys + call.key_parts - 1) / call.key_parts;
+// The rows of keys that a part of `key_parts` owns.
+static KeyRows owned(const Call& call, int64_t part) {
+    return {call.keys * part / call.key_parts, call.keys * (part + 1) / call.key_parts};
+}
+
+// Places for rows of dk and dv that a task sums in scratch.
+static int64_t places_in_scratch(const Call& call) {
+    if (call.dk.type == FLOAT32) return 0;
+    int64_t places = 0;
+    for (int64_t part = 0; part < call.key_parts; part++) {
+        const KeyRows mine = owned(call, part);
+        for (int64_t head = 0; head < call.kv_heads; head++)
+            places = most(places, Sums::places(rows_at_a_time(call, head, mine.first, mine.end), mine.end - mine.first));
+    }
+    return places;
 }
 
 template <class Op>
@@ -48,8 +59,8 @@ static void attend(const Call& call) {
 // key_parts: 0 makes dq only, job by job in parallel; 1 everything, a kv head to a task; more: dk and dv only, of as many ranges of rows.
 template <class Op>
 static void attend_backward(const Call& call) {
-    const int64_t parts = call.key_parts, key_rows = scratch_rows(call), each = Backward<Op>(call, nullptr, key_rows).floats;
-    auto own = [&](int64_t thread) { return Backward<Op>(call, call.scratch + thread * each, key_rows); };
+    const int64_t parts = call.key_parts, places = places_in_scratch(call), each = Backward<Op>(call, nullptr, places).floats;
+    auto own = [&](int64_t thread) { return Backward<Op>(call, call.scratch + thread * each, places); };
     Tasks tasks(call);
     if (!parts) {
         Pool::of_process().run(call.threads, tasks.count(), [&](int64_t thread, int64_t i) {
@@ -62,13 +73,14 @@ static void attend_backward(const Call& call) {
     }
     Pool::of_process().run(call.threads, call.batch * call.kv_heads * parts, [&](int64_t thread, int64_t i) {
         const int64_t part = i % parts, head = i / parts % call.kv_heads, b = i / parts / call.kv_heads;
-        own(thread).keys(b, head, Share{parts == 1, true, call.keys * part / parts, call.keys * (part + 1) / parts, part});
+        const KeyRows mine = owned(call, part);
+        own(thread).keys(b, head, Share{parts == 1, true, mine.first, mine.end, part});
     });
 }
 
 template <class Op>
 static int64_t floats_of(const Call& call) {
-    return call.dk.data ? Backward<Op>(call, nullptr, scratch_rows(call)).floats : Forward<Op>(call, nullptr).floats;
+    return call.dk.data ? Backward<Op>(call, nullptr, places_in_scratch(call)).floats : Forward<Op>(call, nullptr).floats;
 }
 
 // visit(the products that the call asks for).

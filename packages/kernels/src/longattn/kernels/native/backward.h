@@ -6,6 +6,7 @@
 // range of key rows (seven products, but as many owners as there are threads).
 #pragma once
 #include "forward.h"
+#include "sums.h"
 
 // Which gradients a pass makes, and the rows of keys that it owns.
 struct Share {
@@ -14,22 +15,13 @@ struct Share {
     int64_t part;  // which one of several
 };
 
-// float32 sums of dk and dv: the tensors themselves, or scratch from the share's first row on.
-struct Sums {
-    char *dk, *dv;
-    int64_t dk_row, dv_row;  // floats from a row to the next
-    int64_t first;
-
-    float* dk_at(int64_t n) const { return (float*)dk + (n - first) * dk_row; }
-    float* dv_at(int64_t n) const { return (float*)dv + (n - first) * dv_row; }
-};
-
 template <class Op>
 class Backward {
     static constexpr bool PAIRS = Op::PAIR == 2;
     static constexpr int64_t STRIP = Op::BACK_STRIP, WIDTH = Op::WIDTH, HALVES = WIDTH / 2 * Op::PARTS;
     static constexpr int64_t PAIRS_LOW = STRIP / 2 * WIDTH;  // from the high part of a strip's pairs to the low one
     const Call& call;
+    const int64_t places;
     const Shape<Op> shape, values;  // of q and k; of v and out
     const Units units;
     const PairMask pair_mask;
@@ -43,9 +35,9 @@ class Backward {
 public:
     int64_t floats;
 
-    // `key_rows` of dk and dv are summed in scratch: 0 where the tensors are float32.
-    Backward(const Call& call, float* from, int64_t key_rows)
-        : call(call), shape(call.dim), values(call.value_dim), units(call.scale, PAIRS), pair_mask(call, float(LOG2_E / units.unit)),
+    // `places` for rows of dk and dv to be summed in scratch: 0 where the tensors are float32.
+    Backward(const Call& call, float* from, int64_t places)
+        : call(call), places(places), shape(call.dim), values(call.value_dim), units(call.scale, PAIRS), pair_mask(call, float(LOG2_E / units.unit)),
           terms(call, units.unit) {
         float* at = from;
         auto take = [&](int64_t n) { float* mine = at; at += round_up(n, 16); return mine; };
@@ -70,7 +62,7 @@ public:
         ds_rows = PAIRS ? take(STRIP * HALVES) : products;
         p_pairs = PAIRS ? take(PAIRS_LOW * Op::PARTS + VL) : scores;
         ds_pairs = PAIRS ? take(PAIRS_LOW * Op::PARTS + VL) : products;
-        sums = take(key_rows * (shape.columns + values.columns));
+        sums = take(places * (shape.columns + values.columns));
         queries = (Queries*)take(sizeof(Queries) / 4 + 1);
         tile = (KeyTile*)take(sizeof(KeyTile) / 4 + 1);
         floats = at - from;
@@ -78,34 +70,22 @@ public:
 
     // dk, dv of a kv head's key rows from all query heads that share it, and their dq unless another pass makes it.
     void keys(int64_t b, int64_t kv_head, const Share& share) {
-        const int64_t group = call.heads / call.kv_heads, rows = share.row_end - share.row_begin;
-        Sums to{call.dk.at(b, 0, kv_head), call.dv.at(b, 0, kv_head), call.dk.row, call.dv.row, 0};
-        const bool direct = call.dk.type == FLOAT32;
-        if (!direct) {
-            memset(sums, 0, rows * (shape.columns + values.columns) * 4);
-            to = Sums{(char*)sums, (char*)(sums + rows * shape.columns), shape.columns, values.columns, share.row_begin};
-        }
-        for (int64_t j = 0; j < call.job_count; j++) {
-            const Job& job = call.jobs[j];
-            const int64_t parts = (job.queries.count + call.rows - 1) / call.rows;
+        const int64_t group = call.heads / call.kv_heads;
+        Sums to = call.dk.type == FLOAT32
+            ? Sums(call, b, kv_head)
+            : Sums(call, b, kv_head, sums, places, shape.columns, values.columns, share.row_begin, share.row_end);
+        tasks_in_order(call, kv_head, [&](const Job& job, int64_t t, int64_t first, int64_t count) {
+            to.done_before(first_needed(job, met_by(call, job, t, first, count)));
             for (int64_t n = 0; n < job.heads; n++) {
                 const int64_t h = job.head + n * job.head_step;
-                if (h / group != kv_head) continue;
-                for (int64_t t = 0; t < job.tiles; t++)
-                    for (int64_t part = 0; part < parts; part++) {
-                        const int64_t first = job.queries.count * part / parts, end = job.queries.count * (part + 1) / parts;
-                        run(job, b, h, t, first, end - first, share, &to);
-                    }
+                if (h / group == kv_head) run(job, b, h, t, first, count, share, &to);
             }
-        }
-        for (int64_t n = share.row_begin; !direct && n < share.row_end; n++) {
-            store_floats(call.dk.at(b, n, kv_head), to.dk_at(n), call.dk.type, shape.dim);
-            store_floats(call.dv.at(b, n, kv_head), to.dv_at(n), call.dv.type, values.dim);
-        }
+        });
+        to.done();
     }
 
     // The query rows of one task.
-    void run(const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t count, const Share& share, const Sums* to) {
+    void run(const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t count, const Share& share, Sums* to) {
         const int64_t rows = round_up(count, Op::TALL), kv_head = h / (call.heads / call.kv_heads);
         int64_t nearest, farthest;
         queries->take(job.queries, t, first, count, Op::TALL);
@@ -134,7 +114,14 @@ private:
     // Q, dO, lse, delta: memory -> L2, stay for all keys.
     void begin(int64_t b, int64_t h, int64_t count, int64_t rows) {
         const Flush none(false);  // a small q times the scale is what it is
+        const int64_t bytes = shape.dim * size_of(call.q.type), value_bytes = values.dim * size_of(call.grad_out.type);
         for (int64_t r = 0; r < rows; r++) {
+            if (r + ROWS_AHEAD < count) {
+                const int64_t ahead = queries->rows[r + ROWS_AHEAD];
+                ask_for(call.q.at(b, ahead, h), bytes);
+                ask_for(call.grad_out.at(b, ahead, h), value_bytes);
+                ask_for(call.out.at(b, ahead, h), value_bytes);
+            }
             float *q_row = Q + r * shape.wide, *dO_row = dO + r * values.wide;
             lse[r] = -NONE, delta[r] = 0;
             memset(q_row, 0, shape.wide * 4);
@@ -277,7 +264,7 @@ private:
     }
 
     // dk, dv of a tile: L2 -> memory, once for all rows of the task.
-    void add_keys(const Sums& to) {
+    void add_keys(Sums& to) {
         const float factor = call.scale == 0 ? 0.f : float(call.scale / units.q_factor);
         for (int64_t j = 0; j < tile->n; j++) {
             float *dk_row = to.dk_at(tile->rows[j]), *dv_row = to.dv_at(tile->rows[j]);

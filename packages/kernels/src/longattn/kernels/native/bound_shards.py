@@ -99,15 +99,15 @@ class BoundShards:
     def _outputs(self, shards: Sequence[tuple[tuple[int, int, int], Sequence[Step]]]) -> list[ShardArgument]:
         """Where each shard's state goes, as offsets from out and lse."""
         _, nq, heads, dim = self._out_shape
-        size, found, first = self._out_dtype.itemsize, [], 0
+        size, arguments, first = self._out_dtype.itemsize, [], 0
         for (start, _, step), steps in shards:
             wide = TensorArgument(
                 start * heads * dim * size, nq * heads * dim, step * heads * dim, dim, TYPES[self._out_dtype]
             )
             lse = TensorArgument(start * heads * 4, nq * heads, step * heads, 1, TYPES[torch.float32])
-            found.append(ShardArgument(wide, lse, first, len(steps)))
+            arguments.append(ShardArgument(wide, lse, first, len(steps)))
             first += len(steps)
-        return found
+        return arguments
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, allocator: TensorAllocator) -> tuple[Tensor, Tensor] | None:
         """Compute; out and lse are the allocator's. None once jobs are gone with their plans."""

@@ -113,45 +113,45 @@ def library() -> ctypes.CDLL:
     Raises:
         NativeBuildError: it cannot be had, with the compiler's last line.
     """
-    found = loaded()
-    if found is None:
+    handle = loaded()
+    if handle is None:
         raise NativeBuildError(current().refusal)
-    return found
+    return handle
 
 
 def loaded() -> ctypes.CDLL | None:
     """The loaded library of the current target, or None where it cannot be had; `current().refusal` then says why."""
-    wanted = current()
-    if wanted.loaded is None and wanted.refusal is None:
+    binary = current()
+    if binary.loaded is None and binary.refusal is None:
         with _guard:
-            _load(wanted)
-    return wanted.loaded
+            _load(binary)
+    return binary.loaded
 
 
-def _load(wanted: Target) -> None:
-    if wanted.refusal is not None or wanted.loaded is not None:
+def _load(binary: Target) -> None:
+    if binary.refusal is not None or binary.loaded is not None:
         return
     try:
-        wanted.path = cachefolder.find(wanted.folder, wanted.stem) or compile_for(wanted)
-        wanted.loaded = _opened(wanted.path)
+        binary.path = cachefolder.find(binary.folder, binary.stem) or compile_for(binary)
+        binary.loaded = _opened(binary.path)
     except NativeBuildError as problem:
-        wanted.refusal = str(problem)
+        binary.refusal = str(problem)
     except OSError as problem:
-        wanted.refusal = f"the library {wanted.folder / wanted.stem} cannot be made or loaded: {problem}"
+        binary.refusal = f"the library {binary.folder / binary.stem} cannot be made or loaded: {problem}"
 
 
 def _opened(path: Path) -> ctypes.CDLL:
     """The loaded library, checked to have every function that is called in it. A file without one of them is moved aside."""
     try:
-        found = ctypes.CDLL(str(path))
+        handle = ctypes.CDLL(str(path))
     except OSError as problem:
         cachefolder.set_aside(path, "cannot be loaded")
         raise NativeBuildError(f"the library {path} cannot be loaded: {problem}") from problem
-    missing = [name for entry in _ENTRIES if not hasattr(found, name := f"longattn_{entry}")]
+    missing = [name for entry in _ENTRIES if not hasattr(handle, name := f"longattn_{entry}")]
     if missing:
         cachefolder.set_aside(path, f"has no {missing[0]}")
         raise NativeBuildError(f"the library {path} is not ours: it has no {', '.join(missing)}")
-    return found
+    return handle
 
 
 @lru_cache
@@ -161,13 +161,13 @@ def target(choice: str) -> Target:
     named = choice.strip().lower()
     level = named if named in (*here, PLAIN_TILES) else here[0] if here else "generic"
     flags = (*FLAGS, *cpu.compiler_flags(level), *os.environ.get("LONGATTN_NATIVE_FLAGS", "").split())
-    wanted = Target(level, None, flags, Path(), f"native-{level}", _not_for_here(named, here))
-    if wanted.refusal is None:
+    binary = Target(level, None, flags, Path(), f"native-{level}", _not_for_here(named, here))
+    if binary.refusal is None:
         try:
-            wanted.refusal = _look(wanted)
+            binary.refusal = _look(binary)
         except OSError as problem:
-            wanted.refusal = f"compiler, source or cache folder cannot be read: {problem}"
-    return wanted
+            binary.refusal = f"compiler, source or cache folder cannot be read: {problem}"
+    return binary
 
 
 def _not_for_here(named: str, here: tuple[str, ...]) -> str | None:
@@ -184,55 +184,56 @@ def _not_for_here(named: str, here: tuple[str, ...]) -> str | None:
     return None
 
 
-def _look(wanted: Target) -> str | None:
+def _look(binary: Target) -> str | None:
     """Find compiler and folder, or say why they cannot be used."""
     folder, compiler = cachefolder.cache_folder(), compiling.find()
     if isinstance(folder, str):
         return folder
-    wanted.folder = folder
-    wanted.compiler = None if isinstance(compiler, str) else compiler
-    wanted.stem = f"native-{wanted.level}-{_hash(wanted.flags, wanted.compiler)}"
+    binary.folder = folder
+    binary.compiler = None if isinstance(compiler, str) else compiler
+    binary.stem = f"native-{binary.level}-{_hash(binary.flags, binary.compiler)}"
     wrong = cachefolder.refusal_of(folder)
-    if wrong is not None or (folder.is_dir() and any(folder.glob(f"{wanted.stem}.*.so"))):
+    if wrong is not None or (folder.is_dir() and any(folder.glob(f"{binary.stem}.*.so"))):
         return wrong
     return compiler if isinstance(compiler, str) else cachefolder.unwritable(folder)
 
 
-def compile_for(wanted: Target) -> Path:
-    """Compile the source for a target; the file gets its name once it is complete. One line on a terminal, or in the log, says so.
+def compile_for(binary: Target) -> Path:
+    """Compile the source for a target; the file gets its name once it is complete. One line on stderr says what, where and how long.
 
     Raises:
         NativeBuildError: there is no compiler, or it fails, with its last line.
         OSError: the folder cannot be written.
     """
-    compiler = wanted.compiler
+    compiler = binary.compiler
     if compiler is None:
         raise NativeBuildError(str(compiling.find()))
-    cachefolder.make(wanted.folder)
+    cachefolder.make(binary.folder)
     source = files("longattn.kernels.native").joinpath("attend.cpp")
     begun = perf_counter()
-    what = f"compiling the native row ({wanted.level}) with {' '.join(compiler.words)} into {wanted.folder}"
-    terminal = sys.stderr if sys.stderr is not None and sys.stderr.isatty() else None
-    if terminal is not None:
-        print(f"longattn: {what} ...", end="", file=terminal, flush=True)
+    what = f"compiling the native row ({binary.level}) with {' '.join(compiler.words)} into {binary.folder}"
+    stderr = sys.stderr  # None where a process has none
+    on_terminal = stderr is not None and stderr.isatty()
+    if on_terminal:
+        print(f"longattn: {what} ...", end="", file=stderr, flush=True)
     outcome = "failed"
     try:
-        with tempfile.TemporaryDirectory(dir=wanted.folder, prefix="building-") as own:
+        with tempfile.TemporaryDirectory(dir=binary.folder, prefix="building-") as own:
             made = Path(own) / "native.so"
-            command = compiler.command(wanted.flags, str(source), str(made))
+            command = compiler.command(binary.flags, str(source), str(made))
             logger.debug("native row: %s", " ".join(command))
             compiling.run(compiler, command)
             if not made.exists():
                 raise NativeBuildError(f"the compiler {' '.join(compiler.words)} ended well and wrote no library")
-            kept = cachefolder.keep(made, wanted.folder, wanted.stem)
+            path = cachefolder.keep(made, binary.folder, binary.stem)
         outcome = "done"
-        return kept
+        return path
     finally:
         took = f"{outcome} in {perf_counter() - begun:.1f} s"
-        if terminal is not None:
-            print(f" {took}", file=terminal, flush=True)
-        else:
-            logger.info("native row: %s: %s", what, took)
+        if stderr is not None:
+            # In a file, between the lines of others, the line is written as a whole.
+            print(f" {took}" if on_terminal else f"longattn: {what}: {took}", file=stderr, flush=True)
+        logger.debug("native row: %s: %s", what, took)
 
 
 def _hash(flags: tuple[str, ...], compiler: Compiler | None) -> str:

@@ -50,6 +50,7 @@ struct Job {
     const RowSet* keys;
     int64_t key_sets;
     int64_t fresh;  // no earlier phase wrote these rows
+    int64_t first_key, later_key;  // smallest row of its keys, and of the keys of all jobs of its kv heads behind it
 };
 
 // Products of float32, of bfloat16, or of numbers split into two bfloat16; those that a library has not are float32's.
@@ -84,6 +85,9 @@ struct Call {
 static INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Into how many tasks the query rows of one tile of a job are divided.
+static INLINE int64_t parts_of(const Call& call, const Job& job) { return (job.queries.count + call.rows - 1) / call.rows; }
 
 // Query rows of one task.
 struct Queries {

@@ -101,7 +101,7 @@ def run(compiler: Compiler, command: Sequence[str], longest_s: float | None = No
     """Run a compiler's command. What it started is gone when this returns, also where it took too long or was interrupted.
 
     Raises:
-        NativeBuildError: it fails, with its last line, or takes too long.
+        NativeBuildError: it fails, with its first line that says "error:" or else its last one, or takes too long.
         OSError: it cannot be started.
     """
     name, longest_s = " ".join(compiler.words), LONGEST_S if longest_s is None else longest_s
@@ -116,8 +116,9 @@ def run(compiler: Compiler, command: Sequence[str], longest_s: float | None = No
             _end(process)
     if process.returncode:
         # Messages of a compiler come in the user's language and encoding.
-        last = (said.decode("utf-8", errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-        raise NativeBuildError(f"the compiler {name} failed: {last}")
+        lines = said.decode("utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+        first_error = next((line for line in lines if "error:" in line), lines[-1])
+        raise NativeBuildError(f"the compiler {name} failed: {first_error}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

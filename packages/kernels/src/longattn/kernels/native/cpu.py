@@ -82,8 +82,8 @@ def tiles_refusal() -> str | None:
 
 def _has(level: str, flags: frozenset[str]) -> bool:
     # The kernel lists a flag only where it saves the registers too.
-    wanted = (flag.removeprefix("-m") for flag in LEVELS[level] if flag.startswith("-m"))
-    return all(_FLAG_NAMES.get(name, name) in flags for name in wanted)
+    required = (flag.removeprefix("-m") for flag in LEVELS[level] if flag.startswith("-m"))
+    return all(_FLAG_NAMES.get(name, name) in flags for name in required)
 
 
 def _flags() -> frozenset[str]:
@@ -92,5 +92,5 @@ def _flags() -> frozenset[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return frozenset()
-    found = next((line for line in lines if line.startswith("flags")), ":")
-    return frozenset(found.partition(":")[2].split())
+    line = next((line for line in lines if line.startswith("flags")), ":")
+    return frozenset(line.partition(":")[2].split())

@@ -85,7 +85,11 @@ public:
                 add_values(r, height, reach);
             }
         }
-        for (int64_t r = 0; r < count; r++) finish(job, b, h, r);
+        const int64_t bytes = values.dim * size_of(call.out.type);
+        for (int64_t r = 0; r < count; r++) {
+            if (r + ROWS_AHEAD < count) ask_to_write(call.out.at(b, queries->rows[r + ROWS_AHEAD], h), bytes);
+            finish(job, b, h, r);
+        }
     }
 
 private:
@@ -94,7 +98,9 @@ private:
         queries->take(job.queries, t, first, count, Op::TALL);
         int64_t rows = round_up(count, Op::TALL);
         const Flush none(false);  // a small q times the scale is what it is
+        const int64_t bytes = shape.dim * size_of(call.q.type);
         for (int64_t r = 0; r < rows; r++) {
+            if (r + ROWS_AHEAD < count) ask_for(call.q.at(b, queries->rows[r + ROWS_AHEAD], h), bytes);
             float* row = Q + r * shape.wide;
             if (r < count) load_words<Op>(row, call.q.at(b, queries->rows[r], h), call.q.type, shape.dim, shape.part, units.q_factor);
             else memset(row, 0, shape.wide * 4);
@@ -109,7 +115,10 @@ private:
     void pack(int64_t b, int64_t kv_head) {
         const KeyTile& keys = *tile;
         pack_transposed<Op>(Kt, stage, call.k, shape, b, kv_head, keys.rows, keys.n, keys.padded);
+        const int64_t bytes = values.dim * size_of(call.v.type);
+        for (int64_t i = 0; i < least(keys.n, ROWS_AHEAD); i++) ask_for(call.v.at(b, keys.rows[i], kv_head), bytes);
         pack_rows<Op>(V, stage, values, call.v.type, keys.padded, 1, [&](int64_t i) -> const char* {
+            if (i + ROWS_AHEAD < keys.n) ask_for(call.v.at(b, keys.rows[i + ROWS_AHEAD], kv_head), bytes);
             return i < keys.n ? call.v.at(b, keys.rows[i], kv_head) : nullptr;
         });
     }

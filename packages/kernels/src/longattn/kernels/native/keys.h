@@ -28,6 +28,9 @@ struct KeyTile {
     }
 };
 
+// a / b, rounded up; b > 0.
+static INLINE int64_t divide_up(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
 class KeyStream {
     const Call& call;
     const Job& job;
@@ -44,8 +47,6 @@ class KeyStream {
         }
         return lo;
     }
-
-    static int64_t divide_up(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
     void enter(const RowSet& set) {
         i = 0, end = set.count;

@@ -68,12 +68,12 @@ class Lowered:
     Attributes:
         phases: jobs that may run at the same time; one after the other.
         complete: every row of every head is written, and written before it is merged into.
-        packed: what `arguments` makes of a phase, by its number, and of all, by None.
+        packed: what `structures` makes of a phase, by its number, and of all, by None; and by query heads to a kv head.
     """
 
     phases: tuple[tuple[Job, ...], ...]
     complete: bool
-    packed: dict[int | None, object] = field(default_factory=dict)
+    packed: dict[tuple[int | None, int], object] = field(default_factory=dict)
 
 
 def lower(plan: Plan) -> Lowered:
@@ -82,14 +82,14 @@ def lower(plan: Plan) -> Lowered:
     Raises:
         ValueError: rows lie outside the rectangle, or a query row stands in two tiles of a branch.
     """
-    found: Lowered | None = plan.derived.get(_KEY)
-    if found is None:
+    known: Lowered | None = plan.derived.get(_KEY)
+    if known is None:
         for branch in plan.branches:
             _check(branch, plan.rectangle.shape)
         # Of two threads that lower at once, both use what the first one kept.
         lowered: Lowered = plan.derived.setdefault(_KEY, _in_phases(plan, list(_jobs(plan))))
         return lowered
-    return found
+    return known
 
 
 def _check(branch: Branch, shape: tuple[int, int, int]) -> None:

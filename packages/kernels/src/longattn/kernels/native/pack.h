@@ -13,6 +13,15 @@ struct Shape {
           columns(round_up(dim, Op::COLUMNS)), line(columns * Op::PARTS) {}
 };
 
+// Rows of one head lie far apart, so that no processor foresees the next one: it is asked for while others are converted.
+constexpr int64_t ROWS_AHEAD = 16;  // rows
+static INLINE void ask_for(const char* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+static INLINE void ask_to_write(const char* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 1);
+}
+
 static INLINE void load_floats(float* to, const char* from, int64_t type, int64_t n, float factor) {
     const uint16_t* halves = (const uint16_t*)from;
     // No product with 1: in a task it would make a denormal zero.
@@ -101,8 +110,11 @@ static INLINE void transpose(const float* from, int64_t ldf, float* to, int64_t 
 template <class Op>
 static void pack_transposed(float* to, float* stage, const Tensor& x, const Shape<Op>& shape, int64_t b, int64_t h,
                             const int64_t* rows, int64_t n, int64_t padded) {
+    const int64_t bytes = shape.dim * size_of(x.type);
+    for (int64_t i = 0; i < least(n, ROWS_AHEAD); i++) ask_for(x.at(b, rows[i], h), bytes);
     for (int64_t first = 0; first < padded; first += VL) {
         for (int64_t i = 0; i < VL; i++) {
+            if (first + i + ROWS_AHEAD < n) ask_for(x.at(b, rows[first + i + ROWS_AHEAD], h), bytes);
             float* row = stage + i * shape.wide;
             if (first + i < n) load_words<Op>(row, x.at(b, rows[first + i], h), x.type, shape.dim, shape.part, 1);
             else memset(row, 0, shape.wide * 4);

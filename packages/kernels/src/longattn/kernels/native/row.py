@@ -59,8 +59,8 @@ refusal = building.refusal
 
 def revision() -> tuple[str, str]:
     """The level of vectors, and what tells this library from others."""
-    wanted = building.current()
-    return wanted.level, wanted.stem
+    binary = building.current()
+    return binary.level, binary.stem
 
 
 def remark() -> str | None:
@@ -84,13 +84,13 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads) float32."""
     lowered = lower(call.plan)
     out, lse = _new_state(call, lowered)
-    asked = _argument(call, out, lse)
-    asked.merges = call.prior is not None
-    if _is_short(call, lowered, bool(asked.half)):
-        _run(call, "longattn_attend_short", asked, packed(lowered, 0))
+    argument = _argument(call, out, lse)
+    argument.merges = call.prior is not None
+    if _is_short(call, lowered, bool(argument.half)):
+        _run(call, "longattn_attend_short", argument, packed(lowered, 0))
         return finish(call, out), lse
     for phase in range(len(lowered.phases)):
-        _run(call, "longattn_attend", asked, packed(lowered, phase))
+        _run(call, "longattn_attend", argument, packed(lowered, phase))
     return finish(call, out), lse
 
 
@@ -130,39 +130,39 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32."""
     lowered = lower(call.plan)
-    asked = _argument(call, *(_readable(x, call.q.dtype) for x in (out, lse)))
-    asked.point_to("grad_out", _readable(grad_out, call.q.dtype), tuple(out.shape))
+    argument = _argument(call, *(_readable(x, call.q.dtype) for x in (out, lse)))
+    argument.point_to("grad_out", _readable(grad_out, call.q.dtype), tuple(out.shape))
     if grad_lse is not None:
-        asked.point_to("grad_lse", grad_lse.to(torch.float32), tuple(lse.shape))
+        argument.point_to("grad_lse", grad_lse.to(torch.float32), tuple(lse.shape))
     one_phase = len(lowered.phases) == 1
     dq = _unwritten(call.q, call.q.dtype if one_phase else torch.float32, lowered.complete)
     # Sums that are float32 anyway are made where they are wanted; others in scratch, and every row is written.
     dk, dv = (_unwritten(x, x.dtype, x.dtype != torch.float32 and bool(lowered.phases)) for x in (call.k, call.v))
     for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
-        asked.point_to(name, x, tuple(x.shape))
-    asked.key_parts = parts = _key_parts(asked)
+        argument.point_to(name, x, tuple(x.shape))
+    argument.key_parts = parts = _key_parts(argument)
     sums = None
     if call.by_distance is not None and call.by_distance_grad is not None:
         # A part for everyone who owns keys: no two add to one number, and equal calls give equal bits.
-        sums = torch.zeros((parts, asked.batch, *call.by_distance.shape), dtype=torch.float32)
-        asked.add_by_distance(call.by_distance, sums, asked.heads)
+        sums = torch.zeros((parts, argument.batch, *call.by_distance.shape), dtype=torch.float32)
+        argument.add_by_distance(call.by_distance, sums, argument.heads)
     if lowered.phases:
-        _run(call, "longattn_attend_backward", asked, packed(lowered, None))
-    asked.key_parts = 0
+        _run(call, "longattn_attend_backward", argument, packed(lowered, None, argument.heads // argument.kv_heads))
+    argument.key_parts = 0
     for phase in range(len(lowered.phases) if parts > 1 else 0):
-        _run(call, "longattn_attend_backward", asked, packed(lowered, phase))
+        _run(call, "longattn_attend_backward", argument, packed(lowered, phase))
     if sums is not None and call.by_distance_grad is not None:
         call.by_distance_grad.add_(sums.sum((0, 1)))
     return dq.to(call.q.dtype), dk, dv, None
 
 
-def _key_parts(asked: CallArgument) -> int:
+def _key_parts(argument: CallArgument) -> int:
     """1: whoever owns a kv head makes all three gradients of it; more: dk and dv in so many ranges of rows, dq apart."""
-    owners = asked.batch * asked.kv_heads
-    rounds = -(-owners // asked.threads)
-    if owners == 0 or owners >= _LEAST_OCCUPANCY * rounds * asked.threads:
+    owners = argument.batch * argument.kv_heads
+    rounds = -(-owners // argument.threads)
+    if owners == 0 or owners >= _LEAST_OCCUPANCY * rounds * argument.threads:
         return 1
-    return min(-(-_TASKS_A_THREAD * asked.threads // owners), max(1, asked.keys))
+    return min(-(-_TASKS_A_THREAD * argument.threads // owners), max(1, argument.keys))
 
 
 def _readable(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,25 +203,25 @@ def _argument(call: Call, out: Tensor, lse: Tensor) -> CallArgument:
             f"q, k and v must fit the plan's {call.plan.rectangle.shape}, got {call.q.shape}, {call.k.shape} and {call.v.shape}"
         )
     sizes = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "value_dim": value_dim}
-    asked = CallArgument(batch=batch, queries=nq, keys=nk, **sizes)
-    asked.point_to("q", call.q, (batch, nq, heads, dim))
-    asked.point_to("k", call.k, (batch, nk, kv_heads, dim))
-    asked.point_to("v", call.v, (batch, nk, kv_heads, value_dim))
-    asked.point_to("out", out, (batch, nq, heads, value_dim))
-    asked.point_to("lse", lse, (batch, nq, heads))
+    argument = CallArgument(batch=batch, queries=nq, keys=nk, **sizes)
+    argument.point_to("q", call.q, (batch, nq, heads, dim))
+    argument.point_to("k", call.k, (batch, nk, kv_heads, dim))
+    argument.point_to("v", call.v, (batch, nk, kv_heads, value_dim))
+    argument.point_to("out", out, (batch, nq, heads, value_dim))
+    argument.point_to("lse", lse, (batch, nq, heads))
     if call.key_padding is not None:
-        asked.hide(call.key_padding, (batch, nk))
+        argument.hide(call.key_padding, (batch, nk))
     for name, x in (("mask", call.mask), ("bias", call.bias)):
         if x is not None:
-            asked.look_up(name, _in_known_type(x), (batch, heads, nq, nk))
+            argument.look_up(name, _in_known_type(x), (batch, heads, nq, nk))
     if call.by_distance is not None:
-        asked.add_by_distance(call.by_distance, None, heads)
-    asked.softcap = call.softcap
-    asked.scale, asked.drop, asked.seed = call.scale, call.dropout_p, call.seed & (2**64 - 1)
-    asked.first_head = call.plan.rectangle.heads.start
-    asked.half = _products(call.q.dtype)
-    asked.threads = torch.get_num_threads()
-    return asked
+        argument.add_by_distance(call.by_distance, None, heads)
+    argument.softcap = call.softcap
+    argument.scale, argument.drop, argument.seed = call.scale, call.dropout_p, call.seed & (2**64 - 1)
+    argument.first_head = call.plan.rectangle.heads.start
+    argument.half = _products(call.q.dtype)
+    argument.threads = torch.get_num_threads()
+    return argument
 
 
 def _products(dtype: torch.dtype) -> int:
@@ -233,30 +233,30 @@ def _products(dtype: torch.dtype) -> int:
     return 2 if level in TILED and splits else 0
 
 
-def _run(call: Call, entry: str, asked: CallArgument, jobs: PackedJobs) -> None:
+def _run(call: Call, entry: str, argument: CallArgument, jobs: PackedJobs) -> None:
     """The library's `entry` on some jobs, with scratch of the call's allocator."""
-    if not asked.batch:
+    if not argument.batch:
         return
-    floats = _give_jobs(entry, asked, jobs)
+    floats = _give_jobs(entry, argument, jobs)
     scratch = call.allocator.empty((floats + _LINE // 4,), torch.float32, call.q.device, "temp")
-    asked.scratch = -(-scratch.data_ptr() // _LINE) * _LINE
-    getattr(building.library(), entry)(ctypes.byref(asked))
+    argument.scratch = -(-scratch.data_ptr() // _LINE) * _LINE
+    getattr(building.library(), entry)(ctypes.byref(argument))
     call.allocator.release(scratch, "temp")
 
 
-def _give_jobs(entry: str, asked: CallArgument, jobs: PackedJobs) -> int:
+def _give_jobs(entry: str, argument: CallArgument, jobs: PackedJobs) -> int:
     """Write the jobs into the argument; how many floats of scratch `entry` wants for them."""
     library = building.library()
     sizes = tuple(library.longattn_sizes(ctypes.c_int64(i)) for i in range(3))
     if sizes != SIZES:
         raise RuntimeError(f"the native library's structures must have sizes {SIZES}, got {sizes}")
-    asked.jobs, asked.job_count = jobs.address, jobs.count
-    rows = jobs.rows * asked.batch // (asked.threads * _TASKS_A_THREAD)
-    asked.rows = max(_LEAST_ROWS, min(_MOST_ROWS, rows))
+    argument.jobs, argument.job_count = jobs.address, jobs.count
+    rows = jobs.rows * argument.batch // (argument.threads * _TASKS_A_THREAD)
+    argument.rows = max(_LEAST_ROWS, min(_MOST_ROWS, rows))
     short = entry == "longattn_attend_short"
     scratch_of = library.longattn_short_scratch if short else library.longattn_scratch
     scratch_of.restype = ctypes.c_int64
-    return scratch_of(ctypes.byref(asked)) * (1 if short else asked.threads)
+    return scratch_of(ctypes.byref(argument)) * (1 if short else argument.threads)
 
 
 def bind(call: Call, out: Tensor, lse: Tensor) -> BoundForward | None:
@@ -267,10 +267,10 @@ def bind(call: Call, out: Tensor, lse: Tensor) -> BoundForward | None:
     lowered = lower(call.plan)
     if not is_plain(call) or len(lowered.phases) != 1 or call.out_dtype not in TYPES:
         return None
-    asked = _argument(call, out, lse)
-    entry = "longattn_attend_short" if _is_short(call, lowered, bool(asked.half)) else "longattn_attend"
+    argument = _argument(call, out, lse)
+    entry = "longattn_attend_short" if _is_short(call, lowered, bool(argument.half)) else "longattn_attend"
     jobs = packed(lowered, 0)
-    return BoundForward(call, asked, jobs, entry, _give_jobs(entry, asked, jobs), lowered.complete)
+    return BoundForward(call, argument, jobs, entry, _give_jobs(entry, argument, jobs), lowered.complete)
 
 
 def bind_shards(q: Tensor, k: Tensor, v: Tensor, shards: Sequence[Shard], out_dtype: torch.dtype) -> BoundShards | None:
@@ -293,10 +293,10 @@ def _steps(call: Call) -> Iterator[Step]:
     lowered = lower(call.plan)
     out = torch.empty((*call.q.shape[:3], call.v.shape[3]), dtype=torch.float32)
     for phase in range(len(lowered.phases)):
-        asked, jobs = _argument(call, out, out[..., 0].contiguous()), packed(lowered, phase)
-        few = _is_short(call, lowered, bool(asked.half))
-        floats = _give_jobs("longattn_attend_short" if few else "longattn_attend", asked, jobs)
-        yield Step(call, asked, jobs, few, lowered.complete or phase > 0, phase > 0, floats)
+        argument, jobs = _argument(call, out, out[..., 0].contiguous()), packed(lowered, phase)
+        few = _is_short(call, lowered, bool(argument.half))
+        floats = _give_jobs("longattn_attend_short" if few else "longattn_attend", argument, jobs)
+        yield Step(call, argument, jobs, few, lowered.complete or phase > 0, phase > 0, floats)
 
 
 def bind_backward(
@@ -316,15 +316,15 @@ def bind_backward(
     readable = all(readable_as_it_lies(x, call.q.dtype) for x in given) and lse.dtype == torch.float32
     if not is_plain(call) or len(lowered.phases) != 1 or not readable:
         return None
-    asked = _argument(call, out, lse)
-    asked.point_to("grad_out", grad_out, tuple(out.shape))
+    argument = _argument(call, out, lse)
+    argument.point_to("grad_out", grad_out, tuple(out.shape))
     if grad_lse is not None:
-        asked.point_to("grad_lse", grad_lse, tuple(lse.shape))
-    asked.key_parts = _key_parts(asked)
-    if asked.key_parts != 1:
+        argument.point_to("grad_lse", grad_lse, tuple(lse.shape))
+    argument.key_parts = _key_parts(argument)
+    if argument.key_parts != 1:
         return None
     complete = (lowered.complete, call.k.dtype != torch.float32)
     for name, x in zip(("dq", "dk", "dv"), gradients[:3], strict=True):
-        asked.point_to(name, x, tuple(x.shape))
-    jobs = packed(lowered, None)
-    return BoundBackward(call, asked, jobs, _give_jobs("longattn_attend_backward", asked, jobs), complete)
+        argument.point_to(name, x, tuple(x.shape))
+    jobs = packed(lowered, None, argument.heads // argument.kv_heads)
+    return BoundBackward(call, argument, jobs, _give_jobs("longattn_attend_backward", argument, jobs), complete)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longattn.kernels.native.lowering import Job, Lowered, RowSet
 from longattn.kernels.native.progressions import Periodic
-from longattn.patterncache.indices import Affine
+from longattn.patterncache.indices import Affine, Index
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FAR = 1 << 60
@@ -36,7 +36,7 @@ _ROW_SET = (
     "starts", "start", "tile_step", "period", "block", "offsets", "step", "log2_count", "count", "origin", "position_step", "low",
     "high",
 )  # fmt: skip
-_JOB = ("head", "head_step", "heads", "tiles", *_ROW_SET, "keys", "key_sets", "fresh")
+_JOB = ("head", "head_step", "heads", "tiles", *_ROW_SET, "keys", "key_sets", "fresh", "first_key", "later_key")
 
 _TENSORS = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv", "lse", "grad_lse")
 
@@ -92,7 +92,7 @@ class CallArgument(ctypes.Structure):
         Raises:
             ValueError: it is not, or has another device or dtype, or strides that leave its memory.
         """
-        fits = x.dim() == len(shape) and all(n in (1, wanted) for n, wanted in zip(x.shape, shape, strict=True))
+        fits = x.dim() == len(shape) and all(n in (1, length) for n, length in zip(x.shape, shape, strict=True))
         if not fits or x.device.type != "cpu" or x.dtype not in (*TYPES, torch.bool):
             raise ValueError(
                 f"{name} must be a CPU tensor broadcastable to {shape}, got {tuple(x.shape)}, {x.dtype}, on {x.device}"
@@ -152,7 +152,7 @@ class PackedJobs:
         even: whether each job's keys are evenly spaced at ascending positions, each counted once: what a short call reads.
     """
 
-    def __init__(self, jobs: tuple[Job, ...]) -> None:
+    def __init__(self, jobs: tuple[Job, ...], group: int) -> None:
         self._kept: dict[Any, np.ndarray] = {}
         sets = [[self._row_set(keys) for keys in job.keys] for job in jobs]
         self._sets = np.array([s for some in sets for s in some], np.int64).reshape(-1, len(_ROW_SET))
@@ -160,8 +160,13 @@ class PackedJobs:
         for job, some in zip(jobs, sets, strict=True):
             where = self._sets.ctypes.data + first * self._sets.itemsize * len(_ROW_SET)
             heads = (job.heads.start, job.heads.step, job.heads.length, job.tiles)
-            rows.append([*heads, *self._row_set(job.queries), where, len(some), job.fresh])
+            rows.append([*heads, *self._row_set(job.queries), where, len(some), job.fresh, _first_key(job), 0])
             first += len(some)
+        later: dict[int, int] = {}  # of each kv head
+        for fields, job in zip(reversed(rows), reversed(jobs), strict=True):
+            kv_heads = {(job.heads.start + n * job.heads.step) // group for n in range(job.heads.length)}
+            fields[-1] = min((later.get(head, _BEYOND) for head in kv_heads), default=_BEYOND)
+            later |= {head: min(later.get(head, _BEYOND), fields[-2]) for head in kv_heads}
         self._jobs = np.array(rows, np.int64).reshape(-1, len(_JOB))
         self.address, self.count = self._jobs.ctypes.data, len(jobs)
         self.even = all(len(job.keys) == 1 and job.fresh and _even(job.keys[0]) for job in jobs)
@@ -190,19 +195,34 @@ class PackedJobs:
         return self._kept.setdefault(key, np.ascontiguousarray(array)).ctypes.data
 
 
+def _first_key(job: Job) -> int:
+    """The smallest row of a job's keys; far beyond all rows where it has none."""
+    return min((_first_row(keys.index) for keys in job.keys if keys.index.count), default=_BEYOND)
+
+
+def _first_row(index: Index | Periodic) -> int:
+    if isinstance(index, Periodic):
+        return index.start + index.offsets[0]
+    if isinstance(index, Affine):
+        ends = (t * index.tile_step + i * index.step for t in (0, index.tiles - 1) for i in (0, index.count - 1))
+        return index.start + min(ends)
+    return int(index.starts.min()) + min(0, (index.run - 1) * index.step)
+
+
 def _even(keys: RowSet) -> bool:
     return isinstance(keys.index, Affine) and keys.index.count > 0 and keys.index.step > 0 and keys.at[1] > 0
 
 
-def packed(lowered: Lowered, phase: int | None) -> PackedJobs:
-    """A phase in flat arrays, or all of them in order; kept with the plan."""
-    found = lowered.packed.get(phase)
-    if not isinstance(found, PackedJobs):
+def packed(lowered: Lowered, phase: int | None, group: int = 1) -> PackedJobs:
+    """A phase in flat arrays, or all of them in order; kept with the plan. A backward says how many query heads share a kv head."""
+    arrays = lowered.packed.get((phase, group))
+    if not isinstance(arrays, PackedJobs):
         jobs = tuple(job for some in lowered.phases for job in some) if phase is None else lowered.phases[phase]
-        made = PackedJobs(jobs)
-        kept = lowered.packed.setdefault(phase, made)
-        found = kept if isinstance(kept, PackedJobs) else made
-    return found
+        made = PackedJobs(jobs, group)
+        # Of two threads that pack at once, both use what the first one left.
+        first = lowered.packed.setdefault((phase, group), made)
+        arrays = first if isinstance(first, PackedJobs) else made
+    return arrays
 
 
 def check_memory(name: str, x: Tensor) -> None:
