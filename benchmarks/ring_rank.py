@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.memory import ResidentPeak
 from longattn.attention import Ring, pattern_attention, shard_sequence
 from longattn.attention.schedules.layouts import LAYOUTS
-from longattn.attention.schedules.transport import watch
+from longattn.attention.schedules.place import watch
 from longattn.kernels import attend
 from longattn.patterncache import Dilated, Full, Pattern
 

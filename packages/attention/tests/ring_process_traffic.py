@@ -19,6 +19,7 @@ from longattn.attention import (
 from longattn.attention.schedules import driver as scheduled
 from longattn.attention.schedules.all_gather import AllGather
 from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.place import Event, note, watch
 from longattn.attention.schedules.sharding import shard_sequence, unshard_sequence
 from longattn.attention.schedules.traffic import (
     Call,
@@ -28,7 +29,6 @@ from longattn.attention.schedules.traffic import (
     ring_traffic,
     ulysses_traffic,
 )
-from longattn.attention.schedules.transport import Event, note, watch
 from longattn.attention.schedules.ulysses import Ulysses
 from longattn.kernels.dispatch.environment import Environment, TorchAllocator
 from longattn.patterncache import Dilated, Full, Pattern, PatternCache, Window

@@ -75,6 +75,9 @@ if TYPE_CHECKING:
     from longattn.attention.schedules.base import (
         Schedule,
     )
+    from longattn.attention.schedules.errors import (
+        GroupError as GroupError,
+    )
     from longattn.attention.schedules.local import (
         Local,
     )
@@ -110,6 +113,7 @@ _HOME = {
     "DilatedAttention": "presets",
     "DilatedTransformerDecoderLayer": "models.layers",
     "DilatedTransformerEncoderLayer": "models.layers",
+    "GroupError": "schedules.errors",
     "ImprovedDilatedAttention": "presets",
     "ImprovedDilatedAttentionV2": "presets",
     "ImprovedMultiheadDilatedAttention": "multihead_presets",
@@ -155,6 +159,7 @@ __all__ = [
     "DilatedAttention",
     "DilatedTransformerDecoderLayer",
     "DilatedTransformerEncoderLayer",
+    "GroupError",
     "ImprovedDilatedAttention",
     "ImprovedDilatedAttentionV2",
     "ImprovedMultiheadDilatedAttention",

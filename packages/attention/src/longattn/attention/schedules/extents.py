@@ -68,6 +68,8 @@ BIAS = 64
 """A floating mask."""
 CONFLICT = 128
 """Of a group that is one rank of another schedule: its own ranks have different masks."""
+SINKS = 256
+"""The call has sink logits."""
 
 
 def mask_flags(key_padding: Tensor | None, mask: Tensor | None, nq: int) -> int:
@@ -116,6 +118,12 @@ def agreed_flags(flags: list[int]) -> int:
             "got one row on some and more on others"
         )
     return union
+
+
+def describe_masks(flags: int) -> str:
+    """What masks there are and which axes they have, in words: alike on every rank."""
+    words = {PADDING: "padding", MASK: "mask", BIAS: "floating", BY_HEAD: "by head", BY_ELEMENT: "by batch element"}
+    return ", ".join(word for bit, word in words.items() if flags & bit)
 
 
 def mask_has_rows(flags: int) -> bool:

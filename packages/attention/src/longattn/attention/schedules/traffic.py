@@ -15,8 +15,8 @@ from longattn.attention.schedules.all_gather import AllGather
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.layouts import LAYOUTS, count_rows
 from longattn.attention.schedules.packing import packing_of
+from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.ring import Ring
-from longattn.attention.schedules.transport import Place
 from longattn.attention.schedules.ulysses import Ulysses
 from longattn.attention.validate import check_pattern_argument, check_size, check_type
 from longattn.kernels.interface import state_dtype
