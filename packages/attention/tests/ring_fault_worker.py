@@ -33,11 +33,11 @@ PATTERN = Dilated((6, 12, 12 * WORLD), (1, 2, 1), causal=True)
 N = 12 * WORLD
 
 
-def build(engine: str) -> Schedule:
+def build(engine: str, seconds: float = 60.0) -> Schedule:
     """That engine, over all ranks."""
     kind = {"ring": Ring, "zigzag": Ring, "all_gather": AllGather, "ulysses": Ulysses}[engine]
     layout = "zigzag" if engine == "zigzag" else "contiguous"
-    return kind(dist.group.WORLD, layout=layout, lengths=N, timeout=SECONDS)  # type: ignore[arg-type, call-arg]
+    return kind(dist.group.WORLD, layout=layout, lengths=N, timeout=seconds)  # type: ignore[arg-type, call-arg]
 
 
 def strike(fault: str) -> None:
@@ -116,6 +116,7 @@ def fail(number: int, engine: str, fault: str, phase: str, step: int) -> Iterato
     before = descriptors(), threading.active_count()
     if RANK != WORLD - 1 and fault == "interrupt":
         threading.Timer(SECONDS / 2, signal.raise_signal, (signal.SIGINT,)).start()
+    module.schedule = build(engine, SECONDS)
     try:
         with armed(fault, phase, step) if RANK == WORLD - 1 else nullcontext():
             report["right"] = right()
@@ -123,7 +124,8 @@ def fail(number: int, engine: str, fault: str, phase: str, step: int) -> Iterato
         report |= {"error": type(error).__name__, "rank": getattr(error, "rank", None), "text": str(error)}
     yield report
     # Whoever failed, or not, comes here.
-    schedule.reset(8 * SECONDS)
+    schedule.reset(60.0)
+    module.schedule = schedule
     report["after reset"] = right()
     gc.collect()
     report["kept"] = [descriptors() - before[0], threading.active_count() - before[1]]

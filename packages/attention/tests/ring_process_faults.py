@@ -10,7 +10,18 @@ import torch.distributed as dist
 from ring_process_setup import RANK, WORLD, randn
 from torch import Tensor
 
-from longattn.attention import AllGather, GroupError, PatternAttention, Ring, Ulysses, pattern_attention, shard_sequence
+from longattn.attention import (
+    AllGather,
+    GroupError,
+    PatternAttention,
+    Ring,
+    RingDilatedAttentionV2,
+    RingDilatedAttentionV3,
+    RingMultiheadDilatedAttentionV2,
+    Ulysses,
+    pattern_attention,
+    shard_sequence,
+)
 from longattn.attention.schedules.group_calls import calls_over
 from longattn.attention.schedules.place import Place
 from longattn.patterncache import BlockSparse, Dilated, Documents, Full, Pattern, Window
@@ -18,11 +29,11 @@ from longattn.patterncache import BlockSparse, Dilated, Documents, Full, Pattern
 N, HEADS, KV_HEADS, DIM = 12 * WORLD, 2 * WORLD, WORLD, 8
 PATTERN = Dilated((6, 12), (1, 2), causal=True)
 DIFFERS = RANK == WORLD - 1
-SECONDS = 2.0
+SECONDS = 40.0
 
 
 def engines() -> list[Any]:
-    """Each kind of schedule, with and without lengths. What waits for a rank that does not come waits SECONDS."""
+    """Each kind of schedule, with and without lengths. No rank waits SECONDS: every one of them comes."""
     group = dist.group.WORLD
     known = {"lengths": N, "timeout": SECONDS}
     return [
@@ -254,8 +265,8 @@ def case_a_rank_that_does_not_come() -> None:
                 Case(schedule).call()
             assert (caught.value.rank, caught.value.step) == (WORLD - 1, "header")
         dist.barrier()
-        schedule.reset()
-        Case(schedule).check()
+        schedule.reset(SECONDS)
+        Case(Ring(dist.group.WORLD, lengths=N)).check()
 
 
 def case_two_threads_on_one_group() -> None:
@@ -286,3 +297,61 @@ def case_an_argument_of_one_rank_that_is_refused() -> None:
         with pytest.raises(ValueError, match="dropout_p must be"):
             pattern_attention(*case.tensors, PATTERN, schedule=schedule, dropout_p=1.5)
     case.check()
+
+
+def case_masks_of_one_dimension() -> None:
+    """Work under every engine as in one process, gradients included; also where each rank has one query."""
+    for length in (N, WORLD):
+        whole = [
+            randn(1, length, *shape, seed=n) for n, shape in enumerate(((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, DIM)))
+        ]
+        for mask in (randn(length, seed=5), randn(length, seed=5) > -1):
+            expected = pattern_attention(*whole, Full(), attention_mask=mask)
+            for schedule in (Ring(dist.group.WORLD), AllGather(dist.group.WORLD), Ulysses(dist.group.WORLD)):
+                own = mask.clone().requires_grad_(mask.is_floating_point())
+                found = pattern_attention(
+                    *(shard_sequence(x, schedule)[0] for x in whole), Full(), attention_mask=own, schedule=schedule
+                )
+                torch.testing.assert_close(found, shard_sequence(expected, schedule)[0])
+                if own.requires_grad:
+                    (gradient,) = torch.autograd.grad(found.sin().sum(), own)
+                    dist.all_reduce(gradient)
+                    leaf = mask.clone().requires_grad_()
+                    alone = pattern_attention(*whole, Full(), attention_mask=leaf)
+                    torch.testing.assert_close(gradient, torch.autograd.grad(alone.sin().sum(), leaf)[0])
+
+
+def case_documents_of_this_rank_alone() -> None:
+    """The error says what to give: ends of the whole sequence, on every rank."""
+    for schedule in engines():
+        case = Case(schedule)
+        rows = case.tensors[0].shape[1]
+        if WORLD > 1:
+            with pytest.raises(
+                ValueError, match="the same on every rank of the schedule's group, though this rank holds"
+            ):
+                pattern_attention(*case.tensors, Full(), schedule=schedule, cu_seqlens=[0, rows])
+        case.check()
+
+
+def case_presets_over_a_group() -> None:
+    """`group=` and `schedule=` give what one process gives; a ring in process says once that it is one."""
+    shape = {"segment_lengths": (6, 12), "dilation_rates": (1, 2), "causal": True}
+    case = Case(Ring(dist.group.WORLD))
+    expected = RingDilatedAttentionV3(**shape)(*case.whole)
+    for given in (
+        {"group": dist.group.WORLD},
+        {"schedule": AllGather(dist.group.WORLD)},
+        {"group": dist.group.WORLD, "ring_size": WORLD},
+    ):
+        module = RingDilatedAttentionV3(**shape, **given)
+        found = module(*case.tensors)
+        torch.testing.assert_close(found, shard_sequence(expected, case.schedule)[0])
+    with pytest.raises(ValueError, match="schedule must be None where group"):
+        RingDilatedAttentionV2(**shape, group=dist.group.WORLD, schedule=Ring(dist.group.WORLD))
+    with pytest.raises(ValueError, match="size must be None or the group's"):
+        RingDilatedAttentionV2(**shape, group=dist.group.WORLD, ring_size=WORLD + 2)
+    if WORLD > 1:
+        with pytest.warns(UserWarning, match="plays its ring in this process"):
+            RingMultiheadDilatedAttentionV2(8, 2, **shape, ring_size=3)
+    RingMultiheadDilatedAttentionV2(8, 2, **shape, ring_size=3)

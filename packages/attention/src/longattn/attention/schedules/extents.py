@@ -73,7 +73,7 @@ SINKS = 256
 
 
 def mask_flags(key_padding: Tensor | None, mask: Tensor | None, nq: int) -> int:
-    """The flags of the masks of a rank with `nq` queries. One row where there is one query may be either kind."""
+    """The flags of the masks of a rank with `nq` queries. One row where there is one query may be either kind, if it is a row at all."""
     flags = 0 if key_padding is None else PADDING
     if mask is None:
         return flags
@@ -83,7 +83,7 @@ def mask_flags(key_padding: Tensor | None, mask: Tensor | None, nq: int) -> int:
     flags |= (BY_ELEMENT if batch != 1 else 0) | (BY_HEAD if heads != 1 else 0)
     if rows != 1:
         return flags | HAS_ROWS
-    return flags | ONE_FOR_ALL if nq != 1 else flags
+    return flags | ONE_FOR_ALL if nq != 1 or mask.dim() < 2 else flags
 
 
 _SHARED = {

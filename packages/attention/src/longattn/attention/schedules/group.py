@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -276,8 +276,9 @@ def shared_schedule(canonical: str) -> str:
 
 def _without_group(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_group(x) for name, x in value.items() if name not in ("group", "timeout")}
-    return [_without_group(x) for x in value] if isinstance(value, list) else value
+        items = cast(dict[str, Any], value).items()
+        return {name: _without_group(x) for name, x in items if name not in ("group", "timeout")}
+    return [_without_group(x) for x in cast(list[Any], value)] if isinstance(value, list) else value
 
 
 def total_rows(layout: Layout) -> int:

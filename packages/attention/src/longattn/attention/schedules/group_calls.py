@@ -13,16 +13,17 @@ import threading
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from longattn.attention.schedules.errors import GroupError
 from longattn.attention.schedules.headers import HEADER_BYTES, OWN, Fields, Header, check_headers, encoded
 from longattn.attention.schedules.place import Event, Parcel, Place, note
 from longattn.attention.schedules.waiting import Job, Waiter
+from longattn.attention.validate import integers
 
 HEADERS, KEYS, GRADIENTS = range(3)
 """Kinds of messages of a pass."""
@@ -57,6 +58,7 @@ class GroupCalls:
         self._lock = threading.Lock()
         self._waiter = Waiter()
         self._callers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._module_numbers = count(1)
 
     @contextmanager
     def underway(self, timeout: float | None = None) -> Generator[None]:
@@ -118,7 +120,8 @@ class GroupCalls:
         if module is None:
             return ""
         if module not in self._callers:
-            self._callers[module] = len(self._callers) + 1
+            # Counted, because modules that are gone leave the dictionary, and not at one time on all ranks.
+            self._callers[module] = next(self._module_numbers)
         return f"{type(module).__name__} number {self._callers[module]}"
 
     def announce(
@@ -158,7 +161,7 @@ class GroupCalls:
         Exchange(self, "header", sends, receives, HEADERS).wait()
         note(Event("header", fields.phase))
         for (peer, received), message in zip(receives, messages, strict=True):
-            held = message if device.type == "cpu" else bytes(received.cpu().tolist())
+            held = message if device.type == "cpu" else bytes(integers(received))
             self._headers[peer] = Header.decode(held, peer)
         check_headers(self._headers, self.place.name)
         return self._headers
@@ -330,8 +333,3 @@ def caller_fields(calls: GroupCalls) -> dict[str, str]:
         "caller": calls.caller(_CALLING.module),
         "thread": "main" if thread is threading.main_thread() else thread.name,
     }
-
-
-def is_initialized() -> bool:
-    """Whether torch.distributed has a default group of more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

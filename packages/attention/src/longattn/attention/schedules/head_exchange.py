@@ -44,8 +44,8 @@ class HeadExchange:
         self.query_heads = query_heads
         self.heads = [total, first + share.start, share.length]
 
-    def operands_to_heads(self, work: ScheduleWork) -> list[Tensor | None]:
-        """`work.queries`, k, v and padding (or None): all rows of this rank's heads. One exchange for all of them."""
+    def operands_to_heads(self, work: ScheduleWork) -> tuple[list[Tensor], Tensor | None]:
+        """([*`work.queries`, k, v], padding or None): all rows of this rank's heads. One exchange for all of them."""
         queries = [(x, self.whole.queries) for x in work.queries]
         keys = [(x, self.whole.keys) for x in (work.k, work.v)]
         swapped = [self._by_heads(x, layout) for x, layout in (*queries, *keys)]
@@ -55,8 +55,9 @@ class HeadExchange:
             swapped.append(Swapped([work.padding] * len(shapes), shapes))
             layouts.append(self.whole.keys)
         received = self._swap("to heads", swapped)
-        joined: list[Tensor | None] = [layout.join(x) for layout, x in zip(layouts, received, strict=True)]
-        return joined if work.padding is not None else [*joined, None]
+        joined = [layout.join(x) for layout, x in zip(layouts, received, strict=True)]
+        padding = None if work.padding is None else joined.pop()
+        return joined, padding
 
     def _swap(self, step: str, tensors: list[Swapped]) -> list[list[Tensor]]:
         whole, allocator = self.whole, self.work.environment.allocator

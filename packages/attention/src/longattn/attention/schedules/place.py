@@ -127,3 +127,8 @@ class Place:
         operations = [dist.P2POp(dist.irecv, x, dist.get_global_rank(group, p), group, tag) for p, x in receives]
         operations += [dist.P2POp(dist.isend, x, dist.get_global_rank(group, p), group, tag) for p, x in sends]
         return cast(Any, dist.batch_isend_irecv(operations))
+
+
+def many_processes() -> bool:
+    """Whether torch.distributed has a default group of more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

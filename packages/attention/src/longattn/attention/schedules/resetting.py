@@ -16,6 +16,7 @@ from longattn.attention.schedules.group_calls import HEADERS, Exchange, GroupCal
 from longattn.attention.schedules.headers import FORMAT, HEADER_BYTES
 from longattn.attention.schedules.place import Parcel
 from longattn.attention.schedules.waiting import Job
+from longattn.attention.validate import integers
 
 _NUMBERS = struct.Struct(f"<{HEADER_BYTES // 8}q")
 _RESET_TAG = (1 << 29) - 1
@@ -72,7 +73,7 @@ class _Rendezvous:
             calls.await_job(job, "reset")
         answers: dict[int, tuple[int, int, Posted]] = {}
         for (peer, received), message in zip(self.receives, self.messages, strict=True):
-            held = message if received.device.type == "cpu" else bytes(received.cpu().tolist())
+            held = message if received.device.type == "cpu" else bytes(integers(received))
             answers[peer] = _decode(held)
         return answers
 
@@ -94,7 +95,8 @@ def _decode(message: bytes | bytearray) -> tuple[int, int, Posted]:
     posted: Posted = {}
     for index in range(0, 3 * count, 3):
         tag, received, nbytes = numbers[index : index + 3]
-        posted.setdefault(tag, ([], []))[received].append(nbytes)
+        both: tuple[list[int], list[int]] = posted.setdefault(tag, ([], []))
+        both[received].append(nbytes)
     return number, called, posted
 
 

@@ -166,7 +166,7 @@ class _HeadsRun(ScheduleRun):
         self.work, self.whole = work, WholeSequence(members, work)
         self.exchange = HeadExchange(self.whole, work)
         mask, bias = (None if x is None else self.exchange.mask_to_heads(x) for x in (given.mask, given.bias))
-        *queries, k, v, padding = self.exchange.operands_to_heads(work)
+        (*queries, k, v), padding = self.exchange.operands_to_heads(work)
         metadata = ulysses.inner_metadata(given.metadata)
         by_distance = None if given.by_distance is None else self.exchange.of_heads(given.by_distance)
         tensors = OpTensors(queries[0], k, v, bias, by_distance, mask, padding, self.whole.seed, metadata=metadata)
