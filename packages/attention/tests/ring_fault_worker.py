@@ -128,7 +128,7 @@ def fail(number: int, engine: str, fault: str, phase: str, step: int) -> Iterato
     module.schedule = schedule
     report["after reset"] = right()
     gc.collect()
-    report["kept"] = [descriptors() - before[0], threading.active_count() - before[1]]
+    report["kept"] = [max(0, descriptors() - before[0]), max(0, threading.active_count() - before[1])]
     report["comm"] = module.get_buffer_stats()["types"].get("comm", {}).get("active", 0)
     # The group made anew: an old name, and nothing of the old group.
     dist.destroy_process_group()

@@ -95,8 +95,8 @@ def _decode(message: bytes | bytearray) -> tuple[int, int, Posted]:
     posted: Posted = {}
     for index in range(0, 3 * count, 3):
         tag, received, nbytes = numbers[index : index + 3]
-        both: tuple[list[int], list[int]] = posted.setdefault(tag, ([], []))
-        both[received].append(nbytes)
+        sends, receives = posted.setdefault(tag, ([], []))
+        (receives if received else sends).append(nbytes)
     return number, called, posted
 
 
