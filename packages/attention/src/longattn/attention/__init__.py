@@ -72,6 +72,9 @@ if TYPE_CHECKING:
     from longattn.attention.schedules.all_gather import (
         AllGather,
     )
+    from longattn.attention.schedules.balance import (
+        balanced_lengths as balanced_lengths,
+    )
     from longattn.attention.schedules.base import (
         Schedule,
     )
@@ -138,6 +141,7 @@ _HOME = {
     "Ulysses": "schedules.ulysses",
     "Wiring": "wiring",
     "attention_weights": "weights",
+    "balanced_lengths": "schedules.balance",
     "build_attention": "integrations.factory",
     "choose": "schedules.traffic",
     "create_attention": "integrations.factory",
@@ -184,6 +188,7 @@ __all__ = [
     "Ulysses",
     "Wiring",
     "attention_weights",
+    "balanced_lengths",
     "build_attention",
     "choose",
     "create_attention",
