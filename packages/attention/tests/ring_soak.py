@@ -1,4 +1,5 @@
-"""Thousands of calls over gloo processes, one in fifty with a fault: `python ring_soak.py [--steps 2000] [--ranks 3] [--seed 0]`.
+"""Thousands of calls over gloo processes, one in fifty with a fault: `python ring_soak.py [--steps 2000] [--ranks 3] [--seed 0]
+[--one-in 50]`.
 
 Every step draws a length, a pattern, an engine and its layout, the same on every rank. Sampled rows of each result, and gradients every
 tenth step, are held against the float64 oracle. A fault is a rank that raises in the middle, has another dtype, or leaves the call out; all
@@ -106,7 +107,7 @@ def check(
     return max((float((a - b).detach().abs().max()) for a, b in pairs if a.numel()), default=0.0)
 
 
-def run_rank(rank: int, world: int, steps: int, seed: int, folder: str) -> None:
+def run_rank(rank: int, world: int, steps: int, seed: int, one_in: int, folder: str) -> None:
     """One rank."""
     torch.set_num_threads(1)
     meet = f"file://{folder}/meet"
@@ -120,7 +121,7 @@ def run_rank(rank: int, world: int, steps: int, seed: int, folder: str) -> None:
         whole = [
             torch.randn(1, length, h, 4, dtype=torch.float64, generator=generator) for h in (2 * world, world, world)
         ]
-        if draw.random() < 0.02:
+        if draw.random() < 1 / one_in:
             attempt(draw, [shard_sequence(x, schedule)[0] for x in whole], pattern, impatient)
             faults += 1
         worst = max(worst, check(draw, whole, pattern, schedule, step % 10 == 0))
@@ -154,13 +155,23 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--one-in", type=int, default=50, help="calls of which one has a fault")
     parser.add_argument("--rank", nargs=2, help="of one rank: its number, and where to meet")
     asked = parser.parse_args()
     if asked.rank:
-        run_rank(int(asked.rank[0]), asked.ranks, asked.steps, asked.seed, asked.rank[1])
+        run_rank(int(asked.rank[0]), asked.ranks, asked.steps, asked.seed, asked.one_in, asked.rank[1])
         return 0
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    options = ["--steps", str(asked.steps), "--ranks", str(asked.ranks), "--seed", str(asked.seed)]
+    options = [
+        "--steps",
+        str(asked.steps),
+        "--ranks",
+        str(asked.ranks),
+        "--seed",
+        str(asked.seed),
+        "--one-in",
+        str(asked.one_in),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             subprocess.Popen([sys.executable, __file__, *options, "--rank", str(n), folder], env=environment)
