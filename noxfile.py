@@ -392,3 +392,19 @@ def ahead(session: nox.Session) -> None:
     session.env["TRITON_CACHE_DIR"] = str(cache)
     session.run("python", "-m", "tools.triton_ahead", *session.posargs)
     session.run("pytest", "tests/test_triton_ahead.py", env={"HYPOTHESIS_PROFILE": "nightly"})
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Ranks that are killed, raise, stop or are interrupted, at every step of every phase of every engine, on 2 to 4 processes; and ranks that differ."""
+    session.install(*constraints(session), *from_checkout("attention"), *group("test"))
+    tests = ["test_ring_faults.py", "test_ring_processes.py"]
+    paths = [f"packages/attention/tests/{name}" for name in tests]
+    session.run("pytest", "-n", "0", *paths, *session.posargs, env={"HYPOTHESIS_PROFILE": "nightly"})
+
+
+@nox.session(name="soak-rings")
+def soak_rings(session: nox.Session) -> None:
+    """Two thousand calls over three processes, one in fifty with a fault, sampled rows against the oracle; `-- --steps 200` for fewer."""
+    session.install(*constraints(session), *from_checkout("attention"), *group("test"))
+    session.run("python", "packages/attention/tests/ring_soak.py", *session.posargs)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.ring_figures [bytes | time | memory]`: rings across processes, as rows of `benchmarks/results/ring.csv`.
+"""`python -m benchmarks.ring_figures [bytes | time | memory | headers]`: rings across processes, as rows of `benchmarks/results/ring.csv`.
 
 Bytes and balance are counted from the plans, and the bytes of a forward held against what the transport of 4 gloo processes really sent.
 Times are wall clock of the slowest of 2 processes with a thread each, side by side in one run. A peer that is not installed has no row;
@@ -93,7 +93,18 @@ def remembered() -> Iterator[Figure]:
         yield Figure("peak memory of a rank over its q+k+v", f"{world} ranks, 16384 tokens, full causal, forward+backward, H=8, D=64", "ratio", growth)  # fmt: skip
 
 
-GROUPS = {"bytes": bytes_sent, "time": timed, "memory": remembered}
+def announced() -> Iterator[Figure]:
+    """The headers of 4 ranks: alone, and beside a step of LongNet's pattern at 4096 tokens."""
+    found = ask(RANKS, "headers", 4096)
+    assert isinstance(found, dict)
+    alone, many, step = found["alone"], found["many"], found["step"]
+    yield Figure("headers of one pass, alone", f"{RANKS} ranks", "us", alone, most=60)
+    setting = f"{RANKS} ranks, 4096 tokens, dilated causal, zigzag, forward+backward, H=8, D=64"
+    beside = f"{many:.0f} passes; step {step:.1f} ms"
+    yield Figure("headers, share of a step", setting, "ratio", many * alone / (1e3 * step), beside, most=0.03)
+
+
+GROUPS = {"bytes": bytes_sent, "time": timed, "memory": remembered, "headers": announced}
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
 """One rank of a ring benchmark: `python -m benchmarks.ring_rank WORLD RANK FOLDER TASK SIZE`. Rank 0 prints the answer as JSON.
 
 TASK "sent": bytes that all ranks' transports send in a forward over dilated attention of SIZE tokens. TASK "time": one forward and
-backward of causal attention over SIZE tokens, interleaved with its peers, in milliseconds of the slowest rank.
+backward of causal attention over SIZE tokens, interleaved with its peers, in milliseconds of the slowest rank. TASK "headers": what announcing
+a pass costs alone, and how many a step of SIZE tokens has. TASK "memory": peak growth over q + k + v.
 """
 
 import gc
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from benchmarks.memory import ResidentPeak
 from longattn.attention import Ring, pattern_attention, shard_sequence
+from longattn.attention.schedules.group_calls import calls_over
+from longattn.attention.schedules.headers import Fields
 from longattn.attention.schedules.layouts import LAYOUTS
-from longattn.attention.schedules.transport import watch
+from longattn.attention.schedules.place import Place, watch
 from longattn.kernels import attend
 from longattn.patterncache import Dilated, Full, Pattern
 
@@ -128,6 +131,35 @@ def memory(length: int) -> float:
     return growth.item()
 
 
+def headers(length: int) -> dict[str, float]:
+    """Of the headers that announce a pass: microseconds of one alone, how many a step has, and milliseconds of that step."""
+    group = dist.group.WORLD
+    assert group is not None
+    calls, fields = calls_over(Place.of(group)), Fields(phase="alone")
+    taken: list[float] = []
+    for _ in range(11):
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(50):
+            with calls.underway():
+                calls.announce(fields)
+        taken.append((time.perf_counter() - began) / 50)
+    ring = Ring(group, layout="zigzag", lengths=length)
+    shape = (1, length // dist.get_world_size(), 8, 64)
+    leaves = [torch.randn(*shape, requires_grad=True) for _ in range(3)]
+    pattern = Dilated([length // 4, length // 2, length], [1, 2, 4], causal=True)
+    steps: list[float] = []
+    many = 0
+    for _ in range(8):
+        dist.barrier()
+        number, began = calls.number, time.perf_counter()
+        out = pattern_attention(leaves[0], leaves[1], leaves[2], pattern, schedule=ring)
+        torch.autograd.grad(out.sum(), leaves)
+        steps.append(time.perf_counter() - began)
+        many = calls.number - number
+    return {"alone": 1e6 * statistics.median(taken), "many": many, "step": 1e3 * statistics.median(steps[1:])}
+
+
 def main() -> None:
     """Meet in FOLDER, do the task."""
     world, rank, folder, task, size = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
@@ -140,6 +172,8 @@ def main() -> None:
         answer = [sent(*pair, causal, size) for pair in lists for causal in (False, True)]
     elif task == "time":
         answer = times(size, 3)
+    elif task == "headers":
+        answer = headers(size)
     else:
         answer = memory(size)
     if rank == 0:

@@ -41,6 +41,7 @@ EXPECTED = {
         """,
     "attention": """
         pattern_attention PatternAttention MultiheadPatternAttention attention_weights
+        GroupError balanced_lengths
         Schedule Local Ring AllGather Ulysses choose shard_sequence unshard_sequence SparsePatternConfig Wiring
         RingBufferAttention RingBufferConfig RingBufferState TileOrder TileType
         DilatedAttention ImprovedDilatedAttention ImprovedDilatedAttentionV2

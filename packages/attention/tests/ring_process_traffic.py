@@ -14,11 +14,13 @@ from longattn.attention import (
     PatternAttention,
     Ring,
     Wiring,
+    balanced_lengths,
     pattern_attention,
 )
 from longattn.attention.schedules import driver as scheduled
 from longattn.attention.schedules.all_gather import AllGather
 from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.place import Event, note, watch
 from longattn.attention.schedules.sharding import shard_sequence, unshard_sequence
 from longattn.attention.schedules.traffic import (
     Call,
@@ -28,9 +30,9 @@ from longattn.attention.schedules.traffic import (
     ring_traffic,
     ulysses_traffic,
 )
-from longattn.attention.schedules.transport import Event, note, watch
 from longattn.attention.schedules.ulysses import Ulysses
 from longattn.kernels.dispatch.environment import Environment, TorchAllocator
+from longattn.kernels.interface import find_plan
 from longattn.patterncache import Dilated, Full, Pattern, PatternCache, Window
 
 
@@ -70,6 +72,35 @@ def case_nothing_is_sent_where_nobody_sees() -> None:
     assert sent(ring, Dilated((8,), (1,)), 8 * WORLD, torch.float32) == (0, 0)
     exchanged = WORLD * (WORLD - 1) // 2 * 2 * 8 * 4 * (4 + 6) * 4
     assert sent(ring, Full(causal=True), 8 * WORLD, torch.float32)[0] == exchanged
+
+
+def counting(pairs: list[int]):
+    """`attend_step`, which appends the pairs of its rectangle."""
+    launched = scheduled.attend_step
+
+    def computed(tensors, asked, environment, **options):
+        branches = find_plan(asked, environment).branches
+        pairs.append(sum(branch.pairs * branch.heads.length for branch in branches))
+        return launched(tensors, asked, environment, **options)
+
+    return computed
+
+
+def case_balanced_shards_compute_what_is_counted() -> None:
+    """Each rank computes the pairs that the plans say, hardly more than the mean, and gives what one process gives."""
+    length, heads = 240, 4
+    for pattern in (Full(causal=True), Dilated((60, 120, 240), (1, 2, 4), causal=True), Window(40, causal=True)):
+        lengths = balanced_lengths(pattern, length, WORLD, heads)
+        ring = Ring(dist.group.WORLD, lengths=lengths)
+        x = randn(1, length, heads, 4)
+        part, _ = shard_sequence(x, ring)
+        pairs: list[int] = []
+        with patch.object(scheduled, "attend_step", counting(pairs)):
+            out = pattern_attention(part, part, part, pattern, schedule=ring)
+        torch.testing.assert_close(out, shard_sequence(pattern_attention(x, x, x, pattern), ring)[0])
+        counted = ring_traffic(Call(pattern, length, WORLD, heads, heads), lengths=lengths)
+        assert sum(pairs) == counted.work[RANK]
+        assert counted.imbalance < 1.05, counted
 
 
 def case_choose_explains() -> None:

@@ -59,10 +59,10 @@ def check_world(cases: Sequence[str], world: int, folder: Path) -> None:
 
 CASES = {
     # Starting ranks takes longest: in the world that every run has, they run all cases one after the other.
-    2: ["engines", "traffic", "training", "longnet", "extents", "heads"],
+    2: ["engines", "traffic", "training", "longnet", "extents", "heads", "faults"],
     1: ["engines", "traffic", "training", "extents"] if NIGHTLY else ["engines"],
-    3: ["engines", "extents"],
-    4: ["engines", "traffic", "training", "longnet", "extents", "heads"],
+    3: ["engines", "extents", "faults"],
+    4: ["engines", "traffic", "training", "longnet", "extents", "heads", "faults"],
 }
 
 
@@ -71,12 +71,13 @@ CASES = {
 @pytest.mark.timeout(HARD_TIMEOUT + 60)
 @pytest.mark.parametrize("world", [2, 1, *(pytest.param(world, marks=pytest.mark.nightly) for world in (3, 4))])
 def test_what_holds_in_any_world(world, tmp_path):
-    """Engines, traffic, training, LongNet, extents and heads.
+    """Engines, traffic, training, LongNet, extents, heads and faults.
 
     1. Every pattern, layout and engine, with every option: out, lse and gradients are Local's on this rank's rows.
     2. Bytes counted are bytes sent; computing overlaps sending; training, sharding and checkpoints give one process's numbers.
     3. Data parallel and fully sharded training of a LongNet is training in one process.
     4. Every option of every module, plain and as DTensors, equals Local on the whole sequence or is refused by name.
     5. Sharded heads have their numbers among all.
+    6. Where one rank differs or calls in another order, every rank raises GroupError, and is right after a reset.
     """
     check_world(CASES[world], world, tmp_path)

@@ -72,8 +72,14 @@ if TYPE_CHECKING:
     from longattn.attention.schedules.all_gather import (
         AllGather,
     )
+    from longattn.attention.schedules.balance import (
+        balanced_lengths as balanced_lengths,
+    )
     from longattn.attention.schedules.base import (
         Schedule,
+    )
+    from longattn.attention.schedules.errors import (
+        GroupError as GroupError,
     )
     from longattn.attention.schedules.local import (
         Local,
@@ -110,6 +116,7 @@ _HOME = {
     "DilatedAttention": "presets",
     "DilatedTransformerDecoderLayer": "models.layers",
     "DilatedTransformerEncoderLayer": "models.layers",
+    "GroupError": "schedules.errors",
     "ImprovedDilatedAttention": "presets",
     "ImprovedDilatedAttentionV2": "presets",
     "ImprovedMultiheadDilatedAttention": "multihead_presets",
@@ -134,6 +141,7 @@ _HOME = {
     "Ulysses": "schedules.ulysses",
     "Wiring": "wiring",
     "attention_weights": "weights",
+    "balanced_lengths": "schedules.balance",
     "build_attention": "integrations.factory",
     "choose": "schedules.traffic",
     "create_attention": "integrations.factory",
@@ -155,6 +163,7 @@ __all__ = [
     "DilatedAttention",
     "DilatedTransformerDecoderLayer",
     "DilatedTransformerEncoderLayer",
+    "GroupError",
     "ImprovedDilatedAttention",
     "ImprovedDilatedAttentionV2",
     "ImprovedMultiheadDilatedAttention",
@@ -179,6 +188,7 @@ __all__ = [
     "Ulysses",
     "Wiring",
     "attention_weights",
+    "balanced_lengths",
     "build_attention",
     "choose",
     "create_attention",

@@ -14,7 +14,7 @@ from longattn.attention.ragged_calls import attend_ragged, is_ragged
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import is_sharded
 from longattn.attention.schedules.documents import as_data, check_packed, packed_pattern
-from longattn.attention.schedules.extents import Extents, mask_flags
+from longattn.attention.schedules.extents import SINKS, Extents, mask_flags
 from longattn.attention.schedules.in_process import WHOLE, attend_in_process, place_of
 from longattn.attention.schedules.key_weights import key_weights
 from longattn.attention.schedules.local import check_schedule_argument
@@ -266,7 +266,8 @@ def pattern_attention(
     drawn = as_seed(seed) if dropout_p else None
     nq, nk = q.shape[1], k.shape[1]
     # Exchanged once a call: lengths of the whole sequence, and one seed, so that all shards and steps drop the same pairs.
-    metadata = schedule.exchange_metadata(nq, nk, mask_flags(key_padding_mask, attention_mask, nq), drawn)
+    flags = mask_flags(key_padding_mask, attention_mask, nq) | (0 if sink_logits is None else SINKS)
+    metadata = schedule.exchange_metadata(nq, nk, flags, drawn)
     ends: dict[str, Tensor | None] = {}
     if cu_seqlens is not None or cu_seqlens_q is not None:
         check_packed(q, k, start, cu_seqlens)

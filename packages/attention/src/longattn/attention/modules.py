@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Unpack, cast
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from longattn.attention.arguments import HeadedOptions, MergeGrad, given_options, refuse_weights
 from longattn.attention.functional import pattern_attention
 from longattn.attention.schedules.base import Schedule
-from longattn.attention.schedules.call_extents import CallExtents
+from longattn.attention.schedules.call_extents import CallExtents, is_sharded
+from longattn.attention.schedules.group_calls import calling
 from longattn.attention.schedules.local import Local
 from longattn.attention.validate import (
     check_bool,
@@ -130,24 +132,27 @@ class PatternAttention(WiredModule):
             check_qkv(query, key, value, ("query", "key", "value"))
         if check_bool("need_weights", need_weights):
             refuse_weights(query, call_options)
-        out: Tensor = cast(Any, pattern_attention)(
-            query,
-            key,
-            value,
-            self.pattern_for(is_causal),
-            softmax_scale=self.softmax_scale,
-            attention_mask=attention_mask,
-            key_padding_mask=key_padding_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            backend=self.backend,
-            schedule=self.schedule,
-            environment=self._resources.environment,
-            # Without gradients there is nothing to detach, and one pass over all branches is quicker.
-            merge_grad=self.merge_grad if torch.is_grad_enabled() else "exact",
-            head_start=self.head_start,
-            num_heads=self.num_heads,
-            **call_options,
-        )
+        # Ranks compare which module calls. Traced code does not know: one graph may serve several.
+        alone = torch.compiler.is_compiling() or not (is_sharded(query) or getattr(self.schedule, "distributed", False))
+        with nullcontext() if alone else calling(self):
+            out: Tensor = cast(Any, pattern_attention)(
+                query,
+                key,
+                value,
+                self.pattern_for(is_causal),
+                softmax_scale=self.softmax_scale,
+                attention_mask=attention_mask,
+                key_padding_mask=key_padding_mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                backend=self.backend,
+                schedule=self.schedule,
+                environment=self._resources.environment,
+                # Without gradients there is nothing to detach, and one pass over all branches is quicker.
+                merge_grad=self.merge_grad if torch.is_grad_enabled() else "exact",
+                head_start=self.head_start,
+                num_heads=self.num_heads,
+                **call_options,
+            )
         if layout != "bnhd":
             out = exchanged(out)
         if not need_weights:

@@ -14,13 +14,18 @@ config, its line in the factory and its row of the support page are read from th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from longattn.attention.arguments import MergeGrad
 from longattn.attention.modules import PatternAttention
+from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.place import many_processes
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.sparse_config import SparsePatternConfig
 from longattn.attention.validate import check_size, check_type
@@ -49,6 +54,8 @@ class RingArguments(TypedDict, total=False):
 
     ring_size: int
     layout: RingLayout
+    group: ProcessGroup | DeviceMesh | None
+    schedule: Schedule | None
 
 
 class BlockArguments(TypedDict, total=False):
@@ -99,8 +106,9 @@ def preset_arguments(preset: type, kind: Any, branches: tuple[Sequence[int], Seq
     pattern: Pattern = Dilated(*branches, heads, causal=causal)
     arguments: dict[str, Any] = {"wiring": wiring}
     if "ring_size" in taken:
-        size, layout = remaining.pop("ring_size", 1), remaining.pop("layout", "contiguous")
-        arguments["schedule"] = Ring(size=check_size("ring_size", size), layout=layout)
+        arguments["schedule"] = _schedule_of(
+            preset, **{name: remaining.pop(name) for name in _RING if name in remaining}
+        )
     if "sparse_config" in taken:
         config = remaining.pop("sparse_config", None)
         config = SparsePatternConfig() if config is None else config
@@ -108,6 +116,39 @@ def preset_arguments(preset: type, kind: Any, branches: tuple[Sequence[int], Seq
         pattern = Restrict(pattern, config.layout(causal))
         arguments["sparse_weights"] = True
     return {"pattern": pattern, **arguments, **remaining}
+
+
+_RING = RingArguments.__optional_keys__
+_WARNED: set[type] = set()
+"""Presets that have said that their ring is in this process."""
+
+
+def _schedule_of(
+    preset: type,
+    ring_size: int = 1,
+    layout: RingLayout = "contiguous",
+    group: ProcessGroup | DeviceMesh | None = None,
+    schedule: Schedule | None = None,
+) -> Schedule:
+    """The schedule that is given, a ring over a group, or one played in this process."""
+    check_size("ring_size", ring_size)
+    if schedule is not None:
+        check_type("schedule", schedule, Schedule, "None or a Schedule such as Ring(group)")
+        if group is not None or ring_size != 1 or layout != "contiguous":
+            raise ValueError(
+                f"schedule must be None where group, ring_size or layout is given, got {schedule}: it says all of them"
+            )
+        return schedule
+    if group is not None:
+        return Ring(group, size=None if ring_size == 1 else ring_size, layout=layout)
+    if ring_size > 1 and many_processes() and preset not in _WARNED:
+        _WARNED.add(preset)
+        warnings.warn(
+            f"{preset.__name__}(ring_size={ring_size}) plays its ring in this process, over whole tensors, though torch.distributed is "
+            f"initialised; where q, k and v are one rank's shards, give group= or schedule=",
+            stacklevel=4,
+        )
+    return Ring(size=ring_size, layout=layout)
 
 
 class DilatedAttention(PatternAttention):
@@ -160,7 +201,9 @@ class RingDilatedAttentionV2(PatternAttention):
     """= Dilated + Ring + own statistics of the pattern cache.
 
     Args:
-        ring_size, layout: of the `Ring`, played in one process. Defaults 1 and "contiguous".
+        ring_size, layout: of the `Ring`, played in one process on whole tensors. Defaults 1 and "contiguous".
+        group: a ProcessGroup, or a DeviceMesh of one dimension: the ring is over its ranks, and q, k and v are one rank's shards. Default None.
+        schedule: what takes the ring's place, such as Ulysses(group). Default None.
         options: those of `DilatedAttention`, and use_pattern_cache, as in `Wiring`.
         segment_lengths, dilation_rates: as in `DilatedAttention`.
     """

@@ -15,10 +15,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from longattn.attention.schedules.group import Members, OverGroup, WholeSequence, check_masks
-from longattn.attention.schedules.layouts import LayoutName
+from longattn.attention.schedules.layouts import LayoutName, count_rows
 from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun, ScheduleWork
-from longattn.attention.schedules.transport import swap
-from longattn.kernels.interface import state_dtype
+from longattn.attention.schedules.transport import Swapped, swap
 from longattn.patterncache import Span
 
 
@@ -27,7 +26,7 @@ class AllGather(OverGroup, name="all_gather"):
     """Gathers all keys and values, then attends once. Gives what `Local` gives on the whole sequence.
 
     Args:
-        group, layout, lengths: as in `Ring`.
+        group, layout, lengths, timeout: as in `Ring`.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -40,8 +39,9 @@ class AllGather(OverGroup, name="all_gather"):
         group: ProcessGroup | DeviceMesh,
         layout: LayoutName = "contiguous",
         lengths: int | Sequence[int] | None = None,
+        timeout: float | None = None,
     ) -> None:
-        object.__setattr__(self, "members", Members.of(group, layout, lengths))
+        object.__setattr__(self, "members", Members.of(group, layout, lengths, timeout))
 
     def start(self, work: ScheduleWork) -> ScheduleRun:
         """A run with all keys, which are here when it returns."""
@@ -61,20 +61,22 @@ class _GatheredRun(ScheduleRun):
     one_step = True
 
     def __init__(self, members: Members, work: ScheduleWork) -> None:
-        self.place, self.work = members.place, work
+        self.work = work
         self.whole = WholeSequence(members, work)
         check_masks(work, self.whole.nq, self.whole.nk)
         self.seed, self.mask, self.bias = self.whole.seed, work.tensors.mask, work.tensors.bias
         self.by_distance = work.tensors.by_distance
-        sizes = [sum(span.length for span in rows) for rows in self.whole.keys.rows()]
-        self.k, self.v = (self._gathered(x, sizes) for x in (work.k, work.v))
-        self.padding = None if work.padding is None else self._gathered(work.padding, sizes)
+        given = [work.k, work.v, *([] if work.padding is None else [work.padding])]
+        sizes = [count_rows(rows) for rows in self.whole.keys.rows()]
+        gathered = [Swapped([x] * len(sizes), [(x.shape[0], size, *x.shape[2:]) for size in sizes]) for x in given]
+        parts = self._swap("keys", gathered)
+        self.k, self.v, *padding = (self.whole.keys.join(x) for x in parts)
+        self.padding = padding[0] if padding else None
         self.sums = GradientSum(self.k), GradientSum(self.v)
 
-    def _gathered(self, x: Tensor, sizes: list[int]) -> Tensor:
-        shapes = [(x.shape[0], size, *x.shape[2:]) for size in sizes]
-        parts = swap(self.place, "keys", [x] * len(sizes), shapes, self.work.environment.allocator)
-        return self.whole.keys.join(parts)
+    def _swap(self, step: str, tensors: list[Swapped]) -> list[list[Tensor]]:
+        fields, allocator = self.whole.fields(self.work, step), self.work.environment.allocator
+        return swap(self.whole.calls, fields, self.whole.call, tensors, allocator)
 
     def shards(self) -> Iterator[QueryShard]:
         step = KeyStep(self.k, self.v, self.padding, (Span(0, self.whole.nk),), self._give)
@@ -89,16 +91,17 @@ class _GatheredRun(ScheduleRun):
         return parts[0]
 
     def key_gradients(self) -> tuple[Tensor, Tensor]:
-        mine = (self.work.k, self.work.v)
-        dk, dv = (self._reduce_scatter(total.wide(), x) for total, x in zip(self.sums, mine, strict=True))
+        own = (self.work.k, self.work.v)
+        parts = [self.whole.keys.cut(total.wide()) for total in self.sums]
+        swapped = [Swapped(x, [tuple(like.shape)] * len(x)) for x, like in zip(parts, own, strict=True)]
+        dk, dv = (_in_order(received) for received in self._swap("gradients", swapped))
         return dk, dv
 
-    def _reduce_scatter(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """The sum of what all ranks have for this rank's keys (or values), `like`, in the order of ranks."""
-        parts = self.whole.keys.cut(gradient.to(state_dtype(gradient.dtype)))
-        mine = tuple(like.shape)
-        first, *others = swap(self.place, "gradients", parts, [mine] * len(parts), self.work.environment.allocator)
-        total = first.clone()
-        for part in others:
-            total += part
-        return total
+
+def _in_order(parts: list[Tensor]) -> Tensor:
+    """The sum of what all ranks have for this rank's keys (or values), in the order of ranks."""
+    first, *others = parts
+    total = first.clone()
+    for part in others:
+        total += part
+    return total

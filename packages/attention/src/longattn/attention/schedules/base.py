@@ -8,6 +8,7 @@ keys. One device is the short case of many: one shard, one step. Neither forward
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -64,6 +65,10 @@ class Schedule(ABC):
         """The rows of a sequence of `length` that this process hands to the forward."""
         return (Span(0, length),)
 
+    def underway(self) -> AbstractContextManager[None]:
+        """The context of one pass. Over a process group: what fails in it is noticed, and later calls are refused."""
+        return nullcontext()
+
     def exchange_metadata(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
         """What becomes `ScheduleWork.tensors.metadata`. Default: None. Over a process group: the metadata of all ranks, with rank 0's seed.
 
@@ -96,8 +101,8 @@ class Schedule(ABC):
         """Rows of what `gather_metadata` returns."""
         return 0
 
-    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
-        """What `longattn::roll_call` is for this schedule: (ranks, 4) int64."""
+    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int | None) -> Tensor:
+        """What `longattn::roll_call` is for this schedule: (ranks, 5) int64. seed: None without dropout."""
         raise NotImplementedError(f"{type(self).__name__} has no process group")
 
     def canonical(self) -> str:

@@ -14,20 +14,30 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.extents import Extents
+from longattn.attention.schedules.layouts import count_rows
 from longattn.attention.schedules.registry import parse_schedule
 from longattn.kernels.interface import OpArguments, OpTensors
 from longattn.patterncache import Documents, Pattern, Span, parse_pattern
 
 
-def documents_of(pattern: Pattern, cu_seqlens: Any, total: int, name: str = "cu_seqlens") -> Documents:
-    """The pattern within each document of a packed tensor of `total` tokens.
+def documents_of(
+    pattern: Pattern, cu_seqlens: Any, total: int, name: str = "cu_seqlens", here: int | None = None
+) -> Documents:
+    """The pattern within each document of a packed tensor of `total` tokens, of which this process has `here`; None: all.
 
     Raises:
         TypeError, ValueError: cu_seqlens is no rising sequence of integers from 0 to `total`.
     """
     documents = Documents(cu_seqlens, pattern)
     if documents.cu_seqlens[-1] != total:
-        raise ValueError(f"{name} must end with the packed length {total}, got {documents.cu_seqlens[-1]}")
+        of_group = (
+            ""
+            if here in (None, total)
+            else (
+                f": the whole sequence's, the same on every rank of the schedule's group, though this rank holds {here} of its rows"
+            )
+        )
+        raise ValueError(f"{name} must end with the packed length {total}{of_group}, got {documents.cu_seqlens[-1]}")
     return documents
 
 
@@ -68,9 +78,9 @@ def packed_pattern(
     Raises:
         TypeError, ValueError: a bad argument, by name.
     """
-    documents = documents_of(pattern, cu_seqlens, extents.nk)
+    documents = documents_of(pattern, cu_seqlens, extents.nk, here=count_rows(extents.k_rows))
     cu_q = documents.cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
-    queries = documents_of(pattern, cu_q, extents.nq, "cu_seqlens_q")
+    queries = documents_of(pattern, cu_q, extents.nq, "cu_seqlens_q", count_rows(extents.q_rows))
     if queries.cu_seqlens == documents.cu_seqlens:
         return documents, []
     spans = [span for span in query_spans(queries.cu_seqlens, documents.cu_seqlens, pattern.positional) if span.length]

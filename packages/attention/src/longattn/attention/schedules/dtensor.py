@@ -14,9 +14,11 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.group import Members
+from longattn.attention.schedules.group_calls import calls_over
 from longattn.attention.schedules.layouts import count_rows
+from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.ring import Ring
-from longattn.attention.schedules.transport import Place, gather_integers
+from longattn.attention.schedules.transport import gather_integers
 from longattn.kernels.interface import as_seed, as_terms, tensors_in, with_tensors
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
@@ -237,5 +239,6 @@ def _shared_seed(q: DTensor, seed: Any) -> Tensor:
                 f"dropout_p must be 0 where the batch is sharded, got placements {q.placements}: pairs are dropped by their place in "
                 f"the whole batch; give local tensors and a schedule"
             )
-        shared = gather_integers(Place.of(q.device_mesh.get_group(dimension)), (int(shared),))[0, 0]
+        calls = calls_over(Place.of(q.device_mesh.get_group(dimension)))
+        shared = gather_integers(calls, "seed", (int(shared),))[0, 0]
     return shared

@@ -68,10 +68,12 @@ BIAS = 64
 """A floating mask."""
 CONFLICT = 128
 """Of a group that is one rank of another schedule: its own ranks have different masks."""
+SINKS = 256
+"""The call has sink logits."""
 
 
 def mask_flags(key_padding: Tensor | None, mask: Tensor | None, nq: int) -> int:
-    """The flags of the masks of a rank with `nq` queries. One row where there is one query may be either kind."""
+    """The flags of the masks of a rank with `nq` queries. One row where there is one query may be either kind, if it is a row at all."""
     flags = 0 if key_padding is None else PADDING
     if mask is None:
         return flags
@@ -81,7 +83,7 @@ def mask_flags(key_padding: Tensor | None, mask: Tensor | None, nq: int) -> int:
     flags |= (BY_ELEMENT if batch != 1 else 0) | (BY_HEAD if heads != 1 else 0)
     if rows != 1:
         return flags | HAS_ROWS
-    return flags | ONE_FOR_ALL if nq != 1 else flags
+    return flags | ONE_FOR_ALL if nq != 1 or mask.dim() < 2 else flags
 
 
 _SHARED = {
@@ -116,6 +118,12 @@ def agreed_flags(flags: list[int]) -> int:
             "got one row on some and more on others"
         )
     return union
+
+
+def describe_masks(flags: int) -> str:
+    """What masks there are and which axes they have, in words: alike on every rank."""
+    words = {PADDING: "padding", MASK: "mask", BIAS: "floating", BY_HEAD: "by head", BY_ELEMENT: "by batch element"}
+    return ", ".join(word for bit, word in words.items() if flags & bit)
 
 
 def mask_has_rows(flags: int) -> bool:

@@ -1,21 +1,35 @@
 """What every schedule over a process group knows: its ranks, how long each shard is, and which seed is used.
 
-Before each call the ranks exchange their metadata, four integers (`longattn::roll_call`): lengths of q and k, which masks there are, and the
-dropout seed, of which rank 0's counts. Where `lengths` is given and nothing is dropped, no exchange takes place.
+Each call begins with its metadata (`longattn::roll_call`): lengths of q and k, which masks and sinks there are, the dropout seed, of which
+rank 0's counts, and the number of the call. Where `lengths` is given and nothing is dropped, every rank writes it down by itself; else they
+exchange it. Either way each forward and backward begins with headers, which are compared (`group_calls`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule
-from longattn.attention.schedules.extents import Extents, agreed_flags, mask_has_rows
+from longattn.attention.schedules.extents import (
+    CONFLICT,
+    SINKS,
+    Extents,
+    agreed_flags,
+    describe_masks,
+    mask_flags,
+    mask_has_rows,
+)
 from longattn.attention.schedules.gathering import gather_rows
+from longattn.attention.schedules.group_calls import GroupCalls, caller_fields, calls_over
+from longattn.attention.schedules.headers import Fields
 from longattn.attention.schedules.layouts import (
     LAYOUTS,
     Layout,
@@ -27,15 +41,17 @@ from longattn.attention.schedules.layouts import (
     take,
 )
 from longattn.attention.schedules.passes import ScheduleWork, query_spans
-from longattn.attention.schedules.transport import Place, gather_integers
-from longattn.attention.validate import integers
-from longattn.kernels.interface import check_attention_mask
+from longattn.attention.schedules.place import Place
+from longattn.attention.schedules.resetting import reset_calls
+from longattn.attention.schedules.transport import gather_integers
+from longattn.attention.validate import check_positive, integers
+from longattn.kernels.interface import check_attention_mask, dtype_name
 from longattn.patterncache import parse_pattern
 
 Lengths = int | tuple[int, ...] | None
 
-COLUMNS = 4
-"""Of a rank's metadata: length of q, of k, flags as `Schedule.exchange_metadata` takes them, seed."""
+COLUMNS = 5
+"""Of a rank's metadata: length of q, of k, flags as `Schedule.exchange_metadata` takes them, seed, number of the call."""
 
 
 def check_lengths(lengths: object, layout: str) -> Lengths:
@@ -62,27 +78,46 @@ class Members:
     place: Place
     layout: LayoutName
     lengths: Lengths
+    timeout: float | None = None
 
     @classmethod
-    def of(cls, group: object, layout: object, lengths: object) -> Members:
+    def of(cls, group: object, layout: object, lengths: object, timeout: object = None) -> Members:
         """Checked, by name."""
         name: Any = check_layout(layout)
-        return cls(Place.of(group), name, check_lengths(lengths, name))
+        seconds = None if timeout is None else check_positive("timeout", timeout)
+        return cls(Place.of(group), name, check_lengths(lengths, name), seconds)
+
+    @property
+    def calls(self) -> GroupCalls:
+        """What this process has called over the group."""
+        return calls_over(self.place)
 
     def to_spec(self) -> dict[str, Any]:
         """JSON values."""
         lengths = list(self.lengths) if isinstance(self.lengths, tuple) else self.lengths
-        known_lengths = {} if lengths is None else {"lengths": lengths}
-        return {"group": self.place.name, "layout": self.layout, **known_lengths}
+        spec = {"group": self.place.name, "layout": self.layout, "lengths": lengths, "timeout": self.timeout}
+        return {name: value for name, value in spec.items() if value is not None}
 
     @property
     def lengths_known(self) -> bool:
         """Whether lengths are known without an exchange of metadata."""
         return self.lengths is not None
 
-    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
-        """(ranks, COLUMNS) int64."""
-        return gather_integers(self.place, (nq, nk, flags, seed))
+    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int | None, schedule: str, exchange: bool) -> Tensor:
+        """(ranks, COLUMNS) int64: of a call that begins. Without `exchange`, lengths are those given, and flags this rank's."""
+        call = self.calls.next_call()
+        if exchange:
+            row = (nq, nk, flags, 0 if seed is None else seed)
+            rows = gather_integers(self.calls, "lengths", row, call, shared_schedule(schedule), self.timeout)
+            return torch.cat([rows, rows.new_full((len(rows), 1), call)], 1)
+        rows = [[n, n, flags, 0, call] for n in self._known_lengths()]
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+    def _known_lengths(self) -> list[int]:
+        if isinstance(self.lengths, int):
+            return [count_rows(rows) for rows in self.laid_out(self.lengths).rows()]
+        assert self.lengths is not None
+        return list(self.lengths)
 
     def laid_out(self, length: int) -> Layout:
         """Which rank holds which rows of a sequence of that length, unless an exchange of metadata says otherwise."""
@@ -102,11 +137,8 @@ class Members:
         """
         if metadata is not None:
             lengths = [integers(metadata[: self.place.size, column]) for column in range(2)]
-        elif isinstance(self.lengths, int):
-            lengths = [[count_rows(rows) for rows in self.laid_out(self.lengths).rows()]] * 2
         else:
-            assert self.lengths is not None
-            lengths = [list(self.lengths)] * 2
+            lengths = [self._known_lengths()] * 2
         _check_shard_lengths(lengths, self.place.rank, (nq, nk), self)
         return _layout_of_lengths(self, lengths[0]), _layout_of_lengths(self, lengths[1])
 
@@ -135,10 +167,27 @@ class OverGroup(Schedule):
         return self.members.held(length)
 
     def exchange_metadata(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
-        """The metadata of all ranks: lengths, and rank 0's seed. None where lengths are known and nothing is dropped."""
-        if self.lengths_known and seed is None:
-            return None
+        """The metadata of all ranks: lengths, rank 0's seed, and the number of the call."""
         return torch.ops.longattn.roll_call(seed, nq, nk, flags, self.canonical())
+
+    def underway(self) -> AbstractContextManager[None]:
+        """One pass over the group."""
+        return self.members.calls.underway(self.members.timeout)
+
+    def reset(self, timeout: float | None = None) -> None:
+        """Take calls again after a `GroupError`. Every rank of the group must call this; it waits for the others.
+
+        What the failed call left in flight is brought to an end, so that nothing of it can reach a later call. The ranks then
+        count their calls alike again.
+
+        Args:
+            timeout: seconds to wait for the other ranks. Default: the schedule's.
+
+        Raises:
+            GroupError: a rank has not called it in time, or is gone: then the group must be made anew.
+        """
+        seconds = self.members.timeout if timeout is None else check_positive("timeout", timeout)
+        reset_calls(self.members.calls, seconds)
 
     def extents(self, nq: int, nk: int, metadata: Tensor | None) -> Extents:
         """As the layout has it, at the lengths that all ranks have together."""
@@ -148,23 +197,24 @@ class OverGroup(Schedule):
 
     def gather_keys(self, x: Tensor, nq: int, nk: int, metadata: Tensor | None) -> Tensor:
         """From every rank."""
-        return gather_rows(self.members.place, x, self.members.layouts(nq, nk, metadata)[1])
+        return gather_rows(self.members.calls, x, self.members.layouts(nq, nk, metadata)[1], self.members.timeout)
 
     @property
     def ranks(self) -> int:
         """Ranks of the group."""
         return self.members.place.size
 
-    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
+    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int | None) -> Tensor:
         """(ranks, COLUMNS) int64."""
-        return self.members.gather_metadata(nq, nk, flags, seed)
+        exchange = not self.lengths_known or seed is not None or bool(flags & CONFLICT)
+        return self.members.gather_metadata(nq, nk, flags, seed, self.canonical(), exchange)
 
 
 class WholeSequence:
     """A call's whole sequence: how queries and keys are cut over the ranks, where they stand, and the seed.
 
     Attributes:
-        queries, keys: the two layouts. me: this rank.
+        queries, keys: the two layouts. me: this rank. call: its number, 0 without metadata.
         spans: of each rank's queries. seed: rank 0's, or None.
         nq, nk: lengths. rows: whether the whole sequence's mask has rows of its own for each query, as far as ranks asked.
 
@@ -174,7 +224,9 @@ class WholeSequence:
 
     def __init__(self, members: Members, work: ScheduleWork) -> None:
         metadata = work.tensors.metadata
-        self.me = members.place.rank
+        self.me, self.calls = members.place.rank, members.calls
+        self.call = 0 if metadata is None else int(metadata[0, 4])
+        self._flags = 0 if metadata is None else int(metadata[self.me, 2])
         self.seed = metadata[0, 3] if metadata is not None and work.asked.dropout_p else None
         # Of all groups: a mask is of one kind in the whole sequence.
         self.rows = metadata is not None and mask_has_rows(agreed_flags(integers(metadata[:, 2])))
@@ -182,6 +234,51 @@ class WholeSequence:
         self.nq, self.nk = total_rows(self.queries), total_rows(self.keys)
         spans = query_spans(work.asked, self.nq, self.nk)
         self.spans = [take(spans, rows) for rows in self.queries.rows()]
+
+    def fields(self, work: ScheduleWork, step: str = "") -> Fields:
+        """What the ranks must have alike in a pass over `work`."""
+        asked, tensors, (batch, _, heads, head_dim) = work.asked, work.tensors, work.queries[0].shape
+        forward = len(work.queries) == 1
+        mask = tensors.mask if tensors.bias is None else tensors.bias
+        graded = {"q, k, v": asked.needs_grad, "bias": asked.bias_grad, "terms": asked.by_distance_grad}
+        start = asked.q_spans if len(asked.q_spans) > 3 else asked.q_spans[::2]
+        return Fields(
+            phase="forward" if forward else "backward",
+            step=step,
+            # A backward belongs to the forward of its call, whichever thread autograd takes.
+            **(caller_fields(self.calls) if forward else {}),
+            schedule=shared_schedule(asked.schedule),
+            pattern=asked.pattern,
+            dtype=dtype_name(work.k.dtype),
+            batch=str(batch),
+            heads=f"{heads}, first {asked.heads[1]} of {asked.heads[0]}",
+            kv_heads=str(work.k.shape[2]),
+            head_dim=str(head_dim),
+            value_head_dim=str(work.v.shape[3]),
+            q_lengths=str([count_rows(rows) for rows in self.queries.rows()]),
+            k_lengths=str([count_rows(rows) for rows in self.keys.rows()]),
+            q_start=str(start) if start else "",
+            scale=str(asked.scale),
+            dropout_p=str(asked.dropout_p),
+            softcap=str(asked.softcap),
+            score_terms="" if tensors.by_distance is None else f"by distance {tuple(tensors.by_distance.shape)}",
+            masks=describe_masks(mask_flags(work.padding, mask, self.queries.rows()[self.me][0].length)),
+            sinks=str(bool(self._flags & SINKS)),
+            gradients=", ".join(name for name, wanted in graded.items() if wanted),
+        )
+
+
+@lru_cache(maxsize=256)
+def shared_schedule(canonical: str) -> str:
+    """What ranks have alike of a schedule's canonical string: all but groups, which have other names on other ranks, and timeouts."""
+    return json.dumps(_without_group(json.loads(canonical))) if canonical else ""
+
+
+def _without_group(value: Any) -> Any:
+    if isinstance(value, dict):
+        items = cast(dict[str, Any], value).items()
+        return {name: _without_group(x) for name, x in items if name not in ("group", "timeout")}
+    return [_without_group(x) for x in cast(list[Any], value)] if isinstance(value, list) else value
 
 
 def total_rows(layout: Layout) -> int:

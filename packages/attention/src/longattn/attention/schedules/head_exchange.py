@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from longattn.attention.schedules.group import WholeSequence
 from longattn.attention.schedules.layouts import Layout, count_rows
 from longattn.attention.schedules.layouts import contiguous as evenly
 from longattn.attention.schedules.passes import ScheduleWork
-from longattn.attention.schedules.transport import Place, swap
+from longattn.attention.schedules.transport import Swapped, swap
 from longattn.patterncache import Span
 
 
@@ -23,16 +25,16 @@ class HeadExchange:
         ValueError: fewer kv heads than ranks.
     """
 
-    def __init__(self, place: Place, whole: WholeSequence, work: ScheduleWork, mask_rows: bool) -> None:
-        self.place, self.whole, self.allocator = place, whole, work.environment.allocator
-        self.mask_rows = mask_rows
-        kv_heads, query_heads = work.k.shape[2], work.queries[0].shape[2]
-        if kv_heads < place.size:
+    def __init__(self, whole: WholeSequence, work: ScheduleWork) -> None:
+        self.whole, self.work = whole, work
+        self.mask_rows = whole.rows
+        kv_heads, query_heads, ranks = work.k.shape[2], work.queries[0].shape[2], whole.calls.size
+        if kv_heads < ranks:
             raise ValueError(
-                f"k must have at least as many heads as there are ranks, {place.size}, for Ulysses, got {kv_heads}"
+                f"k must have at least as many heads as there are ranks, {ranks}, for Ulysses, got {kv_heads}"
             )
         group = query_heads // kv_heads
-        kv_shares = [rows[0] for rows in evenly(kv_heads, place.size).rows()]
+        kv_shares = [rows[0] for rows in evenly(kv_heads, ranks).rows()]
         self.shares = {
             kv_heads: kv_shares,
             query_heads: [Span(s.start * group, s.length * group) for s in kv_shares],
@@ -42,27 +44,40 @@ class HeadExchange:
         self.query_heads = query_heads
         self.heads = [total, first + share.start, share.length]
 
-    def to_heads(self, x: Tensor, layout: Layout) -> Tensor:
-        """(batch, rows of all, heads of this rank, ...) of x (batch, rows of this rank, heads of all, ...)."""
+    def operands_to_heads(self, work: ScheduleWork) -> tuple[list[Tensor], Tensor | None]:
+        """([*`work.queries`, k, v], padding or None): all rows of this rank's heads. One exchange for all of them."""
+        queries = [(x, self.whole.queries) for x in work.queries]
+        keys = [(x, self.whole.keys) for x in (work.k, work.v)]
+        swapped = [self._by_heads(x, layout) for x, layout in (*queries, *keys)]
+        layouts = [layout for _, layout in (*queries, *keys)]
+        if work.padding is not None:
+            shapes = [(work.padding.shape[0], n) for n in _sizes(self.whole.keys)]
+            swapped.append(Swapped([work.padding] * len(shapes), shapes))
+            layouts.append(self.whole.keys)
+        received = self._swap("to heads", swapped)
+        joined = [layout.join(x) for layout, x in zip(layouts, received, strict=True)]
+        padding = None if work.padding is None else joined.pop()
+        return joined, padding
+
+    def _swap(self, step: str, tensors: list[Swapped]) -> list[list[Tensor]]:
+        whole, allocator = self.whole, self.work.environment.allocator
+        return swap(whole.calls, whole.fields(self.work, step), whole.call, tensors, allocator)
+
+    def _by_heads(self, x: Tensor, layout: Layout) -> Swapped:
+        """x (batch, rows of this rank, heads of all, ...), for (batch, rows of all, heads of this rank, ...)."""
         shares = self.shares[x.shape[2]]
         parts = [x[:, :, s.start : s.start + s.length] for s in shares]
         num_heads = shares[self.whole.me].length
-        shapes = [(x.shape[0], n, num_heads, *x.shape[3:]) for n in _sizes(layout)]
-        return layout.join(swap(self.place, "to heads", parts, shapes, self.allocator))
+        return Swapped(parts, [(x.shape[0], n, num_heads, *x.shape[3:]) for n in _sizes(layout)])
 
-    def to_rows(self, x: Tensor, layout: Layout) -> Tensor:
-        """The inverse of `to_heads`."""
-        parts, me = layout.cut(x), self.whole.me
-        shares = next(s for s in self.shares.values() if s[me].length == x.shape[2])
+    def to_rows(self, step: str, tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
+        """The inverse of `operands_to_heads`, for some tensors of one layout. One exchange for all of them."""
+        me, swapped = self.whole.me, list[Swapped]()
         rows = _sizes(layout)[me]
-        shapes = [(x.shape[0], rows, s.length, *x.shape[3:]) for s in shares]
-        return torch.cat(swap(self.place, "to rows", parts, shapes, self.allocator), 2)
-
-    def padding_to_heads(self, padding: Tensor) -> Tensor:
-        """(batch, keys of all) of each rank's padding."""
-        shapes = [(padding.shape[0], n) for n in _sizes(self.whole.keys)]
-        parts = [padding] * len(shapes)
-        return self.whole.keys.join(swap(self.place, "padding", parts, shapes, self.allocator))
+        for x in tensors:
+            shares = next(s for s in self.shares.values() if s[me].length == x.shape[2])
+            swapped.append(Swapped(layout.cut(x), [(x.shape[0], rows, s.length, *x.shape[3:]) for s in shares]))
+        return [torch.cat(received, 2) for received in self._swap(step, swapped)]
 
     def mask_to_heads(self, mask: Tensor) -> Tensor:
         """A mask of this rank's rows and all heads, broadcastable, as one of all rows and this rank's heads."""
@@ -73,9 +88,10 @@ class HeadExchange:
         if not self.mask_rows:
             return mask
         if by_row.shape[2] > 1:
-            return self.to_heads(by_row, self.whole.queries).transpose(1, 2)
+            (received,) = self._swap("mask to heads", [self._by_heads(by_row, self.whole.queries)])
+            return self.whole.queries.join(received).transpose(1, 2)
         shapes = [(by_row.shape[0], n, *by_row.shape[2:]) for n in _sizes(self.whole.queries)]
-        rows = swap(self.place, "mask", [by_row] * len(shapes), shapes, self.allocator)
+        (rows,) = self._swap("mask to heads", [Swapped([by_row] * len(shapes), shapes)])
         return self.whole.queries.join(rows).transpose(1, 2)
 
     def of_heads(self, x: Tensor) -> Tensor:
@@ -101,11 +117,13 @@ class HeadExchange:
             all_heads[:, :, share.start : share.start + share.length] = by_row
             return all_heads.transpose(1, 2).reshape(bias.shape)
         if target.shape[2] > 1:
-            return self.to_rows(by_row, self.whole.queries).transpose(1, 2).reshape(bias.shape)
+            (rows,) = self.to_rows("mask gradient to rows", [by_row], self.whole.queries)
+            return rows.transpose(1, 2).reshape(bias.shape)
         # All ranks' heads saw the same rows.
         parts = self.whole.queries.cut(by_row)
         shapes = [(*target.shape,)] * len(parts)
-        total = torch.stack(swap(self.place, "mask", parts, shapes, self.allocator)).sum(0)
+        (received,) = self._swap("mask gradient to rows", [Swapped(parts, shapes)])
+        total = torch.stack(received).sum(0)
         return total.transpose(1, 2).reshape(bias.shape)
 
 

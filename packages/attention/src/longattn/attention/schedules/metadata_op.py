@@ -21,7 +21,7 @@ LIBRARY.define("row_positions(Tensor? roll, SymInt nq, SymInt nk, SymInt? start,
 
 
 def _exchange_metadata(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:
-    return parse_schedule(schedule).gather_metadata(nq, nk, flags, 0 if seed is None else int(seed))
+    return parse_schedule(schedule).gather_metadata(nq, nk, flags, None if seed is None else int(seed))
 
 
 def _exchange_metadata_fake(seed: Tensor | None, nq: int, nk: int, flags: int, schedule: str) -> Tensor:

@@ -39,8 +39,9 @@ def _compute(tensors: OpTensors, asked: OpArguments) -> tuple[Tensor, Tensor]:
         tensors, asked = in_documents(tensors, asked)
     environment = find_environment(asked.env)
     work = ScheduleWork((tensors.q,), tensors, asked, environment)
-    run = parse_schedule(asked.schedule).start(work)
-    return scheduled.forward(run, asked, environment, tensors.v.shape[3])
+    schedule = parse_schedule(asked.schedule)
+    with schedule.underway():
+        return scheduled.forward(schedule.start(work), asked, environment, tensors.v.shape[3])
 
 
 def _differentiate(cotangents: Cotangents, tensors: OpTensors, asked: OpArguments) -> Gradients:
@@ -50,7 +51,9 @@ def _differentiate(cotangents: Cotangents, tensors: OpTensors, asked: OpArgument
     grad_out, grad_lse, out, lse = cotangents
     queries = (tensors.q, grad_out, out, lse, *(() if grad_lse is None else (grad_lse,)))
     work = ScheduleWork(queries, tensors, asked, environment)
-    dq, dk, dv, dbias, added = scheduled.backward(parse_schedule(asked.schedule).start(work), asked, environment)
+    schedule = parse_schedule(asked.schedule)
+    with schedule.underway():
+        dq, dk, dv, dbias, added = scheduled.backward(schedule.start(work), asked, environment)
     dq, dk, dv = (gradient.to(tensors.q.dtype) for gradient in (dq, dk, dv))
     return dq, dk, dv, None if dbias is None or tensors.bias is None else dbias.to(tensors.bias.dtype), added
 

@@ -9,6 +9,7 @@ Ring attention: Liu et al. 2023, arXiv:2310.01889.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self
@@ -41,6 +42,7 @@ class Ring(OverGroup, name="ring"):
         layout: "contiguous" (default), "zigzag" or "striped", as in `layouts`.
         lengths: with a group: the whole sequence's length, or, contiguous, that of every rank's shard. Default None: the ranks
             exchange their lengths at every call, and contiguous shards may have any.
+        timeout: with a group: seconds to wait for a message of another rank before a `GroupError`. Default None: the group's.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -61,16 +63,19 @@ class Ring(OverGroup, name="ring"):
         size: int | None = None,
         layout: LayoutName = "contiguous",
         lengths: int | Sequence[int] | None = None,
+        timeout: float | None = None,
     ) -> None:
         members = None
         check_layout(layout)
         if group is not None:
-            members = Members.of(group, layout, lengths)
+            members = Members.of(group, layout, lengths, timeout)
             if size not in (None, members.place.size):
                 raise ValueError(f"size must be None or the group's, {members.place.size}, got {size!r}")
             size = members.place.size
         elif lengths is not None:
             raise ValueError(f"lengths must be None without a group, got {lengths!r}")
+        elif timeout is not None:
+            raise ValueError(f"timeout must be None without a group, got {timeout!r}")
         elif size is None:
             raise TypeError(
                 "size must be an integer >= 1, got None, and neither is there a group: torch.distributed.group.WORLD is None until "
@@ -89,6 +94,15 @@ class Ring(OverGroup, name="ring"):
     def whole(self) -> bool:
         """A ring of one in this process."""
         return self.members is None and self.size == 1
+
+    def underway(self) -> AbstractContextManager[None]:
+        """One pass over the group."""
+        return nullcontext() if self.members is None else super().underway()
+
+    def reset(self, timeout: float | None = None) -> None:
+        """Take calls again after a `GroupError`, once every rank has called this. In one process there is nothing to do."""
+        if self.members is not None:
+            super().reset(timeout)
 
     def start(self, work: ScheduleWork) -> ScheduleRun:
         """A run of this rank, or of all ranks."""

@@ -3,7 +3,7 @@
 In step t, rank r receives the keys of rank r - t and sends its own to rank r + t: a shard goes directly to the ranks whose queries see it,
 and to no other. Life of a step, for each rank: 1. its exchange is posted before the rank computes on the keys of the step before; 2. the
 rank waits for the exchange after that computation; 3. the rank computes, while the next step's exchange goes on; 4. in a backward, dk and
-dv are sent to the rank that owns the keys, in float32. Keys of two steps and gradients of one are in memory at a time, in buffers that
+dv are sent to the rank that owns the keys, in float32. Before all steps, headers announce the bytes of every one of them. Keys of two steps and gradients of one are in memory at a time, in buffers that
 are leased once and used in every step.
 """
 
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.group import Members, WholeSequence, check_masks
+from longattn.attention.schedules.group_calls import GRADIENTS, KEYS, Announced, Exchange
 from longattn.attention.schedules.layouts import Spans
 from longattn.attention.schedules.packing import Lease, Packing, packing_of
 from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun, ScheduleWork
-from longattn.attention.schedules.transport import Exchange, Parcel
+from longattn.attention.schedules.place import Parcel
 from longattn.kernels.interface import find_plan, state_dtype
 
 
@@ -59,6 +60,8 @@ class GroupRun(ScheduleRun):
         self.backward = len(work.queries) > 1
         self.sums = (GradientSum(work.k), GradientSum(work.v))
         self.buffers: dict[tuple[str, int, torch.dtype], Tensor] = {}
+        self.ring_steps = [self._ring_step(number) for number in range(1, self.size)]
+        self.whole.calls.announce(self.whole.fields(work), self.whole.call, follow=self._announced())
 
     def shards(self) -> Iterator[QueryShard]:
         """One: what this rank holds."""
@@ -75,8 +78,7 @@ class GroupRun(ScheduleRun):
 
     def _steps(self) -> Iterator[KeyStep]:
         work, me = self.work, self.whole.me
-        ring_steps = [self._ring_step(number) for number in range(1, self.size)]
-        upcoming = iter(ring_steps)
+        upcoming = iter(self.ring_steps)
         posted = self._post(next(upcoming, None))
         yield KeyStep(work.k, work.v, work.padding, self.k_rows[me], self._add_gradients, self.k_rows[me])
         in_flight: tuple[RingStep, Exchange, tuple[Tensor, ...]] | None = None
@@ -106,6 +108,21 @@ class GroupRun(ScheduleRun):
         plan = find_plan(asked, work.environment)
         return None if plan.empty else packing_of(plan, work.k.shape[2])
 
+    def _announced(self) -> Announced:
+        """Bytes of what each rank is sent: keys, values and perhaps padding in one step, dk and dv in another."""
+        work = self.work
+        keys: dict[int, list[int]] = {rank: [] for rank in range(self.size)}
+        gradients: dict[int, list[int]] = {rank: [] for rank in range(self.size)}
+        wide = state_dtype(work.k.dtype).itemsize
+        for ring_step in self.ring_steps:
+            if ring_step.outgoing is not None:
+                sizes = _numbers(ring_step.outgoing, (work.k, work.v))
+                keys[ring_step.target] = [n * work.k.dtype.itemsize for n in sizes]
+                keys[ring_step.target] += [] if work.padding is None else [work.padding.numel()]
+            if ring_step.incoming is not None and self.backward:
+                gradients[ring_step.source] = [n * wide for n in _numbers(ring_step.incoming, (work.k, work.v))]
+        return {rank: (keys[rank], gradients[rank]) for rank in keys}
+
     def _post(self, ring_step: RingStep | None) -> RingStep | None:
         """Begin to send and receive the keys of a step."""
         if ring_step is None:
@@ -127,7 +144,7 @@ class GroupRun(ScheduleRun):
             if work.padding is not None:
                 ring_step.received += (work.padding.new_empty(work.padding.shape[0], ring_step.incoming.rows),)
         receives = [(ring_step.source, x) for x in ring_step.received]
-        ring_step.exchange = Exchange(self.members.place, f"keys {ring_step.number}", sends, receives)
+        ring_step.exchange = Exchange(self.whole.calls, f"keys {ring_step.number}", sends, receives, KEYS)
         return ring_step
 
     def _key_step(self, ring_step: RingStep, incoming: Packing) -> KeyStep:
@@ -157,11 +174,8 @@ class GroupRun(ScheduleRun):
         if ring_step.outgoing is not None:
             received = self._leased("received gradients", ring_step.outgoing, wide)
         label = f"gradients {ring_step.number}"
-        return (
-            ring_step,
-            Exchange(self.members.place, label, sends, [(ring_step.target, x) for x in received]),
-            received,
-        )
+        receives = [(ring_step.target, x) for x in received]
+        return ring_step, Exchange(self.whole.calls, label, sends, receives, GRADIENTS), received
 
     def _receive_gradients(self, in_flight: tuple[RingStep, Exchange, tuple[Tensor, ...]] | None) -> None:
         if in_flight is None:
@@ -193,6 +207,11 @@ class GroupRun(ScheduleRun):
             return flat[:count].view(shape)
 
         return lease
+
+
+def _numbers(packing: Packing, tensors: Sequence[Tensor]) -> list[int]:
+    """How many numbers of each tensor travel."""
+    return [math.prod(packing.shape(len(x), x.shape[-1])) for x in tensors]
 
 
 def _flat(spans: Spans) -> list[int]:

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.extents import row_numbers
+from longattn.attention.schedules.gathering import row_fields
+from longattn.attention.schedules.group_calls import calls_over
 from longattn.attention.schedules.layouts import count_rows, select_rows
 from longattn.attention.schedules.local import check_schedule_argument
-from longattn.attention.schedules.transport import Place, gather_integers, swap
+from longattn.attention.schedules.place import Place
+from longattn.attention.schedules.transport import Swapped, gather_integers, swap
 from longattn.attention.validate import check_type, integers
 from longattn.kernels.interface import TorchAllocator
 
@@ -52,7 +55,7 @@ def unshard_sequence(x: Tensor, schedule: Schedule, group: object = None, dim: i
     if not schedule.distributed:
         return x.detach()
     place = _group_of(schedule, group)
-    lengths = integers(gather_integers(place, (x.shape[axis],)))
+    lengths = integers(gather_integers(calls_over(place), "shard lengths", (x.shape[axis],))[:, 0])
     return _gather_rows(x.detach(), axis, place, lengths, schedule)
 
 
@@ -85,10 +88,15 @@ def _gather_rows(x: Tensor, axis: int, place: Place, lengths: Sequence[int], sch
         raise ValueError(
             f"x must have the {count_rows(rows)} rows that {schedule} gives this rank, got {x.shape[axis]}"
         )
-    allocator = TorchAllocator()
-    parts = swap(place, "rows", [x] * len(lengths), shapes, allocator)
     # Each rank says where its rows stand: that serves every schedule alike.
-    row_positions = swap(place, "positions", [row_numbers(rows)] * len(lengths), [(n,) for n in lengths], allocator)
+    tensors = [
+        Swapped([x] * len(lengths), shapes),
+        Swapped([row_numbers(rows)] * len(lengths), [(n,) for n in lengths]),
+    ]
+    calls = calls_over(place)
+    with calls.underway():
+        fields = row_fields(calls, "gather", x.transpose(1, axis) if axis else x, list(lengths))
+        parts, row_positions = swap(calls, fields, calls.next_call(), tensors, TorchAllocator())
     sequence = x.new_empty((*x.shape[:axis], sum(lengths), *x.shape[axis + 1 :]))
     for part, positions in zip(parts, row_positions, strict=True):
         sequence.index_copy_(axis, positions.to(x.device), part)

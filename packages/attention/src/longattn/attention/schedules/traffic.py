@@ -5,6 +5,7 @@ Nothing is measured here: bytes are exactly what `transport` sends (tests hold o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longattn.attention.schedules.all_gather import AllGather
 from longattn.attention.schedules.base import Schedule
-from longattn.attention.schedules.layouts import LAYOUTS, count_rows
+from longattn.attention.schedules.layouts import LAYOUTS, count_rows, neighbours
 from longattn.attention.schedules.packing import packing_of
+from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.ring import Ring
-from longattn.attention.schedules.transport import Place
 from longattn.attention.schedules.ulysses import Ulysses
 from longattn.attention.validate import check_pattern_argument, check_size, check_type
 from longattn.kernels.interface import state_dtype
@@ -78,9 +79,12 @@ class Traffic:
         return max(self.work) * len(self.work) / sum(self.work) if sum(self.work) else 1.0
 
 
-def ring_traffic(call: Call, layout: str = "contiguous") -> Traffic:
-    """Of a `Ring`: of each shard, what each other rank sees of it; in a backward that again, and dk and dv in float32 (float64)."""
-    rows = LAYOUTS[layout](call.length, call.ranks).rows()
+def ring_traffic(call: Call, layout: str = "contiguous", lengths: Sequence[int] | None = None) -> Traffic:
+    """Of a `Ring`: of each shard, what each other rank sees of it; in a backward that again, and dk and dv in float32 (float64).
+
+    lengths: of contiguous shards, as in `Ring`. Default: those of the layout.
+    """
+    rows = (LAYOUTS[layout](call.length, call.ranks) if lengths is None else neighbours(lengths)).rows()
     elements, work, cache = 0, [0] * call.ranks, get_global_pattern_cache()
     for reader, queries in enumerate(rows):
         for owner, keys in enumerate(rows):

@@ -6,7 +6,8 @@ an inner schedule runs on those heads: `Local`, or a `Ring` over another dimensi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -36,7 +37,7 @@ class Ulysses(OverGroup, name="ulysses"):
     inner Ring over `mesh["ring"]`, the sequence is first cut over the ring, and each of its shards over this group.
 
     Args:
-        group, layout, lengths: as in `Ring`.
+        group, layout, lengths, timeout: as in `Ring`.
         inner: what runs on the heads. Default Local().
 
     Raises:
@@ -54,13 +55,14 @@ class Ulysses(OverGroup, name="ulysses"):
         layout: LayoutName = "contiguous",
         lengths: int | Sequence[int] | None = None,
         inner: Schedule | None = None,
+        timeout: float | None = None,
     ) -> None:
         schedule = (
             Local()
             if inner is None
             else check_type("inner", inner, Schedule, "None or a Schedule such as Ring(mesh['ring'])")
         )
-        object.__setattr__(self, "members", Members.of(group, layout, lengths))
+        object.__setattr__(self, "members", Members.of(group, layout, lengths, timeout))
         object.__setattr__(self, "inner", schedule)
         self._check_groups()
 
@@ -101,11 +103,17 @@ class Ulysses(OverGroup, name="ulysses"):
         """Whether lengths are known without an exchange of metadata, here and inside."""
         return self.members.lengths_known and (not isinstance(self.inner, OverGroup) or self.inner.lengths_known)
 
-    def exchange_metadata(self, nq: int, nk: int, flags: int, seed: Tensor | None) -> Tensor | None:
-        """The metadata of all ranks, also where there is a mask: one rank alone cannot tell whether the mask's rows travel."""
-        if self.lengths_known and seed is None and not flags & MASK:
-            return None
-        return torch.ops.longattn.roll_call(seed, nq, nk, flags, self.canonical())
+    @contextmanager
+    def underway(self) -> Generator[None]:
+        """One pass over the group and the inner ones."""
+        with super().underway(), self.inner.underway():
+            yield
+
+    def reset(self, timeout: float | None = None) -> None:
+        """Take calls again after a `GroupError`, on this group and the inner ones; as in `Ring`."""
+        super().reset(timeout)
+        if isinstance(self.inner, OverGroup):
+            self.inner.reset(timeout)
 
     def extents(self, nq: int, nk: int, metadata: Tensor | None) -> Extents:
         """This rank's part of what the inner schedule's rank, the whole of this group, has."""
@@ -118,7 +126,7 @@ class Ulysses(OverGroup, name="ulysses"):
     def gather_keys(self, x: Tensor, nq: int, nk: int, metadata: Tensor | None) -> Tensor:
         """From every rank of this group, and then of the inner one."""
         queries, keys = self.members.layouts(nq, nk, metadata)
-        x = gather_rows(self.members.place, x, keys)
+        x = gather_rows(self.members.calls, x, keys, self.members.timeout)
         return self.inner.gather_keys(x, total_rows(queries), total_rows(keys), self.inner_metadata(metadata))
 
     def inner_metadata(self, metadata: Tensor | None) -> Tensor | None:
@@ -130,15 +138,18 @@ class Ulysses(OverGroup, name="ulysses"):
         """Rows of the metadata: those of this group, then those of the inner one."""
         return self.members.place.size + self.inner.ranks * self.inner.distributed
 
-    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int) -> Tensor:
-        """This group's metadata; then the inner one's, in which this group is one rank, with its rank 0's seed."""
-        metadata = self.members.gather_metadata(nq, nk, flags, seed)
+    def gather_metadata(self, nq: int, nk: int, flags: int, seed: int | None) -> Tensor:
+        """This group's metadata; then the inner one's, in which this group is one rank, with its rank 0's seed.
+
+        Exchanged also where there is a mask: one rank alone cannot tell whether the mask's rows travel.
+        """
+        exchange = not self.lengths_known or seed is not None or bool(flags & MASK)
+        metadata = self.members.gather_metadata(nq, nk, flags, seed, self.canonical(), exchange)
         if not self.inner.distributed:
             return metadata
         nq, nk = (int(n) for n in metadata[:, :2].sum(0))
-        return torch.cat(
-            [metadata, self.inner.gather_metadata(nq, nk, _as_one(integers(metadata[:, 2])), int(metadata[0, 3]))]
-        )
+        seed = None if seed is None else int(metadata[0, 3])
+        return torch.cat([metadata, self.inner.gather_metadata(nq, nk, _as_one(integers(metadata[:, 2])), seed)])
 
 
 def _as_one(flags: list[int]) -> int:
@@ -153,16 +164,15 @@ class _HeadsRun(ScheduleRun):
     def __init__(self, ulysses: Ulysses, work: ScheduleWork) -> None:
         members, inner, given = ulysses.members, ulysses.inner, work.tensors
         self.work, self.whole = work, WholeSequence(members, work)
-        self.exchange = HeadExchange(members.place, self.whole, work, self.whole.rows)
+        self.exchange = HeadExchange(self.whole, work)
         mask, bias = (None if x is None else self.exchange.mask_to_heads(x) for x in (given.mask, given.bias))
-        queries = tuple(self.exchange.to_heads(x, self.whole.queries) for x in work.queries)
-        k, v = (self.exchange.to_heads(x, self.whole.keys) for x in (work.k, work.v))
-        padding = None if work.padding is None else self.exchange.padding_to_heads(work.padding)
+        (*queries, k, v), padding = self.exchange.operands_to_heads(work)
         metadata = ulysses.inner_metadata(given.metadata)
         by_distance = None if given.by_distance is None else self.exchange.of_heads(given.by_distance)
         tensors = OpTensors(queries[0], k, v, bias, by_distance, mask, padding, self.whole.seed, metadata=metadata)
-        asked = work.asked._replace(heads=self.exchange.heads)
-        inside = ScheduleWork(queries, tensors, asked, work.environment)
+        # Ranks of the inner group need not have this group's lengths.
+        asked = work.asked._replace(heads=self.exchange.heads, schedule=inner.canonical())
+        inside = ScheduleWork(tuple(queries), tensors, asked, work.environment)
         if not inner.distributed:
             check_masks(inside, self.whole.nq, self.whole.nk)
         self.inside = inner.start(inside)
@@ -177,15 +187,13 @@ class _HeadsRun(ScheduleRun):
         out, *rest = self.inside.join(parts)
         # Nothing is added on the way, so it is rounded before it travels.
         dtype = self.work.queries[0].dtype if len(self.work.queries) > 1 else self.work.asked.out_dtype
-        return tuple(self.exchange.to_rows(x, self.whole.queries) for x in (out.to(dtype), *rest))
+        return tuple(self.exchange.to_rows("queries to rows", [out.to(dtype), *rest], self.whole.queries))
 
     def key_gradients(self) -> tuple[Tensor, Tensor]:
-        dk, dv = self.inside.key_gradients()
         dtype = self.work.k.dtype
-        return (
-            self.exchange.to_rows(dk.to(dtype), self.whole.keys),
-            self.exchange.to_rows(dv.to(dtype), self.whole.keys),
-        )
+        gradients = [x.to(dtype) for x in self.inside.key_gradients()]
+        dk, dv = self.exchange.to_rows("gradients to rows", gradients, self.whole.keys)
+        return dk, dv
 
     def bias_gradient(self, gradient: Tensor) -> Tensor:
         bias = self.work.tensors.bias

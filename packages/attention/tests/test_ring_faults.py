@@ -1,0 +1,114 @@
+"""A rank that dies, raises, stops or is waited for too long: no hang, no wrong number, no abort; and how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+HERE = Path(__file__).parent
+SECONDS = 3.0
+HARD_TIMEOUT = 240
+Fault = tuple[str, str, str, int]
+"""(engine, fault, phase, step)."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here"),
+    pytest.mark.timeout(10 * HARD_TIMEOUT),
+]
+
+
+def run_world(folder: Path, world: int, faults: Sequence[Fault]) -> tuple[list[Any], list[int]]:
+    """What each rank reported of each fault, and its exit status."""
+    command = [sys.executable, str(HERE / "ring_fault_worker.py"), str(world)]
+    asked = [str(folder), str(SECONDS), *("/".join(map(str, fault)) for fault in faults)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), *asked], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for rank in range(world)
+    ]
+    texts = []
+    try:
+        for rank in ranks:
+            texts.append(rank.communicate(timeout=HARD_TIMEOUT)[0].decode(errors="replace")[-2000:])
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    reports = [json.loads(p.read_text()) if (p := folder / f"{n}.json").exists() else {} for n in range(world)]
+    statuses = [rank.returncode for rank in ranks]
+    assert all(reports[:-1]), "\n".join(texts)
+    return reports, statuses
+
+
+def check(folder: Path, world: int, faults: Sequence[Fault]) -> None:
+    """Everything that is promised of faults on the last rank, one after the other."""
+    reports, statuses = run_world(folder, world, faults)
+    killed = faults[-1][1] == "kill"
+    assert statuses == [0] * (world - 1) + [-signal.SIGKILL if killed else 0], statuses
+    for number, fault in enumerate(faults):
+        check_fault(world, fault, [report[number] for report in (reports[:-1] if killed else reports)])
+
+
+def check_fault(world: int, fault: Fault, reports: list[Any]) -> None:
+    """What each rank saw of one."""
+    _, kind, _, step = fault
+    survivors = reports[: world - 1]
+    assert all(report["before"] for report in reports), (fault, reports)
+    for report in survivors:
+        # A rank whose messages were all there before the fault may end well; it never has a wrong number.
+        assert report["right"] is not False, (fault, reports)
+        assert report["right"] or report["error"] in ("GroupError", "KeyboardInterrupt"), (fault, reports)
+    if kind == "pause":
+        assert all(report["right"] for report in reports), (fault, reports)
+    elif step == 0:
+        error = "KeyboardInterrupt" if kind == "interrupt" else "GroupError"
+        assert {report.get("error") for report in survivors} == {error}, (fault, reports)
+        assert kind == "interrupt" or {report["rank"] for report in survivors} == {world - 1}, (fault, reports)
+    if kind != "kill":
+        for report in reports:
+            after = [report[name] for name in ("after reset", "anew", "kept", "comm")]
+            assert after == [True, True, [0, 0], 0], (fault, reports)
+
+
+# Those that do not end a rank come first: one start of two ranks serves all. The rest is nightly, and `nox -s faults`.
+DEFAULT: list[Fault] = [
+    ("ulysses", "raise", "forward", 1),
+    ("ring", "stop", "forward", 0),
+    ("all_gather", "interrupt", "backward", 0),
+    ("zigzag", "pause", "forward", 1),
+    ("ring", "kill", "backward", 2),
+]
+
+
+def of_engine(world: int, engine: str) -> list[Fault]:
+    """Every fault at every step of every phase. Engines that gather have one rectangle."""
+    steps = range((world if engine in ("ring", "zigzag") else 1) + 1)
+    kinds = ("raise", "stop", "pause", "interrupt", "kill")
+    return [(engine, kind, phase, step) for kind in kinds for phase in ("forward", "backward") for step in steps]
+
+
+def test_a_rank_fails(tmp_path):
+    """The others raise GroupError within the timeout, or end well; after a reset, and in a new group, every number is right."""
+    check(tmp_path, 2, DEFAULT)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("engine", ["ring", "zigzag", "all_gather", "ulysses"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_fault_at_every_step(world, engine, tmp_path):
+    """The same for every engine, fault, phase and step."""
+    faults = of_engine(world, engine)
+    for number, fault in enumerate(fault for fault in faults if fault[1] == "kill"):
+        (folder := tmp_path / str(number)).mkdir()
+        check(folder, world, [fault])
+    check(tmp_path, world, [fault for fault in faults if fault[1] != "kill"])
