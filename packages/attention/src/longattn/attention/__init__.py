@@ -94,6 +94,12 @@ if TYPE_CHECKING:
     from longattn.attention.sparse_config import (
         SparsePatternConfig,
     )
+    from longattn.attention.streaming.module import (
+        StreamingAttention,
+    )
+    from longattn.attention.streaming.state import (
+        StreamingState,
+    )
     from longattn.attention.weights import (
         attention_weights,
         sparse_attention_weights,
@@ -129,6 +135,8 @@ _HOME = {
     "RingMultiheadDilatedAttentionV3": "multihead_presets",
     "Schedule": "schedules.base",
     "SparsePatternConfig": "sparse_config",
+    "StreamingAttention": "streaming.module",
+    "StreamingState": "streaming.state",
     "TileOrder": "ring_buffer.config",
     "TileType": "ring_buffer.config",
     "Ulysses": "schedules.ulysses",
@@ -174,6 +182,8 @@ __all__ = [
     "RingMultiheadDilatedAttentionV3",
     "Schedule",
     "SparsePatternConfig",
+    "StreamingAttention",
+    "StreamingState",
     "TileOrder",
     "TileType",
     "Ulysses",
