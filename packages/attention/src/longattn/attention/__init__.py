@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     from longattn.attention.streaming.module import (
         StreamingAttention,
     )
-    from longattn.attention.streaming.state import (
+    from longattn.attention.streaming.stream_state import (
         StreamingState,
     )
     from longattn.attention.weights import (
@@ -136,7 +136,7 @@ _HOME = {
     "Schedule": "schedules.base",
     "SparsePatternConfig": "sparse_config",
     "StreamingAttention": "streaming.module",
-    "StreamingState": "streaming.state",
+    "StreamingState": "streaming.stream_state",
     "TileOrder": "ring_buffer.config",
     "TileType": "ring_buffer.config",
     "Ulysses": "schedules.ulysses",

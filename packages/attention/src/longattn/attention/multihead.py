@@ -15,7 +15,7 @@ from longattn.attention.schedules.call_extents import CallExtents, on_local
 from longattn.attention.sequences.rotary import rotate
 from longattn.attention.sequences.varlen import jagged_like, pack_jagged, refuse_jagged_shards
 from longattn.attention.streaming.module import StreamingAttention
-from longattn.attention.streaming.state import StreamingState
+from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import (
     check_bool,
     check_embedded,

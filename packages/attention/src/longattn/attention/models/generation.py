@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from longattn.attention.streaming.state import StreamingState
+from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import check_positive, check_size
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longattn.attention.streaming.held_keys import HeldKeys
-from longattn.attention.streaming.state import StreamingState
+from longattn.attention.streaming.stream_state import StreamingState
 from longattn.kernels import AttentionState, attend, merge
 from longattn.patterncache import Full, Span
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from longattn.attention.streaming.attending import attend_appended, attend_before
 from longattn.attention.streaming.expiry import ExpiryTable
 from longattn.attention.streaming.row_by_row import attend_row_by_row
-from longattn.attention.streaming.state import StreamingState
+from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import (
     check_bool,
     check_pattern_argument,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longattn.attention.streaming.state import StreamingState
+from longattn.attention.streaming.stream_state import StreamingState
 from longattn.kernels import AttentionState
 from longattn.kernels.interface import state_dtype
 
