@@ -43,7 +43,7 @@ EXPECTED = {
         pattern_attention PatternAttention MultiheadPatternAttention attention_weights
         Schedule Local Ring AllGather Ulysses choose shard_sequence unshard_sequence SparsePatternConfig Wiring
         RingBufferAttention RingBufferConfig RingBufferState TileOrder TileType
-        StreamingAttention StreamingState
+        StreamingAttention StreamingState streaming_cache
         DilatedAttention ImprovedDilatedAttention ImprovedDilatedAttentionV2
         RingDilatedAttentionV2 RingDilatedAttentionV3 BlockSparseRingDilatedAttention
         MultiheadDilatedAttention ImprovedMultiheadDilatedAttention ImprovedMultiheadDilatedAttentionV2

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from longattn.attention.integrations.huggingface import (
         register_with_transformers,
+        streaming_cache,
     )
     from longattn.attention.integrations.transformers_models import (
         use_pattern,
@@ -151,6 +152,7 @@ _HOME = {
     "register_with_xformers": "integrations.xformers",
     "shard_sequence": "schedules.sharding",
     "sparse_attention_weights": "weights",
+    "streaming_cache": "integrations.huggingface",
     "unshard_sequence": "schedules.sharding",
     "use_pattern": "integrations.transformers_models",
 }
@@ -198,6 +200,7 @@ __all__ = [
     "register_with_xformers",
     "shard_sequence",
     "sparse_attention_weights",
+    "streaming_cache",
     "unshard_sequence",
     "use_pattern",
 ]

@@ -46,7 +46,7 @@ def attend_appended(
     used = min(state.capacity, -(-max(table.used for table in tables) // _ROUND) * _ROUND)
     masks = [log_counts(module, table, table.position - 1, 1, used, q) for table in tables]
     keys, values = _slots(state, rows, used)
-    mask = torch.from_numpy(np.stack(masks)).to(q.device)
+    mask = torch.as_tensor(np.stack(masks), device=q.device)
     return attend(q, keys, values, _FULL, softmax_scale=module.softmax_scale, attention_mask=mask)
 
 
@@ -82,7 +82,7 @@ def _attend_table(
     parts: list[AttentionState] = []
     for first in range(0, n, strip):
         queries = q[:, first : first + strip]
-        mask = torch.from_numpy(log_counts(module, table, start + first, queries.shape[1], used, q)).to(q.device)
+        mask = torch.as_tensor(log_counts(module, table, start + first, queries.shape[1], used, q), device=q.device)
         parts.append(attend(queries, *slots, _FULL, softmax_scale=scale, attention_mask=mask))
     earlier = AttentionState(torch.cat([p.out for p in parts], 1), torch.cat([p.lse for p in parts], 1))
     return merge(among_themselves, earlier)

@@ -44,8 +44,7 @@ class HeldKeys:
     @property
     def used(self) -> int:
         """Slots up to the last one in use."""
-        used = (self.slots >= 0).any(axis=0).nonzero()[0]
-        return int(used[-1]) + 1 if len(used) else 0
+        return 1 + int((self.slots >= 0).nonzero()[1].max(initial=-1))
 
     def held(self) -> list[list[int]]:
         """The positions that are held, for each kv head, in order."""

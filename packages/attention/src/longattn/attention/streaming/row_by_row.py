@@ -35,7 +35,7 @@ def attend_row_by_row(
             slots = (table.slots[head] >= 0).nonzero()[0]
             slots = slots[table.slots[head, slots].argsort()]
             held = table.slots[head, slots]
-            chosen = torch.from_numpy(slots).to(q.device)
+            chosen = torch.as_tensor(slots, device=q.device)
             keys = torch.cat((state.keys[row, head, chosen], k[index, :, head]))
             values = torch.cat((state.values[row, head, chosen], v[index, :, head]))
             positions = np.concatenate((held, table.position + np.arange(k.shape[1])))
@@ -43,14 +43,14 @@ def attend_row_by_row(
             numbers = np.arange(heads.start, heads.stop)[:, None]
             for token in range(q.shape[1]):
                 counts = module.pattern.count(
-                    numbers, np.int64(table.position + token), positions[None], module.num_heads
+                    numbers, np.full((1, 1), table.position + token), positions[None], module.num_heads
                 )
-                seen = (counts > 0).any(axis=0).nonzero()[0]
+                seen = np.flatnonzero(counts.max(axis=0))
                 if not len(seen):
                     continue
                 with np.errstate(divide="ignore"):
-                    bias = torch.from_numpy(np.log(counts[:, seen])).to(q.device, dtype)
-                at = torch.from_numpy(seen).to(q.device)
+                    bias = torch.as_tensor(np.log(counts[:, seen]), device=q.device, dtype=dtype)
+                at = torch.as_tensor(seen, device=q.device)
                 query = q[index, token, heads].to(dtype, copy=True)
                 scores = query @ keys[at].to(dtype).t().contiguous() * module.softmax_scale + bias
                 total = torch.logsumexp(scores, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longattn.attention.streaming.expiry import Positions
 from longattn.attention.streaming.held_keys import HeldKeys, Placement
+from longattn.attention.validate import integers
 from longattn.bufmgr import get_global_memory_pool
 from longattn.kernels.interface import dtype_name
 
@@ -123,7 +124,7 @@ class StreamingState:
         Raises:
             ValueError: index does not name rows of the batch.
         """
-        listed: list[int] = index.tolist() if isinstance(index, Tensor) else list(index)  # pyright: ignore[reportUnknownMemberType]
+        listed = integers(index) if isinstance(index, Tensor) else list(index)
         rows = [self._row(row) for row in listed]
         select = torch.tensor(rows, dtype=torch.int64, device=self.device)
         if not self.uniform and rows:
@@ -185,8 +186,8 @@ class StreamingState:
                 {
                     "position": table.position,
                     "restorable": table.restorable,
-                    "slots": torch.from_numpy(table.slots[:, :used].copy()),
-                    "last": torch.from_numpy(table.last[:, :used].copy()),
+                    "slots": torch.tensor(table.slots[:, :used]),
+                    "last": torch.tensor(table.last[:, :used]),
                 }
                 for table in self.tables
             ],
@@ -219,10 +220,12 @@ class StreamingState:
         for name, width in (("keys", key_width), ("values", value_width)):
             if not isinstance(saved[name], Tensor) or saved[name].shape != (batch, heads, used, width):
                 raise ValueError(f"saved[{name!r}] must be a tensor {(batch, heads, used, width)}, got another")
-        if not isinstance(saved["tables"], list) or len(saved["tables"]) not in (1, batch):
+        tables: Any = saved["tables"]
+        if not isinstance(tables, list) or len(tables) not in (1, batch):  # pyright: ignore[reportUnknownArgumentType]
             raise ValueError(f"saved['tables'] must be a list of 1 or {batch} tables, got another")
         state = cls((key_width, value_width), heads, batch, saved["max_rewind"], keys.dtype, keys.device)
-        state.tables = [_table(entries, heads, used, saved["max_rewind"]) for entries in saved["tables"]]
+        listed = cast("list[dict[str, Any]]", tables)
+        state.tables = [_table(entries, heads, used, saved["max_rewind"]) for entries in listed]
         state._reserve(used)
         state.keys[:, :, :used], state.values[:, :, :used] = keys, values
         return state
@@ -255,7 +258,7 @@ class StreamingState:
 
     def _put(self, row: Any, placement: Placement, k: Tensor, v: Tensor) -> None:
         """Copy keys and values of the call's row into their slots: of all rows at once, or row[0] of the call into row[1]."""
-        head, slot, token = (torch.from_numpy(x).to(self.device) for x in placement)
+        head, slot, token = (torch.as_tensor(x, device=self.device) for x in placement)
         for buffer, new in ((self.keys, k), (self.values, v)):
             if isinstance(row, slice):
                 buffer[:, head, slot] = new[:, token, head]
