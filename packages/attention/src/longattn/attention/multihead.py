@@ -250,8 +250,8 @@ class MultiheadPatternAttention(ProjectedModule):
             starts = [0] * x.shape[0] if state is None else state.positions
             rows = torch.arange(x.shape[1], device=x.device) + torch.tensor(starts, device=x.device)[:, None]
             q, k = (rotate(each, rows, self.rotary_base) for each in (q, k))
-        out, state = attention(q, k, v, state)
-        return self.out_proj(self.norm(out.flatten(2))), state
+        out, advanced = attention(q, k, v, state)
+        return self.out_proj(self.norm(out.flatten(2))), advanced
 
     def _dtype(self) -> torch.dtype | None:
         """What the embeddings must be of; None where layers were put in place of ours that keep it to themselves."""

@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longattn.attention.streaming.module import StreamingAttention
 from longattn.attention.streaming.stream_state import StreamingState
+from longattn.attention.validate import integers
 from longattn.patterncache import Pattern
 
 MARK = "_longattn_stream"
@@ -34,7 +35,7 @@ class StreamLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, max_rewind: int = 0) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.max_rewind = max_rewind
         self.reset()
 
@@ -130,7 +131,7 @@ class StreamLayer(CacheLayerMixin):
             raise ValueError(
                 "attention_mask must have its padding on the left in a streaming cache of longattn, got holes"
             )
-        return first.tolist()
+        return integers(first)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens with this call's, 0): masks speak of all tokens, of which padding is read."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from longattn.attention.models.layers import DilatedTransformerEncoderLayer
 from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import check_positive, check_size
 
@@ -27,7 +28,8 @@ class TokenStream:
     def __init__(self, model: LongNet, invariant: bool = False, max_rewind: int = 0) -> None:
         self.model = model
         options: dict[str, Any] = {"invariant": invariant, "max_rewind": max_rewind}
-        self.attentions = [layer.self_attn.streaming(**options) for layer in model.layers]  # pyright: ignore
+        layers = cast("Iterable[DilatedTransformerEncoderLayer]", model.layers)
+        self.attentions = [layer.self_attn.streaming(**options) for layer in layers]
         self.states: list[StreamingState | None] = [None] * len(self.attentions)
 
     @property
@@ -54,8 +56,9 @@ class TokenStream:
                 "model must be in evaluation mode, model.eval(), where its tokens stream, got training mode"
             )
         x = model.embedding(tokens) * model.embedding.embedding_dim**0.5
-        for number, layer in enumerate(model.layers):
-            x, self.states[number] = layer.stream(x, self.attentions[number], self.states[number])  # pyright: ignore
+        layers = cast("Iterable[DilatedTransformerEncoderLayer]", model.layers)
+        for number, layer in enumerate(layers):
+            x, self.states[number] = layer.stream(x, self.attentions[number], self.states[number])
         return nn.functional.linear(model.norm(x), model.embedding.weight)
 
     def rewind(self, tokens: int) -> None:
@@ -101,7 +104,9 @@ def generate(
     if tokens.dim() != 2 or not tokens.shape[1]:
         raise ValueError(f"tokens must be (batch, seq) with a token at least, got {tuple(tokens.shape)}")
     stops = torch.tensor([] if stop is None else [stop] if isinstance(stop, int) else list(stop), device=tokens.device)
-    logits = [stream(part)[:, -1] for part in tokens.split(prefill_size, 1)][-1]
+    logits = tokens.new_empty(0)
+    for begin in range(0, tokens.shape[1], prefill_size):
+        logits = stream(tokens[:, begin : begin + prefill_size])[:, -1]
     ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
     new: list[Tensor] = []
     for number in range(max_new_tokens):

@@ -116,9 +116,8 @@ def _latest(branch: Branch) -> tuple[Rows, Rows]:
         q_positions = np.sort(branch.positions()[0], axis=1)
         latest, seen = np.empty_like(keys), np.ones(keys.shape, bool)
         for tile, (queries, of_tile) in enumerate(zip(q_positions, keys, strict=True)):
-            before = np.full(of_tile.shape, len(queries))
-            if high is not None:
-                before = np.searchsorted(queries, of_tile + high, side="right")
+            until = np.full(of_tile.shape, np.iinfo(np.int64).max) if high is None else of_tile + high
+            before: Rows = np.searchsorted(queries, until, side="right")
             latest[tile] = queries[np.maximum(before, 1) - 1]
             seen[tile] = before > 0
     if low is not None:
