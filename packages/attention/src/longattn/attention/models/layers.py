@@ -13,7 +13,6 @@ from longattn.attention.arguments import CallOptions
 from longattn.attention.multihead import MultiheadPatternAttention
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
 from longattn.attention.streaming.module import StreamingAttention
-from longattn.attention.streaming.module import StreamingAttention
 from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import check_embedded, check_factory, check_positive, check_size, check_type
 from longattn.kernels.interface import check_dropout
