@@ -22,13 +22,12 @@ WINDOW = 2048
 LENGTHS, BATCHES = (8192, 32768, 131072), (1, 8)
 
 
-def stream(length: int, batch: int, dtype: torch.dtype, divide: int = 1) -> tuple[StreamingAttention, StreamingState]:
-    """A module, and a state that has read `length` tokens of which no output was wanted. Segments are divided by `divide`."""
+def stream(k: Tensor, v: Tensor, divide: int = 1) -> tuple[StreamingAttention, StreamingState]:
+    """A module, and a state that has read these keys and values, of which no output was wanted. Segments are divided by `divide`."""
     pattern = Dilated([s // divide for s in SEGMENTS], RATES, causal=True)
     module = StreamingAttention(pattern, num_heads=HEADS, head_dim=HEAD_DIM, max_rewind=STEPS)
-    state = module.new_state(batch, dtype=dtype)
-    _, k, v = tokens(length, batch, dtype)
-    for start in range(0, length, 1024):
+    state = module.new_state(k.shape[0], dtype=k.dtype)
+    for start in range(0, k.shape[1], 1024):
         keys, values = k[:, start : start + 1024], v[:, start : start + 1024]
         last = module._expiry.last_queries(start, keys.shape[1])
         state.tables[0].evict(start + keys.shape[1])
@@ -39,7 +38,7 @@ def stream(length: int, batch: int, dtype: torch.dtype, divide: int = 1) -> tupl
 
 def steps(length: int, batch: int, dtype: torch.dtype) -> Callable[[], object]:
     """Four steps of ours, taken back."""
-    module, state = stream(length, batch, dtype)
+    module, state = stream(*tokens(length, batch, dtype)[1:])
     q, k, v = tokens(1, batch, dtype, seed=1)
 
     def call() -> None:
@@ -77,7 +76,7 @@ def peers(length: int, batch: int, dtype: torch.dtype) -> dict[str, Callable[[],
 def wrong() -> list[str]:
     """The gate: four steps after 60 tokens of a small pattern are the last rows of the whole forward."""
     q, k, v = tokens(64, 2, torch.float32)
-    module, state = stream(60, 2, torch.float32, divide=128)
+    module, state = stream(k[:, :60], v[:, :60], divide=128)
     expected = pattern_attention(q, k, v, module.pattern)[:, 60:]
     parts = [module(q[:, at : at + 1], k[:, at : at + 1], v[:, at : at + 1], state)[0] for at in range(60, 64)]
     error = float((torch.cat(parts, 1) - expected).abs().max())
@@ -103,7 +102,7 @@ def experiments(quick: bool) -> Iterator[Calls]:
 def bytes_held(length: int, batch: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """Bytes of keys and values that a cache holds after `length` tokens."""
     token = batch * 2 * HEADS * HEAD_DIM * dtype.itemsize
-    _, state = stream(length, batch, dtype)
+    _, state = stream(*tokens(length, batch, dtype)[1:])
     return {"ours": state.nbytes, "full cache": length * token, f"window of {WINDOW}": min(length, WINDOW) * token}
 
 

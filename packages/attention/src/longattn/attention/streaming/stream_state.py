@@ -268,7 +268,7 @@ class StreamingState:
     def _reserve(self, slots: int) -> None:
         """So many slots for each head at least."""
         if slots > self.capacity:
-            capacity = -(-max(slots, min(2 * self.capacity, slots + slots // 4)) // _GRAIN) * _GRAIN
+            capacity = -(-max(slots, min(2 * self.capacity, slots + slots // 8)) // _GRAIN) * _GRAIN
             for name in ("keys", "values"):
                 old = getattr(self, name)
                 new = self._buffer(capacity, old.shape[3])
