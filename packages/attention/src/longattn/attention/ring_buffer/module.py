@@ -296,5 +296,5 @@ class RingBufferAttention(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # pyright: ignore[reportUnknownMemberType]
         self._streams = weakref.WeakSet()
