@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from longattn.patterncache import (
@@ -15,6 +15,7 @@ from longattn.patterncache import (
     Rectangle,
     Restrict,
     Span,
+    Strided,
     Window,
 )
 from longattn.patterncache.analysis.retention import FOREVER
@@ -31,6 +32,7 @@ def by_counts(pattern: Pattern, keys: Span, stop: int) -> np.ndarray:
 
 
 @given(patterns(), st.integers(0, 20), st.integers(0, 20))
+@example(Strided(2), 1, 2)
 def test_the_last_query_is_that_of_the_counts(pattern, start, length):
     """For every pattern: no query after it sees the key, and it does; where no end is known, nothing is said too early."""
     keys = Span(start, length)

@@ -90,10 +90,8 @@ def _attend_table(
 
 def _slots(state: StreamingState, rows: list[int] | None, used: int) -> tuple[Tensor, Tensor]:
     """Keys and values of the first slots, (rows, used, kv_heads, head_dim): views, but of some rows of several a copy."""
-    keys, values = (x[:, :, :used].transpose(1, 2) for x in (state.keys, state.values))
-    if rows is None or rows == list(range(state.batch_size)):
-        return keys, values
-    if len(rows) == 1:
-        return keys[rows[0] : rows[0] + 1], values[rows[0] : rows[0] + 1]
-    select = torch.tensor(rows, device=state.device)
-    return keys.index_select(0, select), values.index_select(0, select)
+    index: Any = (slice(None), slice(None), slice(used))
+    if rows is not None and rows != list(range(state.batch_size)):
+        index = (slice(rows[0], rows[0] + 1) if len(rows) == 1 else torch.tensor(rows, device=state.device), *index[1:])
+    keys, values = (buffer.read(index).transpose(1, 2) for buffer in (state.keys, state.values))
+    return keys, values

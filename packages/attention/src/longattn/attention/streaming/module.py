@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longattn.attention.streaming.attending import attend_appended, attend_before
 from longattn.attention.streaming.expiry import ExpiryTable
 from longattn.attention.streaming.row_by_row import attend_row_by_row
+from longattn.attention.streaming.slot_buffer import LARGEST, Storage
 from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import (
     check_bool,
@@ -43,6 +44,9 @@ class StreamingAttention(nn.Module):
         invariant: the same bits, whatever other rows the batch has and however a stream is cut into calls, on one machine with one number of
             threads. Each query is computed by itself, so long calls are slow. Default False: equal within rounding.
         max_rewind: tokens that `state.rewind` can take back. Keys that they see stay as long. Default 0.
+        storage: "int8" or "fp8" (float8_e4m3fn): keys and values lie in 8 bits with a scale for each token and head, about half of bfloat16's bytes.
+            With e the largest error of a key's number and d that of a value's (see `slot_buffer`), an output is off by at most
+            d + (exp(2 softmax_scale |q|_1 e) - 1) max |v|. Tokens of one call of several see one another unrounded. Default None: as they come.
 
     Raises:
         TypeError, ValueError: a bad argument, by name; or a pattern that is not causal.
@@ -67,6 +71,7 @@ class StreamingAttention(nn.Module):
         softmax_scale: float | None = None,
         invariant: bool = False,
         max_rewind: int = 0,
+        storage: Storage | None = None,
     ) -> None:
         super().__init__()
         self.pattern = check_pattern_argument(pattern)
@@ -82,6 +87,14 @@ class StreamingAttention(nn.Module):
         if max_rewind != 0:
             check_size("max_rewind", max_rewind)
         self.max_rewind = max_rewind
+        if storage is not None and storage not in LARGEST:
+            raise ValueError(f"storage must be None, 'int8' or 'fp8', got {storage!r}")
+        if storage is not None and invariant:
+            raise ValueError(
+                "storage must be None where invariant is True: within a call keys are not rounded yet, got "
+                + repr(storage)
+            )
+        self.storage: Storage | None = storage
         self._expiry = ExpiryTable(pattern, num_heads, self.kv_heads)
 
     def new_state(
@@ -90,7 +103,7 @@ class StreamingAttention(nn.Module):
         """A state at position 0. dtype: default torch's. device: default the current one."""
         like = torch.empty(0, dtype=dtype, device=device)
         widths = (self.head_dim, self.value_head_dim)
-        return StreamingState(widths, self.kv_heads, batch_size, self.max_rewind, like.dtype, like.device)
+        return StreamingState(widths, self.kv_heads, batch_size, self.max_rewind, like.dtype, like.device, self.storage)
 
     @overload
     def forward(
@@ -202,6 +215,7 @@ class StreamingAttention(nn.Module):
             ("widths", (self.head_dim, self.value_head_dim), tuple(state.widths)),
             ("kv_heads", self.kv_heads, state.kv_heads),
             ("max_rewind", self.max_rewind, state.max_rewind),
+            ("storage", self.storage, state.storage),
             ("dtype", dtype_name(k.dtype), dtype_name(state.dtype)),
             ("device", k.device, state.device),
         ):

@@ -36,8 +36,8 @@ def attend_row_by_row(
             slots = slots[table.slots[head, slots].argsort()]
             held = table.slots[head, slots]
             chosen = torch.as_tensor(slots, device=q.device)
-            keys = torch.cat((state.keys[row, head, chosen], k[index, :, head]))
-            values = torch.cat((state.values[row, head, chosen], v[index, :, head]))
+            keys = torch.cat((state.keys.read((row, head, chosen)), k[index, :, head]))
+            values = torch.cat((state.values.read((row, head, chosen)), v[index, :, head]))
             positions = np.concatenate((held, table.position + np.arange(k.shape[1])))
             heads = slice(head * group, (head + 1) * group)
             numbers = np.arange(heads.start, heads.stop)[:, None]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from longattn.attention.streaming.expiry import Positions
 from longattn.attention.streaming.held_keys import HeldKeys, Placement
+from longattn.attention.streaming.slot_buffer import LARGEST, SlotBuffer, Storage
 from longattn.attention.validate import integers
-from longattn.bufmgr import get_global_memory_pool
-from longattn.kernels.interface import dtype_name
+from longattn.kernels.interface import FLOATS, dtype_name
 
 FORMAT = 1
 _GRAIN = 64
@@ -39,11 +39,14 @@ class StreamingState:
         max_rewind: int,
         dtype: torch.dtype,
         device: torch.device,
+        storage: Storage | None = None,
     ) -> None:
         self.widths, self.kv_heads, self.batch_size = widths, kv_heads, batch_size
-        self.max_rewind, self.dtype, self.device = max_rewind, dtype, device
+        self.max_rewind, self.dtype, self.device, self.storage = max_rewind, dtype, device, storage
         self.tables = [HeldKeys(kv_heads, 0, max_rewind)]
-        self.keys, self.values = (self._buffer(0, width) for width in widths)
+        self.keys, self.values = (
+            SlotBuffer((batch_size, kv_heads, 0, width), dtype, device, storage) for width in widths
+        )
 
     @property
     def uniform(self) -> bool:
@@ -53,7 +56,7 @@ class StreamingState:
     @property
     def capacity(self) -> int:
         """Slots of a head."""
-        return self.keys.shape[2]
+        return self.keys.numbers.shape[2]
 
     @property
     def positions(self) -> list[int]:
@@ -62,7 +65,7 @@ class StreamingState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes of keys and values, scales included."""
         return self.keys.nbytes + self.values.nbytes
 
     def __repr__(self) -> str:
@@ -101,7 +104,7 @@ class StreamingState:
         Raises:
             ValueError: states of other sizes, dtypes or devices.
         """
-        for name in ("widths", "kv_heads", "max_rewind", "dtype", "device"):
+        for name in ("widths", "kv_heads", "max_rewind", "dtype", "device", "storage"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"other must be a state with the {name} of this one, {getattr(self, name)}, got {getattr(other, name)}"
@@ -113,8 +116,9 @@ class StreamingState:
         row = self._row(row)
         self.split().tables[row] = table
         used = table.used
-        self.keys[row, :, :used] = other.keys[other._row(source), :, :used]
-        self.values[row, :, :used] = other.values[other._row(source), :, :used]
+        here, there = (row, slice(None), slice(used)), (other._row(source), slice(None), slice(used))
+        self.keys.copy_from(other.keys, here, there)
+        self.values.copy_from(other.values, here, there)
         return self
 
     @torch.no_grad()
@@ -130,7 +134,7 @@ class StreamingState:
         if not self.uniform and rows:
             self.tables = [self.tables[row].clone() for row in rows]
         self.batch_size = len(rows)
-        self.keys, self.values = (self._filled(x.index_select(0, select)) for x in (self.keys, self.values))
+        self._replace(self.batch_size, self.capacity, (), select)
         return self
 
     def clone(self) -> StreamingState:
@@ -138,7 +142,7 @@ class StreamingState:
         copy = StreamingState.__new__(StreamingState)
         copy.__dict__.update(self.__dict__)
         copy.tables = [table.clone() for table in self.tables]
-        copy.keys, copy.values = self._filled(self.keys), self._filled(self.values)
+        copy._replace(self.batch_size, self.capacity, (), ())
         return copy
 
     def fork(self, copies: int) -> StreamingState:
@@ -191,8 +195,9 @@ class StreamingState:
                 }
                 for table in self.tables
             ],
-            "keys": self.keys[:, :, :used].clone(),
-            "values": self.values[:, :, :used].clone(),
+            "storage": self.storage,
+            "keys": {name: part[:, :, :used].clone() for name, part in self.keys.parts.items()},
+            "values": {name: part[:, :, :used].clone() for name, part in self.values.parts.items()},
         }
 
     def save(self, file: str | IO[bytes]) -> None:
@@ -211,23 +216,45 @@ class StreamingState:
         Raises:
             ValueError: a field is missing, or does not fit the others.
         """
-        names = {"format", "widths", "kv_heads", "batch_size", "max_rewind", "dtype", "tables", "keys", "values"}
+        names = {
+            "format",
+            "widths",
+            "kv_heads",
+            "batch_size",
+            "max_rewind",
+            "dtype",
+            "storage",
+            "tables",
+            "keys",
+            "values",
+        }
         if not isinstance(saved, dict) or set(saved) != names or saved["format"] != FORMAT:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"saved must be a mapping of format {FORMAT} with {sorted(names)}, got {sorted(saved)}")
-        keys, values = saved["keys"], saved["values"]
-        batch, heads, (key_width, value_width) = saved["batch_size"], saved["kv_heads"], saved["widths"]
-        used = keys.shape[2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
-        for name, width in (("keys", key_width), ("values", value_width)):
-            if not isinstance(saved[name], Tensor) or saved[name].shape != (batch, heads, used, width):
-                raise ValueError(f"saved[{name!r}] must be a tensor {(batch, heads, used, width)}, got another")
+        batch, heads, storage = saved["batch_size"], saved["kv_heads"], saved["storage"]
+        dtypes = {dtype_name(dtype): dtype for dtype in FLOATS}
+        if storage not in (None, *LARGEST) or saved["dtype"] not in dtypes:
+            raise ValueError(
+                f"saved must have a storage among None, {', '.join(LARGEST)} and a dtype among {', '.join(dtypes)}, "
+                f"got {storage!r} and {saved['dtype']!r}"
+            )
         tables: Any = saved["tables"]
         if not isinstance(tables, list) or len(tables) not in (1, batch):  # pyright: ignore[reportUnknownArgumentType]
             raise ValueError(f"saved['tables'] must be a list of 1 or {batch} tables, got another")
-        state = cls((key_width, value_width), heads, batch, saved["max_rewind"], keys.dtype, keys.device)
+        numbers = saved["keys"]["numbers"]
+        used = numbers.shape[2] if isinstance(numbers, Tensor) and numbers.dim() == 4 else 0
+        widths: Any = tuple(saved["widths"])
+        state = cls(widths, heads, batch, saved["max_rewind"], dtypes[saved["dtype"]], numbers.device, storage)
         listed = cast("list[dict[str, Any]]", tables)
         state.tables = [_table(entries, heads, used, saved["max_rewind"]) for entries in listed]
         state._reserve(used)
-        state.keys[:, :, :used], state.values[:, :, :used] = keys, values
+        for name, buffer in (("keys", state.keys), ("values", state.values)):
+            for part, target in buffer.parts.items():
+                shape, given = (batch, heads, used, target.shape[3]), saved[name].get(part)
+                if not isinstance(given, Tensor) or given.shape != shape or given.dtype != target.dtype:
+                    raise ValueError(
+                        f"saved[{name!r}][{part!r}] must be a {dtype_name(target.dtype)} tensor {shape}, got another"
+                    )
+                target[:, :, :used] = given
         return state
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -261,34 +288,27 @@ class StreamingState:
         head, slot, token = (torch.as_tensor(x, device=self.device) for x in placement)
         for buffer, new in ((self.keys, k), (self.values, v)):
             if isinstance(row, slice):
-                buffer[:, head, slot] = new[:, token, head]
+                buffer.put((row, head, slot), new[:, token, head])
             else:
-                buffer[row[1], head, slot] = new[row[0], token, head]
+                buffer.put((row[1], head, slot), new[row[0], token, head])
 
     def _reserve(self, slots: int) -> None:
         """So many slots for each head at least."""
         if slots > self.capacity:
             capacity = -(-max(slots, min(2 * self.capacity, slots + slots // 8)) // _GRAIN) * _GRAIN
-            for name in ("keys", "values"):
-                old = getattr(self, name)
-                new = self._buffer(capacity, old.shape[3])
-                new[:, :, : old.shape[2]] = old
-                setattr(self, name, new)
+            old = (slice(None), slice(None), slice(self.capacity))
+            self._replace(self.batch_size, capacity, old, old)
         for table in self.tables:
             table.grow(self.capacity)
 
-    def _buffer(self, capacity: int, width: int) -> Tensor:
-        """(batch, kv_heads, capacity, width), zero: slots that hold nothing are read, and 0 * NaN is NaN."""
-        # A state outlives the mode it was made in; an inference tensor could not be written elsewhere.
-        with torch.inference_mode(False):
-            shape = (self.batch_size, self.kv_heads, capacity, width)
-            return get_global_memory_pool().empty(shape, self.dtype, self.device, "cache").zero_()
-
-    def _filled(self, old: Tensor) -> Tensor:
-        """A buffer of its own with the content of another."""
-        with torch.inference_mode(False), torch.no_grad():
-            new = self._buffer(old.shape[2], old.shape[3])
-            return new.copy_(old)
+    @torch.no_grad()
+    def _replace(self, batch: int, slots: int, here: Any, there: Any) -> None:
+        """New buffers, of another size, with what the old ones have at index `there` at index `here`."""
+        for name in ("keys", "values"):
+            old: SlotBuffer = getattr(self, name)
+            new = old.like(batch, slots)
+            new.copy_from(old, here, there)
+            setattr(self, name, new)
 
     def _row(self, row: int) -> int:
         if not 0 <= row < self.batch_size:

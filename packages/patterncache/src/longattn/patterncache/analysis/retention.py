@@ -21,6 +21,9 @@ FOREVER = 1 << 48
 _PAIRS = 1 << 22
 """Pairs that are looked at together where a pattern lists them one by one."""
 
+_ROWS = 1 << 24
+"""Keys, each as often as tiles have it, that are looked at one by one; of more, none is given up."""
+
 
 def last_queries(pattern: Pattern, keys: Span, num_heads: int) -> Rows:
     """(num_heads, keys) int64: the last query position, not before the key, that sees each key; -1: none; `FOREVER` or more: no end is known.
@@ -48,6 +51,9 @@ def last_queries(pattern: Pattern, keys: Span, num_heads: int) -> Rows:
         plan = pattern.plan(Rectangle(num_heads, Span(part.start, stop - part.start), part))
         for branch in plan.branches:
             heads = slice(branch.heads.start, branch.heads.last + 1, branch.heads.step)
+            if branch.k.tiles * branch.k.count > _ROWS:
+                columns[heads] = FOREVER
+                continue
             k_rows, latest = _latest(branch)
             every_key = np.full(part.length, -1, np.int64)
             np.maximum.at(every_key, k_rows.ravel(), latest.ravel())
@@ -102,20 +108,23 @@ def _latest(branch: Branch) -> tuple[Rows, Rows]:
     keys = branch.k_at[0] + branch.k_at[1] * k_rows
     low = None if branch.band is None else branch.band.low
     high = None if branch.band is None else branch.band.high
+    step = branch.q_at[1] * branch.q.step
     if isinstance(branch.q, Affine):
-        # Queries may be more than memory holds: by arithmetic.
-        q = branch.q
-        tiles = np.arange(q.tiles, dtype=np.int64)[:, None]
-        step = branch.q_at[1] * q.step
-        first = branch.q_at[0] + branch.q_at[1] * (q.start + tiles * q.tile_step)
-        latest = np.broadcast_to(first + (q.count - 1) * step, keys.shape)
-        if high is not None:
-            latest = np.minimum(latest, first + (keys + high - first) // max(step, 1) * step)
-        seen = latest >= first
+        runs = branch.q.start + np.arange(branch.q.tiles, dtype=np.int64)[:, None] * branch.q.tile_step
+        length = branch.q.count
     else:
-        q_positions = np.sort(branch.positions()[0], axis=1)
-        latest, seen = np.empty_like(keys), np.ones(keys.shape, bool)
-        for tile, (queries, of_tile) in enumerate(zip(q_positions, keys, strict=True)):
+        runs, length = branch.q.starts, branch.q.run
+    runs = branch.q_at[0] + branch.q_at[1] * runs
+    latest, seen = np.full(keys.shape, -1, np.int64), np.zeros(keys.shape, bool)
+    if length > 1:
+        # Queries of a run may be more than memory holds: by arithmetic.
+        for first in np.split(runs, runs.shape[1], axis=1):
+            last = np.broadcast_to(first + (length - 1) * step, keys.shape)
+            if high is not None:
+                last = np.minimum(last, first + (keys + high - first) // max(step, 1) * step)
+            latest, seen = np.where(last >= first, np.maximum(latest, last), latest), seen | (last >= first)
+    else:
+        for tile, (queries, of_tile) in enumerate(zip(np.sort(runs, axis=1), keys, strict=True)):
             until = np.full(of_tile.shape, np.iinfo(np.int64).max) if high is None else of_tile + high
             before: Rows = np.searchsorted(queries, until, side="right")
             latest[tile] = queries[np.maximum(before, 1) - 1]
