@@ -45,8 +45,9 @@ class StreamingAttention(nn.Module):
             threads. Each query is computed by itself, so long calls are slow. Default False: equal within rounding.
         max_rewind: tokens that `state.rewind` can take back. Keys that they see stay as long. Default 0.
         storage: "int8" or "fp8" (float8_e4m3fn): keys and values lie in 8 bits with a scale for each token and head, about half of bfloat16's bytes.
-            With e the largest error of a key's number and d that of a value's (see `slot_buffer`), an output is off by at most
-            d + (exp(2 softmax_scale |q|_1 e) - 1) max |v|. Tokens of one call of several see one another unrounded. Default None: as they come.
+            An output is off by at most d + (exp(2 s n e) - 1) m: e and d are the largest errors of a key's and a value's number (see
+            `slot_buffer`), s is softmax_scale, n the sum of the absolute numbers of a query, m the largest absolute number of v. Tokens of
+            one call of several see one another unrounded. Default None: as they come.
 
     Raises:
         TypeError, ValueError: a bad argument, by name; or a pattern that is not causal.

@@ -1,9 +1,9 @@
 """`SlotBuffer`: keys or values in slots, as they are or as numbers of 8 bits with a scale for each slot and head.
 
-Rounding, where A is the largest |x| of a row of one head, and A > 0:
+Rounding, where A > 0 is the largest abs(x) of a row of one head:
 
-* "int8": x is stored as round(127 x / A). |error| <= A / 254.
-* "fp8": 448 x / A is stored as float8_e4m3fn, three bits after the point. |error| <= max(|x| / 16, A / (448 * 1024)).
+* "int8": x is stored as round(127 x / A), and is off by at most A / 254.
+* "fp8": 448 x / A is stored as float8_e4m3fn, three bits after the point, and x is off by at most max(abs(x) / 16, A / (448 * 1024)).
 """
 
 from __future__ import annotations
