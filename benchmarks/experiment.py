@@ -29,6 +29,7 @@ CASES: dict[str, str] = {
     "tiles": "benchmarks.cases.tiles",
     "growth": "benchmarks.cases.growth",
     "padded": "benchmarks.cases.padded",
+    "streaming": "benchmarks.cases.streaming",
 }
 
 

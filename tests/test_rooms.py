@@ -15,6 +15,7 @@ LISTED: dict[str, dict[str, int]] = {
         "__init__": 1,  # public names are lazy
         "cli.main": 1,  # a subcommand's module is imported when it is run: --help needs no torch
         "integrations.factory": 2,  # a registered kind may be named by where it stands; RingBufferAttention is, so that it loads when asked for
+        "integrations.huggingface": 1,  # the cache's layers are classes of transformers', an extra
         "integrations.xformers": 1,  # xFormers' own module, optional
         "schedules.call_extents": 1,  # the module for DTensors needs torch's, which is heavy
     },

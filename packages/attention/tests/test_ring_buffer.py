@@ -82,18 +82,19 @@ def test_a_chunked_prefill_is_the_whole_one(cut, causal, order, sizes):
 
 
 def test_the_last_call_or_a_given_state_is_continued():
-    """A decoder call without a state takes the module's latest; one with a state advances it in place."""
+    """A decoder call without a state takes the module's only stream, and of two neither; one with a state advances it in place."""
     module = attention()
     x = tokens(9)
     _, first = module(*x[:, :, :8])
+    module(*x[:, :, 8:], is_decoder=True)
     copy_of_first = first.clone()
     _, second = module(*x[:, :, :3])
-    module(*x[:, :, 8:], is_decoder=True)
-    assert (first.position, second.position) == (8, 4)
-    module(*x[:, :, 8:], position=8, is_decoder=True, buffer_state=first)
-    assert (first.position, copy_of_first.position) == (9, 8)
-    module(*x[:, :, 8:], is_decoder=True)
-    assert first.position == 10
+    assert (first.position, second.position) == (9, 3)
+    with pytest.raises(ValueError, match="buffer_state must be given where a module has several streams"):
+        module(*x[:, :, 8:], is_decoder=True)
+    assert (first.position, second.position) == (9, 3)
+    module(*x[:, :, 8:], position=9, is_decoder=True, buffer_state=first)
+    assert (first.position, copy_of_first.position) == (10, 9)
     module.reset()
     assert module(*x[:, :, :1], position=0, is_decoder=True).shape == (2, 1, 2, 4)
 

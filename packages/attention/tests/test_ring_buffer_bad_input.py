@@ -1,5 +1,7 @@
 """Bad input is refused by name with what was expected and what came, and the state stays usable."""
 
+import gc
+
 import pytest
 import torch
 
@@ -198,3 +200,26 @@ def test_operations_on_a_state_are_checked():
         RingBufferState.from_state_dict({"format": 1})
     assert state.position == 9
     assert state.rewind(9).position == 0
+
+
+def test_a_decoder_call_without_a_state_never_takes_one_of_two_streams():
+    """Refused where two streams are alive, whichever came last; the only one goes on, and after a reset a new one begins."""
+    attention = RingBufferAttention(RingBufferConfig(num_heads=2, head_dim=8, buffer_size=8, dropout=0.0)).eval()
+    prompt, token = torch.randn(1, 5, 2, 8), torch.randn(1, 1, 2, 8)
+    _, first = attention(prompt, prompt, prompt)
+    attention(token, token, token, is_decoder=True)
+    _, second = attention(prompt, prompt, prompt)
+    for state in (first, second):
+        attention(token, token, token, is_decoder=True, buffer_state=state)
+        with pytest.raises(
+            ValueError, match="buffer_state must be given where a module has several streams, got None with 2"
+        ):
+            attention(token, token, token, is_decoder=True)
+    assert (first.position, second.position) == (7, 6)
+    del state, first
+    gc.collect()
+    attention(token, token, token, is_decoder=True)
+    assert second.position == 7
+    attention.reset()
+    attention(token, token, token, is_decoder=True)
+    assert second.position == 7

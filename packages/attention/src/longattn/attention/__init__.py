@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from longattn.attention.integrations.huggingface import (
         register_with_transformers,
+        streaming_cache,
     )
     from longattn.attention.integrations.transformers_models import (
         use_pattern,
@@ -100,6 +101,12 @@ if TYPE_CHECKING:
     from longattn.attention.sparse_config import (
         SparsePatternConfig,
     )
+    from longattn.attention.streaming.module import (
+        StreamingAttention,
+    )
+    from longattn.attention.streaming.stream_state import (
+        StreamingState,
+    )
     from longattn.attention.weights import (
         attention_weights,
         sparse_attention_weights,
@@ -136,6 +143,8 @@ _HOME = {
     "RingMultiheadDilatedAttentionV3": "multihead_presets",
     "Schedule": "schedules.base",
     "SparsePatternConfig": "sparse_config",
+    "StreamingAttention": "streaming.module",
+    "StreamingState": "streaming.stream_state",
     "TileOrder": "ring_buffer.config",
     "TileType": "ring_buffer.config",
     "Ulysses": "schedules.ulysses",
@@ -151,6 +160,7 @@ _HOME = {
     "register_with_xformers": "integrations.xformers",
     "shard_sequence": "schedules.sharding",
     "sparse_attention_weights": "weights",
+    "streaming_cache": "integrations.huggingface",
     "unshard_sequence": "schedules.sharding",
     "use_pattern": "integrations.transformers_models",
 }
@@ -183,6 +193,8 @@ __all__ = [
     "RingMultiheadDilatedAttentionV3",
     "Schedule",
     "SparsePatternConfig",
+    "StreamingAttention",
+    "StreamingState",
     "TileOrder",
     "TileType",
     "Ulysses",
@@ -198,6 +210,7 @@ __all__ = [
     "register_with_xformers",
     "shard_sequence",
     "sparse_attention_weights",
+    "streaming_cache",
     "unshard_sequence",
     "use_pattern",
 ]

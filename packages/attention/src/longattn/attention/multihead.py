@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import CallExtents, on_local
 from longattn.attention.sequences.rotary import rotate
 from longattn.attention.sequences.varlen import jagged_like, pack_jagged, refuse_jagged_shards
+from longattn.attention.streaming.module import StreamingAttention
+from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import (
     check_bool,
     check_embedded,
@@ -216,6 +218,40 @@ class MultiheadPatternAttention(ProjectedModule):
             return out
         terms = call_options.get("score_terms")
         return out, self.attention.weights(q, k, is_causal, attention_mask, key_padding_mask, terms)
+
+    def streaming(self, **options: Any) -> StreamingAttention:
+        """The attention of this module for a stream of its own embeddings; options as in `StreamingAttention`.
+
+        Raises:
+            ValueError: a pattern that is not causal, a slice of the heads, or a learned scale.
+        """
+        if self.local_heads < self.num_heads:
+            raise ValueError(f"local_heads must be all {self.num_heads} heads in a stream, got {self.local_heads}")
+        scale = self.attention.softmax_scale
+        if isinstance(scale, Tensor):
+            raise ValueError("softmax_scale must be None or a number in a stream, got a tensor")
+        return StreamingAttention(
+            self.attention.pattern,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            kv_heads=self.kv_heads,
+            value_head_dim=self.value_head_dim,
+            softmax_scale=scale,
+            **options,
+        )
+
+    def stream(
+        self, x: Tensor, attention: StreamingAttention, state: StreamingState | None
+    ) -> tuple[Tensor, StreamingState]:
+        """Self-attention of the next tokens of a stream, (batch, n, embed_dim), by `attention` of `streaming()`; no dropout."""
+        x = check_embedded("x", x, self.embed_dim, self._dtype())
+        q, k, v = self._project(x, x, x)
+        if self.rotary_base is not None:
+            starts = [0] * x.shape[0] if state is None else state.positions
+            rows = torch.arange(x.shape[1], device=x.device) + torch.tensor(starts, device=x.device)[:, None]
+            q, k = (rotate(each, rows, self.rotary_base) for each in (q, k))
+        out, advanced = attention(q, k, v, state)
+        return self.out_proj(self.norm(out.flatten(2))), advanced
 
     def _dtype(self) -> torch.dtype | None:
         """What the embeddings must be of; None where layers were put in place of ours that keep it to themselves."""

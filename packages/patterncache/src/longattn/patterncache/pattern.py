@@ -202,6 +202,10 @@ class Pattern(ABC):
         """How many of `N` tokens a token has heard of after `layers` layers, exactly; see `longattn.patterncache.analysis.reach`."""
         return above("analysis.reach", "reach")(self, layers, N, num_heads)
 
+    def last_queries(self, keys: Span, num_heads: int = 8) -> Rows:
+        """(num_heads, keys) int64: the last query position that sees each key; see `longattn.patterncache.analysis.retention`."""
+        return above("analysis.retention", "last_queries")(self, keys, num_heads)
+
     def lint(self, N: int, num_heads: int = 8, *, head_dim: int = 64, dtype: str = "float32") -> Lint:
         """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work. `str()` of it is for reading."""
         return above("analysis.lint", "lint")(self, N, num_heads, head_dim=head_dim, dtype=dtype)

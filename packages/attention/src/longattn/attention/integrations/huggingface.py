@@ -74,6 +74,39 @@ def register_with_transformers(patterns: Mapping[str, Pattern] | None = None) ->
     return tuple(by_name)
 
 
+def streaming_cache(model: Any, *, max_rewind: int = 0) -> Any:
+    """A cache for `generate` that holds only the keys that later queries of the model's patterns see (`StreamingAttention`).
+
+    Left padding, beams and assisted decoding (as much as `max_rewind`) work. A model's own windows, packed sequences, soft caps, sinks and
+    biases, dropout and offloading are refused by name.
+
+    Args:
+        model: a decoder of transformers with patterns as its attention (`use_pattern`, or a registered name).
+        max_rewind: tokens that assisted decoding may take back at once. Keys that they see stay as long. Default 0.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: the model's attention is no pattern of ours.
+
+    Example:
+        >>> model.generate(**inputs, cache=streaming_cache(model))
+    """
+    import transformers
+
+    from longattn.attention.integrations.transformers_cache import StreamLayer
+
+    config = model.config.get_text_config(decoder=True)
+    name = getattr(config, "_attn_implementation", None)
+    functions: Any = transformers.AttentionInterface()
+    function = functions.get(name)
+    if getattr(function, "__module__", None) != __name__:
+        raise ValueError(
+            f"model must have a pattern of longattn as its attn_implementation, got {name!r}: call use_pattern(model, ...)"
+        )
+    layers = [StreamLayer(max_rewind) for _ in range(config.num_hidden_layers)]
+    return transformers.Cache(layers=layers)  # pyright: ignore
+
+
 def attention_function(pattern: Pattern) -> Callable[..., tuple[Tensor, None]]:
     """The function that a model of transformers calls, for a pattern."""
     return _attention_function(lambda module: pattern)
@@ -126,6 +159,11 @@ def _attention_function(pattern_of: Callable[[torch.nn.Module], Pattern]) -> Cal
         if q.shape[0] == 1 < k.shape[0]:
             q = q.expand(k.shape[0], -1, -1, -1)  # learned queries, one for all
         causal = bool(module_is_causal if is_causal is None else is_causal)
+        stream = getattr(key, "_longattn_stream", None)
+        if stream is not None:
+            if position_bias is not None:
+                options["position_bias"] = position_bias
+            return stream.attend(pattern_of(module).with_causal(True), q, attention_mask, options), None
         return attend(module, pattern_of(module), q, k, v, attention_mask, causal, position_bias, options), None
 
     return call

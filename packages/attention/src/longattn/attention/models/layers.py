@@ -12,6 +12,8 @@ from torch.nn.functional import gelu, relu, silu
 from longattn.attention.arguments import CallOptions
 from longattn.attention.multihead import MultiheadPatternAttention
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
+from longattn.attention.streaming.module import StreamingAttention
+from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import check_embedded, check_factory, check_positive, check_size, check_type
 from longattn.kernels.interface import check_dropout
 from longattn.patterncache import Dilated, Full, Pattern
@@ -169,6 +171,14 @@ class DilatedTransformerEncoderLayer(_DilatedLayer):
         x = self.norm1(src)
         src = src + self.dropout(self.self_attn(x, x, x, is_causal, attention_mask, key_padding_mask, **options))
         return src + self.dropout(self.feedforward(self.norm2(src)))
+
+    def stream(
+        self, src: Tensor, attention: StreamingAttention, state: StreamingState | None
+    ) -> tuple[Tensor, StreamingState]:
+        """The layer for the next tokens of a stream, (batch, n, d_model); `attention` is of `self_attn.streaming()`."""
+        attended, state = self.self_attn.stream(self.norm1(src), attention, state)
+        src = src + attended
+        return src + self.feedforward(self.norm2(src)), state
 
 
 def masks_of_torch(

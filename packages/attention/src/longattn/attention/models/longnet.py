@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack, cast
 
 import torch
@@ -11,6 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from longattn.attention.arguments import CallOptions
+from longattn.attention.models.generation import TokenStream, generate
 from longattn.attention.models.layers import DilatedTransformerEncoderLayer
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
 from longattn.attention.validate import check_bool, check_factory, check_size, check_type
@@ -108,3 +109,47 @@ class LongNet(nn.Module):
             else:
                 x = layer(x, key_padding_mask=key_padding_mask, **options)
         return nn.functional.linear(self.norm(x), self.embedding.weight)
+
+    def stream(self, *, invariant: bool = False, max_rewind: int = 0) -> TokenStream:
+        """A stream of this model's tokens at position 0: logits piece by piece, in the memory that the patterns need.
+
+        Args:
+            invariant: logits do not depend on the batch or on how tokens are cut into calls, but for the projections, whose products torch
+                makes. max_rewind: tokens that can be taken back. Both as in `StreamingAttention`.
+        """
+        return TokenStream(self, invariant, max_rewind)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: int | Sequence[int] | None = None,
+        callback: Callable[[Tensor], object] | None = None,
+        prefill_size: int = 2048,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue prompts, in the memory that the layers' patterns need (`StreamingAttention`). In evaluation mode.
+
+        Args:
+            tokens: (batch, seq), prompts of one length.
+            max_new_tokens: at most so many more.
+            temperature: 0 (default): the most likely token; else of the softmax from which one is drawn.
+            top_p: draw among the fewest tokens whose probabilities add up to this. Default 1.0: among all.
+            stop: tokens that end a row, which repeats the one that ended it until all rows have ended.
+            callback: called with each new token of all rows, (batch,), as it is drawn.
+            prefill_size: tokens of the prompt that are computed at once. Default 2048.
+            generator: draws. Default: torch's.
+
+        Returns:
+            (batch, seq + new): the prompts and what continues them, one new token at least.
+
+        Raises:
+            TypeError, ValueError: a bad argument, by name; or the model is in training mode.
+        """
+        return generate(
+            self.stream(), tokens, max_new_tokens, temperature, top_p, stop, callback, prefill_size, generator
+        )

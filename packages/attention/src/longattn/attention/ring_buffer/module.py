@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import weakref
 from typing import Any, Never
 
 import torch
@@ -58,6 +59,8 @@ class RingBufferAttention(nn.Module):
         self.tiling_processor = TilingProcessor(self.config)
         self._name = uuid.uuid4().hex
         self._latest: RingBufferState | None = None
+        # Streams that are alive: where there are two, "the latest" may be the wrong one.
+        self._streams: weakref.WeakSet[RingBufferState] = weakref.WeakSet()
 
     @classmethod
     def from_config(cls, config: RingBufferConfig) -> RingBufferAttention:
@@ -114,8 +117,9 @@ class RingBufferAttention(nn.Module):
         return settings
 
     def reset(self) -> None:
-        """Forget the latest state: a decoder call without one then begins at position 0."""
+        """Forget the streams so far: a decoder call without a state then begins at position 0."""
         self._latest = None
+        self._streams.clear()
 
     def forward(
         self,
@@ -146,7 +150,7 @@ class RingBufferAttention(nn.Module):
             requires_grad: False: no gradient. Default None, and True: as autograd says.
             position: tokens written so far, for all rows of the batch or for each. Default None: whatever it is.
             is_decoder: default False.
-            buffer_state: what to continue. Default: an encoder call begins anew, a decoder call continues the module's latest state.
+            buffer_state: what to continue. Default: an encoder call begins anew, a decoder call continues the module's only stream.
             att_mask, attention_mask: one thing by two names. bool, True = may see, or floating, added to the scaled scores; broadcastable
                 to (batch, num_heads, Nq, Nk). In an encoder call it may be as wide as the call's own tokens: earlier ones are then seen.
             key_padding_mask: (batch, Nk) bool, True = padding; stays with its tokens. In an encoder call it may cover the call's own only.
@@ -191,11 +195,12 @@ class RingBufferAttention(nn.Module):
             and not (dropout_p or needs_weights is not False or output_attentions is not False or unknown)
         )
         if is_decoder is True and plain and seed is None and requires_grad is None:
-            state = self._latest if buffer_state is None else buffer_state
+            state = self._only_stream() if buffer_state is None else buffer_state
             if fits_append_and_decode(state, q, k, v, position, self._name):
                 if self._latest is not state:
                     # Module.__setattr__ takes as long as an operation.
                     self._latest = state
+                    self._streams.add(state)  # type: ignore[arg-type]
                 return append_and_decode(self.config, state, q, k, v)  # type: ignore[arg-type]
         refuse_unknown("RingBufferAttention()", unknown)
         if att_mask is not None and attention_mask is not None:
@@ -223,7 +228,7 @@ class RingBufferAttention(nn.Module):
     def _decode(
         self, state: RingBufferState | None, position: object, q: Any, k: Any, v: Any, options: StreamOptions
     ) -> Tensor | tuple[Tensor, Tensor]:
-        state = self._latest if state is None else state
+        state = self._only_stream() if state is None else state
         if q is None:
             if not isinstance(state, RingBufferState):
                 raise ValueError("q must be given in the first decoder call, got None: there is no feedback yet")
@@ -260,6 +265,20 @@ class RingBufferAttention(nn.Module):
         """After a call: the state is this module's, and its latest."""
         state.owner = self._name
         self._latest = state
+        self._streams.add(state)
+
+    def _only_stream(self) -> RingBufferState | None:
+        """The state that a decoder call without one continues; None: there is none yet.
+
+        Raises:
+            ValueError: several streams of this module are alive, so that tokens of one could go into another.
+        """
+        if len(self._streams) > 1:
+            raise ValueError(
+                f"buffer_state must be given where a module has several streams, got None with {len(self._streams)} of them alive: pass each its "
+                f"own, or call reset()"
+            )
+        return self._latest
 
     def _new_state(self, batch_size: int, kv_heads: int, like: Tensor) -> RingBufferState:
         state = RingBufferState(geometry_of(self.config, kv_heads), batch_size, like.dtype, like.device)
@@ -272,4 +291,10 @@ class RingBufferAttention(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a file holds the module, not the stream that it last served.
-        return {**self.__dict__, "_latest": None}
+        state = {**self.__dict__, "_latest": None}
+        del state["_streams"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # pyright: ignore[reportUnknownMemberType]
+        self._streams = weakref.WeakSet()
