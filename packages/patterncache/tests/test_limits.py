@@ -22,7 +22,7 @@ from longattn.patterncache import (
 )
 
 LIMIT = "longattn.patterncache.planning.limits.MOST_PAIRS"
-CELLS = "longattn.patterncache.interop.masks.MOST_CELLS"
+CELLS = "longattn.patterncache.interop.mask_answers.MOST_CELLS"
 LISTING = Dilated((4,), (2,)) | Dilated((6,), (3,))
 
 

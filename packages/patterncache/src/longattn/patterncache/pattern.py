@@ -1,21 +1,20 @@
-"""`Pattern`: who sees whom, as a count; and the canonical strings.
+"""`Pattern`: who sees whom, as a count.
 
 A pattern knows nothing of lengths, tensors or devices. It answers two questions that must agree: `count(h, i, j)`, the
-elementwise meaning, and `plan(rectangle)`, the same in strides. Its canonical string is JSON, `["name",{spec}]`, and back.
+elementwise meaning, and `plan(rectangle)`, the same in strides.
 """
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from operator import index
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
+from longattn.patterncache.canonical import register, registered, spec_text
 from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
 from longattn.patterncache.planning.intervals import Intervals
 from longattn.patterncache.planning.limits import counting_pairs
@@ -25,8 +24,6 @@ from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shorte
 if TYPE_CHECKING:
     from longattn.patterncache.analysis.results import Gap, Lint, Reach
     from longattn.patterncache.interop.flex import FlexMask
-
-_REGISTRY: dict[str, type[Pattern]] = {}
 
 
 class Pattern(ABC):
@@ -44,13 +41,8 @@ class Pattern(ABC):
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is not None:
-            taken = _REGISTRY.get(name)
-            if taken is not None and taken.__qualname__ != cls.__qualname__:
-                raise ValueError(
-                    f"name must not be taken by another pattern, got {name!r} (registered by {taken.__qualname__})"
-                )
+            register(name, cls)
             cls.name = name
-            _REGISTRY[name] = cls
 
     @property
     def positional(self) -> bool:
@@ -225,11 +217,11 @@ class Pattern(ABC):
 
     def canonical(self) -> str:
         """The canonical string: equal for equal patterns, and `parse_pattern` reads it back. Kept with the pattern."""
-        kept = self.__dict__.get("_canonical")
-        if kept is None:
-            kept = spec_text([self.name, self.to_spec()])
-            object.__setattr__(self, "_canonical", kept)
-        return kept
+        text = self.__dict__.get("_canonical")
+        if text is None:
+            text = spec_text([self.name, self.to_spec()])
+            object.__setattr__(self, "_canonical", text)
+        return text
 
     def __or__(self, other: Pattern) -> Pattern:
         return self._combined("union", other)
@@ -251,38 +243,6 @@ class Pattern(ABC):
 def above(module: str, function: str) -> Callable[..., Any]:
     """A function of a module that needs `Pattern`, for the methods that are short for it."""
     return getattr(import_module(f"longattn.patterncache.{module}"), function)
-
-
-def spec_text(value: Any) -> str:
-    """Compact JSON with sorted keys, by plain string operations, so that torch.compile can trace a pattern made in traced code."""
-    if isinstance(value, dict):
-        return "{" + ",".join([f'"{name}":{spec_text(value[name])}' for name in sorted(value)]) + "}"  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join([spec_text(entry) for entry in value]) + "]"  # pyright: ignore[reportUnknownVariableType]
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str) and value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
-        return f'"{value}"'
-    if isinstance(value, int):
-        # A pattern is a constant of a compiled graph: `index` and `hex` turn a symbolic number into one, so another value is compiled again.
-        return str(index(value))
-    return str(float.fromhex(value.hex())) if isinstance(value, float) else json.dumps(value)
-
-
-def registered(name: str) -> type[Pattern]:
-    """The class of a name. Those of this package are registered once any of them is imported."""
-    if not isinstance(name, str) or name not in _REGISTRY:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(
-            f"pattern must name one of {sorted(_REGISTRY)} (import the module that defines yours), got {shortened(name)}"
-        )
-    return _REGISTRY[name]
-
-
-def build_pattern(name: str, spec: dict[str, Any]) -> Pattern:
-    """The pattern registered under `name`, from its spec."""
-    return registered(name).from_spec(spec)
 
 
 def check_pattern_type(name: str, value: object) -> Pattern:

@@ -113,8 +113,8 @@ def describe(
         draw(pattern, verdict, head, png)
     if length > 64:
         return str(verdict)
-    seen = pattern.counts(replace(square(length, num_heads), heads=Span(head, 1)))[0]
-    rows = ["".join("." if not n else str(n) if n < 10 else "+" for n in row) for row in seen.tolist()]
+    counts = pattern.counts(replace(square(length, num_heads), heads=Span(head, 1)))[0]
+    rows = ["".join("." if not n else str(n) if n < 10 else "+" for n in row) for row in counts.tolist()]
     return "\n".join([*rows, str(verdict)])
 
 

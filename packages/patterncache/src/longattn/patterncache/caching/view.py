@@ -64,8 +64,12 @@ class CacheView:
     def get_stats(self) -> dict[str, Any]:
         """The cache's statistics, with `hits`, `misses` and `hit_rate` of this view."""
         hits, misses = self._hits, self._misses
-        asked = hits + misses
-        return self._upstream.get_stats() | {"hits": hits, "misses": misses, "hit_rate": hits / asked if asked else 0.0}
+        requests = hits + misses
+        return self._upstream.get_stats() | {
+            "hits": hits,
+            "misses": misses,
+            "hit_rate": hits / requests if requests else 0.0,
+        }
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CacheView, (() if self._upstream is get_global_pattern_cache() else (self._upstream,))

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from longattn.patterncache.analysis.results import Gap
-from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
+from longattn.patterncache.canonical import build_pattern
+from longattn.patterncache.pattern import Pattern, check_pattern_type
 from longattn.patterncache.plan import Branch, Counts
 from longattn.patterncache.spans import Rectangle, Rows, Span, congruent_indices
 
@@ -48,8 +49,8 @@ class ByHead(Pattern, name="by_head"):
                 )
             taken.update(heads.positions().tolist())
         # Groups have no order; an empty one says nothing.
-        kept = sorted((part for part in self.parts if part[0].length), key=lambda part: part[0].start)
-        object.__setattr__(self, "parts", tuple(kept) or tuple(self.parts[:1]))
+        groups = sorted((part for part in self.parts if part[0].length), key=lambda part: part[0].start)
+        object.__setattr__(self, "parts", tuple(groups) or tuple(self.parts[:1]))
 
     @property
     def causal(self) -> bool:  # type: ignore[override]

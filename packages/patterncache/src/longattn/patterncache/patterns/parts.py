@@ -50,8 +50,8 @@ def joined(parts: list[Pattern], join: np.ufunc, *, same_causal: bool) -> list[P
             others.append(part)
             continue
         key = (part.block_size, part.mask.shape, part.causal if same_causal else None)
-        kept = masks.get(key, part)
-        if kept is not part:
-            part = BlockSparse(part.block_size, join(kept.mask, part.mask), kept.causal or part.causal)
+        other = masks.get(key, part)
+        if other is not part:
+            part = BlockSparse(part.block_size, join(other.mask, part.mask), other.causal or part.causal)
         masks[key] = part
     return [*others, *masks.values()]
