@@ -23,7 +23,7 @@ def register(name: str, pattern_class: type[Pattern]) -> None:
     taken = _REGISTRY.get(name)
     if taken is not None and taken.__qualname__ != pattern_class.__qualname__:
         raise ValueError(
-            f"name must not be taken by another pattern, got {name!r} (registered by {taken.__qualname__})"
+            f"name must not be taken by another pattern, got {shortened(name)} (registered by {taken.__qualname__})"
         )
     _REGISTRY[name] = pattern_class
 

@@ -7,8 +7,9 @@ elementwise meaning, and `plan(rectangle)`, the same in strides.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from math import prod
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -24,6 +25,10 @@ from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shorte
 if TYPE_CHECKING:
     from longattn.patterncache.analysis.results import Gap, Lint, Reach
     from longattn.patterncache.interop.flex import FlexMask
+
+
+MOST_COUNTS = 1 << 31
+"""Dense counts of a rectangle, 8 bytes each."""
 
 
 class Pattern(ABC):
@@ -111,17 +116,11 @@ class Pattern(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not complement branches")
 
     @property
-    def layered(self) -> bool:
-        """Whether `support` and `excess` work. Default: where no count is above 1."""
-        return self.binary
-
-    def support(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """Branches of min(count, 1), where `layered` is True."""
-        return self.branches(rectangle)
-
-    def excess(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """Branches of max(count - 1, 0), where `layered` is True."""
-        return iter(())
+    def terms(self) -> Sequence[Pattern]:
+        """Patterns that count at most once, filter and have complements, and whose counts add up to this one's: what `|` and `&` are
+        planned with, in strides. Default: itself, where it is such a pattern; else none.
+        """
+        return (self,) if self.binary and self.filters and self.complements else ()
 
     @property
     def addends(self) -> tuple[Pattern, ...]:
@@ -164,7 +163,13 @@ class Pattern(ABC):
         return None
 
     def counts(self, rectangle: Rectangle) -> Counts:
-        """(heads, queries, keys) int64, dense: for tests, oracles and small sizes."""
+        """(heads, queries, keys) int64, dense: for tests, oracles and small sizes.
+
+        Raises:
+            ValueError: more than 2 ** 31 of them, which is 16 GiB.
+        """
+        if prod(rectangle.shape) > MOST_COUNTS:
+            raise ValueError(f"rectangle must have at most {MOST_COUNTS} dense counts, got {rectangle.shape} of them")
         self.check_rectangle(rectangle)
         h = rectangle.heads.positions()[:, None, None]
         i = rectangle.query_positions()[None, :, None]
@@ -188,7 +193,7 @@ class Pattern(ABC):
         if not isinstance(rectangle, Rectangle):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 "rectangle must be a Rectangle, such as Rectangle(heads, Span(0, N), Span(0, N)), "
-                f"got {rectangle!r} ({type(rectangle).__name__})"
+                f"got {shortened(rectangle)} ({type(rectangle).__name__})"
             )
         with counting_pairs(listed):
             self.check_rectangle(rectangle)

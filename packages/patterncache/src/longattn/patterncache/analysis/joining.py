@@ -13,7 +13,7 @@ from longattn.patterncache.analysis.reach import layers_needed
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.patterns.dilated import Dilated
 from longattn.patterncache.patterns.window import Window
-from longattn.patterncache.spans import check_int
+from longattn.patterncache.spans import check_int, shortened
 
 MOST_FOLLOWED = 1 << 14
 """Tokens up to which a candidate is followed; rates that need more are not tried."""
@@ -27,7 +27,7 @@ def for_length(
     layers = check_int("layers", layers, minimum=1)
     num_heads = check_int("num_heads", num_heads, minimum=1)
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float))):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"budget must be None or a number of keys, got {budget!r} ({type(budget).__name__})")
+        raise TypeError(f"budget must be None or a number of keys, got {shortened(budget)} ({type(budget).__name__})")
     candidates = dict(_joining(length, layers, num_heads, causal))
     cheapest = min(candidates, key=lambda rate: (_keys(length, rate, candidates[rate], causal), rate))
     if budget is not None:
@@ -35,7 +35,7 @@ def for_length(
         if not budget >= least:
             raise ValueError(
                 f"budget must be at least {least:.4g} keys a query, of the cheapest pattern that joins N={length} tokens in "
-                f"layers={layers}, got {budget!r}"
+                f"layers={layers}, got {shortened(budget)}"
             )
         affordable = {
             rate: max(

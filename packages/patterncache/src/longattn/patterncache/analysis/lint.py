@@ -14,7 +14,7 @@ from longattn.patterncache.analysis.propagation import nodes_of, square, stretch
 from longattn.patterncache.analysis.reach import count_islands, layers_needed
 from longattn.patterncache.analysis.results import Lint
 from longattn.patterncache.pattern import Pattern
-from longattn.patterncache.spans import Span, check_int
+from longattn.patterncache.spans import Span, check_int, shortened
 
 _MOST_NODES = 1 << 14
 """Tokens of a stretch that `lint` follows one by one; `reach` is more patient."""
@@ -38,7 +38,7 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
     length = check_int("N", length, minimum=0)
     num_heads, head_dim = check_int("num_heads", num_heads, minimum=1), check_int("head_dim", head_dim, minimum=1)
     if dtype not in _BYTES:
-        raise ValueError(f"dtype must be one of {tuple(_BYTES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {tuple(_BYTES)}, got {shortened(dtype)}")
     parts = stretches(pattern, length, num_heads)
     apart = sum(part.times * count_islands(part) for part in parts)
     depth = None if apart > 1 else pattern.direct_depth(length)
@@ -74,7 +74,7 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
         islands=apart,
         layers=depth,
         layers_known=known,
-        gaps=tuple(pattern.gaps(square(0, num_heads))),
+        gaps=tuple(pattern.gaps(square(length, num_heads))),
         blind=blind.count,
         starved=starved.count - (0 in starved.first),
         first_starved=tuple(position for position in starved.first if position)[:8],

@@ -60,7 +60,7 @@ def from_mask_mod(
             of at most 64 in few runs.
     """
     if not callable(mask_mod):
-        raise TypeError(f"mask_mod must be callable as mask_mod(b, h, q, k), got {mask_mod!r}")
+        raise TypeError(f"mask_mod must be callable as mask_mod(b, h, q, k), got {shortened(mask_mod)}")
     length, batch = check_int("N", N, minimum=1), check_int("batch", batch, minimum=1)
     heads = 1 if num_heads is None else check_int("num_heads", num_heads, minimum=1)
     if listed is not None:

@@ -17,7 +17,7 @@ from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.patterns.combined import Sum
 from longattn.patterncache.patterns.dilated import Dilated
 from longattn.patterncache.patterns.window import Full, Window
-from longattn.patterncache.spans import check_int
+from longattn.patterncache.spans import check_int, shortened
 
 _ENCODERS = {
     "albert", "bert", "camembert", "distilbert", "electra", "embedding_gemma2_text", "modernbert", "roberta", "ultrabert", "xlm-roberta",
@@ -85,7 +85,7 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
                 )
     known = _ENCODERS | _DENSE_DECODERS | _SLIDING_DECODERS | _LAYERED_DECODERS
     if kind not in known:
-        raise ValueError(f"config must have a model_type of {', '.join(sorted(known))}; got {kind!r}")
+        raise ValueError(f"config must have a model_type of {', '.join(sorted(known))}; got {shortened(kind)}")
     named = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     _refuse_structure(config, kind, bool(named))
     layers = len(named) if named else check_int("num_hidden_layers", getattr(config, "num_hidden_layers", 1), minimum=0)
@@ -97,7 +97,7 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
     if named:
         return _of_kind(config, named[layer], causal)
     if kind in _LAYERED_DECODERS:
-        raise ValueError(f"config must have layer_types where model_type is {kind!r}, got {named!r}")
+        raise ValueError(f"config must have layer_types where model_type is {kind!r}, got {shortened(named)}")
     if kind in _SLIDING_DECODERS:
         first = getattr(config, "max_window_layers", 0) if kind in ("qwen2", "qwen2_moe", "qwen3") else 0
         slides = getattr(config, "use_sliding_window", True) and layer >= first
@@ -123,7 +123,7 @@ def _refuse_structure(config: Any, kind: str, named: bool) -> None:
             and value != {}
         ):
             raise ValueError(
-                f"config must not have {name} where model_type is {kind!r}: it may say who sees whom, and is not known here, got {value!r}"
+                f"config must not have {name} where model_type is {kind!r}: it may say who sees whom, and is not known here, got {shortened(value)}"
             )
 
 
@@ -137,7 +137,7 @@ def _of_kind(config: Any, kind: object, causal: bool) -> Pattern:
         "chunked_attention": "attention_chunk_size",
     }
     if kind not in attribute:
-        raise ValueError(f"layer_types must be full_attention, {', '.join(attribute)} or global, got {kind!r}")
+        raise ValueError(f"layer_types must be full_attention, {', '.join(attribute)} or global, got {shortened(kind)}")
     size = check_int(attribute[str(kind)], getattr(config, attribute[str(kind)], None), minimum=1)
     if kind == "chunked_attention":
         if not causal:
@@ -164,7 +164,7 @@ def from_bigbird(config: Any, N: int, rand_attn: npt.ArrayLike | None = None) ->
     """
     kind = getattr(config, "attention_type", None)
     if kind not in ("block_sparse", "original_full"):
-        raise TypeError(f"config must have an attention_type of block_sparse or original_full, got {kind!r}")
+        raise TypeError(f"config must have an attention_type of block_sparse or original_full, got {shortened(kind)}")
     if getattr(config, "is_decoder", False) and kind == "block_sparse":
         raise ValueError(
             "config.is_decoder must be False with block_sparse, which transformers computes without causality, got True"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from longattn.patterncache.interop.masks import from_mask_mod
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.patterns.window import Window
-from longattn.patterncache.spans import Rows, check_int
+from longattn.patterncache.spans import Rows, check_int, shortened
 
 
 def from_natten(
@@ -70,7 +71,7 @@ def from_natten(
             near &= _neighbours(*axis)
         return near
 
-    return from_mask_mod(shown, int(np.prod(sizes)))
+    return from_mask_mod(shown, prod(sizes))
 
 
 def _coordinates(tokens: Rows, sizes: tuple[int, ...]) -> tuple[Any, ...]:
@@ -97,5 +98,5 @@ def _of_axes(name: str, value: Any, axes: int) -> tuple[Any, ...]:
     single = isinstance(cast("object", value), (bool, int, np.integer, np.bool_))
     values: tuple[Any, ...] = (value,) * axes if single else tuple(value)
     if len(values) != axes:
-        raise ValueError(f"{name} must be one value, or one for each of {axes} axes, got {value!r}")
+        raise ValueError(f"{name} must be one value, or one for each of {axes} axes, got {shortened(value)}")
     return values

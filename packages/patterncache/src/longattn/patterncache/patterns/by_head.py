@@ -12,10 +12,7 @@ from longattn.patterncache.analysis.results import Gap
 from longattn.patterncache.canonical import build_pattern
 from longattn.patterncache.pattern import Pattern, check_pattern_type
 from longattn.patterncache.plan import Branch, Counts
-from longattn.patterncache.spans import Rectangle, Rows, Span, congruent_indices
-
-MOST_HEADS = 1 << 20
-"""Heads that a module may have: each is looked at."""
+from longattn.patterncache.spans import MOST_HEADS, Rectangle, Rows, Span, congruent_indices, shortened
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,11 @@ class ByHead(Pattern, name="by_head"):
 
     def __post_init__(self) -> None:
         if not isinstance(self.parts, (tuple, list)) or not self.parts:
-            raise TypeError(f"parts must be a sequence of at least one (heads, pattern), got {self.parts!r}")
+            raise TypeError(f"parts must be a sequence of at least one (heads, pattern), got {shortened(self.parts)}")
         taken: set[int] = set()
         for at, (heads, pattern) in enumerate(self.parts):
             if not isinstance(heads, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"parts[{at}][0] must be a Span of heads, got {heads!r}")
+                raise TypeError(f"parts[{at}][0] must be a Span of heads, got {shortened(heads)}")
             if heads.length and heads.last >= MOST_HEADS:
                 raise ValueError(f"parts[{at}][0] must lie below {MOST_HEADS} heads, got {heads}")
             check_pattern_type(f"parts[{at}][1]", pattern)

@@ -11,7 +11,7 @@ import numpy as np
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
 Run = tuple[int, int, int | None, int | None]
 
@@ -40,7 +40,7 @@ class Periodic(Pattern, name="periodic"):
         object.__setattr__(self, "period", check_int("period", self.period, minimum=1))
         object.__setattr__(self, "length", check_int("length", self.length, minimum=1))
         if not isinstance(self.runs, (tuple, list)):
-            raise TypeError(f"runs must be a sequence of (a, b, low, high), got {self.runs!r}")
+            raise TypeError(f"runs must be a sequence of (a, b, low, high), got {shortened(self.runs)}")
         runs: list[Run] = []
         for at, (a, b, low, high) in enumerate(self.runs):
             if (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from longattn.patterncache.analysis.results import Gap
 from longattn.patterncache.canonical import build_pattern
 from longattn.patterncache.pattern import Pattern, check_pattern_type
-from longattn.patterncache.patterns.parts import joint_period, through
+from longattn.patterncache.patterns.parts import joint_period, outside, through
 from longattn.patterncache.plan import Branch, Counts
 from longattn.patterncache.spans import Rectangle, Rows
 
@@ -75,6 +75,21 @@ class Restrict(Pattern, name="restrict"):
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within a, then within b."""
         return through(self.b, self.a.within(branch, rectangle), rectangle)
+
+    @property
+    def complements(self) -> bool:
+        """Whether both parts do, and a counts at most once."""
+        return self.a.complements and self.a.filters and self.b.complements
+
+    def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` without a, and what b hides of it within a."""
+        yield from self.a.without(branch, rectangle)
+        yield from outside(self.b, self.a.within(branch, rectangle), rectangle)
+
+    @property
+    def terms(self) -> Sequence[Pattern]:
+        """Those of a, each where b sees, if b filters and has a complement."""
+        return [Restrict(term, self.b) for term in self.a.terms] if self.b.filters and self.b.complements else ()
 
     def check_rectangle(self, rectangle: Rectangle) -> None:
         """Both parts must mean something there."""
