@@ -52,7 +52,10 @@ def dilated(draw: st.DrawFn, most_branches: int = 3, heads: str | None = None) -
     segments = draw(st.lists(st.integers(1, 30), min_size=branches, max_size=branches))
     rates = draw(st.lists(st.integers(1, 7), min_size=branches, max_size=branches))
     assignment = heads or draw(st.sampled_from(HEADS))
-    return Dilated(tuple(segments), tuple(rates), assignment, draw(st.sampled_from(QUERIES)), draw(st.booleans()))
+    shift = draw(st.just(0) | st.integers(0, 40))
+    return Dilated(
+        tuple(segments), tuple(rates), assignment, draw(st.sampled_from(QUERIES)), draw(st.booleans()), shift
+    )
 
 
 @st.composite

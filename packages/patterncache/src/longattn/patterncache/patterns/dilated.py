@@ -17,7 +17,7 @@ from longattn.patterncache.analysis.results import Gap
 from longattn.patterncache.indices import Affine, index_of
 from longattn.patterncache.pattern import Pattern, above, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
-from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
+from longattn.patterncache.planning.intervals import Intervals, interval_branches, moved, span_pairs
 from longattn.patterncache.planning.residue_cuts import Residue, hidden_by, shown_by
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, congruent_indices, shortened
 
@@ -37,6 +37,8 @@ class Dilated(Pattern, name="dilated"):
             group of heads, at offset i % r; group sizes differ by at most one, extras to the first groups.
         queries: "dilated" (default): queries are dilated like keys. "all": every query of the segment sees the dilated keys.
         causal: hide j > i. Default False.
+        shift: positions before the first that the first segments have, >= 0: segment and residue are those of i + shift. Layers of shifts
+            0 and s / 2 join segments; a shift below the rate serves other residues. Default 0.
 
     Raises:
         TypeError, ValueError: a list that is empty or not of integers >= 1, lists of different lengths, an unknown choice.
@@ -47,6 +49,7 @@ class Dilated(Pattern, name="dilated"):
     heads: str = "shared"
     queries: str = "dilated"
     causal: bool = False
+    shift: int = 0
 
     def __post_init__(self) -> None:
         for name in ("segment_lengths", "dilation_rates"):
@@ -61,6 +64,7 @@ class Dilated(Pattern, name="dilated"):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {shortened(getattr(self, name))}")
         check_causal(self.causal)
+        object.__setattr__(self, "shift", check_int("shift", self.shift, minimum=0))
 
     @classmethod
     def for_length(
@@ -69,13 +73,15 @@ class Dilated(Pattern, name="dilated"):
         """The cheapest `Dilated((N,), (rate,)) + Window(width)` with which `layers` layers join every token to all that it may hear of.
 
         Of rates 1, 2, 3, 4, 6, 8, 12, ... each has its narrowest such window, found exactly (`reach`). That a path over layers exists is
-        necessary for a model to use a token, not sufficient: what it learns readily is what some head of some layer sees directly.
+        necessary for a model to use a token, not sufficient: what it learns readily is what some head of some layer sees directly. A
+        budget buys that.
 
         Args:
             N: tokens, at least 1. Shorter sequences are joined too; longer ones are cut into segments of N, which only the window joins.
-            layers: of the model, at least 1. In one layer only dense attention joins, in two every residue needs a head of its own.
-            budget: keys a query and head may see in the mean. What the cheapest pattern leaves of it is spent on pairs that are seen
-                directly: on a lower rate, whose residues heads share out, or on a wider window. Default None: nothing more is spent.
+            layers: of the model, at least 1. In one layer every residue needs a head in which all queries see it.
+            budget: keys a query and head may see in the mean. It is spent on the pattern that shows most pairs directly: on residues that
+                heads share out, seen by one query in `rate` or by all of them (`queries="all"`), and then on a wider window. With N / 2
+                keys over the number of heads and some for a window, every token is seen by some head. Default None: the cheapest.
             num_heads: query heads of a layer, at least 1. Default 8.
             causal: hide j > i. Default True.
 
@@ -99,11 +105,23 @@ class Dilated(Pattern, name="dilated"):
 
     @property
     def repeats(self) -> tuple[int | None, bool]:
-        """Segments of all branches end together there."""
-        return lcm(*self.segment_lengths), True
+        """Segments of all branches end together there; shifted ones end elsewhere."""
+        return lcm(*self.segment_lengths), not self.shift
+
+    def stretches(self, length: int) -> Iterator[tuple[Pattern, int, int]]:
+        """What a shift leaves of the first one, then whole ones."""
+        first = min(length, -self.shift % lcm(*self.segment_lengths))
+        if self.shift and first:
+            yield self, first, 1
+        yield from Pattern.stretches(self._unshifted, length - first if self.shift else length)
+
+    @property
+    def _unshifted(self) -> Dilated:
+        return replace(self, shift=0) if self.shift else self
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """The branches' conditions, added."""
+        i, j = i + self.shift, j + self.shift
         total = np.zeros(np.broadcast_shapes(h.shape, i.shape, j.shape), np.int64)
         for b, (s, r) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
             offset = self._offset(b, h, num_heads)
@@ -167,13 +185,15 @@ class Dilated(Pattern, name="dilated"):
 
     def to_spec(self) -> dict[str, Any]:
         """Lists and choices as JSON values."""
-        return {
+        spec = {
             "segment_lengths": list(self.segment_lengths),
             "dilation_rates": list(self.dilation_rates),
             "heads": self.heads,
             "queries": self.queries,
             "causal": self.causal,
         }
+        # Without a shift the text is what it was before there were any.
+        return spec | {"shift": self.shift} if self.shift else spec
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Dilated:
@@ -182,13 +202,20 @@ class Dilated(Pattern, name="dilated"):
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
         """Strided tiles: one per segment, gathered into branches of equal tiles."""
+        if self.shift:
+            for branch in self._unshifted.branches(_shifted(rectangle, self.shift)):
+                yield moved(branch, (0, 0), -self.shift)
+            return
         for b in range(len(self.segment_lengths)):
             for heads, offset in self.head_classes(b, rectangle):
                 if heads.length:
                     yield from self._class_branches(b, heads, offset, rectangle)
 
-    def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch]:
-        """A tile for each segment of each document, which counts segments and residues from its start."""
+    def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch] | None:
+        """A tile for each segment of each document, which counts segments and residues from its start; one by one where shifted."""
+        return None if self.shift else self._document_branches(rectangle, documents)
+
+    def _document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch]:
         band = Band(0, None) if self.causal else None
         for sides in span_pairs(rectangle):
             each = documents.meeting(sides)
@@ -218,15 +245,18 @@ class Dilated(Pattern, name="dilated"):
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` cut by segments and residues, for each group of heads with one offset."""
         for part, residue in self._by_residue(branch, rectangle):
-            yield from shown_by(part, residue)
+            for shown in shown_by(part, residue):
+                yield moved(shown, (0, 0), -self.shift) if self.shift else shown
 
     def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """What is left of `branch` then."""
         for part, residue in self._by_residue(branch, rectangle):
-            yield from hidden_by(part, residue)
+            for hidden in hidden_by(part, residue):
+                yield moved(hidden, (0, 0), -self.shift) if self.shift else hidden
 
     def _by_residue(self, branch: Branch, rectangle: Rectangle) -> Iterator[tuple[Branch, Residue]]:
-        """`branch` by groups of its heads, each with the one dilated branch and offset that they have."""
+        """`branch` by groups of its heads, each with the one dilated branch and offset that they have; at shifted positions."""
+        branch = moved(branch, (0, 0), self.shift) if self.shift else branch
         for b, (size, rate) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
             for rows, offset in self.head_classes(b, rectangle):
                 low, high = np.array([rows.start]), np.array([rows.last + 1])
@@ -293,6 +323,14 @@ class Dilated(Pattern, name="dilated"):
         q, k = (Affine(row + offset, tiles, s if tiles > 1 else 0, s // r, r) for _, row in (q_side, k_side))
         q_at, k_at = ((span.start - row, 1) for span, row in (q_side, k_side))
         return Branch(heads, q, k, q_at, k_at, Band(0, None) if self.causal and s > r else None)
+
+
+def _shifted(rectangle: Rectangle, shift: int) -> Rectangle:
+    """The same rows, `shift` positions further on."""
+    sides = (
+        tuple(replace(span, start=span.start + shift) for span in side) for side in (rectangle.queries, rectangle.keys)
+    )
+    return Rectangle(rectangle.num_heads, *sides, rectangle.heads)
 
 
 def _equal_columns(kind: Rows, members: Rows) -> Iterator[Rows]:
