@@ -97,7 +97,7 @@ def preset_arguments(preset: type, kind: Any, branches: tuple[Sequence[int], Seq
     wiring, remaining = split_flags(f"{preset.__name__}()", taken, options)
     heads, causal = remaining.pop("heads", "shared"), remaining.pop("causal", False)
     pattern: Pattern = Dilated(*branches, heads, causal=causal)
-    arguments: dict[str, Any] = {"wiring": wiring}
+    arguments: dict[str, Any] = {"wiring": wiring, "warn_apart": True}
     if "ring_size" in taken:
         size, layout = remaining.pop("ring_size", 1), remaining.pop("layout", "contiguous")
         arguments["schedule"] = Ring(size=check_size("ring_size", size), layout=layout)

@@ -9,7 +9,7 @@ logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     __version__: str
-    from longattn.patterncache.analysis.results import Gap, Lint, Reach
+    from longattn.patterncache.analysis.results import Gap, Lint, Reach, Shares
     from longattn.patterncache.caching.cache import PatternCache
     from longattn.patterncache.caching.device_tier import DeviceTier, IndexTensors
     from longattn.patterncache.caching.global_cache import (
@@ -73,6 +73,7 @@ _HOME = {
     "Rectangle": "spans",
     "Restrict": "patterns.restrict",
     "ScoredBlocks": "patterns.scored_blocks",
+    "Shares": "analysis.results",
     "Span": "spans",
     "Strided": "patterns.strided",
     "Sum": "patterns.combined",
@@ -124,6 +125,7 @@ __all__ = [
     "Rectangle",
     "Restrict",
     "ScoredBlocks",
+    "Shares",
     "Span",
     "Strided",
     "Sum",

@@ -203,9 +203,21 @@ class Pattern(ABC):
         """How many of `N` tokens a token has heard of after `layers` layers, exactly; see `longattn.patterncache.analysis.reach`."""
         return above("analysis.reach", "reach")(self, layers, N, num_heads)
 
-    def lint(self, N: int, num_heads: int = 8, *, head_dim: int = 64, dtype: str = "float32") -> Lint:
-        """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work. `str()` of it is for reading."""
-        return above("analysis.lint", "lint")(self, N, num_heads, head_dim=head_dim, dtype=dtype)
+    def lint(
+        self,
+        N: int,
+        num_heads: int = 8,
+        *,
+        head_dim: int = 64,
+        dtype: str = "float32",
+        depth: int | None = None,
+        follow: bool = True,
+    ) -> Lint:
+        """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work; with a `depth` of layers also which
+        part of the earlier tokens is seen directly, in two hops, within it, never. `str()` of it is for reading.
+        """
+        options: dict[str, Any] = {"head_dim": head_dim, "dtype": dtype, "depth": depth, "follow": follow}
+        return above("analysis.lint", "lint")(self, N, num_heads, **options)
 
     def describe(self, N: int = 32, num_heads: int = 8, head: int = 0, png: str | PathLike[str] | None = None) -> str:
         """`lint` of `N` tokens as text, below a map of what each of them sees in one head, for small N; and as a picture at `png`."""

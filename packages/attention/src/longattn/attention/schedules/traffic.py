@@ -22,6 +22,9 @@ from longattn.attention.validate import check_pattern_argument, check_size
 from longattn.kernels.interface import state_dtype
 from longattn.patterncache import Pattern, Rectangle, get_global_pattern_cache
 
+MOST_RANKS = 1024
+"""Ranks of a group: each pair of them has a plan."""
+
 MOST_IMBALANCE = 1.25
 """An engine whose slowest rank works more than that over the mean is chosen only where all do."""
 
@@ -176,7 +179,7 @@ def choose(
     """The engine that sends least for a forward and backward, of those whose slowest rank works at most 1.25 times the mean.
 
     Args:
-        group: a ProcessGroup, a DeviceMesh of one dimension, or a number of ranks.
+        group: a ProcessGroup, a DeviceMesh of one dimension, or a number of ranks; at most 1024.
         pattern: who sees whom. length: of the whole sequence. num_heads: query heads.
         kv_heads: default num_heads. head_dim, batch, dtype: of q, k and v. Defaults 64, 1, torch.bfloat16. value_head_dim: of v, where it
             has its own.
@@ -188,6 +191,8 @@ def choose(
         TypeError, ValueError: a bad argument, by name.
     """
     ranks = check_size("group", group) if isinstance(group, int) else Place.of(group).size
+    if ranks > MOST_RANKS:
+        raise ValueError(f"group must have at most {MOST_RANKS} ranks, every pair of which is looked at, got {ranks}")
     heads = check_size("num_heads", num_heads)
     kv_heads = heads if kv_heads is None else check_size("kv_heads", kv_heads)
     if heads % kv_heads:
