@@ -219,9 +219,18 @@ def floors(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the pages; a warning is an error."""
-    session.install(*group("docs"))
-    session.run("sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+    """Build the pages, a warning is an error; then walk every link and, where a Chromium is at hand, look at every page in it."""
+    extras = {"patterncache": "torch", "kernels": "testing"}
+    editable = [
+        f"--editable=packages/{name}[{extras[name]}]" if name in extras else f"--editable=packages/{name}"
+        for name in PACKAGES
+    ]
+    session.install(*constraints(session), *editable, *group("docs", "test"))
+    site = (ROOT / "docs" / "_build" / "html").resolve()
+    shutil.rmtree(site, ignore_errors=True)
+    # -E: figures and tables come from code and rows, whose changes Sphinx does not see.
+    session.run("sphinx-build", "-q", "-E", "-W", "--keep-going", "-b", "html", "docs", str(site))
+    session.run("pytest", "tests/test_site.py", *session.posargs, env={"LONGATTN_SITE": str(site)})
 
 
 @nox.session
@@ -272,6 +281,17 @@ def sanitize(session: nox.Session) -> None:
         *session.posargs,
         env={**environment, "LONGATTN_NATIVE": "amx-plain"},
     )
+
+
+@nox.session
+def numa(session: nox.Session) -> None:
+    """Boot a machine with two NUMA nodes under emulation and check where every page is; skip with a reason where none can be booted."""
+    session.install(*constraints(session), *from_checkout("bufmgr", ""))
+    command = ("python", "-m", "tools.numa_guest", *session.posargs)
+    reason = session.run(*command, "--dry-run", silent=True, success_codes=[0, 77])
+    if reason:
+        session.skip(str(reason).strip())
+    session.run(*command)
 
 
 @nox.session

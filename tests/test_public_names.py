@@ -15,6 +15,8 @@ EXPECTED = {
         Allocator TensorAllocator Block SystemAllocator StatisticsAllocator LimitingAllocator Statistics
         ArenaAllocator LoggingAllocator FailureCallbackAllocator PoisoningAllocator RecordingAllocator
         AllocationTrace TraceEvent prometheus_text
+        NumaAllocator Placement migrate numa_policy read_placement NumaNode NumaTopology numa_topology
+        plan_memory MemoryPlan Lifetime
         PreparedSlot BufferScope OutstandingBuffer Strategy MemoryReading read_device_memory
         """,
     "patterncache": """

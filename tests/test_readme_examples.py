@@ -8,7 +8,16 @@ import pytest
 from tests.readme_blocks import BLOCK, blocks, run_block
 from tests.workspace import PACKAGES, ROOT
 
-PAGES = ("README.md", "CONTRIBUTING.md", "GLOSSARY.md", *(f"packages/{package}/README.md" for package in PACKAGES))
+GUIDE = sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts
+)
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "GLOSSARY.md",
+    *(f"packages/{package}/README.md" for package in PACKAGES),
+    *GUIDE,
+)
 INSTALL = re.compile(r"`pip install((?: \./packages/\w+)+)`")
 
 

@@ -1,7 +1,7 @@
 """Mutants of Python source: each operator, small constant, condition and statement replaced in turn.
 
-Left alone is what no test should hold on to: annotations, docstrings and other strings, what an error says, lists of names, and what
-only a type checker reads.
+Left alone is what no test should hold on to: annotations, docstrings and other strings, what an error says, `__repr__`, lists of
+names, and what only a type checker reads.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def _parts(node: ast.AST) -> Iterator[ast.AST]:
             return
         case ast.AnnAssign() | ast.arg():
             left_out = [node.annotation]
+        case ast.FunctionDef(name="__repr__" | "__str__"):
+            return
         case ast.FunctionDef() | ast.AsyncFunctionDef():
             if any(isinstance(one, ast.Name) and one.id == "overload" for one in node.decorator_list):
                 return
@@ -92,7 +94,7 @@ def _parts(node: ast.AST) -> Iterator[ast.AST]:
             return  # an alias of a type
         case ast.Call(func=ast.Name(id="cast" | "isinstance" | "issubclass" | "TypeVar")):
             return
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="logger" | "warnings"))):
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="logger" | "LOGGER" | "warnings"))):
             return
         case _:
             pass
@@ -138,7 +140,7 @@ def _replacements(node: ast.expr | ast.stmt) -> Iterator[str]:
 def _says_only(call: ast.Call) -> bool:
     """Whether a call writes to the log or warns."""
     value = call.func.value if isinstance(call.func, ast.Attribute) else None
-    return isinstance(value, ast.Name) and value.id in ("logger", "warnings")
+    return isinstance(value, ast.Name) and value.id in ("logger", "LOGGER", "warnings")
 
 
 def _copied(node: ast.AST, **changed: object) -> ast.AST:

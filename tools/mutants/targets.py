@@ -33,7 +33,7 @@ TARGETS: dict[str, Target] = {
         tuple(
             f"patterncache/test_{name}"
             for name in (
-                "patterns", "named_patterns", "algebra", "block_sparse", "combined_strided", "block_layout", "limits", "scored", "lint",
+                "plan_parts", "patterns", "named_patterns", "algebra", "block_sparse", "combined_strided", "block_layout", "limits", "scored", "lint",
                 "exports", "foreign", "hostile_text", "wire",
             )
         ),
@@ -50,13 +50,14 @@ TARGETS: dict[str, Target] = {
         "kernels",
         ("state.py", "reference.py", "philox.py", "positions.py", "lowering/*.py", "eager/gather.py", "eager/grouping.py"),
         tuple(f"kernels/test_{name}" for name in ("states", "lowering", "sinks", "decode", "dropout", "attend", "rows")),
+        environment={"LONGATTN_NATIVE_FLAGS": "-O1"},
     ),
     "memory": Target(
         "bufmgr",
         ("memory/allocator.py", "memory/arena.py", "memory/segment.py", "leasing/*.py", "pool.py", "spec.py"),
         tuple(
             f"bufmgr/test_bufmgr_{name}"
-            for name in ("arena", "pool", "slots", "spec", "manager", "lifetimes", "policies", "machine", "visibility", "allocators")
+            for name in ("arena", "pool", "slots", "spec", "manager", "lifetimes", "policies", "visibility", "allocators", "devices", "release", "machine")
         ),
     ),
     "ring": Target(
@@ -68,7 +69,7 @@ TARGETS: dict[str, Target] = {
         tuple(
             f"attention/test_{name}"
             for name in (
-                "ring_buffer_positions", "ring_buffer", "ring_buffer_machine", "ring_buffer_gradients", "ring_buffer_tiles",
+                "ring_buffer_positions", "ring_buffer_rewind", "ring_buffer", "ring_buffer_machine", "ring_buffer_gradients", "ring_buffer_tiles",
                 "ring", "ring_packing", "extents", "ring_gradients",
             )
         ),

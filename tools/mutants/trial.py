@@ -79,7 +79,7 @@ class Tree:
             os.waitpid(self.child, 0)
         if self.mutant is not None:
             self.write(self.mutant.file, (self.root / self.mutant.file).read_text(encoding="utf-8"))
-        if not ended:
+        if not ended or "\nTimeout (" in self.printed:
             return HANGS
         code = os.waitstatus_to_exitcode(status)
         return {0: SURVIVED, _INVALID_STATUS: INVALID}.get(code, KILLED)
@@ -95,6 +95,12 @@ class Tree:
     def printed(self) -> str:
         """What the last tests printed."""
         return (self.folder / "printed.txt").read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def failed(self) -> str:
+        """The test that failed, or the file that could not be imported."""
+        lines = [line.split(" ", 2)[1] for line in self.printed.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        return lines[-1].rsplit("/", 1)[-1] if lines else ""
 
     def _be_child(self) -> NoReturn:
         """Run pytest and end the process with its status."""
@@ -136,6 +142,8 @@ class Tree:
                 return _INVALID_STATUS
         import pytest
 
+        from tools.mutants.selection import Order, Recorder
+
         files = [self._selected(test) for test in self.target.tests]
         # The parent's import of hypothesis is no news.
         options = [
@@ -149,7 +157,9 @@ class Tree:
             "no:xdist",
             *self.target.options,
         ]
-        return int(pytest.main([*options, *files]))
+        recorded = self.folder / "recorded.json"
+        first = Order(recorded, self.mutant) if recorded.exists() else Recorder(self.source, recorded)
+        return int(pytest.main([*options, *files], plugins=[first]))
 
     def _selected(self, test: str) -> str:
         package, _, rest = test.partition("/")

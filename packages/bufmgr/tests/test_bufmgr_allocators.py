@@ -9,6 +9,7 @@ from longattn.bufmgr import (
     LimitingAllocator,
     LoggingAllocator,
     MemoryPool,
+    NumaAllocator,
     PoisoningAllocator,
     RecordingAllocator,
     Statistics,
@@ -26,6 +27,7 @@ MAKERS = {
     "recording": lambda: RecordingAllocator(SystemAllocator()),
     "logging": lambda: LoggingAllocator(SystemAllocator()),
     "callback": lambda: FailureCallbackAllocator(SystemAllocator(), lambda nbytes: False),
+    "numa": lambda: NumaAllocator(SystemAllocator(), "bind"),
     "all of them": lambda: PoisoningAllocator(
         RecordingAllocator(LoggingAllocator(LimitingAllocator(StatisticsAllocator(ArenaAllocator()), 2**30)))
     ),

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,3 +231,27 @@ def test_pages_that_the_system_would_not_clear_stay_dirty(monkeypatch: pytest.Mo
     assert not again.zeroed and is_full_of(again, 6)
     assert kept.nbytes == MIB
     arena.check_valid()
+
+
+def flags_of(block: Block) -> list[str]:
+    """The kernel's flags of the mapping that a block lies in."""
+    address = torch.frombuffer(block.memory, dtype=torch.uint8).data_ptr()
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace").splitlines():
+        first, *rest = line.split()
+        if "-" in first:
+            low, high = (int(number, 16) for number in first.split("-"))
+            inside = low <= address < high
+        elif inside and first == "VmFlags:":
+            return rest
+    return []
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="flags of mappings are Linux's")
+@pytest.mark.parametrize(("huge_pages", "expected"), [(True, ["hg"]), (False, ["nh"]), (None, [])])
+def test_huge_pages_are_asked_for_or_against(huge_pages: bool | None, expected: list[str]):
+    """Or the system decides."""
+    flags = flags_of(ArenaAllocator(huge_pages=huge_pages).allocate(MIB))
+    if "rd" not in flags:
+        pytest.skip("this kernel shows no flags of mappings")
+    assert [flag for flag in flags if flag in ("hg", "nh")] == expected

@@ -117,10 +117,12 @@ def test_steps_aside_in_compiled_graphs(before: int):
     """A graph takes its own memory, also where slots wait for just these requests."""
     manager = AttentionBufferManager()
     prepared = manager.prepare(TEMP, (3,), torch.float32)
+    zeros = manager.prepare(TEMP, (3,), torch.float32, zero_init=True)
     for _ in range(before):
         manager.allocate(BufferType.OUTPUT, (3,))
         manager.empty((3,), torch.float32, torch.device("cpu"), "temp")
         prepared.acquire()
+        zeros.acquire()
     seen = (used_bytes(manager), manager.get_stats()["cache_hits"], manager.get_stats()["cache_misses"])
 
     @torch.compile(fullgraph=True, backend="eager")
@@ -129,7 +131,7 @@ def test_steps_aside_in_compiled_graphs(before: int):
         scratch = manager.empty((3,), torch.float32, torch.device("cpu"), "temp")
         scratch.copy_(x)
         more = prepared.acquire().fill_(1.0)
-        out += scratch + more
+        out += scratch + more + zeros.acquire()
         manager.release(scratch, "temp")
         manager.deallocate(more, TEMP)
         return out

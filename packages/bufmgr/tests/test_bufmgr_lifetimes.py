@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
-from longattn.bufmgr import AttentionBufferManager, BufferConfig, BufferType, MemoryPool
+from longattn.bufmgr import ArenaAllocator, AttentionBufferManager, BufferConfig, BufferType, MemoryPool
 from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.memory.arena import ArenaBlock
 from longattn.bufmgr.memory.forking import Gate
 from longattn.bufmgr.testing import FailingAllocator
 
@@ -138,6 +141,71 @@ def test_gate_lets_one_in_and_no_thread_twice():
         assert other.submit(gate.enter, blocking=False).result()
         other.submit(gate.leave).result()
     assert gate.enter(blocking=False)
+
+
+class AskedGate(Gate):
+    """A gate that notes when a thread other than its maker's wants to enter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.asked = threading.current_thread(), threading.Event()
+
+    def enter(self, *, blocking: bool) -> bool:
+        if threading.current_thread() is not self.maker:
+            self.asked.set()
+        return super().enter(blocking=blocking)
+
+
+def result_after_waiting(gate: AskedGate, call: Callable[[], object]) -> object:
+    """What a call in another thread returns; it must not do so before this thread, which is inside the gate, has left it."""
+    with ThreadPoolExecutor(1) as other:
+        future = other.submit(call)
+        try:
+            assert gate.asked.wait(20)
+            with pytest.raises(TimeoutError):
+                future.result(0.05)
+        finally:
+            gate.leave()
+        return future.result(60)
+
+
+CPU = torch.device("cpu")
+WAITERS: list[tuple[type[Any], Callable[[Any], object], object]] = [
+    (AttentionBufferManager, lambda manager: manager.allocate(TEMP, (4,)).shape, (4,)),
+    (AttentionBufferManager, lambda manager: manager.preallocate_buffers(1, 2, 1, 4), 4),
+    (AttentionBufferManager, lambda manager: manager.clear_cache(), None),
+    (MemoryPool, lambda pool: pool.empty((4,), torch.float32, CPU, "temp").shape, (4,)),
+    (MemoryPool, lambda pool: pool.reclaim(10**9), 0),
+    (ArenaAllocator, lambda arena: type(arena.allocate(2**20)), ArenaBlock),
+    (ArenaAllocator, lambda arena: arena.trim(), 0),
+    (ArenaAllocator, lambda arena: arena.snapshot(), []),
+]
+
+
+@pytest.mark.parametrize(("make", "call", "expected"), WAITERS)
+def test_calls_wait_for_a_thread_inside(make: type[Any], call: Callable[[Any], object], expected: object):
+    """And then are served as ever: by the cache, not past it."""
+    owner, gate = make(), AskedGate()
+    (owner if make is ArenaAllocator else owner._book)._gate = gate
+    assert gate.enter(blocking=True)
+    assert result_after_waiting(gate, lambda: call(owner)) == expected
+    owner.check_valid()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: AttentionBufferManager(enable_reuse=False), lambda: MemoryPool(max_cached_buffers=0)]
+)
+@pytest.mark.parametrize("read", ["get_stats", "memory_summary"])
+def test_what_reads_counts_waits_for_a_thread_inside(make: Callable[[], Any], read: str):
+    """A buffer that was dropped meanwhile is counted as gone."""
+    owner, gate = make(), AskedGate()
+    owner._book._gate = gate
+    tensor = owner.empty((100,), torch.float32, CPU, "temp")
+    assert gate.enter(blocking=True)
+    del tensor
+    assert owner._book.counts[TEMP].leases == 1
+    result_after_waiting(gate, getattr(owner, read))
+    assert owner._book.counts[TEMP].leases == 0
 
 
 @pytest.mark.parametrize("make", [AttentionBufferManager, MemoryPool])

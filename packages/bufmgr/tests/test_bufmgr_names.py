@@ -16,7 +16,8 @@ def test_public_names():
         "SystemAllocator", "StatisticsAllocator", "LimitingAllocator", "Statistics", "PreparedSlot",
         "BufferScope", "OutstandingBuffer", "Strategy", "ArenaAllocator", "LoggingAllocator", "FailureCallbackAllocator",
         "MemoryReading", "read_device_memory", "PoisoningAllocator", "RecordingAllocator", "TraceEvent",
-        "AllocationTrace", "prometheus_text",
+        "AllocationTrace", "prometheus_text", "NumaAllocator", "Placement", "migrate", "numa_policy", "read_placement",
+        "NumaNode", "NumaTopology", "numa_topology", "plan_memory", "MemoryPlan", "Lifetime",
     }  # fmt: skip
     assert set(longattn.bufmgr.__all__) == expected
     assert expected <= set(dir(longattn.bufmgr))

@@ -18,14 +18,20 @@ from longattn.bufmgr import (
     LimitingAllocator,
     LoggingAllocator,
     MemoryPool,
+    NumaAllocator,
     PoisoningAllocator,
     RecordingAllocator,
     StatisticsAllocator,
     SystemAllocator,
     TraceEvent,
     create_attention_buffer_manager,
+    migrate,
+    numa_policy,
+    numa_topology,
+    plan_memory,
     prometheus_text,
     read_device_memory,
+    read_placement,
 )
 
 TEMP = BufferType.TEMP
@@ -79,7 +85,13 @@ def request(**more: Any) -> dict[str, Any]:
 
 
 FLAGS = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "debug")
-OPTIONS = {"custom_configs": None, "upstream": None, "cleanup": "adaptive", **dict.fromkeys(FLAGS, False)}
+OPTIONS = {
+    "custom_configs": None,
+    "upstream": None,
+    "cleanup": "adaptive",
+    "numa": "prefer",
+    **dict.fromkeys(FLAGS, False),
+}
 
 
 @call
@@ -217,6 +229,39 @@ def prometheus():
     return prometheus_text, {"sources": {"pool": MemoryPool()}}
 
 
+@call
+def numa_allocator():
+    return NumaAllocator, {"upstream": SystemAllocator(), "policy": "prefer", "nodes": None}
+
+
+@call
+def policy_of_a_thread():
+    return lambda **arguments: numa_policy(**arguments).__enter__(), {"policy": "prefer", "nodes": None}
+
+
+@call
+def placement():
+    return read_placement, {"tensor": torch.ones(3)}
+
+
+@call
+def migration():
+    return migrate, {"tensor": torch.ones(3), "node": numa_topology().memory_nodes[0]}
+
+
+@call
+def plan():
+    class AnyShapes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return self.weight * 2
+
+    return plan_memory, {"module": AnyShapes(), "shapes": [(4, 3)], "backward": True}
+
+
 STACK: list[Callable[[], Any]] = [
     SystemAllocator,
     ArenaAllocator,
@@ -227,6 +272,7 @@ STACK: list[Callable[[], Any]] = [
     lambda: FailureCallbackAllocator(SystemAllocator(), lambda nbytes: False),
     lambda: PoisoningAllocator(SystemAllocator()),
     lambda: RecordingAllocator(SystemAllocator()),
+    lambda: NumaAllocator(SystemAllocator(), "prefer"),
 ]
 for number, make in enumerate(STACK):
     CALLS[f"allocate {number}"] = lambda make=make: (make().allocate, {"nbytes": 10})
@@ -265,5 +311,6 @@ def test_every_public_callable_is_here_or_needs_no_arguments():
     without = {
         "BufferType", "DEFAULT_CONFIGS", "Allocator", "TensorAllocator", "Block", "Statistics", "OutstandingBuffer", "TraceEvent",
         "Strategy", "MemoryReading", "PreparedSlot", "get_global_memory_pool", "reset_global_memory_pool",
+        "NumaNode", "NumaTopology", "Placement", "numa_policy", "numa_topology", "MemoryPlan", "Lifetime",
     }  # fmt: skip
     assert {name for name in package.__all__ if not any(getattr(package, name) is kind for kind in kinds)} == without

@@ -1,5 +1,6 @@
 """Slots: the short way hands out only what nobody sees, remembers nothing, and never more than the limits allow."""
 
+import ctypes
 import threading
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from longattn.bufmgr import AttentionBufferManager, BufferConfig, BufferType
+from longattn.bufmgr.leasing import guard
 from longattn.bufmgr.leasing.guard import TAKEN, fresh_counts
 from longattn.bufmgr.testing import FailingAllocator
 
@@ -169,6 +171,31 @@ def test_owners_that_are_not_where_torch_keeps_them_are_noticed(wrong: str, monk
     """The word beside the storage is torch's own affair: read at another place, it fails the calibration."""
     assert fresh_counts.__wrapped__() is not None
     monkeypatch.setattr(f"longattn.bufmgr.leasing.guard.{wrong}", 16)
+    assert fresh_counts.__wrapped__() is None
+
+
+@pytest.mark.parametrize("has_object", [False, True])
+def test_owners_that_torch_counts_otherwise_are_noticed(has_object: bool, monkeypatch: pytest.MonkeyPatch):
+    """Of storages without a Python object, or of those with one, torch's own function says one more than the word beside the storage."""
+    count = guard.storage_owners
+
+    def other(address: int) -> int:
+        flag = ctypes.c_uint32.from_address(address + guard._OBJECT).value & guard._HAS_OBJECT
+        return count(address) + (bool(flag) == has_object)
+
+    monkeypatch.setattr(guard, "storage_owners", other)
+    assert fresh_counts.__wrapped__() is None
+
+
+@pytest.mark.parametrize("field", guard.ReferenceCounts._fields)
+def test_a_count_that_no_alias_raises_is_noticed(field: str, monkeypatch: pytest.MonkeyPatch):
+    """Each of the four kinds of aliases must show in its own count: a version of torch where one does not is not trusted."""
+    count = guard.count_all
+
+    def constant(*arguments: Any) -> guard.ReferenceCounts:
+        return count(*arguments)._replace(**{field: 7})
+
+    monkeypatch.setattr(guard, "count_all", constant)
     assert fresh_counts.__wrapped__() is None
 
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longattn.patterncache import PatternCache
+from longattn.patterncache.caching.policy import AGEING, S3FIFO, Entry
 from longattn.patterncache.testing import TRACES, belady
 
 
@@ -54,6 +55,24 @@ def test_a_scan_before_the_cache_is_full_leaves_room_for_what_comes_again():
         cache.get_or_build(key, int)
         cache.check_valid()
     assert len(cache) == 50 and cache.get_stats()["hits"] >= 40
+
+
+@pytest.mark.parametrize("asked", range(1, 12))
+def test_frequencies_are_halved_with_age(asked):
+    """After AGEING insertions for each entry that there is room for: of entries that stay, and of keys that left and come back."""
+    room = 2
+    policy = S3FIFO(room, None)
+    kept, gone = Entry("kept", 0, 1, 1), Entry("gone", 0, 1, 1)
+    for entry in (kept, gone):
+        entry.hits = asked - 1
+    policy.ghosts.add("gone", asked)
+    policy.insert(kept, 0)
+    for n in range(AGEING * room - 2):
+        policy.insert(Entry(n, 0, 1, 1), 0)
+    assert kept.before + 1 + kept.hits == asked
+    policy.insert(Entry("last", 0, 1, 1), 0)
+    assert kept.before + 1 + kept.hits == asked // 2
+    assert policy.recall("gone") == max(1, asked // 2) and policy.recall("gone") == 0
 
 
 @given(st.lists(st.integers(0, 15), max_size=200), st.integers(1, 6))
@@ -114,6 +133,7 @@ def test_a_resized_cache_keeps_what_fits(trace, first, then, policy):
     assert list(curve.hits) == sorted(curve.hits)
     # The curve begins anew with a new size.
     assert curve.asked == len(trace) * (1 if then != first else 2)
+    assert curve.hits[0] == cache.get_stats()["hits"] - (before["hits"] if then != first else 0)
 
 
 @pytest.mark.parametrize("grow_to", [9, "more"])

@@ -72,6 +72,15 @@ def test_what_rows_add_themselves_counts_at_the_next_ask():
     assert first.derived["mine"] == {} and tier.get_stats()["resident_bytes"] == 80
 
 
+@pytest.mark.parametrize("numel", [0, 1, 7])
+def test_a_plan_is_resident_from_its_first_byte_on(numel):
+    """And not without one."""
+    tier, plan = DeviceTier(), plan_of(8)
+    tier.hold(plan, lambda plan: {"mine": torch.zeros(numel, dtype=torch.uint8)})
+    stats = tier.get_stats()
+    assert (stats["resident_bytes"], stats["resident_plans"]) == (numel, int(numel > 0))
+
+
 def test_tensors_go_with_their_plan():
     """The tier keeps no plan alive."""
     tier, plan = DeviceTier(), plan_of(20)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack, cast
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from longattn.attention.sequences.varlen import jagged_like, pack_jagged, refuse
 from longattn.attention.validate import (
     check_bool,
     check_embedded,
+    check_factory,
     check_positive,
     check_size,
+    check_type,
     global_heads,
 )
 from longattn.attention.wiring import Wiring
@@ -103,7 +105,7 @@ class MultiheadPatternAttention(ProjectedModule):
         self.rotary_base = None if rotary_base is None else check_positive("rotary_base", rotary_base)
         if rotary_base is not None and self.head_dim % 2:
             raise ValueError(f"rotary_base must be None for an odd head_dim, got head_dim={self.head_dim}")
-        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs = check_factory(device, dtype)
         has_bias = check_bool("bias", bias)
         self._make_projections(check_bool("fused_qkv", fused_qkv), has_bias, factory_kwargs)
         eps = check_positive("layer_norm_eps", layer_norm_eps)
@@ -192,7 +194,7 @@ class MultiheadPatternAttention(ProjectedModule):
         value = key if value is None else value
         if check_bool("need_weights", need_weights):
             refuse_weights(query, call_options)
-        if query.is_nested:
+        if check_type("query", query, Tensor, "a torch.Tensor (batch, seq, embed_dim)").is_nested:
             refuse_jagged_shards("query", self.attention.schedule)
             masks = {"attention_mask": attention_mask, "key_padding_mask": key_padding_mask}
             call_options |= masks

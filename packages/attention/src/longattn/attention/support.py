@@ -72,7 +72,7 @@ A flag that a module does not take is refused by name, never ignored. What each 
 The patterns themselves, masks, padding, dropout, gradients, `torch.compile`, copies and state dicts are the same in every row: there is
 one forward. Inside `torch.compile` a graph owns its memory, and no flag acts.
 
-# Where each buffer comes from
+## Where each buffer comes from
 
 {buffer_table()}
 """

@@ -12,6 +12,9 @@ from longattn.patterncache import Pattern
 
 T = TypeVar("T")
 
+MOST_SIZE = 1 << 62
+"""Sums of two positions are int64."""
+
 _HINTS = {
     "attn_mask": "attention_mask is the name here, and True = may see (torch's attn_mask differs between functions and modules)",
     "attention_dropout": "dropout is the one name",
@@ -83,7 +86,24 @@ def check_size(name: str, value: object) -> int:
         raise TypeError(f"{name} must be an integer >= 1, got {value!r} ({type(value).__name__})")
     if value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value}")
+    if value >= MOST_SIZE:
+        raise ValueError(f"{name} must be an integer below 2 ** 62, got {value}")
     return value
+
+
+def check_device(value: object) -> torch.device | None:
+    """None, or a device that torch knows."""
+    try:
+        return None if value is None else torch.device(cast(Any, value))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"device must be one that torch has here, got {value!r}: {error}") from error
+
+
+def check_factory(device: object, dtype: object) -> dict[str, Any]:
+    """device and dtype of parameters: None, or a device that torch knows, and a floating dtype."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be None or a floating torch.dtype, got {dtype!r} ({type(dtype).__name__})")
+    return {"device": check_device(device), "dtype": dtype}
 
 
 def check_bool(name: str, value: object) -> bool:
@@ -110,8 +130,8 @@ def check_start(name: str, value: object) -> int | None:
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be None or an integer >= 0, got {value!r} ({type(value).__name__})")
-    if value < 0:
-        raise ValueError(f"{name} must be None or an integer >= 0, got {value}")
+    if not 0 <= value < MOST_SIZE:
+        raise ValueError(f"{name} must be None or an integer >= 0 and below 2 ** 62, got {value}")
     return value
 
 

@@ -11,14 +11,19 @@ from torch import Tensor
 from longattn.attention.schedules.call_extents import CallExtents, dtensor_module
 from longattn.attention.schedules.extents import Extents, row_numbers
 from longattn.attention.schedules.layouts import Spans, take
-from longattn.attention.validate import global_heads
+from longattn.attention.validate import check_pattern_argument, global_heads
 from longattn.kernels.interface import (
     Layout,
     ScoreTerm,
     ScoreTerms,
     at_distances,
     by_distance_of,
+    check_attention_mask,
+    check_key_padding,
+    check_qkv,
+    check_scale,
     check_terms,
+    fold_scale,
     in_order,
     softcap_of,
 )
@@ -54,12 +59,30 @@ def attention_weights(
 
     Returns:
         (batch, heads, Nq, Nk) in q's dtype; rows sum to one, or to zero where a query sees nothing.
+
+    Raises:
+        TypeError, ValueError: an argument is not such a value, by name.
     """
     q, k = in_order(layout, q, k)
+    softmax_scale = _checked_scale(q, k, pattern, softmax_scale, attention_mask, key_padding_mask)
     rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
     heads = global_heads(q.shape[2], head_start, num_heads)
     terms = check_terms(score_terms, q)
     return _weights(q, k, pattern, rows, heads, softmax_scale, attention_mask, key_padding_mask, terms, distance)[0]
+
+
+def _checked_scale(
+    q: Tensor, k: Tensor, pattern: object, scale: object, mask: object, padding: object
+) -> float | Tensor | None:
+    """The scale; raises where an argument is not such a value."""
+    check_qkv(q, k, k)
+    check_pattern_argument(pattern)
+    check_attention_mask(mask, q, k)
+    check_key_padding(padding, q, k)
+    if isinstance(scale, Tensor):
+        fold_scale(q, scale)
+        return scale
+    return check_scale(scale)
 
 
 def weights_of(
@@ -132,6 +155,7 @@ def sparse_attention_weights(
     Strips of queries are made densely, one after the other, and only what is seen is kept. Arguments and errors as there.
     """
     q, k = in_order(layout, q, k)
+    softmax_scale = _checked_scale(q, k, pattern, softmax_scale, attention_mask, key_padding_mask)
     rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
     heads = global_heads(q.shape[2], head_start, num_heads)
     terms = check_terms(score_terms, q)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from longattn.attention.cache_view import PatternCacheView, Profile
-from longattn.attention.validate import check_bool, refuse_unknown
+from longattn.attention.validate import check_bool, check_type, refuse_unknown
 from longattn.bufmgr import AttentionBufferManager, MemoryPool, get_global_memory_pool
 from longattn.kernels import Environment
 
@@ -163,7 +163,7 @@ class Resources:
     """
 
     def __init__(self, wiring: Wiring) -> None:
-        self.wiring = wiring
+        self.wiring = check_type("wiring", wiring, Wiring, "None or a Wiring")
         profile = wiring.enable_profiling
         cached = wiring.use_pattern_cache or wiring.cache_on_gpu
         view = PatternCacheView(profile=profile, resident=wiring.cache_on_gpu) if cached else None

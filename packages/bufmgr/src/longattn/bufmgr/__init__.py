@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from longattn.bufmgr.memory.statistics import Statistics, StatisticsAllocator
     from longattn.bufmgr.memory.traces import AllocationTrace, RecordingAllocator, TraceEvent
     from longattn.bufmgr.metrics import prometheus_text
+    from longattn.bufmgr.numa.placement import NumaAllocator, Placement, migrate, numa_policy, read_placement
+    from longattn.bufmgr.numa.topology import NumaNode, NumaTopology, numa_topology
+    from longattn.bufmgr.planning.lifetimes import Lifetime
+    from longattn.bufmgr.planning.plan import MemoryPlan, plan_memory
     from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool, reset_global_memory_pool
     from longattn.bufmgr.spec import DEFAULT_CONFIGS, BufferConfig, BufferType
     from longattn.bufmgr.strategy import Strategy
@@ -57,6 +61,17 @@ __all__ = [
     "TraceEvent",
     "AllocationTrace",
     "prometheus_text",
+    "NumaAllocator",
+    "Placement",
+    "migrate",
+    "numa_policy",
+    "read_placement",
+    "NumaNode",
+    "NumaTopology",
+    "numa_topology",
+    "plan_memory",
+    "MemoryPlan",
+    "Lifetime",
 ]
 
 if not TYPE_CHECKING:
@@ -90,6 +105,17 @@ if not TYPE_CHECKING:
         "TraceEvent": "memory.traces",
         "AllocationTrace": "memory.traces",
         "prometheus_text": "metrics",
+        "NumaAllocator": "numa.placement",
+        "Placement": "numa.placement",
+        "migrate": "numa.placement",
+        "numa_policy": "numa.placement",
+        "read_placement": "numa.placement",
+        "NumaNode": "numa.topology",
+        "NumaTopology": "numa.topology",
+        "numa_topology": "numa.topology",
+        "plan_memory": "planning.plan",
+        "MemoryPlan": "planning.plan",
+        "Lifetime": "planning.lifetimes",
     }
 
     def __getattr__(name):

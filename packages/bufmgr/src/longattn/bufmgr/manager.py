@@ -19,6 +19,8 @@ from longattn.bufmgr.leasing.slots import PreparedSlot, has_only_ints, traced_as
 from longattn.bufmgr.log import LOGGER
 from longattn.bufmgr.memory.allocator import Allocator, check_upstream
 from longattn.bufmgr.memory.pressure import Cleanup, check_cleanup
+from longattn.bufmgr.numa.placement import check_policy
+from longattn.bufmgr.numa.system_calls import Policy
 from longattn.bufmgr.request import function_modes, resolve_request
 from longattn.bufmgr.serving import PREALLOCATED_TYPES, RequestServer
 from longattn.bufmgr.spec import BufferConfig, BufferType, merge_configs, parse_type
@@ -39,6 +41,8 @@ class AttentionBufferManager(RequestServer):
         upstream: where blocks come from. Default: the global memory pool.
         cleanup: how soon free memory goes back when memory gets short, "adaptive" (default) or "aggressive" (pressure.py).
         debug: call sites, and poison over memory that came back (debug.py). Slow. Default False.
+    numa: where Strategy.NUMA_AWARE puts pages, "prefer" (default: the node of the thread that allocates, while it has room),
+        "bind" (only there) or "interleave" (round all nodes). Inactive on one node, and with lightweight; `get_stats` says so.
 
     Host memory is recycled here. On an accelerator torch's caching allocator recycles; there, on "meta" and for size
     zero the manager adds types, checks and counts. Inside torch.compile and CUDA-graph capture it steps aside. Safe to
@@ -60,6 +64,7 @@ class AttentionBufferManager(RequestServer):
         upstream: Allocator | None = None,
         cleanup: Cleanup = "adaptive",
         debug: bool = False,
+        numa: Policy = "prefer",
     ) -> None:
         flags = {
             "enable_reuse": enable_reuse,
@@ -72,10 +77,13 @@ class AttentionBufferManager(RequestServer):
             check_flag(name, value)
         if upstream is not None:
             check_upstream(upstream)
-        super().__init__(merge_configs(custom_configs), upstream=upstream, cleanup=check_cleanup(cleanup), **flags)
+        check_policy(numa, "numa")
+        super().__init__(
+            merge_configs(custom_configs), upstream=upstream, cleanup=check_cleanup(cleanup), numa=numa, **flags
+        )
 
     def __reduce__(self) -> tuple[Callable[..., AttentionBufferManager], tuple[dict[BufferType, BufferConfig]]]:
-        names = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "cleanup", "debug")
+        names = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "cleanup", "debug", "numa")
         options = {name: getattr(self, name) for name in names}
         return functools.partial(type(self), upstream=self._upstream, **options), (dict(self.configs),)
 
@@ -83,6 +91,11 @@ class AttentionBufferManager(RequestServer):
     def cleanup(self) -> Cleanup:
         """How soon free memory goes back when memory gets short."""
         return self._gauge.cleanup
+
+    @property
+    def numa(self) -> Policy:
+        """Where the strategy NUMA_AWARE puts pages."""
+        return self._placer.policy
 
     def _allocate_in_graph(
         self,
@@ -243,6 +256,7 @@ def create_attention_buffer_manager(
     upstream: Allocator | None = None,
     cleanup: Cleanup = "adaptive",
     debug: bool = False,
+    numa: Policy = "prefer",
 ) -> AttentionBufferManager:
     """Return a manager; the arguments are those of AttentionBufferManager."""
     return AttentionBufferManager(
@@ -254,4 +268,5 @@ def create_attention_buffer_manager(
         upstream=upstream,
         cleanup=cleanup,
         debug=debug,
+        numa=numa,
     )

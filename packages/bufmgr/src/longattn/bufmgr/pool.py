@@ -141,6 +141,7 @@ class MemoryPool(SlotTable):
         LOGGER.debug("cleanup: the pool was reset and gave back %d bytes", freed)
 
     def _statistics(self) -> dict[str, Statistics]:
+        self._book.settle(blocking=True)
         devices = {"cpu": self._host.statistics}
         for device, statistics in list(self._book.from_torch.items()):
             # Zero-size host buffers come from torch: they hold nothing, but they are requests.
@@ -156,7 +157,6 @@ class MemoryPool(SlotTable):
         devices: the six Statistics fields of each device. With an arena also arena: in_use, dirty (free pages still
         held), mapped (address space), peak_in_use.
         """
-        self._book.settle(blocking=True)
         devices = self._statistics()
         served = devices.values()
         hits = sum(counts.hits for counts in self._book.counts.values()) + self._cache.slot_hits - self._reset_hits

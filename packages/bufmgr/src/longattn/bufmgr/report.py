@@ -12,6 +12,7 @@ from longattn.bufmgr.leasing.debug import OutstandingBuffer, describe_lease
 from longattn.bufmgr.leasing.lease import Lease
 from longattn.bufmgr.leasing.profile import Event, Profile
 from longattn.bufmgr.memory.statistics import Statistics, StatisticsAllocator
+from longattn.bufmgr.numa.placement import Placer
 from longattn.bufmgr.spec import MIB, BufferType
 from longattn.bufmgr.strategy import Strategy
 from longattn.bufmgr.timeline import save_timeline
@@ -140,6 +141,7 @@ class Reports:
     lightweight: bool
     _book: LeaseBook
     _host: StatisticsAllocator
+    _placer: Placer
     _profile: Profile | None
     _strategies: dict[Strategy, int]
 
@@ -175,10 +177,12 @@ class Reports:
         or "unavailable" where this Python or torch has none to trust: then there are no slots, and every request takes
         the slow path. types: the same for each type, by its name in lower case, and
         `from_torch`, the misses that torch served itself. strategies: how often each was chosen (slots' hits choose
-        none). With enable_profiling also profile: for each type `count`, `bytes` and `time` (seconds in allocate).
+        none). numa: nodes with memory, policy, whether it is active or why not (`inactive`), how often blocks were placed, and how
+        often the kernel did not take a policy back. With enable_profiling also profile: for each type `count`, `bytes` and `time` (seconds in allocate).
         """
         stats = manager_stats(self._book)
         stats["strategies"] = {strategy.value: count for strategy, count in self._strategies.items()}
+        stats["numa"] = self._placer.as_dict()
         if self._profile is not None:
             stats["profile"] = self._profile.as_dict()
         return stats

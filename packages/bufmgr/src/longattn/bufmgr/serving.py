@@ -24,11 +24,13 @@ from longattn.bufmgr.memory.allocator import Allocator
 from longattn.bufmgr.memory.arena import ArenaAllocator
 from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge
 from longattn.bufmgr.memory.statistics import StatisticsAllocator
+from longattn.bufmgr.numa.placement import Placer
+from longattn.bufmgr.numa.system_calls import Policy
 from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
 from longattn.bufmgr.report import Reports
 from longattn.bufmgr.request import BufferRequest
 from longattn.bufmgr.spec import BufferConfig, BufferType
-from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy, numa_nodes
+from longattn.bufmgr.strategy import Strategy, block_bounds, choose_strategy
 
 PREALLOCATED_TYPES = (BufferType.QUERY, BufferType.KEY, BufferType.VALUE, BufferType.OUTPUT)
 """The types of which preallocation readies one buffer each."""
@@ -48,6 +50,7 @@ class RequestServer(SlotTable, Reports):
         upstream: Allocator | None,
         cleanup: Cleanup,
         debug: bool,
+        numa: Policy,
     ) -> None:
         self.configs = configs
         self.enable_reuse = enable_reuse
@@ -63,8 +66,11 @@ class RequestServer(SlotTable, Reports):
         }
         source = get_global_memory_pool() if upstream is None else upstream
         self._host = StatisticsAllocator(source)
+        self._placer = Placer(self._host, numa)
+        # Where nothing is ever placed, blocks take the shorter way.
+        blocks = self._host if lightweight or self._placer.inactive else self._placer
         inspector = Inspector(poison=debug) if debug or not lightweight else None
-        super().__init__(LeaseBook(self._host, caches, inspector), slow_path_only=enable_profiling)
+        super().__init__(LeaseBook(blocks, caches, inspector), slow_path_only=enable_profiling)
         if isinstance(source, MemoryPool):
             source.add_borrower(self._book)
         self._profile = self._book.profile = Profile(timeline=not lightweight) if enable_profiling else None
@@ -75,7 +81,7 @@ class RequestServer(SlotTable, Reports):
 
     def _strategy(self, kind: BufferType, request: BufferRequest) -> Strategy:
         config = self.configs[kind]
-        return choose_strategy(config, request.nbytes, lightweight=self.lightweight, nodes=numa_nodes())
+        return choose_strategy(config, request.nbytes, lightweight=self.lightweight, nodes=self._placer.choices)
 
     def _serve_request(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease | None]:
         started = time.perf_counter_ns() if self._profile is not None else 0
@@ -103,7 +109,10 @@ class RequestServer(SlotTable, Reports):
         bounds = block_bounds(strategy, request.nbytes)
         try:
             tensor, lease = self._book.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
+            if strategy is Strategy.NUMA_AWARE and lease.block is not None:
+                self._placer.place(lease.block)
         except MemoryError as error:
+            tensor = None  # or the traceback would keep it in use
             error.add_note(self.memory_summary())
             raise
         lease.zeroes = config.zero_init

@@ -2,21 +2,17 @@
 
     strategy        when                                                        what
     bucketed        under 1 MiB, reuse "high", prefer_bucketed                  size classes, 8 to a doubling
-    numa_aware      over 16 MiB, prefer_numa, more than one node                a block that may be placed on a node
+    numa_aware      over 16 MiB, prefer_numa, more than one node                a block that is placed on nodes (numa/)
     fragment_aware  more than twice the type's typical size                     the tightest free block up to 1/8 larger
     direct          everything else                                             a block of the size asked for
 
-numa_aware places nothing yet: the block is an ordinary one that is counted under this name. The two rows in the middle are
-the ones that `lightweight` leaves out.
+The two rows in the middle are the ones that `lightweight` leaves out.
 """
 
 from __future__ import annotations
 
 import enum
-import functools
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from longattn.bufmgr.spec import MIB, BufferConfig
@@ -24,7 +20,6 @@ from longattn.bufmgr.spec import MIB, BufferConfig
 _LINE = 64
 _PAGE = 4096
 _CLASSES_PER_DOUBLING = 8
-_NODES = Path("/sys/devices/system/node")
 
 
 class Strategy(enum.Enum):
@@ -93,11 +88,3 @@ def block_bounds(strategy: Strategy, nbytes: int) -> tuple[int, int]:
         return size, size
     size = block_size(nbytes)
     return size, size + size // 8 if strategy is Strategy.FRAGMENT_AWARE else size
-
-
-@functools.cache
-def numa_nodes() -> int:
-    """Return how many NUMA nodes with memory this machine has; 1 where the system does not report it."""
-    if not _NODES.is_dir():
-        return 1
-    return max(1, sum(bool(re.fullmatch(r"node\d+", path.name)) for path in _NODES.iterdir()))

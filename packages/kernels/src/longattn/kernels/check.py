@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
 
 import torch
@@ -225,7 +225,8 @@ def check_scale(scale: object, name: str = "softmax_scale") -> float | None:
         return None
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{name} must be None or a number, got {scale!r} ({type(scale).__name__})")
-    if not math.isfinite(scale):
+    # Of an integer beyond every float too.
+    if not abs(scale) <= sys.float_info.max:
         raise ValueError(f"{name} must be None or a finite number, got {scale!r}")
     return float(scale)
 

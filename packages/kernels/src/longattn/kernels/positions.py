@@ -47,6 +47,6 @@ def flat_heads(local: int, heads: Span | None, num_heads: int | None) -> list[in
     expected = f"an integer >= {first + local}, the heads up to the last of q"
     if isinstance(total, bool) or not isinstance(total, int):
         raise TypeError(f"num_heads must be {expected}, got {num_heads!r} ({type(num_heads).__name__})")
-    if total < first + local:
+    if not first + local <= total < 1 << 63:
         raise ValueError(f"num_heads must be {expected}, got {total}")
     return [total, first, local]

@@ -36,12 +36,12 @@ class PreparedAttention:
         key = direct.signature("attend", q, k, v, pattern, options)
         if any(x.requires_grad for x in tensors_in(as_terms(options.score_terms))):
             raise ValueError("score_terms must hold tensors that require no grad, got one that does: call attend there")
+        placed = checked_pattern(q, k, v, pattern, options)
         if key is None:
             raise ValueError(
                 "q, k, v must be plain tensors outside of tracing, transforms, modes and autocast, and options of their documented types; "
                 "call attend there"
             )
-        placed = checked_pattern(q, k, v, pattern, options)
         out_dtype = state_dtype(q.dtype) if options.out_dtype is None else options.out_dtype
         spans = last_positions(q.shape[1], k.shape[1], placed.positional), [0, k.shape[1], 1]
         asked = arguments_of(placed, options, *spans, flat_heads(q.shape[2], None, None), out_dtype)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longattn.kernels.check import check_key_padding, check_qkv, check_scale
 from longattn.kernels.state import AttentionState
 from longattn.kernels.terms import Alibi, ScoreTerms, Softcap, as_terms
 
@@ -41,7 +42,23 @@ def reference_attention(
 
     Returns:
         AttentionState in float64: out (batch, Nq, heads, v's head_dim), lse (batch, Nq, heads), natural log, -inf = saw no key.
+
+    Raises:
+        TypeError, ValueError: an argument is not such a value, by name.
     """
+    check_qkv(q, k, v)
+    check_key_padding(key_padding_mask, q, k)
+    pairs = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    if not isinstance(softmax_scale, Tensor):
+        softmax_scale = check_scale(softmax_scale)
+    else:
+        _check_tensor("softmax_scale", softmax_scale, pairs[1:2])
+    _check_tensor("counts", torch.from_numpy(counts) if isinstance(counts, np.ndarray) else counts, pairs)
+    for name, x in (("bias", bias), ("keep", keep)):
+        if x is not None:
+            _check_tensor(name, x, pairs)
+    if distance is not None:
+        _check_tensor("distance", distance, pairs[2:])
     device = q.device
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     times = torch.as_tensor(counts, device=device).to(torch.float64)
@@ -71,6 +88,14 @@ def reference_attention(
     out = (weights if keep is None else weights * keep) @ v
     lse = torch.where(blind.squeeze(-1), -torch.inf, lse)
     return AttentionState(out.transpose(1, 2), lse.transpose(1, 2))
+
+
+def _check_tensor(name: str, x: object, shape: tuple[int, ...]) -> None:
+    """Raise unless x is a plain tensor that can be broadcast to a shape."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta:
+        raise TypeError(f"{name} must be a plain tensor broadcastable to {shape}, got {x!r} ({type(x).__name__})")
+    if x.dim() > len(shape) or any(n not in (1, m) for n, m in zip(x.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{name} must be broadcastable to {shape}, got {tuple(x.shape)}")
 
 
 def _with_terms(scores: Tensor, score_terms: ScoreTerms, distance: Tensor | None) -> Tensor:

@@ -34,13 +34,25 @@ class AttentionState:
 
     @classmethod
     def empty(cls, out: Tensor) -> AttentionState:
-        """The identity of `merge`, shaped like `out` (batch, seq, heads, head_dim)."""
+        """The identity of `merge`, shaped like `out` (batch, seq, heads, head_dim).
+
+        Raises:
+            TypeError: out is no tensor.
+        """
+        if not isinstance(out, Tensor):
+            raise TypeError(f"out must be a torch.Tensor, got {out!r} ({type(out).__name__})")
         dtype = state_dtype(out.dtype)
         lse = torch.full(out.shape[:-1], -torch.inf, dtype=dtype, device=out.device)
         return cls(torch.zeros_like(out, dtype=dtype), lse)
 
     def finalize(self, dtype: torch.dtype) -> Tensor:
-        """`out` in `dtype`: the one rounding, whatever the number of merges."""
+        """`out` in `dtype`: the one rounding, whatever the number of merges.
+
+        Raises:
+            TypeError: dtype is no torch.dtype.
+        """
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
         return self.out.to(dtype)
 
 

@@ -104,7 +104,13 @@ class RelativeBias:
             )
 
     def buckets(self, distance: Tensor) -> Tensor:
-        """The bucket of each distance j - i, int64, as T5's own code computes it, in float32."""
+        """The bucket of each distance j - i, int64, as T5's own code computes it, in float32.
+
+        Raises:
+            TypeError: distance is no tensor of integers.
+        """
+        if not isinstance(distance, Tensor) or distance.is_floating_point() or distance.is_complex():
+            raise TypeError(f"distance must be a tensor of integers, got {distance!r} ({type(distance).__name__})")
         count = self.table.shape[0] // (2 if self.bidirectional else 1)
         exact = count // 2
         far = distance.abs() if self.bidirectional else -distance.clamp(max=0)

@@ -20,7 +20,7 @@ from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
 from longattn.patterncache.planning.intervals import Intervals
 from longattn.patterncache.planning.limits import counting_pairs
 from longattn.patterncache.planning.listing import listed_branches
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_flag, check_int, shortened
 
 if TYPE_CHECKING:
     from longattn.patterncache.analysis.results import Gap, Lint, Reach
@@ -168,6 +168,7 @@ class Pattern(ABC):
         Raises:
             ValueError: more than 2 ** 31 of them, which is 16 GiB.
         """
+        check_rectangle_type(rectangle)
         if prod(rectangle.shape) > MOST_COUNTS:
             raise ValueError(f"rectangle must have at most {MOST_COUNTS} dense counts, got {rectangle.shape} of them")
         self.check_rectangle(rectangle)
@@ -190,11 +191,7 @@ class Pattern(ABC):
             TypeError, ValueError: an argument is not such a value, the pattern means nothing on part of the rectangle, or too many
                 pairs.
         """
-        if not isinstance(rectangle, Rectangle):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                "rectangle must be a Rectangle, such as Rectangle(heads, Span(0, N), Span(0, N)), "
-                f"got {shortened(rectangle)} ({type(rectangle).__name__})"
-            )
+        check_rectangle_type(rectangle)
         with counting_pairs(listed):
             self.check_rectangle(rectangle)
             return make_plan(rectangle, self.branches(rectangle))
@@ -271,8 +268,16 @@ def check_pattern_type(name: str, value: object) -> Pattern:
     return value
 
 
+def check_rectangle_type(value: object) -> Rectangle:
+    """Return `value`, or raise TypeError unless it is a Rectangle."""
+    if not isinstance(value, Rectangle):
+        raise TypeError(
+            "rectangle must be a Rectangle, such as Rectangle(heads, Span(0, N), Span(0, N)), "
+            f"got {shortened(value)} ({type(value).__name__})"
+        )
+    return value
+
+
 def check_causal(value: object) -> bool:
     """Return `value`, or raise TypeError unless it is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"causal must be True or False, got {shortened(value)} ({type(value).__name__})")
-    return value
+    return check_flag("causal", value)

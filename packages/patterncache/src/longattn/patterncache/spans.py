@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Rows = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 MOST = 1 << 60
@@ -33,6 +35,20 @@ def check_int(name: str, value: object, *, minimum: int, maximum: int = MOST) ->
     if number > maximum:
         raise ValueError(f"{name} must be an integer from {minimum} to {maximum}, got {shortened(number)}")
     return number
+
+
+def check_kind(name: str, value: object, kind: type[T]) -> T:
+    """Return `value`, or raise TypeError that names it unless it is a `kind`."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {shortened(value)} ({type(value).__name__})")
+    return value
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Return `value`, or raise TypeError that names it unless it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shortened(value)} ({type(value).__name__})")
+    return value
 
 
 def shortened(value: object, most: int = 200) -> str:

@@ -15,7 +15,7 @@ ADAM_STATE = {"float64": 16, "float32": 8, "bfloat16": 12, "float16": 12}
 """Bytes a parameter: two moments; in half precision of float32, with the weights in float32 beside."""
 
 ASSUMPTIONS = (
-    "assumed: every device reaches the given share of its peak in products; a ring's transfers overlap its products; activations are those "
+    "assumed: every device reaches the given share of its peak in products; a ring passes every shard to every device, and transfers overlap products; activations are those "
     "of a pre-norm layer with a two-matrix feed-forward; softmax, norms and the allocator's own overhead cost nothing. A plan, not a measurement."
 )
 

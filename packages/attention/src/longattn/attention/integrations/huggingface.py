@@ -58,6 +58,8 @@ def register_with_transformers(patterns: Mapping[str, Pattern] | None = None) ->
 
     attentions: Any = transformers.AttentionInterface
     masks: Any = transformers.AttentionMaskInterface
+    if patterns is not None:
+        check_type("patterns", patterns, Mapping, "a mapping of names to patterns")
     by_name = dict(DEFAULT_PATTERNS if patterns is None else patterns)
     for name, pattern in by_name.items():
         check_type("patterns", name, str, "a mapping with names as keys")

@@ -12,7 +12,7 @@ from torch.nn.functional import gelu, relu, silu
 from longattn.attention.arguments import CallOptions
 from longattn.attention.multihead import MultiheadPatternAttention
 from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
-from longattn.attention.validate import check_positive, check_size
+from longattn.attention.validate import check_embedded, check_factory, check_positive, check_size, check_type
 from longattn.kernels.interface import check_dropout
 from longattn.patterncache import Dilated, Full, Pattern
 
@@ -44,9 +44,9 @@ class FeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in _ACTIVATIONS:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"activation must be one of {tuple(_ACTIVATIONS)}, got {activation!r}")
-        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs = check_factory(device, dtype)
         self.activation = activation
         self.linear1 = nn.Linear(d_model, check_size("dim_feedforward", dim_feedforward), **factory_kwargs)
         self.norm = nn.LayerNorm(dim_feedforward, eps=layer_norm_eps, **factory_kwargs)
@@ -89,7 +89,11 @@ class _DilatedLayer(nn.Module):
     ) -> None:
         super().__init__()
         d_model, nhead, dim_feedforward = sizes
-        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_size("d_model", d_model)
+        check_size("nhead", nhead)
+        if memory is not None:
+            check_type("memory_pattern", memory, Pattern, "a Pattern")
+        factory_kwargs = check_factory(device, dtype)
         shared: dict[str, Any] = {"dropout": dropout, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init}
         shared |= factory_kwargs
         if pattern is None:
@@ -166,6 +170,7 @@ class DilatedTransformerEncoderLayer(_DilatedLayer):
             src_mask, padding = options.pop("src_mask", None), options.pop("src_key_padding_mask", None)
             attention_mask, key_padding_mask = masks_of_torch(src_mask, padding, len(src), self.self_attn.num_heads)
             is_causal = True if is_causal else None
+        check_embedded("src", src, self.norm1.normalized_shape[0], self.norm1.weight.dtype)
         x = self.norm1(src)
         src = src + self.dropout(self.self_attn(x, x, x, is_causal, attention_mask, key_padding_mask, **options))
         return src + self.dropout(self.feedforward(self.norm2(src)))
@@ -237,6 +242,8 @@ class DilatedTransformerDecoderLayer(_DilatedLayer):
         memory_key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """tgt (batch, N, d_model), memory (batch, M, d_model); masks as in `pattern_attention`, for tgt and for memory."""
+        for name, x in (("tgt", tgt), ("memory", memory)):
+            check_embedded(name, x, self.norm1.normalized_shape[0], self.norm1.weight.dtype)
         x = self.norm1(tgt)
         tgt = tgt + self.dropout(self.self_attn(x, x, x, is_causal, attention_mask, key_padding_mask))
         x = self.norm2(tgt)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from longattn.attention.arguments import CallOptions
 from longattn.attention.models.layers import DilatedTransformerEncoderLayer
-from longattn.attention.validate import check_bool, check_size
+from longattn.attention.validate import check_bool, check_factory, check_size, check_type
 from longattn.kernels.interface import check_dropout
 from longattn.patterncache import Dilated
 
-MOST_LAYERS = 1 << 14
+MOST_LAYERS = 1 << 16
 """Layers of a model: each is made."""
 
 
@@ -77,7 +77,7 @@ class LongNet(nn.Module):
         count, width = check_size("num_layers", num_layers), check_size("d_model", d_model)
         if count > MOST_LAYERS:
             raise ValueError(f"num_layers must be at most {MOST_LAYERS}, got {count}")
-        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory_kwargs = check_factory(device, dtype)
         options: dict[str, Any] = {
             "dropout": check_dropout("dropout", dropout),
             "rotary_base": rotary_base,
@@ -114,6 +114,9 @@ class LongNet(nn.Module):
             key_padding_mask: (batch, seq) bool, True = padding.
             options: `CallOptions`, as in `pattern_attention`.
         """
+        check_type("tokens", tokens, Tensor, "a torch.Tensor of integers (batch, seq)")
+        if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2:
+            raise TypeError(f"tokens must be int64 or int32 (batch, seq), got {tokens.dtype} {tuple(tokens.shape)}")
         x = self.dropout(self.embedding(tokens) * self.embedding.embedding_dim**0.5)
         for layer in self.layers:
             if self.checkpointing and self.training:

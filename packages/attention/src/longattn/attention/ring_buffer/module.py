@@ -21,7 +21,7 @@ from longattn.attention.ring_buffer.requests import (
 from longattn.attention.ring_buffer.state import RingBufferState
 from longattn.attention.ring_buffer.tiles import TilingProcessor
 from longattn.attention.ring_buffer.tuning import tuned
-from longattn.attention.validate import check_bool, check_size, check_type, refuse_unknown
+from longattn.attention.validate import check_bool, check_factory, check_size, check_type, refuse_unknown
 from longattn.kernels.interface import Layout, ScoreTerms, autocast, exchanged, in_order
 
 
@@ -77,9 +77,9 @@ class RingBufferAttention(nn.Module):
         Args:
             kv_heads: default the config's, else num_heads. dtype: default torch's. device: default the current one.
         """
-        heads = kv_heads or self.config.kv_heads or self.config.num_heads
-        like = torch.empty(0, dtype=dtype, device=device)
-        return self._new_state(batch_size, heads, like)
+        heads = self.config.kv_heads or self.config.num_heads if kv_heads is None else check_size("kv_heads", kv_heads)
+        like = torch.empty(0, **check_factory(device, dtype))
+        return self._new_state(check_size("batch_size", batch_size), heads, like)
 
     def tune(
         self,
@@ -98,11 +98,13 @@ class RingBufferAttention(nn.Module):
             dtype, device: default torch's default dtype, the current device.
         """
         heads, dim = self.config.num_heads, self.config.head_dim
+        factory_kwargs = check_factory(device, dtype)
         shapes = [
-            (batch_size, check_size("length", length), h, dim) for h in (heads, *[self.config.kv_heads or heads] * 2)
+            (check_size("batch_size", batch_size), check_size("length", length), h, dim)
+            for h in (heads, *[self.config.kv_heads or heads] * 2)
         ]
         shapes[2] = (*shapes[2][:3], self.config.value_width)
-        q, k, v = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+        q, k, v = (torch.randn(shape, **factory_kwargs) for shape in shapes)
         latest = self._latest
         config = self.config
         about = (batch_size, k.shape[2], dim, config.buffer_size, config.causal, config.backend, q.dtype)
@@ -183,7 +185,11 @@ class RingBufferAttention(nn.Module):
             return (exchanged(results[0]), *results[1:]) if isinstance(results, tuple) else exchanged(results)
         dropout_p = self.config.dropout if self.training else 0.0
         plain = att_mask is None and attention_mask is None and key_padding_mask is None and sink_logits is None
-        plain = plain and score_terms is None and not (dropout_p or needs_weights or output_attentions or unknown)
+        plain = (
+            plain
+            and score_terms is None
+            and not (dropout_p or needs_weights is not False or output_attentions is not False or unknown)
+        )
         if is_decoder is True and plain and seed is None and requires_grad is None:
             state = self._latest if buffer_state is None else buffer_state
             if fits_append_and_decode(state, q, k, v, position, self._name):

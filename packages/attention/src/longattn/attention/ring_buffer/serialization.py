@@ -102,6 +102,8 @@ def _fill(state: RingBufferState, rings: dict[str, Tensor], rows: slice) -> None
 
 def cat(states: Sequence[RingBufferState]) -> RingBufferState:
     """The rows of several states as one batch; see `RingBufferState.cat`."""
+    if not isinstance(states, (tuple, list)) or not all(hasattr(state, "cursors") for state in states):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"states must be a sequence of RingBufferStates, got {states!r} ({type(states).__name__})")
     if not states:
         raise ValueError("states must hold at least one state, got none")
     first = states[0]

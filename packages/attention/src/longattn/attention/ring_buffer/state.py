@@ -11,9 +11,12 @@ from torch import Tensor
 from longattn.attention.ring_buffer import serialization
 from longattn.attention.ring_buffer.cursor import Cursor
 from longattn.attention.ring_buffer.rings import Geometry, Rings
-from longattn.attention.validate import integers
+from longattn.attention.validate import check_device, integers
 
 File = str | IO[bytes]
+
+MOST_COPIES = 1 << 20
+"""Rows that a row may become: each is listed."""
 
 
 class RingBufferState(Rings):
@@ -153,6 +156,8 @@ class RingBufferState(Rings):
         """
         if isinstance(copies, bool) or not isinstance(cast(object, copies), int) or copies < 1:
             raise ValueError(f"copies must be an integer >= 1, got {copies!r}")
+        if copies > MOST_COPIES:
+            raise ValueError(f"copies must be at most {MOST_COPIES}, got {copies}")
         copy = self.alias()
         copy.cursors = [cursor.clone() for cursor in self.cursors]
         return copy.reorder([row for row in range(self.batch_size) for _ in range(copies)])
@@ -172,7 +177,7 @@ class RingBufferState(Rings):
         Raises:
             ValueError: the dtype is not a floating one that attention takes.
         """
-        target_device = self.device if device is None else torch.empty(0, device=device).device
+        target_device = self.device if device is None else torch.empty(0, device=check_device(device)).device
         target_dtype = self.dtype if dtype is None else dtype
         if (target_device, target_dtype) == (self.device, self.dtype):
             return self
@@ -250,7 +255,10 @@ class RingBufferState(Rings):
 
 
 def _integers(name: str, value: object) -> list[int]:
-    listed: Any = integers(value) if isinstance(value, Tensor) else value
+    try:
+        listed: Any = integers(value) if isinstance(value, Tensor) else value
+    except RuntimeError as error:
+        raise TypeError(f"{name} must be integers, got a tensor that does not hold them here: {error}") from error
     numbers: list[Any] = [*listed] if isinstance(listed, (list, tuple)) else [None]
     if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
         raise TypeError(f"{name} must be integers, got {value!r}")

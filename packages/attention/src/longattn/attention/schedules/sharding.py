@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule
@@ -26,12 +27,13 @@ def shard_sequence(x: Tensor, schedule: Schedule, dim: int = 1) -> tuple[Tensor,
         (the rows, contiguous, differentiable; their positions (rows,), int64, on the device of x).
 
     Raises:
-        TypeError: x is no tensor, or schedule no schedule.
+        TypeError: x is no tensor, dim no integer, or schedule no schedule.
+        ValueError: x has no such axis.
     """
-    check_schedule_argument(schedule)
-    check_type("x", x, Tensor, "a torch.Tensor")
-    rows = schedule.held(x.shape[dim])
-    return select_rows(x, dim % x.dim(), rows).contiguous(), row_numbers(rows).to(x.device)
+    schedule = check_schedule_argument(schedule)
+    axis = _axis_of(x, dim)
+    rows = schedule.held(x.shape[axis])
+    return select_rows(x, axis, rows).contiguous(), row_numbers(rows).to(x.device)
 
 
 def unshard_sequence(x: Tensor, schedule: Schedule, group: object = None, dim: int = 1) -> Tensor:
@@ -43,16 +45,28 @@ def unshard_sequence(x: Tensor, schedule: Schedule, group: object = None, dim: i
 
     Raises:
         TypeError: x is no tensor, or schedule no schedule.
-        ValueError: a schedule of several groups without `group`.
+        ValueError: a schedule of several groups without `group`; x has no such axis.
     """
-    check_schedule_argument(schedule)
-    check_type("x", x, Tensor, "a torch.Tensor")
+    schedule = check_schedule_argument(schedule)
+    axis = _axis_of(x, dim)
     if not schedule.distributed:
         return x.detach()
     place = _group_of(schedule, group)
-    axis = dim % x.dim()
     lengths = integers(gather_integers(place, (x.shape[axis],)))
     return _gather_rows(x.detach(), axis, place, lengths, schedule)
+
+
+def _axis_of(x: object, dim: object) -> int:
+    """The axis of a sequence, from 0."""
+    x = check_type("x", x, Tensor, "a torch.Tensor")
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a plain torch.Tensor, got one of layout {x.layout}")
+    axes = x.dim()
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an integer, got {dim!r} ({type(dim).__name__})")
+    if not -axes <= dim < axes:
+        raise ValueError(f"dim must be an axis of x, which has {axes}, got {dim}")
+    return dim % axes
 
 
 def _group_of(schedule: Schedule, group: object) -> Place:

@@ -18,12 +18,12 @@ from longattn.attention.schedules.packing import packing_of
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.schedules.transport import Place
 from longattn.attention.schedules.ulysses import Ulysses
-from longattn.attention.validate import check_pattern_argument, check_size
+from longattn.attention.validate import check_pattern_argument, check_size, check_type
 from longattn.kernels.interface import state_dtype
 from longattn.patterncache import Pattern, Rectangle, get_global_pattern_cache
 
 MOST_RANKS = 1024
-"""Ranks of a group: each pair of them has a plan."""
+"""Ranks of a group: the steps of each are looked at."""
 
 MOST_IMBALANCE = 1.25
 """An engine whose slowest rank works more than that over the mean is chosen only where all do."""
@@ -192,7 +192,8 @@ def choose(
     """
     ranks = check_size("group", group) if isinstance(group, int) else Place.of(group).size
     if ranks > MOST_RANKS:
-        raise ValueError(f"group must have at most {MOST_RANKS} ranks, every pair of which is looked at, got {ranks}")
+        raise ValueError(f"group must have at most {MOST_RANKS} ranks, each of whose steps is looked at, got {ranks}")
+    check_type("dtype", dtype, torch.dtype, "a torch.dtype")
     heads = check_size("num_heads", num_heads)
     kv_heads = heads if kv_heads is None else check_size("kv_heads", kv_heads)
     if heads % kv_heads:

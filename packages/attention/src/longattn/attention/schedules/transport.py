@@ -81,7 +81,10 @@ class Place:
     @property
     def group(self) -> ProcessGroup:
         """The group itself, looked up as torch's functional collectives look up theirs."""
-        return dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore[arg-type]
+        try:
+            return dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise ValueError(f"group must be one that this process is in, got {self.name!r}: {error}") from error
 
     @property
     def rank(self) -> int:

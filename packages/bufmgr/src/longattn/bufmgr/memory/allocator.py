@@ -28,16 +28,18 @@ class Block:
     """A piece of host memory that can be lent to one tensor at a time.
 
     nbytes: usable bytes. zeroed: every byte is known to be zero, until the block is lent for the first time. loans: how
-    often it was lent; only debugging managers count (see debug.py).
+    often it was lent; only debugging managers count (see debug.py). nodes: the NUMA nodes that it is placed on, None where
+    the system places it (see numa/placement.py).
     """
 
-    __slots__ = ("loans", "memory", "nbytes", "zeroed")
+    __slots__ = ("loans", "memory", "nbytes", "nodes", "zeroed")
 
     def __init__(self, memory: memoryview, *, zeroed: bool) -> None:
         self.memory = memory
         self.nbytes = memory.nbytes
         self.zeroed = zeroed
         self.loans = 0
+        self.nodes: tuple[int, ...] | None = None
 
 
 @runtime_checkable

@@ -51,7 +51,7 @@ def lint(
     length = check_int("N", length, minimum=0)
     num_heads, head_dim = check_int("num_heads", num_heads, minimum=1), check_int("head_dim", head_dim, minimum=1)
     depth = None if depth is None else check_int("depth", depth, minimum=1)
-    if dtype not in _BYTES:
+    if not isinstance(dtype, str) or dtype not in _BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"dtype must be one of {tuple(_BYTES)}, got {shortened(dtype)}")
     parts = stretches(pattern, length, num_heads)
     apart = sum(part.times * count_islands(part) for part in parts)
@@ -125,6 +125,8 @@ def describe(
             f"N must be at most 64 without a picture, and head below num_heads={num_heads}, got N={length} and head={head}"
         )
     if png is not None:
+        if not isinstance(png, (str, PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"png must be None or the path of a picture, got {shortened(png)} ({type(png).__name__})")
         draw(pattern, verdict, head, png)
     if length > 64:
         return str(verdict)

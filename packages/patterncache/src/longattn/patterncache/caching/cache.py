@@ -63,7 +63,7 @@ class PatternCache:
         enable_profiling: bool = False,
         grow_to: int | None = None,
     ) -> None:
-        if policy not in POLICIES:
+        if not isinstance(policy, str) or policy not in POLICIES:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {shortened(policy)}")
         self.policy = policy
         self._lock = threading.Lock()
@@ -134,6 +134,10 @@ class PatternCache:
         return entry.value, True
 
     def _ask_locked(self, key: Hashable, build: Callable[[], T]) -> tuple[T, bool]:
+        if not callable(build):
+            raise TypeError(
+                f"build must be a function without parameters, got {shortened(build)} ({type(build).__name__})"
+            )
         missed = False
         while True:
             with self._lock:

@@ -12,9 +12,9 @@ from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-from longattn.patterncache.interop.csr import index_arrays
+from longattn.patterncache.interop.csr import as_device, index_arrays
 from longattn.patterncache.plan import Plan
-from longattn.patterncache.spans import check_int
+from longattn.patterncache.spans import check_flag, check_int, check_kind
 
 Shelf = MutableMapping[Any, Any]
 ShelfOf = Callable[[Plan], Shelf | None]
@@ -104,8 +104,10 @@ class DeviceTier:
 
     def resident(self, plan: Plan, device: Any = "cpu", *, transposed: bool = False) -> IndexTensors:
         """The tier's own tensors of `index_arrays(plan)`, for kernels that only read them: who writes, writes for all."""
+        check_kind("plan", plan, Plan)
+        check_flag("transposed", transposed)
+        device = as_device(device)
         torch = import_module("torch")
-        device = torch.device(device)
         with self._lock:
             shelf = plan.derived.setdefault(_SHELF, {})
             tensors = shelf.get((device, transposed))

@@ -37,6 +37,8 @@ def build_on_one(
         ValueError: ranks ask for different keys, or hold different plans; they are named. All ranks raise.
         RuntimeError: on the ranks that wait for a build that failed; the rank that builds raises what its build raised.
     """
+    if not isinstance(cache, (PatternCache, CacheView)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"cache must be a PatternCache or a CacheView, got {cache!r} ({type(cache).__name__})")
     mine = cache._cache.get(key)  # pyright: ignore[reportPrivateUsage]
     answers = _gather([_key_digest(key), _MISSING if mine is None else plan_digest(mine)], group)
     _check_equal("key", [keys for keys, _ in answers])

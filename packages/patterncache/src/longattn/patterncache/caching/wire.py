@@ -12,7 +12,7 @@ import numpy.typing as npt
 from longattn.patterncache.indices import Affine, Index, Listed
 from longattn.patterncache.plan import Band, Branch, Plan
 from longattn.patterncache.planning.packed_lists import Narrow, pack_plan
-from longattn.patterncache.spans import Rectangle, Span
+from longattn.patterncache.spans import Rectangle, Span, check_kind, shortened
 
 _KINDS = ("|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<i8")
 _MOST = 1 << 62
@@ -22,6 +22,7 @@ _MAGIC = b"longattn plan 1\n"
 
 def plan_to_bytes(plan: Plan) -> bytes:
     """Equal bytes for equal plans, packed or not, on every machine: a line of JSON, then the packed lists, little-endian."""
+    check_kind("plan", plan, Plan)
     lists: list[bytes] = []
     r = plan.rectangle
     head = {
@@ -49,8 +50,11 @@ def plan_from_bytes(data: bytes) -> Plan:
     """The plan of `plan_to_bytes`, its lists packed.
 
     Raises:
-        ValueError: data is no such bytes.
+        TypeError: data is no bytes.
+        ValueError: they are none of `plan_to_bytes`.
     """
+    if not isinstance(data, bytes):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"data must be bytes, got {shortened(data)} ({type(data).__name__})")
     try:
         if not data.startswith(_MAGIC):
             raise _MalformedPlan(f"they must begin with {_MAGIC!r}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from longattn.patterncache.plan import Branch, Plan
-from longattn.patterncache.spans import Rows
+from longattn.patterncache.spans import Rows, check_flag, check_kind, shortened
 
 Small = npt.NDArray[np.int32]
 
@@ -47,7 +49,12 @@ def index_arrays(plan: Plan, *, transposed: bool = False) -> IndexArrays:
     Args:
         plan: any plan.
         transposed: rows are keys instead of queries. Default False.
+
+    Raises:
+        TypeError: an argument is not such a value.
     """
+    check_kind("plan", plan, Plan)
+    check_flag("transposed", transposed)
     _, queries, keys = plan.rectangle.shape
     rows, columns = (keys, queries) if transposed else (queries, keys)
     classes, members = head_classes(plan)
@@ -66,6 +73,18 @@ def index_arrays(plan: Plan, *, transposed: bool = False) -> IndexArrays:
     for array in arrays:
         array.flags.writeable = False
     return IndexArrays(*arrays, transposed)
+
+
+def as_device(device: Any) -> Any:
+    """A torch.device, where torch knows such a one.
+
+    Raises:
+        TypeError, ValueError: it does not, by name.
+    """
+    try:
+        return import_module("torch").device(device)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"device must be one that torch has here, got {shortened(device)}: {error}") from error
 
 
 def head_classes(plan: Plan) -> tuple[Rows, list[tuple[int, ...]]]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longattn.patterncache.analysis.propagation import square
-from longattn.patterncache.interop.csr import head_classes
+from longattn.patterncache.interop.csr import as_device, head_classes
 from longattn.patterncache.interop.pair_counts import pair_counts
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.plan import Branch, Plan
@@ -55,7 +55,7 @@ def to_block_mask(
             more than 2 ** 26 entries.
     """
     length, num_heads = check_int("N", length, minimum=1), check_int("num_heads", num_heads, minimum=1)
-    block_size = check_int("block_size", block_size, minimum=1)
+    block_size, device = check_int("block_size", block_size, minimum=1), as_device(device)
     plan = pattern.plan(square(length, num_heads))
     counted = pair_counts(plan, device)
     classes, members = head_classes(plan)

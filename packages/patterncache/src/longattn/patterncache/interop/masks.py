@@ -14,7 +14,7 @@ from longattn.patterncache.interop.mask_answers import BYTES_PER_CELL, STRIP_CEL
 from longattn.patterncache.interop.sampled_masks import agrees, blocks_of
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.planning.limits import check_listed
-from longattn.patterncache.spans import check_int, shortened
+from longattn.patterncache.spans import check_flag, check_int, shortened
 
 VERIFY = ("every", "samples")
 
@@ -63,6 +63,7 @@ def from_mask_mod(
         raise TypeError(f"mask_mod must be callable as mask_mod(b, h, q, k), got {shortened(mask_mod)}")
     length, batch = check_int("N", N, minimum=1), check_int("batch", batch, minimum=1)
     heads = 1 if num_heads is None else check_int("num_heads", num_heads, minimum=1)
+    check_flag("compact", compact)
     if listed is not None:
         check_listed("listed", listed)
     if verify not in VERIFY:

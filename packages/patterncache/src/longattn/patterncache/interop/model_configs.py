@@ -174,7 +174,10 @@ def from_bigbird(config: Any, N: int, rand_attn: npt.ArrayLike | None = None) ->
     if kind == "original_full" or length <= (5 + 2 * drawn) * size:
         return Full(causal=bool(getattr(config, "is_decoder", False)))
     blocks = -(-length // size)
-    rand = np.zeros((blocks - 2, drawn), np.int64) if rand_attn is None else np.asarray(rand_attn)
+    try:
+        rand = np.zeros((blocks - 2, drawn), np.int64) if rand_attn is None else np.asarray(rand_attn)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise TypeError(f"rand_attn must be an array of integers, got {shortened(rand_attn)}: {error}") from error
     if rand.shape[-2:] != (blocks - 2, drawn) or rand.ndim not in (2, 3):
         raise ValueError(f"rand_attn must be ([heads,] {blocks - 2}, {drawn}), got {rand.shape}")
     if not np.issubdtype(rand.dtype, np.integer):

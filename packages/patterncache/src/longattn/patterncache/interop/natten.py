@@ -11,7 +11,7 @@ import numpy as np
 from longattn.patterncache.interop.masks import from_mask_mod
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.patterns.window import Window
-from longattn.patterncache.spans import Rows, check_int, shortened
+from longattn.patterncache.spans import Rows, check_flag, check_int, shortened
 
 
 def from_natten(
@@ -36,16 +36,15 @@ def from_natten(
         TypeError, ValueError: not such values, kernel_size times dilation above an axis, stride above kernel_size, or more than 2 ** 28
             pairs (a causal axis alone, with neither stride nor dilation, is a `Window` and may be of any length).
     """
-    sizes = tuple(
-        check_int("shape", s, minimum=1) for s in ((shape,) if isinstance(shape, (int, np.integer)) else shape)
-    )
+    given = (shape,) if isinstance(shape, (int, np.integer)) else _sequence("shape", shape)
+    sizes = tuple(check_int("shape", s, minimum=1) for s in given)
     if not 1 <= len(sizes) <= 3:
         raise ValueError(f"shape must have one to three axes, got {sizes}")
     kernels, strides, dilations = (
         tuple(check_int(name, entry, minimum=1) for entry in _of_axes(name, value, len(sizes)))
         for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
     )
-    causals = _of_axes("is_causal", is_causal, len(sizes))
+    causals = tuple(check_flag("is_causal", entry) for entry in _of_axes("is_causal", is_causal, len(sizes)))
     for size, kernel, step, apart in zip(sizes, kernels, strides, dilations, strict=True):
         if kernel * apart > size or step > kernel:
             raise ValueError(
@@ -94,9 +93,15 @@ def _neighbours(q: Any, k: Any, size: int, kernel: int, stride: int, dilation: i
     return near & (k % dilation == residue)
 
 
+def _sequence(name: str, value: Any) -> Sequence[Any]:
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be one value or a tuple of one for each axis, got {shortened(value)}")
+    return cast("Sequence[Any]", value)
+
+
 def _of_axes(name: str, value: Any, axes: int) -> tuple[Any, ...]:
     single = isinstance(cast("object", value), (bool, int, np.integer, np.bool_))
-    values: tuple[Any, ...] = (value,) * axes if single else tuple(value)
+    values: tuple[Any, ...] = (value,) * axes if single else tuple(_sequence(name, value))
     if len(values) != axes:
         raise ValueError(f"{name} must be one value, or one for each of {axes} axes, got {shortened(value)}")
     return values

@@ -239,11 +239,13 @@ class BlockSparse(Pattern, name="block_sparse"):
 
 def _check_mask(value: Any) -> Mask:
     """`value` as a bool array, or raise TypeError or ValueError that names the mask."""
-    value = value.detach().cpu() if hasattr(value, "detach") and hasattr(value, "cpu") else value
     try:
+        value = value.detach().cpu() if hasattr(value, "detach") and hasattr(value, "cpu") else value
         mask = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"mask must be one array, got rows of different lengths: {shortened(value)}") from error
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"mask must be an array or a plain tensor, got {type(value).__name__}: {error}") from error
     if mask.dtype != np.bool_:
         raise TypeError(f"mask must be bool, got {mask.dtype} ({type(value).__name__})")
     if mask.ndim not in (2, 3) or not mask.size:

@@ -33,7 +33,10 @@ class ByHead(Pattern, name="by_head"):
         if not isinstance(self.parts, (tuple, list)) or not self.parts:
             raise TypeError(f"parts must be a sequence of at least one (heads, pattern), got {shortened(self.parts)}")
         taken: set[int] = set()
-        for at, (heads, pattern) in enumerate(self.parts):
+        for at, part in enumerate(self.parts):
+            if not isinstance(part, (tuple, list)) or len(part) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+                raise TypeError(f"parts[{at}] must be (heads, pattern), got {shortened(part)}")
+            heads, pattern = part
             if not isinstance(heads, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"parts[{at}][0] must be a Span of heads, got {shortened(heads)}")
             if heads.length and heads.last >= MOST_HEADS:

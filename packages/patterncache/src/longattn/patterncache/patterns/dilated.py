@@ -342,7 +342,7 @@ def _equal_columns(kind: Rows, members: Rows) -> Iterator[Rows]:
 
 
 def _check_list(name: str, value: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__") or getattr(value, "ndim", 1) == 0:
         raise TypeError(f"{name} must be a sequence of integers >= 1, got {shortened(value)} ({type(value).__name__})")
     if len(value) == 0:
         raise ValueError(f"{name} must have at least one entry, got {shortened(value)}")

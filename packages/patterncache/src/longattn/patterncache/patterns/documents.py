@@ -133,11 +133,14 @@ def _inside(span: Span, borders: Rows) -> tuple[Rows, Rows]:
 
 
 def _check_cumulative(value: Any) -> tuple[int, ...]:
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or getattr(value, "ndim", 1) != 1:
         raise TypeError(
             f"cu_seqlens must be a sequence of integers from 0, got {shortened(value)} ({type(value).__name__})"
         )
-    entries = value.tolist() if hasattr(value, "tolist") else list(value)
+    try:
+        entries = value.tolist() if hasattr(value, "tolist") else list(value)
+    except RuntimeError as error:
+        raise TypeError(f"cu_seqlens must hold its integers in memory, got a tensor that does not: {error}") from error
     borders = tuple(check_int(f"cu_seqlens[{at}]", entry, minimum=0) for at, entry in enumerate(entries))
     if len(borders) < 2 or borders[0] or any(b < a for a, b in pairwise(borders)):
         raise ValueError(

@@ -42,7 +42,10 @@ class Periodic(Pattern, name="periodic"):
         if not isinstance(self.runs, (tuple, list)):
             raise TypeError(f"runs must be a sequence of (a, b, low, high), got {shortened(self.runs)}")
         runs: list[Run] = []
-        for at, (a, b, low, high) in enumerate(self.runs):
+        for at, run in enumerate(self.runs):
+            if not isinstance(run, (tuple, list)) or len(run) != 4:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
+                raise TypeError(f"runs[{at}] must be (a, b, low, high), got {shortened(run)}")
+            a, b, low, high = run
             if (
                 check_int(f"runs[{at}][0]", a, minimum=0) >= self.period
                 or check_int(f"runs[{at}][1]", b, minimum=0) >= self.period

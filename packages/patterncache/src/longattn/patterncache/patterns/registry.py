@@ -23,7 +23,7 @@ from longattn.patterncache.patterns.periodic import Periodic
 from longattn.patterncache.patterns.restrict import Restrict
 from longattn.patterncache.patterns.strided import Strided
 from longattn.patterncache.patterns.window import Full, Window
-from longattn.patterncache.spans import shortened
+from longattn.patterncache.spans import check_kind, shortened
 
 PATTERNS: tuple[type[Pattern], ...] = (
     BlockLayout,
@@ -54,8 +54,10 @@ def parse_pattern(text: str) -> Pattern:
     """The pattern of a canonical string.
 
     Raises:
+        TypeError: text is no str.
         ValueError: text is not `["name",{spec}]`, or no pattern of that name is registered in this process.
     """
+    check_kind("text", text, str)
     return _parse_kept(text) if len(text) <= _KEPT_TEXT else _parse(text)
 
 
@@ -66,7 +68,7 @@ def _parse(text: str) -> Pattern:
     try:
         name, spec = json.loads(text)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"pattern must be a canonical string '[\"name\",{{...}}]', got {shortened(text)}") from error
+        raise ValueError(f"text must be a canonical string '[\"name\",{{...}}]', got {shortened(text)}") from error
     return build_pattern(name, spec)
 
 

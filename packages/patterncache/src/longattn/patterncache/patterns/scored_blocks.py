@@ -12,8 +12,9 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
+from longattn.patterncache.pattern import check_causal
 from longattn.patterncache.patterns.block_sparse import BlockSparse
-from longattn.patterncache.spans import check_int, shortened
+from longattn.patterncache.spans import check_flag, check_int, shortened
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,10 @@ def choose_blocks(
     """See `BlockSparse.from_scores`."""
     torch = import_module("torch")
     block_size = check_int("block_size", block_size, minimum=1)
-    if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
+    check_causal(causal)
+    check_flag("keep_diagonal", keep_diagonal)
+    plain = isinstance(scores, torch.Tensor) and scores.layout == torch.strided
+    if not plain or not scores.is_floating_point():
         raise TypeError(f"scores must be a floating tensor of (heads, q_blocks, k_blocks), got {type(scores).__name__}")
     if scores.ndim not in (2, 3) or not scores.numel():
         raise ValueError(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from longattn.patterncache.plan import Band, Branch, Plan
+from longattn.patterncache.spans import check_int, check_kind
 
 STRIP = 256
 """Query rows of a masked piece: enough to keep a matrix product busy, few enough that the mask stays small."""
@@ -17,6 +18,8 @@ STRIP = 256
 
 def pieces(plan: Plan, strip: int = STRIP) -> tuple[Branch, ...]:
     """The plan's counts in branches that are dense, a triangle, or a strip of at most `strip` query rows. Kept with the plan."""
+    check_kind("plan", plan, Plan)
+    check_int("strip", strip, minimum=1)
     by_strip: dict[int, tuple[Branch, ...]] = plan.derived.setdefault("pieces", {})
     if strip not in by_strip:
         by_strip[strip] = tuple(piece for branch in plan.branches for piece in split_band(branch, strip))

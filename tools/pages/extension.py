@@ -1,0 +1,45 @@
+"""The Sphinx extension of these pages: files of the repository as pages, `{rows}` blocks as tables, figures drawn before anything is read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tools.pages.figures import FIGURES, save
+from tools.pages.plots import draw_all
+from tools.pages.repository import SHOWN, shown
+from tools.pages.tables import TABLES
+
+_ROWS = re.compile(r"^```\{rows\} (?P<name>.+)\n```$", re.MULTILINE)
+
+
+def draw(app: Any) -> None:
+    """Write every figure into `_figures` below the pages."""
+    folder = Path(app.srcdir) / "_figures"
+    folder.mkdir(exist_ok=True)
+    for name, figure in FIGURES.items():
+        save(figure(), folder / f"{name}.svg")
+    for name, plot in draw_all():
+        save(plot, folder / f"{name}.svg")
+
+
+def with_tables(text: str) -> str:
+    """The text, its `{rows}` blocks replaced by tables.
+
+    Raises:
+        KeyError: a block names no table.
+    """
+    return _ROWS.sub(lambda match: TABLES[match["name"]](), text)
+
+
+def read(app: Any, docname: str, source: list[str]) -> None:
+    """What Sphinx reads instead of the page's own text."""
+    source[0] = shown(docname) if docname in SHOWN else with_tables(source[0])
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """Called by Sphinx."""
+    app.connect("builder-inited", draw)
+    app.connect("source-read", read)
+    return {"parallel_read_safe": True}
