@@ -93,7 +93,7 @@ class LongNet(nn.Module):
                 "dilation_rates must be given with segment_lengths, and only then, "
                 f"got {dilation_rates} and segment_lengths={segment_lengths}"
             )
-        if segment_lengths is None:
+        if segment_lengths is None and "pattern" not in attention:
             length, heads = check_size("max_length", max_length), check_size("nhead", nhead)
             keys = length / (2 * heads) + 64 if budget is None else budget
             options["pattern"] = Dilated.for_length(length, count, keys, heads)

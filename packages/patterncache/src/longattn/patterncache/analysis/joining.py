@@ -13,7 +13,7 @@ from math import inf, log
 
 from longattn.patterncache.analysis.propagation import stretches
 from longattn.patterncache.analysis.reach import layers_needed
-from longattn.patterncache.pattern import Pattern
+from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.patterns.dilated import Dilated
 from longattn.patterncache.patterns.window import Window
 from longattn.patterncache.spans import MOST_HEADS, check_int, shortened
@@ -33,6 +33,7 @@ def for_length(
         raise TypeError(f"budget must be None or a number of keys, got {shortened(budget)} ({type(budget).__name__})")
     if budget is not None and not 0 < budget < inf:
         raise ValueError(f"budget must be at least a key a query, and finite, got {budget!r}")
+    check_causal(causal)
     return _chosen(length, layers, budget, num_heads, causal).pattern
 
 

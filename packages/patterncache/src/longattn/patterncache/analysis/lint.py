@@ -15,7 +15,7 @@ from longattn.patterncache.analysis.reach import count_islands, layers_needed
 from longattn.patterncache.analysis.results import Lint
 from longattn.patterncache.analysis.shares import shares
 from longattn.patterncache.pattern import Pattern
-from longattn.patterncache.spans import Span, check_int, shortened
+from longattn.patterncache.spans import Span, check_flag, check_int, shortened
 
 _MOST_NODES = 1 << 14
 """Tokens of a stretch that `lint` follows one by one; `reach` is more patient."""
@@ -51,6 +51,7 @@ def lint(
     length = check_int("N", length, minimum=0)
     num_heads, head_dim = check_int("num_heads", num_heads, minimum=1), check_int("head_dim", head_dim, minimum=1)
     depth = None if depth is None else check_int("depth", depth, minimum=1)
+    check_flag("follow", follow)
     if not isinstance(dtype, str) or dtype not in _BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"dtype must be one of {tuple(_BYTES)}, got {shortened(dtype)}")
     parts = stretches(pattern, length, num_heads)
