@@ -41,7 +41,8 @@ def shares(pattern: Pattern, parts: list[Stretch], length: int, depth: int) -> S
 
 def _pairs(walk: Walk, block: Span, depth: int) -> tuple[Rows, bool]:
     """(4,) pairs, of a token with itself too, heard of after 1, 2, `depth` and all layers; and whether nothing was added by the last."""
-    bits, still, layer, pairs = walk.start(block), False, 0, {}
+    bits, still, layer = walk.start(block), False, 0
+    pairs: dict[int, int] = {}
     while not still and layer < max(MOST_LAYERS, depth):
         before, bits = bits, walk.layer(bits)
         layer, still = layer + 1, np.array_equal(before, bits)

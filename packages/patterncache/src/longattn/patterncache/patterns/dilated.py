@@ -327,10 +327,10 @@ class Dilated(Pattern, name="dilated"):
 
 def _shifted(rectangle: Rectangle, shift: int) -> Rectangle:
     """The same rows, `shift` positions further on."""
-    sides = (
+    queries, keys = (
         tuple(replace(span, start=span.start + shift) for span in side) for side in (rectangle.queries, rectangle.keys)
     )
-    return Rectangle(rectangle.num_heads, *sides, rectangle.heads)
+    return Rectangle(rectangle.num_heads, queries, keys, rectangle.heads)
 
 
 def _equal_columns(kind: Rows, members: Rows) -> Iterator[Rows]:
