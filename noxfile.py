@@ -284,6 +284,16 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Run ten million operations on buffers, from random and recorded traces, with every invariant checked on the way."""
+    session.install(*constraints(session), *from_checkout("bufmgr"), *group("test"))
+    environment = {"LONGATTN_SOAK_OPERATIONS": "10000000"}
+    session.run(
+        "pytest", "packages/bufmgr/tests/test_bufmgr_soak.py", "--timeout=7200", *session.posargs, env=environment
+    )
+
+
+@nox.session
 def numa(session: nox.Session) -> None:
     """Boot a machine with two NUMA nodes under emulation and check where every page is; skip with a reason where none can be booted."""
     session.install(*constraints(session), *from_checkout("bufmgr", ""))

@@ -39,10 +39,7 @@ class PatternInPlace(nn.Module):
         self.inner = MultiheadPatternAttention(
             width, old.num_heads, pattern, dropout=old.dropout, bias=old.in_proj_bias is not None, layer_norm=False
         )
-        state = {"out_proj.weight": old.out_proj.weight, "out_proj.bias": old.out_proj.bias}
-        for name, weight, bias in zip("qkv", old.in_proj_weight.chunk(3), old.in_proj_bias.chunk(3), strict=True):
-            state |= {f"{name}_proj.weight": weight, f"{name}_proj.bias": bias}
-        self.inner.load_state_dict(state)
+        self.inner.load_state_dict(old.state_dict())  # in_proj_weight and all
 
     def forward(
         self,
@@ -70,17 +67,17 @@ def replace(model: nn.Module, pattern: Pattern) -> int:
 
 
 class Tagger(nn.Module):
-    """Two blocks and a head: says for each token whether its left neighbour is even."""
+    """Two blocks and a head: says for each token how many of the last four are even."""
 
     def __init__(self, tokens: int, width: int, heads: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(tokens, width)
         self.place = nn.Parameter(torch.randn(512, width) * 0.3)
         self.blocks = nn.ModuleList([Block(width, heads), Block(width, heads)])
-        self.head = nn.Linear(width, 2)
+        self.head = nn.Linear(width, 1)
 
     def forward(self, tokens: Tensor, padding: Tensor | None = None) -> Tensor:
-        """(batch, seq) -> (batch, seq, 2)."""
+        """(batch, seq) -> (batch, seq, 1)."""
         x = self.embed(tokens) + self.place[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x, padding)
@@ -91,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--length", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=60)
     given = parser.parse_args(argv)
 
     torch.manual_seed(0)
@@ -110,14 +107,14 @@ def main(argv: list[str] | None = None) -> None:
     losses = []
     for _ in range(given.steps):
         tokens = torch.randint(16, (8, given.length))
-        wanted = tokens.roll(1, dims=1) % 2
-        loss = nn.functional.cross_entropy(model(tokens)[:, 1:].flatten(0, 1), wanted[:, 1:].flatten())
+        even = (tokens % 2 == 0).float().unfold(1, 4, 1).sum(-1)  # of four neighbours, from the fourth token on
+        loss = nn.functional.mse_loss(model(tokens)[:, 3:, 0], even)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     print(f"with Window(4): loss {losses[0]:.2f} -> {losses[-1]:.2f}")
-    assert losses[-1] < losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 if __name__ == "__main__":

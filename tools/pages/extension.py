@@ -38,8 +38,30 @@ def read(app: Any, docname: str, source: list[str]) -> None:
     source[0] = shown(docname) if docname in SHOWN else with_tables(source[0])
 
 
+def with_examples(lines: list[str]) -> list[str]:
+    """A docstring's lines, where an indented block after a paragraph and a blank line is marked as Python."""
+    marked: list[str] = []
+    above, block = "", False
+    for at, line in enumerate(lines):
+        depth, floor = len(line) - len(line.lstrip()), len(above) - len(above.lstrip())
+        if line.strip():
+            begins = not block and at > 0 and not lines[at - 1].strip() and depth > floor and above
+            if begins and not above.rstrip().endswith(":"):
+                marked += [" " * floor + ".. code-block:: python", ""]
+            block = bool(begins) or (block and depth > floor)
+            above = above if block else line
+        marked.append(line)
+    return marked
+
+
+def document(app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
+    """What Sphinx reads instead of a docstring."""
+    lines[:] = with_examples(lines)
+
+
 def setup(app: Any) -> dict[str, Any]:
     """Called by Sphinx."""
     app.connect("builder-inited", draw)
     app.connect("source-read", read)
+    app.connect("autodoc-process-docstring", document, priority=400)  # before napoleon
     return {"parallel_read_safe": True}

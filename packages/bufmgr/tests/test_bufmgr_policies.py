@@ -272,3 +272,34 @@ def test_logging_and_failure_callback(caplog: pytest.LogCaptureFixture):
     with pytest.raises(MemoryError):
         allocator.allocate(7)
     assert asked == [100, 100, 7]
+
+
+def test_torchs_profiler_sees_allocations():
+    """A profiling manager's requests stand among torch's own operations, by type."""
+    manager = AttentionBufferManager(enable_profiling=True, upstream=SystemAllocator())
+    plain = AttentionBufferManager(upstream=SystemAllocator())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            manager.allocate(SCORES, (8, 8))
+            plain.allocate(TEMP, (8, 8))
+    counts = {row.key: row.count for row in profiler.key_averages() if row.key.startswith("bufmgr::")}
+    assert counts == {"bufmgr::allocate scores": 3}
+
+
+def test_a_pool_accounts_for_its_managers():
+    """Modules share one pool's memory, and each one's part is known; memory that one drops serves another."""
+    pool = MemoryPool()
+    first, second = (AttentionBufferManager(upstream=pool, name=name) for name in ("layer 0", "layer 1"))
+    held = [first.allocate(SCORES, (MIB,), torch.uint8) for _ in range(2)]
+    scratch = pool.empty((MIB // 2,), torch.uint8)
+    second.deallocate(second.allocate(TEMP, (MIB // 4,), torch.uint8), TEMP)
+    rows = {row["name"]: row for row in pool.accounts()}
+    assert [row["name"] for row in pool.accounts()] == ["layer 0", "pool", "layer 1"]
+    assert (rows["layer 0"]["in_use_bytes"], rows["layer 0"]["outstanding"]) == (2 * MIB, 2)
+    assert rows["pool"]["in_use_bytes"] == scratch.nbytes
+    assert (rows["layer 1"]["in_use_bytes"], rows["layer 1"]["cached_bytes"]) == (0, MIB // 4)
+    used = pool.get_stats()["arena"]
+    assert sum(row["in_use_bytes"] + row["cached_bytes"] for row in rows.values()) == used["in_use"]
+    del held
+    second.allocate(SCORES, (MIB,), torch.uint8)
+    assert {row["name"]: row["cache_misses"] for row in pool.accounts()} == {"layer 0": 2, "layer 1": 2, "pool": 1}

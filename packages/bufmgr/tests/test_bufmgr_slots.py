@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from longattn.bufmgr import AttentionBufferManager, BufferConfig, BufferType
+from longattn.bufmgr import AttentionBufferManager, BufferConfig, BufferType, SystemAllocator
 from longattn.bufmgr.leasing import guard
 from longattn.bufmgr.leasing.guard import TAKEN, fresh_counts
 from longattn.bufmgr.testing import FailingAllocator
@@ -278,3 +278,45 @@ def test_the_short_way_sees_every_watcher(look: Any, through: str):
     assert other.data_ptr() != address
     del watcher
     assert take().data_ptr() == address
+
+
+def test_slow_requests_are_counted_with_their_reason():
+    """The first request has no slot; one beside a buffer in use meets its slot; a list as a shape is checked every time."""
+    manager = AttentionBufferManager(upstream=SystemAllocator())
+
+    def counts() -> tuple[int, int]:
+        stats = manager.get_stats()
+        assert stats["types"]["temp"]["slow_requests"] == stats["slow_requests"]
+        return stats["slow_requests"], stats["slots_in_use"]
+
+    first = manager.allocate(TEMP, (8, 4))
+    assert counts() == (1, 0)
+    manager.deallocate(first, TEMP)
+    del first
+    manager.allocate(TEMP, (8, 4))
+    assert counts() == (1, 0)
+    first, second = manager.allocate(TEMP, (8, 4)), manager.allocate(TEMP, (8, 4))
+    assert counts() == (2, 1)
+    del first, second
+    manager.allocate(TEMP, [8, 4])
+    assert counts() == (3, 1)
+    slot = manager.prepare(TEMP, (8, 4))
+    slot.acquire()
+    slot.acquire()
+    assert counts() == (4, 1)
+    held = slot.acquire()
+    assert slot.acquire().shape == held.shape
+    assert counts() == (5, 2)
+
+
+def test_a_request_that_meets_its_slot_in_use_is_checked_no_less():
+    """The key of the slot in use stands for checked arguments; what only equals it is checked anew."""
+    manager = AttentionBufferManager(upstream=SystemAllocator())
+    held = manager.allocate(TEMP, (2, 1))
+    with pytest.raises(TypeError, match=r"shape\[1\] must be a whole number"):
+        manager.allocate(TEMP, (2, True))
+    with pytest.raises(TypeError, match=r"shape\[0\] must be a whole number"):
+        manager.allocate(TEMP, (2.0, 1))  # pyright: ignore[reportArgumentType]
+    with torch.device("meta"):
+        assert manager.allocate(TEMP, (2, 1)).device.type == "meta"
+    assert manager.allocate(TEMP, (2, 1)).data_ptr() != held.data_ptr()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from longattn.kernels import AttentionState, attend, explain
+from longattn.kernels import AttentionState, attend, explain, reference_attention
 from longattn.patterncache import Dilated, Full, Span
 
 Q, K = torch.zeros(2, 6, 4, 8), torch.zeros(2, 9, 2, 8)
@@ -163,3 +163,45 @@ BAD_EXPLAIN = [
 def test_explain_names_what_is_wrong(changes: dict[str, Any], error: type[Exception], words: str):
     with pytest.raises(error, match=words):
         explain(**{"pattern": Full(), "q_shape": (1, 8, 2, 4), **changes})
+
+
+COUNTS = np.ones((4, 6, 9), np.int64)
+BAD_REFERENCE = [
+    ({"q": Q[0]}, ValueError, r"q must have shape"),
+    ({"k": K[:, :, :1].repeat(1, 1, 3, 1)}, ValueError, r"v must have the length and heads of k"),
+    ({"counts": COUNTS[:, :5]}, ValueError, r"counts must be broadcastable to \(2, 4, 6, 9\), got \(4, 5, 9\)"),
+    ({"counts": COUNTS.tolist()}, TypeError, r"counts must be a plain tensor"),
+    ({"softmax_scale": torch.ones(2)}, ValueError, r"softmax_scale must be broadcastable to \(4,\), got \(2,\)"),
+    ({"softmax_scale": float("nan")}, ValueError, r"softmax_scale must be None or a finite number, got nan"),
+    ({"softmax_scale": 10**400}, ValueError, r"softmax_scale must be None or a finite number"),
+    ({"bias": torch.zeros(1, 2, 4, 6, 9)}, ValueError, r"bias must be broadcastable to \(2, 4, 6, 9\)"),
+    ({"bias": torch.zeros(6, 9).to_sparse()}, TypeError, r"bias must be a plain tensor"),
+    (
+        {"keep": torch.zeros(2, 1, 6, 8)},
+        ValueError,
+        r"keep must be broadcastable to \(2, 4, 6, 9\), got \(2, 1, 6, 8\)",
+    ),
+    ({"keep": torch.zeros(6, 9, device="meta")}, TypeError, r"keep must be a plain tensor"),
+    ({"distance": torch.zeros(2, 6, 9)}, ValueError, r"distance must be broadcastable to \(6, 9\)"),
+    ({"key_padding_mask": TRUE[:, :8]}, ValueError, r"key_padding_mask must have shape \(batch, Nk\) = \(2, 9\)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), BAD_REFERENCE, ids=[words for _, _, words in BAD_REFERENCE])
+def test_the_oracle_names_what_is_wrong(changes: dict[str, Any], error: type[Exception], words: str):
+    with pytest.raises(error, match=words):
+        reference_attention(**{"q": Q, "k": K, "v": K, "counts": COUNTS, **changes})
+
+
+def test_the_oracle_takes_whatever_can_be_broadcast():
+    """Counts, bias and keep of fewer axes, and of ones; a scale for each head or for all; distances of a row."""
+    q, k = torch.rand(2, 6, 4, 8), torch.rand(2, 9, 2, 8)
+    plain = reference_attention(q, k, k, COUNTS)
+    for counts in (COUNTS[:1], COUNTS[:1, :1], torch.ones(2, 1, 6, 9)):
+        torch.testing.assert_close(reference_attention(q, k, k, counts).out, plain.out)
+    for same in (
+        {"bias": torch.zeros(9)}, {"bias": torch.zeros(2, 1, 6, 1)}, {"keep": torch.ones(())}, {"keep": torch.ones(4, 1, 9)},
+        {"softmax_scale": 8**-0.5}, {"softmax_scale": torch.full((4,), 8**-0.5, dtype=torch.float64)},
+        {"softmax_scale": torch.tensor(8**-0.5, dtype=torch.float64)}, {"distance": torch.zeros(1, 9, dtype=torch.int64)},
+    ):  # fmt: skip
+        torch.testing.assert_close(reference_attention(q, k, k, COUNTS, **same).out, plain.out)

@@ -50,6 +50,18 @@ def test_a_reset_empties_the_object_that_others_hold(fresh):
 
 
 @pytest.mark.parametrize(
+    ("text", "on"),
+    [("1", True), ("true", True), ("Yes", True), (" on ", True)]
+    + [(text, False) for text in ("0", "False", "no", "OFF", "", " ")],
+)
+def test_profiling_is_switched_by_a_word(fresh, text, on):
+    """In any case, with spaces around it; nothing is off."""
+    fresh.setenv("PATTERN_CACHE_ENABLE_PROFILING", text)
+    reset_global_pattern_cache()
+    assert get_global_pattern_cache().enable_profiling is on
+
+
+@pytest.mark.parametrize(
     ("name", "text"),
     [
         ("PATTERN_CACHE_MAX_SIZE", "many"),

@@ -1,6 +1,7 @@
 """What the cache says it holds is what it holds: plans with their branches, and what they gather in use."""
 
 import gc
+import sys
 import tracemalloc
 from collections.abc import Callable
 
@@ -76,6 +77,22 @@ def held_and_counted(make: Make, used: bool, first: int) -> tuple[int, int]:
         return tracemalloc.get_traced_memory()[0] - begin, cache.get_stats()["bytes"]
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("value", [None, True, 7, -5, "name", int, len, np.dtype("int64")])
+def test_what_python_keeps_for_all_is_nobodys(value: object) -> None:
+    """Small integers, names, types and functions; a list of them is the list."""
+    assert held_bytes(value) == 0
+    some = [value, value]
+    assert held_bytes(some) == held_bytes([some[0]] * 2) == sys.getsizeof(some)
+
+
+def test_an_object_counts_once() -> None:
+    """However often it is reached, from a circle too; a long text and a large integer are somebody's."""
+    text, number = "x" * 100, 2**80
+    circle: list[object] = [text, text, number]
+    circle.append(circle)
+    assert held_bytes(circle) == sys.getsizeof(circle) + sys.getsizeof(text) + sys.getsizeof(number)
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])

@@ -5,17 +5,22 @@ import time
 import zlib
 from base64 import b64encode
 
+import numpy as np
 import pytest
 
 from longattn.patterncache import (
+    Affine,
     BlockLayout,
     BlockSparse,
+    Branch,
     ByHead,
     Dilated,
     Documents,
     Full,
     HierarchicalBlocks,
+    Listed,
     Periodic,
+    Plan,
     Rectangle,
     Span,
     Strided,
@@ -198,6 +203,21 @@ def test_a_forged_plan_is_refused(change):
     """Steps, rows, tiles, heads and positions are those of a plan of its rectangle."""
     with pytest.raises(ValueError, match="data must be the bytes of plan_to_bytes"):
         plan_from_bytes(plan_bytes(change))
+
+
+@pytest.mark.parametrize(("starts", "run", "step", "fits"), [
+    ([[0, 3], [5, 1]], 3, 1, True), ([[0, 3], [6, 1]], 3, 1, False), ([[0, 3], [1, 6]], 3, 1, False), ([[0, 5]], 2, 2, True), ([[0, 6]], 2, 2, False),
+])  # fmt: skip
+def test_a_list_that_leaves_the_rectangle_is_refused(starts, run, step, fits):
+    """Wherever in the list its farthest run stands, to the last row of it."""
+    rows = Listed(np.array(starts), run, step)
+    queries = Affine(0, rows.tiles, 1, 1, 1)
+    plan = Plan(Rectangle(1, Span(0, 8), Span(0, 8)), (Branch(Span(0, 1), queries, rows),))
+    if fits:
+        np.testing.assert_array_equal(plan_from_bytes(plan_to_bytes(plan)).branches[0].k.rows(), rows.rows())
+    else:
+        with pytest.raises(ValueError, match=f"rows 0 to {rows.rows().max()} of 8"):
+            plan_from_bytes(plan_to_bytes(plan))
 
 
 def test_a_changed_byte_is_refused_or_harmless():

@@ -69,6 +69,19 @@ def test_a_packed_plan_is_the_same_plan(pattern, rectangle):
     assert packed.nbytes <= plan.nbytes == plan.wide_nbytes == packed.wide_nbytes
 
 
+@pytest.mark.parametrize(("bound", "fits"), [(2**62, True), (-(2**62), True), (2**62 + 1, False), (-(2**63), False)])
+def test_numbers_of_which_two_are_no_int64_are_refused(bound, fits):
+    """A band of bytes from anywhere is compared with distances, which are sums."""
+    data = plan_to_bytes(Window(3).plan(square(8, 1)))
+    assert b"[0,2]" in data
+    other = data.replace(b"[0,2]", f"[{bound},null]".encode())
+    if fits:
+        assert plan_from_bytes(other).branches[0].band.low == bound
+    else:
+        with pytest.raises(ValueError, match="no integer of at most 62 bits"):
+            plan_from_bytes(other)
+
+
 def random_blocks(blocks=64, seed=0):
     return BlockSparse(16, np.random.default_rng(seed).random((blocks, blocks)) < 0.3)
 

@@ -35,6 +35,8 @@ def check_flag(name: str, value: object) -> None:
 
 def check_whole(name: str, value: object, least: int = 0) -> int:
     """Return a number as an int. Raises TypeError unless it is a whole number, ValueError if it is under `least`."""
+    if value.__class__ is int and least <= cast("int", value):  # what nearly always comes; the rest takes microseconds
+        return cast("int", value)
     expected = f"a whole number of {least} or more"
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} must be {expected}, got {describe(value)}")
@@ -62,4 +64,7 @@ def check_shape(shape: object) -> tuple[int, ...]:
     if isinstance(shape, (str, bytes)) or not isinstance(shape, Iterable) or is_scalar:
         raise TypeError(f"shape must be a sequence of whole numbers, got {describe(cast('object', shape))}")
     sizes = cast("Iterable[object]", shape)
-    return tuple(check_whole(f"shape[{axis}]", size) for axis, size in enumerate(sizes))
+    checked = tuple(sizes)
+    if all(size.__class__ is int and cast("int", size) >= 0 for size in checked):
+        return cast("tuple[int, ...]", checked)
+    return tuple(check_whole(f"shape[{axis}]", size) for axis, size in enumerate(checked))

@@ -43,6 +43,7 @@ class AttentionBufferManager(RequestServer):
         debug: call sites, and poison over memory that came back (debug.py). Slow. Default False.
     numa: where Strategy.NUMA_AWARE puts pages, "prefer" (default: the node of the thread that allocates, while it has room),
         "bind" (only there) or "interleave" (round all nodes). Inactive on one node, and with lightweight; `get_stats` says so.
+    name: whose manager this is, a module's name say; `MemoryPool.accounts` lists managers by it. Default "".
 
     Host memory is recycled here. On an accelerator torch's caching allocator recycles; there, on "meta" and for size
     zero the manager adds types, checks and counts. Inside torch.compile and CUDA-graph capture it steps aside. Safe to
@@ -65,6 +66,7 @@ class AttentionBufferManager(RequestServer):
         cleanup: Cleanup = "adaptive",
         debug: bool = False,
         numa: Policy = "prefer",
+        name: str = "",
     ) -> None:
         flags = {
             "enable_reuse": enable_reuse,
@@ -73,17 +75,32 @@ class AttentionBufferManager(RequestServer):
             "lightweight": lightweight,
             "debug": debug,
         }
-        for name, value in flags.items():
-            check_flag(name, value)
+        for flag, value in flags.items():
+            check_flag(flag, value)
         if upstream is not None:
             check_upstream(upstream)
         check_policy(numa, "numa")
+        check_kind("name", name, str, "a string")
         super().__init__(
-            merge_configs(custom_configs), upstream=upstream, cleanup=check_cleanup(cleanup), numa=numa, **flags
+            merge_configs(custom_configs),
+            upstream=upstream,
+            cleanup=check_cleanup(cleanup),
+            numa=numa,
+            name=name,
+            **flags,
         )
 
     def __reduce__(self) -> tuple[Callable[..., AttentionBufferManager], tuple[dict[BufferType, BufferConfig]]]:
-        names = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "cleanup", "debug", "numa")
+        names = (
+            "enable_reuse",
+            "enable_preallocation",
+            "enable_profiling",
+            "lightweight",
+            "cleanup",
+            "debug",
+            "numa",
+            "name",
+        )
         options = {name: getattr(self, name) for name in names}
         return functools.partial(type(self), upstream=self._upstream, **options), (dict(self.configs),)
 
@@ -257,6 +274,7 @@ def create_attention_buffer_manager(
     cleanup: Cleanup = "adaptive",
     debug: bool = False,
     numa: Policy = "prefer",
+    name: str = "",
 ) -> AttentionBufferManager:
     """Return a manager; the arguments are those of AttentionBufferManager."""
     return AttentionBufferManager(
@@ -269,4 +287,5 @@ def create_attention_buffer_manager(
         cleanup=cleanup,
         debug=debug,
         numa=numa,
+        name=name,
     )

@@ -20,7 +20,7 @@ from longattn.bufmgr.memory.arena import LARGE_BYTES, ArenaAllocator
 from longattn.bufmgr.memory.forking import ForkableLock
 from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge, check_cleanup
 from longattn.bufmgr.memory.statistics import Statistics, StatisticsAllocator
-from longattn.bufmgr.report import memory_report, torch_style_stats
+from longattn.bufmgr.report import manager_stats, memory_report, torch_style_stats
 from longattn.bufmgr.request import BufferRequest
 from longattn.bufmgr.spec import MIB, BufferType
 from longattn.bufmgr.strategy import block_size
@@ -176,6 +176,26 @@ class MemoryPool(SlotTable):
             names = ("in_use", "dirty_bytes", "mapped_bytes", "peak_in_use")
             stats["arena"] = {name.removesuffix("_bytes"): getattr(arena, name) for name in names}
         return stats
+
+    def accounts(self) -> list[dict[str, Any]]:
+        """Return what each manager over this pool, and the pool's own buffers (named "pool"), hold and have been served: name,
+        in_use_bytes, outstanding (buffers), cached_bytes, cache_hits, cache_misses; the most bytes in use first.
+        """
+        rows: list[dict[str, Any]] = []
+        for book in list(self._borrowers):
+            stats = manager_stats(book)
+            leases = [lease for kind in BufferType for lease in book.outstanding(kind)]
+            in_use = sum(lease.nbytes for lease in leases)
+            row = {
+                "name": "pool" if book is self._book else book.name,
+                "in_use_bytes": in_use,
+                "outstanding": len(leases),
+            }
+            if book is self._book:  # its types share one cache
+                hits = sum(counts.hits for counts in book.counts.values()) + self._cache.slot_hits
+                stats |= {"cached_bytes": book.free_bytes(), "cache_hits": hits}
+            rows.append({**row, **{key: stats[key] for key in ("cached_bytes", "cache_hits", "cache_misses")}})
+        return sorted(rows, key=lambda row: (-row["in_use_bytes"], row["name"]))
 
     def memory_stats(self, device: str = "cpu") -> dict[str, int]:
         """Return one device's memory in the keys of torch.cuda.memory_stats; devices are those of `get_stats`.

@@ -26,6 +26,7 @@ def manager_stats(book: LeaseBook) -> dict[str, Any]:
     types = {kind.value: _type_stats(book, kind) for kind in BufferType}
     names = (
         "cache_hits", "cache_misses", "evictions", "outstanding", "cached_buffers", "cached_bytes", "released_in_use",
+        "slow_requests", "slots_in_use",
     )  # fmt: skip
     stats: dict[str, Any] = {name: sum(entry[name] for entry in types.values()) for name in names}
     stats["cache_hit_rate"] = _rate(stats["cache_hits"], stats["cache_misses"])
@@ -44,6 +45,8 @@ def _type_stats(book: LeaseBook, kind: BufferType) -> dict[str, Any]:
         "cache_hit_rate": _rate(hits, counts.misses),
         "from_torch": counts.from_torch,
         "released_in_use": counts.released_in_use,
+        "slow_requests": counts.slow_requests,
+        "slots_in_use": counts.slots_in_use,
         "evictions": cache.evictions,
         "outstanding": counts.leases - len(cache.free_slots()),
         "cached_buffers": len(free),
@@ -173,7 +176,9 @@ class Reports:
         cache_hit_rate: 0 to 1. evictions: blocks that left because of a limit. outstanding: buffers in use.
         cached_buffers, cached_bytes: free now. released_in_use: calls of `deallocate` that emptied no handle because a
         second name, a view or autograd still referenced the buffer, or because reference_counts is "unavailable"; each such
-        buffer returns with its last owner, and until then the next request needs other memory. reference_counts: "exact",
+        buffer returns with its last owner, and until then the next request needs other memory. slow_requests: requests that took
+        the slow path, some microseconds more each; slots_in_use: those of them for which a buffer of the same request was still in
+        use, as where a loop holds two at once. reference_counts: "exact",
         or "unavailable" where this Python or torch has none to trust: then there are no slots, and every request takes
         the slow path. types: the same for each type, by its name in lower case, and
         `from_torch`, the misses that torch served itself. strategies: how often each was chosen (slots' hits choose

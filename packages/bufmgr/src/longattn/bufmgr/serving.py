@@ -51,6 +51,7 @@ class RequestServer(SlotTable, Reports):
         cleanup: Cleanup,
         debug: bool,
         numa: Policy,
+        name: str,
     ) -> None:
         self.configs = configs
         self.enable_reuse = enable_reuse
@@ -58,6 +59,7 @@ class RequestServer(SlotTable, Reports):
         self.enable_profiling = enable_profiling
         self.lightweight = lightweight
         self.debug = debug
+        self.name = name
         self._upstream = upstream
         self._gauge = PressureGauge(cleanup)
         caches = {
@@ -71,6 +73,7 @@ class RequestServer(SlotTable, Reports):
         blocks = self._host if lightweight or self._placer.inactive else self._placer
         inspector = Inspector(poison=debug) if debug or not lightweight else None
         super().__init__(LeaseBook(blocks, caches, inspector), slow_path_only=enable_profiling)
+        self._book.name = name
         if isinstance(source, MemoryPool):
             source.add_borrower(self._book)
         self._profile = self._book.profile = Profile(timeline=not lightweight) if enable_profiling else None
@@ -84,14 +87,19 @@ class RequestServer(SlotTable, Reports):
         return choose_strategy(config, request.nbytes, lightweight=self.lightweight, nodes=self._placer.choices)
 
     def _serve_request(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease | None]:
-        started = time.perf_counter_ns() if self._profile is not None else 0
-        tensor, slot = super()._serve_request(request, kind, zero)
+        if self._profile is None:
+            tensor, slot = super()._serve_request(request, kind, zero)
+        else:
+            # torch's profiler shows these under its own operations.
+            with torch.profiler.record_function(f"bufmgr::allocate {kind.value}"):
+                started = time.perf_counter_ns()
+                tensor, slot = super()._serve_request(request, kind, zero)
+                nanoseconds = time.perf_counter_ns() - started
+            serial = -1 if slot is None else slot.serial
+            self._profile.note(kind, request.nbytes, nanoseconds, serial)
         scope = innermost_scope(self) if self.open_scopes else None
         if scope is not None and slot is not None:
             scope.add(tensor, slot)
-        if self._profile is not None:
-            serial = -1 if slot is None else slot.serial
-            self._profile.note(kind, request.nbytes, time.perf_counter_ns() - started, serial)
         if self.enable_preallocation and kind is BufferType.QUERY and len(request.shape) == 4:
             self._prepare_once(request)
         return tensor, slot

@@ -101,6 +101,9 @@ DEFAULT_CONFIGS: Mapping[BufferType, BufferConfig] = MappingProxyType(_ROWS)
 """The ten policies. Read only: give `custom_configs` to a manager to change one."""
 
 
+_BY_NAME = {name: member for member in BufferType for name in (member.value, member.name)}
+
+
 def parse_type(value: BufferType | str, name: str = "type") -> BufferType:
     """Return the BufferType that a member or its name in one case ("query", "QUERY") stands for.
 
@@ -108,11 +111,11 @@ def parse_type(value: BufferType | str, name: str = "type") -> BufferType:
     """
     if isinstance(value, BufferType):
         return value
+    member = _BY_NAME.get(value) if isinstance(value, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+    if member is not None:
+        return member
     expected = "a BufferType or its name, one of " + ", ".join(member.value for member in BufferType)
     check_kind(name, value, str, expected)
-    for member in BufferType:
-        if value in (member.value, member.name):
-            return member
     raise ValueError(f"{name} must be {expected}, got {describe(value)}")
 
 

@@ -27,13 +27,16 @@ from longattn.bufmgr.spec import BufferType
 @dataclass
 class TypeCounts:
     """Plain counters of one buffer type. `from_torch` counts those misses that torch itself served, `released_in_use`
-    those releases that emptied no handle because something else referenced the buffer.
+    those releases that emptied no handle because something else referenced the buffer, `slow_requests` the requests that took the
+    slow path, and `slots_in_use` those of them whose key led to a slot that was in use.
     """
 
     hits: int = 0
     misses: int = 0
     from_torch: int = 0
     released_in_use: int = 0
+    slow_requests: int = 0
+    slots_in_use: int = 0
     leases: int = 0
 
 
@@ -41,6 +44,7 @@ class FreeMemory(ForkListener):
     """One cache per buffer type (types may share one) over an upstream, and the index of the leases that are out.
 
     inspector: records and checks each lease for a debugging manager. profile: what a profiling manager keeps.
+    name: whose book this is.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class FreeMemory(ForkListener):
         self.caches = caches
         self.inspector = inspector
         self.profile: Profile | None = None
+        self.name = ""
         self.counts = {kind: TypeCounts() for kind in BufferType}
         self.from_torch: dict[torch.device, Statistics] = {}
         self.leases: dict[int, Lease] = {}  # address of the storage -> lease, until it ended
@@ -63,6 +68,15 @@ class FreeMemory(ForkListener):
         if self._gate.enter(blocking=True):
             try:
                 self.counts[kind].released_in_use += 1
+            finally:
+                self._gate.leave()
+
+    def count_slow_request(self, kind: BufferType, *, slot_in_use: bool) -> None:
+        """Count a request that takes the slow path."""
+        if self._gate.enter(blocking=True):
+            try:
+                self.counts[kind].slow_requests += 1
+                self.counts[kind].slots_in_use += slot_in_use
             finally:
                 self._gate.leave()
 

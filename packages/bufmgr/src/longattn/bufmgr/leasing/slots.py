@@ -128,10 +128,28 @@ class SlotTable:
         zero: bool,
     ) -> torch.Tensor:
         """Serve a checked type on the slow path; `name` is the type as the caller gave it, for the key."""
-        tensor, slot = self._serve_request(resolve_request(shape, dtype, device), kind, zero)
+        request = self._known_request(name, shape, dtype, device)
+        self._book.count_slow_request(kind, slot_in_use=request is not None)
+        if request is None:
+            request = resolve_request(shape, dtype, device)
+        tensor, slot = self._serve_request(request, kind, zero)
         if slot is not None and isinstance(shape, tuple) and device in _CPU_FORMS:
             self._add_key((name, shape, slot.request.dtype, device), slot)
         return tensor
+
+    def _known_request(
+        self, name: BufferType | str, shape: Sequence[int], dtype: torch.dtype | None, device: Any
+    ) -> BufferRequest | None:
+        """Return the checked request of a key whose slot is in use, so that it need not be checked again."""
+        if not isinstance(shape, tuple) or (device is None and function_modes()):
+            return None
+        try:
+            slot = self._slots.get((name, shape, get_default_dtype() if dtype is None else dtype, device))
+        except TypeError:  # something in it cannot be hashed; the check says what
+            return None
+        if slot is None or {*map(type, shape)} - _INTEGERS:
+            return None
+        return slot.request
 
     def _serve_request(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease | None]:
         """Return a buffer, and its slot if a key may lead to that slot."""
@@ -215,6 +233,7 @@ class PreparedSlot:
 
     def _acquire_slowly(self) -> torch.Tensor:
         request, kind, zero = self._arguments
+        self._table._book.count_slow_request(kind, slot_in_use=self._slot is not NO_SLOT)
         tensor, slot = self._table._serve_request(request, kind, zero)
         keeps_none = self._table.slow_path_only or self._table.open_scopes
         self._slot = slot if slot is not None and slot.is_slot and not keeps_none else NO_SLOT
