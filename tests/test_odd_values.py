@@ -100,7 +100,7 @@ def test_odd_values(make: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # Public names without a call here: records that calls return or rows declare, and what has no parameter of its own.
 RECORDS = {
     "patterncache": {
-        "Affine", "Band", "Branch", "FlexMask", "Gap", "IndexArrays", "IndexTensors", "Lint", "Listed", "Plan", "Reach", "ScoredBlocks",
+        "Affine", "Band", "Branch", "FlexMask", "Gap", "IndexArrays", "IndexTensors", "Lint", "Listed", "Plan", "Reach", "ScoredBlocks", "Shares",
     },
     "kernels": {"AttentionProblem", "Capability", "Explanation"},
     # Enumerations, and what is for transformers (its tests are in `test_use_pattern`).

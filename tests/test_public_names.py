@@ -24,7 +24,7 @@ EXPECTED = {
         Restrict Union Intersection Sum Pattern parse_pattern from_mask_mod from_block_mask
         Span Rectangle Affine Listed
         Plan Branch Band pieces
-        Lint Gap Reach
+        Lint Gap Reach Shares
         PatternCache CacheView get_global_pattern_cache reset_global_pattern_cache
         FlexMask IndexArrays ScoredBlocks index_arrays
         from_bigbird from_hf from_natten
@@ -52,6 +52,7 @@ EXPECTED = {
         DilatedTransformerEncoderLayer
         DilatedTransformerDecoderLayer
         LongNet
+        ReachWarning
         create_attention
         build_attention
         register_attention

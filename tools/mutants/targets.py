@@ -34,7 +34,7 @@ TARGETS: dict[str, Target] = {
             f"patterncache/test_{name}"
             for name in (
                 "plan_parts", "patterns", "named_patterns", "algebra", "block_sparse", "combined_strided", "block_layout", "limits", "scored", "lint",
-                "exports", "foreign", "hostile_text", "wire",
+                "exports", "foreign", "hostile_input", "wire",
             )
         ),
     ),
@@ -43,7 +43,7 @@ TARGETS: dict[str, Target] = {
         ("caching/*.py",),
         tuple(
             f"patterncache/test_{name}"
-            for name in ("cache", "cache_policy", "cache_flight", "held_bytes", "hostile_text", "wire", "cache_global", "device_tier")
+            for name in ("cache", "cache_policy", "cache_flight", "held_bytes", "hostile_input", "wire", "cache_global", "device_tier")
         ),
     ),
     "merge": Target(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from longattn.patterncache import Dilated, Pattern, Rectangle, Span
 from longattn.patterncache.analysis import joining
+from longattn.patterncache.patterns.dilated import QUERIES
 
 
 def joined_after(pattern: Pattern, length: int, layers: int, num_heads: int = 8, causal: bool = True) -> bool:
@@ -55,12 +56,33 @@ def test_every_length_is_joined(length: int, layers: int, num_heads: int, causal
 
 
 @settings(max_examples=25)
-@given(st.integers(2, 24), st.integers(1, 30), st.integers(1, 5), st.integers(1, 9), st.booleans())
-def test_few_tokens_say_as_much_as_all(rate: int, width: int, layers: int, num_heads: int, causal: bool):
+@given(
+    st.integers(2, 24),
+    st.integers(1, 30),
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.booleans(),
+    st.sampled_from(QUERIES),
+)
+def test_few_tokens_say_as_much_as_all(rate: int, width: int, layers: int, num_heads: int, causal: bool, queries: str):
     """A rate and a window join a long sequence exactly where they join the stretch that is followed."""
     length = layers * width + 7 * rate + 1
-    expected = joined_after(joining._pattern(length, rate, width, causal), length, layers, num_heads, causal)
-    assert joining._joins(rate, width, length, layers, num_heads, causal) == expected
+    join = joining._Join(length, rate, width, queries, causal)
+    assert join.joins(layers, num_heads) == joined_after(join.pattern, length, layers, num_heads, causal)
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 40), st.booleans(), st.sampled_from(QUERIES))
+def test_no_pattern_has_more_keys_than_is_said(length: int, rate: int, width: int, causal: bool, queries: str):
+    join = joining._Join(length, min(rate, length), min(width, length), queries, causal)
+    assert mean_keys(join.pattern, length) <= join.keys + 1e-9
+
+
+@pytest.mark.parametrize(("length", "layers"), [(1000, 2), (2048, 4), (2048, 12)])
+def test_a_budget_for_all_residues_shows_every_pair(length: int, layers: int):
+    """A key in 2 * heads, and a window: some head sees every earlier token directly, for a quarter of dense attention's pairs."""
+    pattern = Dilated.for_length(length, layers, budget=length / 16 + 64)
+    assert joined_after(pattern, length, 1) and mean_keys(pattern, length) <= length / 8 + 64
 
 
 @pytest.mark.parametrize("budget", [13, 40, 150.5])

@@ -12,6 +12,7 @@ from longattn.patterncache import (
     Dilated,
     Documents,
     Full,
+    HierarchicalBlocks,
     Pattern,
     Periodic,
     Rectangle,
@@ -22,8 +23,8 @@ from longattn.patterncache import (
 )
 
 LIMIT = "longattn.patterncache.planning.limits.MOST_PAIRS"
-CELLS = "longattn.patterncache.interop.masks.MOST_CELLS"
-LISTING = Dilated((4,), (2,)) | Dilated((6,), (3,))
+CELLS = "longattn.patterncache.interop.mask_answers.MOST_CELLS"
+LISTING = HierarchicalBlocks(2, 2, 2) | HierarchicalBlocks(3, 2, 3)
 
 
 def square(length, num_heads=1):

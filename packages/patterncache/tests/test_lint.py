@@ -230,3 +230,26 @@ def test_a_pattern_of_ones_own_says_its_depth():
             return 7
 
     assert lint(Deep(), 12).layers == 7
+
+
+@settings(max_examples=settings().max_examples // 2)
+@given(
+    dilated(heads="shared") | st.builds(Window, st.integers(1, 9), st.integers(0, 3), st.booleans()),
+    st.integers(1, 70),
+    st.integers(1, 4),
+)
+@example(Dilated((64,), (4,)), 100, 3)
+def test_shares_are_those_of_boolean_products(pattern, length, depth):
+    """Seen directly, in two hops, within the depth, never."""
+    sees = (pattern.to_dense(length, 3) > 0).any(axis=0) | np.eye(length, dtype=bool)
+    hopes = np.tri(length, k=-1, dtype=bool) if pattern.causal else ~np.eye(length, dtype=bool)
+    heard, after = np.eye(length, dtype=bool), []
+    for _ in range(max(length, depth, 2)):
+        heard = (sees.astype(int) @ heard) > 0
+        after.append(heard[hopes].mean() if hopes.any() else 1.0)
+    shares = pattern.lint(length, 3, depth=depth).shares
+    assert shares is not None and shares.depth == depth
+    np.testing.assert_allclose(
+        (shares.direct, shares.two_hops, shares.within_depth, shares.never),
+        (after[0], after[1], after[depth - 1], 1 - after[-1]),
+    )

@@ -9,6 +9,7 @@ from longattn.patterncache import (
     Affine,
     Dilated,
     Full,
+    HierarchicalBlocks,
     Listed,
     Pattern,
     Rectangle,
@@ -111,8 +112,8 @@ def test_a_ragged_tail_is_one_more_branch_and_still_affine():
 
 
 def test_what_cannot_be_strided_is_listed():
-    """A restriction by something that is no band lists its rows."""
-    plan = Restrict(Window(4), Dilated((4,), (2,))).plan(square(9, 2))
+    """A restriction by something that cannot filter lists its rows."""
+    plan = Restrict(Window(4), HierarchicalBlocks(2, 2, 2)).plan(square(9, 2))
     assert plan.listed and all(isinstance(b.q, Listed) for b in plan.branches)
 
 

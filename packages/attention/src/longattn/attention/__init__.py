@@ -59,6 +59,9 @@ if TYPE_CHECKING:
         RingDilatedAttentionV2,
         RingDilatedAttentionV3,
     )
+    from longattn.attention.reaching import (
+        ReachWarning,
+    )
     from longattn.attention.ring_buffer.config import (
         RingBufferConfig,
         TileOrder,
@@ -133,6 +136,7 @@ _HOME = {
     "MultiheadDilatedAttention": "multihead_presets",
     "MultiheadPatternAttention": "multihead",
     "PatternAttention": "modules",
+    "ReachWarning": "reaching",
     "Ring": "schedules.ring",
     "RingBufferAttention": "ring_buffer.module",
     "RingBufferConfig": "ring_buffer.config",
@@ -183,6 +187,7 @@ __all__ = [
     "MultiheadDilatedAttention",
     "MultiheadPatternAttention",
     "PatternAttention",
+    "ReachWarning",
     "Ring",
     "RingBufferAttention",
     "RingBufferConfig",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longattn.attention.arguments import HeadedOptions, MergeGrad, given_options, refuse_weights
 from longattn.attention.functional import pattern_attention
+from longattn.attention.reaching import warn_apart
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import CallExtents, is_sharded
 from longattn.attention.schedules.group_calls import calling
@@ -55,6 +56,8 @@ class PatternAttention(WiredModule):
         merge_grad: "exact" (default), or "detached" for torchscale's gradient, as in `pattern_attention`.
         head_start, num_heads: where q's heads are those of a slice, its first head, and the heads of the whole module. Default: all
             are here.
+        warn_apart: warn with `ReachWarning`, once for each length, where the pattern leaves tokens apart that no number of layers joins, or
+            tokens that see only themselves. Default False; the presets of dilated attention do.
 
     Raises:
         TypeError, ValueError: a bad argument, by name.
@@ -79,6 +82,7 @@ class PatternAttention(WiredModule):
         merge_grad: MergeGrad = "exact",
         head_start: int | None = None,
         num_heads: int | None = None,
+        warn_apart: bool = False,
     ) -> None:
         super().__init__()
         self._resources = Resources(Wiring() if wiring is None else wiring)
@@ -102,6 +106,7 @@ class PatternAttention(WiredModule):
         self.merge_grad: MergeGrad = merge_grad
         global_heads(0, head_start, num_heads)
         self.head_start, self.num_heads = head_start, num_heads
+        self.warn_apart = check_bool("warn_apart", warn_apart)
 
     def pattern_for(self, is_causal: bool | None) -> Pattern:
         """The pattern of a call: its own, or with its causal field replaced."""
@@ -132,6 +137,8 @@ class PatternAttention(WiredModule):
             check_qkv(query, key, value, ("query", "key", "value"))
         if check_bool("need_weights", need_weights):
             refuse_weights(query, call_options)
+        if self.warn_apart and not torch.compiler.is_compiling():
+            self._judge(query, key, is_causal, call_options)
         # Ranks compare which module calls. Traced code does not know: one graph may serve several.
         alone = torch.compiler.is_compiling() or not (is_sharded(query) or getattr(self.schedule, "distributed", False))
         with nullcontext() if alone else calling(self):
@@ -160,6 +167,13 @@ class PatternAttention(WiredModule):
         return out, self.weights(
             query, key, is_causal, attention_mask, key_padding_mask, call_options.get("score_terms")
         )
+
+    def _judge(self, query: Tensor, key: Tensor, is_causal: bool | None, options: Any) -> None:
+        """Warn where tokens of this call's sequence stand apart; not of packed documents, nor of a shard."""
+        packed = query.is_nested or options.get("cu_seqlens") is not None
+        if not packed and not self.schedule.distributed and query.shape[1] == key.shape[1]:
+            heads = query.shape[2] if self.num_heads is None else self.num_heads
+            warn_apart(self.pattern_for(is_causal), key.shape[1], heads)
 
     def weights(
         self,

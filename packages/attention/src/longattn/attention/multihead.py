@@ -54,6 +54,7 @@ class MultiheadPatternAttention(ProjectedModule):
             projections of those heads and of their key heads, columns of the output projection, and its bias where head_start is 0, so
             that outputs of all slices add up to the module's. A key head that query heads of several slices share is in each of them,
             and its gradients add up. Needs layer_norm=False, for that is over all heads. Default: all heads.
+        warn_apart: as in `PatternAttention`.
         device, dtype: of the parameters.
 
     Raises:
@@ -86,6 +87,7 @@ class MultiheadPatternAttention(ProjectedModule):
         merge_grad: MergeGrad = "exact",
         head_start: int | None = None,
         local_heads: int | None = None,
+        warn_apart: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -128,6 +130,7 @@ class MultiheadPatternAttention(ProjectedModule):
             merge_grad=merge_grad,
             head_start=head_start,
             num_heads=None if head_start is None else num_heads,
+            warn_apart=warn_apart,
         )
         self._resources = self.attention._resources
         self.reset_parameters()

@@ -104,7 +104,7 @@ def preset_arguments(preset: type, kind: Any, branches: tuple[Sequence[int], Seq
     wiring, remaining = split_flags(f"{preset.__name__}()", taken, options)
     heads, causal = remaining.pop("heads", "shared"), remaining.pop("causal", False)
     pattern: Pattern = Dilated(*branches, heads, causal=causal)
-    arguments: dict[str, Any] = {"wiring": wiring}
+    arguments: dict[str, Any] = {"wiring": wiring, "warn_apart": True}
     if "ring_size" in taken:
         arguments["schedule"] = _schedule_of(
             preset, **{name: remaining.pop(name) for name in _RING if name in remaining}

@@ -9,7 +9,7 @@ logging.getLogger("longattn").addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     __version__: str
-    from longattn.patterncache.analysis.results import Gap, Lint, Reach
+    from longattn.patterncache.analysis.results import Gap, Lint, Reach, Shares
     from longattn.patterncache.caching.cache import PatternCache
     from longattn.patterncache.caching.device_tier import DeviceTier, IndexTensors
     from longattn.patterncache.caching.global_cache import (
@@ -21,20 +21,23 @@ if TYPE_CHECKING:
     from longattn.patterncache.caching.view import CacheView
     from longattn.patterncache.caching.wire import plan_digest, plan_from_bytes, plan_to_bytes
     from longattn.patterncache.indices import Affine, Listed
+    from longattn.patterncache.interop.block_masks import from_block_mask
     from longattn.patterncache.interop.csr import IndexArrays, index_arrays
     from longattn.patterncache.interop.flex import FlexMask
-    from longattn.patterncache.interop.masks import from_block_mask, from_mask_mod
-    from longattn.patterncache.interop.model_configs import from_bigbird, from_hf, from_natten
+    from longattn.patterncache.interop.masks import from_mask_mod
+    from longattn.patterncache.interop.model_configs import from_bigbird, from_hf
+    from longattn.patterncache.interop.natten import from_natten
     from longattn.patterncache.pattern import Pattern
     from longattn.patterncache.patterns.block_layout import BlockLayout
     from longattn.patterncache.patterns.block_sparse import BlockSparse
     from longattn.patterncache.patterns.by_head import ByHead
-    from longattn.patterncache.patterns.combined import Intersection, Restrict, Sum, Union
+    from longattn.patterncache.patterns.combined import Intersection, Sum, Union
     from longattn.patterncache.patterns.dilated import Dilated
     from longattn.patterncache.patterns.documents import Documents
     from longattn.patterncache.patterns.hierarchical import HierarchicalBlocks
     from longattn.patterncache.patterns.periodic import Periodic
     from longattn.patterncache.patterns.registry import parse_pattern
+    from longattn.patterncache.patterns.restrict import Restrict
     from longattn.patterncache.patterns.scored_blocks import ScoredBlocks
     from longattn.patterncache.patterns.strided import Strided
     from longattn.patterncache.patterns.window import Full, Window
@@ -68,8 +71,9 @@ _HOME = {
     "Plan": "plan",
     "Reach": "analysis.results",
     "Rectangle": "spans",
-    "Restrict": "patterns.combined",
+    "Restrict": "patterns.restrict",
     "ScoredBlocks": "patterns.scored_blocks",
+    "Shares": "analysis.results",
     "Span": "spans",
     "Strided": "patterns.strided",
     "Sum": "patterns.combined",
@@ -78,10 +82,10 @@ _HOME = {
     "build_on_one": "caching.ranks",
     "check_same_plan": "caching.ranks",
     "from_bigbird": "interop.model_configs",
-    "from_block_mask": "interop.masks",
+    "from_block_mask": "interop.block_masks",
     "from_hf": "interop.model_configs",
     "from_mask_mod": "interop.masks",
-    "from_natten": "interop.model_configs",
+    "from_natten": "interop.natten",
     "get_global_device_tier": "caching.global_cache",
     "get_global_pattern_cache": "caching.global_cache",
     "index_arrays": "interop.csr",
@@ -121,6 +125,7 @@ __all__ = [
     "Rectangle",
     "Restrict",
     "ScoredBlocks",
+    "Shares",
     "Span",
     "Strided",
     "Sum",

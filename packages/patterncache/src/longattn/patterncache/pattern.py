@@ -1,21 +1,21 @@
-"""`Pattern`: who sees whom, as a count; and the canonical strings.
+"""`Pattern`: who sees whom, as a count.
 
 A pattern knows nothing of lengths, tensors or devices. It answers two questions that must agree: `count(h, i, j)`, the
-elementwise meaning, and `plan(rectangle)`, the same in strides. Its canonical string is JSON, `["name",{spec}]`, and back.
+elementwise meaning, and `plan(rectangle)`, the same in strides.
 """
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from operator import index
+from math import prod
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
+from longattn.patterncache.canonical import register, registered, spec_text
 from longattn.patterncache.plan import Branch, Counts, Plan, make_plan
 from longattn.patterncache.planning.intervals import Intervals
 from longattn.patterncache.planning.limits import counting_pairs
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from longattn.patterncache.analysis.results import Gap, Lint, Reach
     from longattn.patterncache.interop.flex import FlexMask
 
-_REGISTRY: dict[str, type[Pattern]] = {}
+
+MOST_COUNTS = 1 << 31
+"""Dense counts of a rectangle, 8 bytes each."""
 
 
 class Pattern(ABC):
@@ -44,13 +46,8 @@ class Pattern(ABC):
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is not None:
-            taken = _REGISTRY.get(name)
-            if taken is not None and taken.__qualname__ != cls.__qualname__:
-                raise ValueError(
-                    f"name must not be taken by another pattern, got {name!r} (registered by {taken.__qualname__})"
-                )
+            register(name, cls)
             cls.name = name
-            _REGISTRY[name] = cls
 
     @property
     def positional(self) -> bool:
@@ -119,17 +116,11 @@ class Pattern(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not complement branches")
 
     @property
-    def layered(self) -> bool:
-        """Whether `support` and `excess` work. Default: where no count is above 1."""
-        return self.binary
-
-    def support(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """Branches of min(count, 1), where `layered` is True."""
-        return self.branches(rectangle)
-
-    def excess(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """Branches of max(count - 1, 0), where `layered` is True."""
-        return iter(())
+    def terms(self) -> Sequence[Pattern]:
+        """Patterns that count at most once, filter and have complements, and whose counts add up to this one's: what `|` and `&` are
+        planned with, in strides. Default: itself, where it is such a pattern; else none.
+        """
+        return (self,) if self.binary and self.filters and self.complements else ()
 
     @property
     def addends(self) -> tuple[Pattern, ...]:
@@ -172,8 +163,15 @@ class Pattern(ABC):
         return None
 
     def counts(self, rectangle: Rectangle) -> Counts:
-        """(heads, queries, keys) int64, dense: for tests, oracles and small sizes."""
-        self.check_rectangle(check_rectangle_type(rectangle))
+        """(heads, queries, keys) int64, dense: for tests, oracles and small sizes.
+
+        Raises:
+            ValueError: more than 2 ** 31 of them, which is 16 GiB.
+        """
+        check_rectangle_type(rectangle)
+        if prod(rectangle.shape) > MOST_COUNTS:
+            raise ValueError(f"rectangle must have at most {MOST_COUNTS} dense counts, got {rectangle.shape} of them")
+        self.check_rectangle(rectangle)
         h = rectangle.heads.positions()[:, None, None]
         i = rectangle.query_positions()[None, :, None]
         j = rectangle.key_positions()[None, None, :]
@@ -206,9 +204,21 @@ class Pattern(ABC):
         """(num_heads, keys) int64: the last query position that sees each key; see `longattn.patterncache.analysis.retention`."""
         return above("analysis.retention", "last_queries")(self, keys, num_heads)
 
-    def lint(self, N: int, num_heads: int = 8, *, head_dim: int = 64, dtype: str = "float32") -> Lint:
-        """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work. `str()` of it is for reading."""
-        return above("analysis.lint", "lint")(self, N, num_heads, head_dim=head_dim, dtype=dtype)
+    def lint(
+        self,
+        N: int,
+        num_heads: int = 8,
+        *,
+        head_dim: int = 64,
+        dtype: str = "float32",
+        depth: int | None = None,
+        follow: bool = True,
+    ) -> Lint:
+        """What this pattern does to `N` tokens, exactly: islands, gaps, starvation, depth, keys, work; with a `depth` of layers also which
+        part of the earlier tokens is seen directly, in two hops, within it, never. `str()` of it is for reading.
+        """
+        options: dict[str, Any] = {"head_dim": head_dim, "dtype": dtype, "depth": depth, "follow": follow}
+        return above("analysis.lint", "lint")(self, N, num_heads, **options)
 
     def describe(self, N: int = 32, num_heads: int = 8, head: int = 0, png: str | PathLike[str] | None = None) -> str:
         """`lint` of `N` tokens as text, below a map of what each of them sees in one head, for small N; and as a picture at `png`."""
@@ -225,11 +235,11 @@ class Pattern(ABC):
 
     def canonical(self) -> str:
         """The canonical string: equal for equal patterns, and `parse_pattern` reads it back. Kept with the pattern."""
-        kept = self.__dict__.get("_canonical")
-        if kept is None:
-            kept = spec_text([self.name, self.to_spec()])
-            object.__setattr__(self, "_canonical", kept)
-        return kept
+        text = self.__dict__.get("_canonical")
+        if text is None:
+            text = spec_text([self.name, self.to_spec()])
+            object.__setattr__(self, "_canonical", text)
+        return text
 
     def __or__(self, other: Pattern) -> Pattern:
         return self._combined("union", other)
@@ -251,38 +261,6 @@ class Pattern(ABC):
 def above(module: str, function: str) -> Callable[..., Any]:
     """A function of a module that needs `Pattern`, for the methods that are short for it."""
     return getattr(import_module(f"longattn.patterncache.{module}"), function)
-
-
-def spec_text(value: Any) -> str:
-    """Compact JSON with sorted keys, by plain string operations, so that torch.compile can trace a pattern made in traced code."""
-    if isinstance(value, dict):
-        return "{" + ",".join([f'"{name}":{spec_text(value[name])}' for name in sorted(value)]) + "}"  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join([spec_text(entry) for entry in value]) + "]"  # pyright: ignore[reportUnknownVariableType]
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str) and value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
-        return f'"{value}"'
-    if isinstance(value, int):
-        # A pattern is a constant of a compiled graph: `index` and `hex` turn a symbolic number into one, so another value is compiled again.
-        return str(index(value))
-    return str(float.fromhex(value.hex())) if isinstance(value, float) else json.dumps(value)
-
-
-def registered(name: str) -> type[Pattern]:
-    """The class of a name. Those of this package are registered once any of them is imported."""
-    if not isinstance(name, str) or name not in _REGISTRY:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(
-            f"pattern must name one of {sorted(_REGISTRY)} (import the module that defines yours), got {shortened(name)}"
-        )
-    return _REGISTRY[name]
-
-
-def build_pattern(name: str, spec: dict[str, Any]) -> Pattern:
-    """The pattern registered under `name`, from its spec."""
-    return registered(name).from_spec(spec)
 
 
 def check_pattern_type(name: str, value: object) -> Pattern:

@@ -236,5 +236,5 @@ def add_branch_counts(total: Counts, branch: Branch) -> None:
 
 def make_plan(rectangle: Rectangle, branches: Iterable[Branch]) -> Plan:
     """A plan of the branches that show at least one pair."""
-    kept = (b for b in branches if b.heads.length and b.q.tiles and b.q.count and b.k.count)
-    return Plan(rectangle, tuple(kept))
+    visible = (b for b in branches if b.heads.length and b.q.tiles and b.q.count and b.k.count)
+    return Plan(rectangle, tuple(visible))

@@ -16,20 +16,24 @@ import numpy.typing as npt
 Rows = npt.NDArray[np.int64]
 T = TypeVar("T")
 
-MOST_INT = (1 << 63) - 1
-"""Positions and sizes are int64."""
+
+MOST = 1 << 60
+"""The largest length, position or step: sums of a few of them stay within int64."""
+
+MOST_HEADS = 1 << 20
+"""Heads that a module may have: groups of them are looked at one by one."""
 
 
-def check_int(name: str, value: object, *, minimum: int) -> int:
+def check_int(name: str, value: object, *, minimum: int, maximum: int = MOST) -> int:
     """Return `value` as int, or raise TypeError / ValueError that names it. Booleans, floats and strings are refused."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer >= {minimum}, got {shortened(value)} ({type(value).__name__})")  # pyright: ignore[reportUnknownArgumentType]
     # `index` also makes a constant of a symbolic size that torch.compile traces: another value is another graph.
     number = index(value)  # pyright: ignore[reportUnknownArgumentType]
     if number < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {number}")
-    if number > MOST_INT:
-        raise ValueError(f"{name} must be an integer below 2 ** 63, got {number}")
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {shortened(number)}")
+    if number > maximum:
+        raise ValueError(f"{name} must be an integer from {minimum} to {maximum}, got {shortened(number)}")
     return number
 
 
@@ -49,7 +53,13 @@ def check_flag(name: str, value: object) -> bool:
 
 def shortened(value: object, most: int = 200) -> str:
     """The repr of a value for an error message, cut where it is long."""
-    text = repr(value)
+    if isinstance(value, int) and value.bit_length() > most:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)) and len(value) > most:
+        return f"{value[:most]!r}... ({len(value)} characters)"
+    if isinstance(value, (tuple, list)) and len(value) > most:  # pyright: ignore[reportUnknownArgumentType]
+        return f"{shortened(value[:8], most)}... ({len(value)} entries)"  # pyright: ignore[reportUnknownArgumentType]
+    text = repr(value)  # pyright: ignore[reportUnknownArgumentType]
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
@@ -141,10 +151,10 @@ class Rectangle:
         keys: Span | Sequence[Span],
         heads: Span | None = None,
     ) -> None:
-        total = check_int("num_heads", num_heads, minimum=1)
+        total = check_int("num_heads", num_heads, minimum=1, maximum=MOST_HEADS)
         heads = Span(0, total) if heads is None else heads
         if not isinstance(heads, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"heads must be a Span of global query heads or None, got {heads!r}")
+            raise TypeError(f"heads must be a Span of global query heads or None, got {shortened(heads)}")
         if heads.length and heads.last >= total:
             raise ValueError(f"heads must lie below num_heads={total}, got {heads}")
         object.__setattr__(self, "num_heads", total)
@@ -170,5 +180,5 @@ def _span_tuple(name: str, value: Span | Sequence[Span]) -> tuple[Span, ...]:
     if isinstance(value, Span):
         return (value,)
     if not isinstance(value, (tuple, list)) or not all(isinstance(s, Span) for s in value):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"{name} must be a Span or a tuple of Spans, got {value!r}")
+        raise TypeError(f"{name} must be a Span or a tuple of Spans, got {shortened(value)}")
     return tuple(value)

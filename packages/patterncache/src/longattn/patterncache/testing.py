@@ -12,12 +12,13 @@ from longattn.patterncache.interop.csr import IndexArrays
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.patterns.block_layout import LAYOUTS, BlockLayout
 from longattn.patterncache.patterns.block_sparse import BlockSparse
-from longattn.patterncache.patterns.combined import Intersection, Restrict, Sum, Union
+from longattn.patterncache.patterns.combined import Intersection, Sum, Union
 from longattn.patterncache.patterns.dilated import HEADS, QUERIES, Dilated
 from longattn.patterncache.patterns.documents import Documents
 from longattn.patterncache.patterns.hierarchical import HierarchicalBlocks
 from longattn.patterncache.patterns.periodic import Periodic
 from longattn.patterncache.patterns.registry import parse_pattern
+from longattn.patterncache.patterns.restrict import Restrict
 from longattn.patterncache.patterns.strided import HEADS as STRIDED_HEADS
 from longattn.patterncache.patterns.strided import Strided
 from longattn.patterncache.patterns.window import Full, Window
@@ -51,7 +52,10 @@ def dilated(draw: st.DrawFn, most_branches: int = 3, heads: str | None = None) -
     segments = draw(st.lists(st.integers(1, 30), min_size=branches, max_size=branches))
     rates = draw(st.lists(st.integers(1, 7), min_size=branches, max_size=branches))
     assignment = heads or draw(st.sampled_from(HEADS))
-    return Dilated(tuple(segments), tuple(rates), assignment, draw(st.sampled_from(QUERIES)), draw(st.booleans()))
+    shift = draw(st.just(0) | st.integers(0, 40))
+    return Dilated(
+        tuple(segments), tuple(rates), assignment, draw(st.sampled_from(QUERIES)), draw(st.booleans()), shift
+    )
 
 
 @st.composite
@@ -226,19 +230,19 @@ TRACES: dict[str, Callable[[int], Sequence[Hashable]]] = {
 def belady(trace: Sequence[Hashable], size: int) -> float:
     """Hit rate of Belady's policy, which knows the trace and evicts the entry whose next use is farthest away."""
     later: list[int] = [0] * len(trace)
-    seen: dict[Hashable, int] = {}
+    last_use: dict[Hashable, int] = {}
     for i in reversed(range(len(trace))):
-        later[i] = seen.get(trace[i], len(trace))
-        seen[trace[i]] = i
-    kept: dict[Hashable, int] = {}
+        later[i] = last_use.get(trace[i], len(trace))
+        last_use[trace[i]] = i
+    contents: dict[Hashable, int] = {}
     farthest: list[tuple[int, int, Hashable]] = []
     hits = 0
     for i, key in enumerate(trace):
-        hits += key in kept
-        if key not in kept and len(kept) >= size:
-            while kept.get(farthest[0][2]) != -farthest[0][0]:
+        hits += key in contents
+        if key not in contents and len(contents) >= size:
+            while contents.get(farthest[0][2]) != -farthest[0][0]:
                 heapq.heappop(farthest)
-            del kept[heapq.heappop(farthest)[2]]
-        kept[key] = later[i]
+            del contents[heapq.heappop(farthest)[2]]
+        contents[key] = later[i]
         heapq.heappush(farthest, (-later[i], i, key))
     return hits / len(trace)

@@ -82,6 +82,7 @@ class _DilatedLayer(nn.Module):
         causal: bool,
         memory: Pattern | None = None,
         *,
+        pattern: Pattern | None = None,
         layer_norm_eps: float = 1e-5,
         gamma_init: float = 1.0,
         device: torch.device | str | None = None,
@@ -97,10 +98,13 @@ class _DilatedLayer(nn.Module):
         factory_kwargs = check_factory(device, dtype)
         shared: dict[str, Any] = {"dropout": dropout, "layer_norm_eps": layer_norm_eps, "gamma_init": gamma_init}
         shared |= factory_kwargs
-        pattern = Dilated(*branches, causal=causal)
+        if pattern is None:
+            pattern, attention = Dilated(*branches, causal=causal), {"warn_apart": True, **attention}
         self.self_attn = MultiheadPatternAttention(d_model, nhead, pattern, **shared, **attention)
         if memory is not None:
-            memory_options = {name: value for name, value in attention.items() if name != "rotary_base"}
+            memory_options = {
+                name: value for name, value in attention.items() if name not in ("rotary_base", "warn_apart")
+            }
             self.memory_attn = MultiheadPatternAttention(d_model, nhead, memory, **shared, **memory_options)
         self.feedforward = FeedForward(d_model, dim_feedforward, activation=activation, **shared)
         self.norm1, self.norm2 = (nn.LayerNorm(d_model, eps=layer_norm_eps, **factory_kwargs) for _ in range(2))
@@ -119,6 +123,7 @@ class DilatedTransformerEncoderLayer(_DilatedLayer):
         dropout: of attention pairs, within the feedforward and of both branches. Default 0.
         activation: "gelu" (default), "relu" or "silu".
         causal: default False.
+        pattern: of self-attention, in place of segments, rates and causal. Default None: those.
         layer_norm_eps: default 1e-5. gamma_init: MAGNETO's gain. Default 1.0.
         device, dtype: of the parameters.
         options: those of the lines above, and further ones of `MultiheadPatternAttention`, such as kv_heads, rotary_base, fused_qkv, wiring.

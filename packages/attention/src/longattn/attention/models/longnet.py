@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from longattn.attention.arguments import CallOptions
 from longattn.attention.models.generation import TokenStream, generate
 from longattn.attention.models.layers import DilatedTransformerEncoderLayer
-from longattn.attention.presets import DILATION_RATES, SEGMENT_LENGTHS
 from longattn.attention.validate import check_bool, check_factory, check_size, check_type
 from longattn.kernels.interface import check_dropout
+from longattn.patterncache import Dilated
 
 MOST_LAYERS = 1 << 16
+"""Layers of a model: each is made."""
 
 
 class LongNet(nn.Module):
@@ -33,7 +34,12 @@ class LongNet(nn.Module):
     Args:
         num_tokens: size of the vocabulary.
         d_model, nhead, num_layers, dim_feedforward: defaults 512, 8, 6 and 4 * d_model.
-        segment_lengths, dilation_rates: as in `Dilated`. Defaults (2048, 4096, 8192) and (1, 2, 4).
+        segment_lengths, dilation_rates: as in `Dilated`, for all layers. Default None: the layers' pattern is
+            `Dilated.for_length(max_length, num_layers, budget, nhead)`.
+        max_length: tokens that the default pattern joins: every token sees every earlier one of as many, in some head of each layer; beyond,
+            segments of that length meet through a window alone. Default 32768.
+        budget: keys that a query and head of the default pattern may see in the mean at that length. Default None: max_length / 2 over
+            the heads, and 64 for a window, which is about what segments (2048, 4096, 8192) at rates (1, 2, 4) take.
         dropout: of the embedding and in every layer. Default 0.
         rotary_base: of the positions; None: none. Default 10000.
         checkpointing: keep only the layers' inputs for backward, and compute the rest again. Default False.
@@ -55,11 +61,13 @@ class LongNet(nn.Module):
         d_model: int = 512,
         nhead: int = 8,
         num_layers: int = 6,
-        segment_lengths: Sequence[int] = SEGMENT_LENGTHS,
-        dilation_rates: Sequence[int] = DILATION_RATES,
+        segment_lengths: Sequence[int] | None = None,
+        dilation_rates: Sequence[int] | None = None,
         dim_feedforward: int | None = None,
         dropout: float = 0.0,
         *,
+        max_length: int = 32768,
+        budget: float | None = None,
         rotary_base: float | None = 10000.0,
         checkpointing: bool = False,
         device: torch.device | str | None = None,
@@ -81,9 +89,19 @@ class LongNet(nn.Module):
         wide = 4 * width if dim_feedforward is None else dim_feedforward
         self.embedding = nn.Embedding(check_size("num_tokens", num_tokens), width, **factory_kwargs)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
-        branches = (segment_lengths, dilation_rates)
+        if (segment_lengths is None) != (dilation_rates is None):
+            raise ValueError(
+                "dilation_rates must be given with segment_lengths, and only then, "
+                f"got {dilation_rates} and segment_lengths={segment_lengths}"
+            )
+        if segment_lengths is None and "pattern" not in attention:
+            length, heads = check_size("max_length", max_length), check_size("nhead", nhead)
+            keys = length / (2 * heads) + 64 if budget is None else budget
+            options["pattern"] = Dilated.for_length(length, count, keys, heads)
+        branches = () if segment_lengths is None or dilation_rates is None else (segment_lengths, dilation_rates)
         self.layers = nn.ModuleList(
-            DilatedTransformerEncoderLayer(width, nhead, *branches, wide, **options) for _ in range(count)
+            DilatedTransformerEncoderLayer(width, nhead, *branches, dim_feedforward=wide, **options)
+            for _ in range(count)
         )
         self.norm = nn.LayerNorm(width, **factory_kwargs)
         self.dropout = nn.Dropout(dropout)

@@ -17,7 +17,7 @@ from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.layouts import Spans
 from longattn.attention.schedules.passes import ScheduleRun, ScheduleWork
 from longattn.patterncache import Span
-from longattn.patterncache.pattern import spec_text
+from longattn.patterncache.canonical import spec_text
 
 _REGISTRY: dict[str, type[Schedule]] = {}
 """Every schedule that has a name, under it: a class registers itself when it is defined."""

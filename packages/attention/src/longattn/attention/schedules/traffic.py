@@ -24,6 +24,8 @@ from longattn.kernels.interface import state_dtype
 from longattn.patterncache import Pattern, Rectangle, get_global_pattern_cache
 
 MOST_RANKS = 1024
+"""Ranks of a group: the steps of each are looked at."""
+
 MOST_IMBALANCE = 1.25
 """An engine whose slowest rank works more than that over the mean is chosen only where all do."""
 
@@ -181,7 +183,7 @@ def choose(
     """The engine that sends least for a forward and backward, of those whose slowest rank works at most 1.25 times the mean.
 
     Args:
-        group: a ProcessGroup, a DeviceMesh of one dimension, or a number of ranks.
+        group: a ProcessGroup, a DeviceMesh of one dimension, or a number of ranks; at most 1024.
         pattern: who sees whom. length: of the whole sequence. num_heads: query heads.
         kv_heads: default num_heads. head_dim, batch, dtype: of q, k and v. Defaults 64, 1, torch.bfloat16. value_head_dim: of v, where it
             has its own.

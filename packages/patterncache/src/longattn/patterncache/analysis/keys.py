@@ -15,14 +15,14 @@ def keys_per_query(plan: Plan) -> tuple[Rows, Rows]:
     classes, members = head_classes(plan)
     total = np.zeros((len(members), plan.rectangle.shape[1]), np.int64)
     for b, branch in enumerate(plan.branches):
-        seen = _keys_of_tiles(branch)
+        number = _keys_of_tiles(branch)
         for c, some in enumerate(members):
             # No query row stands twice in a branch, so nothing is added to itself.
             if b in some and isinstance(branch.q, Affine) and branch.q.tiles == 1:
                 end = branch.q.start + branch.q.count * branch.q.step
-                total[c, branch.q.start : end : branch.q.step] += np.broadcast_to(seen, (1, branch.q.count))[0]
+                total[c, branch.q.start : end : branch.q.step] += np.broadcast_to(number, (1, branch.q.count))[0]
             elif b in some:
-                total[c, branch.q.rows()] += seen
+                total[c, branch.q.rows()] += number
     return classes, total
 
 

@@ -13,8 +13,9 @@ from longattn.patterncache.analysis.plot import draw
 from longattn.patterncache.analysis.propagation import nodes_of, square, stretches
 from longattn.patterncache.analysis.reach import count_islands, layers_needed
 from longattn.patterncache.analysis.results import Lint
+from longattn.patterncache.analysis.shares import shares
 from longattn.patterncache.pattern import Pattern
-from longattn.patterncache.spans import Span, check_int, shortened
+from longattn.patterncache.spans import Span, check_flag, check_int, shortened
 
 _MOST_NODES = 1 << 14
 """Tokens of a stretch that `lint` follows one by one; `reach` is more patient."""
@@ -22,7 +23,16 @@ _MOST_NODES = 1 << 14
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 64, dtype: str = "float32") -> Lint:
+def lint(
+    pattern: Pattern,
+    length: int,
+    num_heads: int = 8,
+    *,
+    head_dim: int = 64,
+    dtype: str = "float32",
+    depth: int | None = None,
+    follow: bool = True,
+) -> Lint:
     """Judge `pattern` over `length` tokens. Exact; patterns of closed segments, `Dilated` above all, cost one period only.
 
     Args:
@@ -31,24 +41,29 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
         num_heads: query heads, at least 1. Default 8.
         head_dim: elements of a head, at least 1, for FLOPs and bytes. Default 64.
         dtype: of q, k, v and out: "float64", "float32" (default), "bfloat16" or "float16".
+        depth: layers of a model, at least 1, for `shares`: which part of the earlier tokens is seen directly, in two hops, within that
+            depth, never. Tokens are followed for it layer by layer, up to 131072 of a stretch. Default None: not asked.
+        follow: find `layers` by following tokens layer by layer where nothing else says it. Default True; without, it is not known then.
 
     Raises:
         TypeError, ValueError: an argument is not such a value, by name.
     """
     length = check_int("N", length, minimum=0)
     num_heads, head_dim = check_int("num_heads", num_heads, minimum=1), check_int("head_dim", head_dim, minimum=1)
+    depth = None if depth is None else check_int("depth", depth, minimum=1)
+    check_flag("follow", follow)
     if not isinstance(dtype, str) or dtype not in _BYTES:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"dtype must be one of {tuple(_BYTES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be one of {tuple(_BYTES)}, got {shortened(dtype)}")
     parts = stretches(pattern, length, num_heads)
     apart = sum(part.times * count_islands(part) for part in parts)
-    depth = None if apart > 1 else pattern.direct_depth(length)
+    layers = None if apart > 1 else pattern.direct_depth(length)
     known = (
         apart > 1
-        or depth is not None
-        or all(len(nodes_of(part.plan, pattern.causal).token) <= _MOST_NODES for part in parts)
+        or layers is not None
+        or (follow and all(len(nodes_of(part.plan, pattern.causal).token) <= _MOST_NODES for part in parts))
     )
-    if known and depth is None:
-        depth = layers_needed(pattern, parts)
+    if known and layers is None:
+        layers = layers_needed(pattern, parts)
     starved, blind, at = _Tally(), _Tally(), 0
     fewest: list[int] = []
     most: list[int] = []
@@ -72,9 +87,9 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
         length=length,
         num_heads=num_heads,
         islands=apart,
-        layers=depth,
+        layers=layers,
         layers_known=known,
-        gaps=tuple(pattern.gaps(square(0, num_heads))),
+        gaps=tuple(pattern.gaps(square(length, num_heads))),
         blind=blind.count,
         starved=starved.count - (0 in starved.first),
         first_starved=tuple(position for position in starved.first if position)[:8],
@@ -86,6 +101,7 @@ def lint(pattern: Pattern, length: int, num_heads: int = 8, *, head_dim: int = 6
         flops_backward=10 * head_dim * pairs,
         bytes_moved=rows * (4 * head_dim * _BYTES[dtype] + 4),
         plan_bytes=sum(part.plan.nbytes for part in parts),
+        shares=None if depth is None else shares(pattern, parts, length, depth),
     )
 
 
@@ -115,8 +131,8 @@ def describe(
         draw(pattern, verdict, head, png)
     if length > 64:
         return str(verdict)
-    seen = pattern.counts(replace(square(length, num_heads), heads=Span(head, 1)))[0]
-    rows = ["".join("." if not n else str(n) if n < 10 else "+" for n in row) for row in seen.tolist()]
+    counts = pattern.counts(replace(square(length, num_heads), heads=Span(head, 1)))[0]
+    rows = ["".join("." if not n else str(n) if n < 10 else "+" for n in row) for row in counts.tolist()]
     return "\n".join([*rows, str(verdict)])
 
 

@@ -50,10 +50,10 @@ def draw(pattern: Pattern, verdict: Lint, head: int, path: str | PathLike[str]) 
     if shown is not None:
         figure.colorbar(shown, ax=grid, label="times seen", shrink=0.7)
     plan = pattern.plan(square(length, num_heads))
-    classes, seen = keys_per_query(plan)
+    classes, number = keys_per_query(plan)
     for c in range(len(head_classes(plan)[1])):
         keys.plot(
-            seen[c], np.arange(length), label=f"heads {', '.join(map(str, np.flatnonzero(classes == c)[:4]))}", lw=1
+            number[c], np.arange(length), label=f"heads {', '.join(map(str, np.flatnonzero(classes == c)[:4]))}", lw=1
         )
     keys.set(title="keys per query", xlabel="keys")
     keys.legend(fontsize="small")

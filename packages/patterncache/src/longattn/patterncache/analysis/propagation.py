@@ -20,6 +20,9 @@ from longattn.patterncache.spans import Rectangle, Rows, Span
 
 Bits = npt.NDArray[np.uint64]
 
+MOST_TOKENS = 1 << 28
+"""Tokens of a stretch that an analysis takes: a few numbers for each are gigabytes."""
+
 _BLOCK_BYTES = 1 << 23
 """Bytes of the bit columns that stand at once."""
 
@@ -40,6 +43,11 @@ class Stretch:
 def stretches(pattern: Pattern, length: int, num_heads: int) -> list[Stretch]:
     """`length` tokens as the stretches that the pattern is made of, each planned."""
     pattern.check_rectangle(square(length, num_heads))
+    longest = max((size for _, size, _ in pattern.stretches(length)), default=0)
+    if longest > MOST_TOKENS:
+        raise ValueError(
+            f"N must leave stretches of at most {MOST_TOKENS} tokens, each of which is looked at, got {longest}"
+        )
     return [Stretch(part.plan(square(size, num_heads)), times) for part, size, times in pattern.stretches(length)]
 
 

@@ -64,8 +64,8 @@ def count_islands(part: Stretch) -> int:
     return int((label == np.arange(len(label))).sum())
 
 
-def layers_needed(pattern: Pattern, parts: list[Stretch]) -> int | None:
-    """The least number of layers after which every token has heard of all that it may; None where it never has."""
+def layers_needed(pattern: Pattern, parts: list[Stretch], most: int | None = None) -> int | None:
+    """The least number of layers after which every token has heard of all that it may; None where it never has, or not after `most`."""
     if sum(part.times for part in parts if part.length) > 1:
         # Nothing joins two stretches, but alone each may be done: causal or not, the later one lacks the earlier.
         return None
@@ -76,19 +76,19 @@ def layers_needed(pattern: Pattern, parts: list[Stretch]) -> int | None:
         walk = Walk(part.plan, pattern.causal)
         check_followed(walk)
         for block in walk.columns():
-            layers = _layers_of(walk, block)
+            layers = _layers_of(walk, block, most)
             if layers is None:
                 return None
             needed = max(needed, layers)
     return needed
 
 
-def _layers_of(walk: Walk, block: Span) -> int | None:
+def _layers_of(walk: Walk, block: Span, most: int | None) -> int | None:
     bits, goal = walk.start(block), walk.goal(block)
     layers = 0
     while (goal & ~bits).any():
         before, bits = bits, walk.layer(bits)
-        if np.array_equal(before, bits):
+        if layers == most or np.array_equal(before, bits):
             return None
         layers += 1
     return layers

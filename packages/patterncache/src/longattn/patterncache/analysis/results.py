@@ -20,6 +20,33 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """Which part of the earlier tokens (of all others, where not causal) a token sees, in the mean over pairs. Heads mix between layers.
+
+    What is seen directly is learnt readily; what is only heard of over several layers is rarely learnt (`docs/quality.md`).
+
+    Attributes:
+        depth: layers of the model that was asked about.
+        direct: in one layer, by some head.
+        two_hops, within_depth: heard of after two layers, and after `depth`.
+        never: not heard of after any number of layers; None where that was not followed to the end.
+    """
+
+    depth: int
+    direct: float
+    two_hops: float
+    within_depth: float
+    never: float | None
+
+    def __str__(self) -> str:
+        never = "never: not known" if self.never is None else f"never {self.never:.1%}"
+        return (
+            f"earlier tokens: {self.direct:.1%} seen directly, {self.two_hops:.1%} in two hops, {self.within_depth:.1%} within "
+            f"{self.depth} layers; {never}"
+        )
+
+
+@dataclass(frozen=True)
 class Lint:
     """What a pattern does to `length` tokens in `num_heads` heads.
 
@@ -38,6 +65,7 @@ class Lint:
         flops_forward, flops_backward: 4 and 10 per pair and head dimension: two and five matrix products.
         bytes_moved: q, k, v and out once, and lse in float32: the least that a forward moves.
         plan_bytes: index data of the plan of the stretches that differ; 0 where everything is strided.
+        shares: of earlier tokens that are seen, where `lint` was asked for a depth; else None.
     """
 
     pattern: str
@@ -58,6 +86,7 @@ class Lint:
     flops_backward: int
     bytes_moved: int
     plan_bytes: int
+    shares: Shares | None = None
 
     @property
     def line(self) -> str:
@@ -82,6 +111,7 @@ class Lint:
         lines.append(
             f"  {self.pairs} pairs: {self.flops_forward:.3e} FLOPs forward, {self.flops_backward:.3e} backward"
         )
+        lines += [f"  {self.shares}"] * (self.shares is not None)
         lines.append(f"  {self.bytes_moved} bytes moved at least, {self.plan_bytes} bytes of index data")
         return "\n".join(lines)
 

@@ -25,7 +25,7 @@ from longattn.patterncache.caching.policy import POLICIES, Entry
 from longattn.patterncache.caching.profile import BuildProfile
 from longattn.patterncache.caching.single_flight import Flight, check_no_circle, survive_forks
 from longattn.patterncache.caching.store import Store
-from longattn.patterncache.spans import check_int
+from longattn.patterncache.spans import check_int, shortened
 
 logger = logging.getLogger("longattn.patterncache")
 
@@ -64,7 +64,7 @@ class PatternCache:
         grow_to: int | None = None,
     ) -> None:
         if not isinstance(policy, str) or policy not in POLICIES:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
+            raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {shortened(policy)}")
         self.policy = policy
         self._lock = threading.Lock()
         self._flights: dict[Hashable, Flight] = {}
@@ -80,7 +80,7 @@ class PatternCache:
         limit = None if max_bytes is None else check_int("max_bytes", max_bytes, minimum=0)
         most = None if grow_to is None else check_int("grow_to", grow_to, minimum=size)
         if not isinstance(enable_profiling, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"enable_profiling must be a bool, got {enable_profiling!r}")
+            raise TypeError(f"enable_profiling must be a bool, got {shortened(enable_profiling)}")
         with self._lock:
             # The size that a growing cache starts from, and returns to when it is cleared.
             self._settings = (size, self.policy, limit, enable_profiling, most)
@@ -135,7 +135,9 @@ class PatternCache:
 
     def _ask_locked(self, key: Hashable, build: Callable[[], T]) -> tuple[T, bool]:
         if not callable(build):
-            raise TypeError(f"build must be a function without parameters, got {build!r} ({type(build).__name__})")
+            raise TypeError(
+                f"build must be a function without parameters, got {shortened(build)} ({type(build).__name__})"
+            )
         missed = False
         while True:
             with self._lock:

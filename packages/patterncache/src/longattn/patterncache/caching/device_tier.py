@@ -90,9 +90,9 @@ class DeviceTier:
     def _make_room(self) -> None:
         if self.max_bytes is None:
             return
-        held = list(self._shelves.items())
-        total = sum(nbytes for _, (_, nbytes) in held)
-        for plan, (shelf_of, nbytes) in held:
+        shelves = list(self._shelves.items())
+        total = sum(nbytes for _, (_, nbytes) in shelves)
+        for plan, (shelf_of, nbytes) in shelves:
             if total <= self.max_bytes:
                 return
             shelf = shelf_of(plan)

@@ -8,6 +8,7 @@ from typing import Any
 
 from longattn.patterncache.caching.cache import PatternCache
 from longattn.patterncache.caching.device_tier import DeviceTier
+from longattn.patterncache.spans import shortened
 
 _GLOBAL: PatternCache | None = None
 _TIER = DeviceTier()
@@ -20,14 +21,14 @@ def _number_from_environment(name: str, default: int | None) -> int | None:
     if not text:
         return default
     if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{name} must be an integer >= 0, got {text!r}")
+        raise ValueError(f"{name} must be an integer >= 0, got {shortened(text)}")
     return int(text)
 
 
 def _profiling_from_environment() -> bool:
     text = os.environ.get("PATTERN_CACHE_ENABLE_PROFILING", "").strip() or "0"
     if text.lower() not in _SWITCH:
-        raise ValueError(f"PATTERN_CACHE_ENABLE_PROFILING must be one of {', '.join(_SWITCH)}, got {text!r}")
+        raise ValueError(f"PATTERN_CACHE_ENABLE_PROFILING must be one of {', '.join(_SWITCH)}, got {shortened(text)}")
     return _SWITCH[text.lower()]
 
 

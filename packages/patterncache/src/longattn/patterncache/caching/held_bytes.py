@@ -22,20 +22,20 @@ _WRITTEN_IN_PYTHON = 1 << 9
 
 def held_bytes(value: object) -> int:
     """Bytes of the objects that are reachable from `value` and belong to it, each once; of tensors, those in host memory."""
-    seen: set[int] = set()
+    counted: set[int] = set()
     storages: dict[int, int] = {}
     total, left = 0, [value]
     while left:
         one: Any = left.pop()
         kind: Any = type(one)  # pyright: ignore[reportUnknownVariableType]
         if kind is int or kind is str:
-            if not _is_everywhere(one) and id(one) not in seen:
-                seen.add(id(one))
+            if not _is_everywhere(one) and id(one) not in counted:
+                counted.add(id(one))
                 total += sys.getsizeof(one)
             continue
-        if id(one) in seen or one is None or kind is bool or isinstance(one, _SHARED):
+        if id(one) in counted or one is None or kind is bool or isinstance(one, _SHARED):
             continue
-        seen.add(id(one))
+        counted.add(id(one))
         total += sys.getsizeof(one)
         if isinstance(one, np.ndarray):
             left.append(one.base)

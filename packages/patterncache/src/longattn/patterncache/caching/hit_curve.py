@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from longattn.patterncache.spans import shortened
+
 
 @dataclass(frozen=True)
 class HitCurve:
@@ -41,7 +43,7 @@ class HitCurve:
             TypeError, ValueError: gain is not a number from 0 to 1.
         """
         if isinstance(gain, bool) or not isinstance(gain, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"gain must be a number from 0 to 1, got {gain!r}")
+            raise TypeError(f"gain must be a number from 0 to 1, got {shortened(gain)}")
         if not 0 <= gain <= 1:
             raise ValueError(f"gain must be a number from 0 to 1, got {gain}")
         enough = self.hits[-1] - gain * self.asked

@@ -1,4 +1,4 @@
-"""Which entry leaves: `LRU` and `S3FIFO`, and `Ghosts`, the keys that left.
+"""Which entry leaves: `LRU` and `S3FIFO`.
 
 A hit takes no lock and calls no policy: it writes two numbers into the `Entry`, and the policy reads them when room is needed. A
 policy's methods are called under the cache's lock.
@@ -7,16 +7,14 @@ policy's methods are called under the cache's lock.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Hashable, Iterator
 from typing import Any, Protocol
 
+from longattn.patterncache.caching.ghosts import Ghosts
+
 MOST_TURNS = 3
 """S3-FIFO goes round again once for each hit, up to this: two bits, as in the paper."""
-
-REMEMBERED = 10
-"""Evicted keys that are remembered, over the entries that there is room for."""
 
 AGEING = 300
 """Insertions, over the entries that there is room for, after which frequencies are halved."""
@@ -39,61 +37,6 @@ class Entry:
         self.counted = 0
         # How often it was asked for before it came in, as far as is remembered; less what has aged since.
         self.before = 0
-
-
-class Ghosts:
-    """The keys that were evicted last, newest last, as hashes: two keys of one hash pass for one, which costs a wrong guess at most.
-
-    Attributes:
-        returns: how many keys came back, by their place counted from the newest (1 is the newest).
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.returns: Counter[int] = Counter()
-        self._kept: dict[int, tuple[int, int]] = {}
-        self._order: list[int] = []
-        self._next = 0
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def add(self, key: Hashable, frequency: int = 1) -> None:
-        """`key`, asked for so often, has just been evicted."""
-        mark = hash(key)
-        if mark in self._kept:
-            self._forget(mark)
-        self._kept[mark] = (self._next, frequency)
-        self._order.append(self._next)
-        self._next += 1
-        if len(self._order) > self.capacity:
-            self._forget(next(iter(self._kept)))
-
-    def recall(self, key: Hashable) -> int:
-        """How often `key` was asked for, 0 where that is not remembered. It is forgotten by this, and its place is noted."""
-        mark = hash(key)
-        if mark not in self._kept:
-            return 0
-        frequency = self._kept[mark][1]
-        self.returns[len(self._order) - self._forget(mark)] += 1
-        return max(1, frequency)
-
-    def resize(self, capacity: int) -> None:
-        """Remember so many from now on; what came back so far is not counted any more."""
-        self.capacity = capacity
-        self.returns = Counter()
-        while len(self._order) > capacity:
-            self._forget(next(iter(self._kept)))
-
-    def halve(self) -> None:
-        """Frequencies are half of what they were."""
-        self._kept = {mark: (serial, frequency // 2) for mark, (serial, frequency) in self._kept.items()}
-
-    def _forget(self, mark: int) -> int:
-        # Serials only grow, so `_order` is sorted, and a dict keeps the same order as long as nothing is written over.
-        index = bisect_left(self._order, self._kept.pop(mark)[0])
-        del self._order[index]
-        return index
 
 
 class Policy(Protocol):
@@ -134,7 +77,7 @@ class LRU:
     """
 
     def __init__(self, max_size: int, max_bytes: int | None) -> None:
-        self.ghosts = Ghosts(REMEMBERED * max_size)
+        self.ghosts = Ghosts(max_size)
         self._heap: list[tuple[int, int, Entry]] = []
         self._serial = 0
 
@@ -164,7 +107,7 @@ class LRU:
 
     def resize(self, max_size: int) -> None:
         """Only what is remembered changes."""
-        self.ghosts.resize(REMEMBERED * max_size)
+        self.ghosts.resize(max_size)
 
     def __iter__(self) -> Iterator[Entry]:
         return (entry for _, _, entry in self._heap)
@@ -182,7 +125,7 @@ class S3FIFO:
     """
 
     def __init__(self, max_size: int, max_bytes: int | None) -> None:
-        self.ghosts = Ghosts(REMEMBERED * max_size)
+        self.ghosts = Ghosts(max_size)
         self._small: deque[Entry] = deque()
         self._main: deque[Entry] = deque()
         self._small_bytes = self._main_bytes = self._inserted = 0
@@ -198,7 +141,7 @@ class S3FIFO:
     def resize(self, max_size: int) -> None:
         """The small queue stays a fiftieth of the room."""
         self._set_size(max_size)
-        self.ghosts.resize(REMEMBERED * max_size)
+        self.ghosts.resize(max_size)
 
     def recount(self) -> None:
         """Bytes of entries have changed."""
@@ -219,8 +162,8 @@ class S3FIFO:
         if self._inserted >= AGEING * self._max_size:
             self._inserted = 0
             self.ghosts.halve()
-            for kept in self:
-                kept.before -= (_frequency(kept) + 1) // 2
+            for other in self:
+                other.before -= (_frequency(other) + 1) // 2
 
     def evict(self) -> Entry:
         """The oldest that was not asked for again."""

@@ -26,15 +26,15 @@ class BuildProfile:
             del self._rows[next(iter(self._rows))]
 
     def note_hits(self, entry: Entry) -> None:
-        """`entry` leaves; its hits are kept here."""
+        """`entry` leaves; its hits stay in the profile."""
         row = self._rows.get(str(entry.key))
         if row is not None:
             row[0] += entry.hits
 
-    def as_dict(self, kept: Iterable[Entry]) -> dict[str, dict[str, float]]:
-        """{str(key): {count, bytes, time}}; hits of the entries that are `kept` are in the count."""
+    def as_dict(self, entries: Iterable[Entry]) -> dict[str, dict[str, float]]:
+        """{str(key): {count, bytes, time}}; hits of entries that are still in the cache are in the count."""
         rows = {key: {"count": row[0], "bytes": row[1], "time": row[2]} for key, row in self._rows.items()}
-        for entry in kept:
+        for entry in entries:
             row = rows.get(str(entry.key))
             if row is not None:
                 row["count"] += entry.hits

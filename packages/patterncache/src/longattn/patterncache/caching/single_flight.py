@@ -41,13 +41,13 @@ def check_no_circle(flight: Flight, waiting: dict[int, Flight]) -> None:
     Raises:
         RuntimeError: the wait would never end.
     """
-    asked: Flight | None = flight
-    while asked is not None and not asked.done.is_set():
-        if asked.owner == threading.get_ident():
+    other: Flight | None = flight
+    while other is not None and not other.done.is_set():
+        if other.owner == threading.get_ident():
             raise RuntimeError(
                 f"the build of {flight.key!r} needs its own value: it, or a build it asks for, asks for that key"
             )
-        asked = waiting.get(asked.owner)
+        other = waiting.get(other.owner)
 
 
 class Forkable(Protocol):

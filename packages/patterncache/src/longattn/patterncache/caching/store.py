@@ -34,10 +34,10 @@ class Store:
         self._order = POLICIES[policy](max_size, max_bytes)
         self._exact = policy == "lru" and max_bytes is None
         # Of the hit curve: what had been when the size last changed, and the evictions up to which it has been looked at.
-        self._hits_before = self._asked_before = self._looked_at = 0
+        self._hits_before = self._requests_before = self._looked_at = 0
 
-    def take(self, entry: Entry, hits: int, asked: int) -> list[Entry]:
-        """Let an entry in, where there is room for it at all, and return those that left. `hits` and `asked` are the cache's so far."""
+    def take(self, entry: Entry, hits: int, requests: int) -> list[Entry]:
+        """Let an entry in, where there is room for it at all, and return those that left. `hits` and `requests` are the cache's so far."""
         if not self.max_size or (self.max_bytes is not None and entry.nbytes > self.max_bytes):
             return []
         evicted = self.measure() if self.max_bytes is not None else []
@@ -45,7 +45,9 @@ class Store:
         if self._is_due():
             self._looked_at = self.evictions
             self._set_size(
-                max(self.max_size, min(self.grow_to or 0, self.curve(hits, asked).least_within(GAIN))), hits, asked
+                max(self.max_size, min(self.grow_to or 0, self.curve(hits, requests).least_within(GAIN))),
+                hits,
+                requests,
             )
         while not self._fits(entry.nbytes):
             evicted.append(self._evict())
@@ -79,19 +81,19 @@ class Store:
             evicted.append(self._evict())
         return evicted
 
-    def resize(self, max_size: int, hits: int, asked: int) -> list[Entry]:
+    def resize(self, max_size: int, hits: int, requests: int) -> list[Entry]:
         """Hold so many from now on, and return those that left."""
         evicted: list[Entry] = []
         while len(self.entries) > max_size:
             evicted.append(self._evict())
-        self._set_size(max_size, hits, asked)
+        self._set_size(max_size, hits, requests)
         return evicted
 
-    def _set_size(self, max_size: int, hits: int, asked: int) -> None:
+    def _set_size(self, max_size: int, hits: int, requests: int) -> None:
         if max_size != self.max_size:
             self.max_size, self._exact = max_size, False
             self._order.resize(max_size)
-            self._hits_before, self._asked_before, self._looked_at = hits, asked, self.evictions
+            self._hits_before, self._requests_before, self._looked_at = hits, requests, self.evictions
 
     def _is_due(self) -> bool:
         """Whether it is time to look at the hit curve: earlier it has seen too little."""
@@ -111,10 +113,10 @@ class Store:
         self.evictions += 1
         return entry
 
-    def curve(self, hits: int, asked: int) -> HitCurve:
-        """The hit curve since the size last changed; `hits` and `asked` are the cache's since it was made."""
+    def curve(self, hits: int, requests: int) -> HitCurve:
+        """The hit curve since the size last changed; `hits` and `requests` are the cache's since it was made."""
         ghosts = self._order.ghosts
-        since = hits - self._hits_before, asked - self._asked_before
+        since = hits - self._hits_before, requests - self._requests_before
         return HitCurve.of_returns(self.max_size, ghosts.capacity, *since, ghosts.returns, self._exact)
 
     @property
@@ -124,11 +126,11 @@ class Store:
 
     def check_valid(self) -> None:
         """Assert the invariants: bounded; bytes equal a recount; no entry is lost."""
-        kept = self.entries.values()
-        assert len(kept) <= self.max_size
-        assert self.nbytes == sum(entry.nbytes for entry in kept)
-        assert self._wide_bytes == sum(wide_size_of(entry.value) for entry in kept)
+        entries = self.entries.values()
+        assert len(entries) <= self.max_size
+        assert self.nbytes == sum(entry.nbytes for entry in entries)
+        assert self._wide_bytes == sum(wide_size_of(entry.value) for entry in entries)
         assert self.max_bytes is None or self.nbytes <= self.max_bytes
         assert self.inserted == self.evictions + len(self.entries)
-        assert sorted(map(id, self._order)) == sorted(map(id, kept))
+        assert sorted(map(id, self._order)) == sorted(map(id, entries))
         assert len(self._order.ghosts) <= self._order.ghosts.capacity

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from longattn.patterncache.caching.cache import FREE_THREADED, PatternCache
 from longattn.patterncache.caching.global_cache import get_global_pattern_cache
+from longattn.patterncache.spans import shortened
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ class CacheView:
 
     def __init__(self, upstream: PatternCache | None = None) -> None:
         if upstream is not None and not isinstance(upstream, PatternCache):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"upstream must be a PatternCache or None, got {upstream!r}")
+            raise TypeError(f"upstream must be a PatternCache or None, got {shortened(upstream)}")
         self._upstream = get_global_pattern_cache() if upstream is None else upstream
         self._hits = self._misses = 0
         self._lock = threading.Lock()
@@ -64,8 +65,12 @@ class CacheView:
     def get_stats(self) -> dict[str, Any]:
         """The cache's statistics, with `hits`, `misses` and `hit_rate` of this view."""
         hits, misses = self._hits, self._misses
-        asked = hits + misses
-        return self._upstream.get_stats() | {"hits": hits, "misses": misses, "hit_rate": hits / asked if asked else 0.0}
+        requests = hits + misses
+        return self._upstream.get_stats() | {
+            "hits": hits,
+            "misses": misses,
+            "hit_rate": hits / requests if requests else 0.0,
+        }
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CacheView, (() if self._upstream is get_global_pattern_cache() else (self._upstream,))

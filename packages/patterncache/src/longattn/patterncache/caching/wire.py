@@ -67,9 +67,9 @@ def plan_from_bytes(data: bytes) -> Plan:
         for its_heads, q_head, k_head, q_at, k_at, band in head["branches"]:
             q, rest = _read_index(q_head, rest)
             k, rest = _read_index(k_head, rest)
-            seen = None if band is None else Band(*(None if bound is None else _integer(bound) for bound in band))
+            its_band = None if band is None else Band(*(None if bound is None else _integer(bound) for bound in band))
             (group,) = _read_spans(its_heads)
-            branch = Branch(group, q, k, (int(q_at[0]), int(q_at[1])), (int(k_at[0]), int(k_at[1])), seen)
+            branch = Branch(group, q, k, (int(q_at[0]), int(q_at[1])), (int(k_at[0]), int(k_at[1])), its_band)
             _check_branch(branch, rectangle)
             branches.append(branch)
         if len(rest):

@@ -19,8 +19,8 @@ from longattn.patterncache.interop.csr import as_device, head_classes
 from longattn.patterncache.interop.pair_counts import pair_counts
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.plan import Branch, Plan
-from longattn.patterncache.planning.block_runs import cut_runs
-from longattn.patterncache.spans import Rows, check_int
+from longattn.patterncache.planning.block_runs import covered_and_missed, cut_runs
+from longattn.patterncache.spans import check_int
 
 Shown = npt.NDArray[np.bool_]
 
@@ -120,30 +120,12 @@ def _blocks(branches: list[Branch], length: int, size: int) -> tuple[Shown, Show
             if branch.band is not None:
                 nearest = q_ends[0][a][:, None] - k_ends[1][b][None]
                 farthest = q_ends[1][a][:, None] - k_ends[0][b][None]
-                full &= _within(branch, nearest, farthest)
-                shown = _meets(branch, nearest, farthest)
+                covered, missed = covered_and_missed(branch.band, nearest, farthest)
+                full, shown = full & covered, ~missed
             # Two runs of a tile may lie in one block.
             np.logical_or.at(some, at, shown)
             np.logical_or.at(whole, at, full)
     return some, whole
-
-
-def _within(branch: Branch, nearest: Rows, farthest: Rows) -> Shown:
-    """Where a band shows every distance from nearest to farthest."""
-    assert branch.band is not None
-    return branch.band.sees(nearest) & branch.band.sees(farthest)
-
-
-def _meets(branch: Branch, nearest: Rows, farthest: Rows) -> Shown:
-    """Where a band shows some distance from nearest to farthest, if distances were dense."""
-    band = branch.band
-    assert band is not None
-    shown = np.ones(nearest.shape, bool)
-    if band.low is not None:
-        shown &= farthest >= band.low
-    if band.high is not None:
-        shown &= nearest <= band.high
-    return shown
 
 
 def _ordered(shown: Shown, device: Any) -> tuple[Any, Any]:

@@ -1,25 +1,23 @@
-"""Patterns of models and libraries, from their configurations: exactly what they show, or a refusal. Nothing of theirs is imported.
+"""Patterns of transformers' models, from their configurations: exactly what they show, or a refusal. Transformers is not imported.
 
-Configurations are read by attribute, as transformers 5 and NATTEN 0.21 define them. What a configuration does not decide (padding,
+Configurations are read by attribute, as transformers 5 defines them. What a configuration does not decide (padding,
 packing, images that see themselves) is not in the pattern.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from longattn.patterncache.interop.masks import from_mask_mod
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.patterns.combined import Sum
 from longattn.patterncache.patterns.dilated import Dilated
 from longattn.patterncache.patterns.window import Full, Window
-from longattn.patterncache.spans import Rows, check_flag, check_int, shortened
+from longattn.patterncache.spans import check_int, shortened
 
 _ENCODERS = {
     "albert", "bert", "camembert", "distilbert", "electra", "embedding_gemma2_text", "modernbert", "roberta", "ultrabert", "xlm-roberta",
@@ -87,7 +85,7 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
                 )
     known = _ENCODERS | _DENSE_DECODERS | _SLIDING_DECODERS | _LAYERED_DECODERS
     if kind not in known:
-        raise ValueError(f"config must have a model_type of {', '.join(sorted(known))}; got {kind!r}")
+        raise ValueError(f"config must have a model_type of {', '.join(sorted(known))}; got {shortened(kind)}")
     named = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     _refuse_structure(config, kind, bool(named))
     layers = len(named) if named else check_int("num_hidden_layers", getattr(config, "num_hidden_layers", 1), minimum=0)
@@ -99,7 +97,7 @@ def from_hf(config: Any, layer: int = 0) -> Pattern:
     if named:
         return _of_kind(config, named[layer], causal)
     if kind in _LAYERED_DECODERS:
-        raise ValueError(f"config must have layer_types where model_type is {kind!r}, got {named!r}")
+        raise ValueError(f"config must have layer_types where model_type is {kind!r}, got {shortened(named)}")
     if kind in _SLIDING_DECODERS:
         first = getattr(config, "max_window_layers", 0) if kind in ("qwen2", "qwen2_moe", "qwen3") else 0
         slides = getattr(config, "use_sliding_window", True) and layer >= first
@@ -125,7 +123,7 @@ def _refuse_structure(config: Any, kind: str, named: bool) -> None:
             and value != {}
         ):
             raise ValueError(
-                f"config must not have {name} where model_type is {kind!r}: it may say who sees whom, and is not known here, got {value!r}"
+                f"config must not have {name} where model_type is {kind!r}: it may say who sees whom, and is not known here, got {shortened(value)}"
             )
 
 
@@ -139,7 +137,7 @@ def _of_kind(config: Any, kind: object, causal: bool) -> Pattern:
         "chunked_attention": "attention_chunk_size",
     }
     if kind not in attribute:
-        raise ValueError(f"layer_types must be full_attention, {', '.join(attribute)} or global, got {kind!r}")
+        raise ValueError(f"layer_types must be full_attention, {', '.join(attribute)} or global, got {shortened(kind)}")
     size = check_int(attribute[str(kind)], getattr(config, attribute[str(kind)], None), minimum=1)
     if kind == "chunked_attention":
         if not causal:
@@ -166,7 +164,7 @@ def from_bigbird(config: Any, N: int, rand_attn: npt.ArrayLike | None = None) ->
     """
     kind = getattr(config, "attention_type", None)
     if kind not in ("block_sparse", "original_full"):
-        raise TypeError(f"config must have an attention_type of block_sparse or original_full, got {kind!r}")
+        raise TypeError(f"config must have an attention_type of block_sparse or original_full, got {shortened(kind)}")
     if getattr(config, "is_decoder", False) and kind == "block_sparse":
         raise ValueError(
             "config.is_decoder must be False with block_sparse, which transformers computes without causality, got True"
@@ -195,96 +193,3 @@ def from_bigbird(config: Any, N: int, rand_attn: npt.ArrayLike | None = None) ->
     np.add.at(counts, (row, rand) if head is None else (head, row, rand), 1)
     layers = tuple(BlockSparse(size, counts >= times) for times in range(1, int(counts.max()) + 1))
     return layers[0] if len(layers) == 1 else Sum(layers)
-
-
-def from_natten(
-    shape: int | Sequence[int],
-    kernel_size: int | Sequence[int],
-    *,
-    stride: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
-    is_causal: bool | Sequence[bool] = False,
-) -> Pattern:
-    """NATTEN's neighborhood attention over a token layout of one to three axes, tokens in row-major order.
-
-    On an axis without causality a query sees `kernel_size` keys of its residue modulo the dilation, with itself in the middle where there
-    is room; at the borders the neighborhood is moved inside. A causal axis shows the last `kernel_size`, fewer at the border. With a
-    stride s, queries of s neighbours see what one of them would.
-
-    Args:
-        shape: tokens of each axis.
-        kernel_size, stride, dilation, is_causal: as NATTEN's na1d, na2d and na3d take them: one for all axes, or one for each.
-
-    Raises:
-        TypeError, ValueError: not such values, kernel_size times dilation above an axis, stride above kernel_size, or more than 2 ** 28
-            pairs (a causal axis alone, with neither stride nor dilation, is a `Window` and may be of any length).
-    """
-    given = (shape,) if isinstance(shape, (int, np.integer)) else _sequence("shape", shape)
-    sizes = tuple(check_int("shape", s, minimum=1) for s in given)
-    if not 1 <= len(sizes) <= 3:
-        raise ValueError(f"shape must have one to three axes, got {sizes}")
-    kernels, strides, dilations = (
-        tuple(check_int(name, entry, minimum=1) for entry in _of_axes(name, value, len(sizes)))
-        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
-    )
-    causals = tuple(check_flag("is_causal", entry) for entry in _of_axes("is_causal", is_causal, len(sizes)))
-    for size, kernel, step, apart in zip(sizes, kernels, strides, dilations, strict=True):
-        if kernel * apart > size or step > kernel:
-            raise ValueError(
-                f"kernel_size must be at least its stride, and at most the axis over the dilation; got kernel_size={kernel}, "
-                f"stride={step}, dilation={apart} on {size} tokens"
-            )
-    if len(sizes) == 1 and causals[0] and strides == dilations == (1,):
-        return Window(kernels[0])
-
-    def shown(b: Any, h: Any, q: Any, k: Any) -> Any:
-        axes = zip(
-            _coordinates(q, sizes),
-            _coordinates(k, sizes),
-            sizes,
-            kernels,
-            strides,
-            dilations,
-            causals,
-            strict=True,
-        )
-        seen = np.ones(np.broadcast_shapes(q.shape, k.shape), bool)
-        for axis in axes:
-            seen &= _neighbours(*axis)
-        return seen
-
-    return from_mask_mod(shown, int(np.prod(sizes)))
-
-
-def _coordinates(tokens: Rows, sizes: tuple[int, ...]) -> tuple[Any, ...]:
-    """Where tokens stand on each axis, in row-major order."""
-    return np.unravel_index(tokens, sizes)
-
-
-def _neighbours(q: Any, k: Any, size: int, kernel: int, stride: int, dilation: int, causal: bool) -> Any:
-    """Whether q sees k on one axis."""
-    residue = q % dilation
-    members = (size - 1 - residue) // dilation + 1
-    at, other = q // dilation, k // dilation
-    group = at // stride * stride
-    if causal:
-        leader = np.minimum(group + stride - 1, members - 1)
-        near = (other <= at) & (leader - other < kernel)
-    else:
-        begin = np.clip(np.minimum(group + stride // 2, members - 1) - kernel // 2, 0, members - kernel)
-        near = (other >= begin) & (other < begin + kernel)
-    return near & (k % dilation == residue)
-
-
-def _sequence(name: str, value: Any) -> Sequence[Any]:
-    if not isinstance(value, (tuple, list)):
-        raise TypeError(f"{name} must be one value or a tuple of one for each axis, got {shortened(value)}")
-    return cast("Sequence[Any]", value)
-
-
-def _of_axes(name: str, value: Any, axes: int) -> tuple[Any, ...]:
-    single = isinstance(cast("object", value), (bool, int, np.integer, np.bool_))
-    values: tuple[Any, ...] = (value,) * axes if single else tuple(_sequence(name, value))
-    if len(values) != axes:
-        raise ValueError(f"{name} must be one value, or one for each of {axes} axes, got {value!r}")
-    return values

@@ -108,11 +108,11 @@ def _tabled(branches: Sequence[Branch], plan: Plan, device: Any) -> Count:
     for branch in branches:
         q, k = _units(branch.q, q_unit), _units(branch.k, k_unit)
         np.add.at(table, (q[:, :, None], k[:, None, :]), 1)
-    kept, one = torch.from_numpy(table).to(device), branches[0]
+    cells, one = torch.from_numpy(table).to(device), branches[0]
 
     def count(h: Any, q: Any, k: Any) -> Any:
         shown = _inside(h, one.heads) & _seen(one.band, one, q, k)
-        return kept[q // q_unit, k // k_unit].to(q.dtype) * shown
+        return cells[q // q_unit, k // k_unit].to(q.dtype) * shown
 
     return count
 

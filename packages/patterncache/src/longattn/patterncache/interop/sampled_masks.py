@@ -38,11 +38,11 @@ def agrees(sees: Sees, pattern: Pattern, heads: int, batch: int, length: int, bo
     for first in range(0, length, _ROWS):
         q = np.arange(first, min(first + _ROWS, length), dtype=np.int64)[:, None]
         near = q + np.arange(-_NEAR, _NEAR + 1, dtype=np.int64)
-        asked = [near, np.broadcast_to(ends, (len(q), 2 * _NEAR)), random.integers(0, length, (len(q), SAMPLES))]
-        asked += [border[q] + by for border in borders for by in (-1, 0, 1)]
-        keys = np.clip(np.concatenate(asked, 1), 0, length - 1)
-        expected = pattern.count(h, q[None], keys[None], heads) > 0
-        if any((sees(entry, h, q[None], keys[None]) != expected).any() for entry in range(batch)):
+        keys = [near, np.broadcast_to(ends, (len(q), 2 * _NEAR)), random.integers(0, length, (len(q), SAMPLES))]
+        keys += [border[q] + by for border in borders for by in (-1, 0, 1)]
+        k = np.clip(np.concatenate(keys, 1), 0, length - 1)
+        expected = pattern.count(h, q[None], k[None], heads) > 0
+        if any((sees(entry, h, q[None], k[None]) != expected).any() for entry in range(batch)):
             return False
     return True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.plan import Branch, Counts
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
+from longattn.patterncache.spans import MOST, Rectangle, Rows, Span, check_int, shortened
 
 LAYOUTS = ("dilated_sparse", "local_window", "bigbird")
 
@@ -39,7 +38,7 @@ class BlockLayout(Pattern, name="block_layout"):
         ratio: in (0, 1]. Default 0.1.
         window: positions to each side, >= 0. Default 512.
         num_global: positions from 0 that see all and are seen by all, rounded up to blocks, >= 0. Default 64.
-        seed: of the draw, >= 0. Default 0.
+        seed: of the draw, from 0 to 2 ** 64 - 1. Default 0.
         causal: hide j > i, on positions. Default False.
 
     Raises:
@@ -56,11 +55,14 @@ class BlockLayout(Pattern, name="block_layout"):
 
     def __post_init__(self) -> None:
         if not isinstance(self.layout, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"layout must be one of {LAYOUTS}, got {self.layout!r} ({type(self.layout).__name__})")
+            raise TypeError(
+                f"layout must be one of {LAYOUTS}, got {shortened(self.layout)} ({type(self.layout).__name__})"
+            )
         if self.layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {LAYOUTS}, got {self.layout!r}")
+            raise ValueError(f"layout must be one of {LAYOUTS}, got {shortened(self.layout)}")
         for name, least in (("block_size", 1), ("window", 0), ("num_global", 0), ("seed", 0)):
-            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=least))
+            most = 2**64 - 1 if name == "seed" else MOST
+            object.__setattr__(self, name, check_int(name, getattr(self, name), minimum=least, maximum=most))
         object.__setattr__(self, "ratio", _check_ratio(self.ratio))
         check_causal(self.causal)
 
@@ -145,7 +147,7 @@ def _blocks(spans: tuple[Span, ...], block_size: int) -> int:
 
 def _draw(a: Rows, b: Rows, seed: int) -> npt.NDArray[np.float64]:
     """A number in [0, 1) for every (seed, a, b), always the same: splitmix64's finaliser, wrapping."""
-    word = np.array(seed % 2**64, dtype=np.uint64)
+    word = np.array(seed, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for part in (a, b):
             word = word + part.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
@@ -157,9 +159,11 @@ def _draw(a: Rows, b: Rows, seed: int) -> npt.NDArray[np.float64]:
 
 def _check_ratio(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"ratio must be a number in (0, 1], got {value!r} ({type(value).__name__})")
+        raise TypeError(f"ratio must be a number in (0, 1], got {shortened(value)} ({type(value).__name__})")
     # A constant also where torch.compile traces a symbolic number: see `spec_text`.
     ratio = float.fromhex(value.hex()) if isinstance(value, float) else float(value)
-    if not 0 < ratio <= 1 or not math.isfinite(1 / ratio):
+    if not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
+    if 1 / ratio > MOST:
+        raise ValueError(f"ratio must be at least 1 / {MOST}, got {ratio}")
     return ratio

@@ -6,7 +6,7 @@ import zlib
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -14,25 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from longattn.patterncache.indices import Listed
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.patterns.window import whole_branches
 from longattn.patterncache.plan import Band, Branch, Counts
-from longattn.patterncache.planning.block_runs import Runs, cut_runs, made_of_runs, regroup
-from longattn.patterncache.planning.limits import CUT_AGAIN, add_pairs
-from longattn.patterncache.planning.listing import listed_part
+from longattn.patterncache.planning.mask_cuts import Mask, cut_by_mask
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
 if TYPE_CHECKING:
     from longattn.patterncache.patterns.scored_blocks import ScoredBlocks
 
-Mask = npt.NDArray[np.bool_]
-
 MOST_CELLS = 1 << 28
 """Cells of a mask that is read from text: a quarter of a gigabyte of booleans."""
-
-_GATHERED_CELLS = 1 << 18
-"""Mask cells of small tiles that are looked up in one go."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,22 +160,15 @@ class BlockSparse(Pattern, name="block_sparse"):
         if self.causal:
             yield from self._cut(branch, rectangle, Band(None, -1), shown=True)
 
-    def _cut(self, branch: Branch, rectangle: Rectangle, seen: Band, *, shown: bool) -> Iterator[Branch]:
+    def _cut(self, branch: Branch, rectangle: Rectangle, visible: Band, *, shown: bool) -> Iterator[Branch]:
         """`branch` within a band in the blocks that the mask shows, or in those that it hides."""
-        band = seen if branch.band is None else branch.band & seen
+        band = visible if branch.band is None else branch.band & visible
         band = None if band == Band() else band
         if not (branch.q.tiles and branch.q.count and branch.k.count):
             return
         for heads, mask in self._head_masks(branch.heads, rectangle):
             mask = mask if shown else ~mask
-            part = Branch(heads, branch.q, branch.k, branch.q_at, branch.k_at, band)
-            if made_of_runs(part, band):
-                q, q_block = cut_runs(part.q, part.q_at, self.block_size)
-                k, k_block = cut_runs(part.k, part.k_at, self.block_size)
-                cost = CUT_AGAIN if isinstance(part.k, Listed) else 1
-                yield from regroup(part, q, k, _allowed_pairs(mask, (q, q_block), (k, k_block), cost), band)
-            else:
-                yield from listed_part(part, _Lookup(mask, self.block_size))
+            yield from cut_by_mask(replace(branch, heads=heads, band=band), mask, self.block_size)
 
     def _head_masks(self, heads: Span, rectangle: Rectangle) -> Iterator[tuple[Span, Mask]]:
         """(rows of the head axis, their mask), heads of equal masks together where they are evenly spaced."""
@@ -248,59 +233,8 @@ class BlockSparse(Pattern, name="block_sparse"):
         return BlockSparse.from_spec, (self.to_spec(),)
 
     def __repr__(self) -> str:
-        seen = f"{int(self.mask.sum())} of {self.mask.size} True"
-        return f"BlockSparse(block_size={self.block_size}, mask=<{self.mask.shape}, {seen}>, causal={self.causal})"
-
-
-@dataclass(frozen=True)
-class _Lookup:
-    """Whether a mask shows pairs of positions."""
-
-    mask: Mask
-    block_size: int
-
-    def __call__(self, i: Rows, j: Rows) -> Mask:
-        return self.mask[i // self.block_size, j // self.block_size]
-
-
-def _allowed_pairs(mask: Mask, q_side: tuple[Runs, Rows], k_side: tuple[Runs, Rows], cost: int) -> tuple[Rows, Rows]:
-    """(query runs, key runs) of one tile each whose blocks the mask lets see; the pairs of a query run stand together.
-
-    Each pair counts as `cost` pairs of rows towards the limit of a plan.
-    """
-    (q, q_block), (k, k_block) = q_side, k_side
-    tiles = np.arange(int(q.tile[-1]) + 2)
-    q_begin, k_begin = np.searchsorted(q.tile, tiles), np.searchsorted(k.tile, tiles)
-    shapes = np.stack([np.diff(q_begin), np.diff(k_begin)], 1)
-    add_pairs(cost * int(shapes.prod(axis=1).sum()))
-    allowed: list[tuple[Rows, Rows]] = []
-    for nq, nk in np.unique(shapes, axis=0).tolist():
-        alike = np.flatnonzero((shapes == (nq, nk)).all(axis=1))
-        at_once = max(1, _GATHERED_CELLS // (nq * nk))
-        for first in range(0, len(alike), at_once):
-            some = alike[first : first + at_once]
-            q_of = _ranges(q_begin[some], nq)
-            k_of = _ranges(k_begin[some], nk)
-            shown = _gather(mask, q_block[q_of], k_block[k_of])
-            flat = np.flatnonzero(shown)
-            rows = np.arange(len(some) * nq + 1, dtype=np.int64)
-            row = np.repeat(rows[:-1], np.diff(np.searchsorted(flat, rows * nk)))  # pyright: ignore[reportUnknownArgumentType]
-            allowed.append((q_of.ravel()[row], k_of[row // nq, flat - row * nk]))
-    return np.concatenate([a for a, _ in allowed]), np.concatenate([b for _, b in allowed])
-
-
-def _ranges(begin: Rows, count: int) -> Rows:
-    """(ranges, count) int64: `count` numbers from each beginning on."""
-    return begin[:, None] + np.arange(count, dtype=np.int64)
-
-
-def _gather(mask: Mask, a: Rows, b: Rows) -> Mask:
-    """mask[a, b] for blocks a (tiles, queries) and b (tiles, keys), as (tiles, queries, keys)."""
-    if len(a) == 1:
-        (a0, a1), (b0, b1) = ((int(x[0, 0]), int(x[0, -1]) + 1) for x in (a, b))
-        if (np.diff(a) == 1).all() and (np.diff(b) == 1).all():
-            return mask[a0:a1, b0:b1][None]
-    return mask[a[:, :, None], b[:, None, :]]
+        true = f"{int(self.mask.sum())} of {self.mask.size} True"
+        return f"BlockSparse(block_size={self.block_size}, mask=<{self.mask.shape}, {true}>, causal={self.causal})"
 
 
 def _check_mask(value: Any) -> Mask:

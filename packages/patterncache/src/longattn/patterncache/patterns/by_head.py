@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from longattn.patterncache.analysis.results import Gap
-from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
+from longattn.patterncache.canonical import build_pattern
+from longattn.patterncache.pattern import Pattern, check_pattern_type
 from longattn.patterncache.plan import Branch, Counts
-from longattn.patterncache.spans import Rectangle, Rows, Span, congruent_indices, shortened
-
-MOST_HEADS = 1 << 20
-"""Heads that a module may have: each is looked at."""
+from longattn.patterncache.spans import MOST_HEADS, Rectangle, Rows, Span, congruent_indices, shortened
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,14 @@ class ByHead(Pattern, name="by_head"):
 
     def __post_init__(self) -> None:
         if not isinstance(self.parts, (tuple, list)) or not self.parts:
-            raise TypeError(f"parts must be a sequence of at least one (heads, pattern), got {self.parts!r}")
+            raise TypeError(f"parts must be a sequence of at least one (heads, pattern), got {shortened(self.parts)}")
         taken: set[int] = set()
         for at, part in enumerate(self.parts):
             if not isinstance(part, (tuple, list)) or len(part) != 2:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]
                 raise TypeError(f"parts[{at}] must be (heads, pattern), got {shortened(part)}")
             heads, pattern = part
             if not isinstance(heads, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"parts[{at}][0] must be a Span of heads, got {heads!r}")
+                raise TypeError(f"parts[{at}][0] must be a Span of heads, got {shortened(heads)}")
             if heads.length and heads.last >= MOST_HEADS:
                 raise ValueError(f"parts[{at}][0] must lie below {MOST_HEADS} heads, got {heads}")
             check_pattern_type(f"parts[{at}][1]", pattern)
@@ -51,8 +49,8 @@ class ByHead(Pattern, name="by_head"):
                 )
             taken.update(heads.positions().tolist())
         # Groups have no order; an empty one says nothing.
-        kept = sorted((part for part in self.parts if part[0].length), key=lambda part: part[0].start)
-        object.__setattr__(self, "parts", tuple(kept) or tuple(self.parts[:1]))
+        groups = sorted((part for part in self.parts if part[0].length), key=lambda part: part[0].start)
+        object.__setattr__(self, "parts", tuple(groups) or tuple(self.parts[:1]))
 
     @property
     def causal(self) -> bool:  # type: ignore[override]

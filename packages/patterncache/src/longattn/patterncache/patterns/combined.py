@@ -1,4 +1,4 @@
-"""Patterns made of patterns: `Restrict`, and what `a | b`, `a & b` and `a + b` mean.
+"""Patterns made of patterns: what `a | b`, `a & b` and `a + b` mean.
 
 `Union` counts the largest of its parts, `Intersection` the smallest, `Sum` all of them. Parts are kept in the order of their
 canonical strings, so that equal combinations written differently are equal and share a plan.
@@ -9,104 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import combinations
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from longattn.patterncache.analysis.results import Gap
-from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
-from longattn.patterncache.patterns.joining import joined, joint_period, outside, through
+from longattn.patterncache.canonical import build_pattern
+from longattn.patterncache.pattern import Pattern, check_pattern_type
+from longattn.patterncache.patterns.parts import (
+    crosses,
+    joined,
+    joint_period,
+    level_branches,
+    through,
+    through_level,
+    union_with_bands,
+)
 from longattn.patterncache.plan import Branch, Counts
-from longattn.patterncache.spans import Rectangle, Rows
-
-
-@dataclass(frozen=True)
-class Restrict(Pattern, name="restrict"):
-    """counts of `a` where `b` sees at all, else 0: `b` filters, and never adds.
-
-    Args:
-        a: the pattern whose multiplicities count.
-        b: the pattern that must also see the pair.
-    """
-
-    a: Pattern
-    b: Pattern
-
-    def __post_init__(self) -> None:
-        check_pattern_type("a", self.a)
-        check_pattern_type("b", self.b)
-
-    @property
-    def causal(self) -> bool:  # type: ignore[override]
-        """Whether either part is causal."""
-        return self.a.causal or self.b.causal
-
-    @property
-    def positional(self) -> bool:
-        """Whether either part is positional."""
-        return self.a.positional or self.b.positional
-
-    @property
-    def binary(self) -> bool:
-        """Whether a is."""
-        return self.a.binary
-
-    @property
-    def addends(self) -> tuple[Pattern, ...]:
-        """Those of a, each where b sees."""
-        return tuple(Restrict(part, self.b) for part in self.a.addends)
-
-    @property
-    def filters(self) -> bool:
-        """Whether both parts do."""
-        return self.a.filters and self.b.filters
-
-    @property
-    def listing(self) -> bool:
-        """Where b cannot filter, or either part lists."""
-        return not self.b.filters or self.a.listing or self.b.listing
-
-    @property
-    def repeats(self) -> tuple[int | None, bool]:
-        """The parts' common one; one closed part closes what both must see."""
-        return joint_period((self.a, self.b), any)
-
-    def gaps(self, rectangle: Rectangle) -> Iterator[Gap]:
-        """Those of both parts."""
-        yield from self.a.gaps(rectangle)
-        yield from self.b.gaps(rectangle)
-
-    def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
-        """`branch` within a, then within b."""
-        return through(self.b, self.a.within(branch, rectangle), rectangle)
-
-    def check_rectangle(self, rectangle: Rectangle) -> None:
-        """Both parts must mean something there."""
-        self.a.check_rectangle(rectangle)
-        self.b.check_rectangle(rectangle)
-
-    def with_causal(self, causal: bool) -> Restrict:
-        """Both parts with their causal field replaced."""
-        return Restrict(self.a.with_causal(causal), self.b.with_causal(causal))
-
-    def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
-        """counts of a where b > 0."""
-        return np.where(self.b.count(h, i, j, num_heads) > 0, self.a.count(h, i, j, num_heads), 0)
-
-    def to_spec(self) -> dict[str, Any]:
-        """Both parts, as [name, spec]."""
-        return {name: [part.name, part.to_spec()] for name, part in (("a", self.a), ("b", self.b))}
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> Restrict:
-        """From [name, spec] of both parts."""
-        return cls(build_pattern(*spec["a"]), build_pattern(*spec["b"]))
-
-    def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """Where b filters, what it leaves of a's branches; else listed."""
-        if self.b.filters:
-            return through(self.b, self.a.branches(rectangle), rectangle)
-        return super().branches(rectangle)
+from longattn.patterncache.spans import Rectangle, Rows, shortened
 
 
 @dataclass(frozen=True)
@@ -125,7 +46,7 @@ class _Combination(Pattern):
 
     def __post_init__(self) -> None:
         if not isinstance(self.parts, (tuple, list)) or not self.parts:
-            raise TypeError(f"parts must be a tuple of at least one Pattern, got {self.parts!r}")
+            raise TypeError(f"parts must be a tuple of at least one Pattern, got {shortened(self.parts)}")
         parts: list[Pattern] = []
         for at, part in enumerate(self.parts):
             check_pattern_type(f"parts[{at}]", part)
@@ -187,8 +108,8 @@ class _Combination(Pattern):
 
 @dataclass(frozen=True)
 class Union(_Combination, name="union"):
-    """counts = the largest of the parts': `a | b`. In strides where all parts but one have a complement (`Pattern.complements`) and that
-    one is `layered`; else rows are listed. Block masks of one block size become one mask.
+    """counts = the largest of the parts': `a | b`. In strides where all parts but one have `terms`, and that one counts at most once;
+    else rows are listed. Block masks of one block size become one mask.
 
     Args:
         parts: patterns, at least one.
@@ -202,37 +123,37 @@ class Union(_Combination, name="union"):
 
     @property
     def listing(self) -> bool:
-        """Where no order of the parts can be told apart in strides, or any part lists."""
-        return self._other() is None or any(part.listing for part in self.parts)
+        """Where parts cannot be told apart in strides, or any part lists."""
+        return self._terms() is None or any(part.listing for part in self.parts)
 
-    def _other(self) -> int | None:
-        """Which part the others are told apart from: the one without a complement, or the first; None where there are several."""
-        others = [at for at, part in enumerate(self.parts) if not (part.complements and part.filters and part.binary)]
-        if len(others) > 1 or (others and len(self.parts) > 1 and not self.parts[others[0]].layered):
-            return None
-        return others[0] if others else 0
+    def _terms(self) -> list[Sequence[Pattern]] | None:
+        """The terms of each part, last those of the one without, or with most; None where several have none, or one counts twice."""
+        terms = sorted((part.terms for part in self.parts if part.terms), key=len)
+        others = [part for part in self.parts if not part.terms]
+        return (
+            None if len(others) > 1 or not all(part.binary for part in others) else [*terms, *[others] * bool(others)]
+        )
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """Of every part what no part before it shows, and what the last counts beyond one; or listed rows.
-
-        With b counted at most once, max(a, b) = b + a outside b + (a - 1) inside b.
-        """
-        at = self._other()
-        if at is None:
+        """Each pair once for every level up to its count: a part is at level n where n of its terms show the pair; or listed rows."""
+        terms = self._terms()
+        if len(self.parts) == 1:
+            yield from self.parts[0].branches(rectangle)
+        elif terms is None:
             yield from super().branches(rectangle)
-            return
-        other, filters = self.parts[at], (*self.parts[:at], *self.parts[at + 1 :])
-        for turn, part in enumerate((*filters, other)):
-            yield from outside(filters[:turn], part.branches(rectangle), rectangle)
-        if filters:
-            for turn, part in enumerate(filters):
-                again = outside(filters[:turn], other.excess(rectangle), rectangle)
-                yield from through(part, again, rectangle)
+        elif all(len(some) == 1 and crosses(some[0]) for some in terms[:-1]):
+            yield from union_with_bands([some[0] for some in terms[:-1]], terms[-1], rectangle)
+        else:
+            for n in range(1, max(map(len, terms)) + 1):
+                # Parts of many terms first: what they show is cut least.
+                groups = [group for some in sorted(terms, key=len, reverse=True) for group in combinations(some, n)]
+                yield from level_branches(groups, rectangle)
 
 
 @dataclass(frozen=True)
 class Intersection(_Combination, name="intersection"):
-    """counts = the smallest of the parts': `a & b`. In strides where a part counts at most once and all but one can filter.
+    """counts = the smallest of the parts': `a & b`. In strides where all parts but one have `terms`, or filter and count at most once,
+    and that one counts at most once.
 
     Args:
         parts: patterns, at least one.
@@ -252,35 +173,39 @@ class Intersection(_Combination, name="intersection"):
 
     def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
         """`branch` within every part."""
-        seen = iter((branch,))
+        shown = iter((branch,))
         for part in self.parts:
-            seen = through(part, seen, rectangle)
-        return seen
+            shown = through(part, shown, rectangle)
+        return shown
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """What one part sees, once, within the others; or listed rows."""
-        base = self._base()
-        if base is None:
-            return super().branches(rectangle)
-        seen = (self.parts[base].branches if len(self.parts) == 1 else self.parts[base].support)(rectangle)
-        for part in (*self.parts[:base], *self.parts[base + 1 :]):
-            seen = through(part, seen, rectangle)
-        return seen
+        """Each pair once for every level that all parts are at; or listed rows."""
+        terms = self._terms()
+        if len(self.parts) == 1:
+            yield from self.parts[0].branches(rectangle)
+        elif terms is None:
+            yield from super().branches(rectangle)
+        else:
+            for n in range(1, min(map(len, terms)) + 1):
+                first, *others = ([*combinations(some, n)] for some in terms)
+                shown = level_branches(first, rectangle)
+                for level in others:
+                    shown = through_level(level, shown, rectangle)
+                yield from shown
 
     @property
     def listing(self) -> bool:
         """Where no part can be filtered by the others, or any part lists."""
-        return self._base() is None or any(part.listing for part in self.parts)
+        return self._terms() is None or any(part.listing for part in self.parts)
 
-    def _base(self) -> int | None:
-        """Which part's branches the others filter, or None."""
-        for at, base in enumerate(self.parts):
-            others = (*self.parts[:at], *self.parts[at + 1 :])
-            # The smallest of counts is 1 wherever all see, once any part counts at most once.
-            once = base.layered and (base.binary or any(part.binary for part in others))
-            if (once or not others) and all(part.filters for part in others):
-                return at
-        return None
+    def _terms(self) -> list[Sequence[Pattern]] | None:
+        """The terms of each part, first those of the one that cannot filter; None where there are several, or a part has none."""
+        firsts = [part for part in self.parts if not (part.terms or (part.filters and part.binary))]
+        if len(firsts) > 1 or not all(part.binary for part in firsts):
+            return None
+        # Of parts with several terms one comes first: its branches are made, those of bands and masks only filter.
+        rest = sorted((part for part in self.parts if part not in firsts), key=lambda part: -len(part.terms))
+        return [*[firsts] * bool(firsts), *[part.terms or (part,) for part in rest]]
 
 
 @dataclass(frozen=True)
@@ -305,6 +230,11 @@ class Sum(_Combination, name="sum"):
     def addends(self) -> tuple[Pattern, ...]:
         """Those of every part; of one without, the part itself."""
         return tuple(addend for part in self.parts for addend in part.addends or (part,))
+
+    @property
+    def terms(self) -> Sequence[Pattern]:
+        """Those of all parts, where each has some."""
+        return [term for part in self.parts for term in part.terms] if all(part.terms for part in self.parts) else ()
 
     @property
     def listing(self) -> bool:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import pairwise
 from math import lcm
 from typing import Any
 
@@ -19,14 +17,12 @@ from longattn.patterncache.analysis.results import Gap
 from longattn.patterncache.indices import Affine, index_of
 from longattn.patterncache.pattern import Pattern, above, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
-from longattn.patterncache.planning.intervals import Intervals, Sides, interval_branches, span_pairs
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, congruent_indices
+from longattn.patterncache.planning.intervals import Intervals, interval_branches, moved, span_pairs
+from longattn.patterncache.planning.residue_cuts import Residue, hidden_by, shown_by
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, congruent_indices, shortened
 
 HEADS = ("shared", "blocks", "split")
 QUERIES = ("dilated", "all")
-
-_MOST_PARTS = 64
-"""Segments of one branch in a segment of the next, up to which branches are told apart in strides."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +37,8 @@ class Dilated(Pattern, name="dilated"):
             group of heads, at offset i % r; group sizes differ by at most one, extras to the first groups.
         queries: "dilated" (default): queries are dilated like keys. "all": every query of the segment sees the dilated keys.
         causal: hide j > i. Default False.
+        shift: positions before the first that the first segments have, >= 0: segment and residue are those of i + shift. Layers of shifts
+            0 and s / 2 join segments; a shift below the rate serves other residues. Default 0.
 
     Raises:
         TypeError, ValueError: a list that is empty or not of integers >= 1, lists of different lengths, an unknown choice.
@@ -51,6 +49,7 @@ class Dilated(Pattern, name="dilated"):
     heads: str = "shared"
     queries: str = "dilated"
     causal: bool = False
+    shift: int = 0
 
     def __post_init__(self) -> None:
         for name in ("segment_lengths", "dilation_rates"):
@@ -58,13 +57,14 @@ class Dilated(Pattern, name="dilated"):
         if len(self.segment_lengths) != len(self.dilation_rates):
             raise ValueError(
                 "dilation_rates must have as many entries as segment_lengths, "
-                f"got {len(self.dilation_rates)} rates {self.dilation_rates} "
-                f"and {len(self.segment_lengths)} segments {self.segment_lengths}"
+                f"got {len(self.dilation_rates)} rates {shortened(self.dilation_rates)} "
+                f"and {len(self.segment_lengths)} segments {shortened(self.segment_lengths)}"
             )
         for name, choices in (("heads", HEADS), ("queries", QUERIES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {choices}, got {shortened(getattr(self, name))}")
         check_causal(self.causal)
+        object.__setattr__(self, "shift", check_int("shift", self.shift, minimum=0))
 
     @classmethod
     def for_length(
@@ -73,13 +73,15 @@ class Dilated(Pattern, name="dilated"):
         """The cheapest `Dilated((N,), (rate,)) + Window(width)` with which `layers` layers join every token to all that it may hear of.
 
         Of rates 1, 2, 3, 4, 6, 8, 12, ... each has its narrowest such window, found exactly (`reach`). That a path over layers exists is
-        necessary for a model to use a token, not sufficient: what it learns readily is what some head of some layer sees directly.
+        necessary for a model to use a token, not sufficient: what it learns readily is what some head of some layer sees directly. A
+        budget buys that.
 
         Args:
             N: tokens, at least 1. Shorter sequences are joined too; longer ones are cut into segments of N, which only the window joins.
-            layers: of the model, at least 1. In one layer only dense attention joins, in two every residue needs a head of its own.
-            budget: keys a query and head may see in the mean. What the cheapest pattern leaves of it is spent on pairs that are seen
-                directly: on a lower rate, whose residues heads share out, or on a wider window. Default None: nothing more is spent.
+            layers: of the model, at least 1. In one layer every residue needs a head in which all queries see it.
+            budget: keys a query and head may see in the mean. It is spent on the pattern that shows most pairs directly: on residues that
+                heads share out, seen by one query in `rate` or by all of them (`queries="all"`), and then on a wider window. With N / 2
+                keys over the number of heads and some for a window, every token is seen by some head. Default None: the cheapest.
             num_heads: query heads of a layer, at least 1. Default 8.
             causal: hide j > i. Default True.
 
@@ -103,11 +105,23 @@ class Dilated(Pattern, name="dilated"):
 
     @property
     def repeats(self) -> tuple[int | None, bool]:
-        """Segments of all branches end together there."""
-        return lcm(*self.segment_lengths), True
+        """Segments of all branches end together there; shifted ones end elsewhere."""
+        return lcm(*self.segment_lengths), not self.shift
+
+    def stretches(self, length: int) -> Iterator[tuple[Pattern, int, int]]:
+        """What a shift leaves of the first one, then whole ones."""
+        first = min(length, -self.shift % lcm(*self.segment_lengths))
+        if self.shift and first:
+            yield self, first, 1
+        yield from Pattern.stretches(self._unshifted, length - first if self.shift else length)
+
+    @property
+    def _unshifted(self) -> Dilated:
+        return replace(self, shift=0) if self.shift else self
 
     def count(self, h: Rows, i: Rows, j: Rows, num_heads: int) -> Counts:
         """The branches' conditions, added."""
+        i, j = i + self.shift, j + self.shift
         total = np.zeros(np.broadcast_shapes(h.shape, i.shape, j.shape), np.int64)
         for b, (s, r) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
             offset = self._offset(b, h, num_heads)
@@ -157,10 +171,11 @@ class Dilated(Pattern, name="dilated"):
             yield Span(int(first[0]), int(count[0]), step), offset
 
     def gaps(self, rectangle: Rectangle) -> Iterator[Gap]:
-        """Of each branch the residues that none of the heads has as its offset."""
+        """Of each branch the residues, of queries that are there, that none of the heads has as its offset."""
+        length = max((span.last + 1 for span in rectangle.queries if span.length), default=0)
         for b, (segment, rate) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
             covered = {offset for heads, offset in self.head_classes(b, rectangle) if heads.length}
-            missing = tuple(residue for residue in range(min(rate, segment)) if residue not in covered)
+            missing = tuple(residue for residue in range(min(rate, segment, length)) if residue not in covered)
             if missing:
                 yield Gap(segment, rate, missing)
 
@@ -170,13 +185,15 @@ class Dilated(Pattern, name="dilated"):
 
     def to_spec(self) -> dict[str, Any]:
         """Lists and choices as JSON values."""
-        return {
+        spec = {
             "segment_lengths": list(self.segment_lengths),
             "dilation_rates": list(self.dilation_rates),
             "heads": self.heads,
             "queries": self.queries,
             "causal": self.causal,
         }
+        # Without a shift the text is what it was before there were any.
+        return spec | {"shift": self.shift} if self.shift else spec
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Dilated:
@@ -185,13 +202,20 @@ class Dilated(Pattern, name="dilated"):
 
     def branches(self, rectangle: Rectangle) -> Iterator[Branch]:
         """Strided tiles: one per segment, gathered into branches of equal tiles."""
+        if self.shift:
+            for branch in self._unshifted.branches(_shifted(rectangle, self.shift)):
+                yield moved(branch, (0, 0), -self.shift)
+            return
         for b in range(len(self.segment_lengths)):
             for heads, offset in self.head_classes(b, rectangle):
                 if heads.length:
                     yield from self._class_branches(b, heads, offset, rectangle)
 
-    def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch]:
-        """A tile for each segment of each document, which counts segments and residues from its start."""
+    def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch] | None:
+        """A tile for each segment of each document, which counts segments and residues from its start; one by one where shifted."""
+        return None if self.shift else self._document_branches(rectangle, documents)
+
+    def _document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch]:
         band = Band(0, None) if self.causal else None
         for sides in span_pairs(rectangle):
             each = documents.meeting(sides)
@@ -203,65 +227,44 @@ class Dilated(Pattern, name="dilated"):
                     if heads.length:
                         yield from interval_branches(heads, sides, queries, keys, band)
 
-    @cached_property
-    def _nested(self) -> tuple[int, ...] | None:
-        """The branches from short segments to long, where what one sees within a shorter segment that branch sees too; else None."""
-        order = sorted(
-            range(len(self.segment_lengths)), key=lambda b: (self.segment_lengths[b], self.dilation_rates[b])
-        )
-        for a, b in pairwise(order):
-            (s, r), (longer, rarer) = ((self.segment_lengths[at], self.dilation_rates[at]) for at in (a, b))
-            if longer % s or rarer % r or s % r or longer > _MOST_PARTS * s:
-                return None
-        # Offsets h % r of one head agree where rates divide; h // ceil(H / r) need not.
-        return tuple(order) if self.heads == "shared" else None
+    @property
+    def terms(self) -> Sequence[Pattern]:
+        """One for each branch, as `addends`."""
+        return self.addends
 
     @property
-    def layered(self) -> bool:
-        """Where it is binary, or where branches are nested as LongNet's are: segments and rates divide the next."""
-        return self.binary or self._nested is not None
+    def filters(self) -> bool:
+        """Where every head has one branch at most."""
+        return self.binary
 
-    def excess(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """Of each longer branch what lies within a segment of the branch before: that one sees it too."""
-        for a, b in pairwise(self._nested or ()):
-            yield from self._within_segments(b, self.segment_lengths[a], rectangle)
+    @property
+    def complements(self) -> bool:
+        """Where every head has one branch at most."""
+        return self.binary
 
-    def support(self, rectangle: Rectangle) -> Iterator[Branch]:
-        """The shortest branch, and of each longer one what lies in two segments of the branch before."""
-        if self._nested is None:
-            yield from self.branches(rectangle)
-            return
-        yield from self._within_segments(self._nested[0], self.segment_lengths[self._nested[0]], rectangle)
-        for a, b in pairwise(self._nested):
-            yield from self._across_segments(b, self.segment_lengths[a], rectangle)
+    def within(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """`branch` cut by segments and residues, for each group of heads with one offset."""
+        for part, residue in self._by_residue(branch, rectangle):
+            for shown in shown_by(part, residue):
+                yield moved(shown, (0, 0), -self.shift) if self.shift else shown
 
-    def _within_segments(self, b: int, size: int, rectangle: Rectangle) -> Iterator[Branch]:
-        """What branch b shows within segments of `size`, which divides its own."""
-        for sides in span_pairs(rectangle):
-            low = _starts(sides, size)
-            yield from self._shown(b, rectangle, sides, (low, low + size), (low, low + size))
+    def without(self, branch: Branch, rectangle: Rectangle) -> Iterator[Branch]:
+        """What is left of `branch` then."""
+        for part, residue in self._by_residue(branch, rectangle):
+            for hidden in hidden_by(part, residue):
+                yield moved(hidden, (0, 0), -self.shift) if self.shift else hidden
 
-    def _across_segments(self, b: int, size: int, rectangle: Rectangle) -> Iterator[Branch]:
-        """What branch b shows in two different segments of `size`, which divides its own: queries of each part, keys around it."""
-        own = self.segment_lengths[b]
-        for sides in span_pairs(rectangle):
-            low = _starts(sides, own)
-            for part in range(0, own, size):
-                queries = low + part, low + part + size
-                yield from self._shown(b, rectangle, sides, queries, (low, queries[0]))
-                if not self.causal:
-                    yield from self._shown(b, rectangle, sides, queries, (queries[1], low + own))
-
-    def _shown(
-        self, b: int, rectangle: Rectangle, sides: Sides, queries: tuple[Rows, Rows], keys: tuple[Rows, Rows]
-    ) -> Iterator[Branch]:
-        """Branch b's keys among `keys`, [low, high) each, of its queries among `queries`."""
-        s, r = self.segment_lengths[b], self.dilation_rates[b]
-        for heads, offset in self.head_classes(b, rectangle):
-            residue = queries[0] // s * s + offset
-            asked = Intervals(*queries, residue, r if self.queries == "dilated" else 1)
-            band = Band(0, None) if self.causal else None
-            yield from interval_branches(heads, sides, asked, Intervals(*keys, residue, r), band)
+    def _by_residue(self, branch: Branch, rectangle: Rectangle) -> Iterator[tuple[Branch, Residue]]:
+        """`branch` by groups of its heads, each with the one dilated branch and offset that they have; at shifted positions."""
+        branch = moved(branch, (0, 0), self.shift) if self.shift else branch
+        for b, (size, rate) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
+            for rows, offset in self.head_classes(b, rectangle):
+                low, high = np.array([rows.start]), np.array([rows.last + 1])
+                first, count, step = congruent_indices(branch.heads, low, high, low, rows.step)
+                if rows.length and count[0]:
+                    heads = branch.heads.take(int(first[0]), int(count[0]), step)
+                    residue = Residue(size, rate, offset, self.queries == "dilated", self.causal)
+                    yield replace(branch, heads=heads), residue
 
     def _class_branches(self, b: int, heads: Span, offset: int, rectangle: Rectangle) -> Iterator[Branch]:
         for sides in span_pairs(rectangle):
@@ -322,10 +325,12 @@ class Dilated(Pattern, name="dilated"):
         return Branch(heads, q, k, q_at, k_at, Band(0, None) if self.causal and s > r else None)
 
 
-def _starts(sides: Sides, size: int) -> Rows:
-    """The first positions of the segments of `size` that have positions of both sides."""
-    begin, end = max(span.start for span, _ in sides), min(span.last for span, _ in sides)
-    return np.arange(begin // size, end // size + 1, dtype=np.int64) * size
+def _shifted(rectangle: Rectangle, shift: int) -> Rectangle:
+    """The same rows, `shift` positions further on."""
+    queries, keys = (
+        tuple(replace(span, start=span.start + shift) for span in side) for side in (rectangle.queries, rectangle.keys)
+    )
+    return Rectangle(rectangle.num_heads, queries, keys, rectangle.heads)
 
 
 def _equal_columns(kind: Rows, members: Rows) -> Iterator[Rows]:
@@ -338,7 +343,7 @@ def _equal_columns(kind: Rows, members: Rows) -> Iterator[Rows]:
 
 def _check_list(name: str, value: Sequence[int]) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__") or getattr(value, "ndim", 1) == 0:
-        raise TypeError(f"{name} must be a sequence of integers >= 1, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be a sequence of integers >= 1, got {shortened(value)} ({type(value).__name__})")
     if len(value) == 0:
-        raise ValueError(f"{name} must have at least one entry, got {value!r}")
+        raise ValueError(f"{name} must have at least one entry, got {shortened(value)}")
     return tuple(check_int(f"{name}[{at}]", entry, minimum=1) for at, entry in enumerate(value))

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from longattn.patterncache.pattern import Pattern, build_pattern, check_pattern_type
+from longattn.patterncache.canonical import build_pattern
+from longattn.patterncache.pattern import Pattern, check_pattern_type
 from longattn.patterncache.patterns.window import Full
 from longattn.patterncache.plan import Branch, Counts
 from longattn.patterncache.planning.intervals import Intervals, moved, span_pairs

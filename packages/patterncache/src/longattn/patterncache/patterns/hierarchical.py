@@ -81,7 +81,9 @@ class HierarchicalBlocks(Pattern, name="hierarchical_blocks"):
                     block = Intervals(low, low + size, np.zeros_like(low), 1)
                     yield from interval_branches(heads, sides, block, block, Band(0, None) if self.causal else None)
                     continue
-                for part in range(self.fanout):
+                # Only parts that have queries: a block may have more parts than there are positions.
+                first, last = (at // self.size(level - 1) for at in (spans[0].start, spans[0].last))
+                for part in sorted(at % self.fanout for at in range(first, min(last, first + self.fanout - 1) + 1)):
                     # Keys of one's own part are seen at a lower level already, its last token among them.
                     yield from self._outside(heads, sides, low, level, part)
 

@@ -40,7 +40,7 @@ class Periodic(Pattern, name="periodic"):
         object.__setattr__(self, "period", check_int("period", self.period, minimum=1))
         object.__setattr__(self, "length", check_int("length", self.length, minimum=1))
         if not isinstance(self.runs, (tuple, list)):
-            raise TypeError(f"runs must be a sequence of (a, b, low, high), got {self.runs!r}")
+            raise TypeError(f"runs must be a sequence of (a, b, low, high), got {shortened(self.runs)}")
         runs: list[Run] = []
         for at, run in enumerate(self.runs):
             if not isinstance(run, (tuple, list)) or len(run) != 4:  # pyright: ignore[reportUnnecessaryIsInstance, reportUnnecessaryComparison]

@@ -10,15 +10,17 @@ import json
 import re
 from functools import lru_cache
 
-from longattn.patterncache.pattern import Pattern, build_pattern
+from longattn.patterncache.canonical import build_pattern
+from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.patterns.block_layout import BlockLayout
 from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.patterns.by_head import ByHead
-from longattn.patterncache.patterns.combined import Intersection, Restrict, Sum, Union
+from longattn.patterncache.patterns.combined import Intersection, Sum, Union
 from longattn.patterncache.patterns.dilated import Dilated
 from longattn.patterncache.patterns.documents import Documents
 from longattn.patterncache.patterns.hierarchical import HierarchicalBlocks
 from longattn.patterncache.patterns.periodic import Periodic
+from longattn.patterncache.patterns.restrict import Restrict
 from longattn.patterncache.patterns.strided import Strided
 from longattn.patterncache.patterns.window import Full, Window
 from longattn.patterncache.spans import check_kind, shortened

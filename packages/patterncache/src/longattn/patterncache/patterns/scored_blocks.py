@@ -14,7 +14,7 @@ from typing import Any
 
 from longattn.patterncache.pattern import check_causal
 from longattn.patterncache.patterns.block_sparse import BlockSparse
-from longattn.patterncache.spans import check_flag, check_int
+from longattn.patterncache.spans import check_flag, check_int, shortened
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +127,7 @@ def _ordered(mask: Any) -> tuple[Any, Any]:
 
 def _check_share(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"topp must be a number in (0, 1], got {value!r} ({type(value).__name__})")
+        raise TypeError(f"topp must be a number in (0, 1], got {shortened(value)} ({type(value).__name__})")
     if not 0 < value <= 1:
         raise ValueError(f"topp must be in (0, 1], got {value}")
     return float(value)

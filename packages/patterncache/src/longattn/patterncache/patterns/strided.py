@@ -11,7 +11,7 @@ import numpy as np
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, shortened
 
 HEADS = ("merged", "split")
 
@@ -43,7 +43,7 @@ class Strided(Pattern, name="strided"):
             self, "local", check_int("local", self.stride if self.local is None else self.local, minimum=1)
         )
         if self.heads not in HEADS:
-            raise ValueError(f"heads must be one of {HEADS}, got {self.heads!r}")
+            raise ValueError(f"heads must be one of {HEADS}, got {shortened(self.heads)}")
         check_causal(self.causal)
 
     @property
@@ -86,9 +86,10 @@ class Strided(Pattern, name="strided"):
             yield from interval_branches(odd, sides, residues, residues, everywhere)
 
     def _residues(self, documents: Intervals) -> Intervals:
-        """Every document once for each residue modulo the stride."""
-        residue = np.tile(np.arange(self.stride, dtype=np.int64), len(documents.low))
-        low, high = (np.repeat(side, self.stride) for side in (documents.low, documents.high))
+        """Every document once for each residue modulo the stride that it can have."""
+        residues = min(self.stride, int((documents.high - documents.low).max(initial=0)))
+        residue = np.tile(np.arange(residues, dtype=np.int64), len(documents.low))
+        low, high = (np.repeat(side, residues) for side in (documents.low, documents.high))
         return Intervals(low, high, low + residue, self.stride)
 
     def with_causal(self, causal: bool) -> Strided:

@@ -20,10 +20,10 @@ def pieces(plan: Plan, strip: int = STRIP) -> tuple[Branch, ...]:
     """The plan's counts in branches that are dense, a triangle, or a strip of at most `strip` query rows. Kept with the plan."""
     check_kind("plan", plan, Plan)
     check_int("strip", strip, minimum=1)
-    kept: dict[int, tuple[Branch, ...]] = plan.derived.setdefault("pieces", {})
-    if strip not in kept:
-        kept[strip] = tuple(piece for branch in plan.branches for piece in split_band(branch, strip))
-    return kept[strip]
+    by_strip: dict[int, tuple[Branch, ...]] = plan.derived.setdefault("pieces", {})
+    if strip not in by_strip:
+        by_strip[strip] = tuple(piece for branch in plan.branches for piece in split_band(branch, strip))
+    return by_strip[strip]
 
 
 def narrow(branch: Branch, q: tuple[int, int], k: tuple[int, int], band: Band | None) -> Branch:

@@ -88,7 +88,7 @@ def regroup(branch: Branch, q: Runs, k: Runs, pairs: tuple[Rows, Rows], band: Ba
         q_step, k_step = branch.steps
         offset = q.position[q_of] - k.position[k_of]
         nearest, farthest = offset - (k.count[k_of] - 1) * k_step, offset + (q.count[q_of] - 1) * q_step
-        covered, missed = _through(band, nearest, farthest)
+        covered, missed = covered_and_missed(band, nearest, farthest)
         cut = ~covered & ~missed
         # Banded branches come first: a diagonal writes every row, so later branches merge into rows that are already written.
         yield from _banded(branch, q, k, (q_of[cut], k_of[cut]), offset[cut], band)
@@ -100,9 +100,11 @@ def regroup(branch: Branch, q: Runs, k: Runs, pairs: tuple[Rows, Rows], band: Ba
         yield from _dense(branch, q, k, (q_of[alike], k_of[alike]))
 
 
-def _through(band: Band, nearest: Rows, farthest: Rows) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which ranges of distances a band shows whole, and which not at all."""
-    covered, missed = np.ones(len(nearest), bool), np.zeros(len(nearest), bool)
+def covered_and_missed(
+    band: Band, nearest: Rows, farthest: Rows
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which ranges of distances, elementwise, a band shows whole, and which not at all if distances are dense."""
+    covered, missed = np.ones(nearest.shape, bool), np.zeros(nearest.shape, bool)
     if band.low is not None:
         covered &= nearest >= band.low
         missed |= farthest < band.low

@@ -36,8 +36,8 @@ class Intervals:
     def meeting(self, sides: Sides) -> Intervals:
         """Those that have positions of both sides."""
         begin, end = max(span.start for span, _ in sides), min(span.last for span, _ in sides)
-        kept = (self.high > begin) & (self.low <= end)
-        return Intervals(self.low[kept], self.high[kept], self.residue[kept], self.modulus)
+        meets = (self.high > begin) & (self.low <= end)
+        return Intervals(self.low[meets], self.high[meets], self.residue[meets], self.modulus)
 
 
 Sides = tuple[tuple[Span, int], tuple[Span, int]]

@@ -40,8 +40,8 @@ def _listed_spans(counts: Callable[[Rectangle], Counts], rectangle: Rectangle, s
         part = q.take(first, min(strip, q.length - first))
         matrix = counts(replace(rectangle, queries=(part,), keys=(k,)))
         for group in _equal_heads(matrix):
-            for rows, seen in _equal_rows(matrix[group.start]):
-                tiles.setdefault((group, len(rows), len(seen)), []).append((rows + first + q_row, seen + k_row))
+            for rows, keys in _equal_rows(matrix[group.start]):
+                tiles.setdefault((group, len(rows), len(keys)), []).append((rows + first + q_row, keys + k_row))
     q_at, k_at = (q.start - q_row * q.step, q.step), (k.start - k_row * k.step, k.step)
     for (group, _, _), members in tiles.items():
         q_rows, k_rows = (Listed(np.stack(rows), 1, 1) for rows in zip(*members, strict=True))
@@ -57,10 +57,10 @@ def listed_part(branch: Branch, shown: Callable[[Rows, Rows], npt.NDArray[np.boo
     visible = branch.visible
     tiles: dict[tuple[int, int], list[tuple[Rows, Rows]]] = {}
     for t, (q, k, i, j) in enumerate(zip(branch.q.rows(), branch.k.rows(), *branch.positions(), strict=True)):
-        kept = shown(i[:, None], j[None])
+        visible_here = shown(i[:, None], j[None])
         if visible is not None:
-            kept = kept & visible[t if len(visible) > 1 else 0]
-        for a, b in _equal_rows(kept.astype(np.int64)):
+            visible_here = visible_here & visible[t if len(visible) > 1 else 0]
+        for a, b in _equal_rows(visible_here.astype(np.int64)):
             tiles.setdefault((len(a), len(b)), []).append((q[a], k[b]))
     for members in tiles.values():
         q_rows, k_rows = (Listed(np.stack(rows), 1, 1) for rows in zip(*members, strict=True))

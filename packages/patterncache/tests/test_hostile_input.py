@@ -1,4 +1,4 @@
-"""Texts and bytes from outside: refused with a ValueError that names the limit, at once, and in few words."""
+"""Texts, bytes and sizes from outside: refused with a ValueError that names the limit, at once, and in few words; or done at once."""
 
 import json
 import time
@@ -10,13 +10,23 @@ import pytest
 
 from longattn.patterncache import (
     Affine,
+    BlockLayout,
     BlockSparse,
     Branch,
+    ByHead,
     Dilated,
+    Documents,
+    Full,
+    HierarchicalBlocks,
     Listed,
+    Periodic,
     Plan,
     Rectangle,
     Span,
+    Strided,
+    Window,
+    from_mask_mod,
+    from_natten,
     parse_pattern,
     plan_from_bytes,
     plan_to_bytes,
@@ -40,7 +50,7 @@ def mask_text(shape, mask):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (json.dumps(["hierarchical_blocks", {"block_size": 1, "levels": 2**62, "fanout": 2}]), "levels must keep"),
+        (json.dumps(["hierarchical_blocks", {"block_size": 1, "levels": 2**62, "fanout": 2}]), "levels must"),
         (mask_text([8, 8], BOMB), "mask must hold 64 bits"),
         (mask_text([1 << 15, 1 << 15], BOMB), "shape must have at most 268435456 cells"),
         (mask_text([-1, 8], BOMB), "shape"),
@@ -59,6 +69,86 @@ def test_a_hostile_text_is_refused(text, words):
     with pytest.raises(ValueError, match=words) as refusal:
         parse_pattern(text)
     assert len(str(refusal.value)) < 1000 and time.process_time() - begin < 2
+
+
+LONG, HUGE, DIGITS = "x" * 10**6, 2**62, 10**5000
+
+
+def all_pairs(b, h, q, k):
+    return q >= 0 * k
+
+
+REFUSED = {
+    "batch entries": (lambda: from_mask_mod(all_pairs, 1, batch=2**31), "batch must be at most 65536"),
+    "batch cells": (lambda: from_mask_mod(all_pairs, 4096, batch=60000), "at most 268435456 .* cells"),
+    "mask heads": (lambda: from_mask_mod(all_pairs, 4, num_heads=2**40), "at most 268435456 .* cells"),
+    "natten": (lambda: from_natten((2**31, 2**31, 2**31), 3), "N must be an integer from 1 to"),
+    "window": (lambda: Window(HUGE), "size must be an integer from 1 to 1152921504606846976, got 4611686018427387904"),
+    "digits": (lambda: Window(DIGITS), "size must be .* got an integer of 16610 bits"),
+    "negative digits": (lambda: Window(-DIGITS), "size must be .* got an integer of 16610 bits"),
+    "text for a size": (lambda: Window(LONG), "size must be"),
+    "segments": (lambda: Dilated((HUGE,), (1,)), r"segment_lengths\[0\] must be"),
+    "text for segments": (lambda: Dilated(LONG, (1,)), "segment_lengths must be"),
+    "lengths of lists": (lambda: Dilated([1] * 10**5, [1] * (10**5 - 1)), "dilation_rates must have"),
+    "text for heads": (lambda: Dilated((4,), (1,), heads=LONG), "heads must be one of"),
+    "text for a layout": (lambda: BlockLayout(LONG), "layout must be one of"),
+    "ratio": (lambda: BlockLayout(ratio=1e-300), "ratio must be"),
+    "runs": (lambda: Periodic(2, LONG, 8), "runs must be"),
+    "parts": (lambda: ByHead(LONG), "parts must be"),
+    "documents": (lambda: Documents(LONG, Full()), "cu_seqlens"),
+    "heads of a module": (
+        lambda: Rectangle(2**40, Span(0, 4), Span(0, 4)),
+        "num_heads must be an integer from 1 to 1048576",
+    ),
+    "counts": (lambda: Full().to_dense(2**40), "at most 2147483648 dense counts"),
+    "lint": (lambda: Full().lint(2**40), "at most 268435456 tokens"),
+    "reach": (lambda: Window(4).reach(2, 2**40), "at most 268435456 tokens"),
+    "listed": (lambda: (Strided(3) | HierarchicalBlocks(2)).plan(square(2**30)), 'listed="allow"'),
+}
+
+
+def square(length):
+    return Rectangle(8, Span(0, length), Span(0, length))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_hostile_size_is_refused(name):
+    """Quickly, by name, in few words."""
+    call, words = REFUSED[name]
+    begin = time.process_time()
+    with pytest.raises((ValueError, TypeError), match=words) as refusal:
+        call()
+    assert len(str(refusal.value)) < 1000 and time.process_time() - begin < 2
+
+
+MANY = 2**59
+DONE = [
+    Window(MANY, sinks=MANY),
+    Window(MANY, causal=False),
+    Dilated((MANY,), (2,), causal=True),
+    Dilated((4,), (MANY,)),
+    Dilated((2**31,), (2**31,), "blocks"),
+    Dilated((MANY, MANY - 1), (1, 3), queries="all"),
+    Dilated((MANY,), (2**31,)) | Dilated((5,), (2,)),
+    Window(MANY) & Dilated((MANY,), (3,)),
+    Strided(MANY, 2**31),
+    HierarchicalBlocks(2, 2, 2**31),
+    BlockLayout("bigbird", MANY, 0.1, MANY, MANY, 2**64 - 1),
+    BlockLayout("dilated_sparse", 4, 2.0**-60),
+    BlockSparse(MANY, [[True]]),
+    Periodic(MANY, [(0, 0, None, MANY)], MANY),
+    Documents([0, MANY], Window(3)),
+]
+
+
+@pytest.mark.parametrize("pattern", DONE, ids=lambda pattern: type(pattern).__name__)
+def test_a_large_number_costs_nothing(pattern):
+    """Plans, counts, lint and canonical strings of few tokens take no time or room by it."""
+    begin = time.process_time()
+    rectangle = Rectangle(2, Span(0, 16), Span(0, 16))
+    assert (pattern.plan(rectangle).counts() == pattern.counts(rectangle)).all()
+    assert parse_pattern(pattern.canonical()) == pattern and pattern.lint(16, 2).length == 16
+    assert time.process_time() - begin < 2
 
 
 def test_ninety_patterns_within_patterns_are_read():

@@ -1,0 +1,36 @@
+"""`ReachWarning`: a pattern leaves tokens of the sequence that it was called with apart, said once, with the call that mends it."""
+
+from __future__ import annotations
+
+import warnings
+
+from longattn.patterncache import Pattern
+
+
+class ReachWarning(UserWarning):
+    """A pattern leaves tokens in islands that no number of layers joins, or tokens that see only themselves."""
+
+
+_JUDGED: set[tuple[str, int, int]] = set()
+
+
+def warn_apart(pattern: Pattern, length: int, num_heads: int) -> None:
+    """Warn of tokens that stand apart, once for each pattern, length and number of heads. Patterns that list rows are not judged."""
+    key = pattern.canonical(), length, num_heads
+    if key in _JUDGED:
+        return
+    _JUDGED.add(key)
+    if pattern.listing:
+        return
+    verdict = pattern.lint(length, num_heads, follow=False)
+    if verdict.islands <= 1 and not verdict.starved:
+        return
+    apart = [f"{verdict.islands} islands of tokens that no depth joins"] * (verdict.islands > 1)
+    apart += [f"{verdict.starved} tokens that see only themselves"] * bool(verdict.starved)
+    warnings.warn(
+        f"{pattern} leaves {' and '.join(apart)} at {length} tokens and {num_heads} heads. This pattern joins them, with the layers of your "
+        f"model for LAYERS: Dilated.for_length({length}, layers=LAYERS, num_heads={num_heads}, causal={pattern.causal}), in "
+        f"PatternAttention or MultiheadPatternAttention",
+        ReachWarning,
+        stacklevel=4,
+    )
