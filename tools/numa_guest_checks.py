@@ -18,6 +18,7 @@ from longattn.bufmgr import (
     numa_topology,
     read_placement,
 )
+from longattn.bufmgr.numa.system_calls import Policy
 
 PAGES = 2048
 NBYTES = PAGES * 4096
@@ -43,7 +44,7 @@ def main() -> None:
     check("distances", [node.distances for node in topology.nodes], [(10, 20), (20, 10)])
     # Without huge pages, which the kernel interleaves as a whole.
     below = ArenaAllocator(floor_bytes=64 << 20, huge_pages=False)
-    for policy, nodes, expected in (
+    placements: tuple[tuple[Policy, tuple[int, ...] | None, dict[int, int]], ...] = (
         ("bind", (0,), {0: PAGES}),
         ("bind", (1,), {1: PAGES}),
         ("prefer", (1,), {1: PAGES}),
@@ -51,7 +52,8 @@ def main() -> None:
         ("interleave", None, BOTH),
         ("bind", None, {1: PAGES}),
         ("interleave", None, BOTH),  # over pages that all are on node 1
-    ):
+    )
+    for policy, nodes, expected in placements:
         for fresh in (True, False):
             run_on(1)
             allocator = NumaAllocator(ArenaAllocator(huge_pages=False) if fresh else below, policy, nodes)
