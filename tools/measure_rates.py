@@ -21,7 +21,7 @@ from longattn.kernels.dispatch import rates
 from longattn.kernels.dispatch.capability import dtype_name
 from longattn.kernels.dispatch.probing import TINY, numbers_of, seconds_of
 from longattn.kernels.dispatch.processor import processor
-from longattn.kernels.dispatch.table import Row, backends, row
+from longattn.kernels.dispatch.table import TableRow, backends, row
 from longattn.kernels.dispatch.work import Work, work_of
 from longattn.kernels.state import FLOATS
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Span, Window
@@ -60,7 +60,7 @@ def work(form: str, head_dim: int) -> Work:
     return found
 
 
-def measured(of: Row, dtype: torch.dtype) -> rates.Numbers:
+def measured(of: TableRow, dtype: torch.dtype) -> rates.Numbers:
     """One row and dtype."""
     found: rates.Numbers = {}
     for direction in ("forward", "backward") if of.capability.backward else ("forward",):
