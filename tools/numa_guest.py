@@ -26,14 +26,14 @@ _MODULES = ("9p", "9pnet_virtio", "virtio_pci")
 _PASSED = "numa_guest: every check passed"
 _INIT = """#!/bin/busybox sh
 for name in {modules}; do /bin/busybox insmod /modules/$name.ko; done
-/bin/busybox mount -t 9p -o trans=virtio,version=9p2000.L,ro,cache=loose,msize=1048576 host /root
-/bin/busybox mount -t proc proc /root/proc
-/bin/busybox mount -t sysfs sys /root/sys
-/bin/busybox mount -t devtmpfs dev /root/dev
-/bin/busybox mkdir -p /root/dev/shm
-/bin/busybox mount -t tmpfs shm /root/dev/shm
+/bin/busybox mount -t 9p -o trans=virtio,version=9p2000.L,ro,cache=loose,msize=1048576 host /guest
+/bin/busybox mount -t proc proc /guest/proc
+/bin/busybox mount -t sysfs sys /guest/sys
+/bin/busybox mount -t devtmpfs dev /guest/dev
+/bin/busybox mkdir -p /guest/dev/shm
+/bin/busybox mount -t tmpfs shm /guest/dev/shm
 cd /
-/bin/busybox chroot /root /usr/bin/env -i PATH={path} TMPDIR=/dev/shm HOME=/dev/shm OMP_NUM_THREADS=1 \\
+/bin/busybox chroot /guest /usr/bin/env -i PATH={path} TMPDIR=/dev/shm HOME=/dev/shm OMP_NUM_THREADS=1 \\
     PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 {python} {checks} && echo "{passed}"
 /bin/busybox poweroff -f
 """

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from longattn.bufmgr.numa.placement import NumaAllocator, Placement, migrate, numa_policy, read_placement
     from longattn.bufmgr.numa.topology import NumaNode, NumaTopology, numa_topology
     from longattn.bufmgr.planning.lifetimes import Lifetime
-    from longattn.bufmgr.planning.plan import MemoryPlan, plan_memory
+    from longattn.bufmgr.planning.memory_plan import MemoryPlan, plan_memory
     from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool, reset_global_memory_pool
     from longattn.bufmgr.spec import DEFAULT_CONFIGS, BufferConfig, BufferType
     from longattn.bufmgr.strategy import Strategy
@@ -113,8 +113,8 @@ if not TYPE_CHECKING:
         "NumaNode": "numa.topology",
         "NumaTopology": "numa.topology",
         "numa_topology": "numa.topology",
-        "plan_memory": "planning.plan",
-        "MemoryPlan": "planning.plan",
+        "plan_memory": "planning.memory_plan",
+        "MemoryPlan": "planning.memory_plan",
         "Lifetime": "planning.lifetimes",
     }
 
