@@ -38,6 +38,11 @@ add(
     "attention.choose", group=2, pattern=Window(3), length=16, num_heads=2, kv_heads=None, head_dim=4, batch=1, dtype=torch.float32,
     value_head_dim=None,
 )  # fmt: skip
+add("attention.balanced_lengths", pattern=Window(3), length=16, ranks=2, num_heads=2)
+add(
+    "attention.StreamingAttention", pattern=Window(3), num_heads=2, head_dim=4, kv_heads=None, value_head_dim=None, softmax_scale=None,
+    invariant=False, max_rewind=0, storage=None,
+)  # fmt: skip
 add("attention.Ring", group=None, size=2, layout="contiguous", lengths=None)
 add(
     "attention.SparsePatternConfig", pattern_type="dilated_sparse", sparsity_ratio=0.1, block_size=2, local_window_size=4,

@@ -144,12 +144,22 @@ def table(quick: bool) -> Iterator[Comparison]:
         segments = _TINY_SEGMENTS if quick else SEGMENTS
         pattern = Full(causal=causal) if name == "full" else Dilated(segments, RATES, causal=causal)
         variant = "full" if name == "full" else f"dilated {branch_names(segments, RATES)}"
+        if quick:
+            variant += f", small form of {seq_len} d{head_dim}"  # rows that differ by that alone stay apart
         inputs = Inputs(256, dtype, (4, 16)) if quick else Inputs(seq_len, dtype, (8, head_dim))
         mine = ours(pattern, backend="native")
         peer = ("float32", in_float32(mine)) if dtype == "float16" else ("dense", dense(causal))
         borders = () if name == "full" else segments
         yield _row(
-            f"table-d{head_dim}", variant, peer, mine, inputs, causal, direction, None if quick else ratio, borders
+            f"table-d{head_dim}" + f"-{seq_len}" * quick,
+            variant,
+            peer,
+            mine,
+            inputs,
+            causal,
+            direction,
+            None if quick else ratio,
+            borders,
         )
 
 

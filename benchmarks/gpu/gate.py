@@ -10,14 +10,14 @@ import torch
 
 from longattn.kernels import attend
 from longattn.kernels.conformance import Case, check_backend
-from longattn.patterncache import Dilated, Full, Pattern, Restrict, Window
+from longattn.patterncache import Dilated, Full, Pattern, Restrict, Strided, Window
 
 LONGNET = Dilated((64, 128), (1, 2))
 PATTERNS: tuple[Pattern, ...] = (
     Full(causal=True),
     LONGNET,
     Window(40, sinks=3),
-    Restrict(Window(9), Dilated((4,), (2,))),
+    Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4)),
 )
 
 

@@ -176,7 +176,7 @@ def test_memory_runs_a_script_and_tells_what_is_held(capsys, tmp_path):
         (("show", "--pattern", "spiral"), "--pattern must be full, window:SIZE"),
         (("show", "--pattern", "window:big"), "--pattern must have integers after its name, got 'big'"),
         (("show", "--pattern", "dilated:64:0"), "dilation_rates"),
-        (("show", "--pattern", "[1"), "pattern must be a canonical string"),
+        (("show", "--pattern", "[1"), "must be a canonical string"),
         (("show", "--head", "8"), "--head must be below --heads=8, got 8"),
         (("explain", "--backend", "fast"), "backend must be None or one of"),
         (("explain", "--machine", "abacus"), "machine must be one of"),

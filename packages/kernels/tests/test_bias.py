@@ -9,10 +9,10 @@ import torch
 from longattn.kernels import attend, backends, explain
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import BIASES, Case, assert_near, check_backend, expect_case
-from longattn.patterncache import Dilated, Full, Pattern, Restrict, Window
+from longattn.patterncache import Dilated, Full, Pattern, Restrict, Strided, Window
 
 LONGNET = Dilated((8, 16), (1, 2), causal=True)
-LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 ROWS = pytest.mark.parametrize("name", backends("cpu"))
 GRADED = pytest.mark.parametrize("name", [name for name in backends("cpu") if row(name).capability.bias_grad])
 SHAPES = [(), (1,), (7,), (6, 1), (6, 7), (4, 1, 1), (4, 1, 7), (2, 1, 1, 7), (2, 4, 6, 7), (2, 1, 6, 1)]

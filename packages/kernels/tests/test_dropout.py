@@ -10,10 +10,10 @@ from longattn.kernels import AttentionState, attend, backends, explain, merge
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.philox import as_seed, keep_scale, philox
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
-from longattn.patterncache import Dilated, Full, Pattern, Restrict, Span, Window
+from longattn.patterncache import Dilated, Full, Pattern, Restrict, Span, Strided, Window
 
 LONGNET = Dilated((8, 16), (1, 2), causal=True)
-LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 DROPPING = [name for name in backends("cpu") if row(name).capability.dropout]
 ROWS = pytest.mark.parametrize("name", DROPPING)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from longattn.kernels import Environment, attend, backends
 from longattn.kernels.dispatch.environment import TorchAllocator, find_environment
 from longattn.kernels.testing import Case, assert_near, poisoned_memory
-from longattn.patterncache import Dilated, Full, PatternCache, Restrict, Window, get_global_pattern_cache
+from longattn.patterncache import Dilated, Full, PatternCache, Restrict, Strided, Window, get_global_pattern_cache
 
 T = TypeVar("T")
 LONGNET = Dilated((8, 16), (1, 2), causal=True)
@@ -67,7 +67,9 @@ def test_a_call_asks_its_environment(name: str):
 
 
 @ROWS
-@pytest.mark.parametrize("pattern", [LONGNET, Full(), Restrict(Window(9), Dilated((4,), (2,)))], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [LONGNET, Full(), Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))], ids=str
+)
 @pytest.mark.parametrize("options", [{}, {"padding": True, "mask": "+k"}, {"prior": True}], ids=str)
 def test_memory_that_comes_again_changes_nothing(name: str, pattern: Any, options: dict[str, Any]):
     """A live output never aliases another one, nor an input, however eagerly memory is recycled; values are plain torch's."""

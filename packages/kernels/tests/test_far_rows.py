@@ -11,10 +11,10 @@ from longattn.kernels import AttentionState, attend, backends, merge, reference_
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.far_rows import bounded, row_counts
 from longattn.kernels.testing import Case, assert_near, cases, expect_case, run_case
-from longattn.patterncache import Dilated, Full, Rectangle, Restrict, Span, Window
+from longattn.patterncache import Dilated, Full, Rectangle, Restrict, Span, Strided, Window
 
 LONGNET = Dilated((8, 16), (1, 2), causal=True)
-LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 ROWS = pytest.mark.parametrize("name", backends("cpu"))
 LOWEST = {dtype: torch.finfo(dtype).min for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 

@@ -9,11 +9,11 @@ from longattn.kernels import Environment, attend, backends
 from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import Case, assert_near, run_case
-from longattn.patterncache import Dilated, Full, Restrict, Window
+from longattn.patterncache import Dilated, Full, Restrict, Strided, Window
 
 ROWS = pytest.mark.parametrize("name", backends("cpu"))
 LONGNET = Dilated((8, 16), (1, 2), causal=True)
-LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 LOW = torch.finfo(torch.float32).min
 
 

@@ -16,12 +16,12 @@ from longattn.kernels.native.cpu import levels
 from longattn.kernels.native.row import _key_parts
 from longattn.kernels.poison import poisoned_memory
 from longattn.kernels.testing import Case, Tensors, cases, check_backend, run_case
-from longattn.patterncache import BlockSparse, Dilated, Full, Rectangle, Restrict, Span, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Rectangle, Restrict, Span, Strided, Window
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
 
 LONGNET = Dilated((8, 16, 32), (1, 2, 4), causal=True)
-LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 DTYPES = row("native").capability.dtypes_on("cpu")
 NARROWER = levels()[1:]
 

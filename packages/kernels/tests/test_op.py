@@ -13,14 +13,21 @@ from longattn.kernels import AttentionState, attend, backends
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.ops.arguments import OpTensors
 from longattn.kernels.testing import Case
-from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Strided, Window
 
 LONGNET = Dilated((4, 8), (1, 2), causal=True)
 ROWS = pytest.mark.parametrize("name", backends("cpu"))
 IN_FLOAT64 = [name for name in backends("cpu") if torch.float64 in row(name).capability.dtypes_on("cpu")]
 CASES = [
     Case(LONGNET, (9, 12), batch=2, kv_heads=1, group=2, head_dim=4),
-    Case(Restrict(Window(5), Dilated((4,), (2,))), (9, 9), batch=1, mask="bhqk", padding=True, head_dim=4),
+    Case(
+        Restrict(Restrict(Window(5), Dilated((4,), (2,))), Strided(4)),
+        (9, 9),
+        batch=1,
+        mask="bhqk",
+        padding=True,
+        head_dim=4,
+    ),
     Case(Full(), (5, 3), batch=1, layouts=("heads_first",) * 5, head_dim=4),
     Case(LONGNET, (9, 9), batch=1, head_dim=6, value_head_dim=4),
 ]

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from longattn.kernels import backends
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import LAYOUTS, MASKS, Case, cases, check_backend, run_case
-from longattn.patterncache import Dilated, Full, Pattern, Restrict, Span, Window
+from longattn.patterncache import Dilated, Full, Pattern, Restrict, Span, Strided, Window
 
 LONGNET = Dilated((8, 16), (1, 2), causal=True)
-LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 HEAD_DIMS = (1, 5, 8, 64, 72, 200)
 
 ON_CPU = [

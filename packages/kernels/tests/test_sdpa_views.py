@@ -20,7 +20,7 @@ from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.eager import sdpa_cuda as torch_sdpa_views
 from longattn.kernels.testing import Case, check_backend
-from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Restrict, Span, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Restrict, Span, Strided, Window
 
 ROWS = pytest.mark.parametrize("name", ["sdpa_views", "sdpa_views_cudnn"])
 
@@ -198,7 +198,7 @@ SMALL = Case(Full(), (70, 70), batch=2, kv_heads=2, group=2, head_dim=16, dtype=
         replace(SMALL, pattern=Dilated((32, 64), (1, 2))),
         replace(SMALL, pattern=Dilated((32, 64), (1, 4), heads="blocks", causal=True), prior=True),
         replace(SMALL, pattern=BlockSparse(16, [[(i + j) % 3 != 1 for j in range(5)] for i in range(5)])),
-        replace(SMALL, pattern=Restrict(Window(9), Dilated((4,), (2,))), lengths=(20, 20)),
+        replace(SMALL, pattern=Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4)), lengths=(20, 20)),
         replace(SMALL, mask="bhqk", padding=True, prior=True, head_dim=40),
         replace(SMALL, mask="+hqk", pattern=Dilated((32,), (2,), causal=True)),
         replace(SMALL, layouts=("strided_dim", "heads_first", "sliced", "expanded_heads", "expanded_dim")),

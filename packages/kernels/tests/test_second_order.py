@@ -9,7 +9,7 @@ from torch.func import grad, jacrev, vmap
 from longattn.kernels import attend, backends
 from longattn.kernels.dispatch.table import row, twice_differentiable
 from longattn.kernels.testing import Case
-from longattn.patterncache import Dilated, Full, Pattern, Restrict, Window
+from longattn.patterncache import Dilated, Full, Pattern, Restrict, Strided, Window
 
 LONGNET = Dilated((2, 4), (1, 2), causal=True)
 TWICE = [name for name in twice_differentiable() if name in backends("cpu") and not name.startswith("sdpa_views")]
@@ -37,7 +37,9 @@ def check(case: Case, name: str, **options: Any) -> None:
 
 @pytest.mark.parametrize("name", TWICE)
 @pytest.mark.parametrize(
-    "pattern", [Full(), LONGNET, Window(3, sinks=1), Restrict(Window(3), Dilated((2,), (2,)))], ids=str
+    "pattern",
+    [Full(), LONGNET, Window(3, sinks=1), Restrict(Restrict(Window(3), Dilated((2,), (2,))), Strided(4))],
+    ids=str,
 )
 def test_by_differences(name: str, pattern: Pattern):
     """Overlapping branches, bands, lists; grouped heads, v of another head_dim, queries that see nothing."""

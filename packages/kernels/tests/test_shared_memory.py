@@ -11,11 +11,17 @@ from longattn.kernels import attend, backends
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.eager.strides import overlaps, separated
 from longattn.kernels.testing import Case, Tensors, assert_near, expect_case, lay_out, run_case, tolerance
-from longattn.patterncache import Dilated, Full, Restrict, Window
+from longattn.patterncache import Dilated, Full, Restrict, Strided, Window
 
 LONGNET = Dilated((8, 16), (1, 2), causal=True)
 SHARED = ("plain", "expanded_batch", "expanded_seq", "expanded_heads", "expanded_dim", "unfolded", "unfolded_heads")
-PATTERNS = (Full(), Full(causal=True), Window(5, sinks=1), LONGNET, Restrict(Window(9), Dilated((4,), (2,))))
+PATTERNS = (
+    Full(),
+    Full(causal=True),
+    Window(5, sinks=1),
+    LONGNET,
+    Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4)),
+)
 MASKS = (None, "bool expanded", "bool windows", "float expanded", "float windows")
 
 

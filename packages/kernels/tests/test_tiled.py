@@ -13,10 +13,10 @@ from longattn.kernels.eager import grouping
 from longattn.kernels.eager import tiled as torch_tiled
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.testing import Case, assert_near
-from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Restrict, Span, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Restrict, Span, Strided, Window
 
 LONGNET = Dilated((8, 16), (1, 2), causal=True)
-LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 ROWS = pytest.mark.parametrize("name", ["tiled", "tiled_k_major"])
 Rows = tuple[tuple[int, ...], tuple[int, ...]]
 

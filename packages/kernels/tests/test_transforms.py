@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from longattn.kernels import AttentionState, attend, backends, fused_attention
 from longattn.kernels.dispatch.table import row, twice_differentiable
 from longattn.kernels.testing import Case, assert_near
-from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Restrict, Span, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Restrict, Span, Strided, Window
 
 LONGNET = Dilated((4, 8), (1, 2), causal=True)
-LISTED = Restrict(Window(5), Dilated((4,), (2,)))
+LISTED = Restrict(Restrict(Window(5), Dilated((4,), (2,))), Strided(4))
 ROWS = pytest.mark.parametrize("name", backends("cpu"))
 IN_FLOAT64 = [name for name in backends("cpu") if torch.float64 in row(name).capability.dtypes_on("cpu")]
 Q, K = (torch.randn(3, 2, n, h, 4, generator=torch.Generator().manual_seed(h)) for n, h in ((9, 4), (11, 2)))

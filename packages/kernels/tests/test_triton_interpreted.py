@@ -23,7 +23,7 @@ from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
 from longattn.kernels.triton import configurations, self_check
 from longattn.kernels.triton.cached_step import TritonCache
-from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Strided, Window
 
 pytest.importorskip("triton", reason="triton is not installed: the extra longattn-kernels[triton]")
 
@@ -31,7 +31,7 @@ INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 
 LONGNET = Dilated((64, 128), (1, 2))
 BLOCKS = BlockSparse(32, [[(i + j) % 3 != 0 for j in range(5)] for i in range(5)])
-LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 HALF, BRAIN = torch.float16, torch.bfloat16
 
 

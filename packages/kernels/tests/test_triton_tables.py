@@ -10,11 +10,11 @@ from longattn.kernels.lowering.head_classes import head_classes
 from longattn.kernels.triton.joblist import ENTRY_FIELDS, JOB_FIELDS, JobTables
 from longattn.kernels.triton.passes import key_tables, packable, query_passes, query_tables
 from longattn.kernels.triton.row_classes import row_classes
-from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Plan, Rectangle, Restrict, Span, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Plan, Rectangle, Restrict, Span, Strided, Window
 from longattn.patterncache.testing import patterns, spans
 
 LONGNET = Dilated((16, 32, 64), (1, 2, 4))
-LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 BLOCK = (8, 4)
 
 Counts = npt.NDArray[np.int64]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longattn.attention.arguments import HeadedOptions, MergeGrad, given_options, refuse_weights
 from longattn.attention.functional import pattern_attention
-from longattn.attention.reaching import warn_apart
+from longattn.attention.reaching import MOST_JUDGED, warn_apart
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import CallExtents, is_sharded
 from longattn.attention.schedules.group_calls import calling
@@ -107,6 +107,7 @@ class PatternAttention(WiredModule):
         global_heads(0, head_start, num_heads)
         self.head_start, self.num_heads = head_start, num_heads
         self.warn_apart = check_bool("warn_apart", warn_apart)
+        self._judged: set[Any] = set()  # shapes of calls that `warn_apart` has looked at
 
     def pattern_for(self, is_causal: bool | None) -> Pattern:
         """The pattern of a call: its own, or with its causal field replaced."""
@@ -137,8 +138,13 @@ class PatternAttention(WiredModule):
             check_qkv(query, key, value, ("query", "key", "value"))
         if check_bool("need_weights", need_weights):
             refuse_weights(query, call_options)
-        if self.warn_apart and not torch.compiler.is_compiling():
-            self._judge(query, key, is_causal, call_options)
+        if self.warn_apart and not query.is_nested and not torch.compiler.is_compiling():
+            judged = query.shape[1:3], key.shape[1], is_causal is None, is_causal is True
+            if judged not in self._judged:
+                self._judge(query, key, is_causal, call_options)
+                if len(self._judged) == MOST_JUDGED:
+                    self._judged.clear()
+                self._judged.add(judged)
         # Ranks compare which module calls. Traced code does not know: one graph may serve several.
         alone = torch.compiler.is_compiling() or not (is_sharded(query) or getattr(self.schedule, "distributed", False))
         with nullcontext() if alone else calling(self):
@@ -170,8 +176,7 @@ class PatternAttention(WiredModule):
 
     def _judge(self, query: Tensor, key: Tensor, is_causal: bool | None, options: Any) -> None:
         """Warn where tokens of this call's sequence stand apart; not of packed documents, nor of a shard."""
-        packed = query.is_nested or options.get("cu_seqlens") is not None
-        if not packed and not self.schedule.distributed and query.shape[1] == key.shape[1]:
+        if options.get("cu_seqlens") is None and not self.schedule.distributed and query.shape[1] == key.shape[1]:
             heads = query.shape[2] if self.num_heads is None else self.num_heads
             warn_apart(self.pattern_for(is_causal), key.shape[1], heads)
 

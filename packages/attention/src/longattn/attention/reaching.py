@@ -12,6 +12,8 @@ class ReachWarning(UserWarning):
 
 
 _JUDGED: set[tuple[str, int, int]] = set()
+MOST_JUDGED = 4096
+"""Lengths that are remembered as judged; then all are forgotten, and a warning may come again."""
 
 
 def warn_apart(pattern: Pattern, length: int, num_heads: int) -> None:
@@ -19,6 +21,8 @@ def warn_apart(pattern: Pattern, length: int, num_heads: int) -> None:
     key = pattern.canonical(), length, num_heads
     if key in _JUDGED:
         return
+    if len(_JUDGED) == MOST_JUDGED:
+        _JUDGED.clear()
     _JUDGED.add(key)
     if pattern.listing:
         return

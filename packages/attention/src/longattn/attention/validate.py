@@ -80,22 +80,25 @@ def _shown(value: object) -> str:
     return repr(value)
 
 
-def check_size(name: str, value: object) -> int:
-    """An integer >= 1."""
+def check_size(name: str, value: object, least: int = 1) -> int:
+    """An integer >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer >= 1, got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value}")
+        raise TypeError(f"{name} must be an integer >= {least}, got {value!r} ({type(value).__name__})")
+    if value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value}")
     if value >= MOST_SIZE:
         raise ValueError(f"{name} must be an integer below 2 ** 62, got {value}")
     return value
 
 
 def check_device(value: object) -> torch.device | None:
-    """None, or a device that torch knows."""
+    """None, or a device that torch knows and that is here."""
     try:
-        return None if value is None else torch.device(cast(Any, value))
-    except (RuntimeError, ValueError) as error:
+        device = None if value is None else torch.device(cast(Any, value))
+        if device is not None and device.type not in ("cpu", "meta"):
+            torch.empty(0, device=device)
+        return device
+    except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"device must be one that torch has here, got {value!r}: {error}") from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -85,15 +85,12 @@ class StreamingAttention(nn.Module):
         self.value_head_dim = head_dim if value_head_dim is None else check_size("value_head_dim", value_head_dim)
         self.softmax_scale = head_dim**-0.5 if softmax_scale is None else check_positive("softmax_scale", softmax_scale)
         self.invariant = check_bool("invariant", invariant)
-        if max_rewind != 0:
-            check_size("max_rewind", max_rewind)
-        self.max_rewind = max_rewind
-        if storage is not None and storage not in LARGEST:
+        self.max_rewind = check_size("max_rewind", max_rewind, least=0)
+        if storage is not None and (not isinstance(cast(object, storage), str) or storage not in LARGEST):
             raise ValueError(f"storage must be None, 'int8' or 'fp8', got {storage!r}")
         if storage is not None and invariant:
             raise ValueError(
-                "storage must be None where invariant is True: within a call keys are not rounded yet, got "
-                + repr(storage)
+                f"storage must be None where invariant is True: within a call keys are not rounded yet, got {storage!r}"
             )
         self.storage: Storage | None = storage
         self._expiry = ExpiryTable(pattern, num_heads, self.kv_heads)

@@ -26,14 +26,14 @@ from longattn.kernels.philox import keep_scale
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.kernels.reference import reference_attention
 from longattn.kernels.triton.availability import installed_version
-from longattn.patterncache import Dilated, Pattern, Rectangle, Restrict, Span, Window
+from longattn.patterncache import Dilated, Pattern, Rectangle, Restrict, Span, Strided, Window
 
 logger = logging.getLogger("longattn.kernels")
 
 _STRIDED = Dilated((64, 128), (1, 2), causal=True) + Window(40, sinks=3)
 """Dense tiles and tiles that a band cuts, several branches, keys that count more than once."""
 
-_LISTED = Restrict(Window(9), Dilated((4,), (2,)))
+_LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 
 
 class Form(NamedTuple):
