@@ -18,7 +18,7 @@ import torch
 from benchmarks import record
 from benchmarks.figures import Figure, append
 from longattn.attention.schedules.layouts import LAYOUTS
-from longattn.attention.schedules.traffic import Call, full_ring_bytes, ring_traffic
+from longattn.attention.schedules.traffic import ScheduledCall, full_ring_bytes, ring_traffic
 from longattn.patterncache import Dilated, Full
 
 LENGTH, RANKS = 65536, 4
@@ -57,9 +57,9 @@ def bytes_sent() -> Iterator[Figure]:
     for segments, rates in LISTS:
         for causal in (False, True):
             pattern = Dilated(segments, rates, causal=causal)
-            call = Call(pattern, LENGTH, RANKS, 8, 8)
+            call = ScheduledCall(pattern, LENGTH, RANKS, 8, 8)
             forward, full = ring_traffic(call).forward, full_ring_bytes(call)
-            counted = ring_traffic(Call(pattern, LENGTH, RANKS, 8, 8, 2, dtype=torch.float32)).forward
+            counted = ring_traffic(ScheduledCall(pattern, LENGTH, RANKS, 8, 8, 2, dtype=torch.float32)).forward
             setting = f"{RANKS} ranks, {LENGTH} tokens, {'/'.join(map(str, segments))} x {'/'.join(map(str, rates))}"
             setting += ", causal" if causal else ""
             most = 0.0 if rates[-1] == 4 else 0.05
@@ -68,7 +68,9 @@ def bytes_sent() -> Iterator[Figure]:
             sent = really.pop(0)
             yield Figure("bytes the transport sent, less those counted", setting + ", D=2", "bytes", sent - counted, f"{sent} sent", 0, 0)  # fmt: skip
     for name, pattern in (("full", Full(causal=True)), ("dilated", Dilated(*LISTS[1], causal=True))):
-        imbalance = {layout: ring_traffic(Call(pattern, LENGTH, RANKS, 8, 8), layout).imbalance for layout in LAYOUTS}
+        imbalance = {
+            layout: ring_traffic(ScheduledCall(pattern, LENGTH, RANKS, 8, 8), layout).imbalance for layout in LAYOUTS
+        }
         beside = f"contiguous {imbalance['contiguous']:.3f}; striped {imbalance['striped']:.3f}"
         yield Figure("work of the slowest rank over the mean, zigzag", f"{RANKS} ranks, {LENGTH} tokens, {name}, causal", "ratio", imbalance["zigzag"], beside, most=1.05)  # fmt: skip
 

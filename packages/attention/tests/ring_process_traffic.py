@@ -20,10 +20,10 @@ from longattn.attention import (
 from longattn.attention.schedules import driver as scheduled
 from longattn.attention.schedules.all_gather import AllGather
 from longattn.attention.schedules.base import Schedule
-from longattn.attention.schedules.place import Event, note, watch
+from longattn.attention.schedules.place import TransportEvent, note, watch
 from longattn.attention.schedules.sharding import shard_sequence, unshard_sequence
 from longattn.attention.schedules.traffic import (
-    Call,
+    ScheduledCall,
     choose,
     full_ring_bytes,
     gather_traffic,
@@ -55,7 +55,7 @@ def case_bytes_are_those_of_the_plans() -> None:
     """What `traffic` counts is what the transport sends, forward and backward, and a ring never sends more than a full one."""
     for pattern in (LONGNET, Full(), Full(causal=True), Window(5), Dilated((37,), (9,))):
         for dtype in (torch.float32, torch.bfloat16):
-            call = Call(pattern, 37, WORLD, 8, 4, 4, 2, dtype, value_head_dim=6)
+            call = ScheduledCall(pattern, 37, WORLD, 8, 4, 4, 2, dtype, value_head_dim=6)
             for engine in engines():
                 if isinstance(engine, Ring):
                     counted = ring_traffic(call, engine.layout)
@@ -98,7 +98,7 @@ def case_balanced_shards_compute_what_is_counted() -> None:
         with patch.object(scheduled, "attend_step", counting(pairs)):
             out = pattern_attention(part, part, part, pattern, schedule=ring)
         torch.testing.assert_close(out, shard_sequence(pattern_attention(x, x, x, pattern), ring)[0])
-        counted = ring_traffic(Call(pattern, length, WORLD, heads, heads), lengths=lengths)
+        counted = ring_traffic(ScheduledCall(pattern, length, WORLD, heads, heads), lengths=lengths)
         assert sum(pairs) == counted.work[RANK]
         assert counted.imbalance < 1.05, counted
 
@@ -121,7 +121,7 @@ def case_computing_goes_on_while_keys_travel() -> None:
 
     def computed(*given, **options):
         state = launched(*given, **options)
-        note(Event("compute", f"from {given[1].k_spans[0] // 16}"))
+        note(TransportEvent("compute", f"from {given[1].k_spans[0] // 16}"))
         return state
 
     dist.barrier()

@@ -5,7 +5,7 @@ import torch
 
 from longattn.attention import balanced_lengths
 from longattn.attention.schedules.balance import pairs_of
-from longattn.attention.schedules.traffic import Call, ring_traffic
+from longattn.attention.schedules.traffic import ScheduledCall, ring_traffic
 from longattn.patterncache import BlockSparse, Dilated, Documents, Full, Strided, Window
 
 N, HEADS = 2048, 4
@@ -26,7 +26,7 @@ PATTERNS = {
 def test_the_slowest_rank_has_hardly_more_than_the_mean(name, ranks):
     """At most 1.05 times, by the plans of the ring's own rectangles; and all rows are on some rank."""
     lengths = balanced_lengths(PATTERNS[name], N, ranks, HEADS)
-    traffic = ring_traffic(Call(PATTERNS[name], N, ranks, HEADS, HEADS), lengths=lengths)
+    traffic = ring_traffic(ScheduledCall(PATTERNS[name], N, ranks, HEADS, HEADS), lengths=lengths)
     assert (sum(lengths), len(lengths)) == (N, ranks)
     assert traffic.imbalance <= 1.05, (lengths, traffic.work)
     assert sum(traffic.work) == pairs_of(PATTERNS[name], 0, N, N, HEADS)

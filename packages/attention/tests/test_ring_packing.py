@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from longattn.attention import AllGather, Local, Ring, Ulysses, choose, shard_sequence, unshard_sequence
 from longattn.attention.schedules.layouts import LAYOUTS, count_rows
 from longattn.attention.schedules.packing import packing_of, visible_key_rows
-from longattn.attention.schedules.traffic import Call, full_ring_bytes, gather_traffic, ring_traffic, ulysses_traffic
+from longattn.attention.schedules.traffic import (
+    ScheduledCall,
+    full_ring_bytes,
+    gather_traffic,
+    ring_traffic,
+    ulysses_traffic,
+)
 from longattn.kernels import attend
 from longattn.patterncache import Dilated, Full, Rectangle, Window
 from longattn.patterncache.testing import patterns
@@ -59,18 +65,20 @@ def test_packed_keys_serve_as_the_whole_shard_does(data, pattern, length):
 
 def test_a_long_ring_sends_little():
     """64K tokens on 4 ranks: nothing where segments end with shards; a forty-eighth of a full ring for 1 / 4 / 16."""
-    call = Call(LONGNET, 65536, 4, 8, 8)
+    call = ScheduledCall(LONGNET, 65536, 4, 8, 8)
     assert ring_traffic(call).forward * 48 == full_ring_bytes(call) == 2 * 3 * 65536 * 8 * 64 * 2
     assert ring_traffic(call).backward == 3 * ring_traffic(call).forward
-    assert ring_traffic(Call(Dilated((2048, 4096, 8192), (1, 2, 4)), 65536, 4, 8, 8)).sent == 0
-    assert ring_traffic(Call(Full(), 65536, 4, 8, 8)).forward == full_ring_bytes(call)
+    assert ring_traffic(ScheduledCall(Dilated((2048, 4096, 8192), (1, 2, 4)), 65536, 4, 8, 8)).sent == 0
+    assert ring_traffic(ScheduledCall(Full(), 65536, 4, 8, 8)).forward == full_ring_bytes(call)
 
 
 @pytest.mark.parametrize("length", [4096, 4099])
 def test_zigzag_and_stripes_balance_causal_work(length):
     """The slowest rank has at most 1.05 of the mean; contiguous, the last has nearly twice."""
     for ranks in (2, 4, 8):
-        found = {layout: ring_traffic(Call(Full(causal=True), length, ranks, 2, 2), layout) for layout in LAYOUTS}
+        found = {
+            layout: ring_traffic(ScheduledCall(Full(causal=True), length, ranks, 2, 2), layout) for layout in LAYOUTS
+        }
         assert found["zigzag"].imbalance <= 1.05 and found["striped"].imbalance <= 1.05
         assert found["contiguous"].imbalance == pytest.approx(2 - 1 / ranks, abs=0.01)
         assert len({sum(one.work) for one in found.values()}) == 1
@@ -85,7 +93,7 @@ def test_choose_takes_the_least_bytes_in_balance():
     few = choose(4, Full(causal=True), 65536, 8, kv_heads=2)
     assert few.engine == "ring zigzag" and few.reasons["ulysses"] == "2 kv heads are fewer than 4 ranks"
     assert "2 kv heads are fewer" in str(few)
-    call = Call(Window(5), 100, 3, 6, 3)
+    call = ScheduledCall(Window(5), 100, 3, 6, 3)
     gathered, exchanged = gather_traffic(call), ulysses_traffic(call)
     assert exchanged is not None and sum(gathered.work) == sum(exchanged.work) == sum(ring_traffic(call).work)
 

@@ -23,7 +23,7 @@ from longattn.bufmgr import (
 )
 from longattn.bufmgr.memory.allocator import Block
 from longattn.bufmgr.numa import placement
-from longattn.bufmgr.numa.placement import Machine
+from longattn.bufmgr.numa.placement import NumaMachine
 from longattn.bufmgr.numa.system_calls import SystemCalls, system_calls
 from longattn.bufmgr.numa.topology import parse_list, read_topology
 from longattn.bufmgr.testing import FailingAllocator
@@ -142,26 +142,26 @@ def libc() -> FakeLibc:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, libc: FakeLibc) -> Machine:
+def machine(tmp_path: Path, libc: FakeLibc) -> NumaMachine:
     """Nodes 0 and 2 have memory, node 1 has processors only."""
     topology = read_topology(make_sys(tmp_path, {0: 1000, 1: 0, 2: 2000}, "0-2"))
-    return Machine(topology, SystemCalls(libc, "x86_64"))
+    return NumaMachine(topology, SystemCalls(libc, "x86_64"))
 
 
 def tensor_over(block: Block) -> torch.Tensor:
     return torch.frombuffer(memoryview(block.memory), dtype=torch.uint8)
 
 
-def test_topology_is_read_from_sys(machine: Machine, tmp_path: Path):
+def test_topology_is_read_from_sys(machine: NumaMachine, tmp_path: Path):
     topology = machine.topology
     assert [node.index for node in topology.nodes] == [0, 1, 2]
     assert topology.memory_nodes == NODES
     assert (topology.nodes[2].cpus, topology.nodes[2].memory_bytes) == ((8, 9, 11), 2000 * 1024)
     assert topology.nodes[0].distances == (10, 21, 31)
     assert parse_list("") == () and parse_list("7\n") == (7,)
-    nowhere = Machine(read_topology(tmp_path / "nowhere"), machine.calls)
+    nowhere = NumaMachine(read_topology(tmp_path / "nowhere"), machine.calls)
     assert nowhere.topology.nodes == () and "no nodes with memory" in str(nowhere.why_inactive())
-    assert "no Linux" in str(Machine(topology, None).why_inactive())
+    assert "no Linux" in str(NumaMachine(topology, None).why_inactive())
     assert machine.why_inactive() is None
 
 
@@ -179,7 +179,7 @@ def test_topology_is_read_from_sys(machine: Machine, tmp_path: Path):
 @pytest.mark.parametrize("touched_before", [False, True])
 def test_blocks_are_placed_and_read_back(
     policy: Any, nodes: tuple[int, ...] | None, expected: dict[int, int], touched_before: bool,
-    machine: Machine, libc: FakeLibc,
+    machine: NumaMachine, libc: FakeLibc,
 ):  # fmt: skip
     """Also where the pages are on another node already, from an earlier user of the same memory."""
     below = SystemAllocator()
@@ -205,7 +205,7 @@ def test_blocks_are_placed_and_read_back(
     assert set(libc.policies.values()) == {(DEFAULT, ())}
 
 
-def test_what_is_reported_is_where_pages_are(machine: Machine, libc: FakeLibc):
+def test_what_is_reported_is_where_pages_are(machine: NumaMachine, libc: FakeLibc):
     """A full node, untouched pages and pages that do not move: asked for is not got, and the report says so."""
     allocator = NumaAllocator(SystemAllocator(), "prefer", (0,), machine=machine)
     tensor = tensor_over(allocator.allocate(32 * PAGE))
@@ -222,7 +222,7 @@ def test_what_is_reported_is_where_pages_are(machine: Machine, libc: FakeLibc):
     assert moved.misplaced((2,)) == 2
 
 
-def test_a_refusal_is_an_error_and_no_block_stays_out(machine: Machine, libc: FakeLibc):
+def test_a_refusal_is_an_error_and_no_block_stays_out(machine: NumaMachine, libc: FakeLibc):
     failing = FailingAllocator(ArenaAllocator())
     allocator = NumaAllocator(failing, "bind", (2,), machine=machine)
     libc.refuses[237] = errno.ENOMEM
@@ -239,7 +239,7 @@ def test_a_refusal_is_an_error_and_no_block_stays_out(machine: Machine, libc: Fa
         read_placement(torch.ones(3), machine=machine)
 
 
-def test_nodes_without_memory_are_refused(machine: Machine):
+def test_nodes_without_memory_are_refused(machine: NumaMachine):
     for nodes in ((1,), (0, 3)):
         with pytest.raises(ValueError, match=r"nodes must be nodes with memory, \(0, 2\) here, got"):
             NumaAllocator(SystemAllocator(), "bind", nodes, machine=machine)
@@ -249,7 +249,7 @@ def test_nodes_without_memory_are_refused(machine: Machine):
         read_placement(torch.ones(4, 4).T)
 
 
-def test_a_policy_of_the_thread_is_undone(machine: Machine, libc: FakeLibc):
+def test_a_policy_of_the_thread_is_undone(machine: NumaMachine, libc: FakeLibc):
     def fail_inside() -> None:
         with numa_policy("interleave", machine=machine) as active:
             assert active and libc.thread == (INTERLEAVE, NODES)
@@ -265,12 +265,12 @@ def test_a_policy_of_the_thread_is_undone(machine: Machine, libc: FakeLibc):
 
 
 @pytest.fixture
-def everywhere(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+def everywhere(machine: NumaMachine, monkeypatch: pytest.MonkeyPatch) -> Iterator[NumaMachine]:
     monkeypatch.setattr(placement, "this_machine", lambda: machine)
     return machine
 
 
-def test_a_manager_places_large_buffers(everywhere: Machine, libc: FakeLibc):
+def test_a_manager_places_large_buffers(everywhere: NumaMachine, libc: FakeLibc):
     """NUMA_AWARE is chosen for buffers over 16 MiB of types that prefer it; a block that comes back has its policy taken."""
     manager = AttentionBufferManager(lightweight=False, numa="interleave", upstream=ArenaAllocator())
     large, small = (5000, 1024), (1000, 1024)
@@ -294,7 +294,7 @@ def test_a_manager_places_large_buffers(everywhere: Machine, libc: FakeLibc):
     manager.check_valid()
 
 
-def test_a_refused_placement_leases_nothing(everywhere: Machine, libc: FakeLibc):
+def test_a_refused_placement_leases_nothing(everywhere: NumaMachine, libc: FakeLibc):
     manager = AttentionBufferManager(lightweight=False, upstream=ArenaAllocator())
     libc.refuses[237] = errno.ENOMEM
     with pytest.raises(MemoryError, match="refused the policy 'prefer'") as caught:
@@ -306,7 +306,7 @@ def test_a_refused_placement_leases_nothing(everywhere: Machine, libc: FakeLibc)
     assert manager.allocate("scores", (5000, 1024)).shape == (5000, 1024)
 
 
-def test_lightweight_managers_place_nothing(everywhere: Machine, libc: FakeLibc):
+def test_lightweight_managers_place_nothing(everywhere: NumaMachine, libc: FakeLibc):
     manager = AttentionBufferManager(upstream=ArenaAllocator())
     manager.allocate("scores", (5000, 1024))
     assert libc.policies == {} and manager.get_stats()["strategies"]["numa_aware"] == 0

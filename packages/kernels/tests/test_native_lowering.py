@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from longattn.kernels.native.lowering import Job, Lowered, RowSet, lower, query_rows
-from longattn.kernels.native.progressions import Periodic, Progression, multiset, period_of, rows_of
+from longattn.kernels.native.progressions import PeriodicRows, Progression, multiset, period_of, rows_of
 from longattn.kernels.native.structures import PackedJobs
 from longattn.patterncache import Branch, Dilated, Full, Plan, Rectangle, Restrict, Span, Strided, Window
 from longattn.patterncache.indices import Affine, Listed
@@ -25,11 +25,11 @@ def members(p: Progression) -> list[int]:
 
 
 def tile_rows(rows: RowSet, tile: int) -> np.ndarray:
-    return rows_of(rows.index) if isinstance(rows.index, Periodic) else rows.index.rows()[tile]
+    return rows_of(rows.index) if isinstance(rows.index, PeriodicRows) else rows.index.rows()[tile]
 
 
 def times(rows: RowSet) -> np.ndarray | int:
-    if not isinstance(rows.index, Periodic):
+    if not isinstance(rows.index, PeriodicRows):
         return 1
     return np.array(rows.index.times)[np.arange(rows.index.count) % len(rows.index.times)]
 

@@ -13,7 +13,7 @@ from longattn.patterncache import CacheView, Plan, get_global_device_tier
 T = TypeVar("T")
 
 
-class Profile:
+class CacheProfile:
     """Count, bytes and seconds per key. Safe to use from any thread."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class PatternCacheView:
 
     def __init__(self, *, profile: bool = False, resident: bool = False) -> None:
         self._upstream = CacheView()
-        self._profile = Profile() if profile else None
+        self._profile = CacheProfile() if profile else None
         self.resident = resident
 
     @property

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from longattn.attention.cache_view import PatternCacheView, Profile
+from longattn.attention.cache_view import CacheProfile, PatternCacheView
 from longattn.attention.validate import check_bool, check_type, refuse_unknown
 from longattn.bufmgr import AttentionBufferManager, MemoryPool, get_global_memory_pool
 from longattn.kernels import Environment
@@ -112,7 +112,7 @@ class ScratchPool:
 
     def __init__(self, least_bytes: int = 0, *, profile: bool = False) -> None:
         self._upstream: MemoryPool = get_global_memory_pool()
-        self._profile = Profile() if profile else None
+        self._profile = CacheProfile() if profile else None
         self.least_bytes = least_bytes
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, role: str) -> Tensor:

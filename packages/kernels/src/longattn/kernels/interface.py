@@ -19,7 +19,12 @@ from longattn.kernels.check import (
 )
 from longattn.kernels.decoding import DecodeCache, decode_attention
 from longattn.kernels.dispatch.capability import dtype_name
-from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, TensorAllocator, TorchAllocator, find_environment
+from longattn.kernels.dispatch.environment import (
+    DEFAULT_ENVIRONMENT,
+    ScratchAllocator,
+    TorchAllocator,
+    find_environment,
+)
 from longattn.kernels.dispatch.keeping import keep_measured
 from longattn.kernels.dispatch.prepared import find_plan
 from longattn.kernels.dispatch.prepared_shards import ShardRectangle, prepare_shards, run_shards
@@ -112,7 +117,7 @@ __all__ = [
     "prepare_shards",
     "run_shards",
     # plans and memory
-    "TensorAllocator",
+    "ScratchAllocator",
     "DEFAULT_ENVIRONMENT",
     "TorchAllocator",
     "find_environment",

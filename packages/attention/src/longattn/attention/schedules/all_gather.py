@@ -80,7 +80,7 @@ class _GatheredRun(ScheduleRun):
 
     def shards(self) -> Iterator[QueryShard]:
         step = KeyStep(self.k, self.v, self.padding, (Span(0, self.whole.nk),), self._give)
-        total, first, count = self.work.asked.heads
+        total, first, count = self.work.arguments.heads
         yield QueryShard(self.work.queries, self.whole.spans[self.whole.me], iter((step,)), None, (total, first, count))
 
     def _give(self, dk: Tensor, dv: Tensor) -> None:

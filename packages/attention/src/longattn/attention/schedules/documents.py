@@ -116,12 +116,12 @@ def as_data(name: str, cu_seqlens: Any) -> Tensor | None:
     return ends
 
 
-def in_documents(tensors: OpTensors, asked: OpArguments) -> tuple[OpTensors, OpArguments]:
+def in_documents(tensors: OpTensors, arguments: OpArguments) -> tuple[OpTensors, OpArguments]:
     """A call whose documents are data (`tensors.cu_seqlens`) as one whose pattern has them. This is where they are read."""
-    schedule, (nq, nk) = parse_schedule(asked.schedule), (x.shape[1] for x in tensors[:2])
+    schedule, (nq, nk) = parse_schedule(arguments.schedule), (x.shape[1] for x in tensors[:2])
     # Of a schedule in one process, all rows are here.
     extents = schedule.extents(nq, nk, tensors.metadata) if schedule.distributed else Extents.of_whole(nq, nk)
-    pattern = parse_pattern(asked.pattern)
+    pattern = parse_pattern(arguments.pattern)
     documents, q_spans = packed_pattern(pattern, tensors.cu_seqlens, tensors.cu_seqlens_q, extents)
-    asked = asked._replace(pattern=documents.canonical(), q_spans=q_spans or asked.q_spans)
-    return tensors._replace(cu_seqlens=None, cu_seqlens_q=None), asked
+    arguments = arguments._replace(pattern=documents.canonical(), q_spans=q_spans or arguments.q_spans)
+    return tensors._replace(cu_seqlens=None, cu_seqlens_q=None), arguments

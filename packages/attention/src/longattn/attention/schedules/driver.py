@@ -27,15 +27,17 @@ from longattn.kernels.interface import (
 )
 
 
-def forward(run: ScheduleRun, asked: OpArguments, environment: Environment, value_dim: int) -> tuple[Tensor, Tensor]:
-    """out (batch, Nq, heads, value_dim) in asked.out_dtype, lse (batch, Nq, heads) in float32 (float64), in the caller's rows."""
+def forward(
+    run: ScheduleRun, arguments: OpArguments, environment: Environment, value_dim: int
+) -> tuple[Tensor, Tensor]:
+    """out (batch, Nq, heads, value_dim) in arguments.out_dtype, lse (batch, Nq, heads) in float32 (float64), in the caller's rows."""
     results: list[tuple[Tensor, ...]] = []
     for shard in run.shards():
         parts, q = _Parts(), shard.queries[0]
         for step in shard.steps:
-            tensors, rectangle = rectangle_of(run, shard, step, asked)
+            tensors, rectangle = rectangle_of(run, shard, step, arguments)
             if run.one_step:
-                rectangle = rectangle._replace(out_dtype=asked.out_dtype)
+                rectangle = rectangle._replace(out_dtype=arguments.out_dtype)
             state = attend_step(tensors, rectangle, environment, skip_empty=not run.one_step)
             if state is not None:
                 parts.add(state)
@@ -44,16 +46,16 @@ def forward(run: ScheduleRun, asked: OpArguments, environment: Environment, valu
         state = parts.merged() or AttentionState.empty(q.new_empty((*q.shape[:3], value_dim)))
         results.append((state.out, state.lse))
     out, lse = run.join(results)
-    return out.to(asked.out_dtype), lse
+    return out.to(arguments.out_dtype), lse
 
 
-def backward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> Gradients:
+def backward(run: ScheduleRun, arguments: OpArguments, environment: Environment) -> Gradients:
     """dq, dk, dv, and the gradients of bias and by_distance where asked for; in float32 (float64) where parts were added up, in the caller's rows."""
     dbias = None
-    if asked.bias_grad and run.bias is not None:
+    if arguments.bias_grad and run.bias is not None:
         dbias = torch.zeros(run.bias.shape, dtype=state_dtype(run.bias.dtype), device=run.bias.device)
     added = None
-    if asked.by_distance_grad and run.by_distance is not None:
+    if arguments.by_distance_grad and run.by_distance is not None:
         added = torch.zeros_like(run.by_distance)
     results: list[tuple[Tensor, ...]] = []
     for shard in run.shards():
@@ -61,7 +63,7 @@ def backward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> 
         _, grad_out, out, lse, *rest = shard.queries
         cotangents = Cotangents(grad_out, rest[0] if rest else None, out, lse)
         for step in shard.steps:
-            tensors, rectangle = rectangle_of(run, shard, step, asked)
+            tensors, rectangle = rectangle_of(run, shard, step, arguments)
             gradients = rectangle_gradients(cotangents, tensors, rectangle, environment, skip_empty=not run.one_step)
             if gradients is None:
                 continue
@@ -81,20 +83,20 @@ def backward(run: ScheduleRun, asked: OpArguments, environment: Environment) -> 
 
 
 def attend_step(
-    tensors: OpTensors, asked: OpArguments, environment: Environment, *, skip_empty: bool = False
+    tensors: OpTensors, arguments: OpArguments, environment: Environment, *, skip_empty: bool = False
 ) -> AttentionState | None:
     """One rectangle's state; None where no pair is visible and `skip_empty` is set."""
-    computed = attend_rectangle(tensors, asked, environment, skip_empty=skip_empty)
+    computed = attend_rectangle(tensors, arguments, environment, skip_empty=skip_empty)
     return None if computed is None else AttentionState(*computed)
 
 
 def rectangle_of(
-    run: ScheduleRun, shard: QueryShard, step: KeyStep, asked: OpArguments
+    run: ScheduleRun, shard: QueryShard, step: KeyStep, arguments: OpArguments
 ) -> tuple[OpTensors, OpArguments]:
     """What the kernels are asked for one shard and one step; by default they compute a partial state."""
     q = shard.queries[0]
     mask, bias = (_cut(x, shard.rows, step.rows) for x in (run.mask, run.bias))
-    return OpTensors(q, step.k, step.v, bias, run.by_distance, mask, step.padding, run.seed), asked._replace(
+    return OpTensors(q, step.k, step.v, bias, run.by_distance, mask, step.padding, run.seed), arguments._replace(
         q_spans=_flat(shard.spans),
         k_spans=_flat(step.spans),
         heads=list(shard.heads),

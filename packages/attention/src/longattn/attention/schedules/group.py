@@ -216,7 +216,7 @@ class WholeSequence:
     Attributes:
         queries, keys: the two layouts. me: this rank. call: its number, 0 without metadata.
         spans: of each rank's queries. seed: rank 0's, or None.
-        nq, nk: lengths. rows: whether the whole sequence's mask has rows of its own for each query, as far as ranks asked.
+        nq, nk: lengths. rows: whether the whole sequence's mask has rows of its own for each query, as far as ranks arguments.
 
     Raises:
         ValueError: lengths that do not fit the layout, on every rank alike.
@@ -227,40 +227,40 @@ class WholeSequence:
         self.me, self.calls = members.place.rank, members.calls
         self.call = 0 if metadata is None else int(metadata[0, 4])
         self._flags = 0 if metadata is None else int(metadata[self.me, 2])
-        self.seed = metadata[0, 3] if metadata is not None and work.asked.dropout_p else None
+        self.seed = metadata[0, 3] if metadata is not None and work.arguments.dropout_p else None
         # Of all groups: a mask is of one kind in the whole sequence.
         self.rows = metadata is not None and mask_has_rows(agreed_flags(integers(metadata[:, 2])))
         self.queries, self.keys = members.layouts(work.queries[0].shape[1], work.k.shape[1], metadata)
         self.nq, self.nk = total_rows(self.queries), total_rows(self.keys)
-        spans = query_spans(work.asked, self.nq, self.nk)
+        spans = query_spans(work.arguments, self.nq, self.nk)
         self.spans = [take(spans, rows) for rows in self.queries.rows()]
 
     def fields(self, work: ScheduleWork, step: str = "") -> Fields:
         """What the ranks must have alike in a pass over `work`."""
-        asked, tensors, (batch, _, heads, head_dim) = work.asked, work.tensors, work.queries[0].shape
+        arguments, tensors, (batch, _, heads, head_dim) = work.arguments, work.tensors, work.queries[0].shape
         forward = len(work.queries) == 1
         mask = tensors.mask if tensors.bias is None else tensors.bias
-        graded = {"q, k, v": asked.needs_grad, "bias": asked.bias_grad, "terms": asked.by_distance_grad}
-        start = asked.q_spans if len(asked.q_spans) > 3 else asked.q_spans[::2]
+        graded = {"q, k, v": arguments.needs_grad, "bias": arguments.bias_grad, "terms": arguments.by_distance_grad}
+        start = arguments.q_spans if len(arguments.q_spans) > 3 else arguments.q_spans[::2]
         return Fields(
             phase="forward" if forward else "backward",
             step=step,
             # A backward belongs to the forward of its call, whichever thread autograd takes.
             **(caller_fields(self.calls) if forward else {}),
-            schedule=shared_schedule(asked.schedule),
-            pattern=asked.pattern,
+            schedule=shared_schedule(arguments.schedule),
+            pattern=arguments.pattern,
             dtype=dtype_name(work.k.dtype),
             batch=str(batch),
-            heads=f"{heads}, first {asked.heads[1]} of {asked.heads[0]}",
+            heads=f"{heads}, first {arguments.heads[1]} of {arguments.heads[0]}",
             kv_heads=str(work.k.shape[2]),
             head_dim=str(head_dim),
             value_head_dim=str(work.v.shape[3]),
             q_lengths=str([count_rows(rows) for rows in self.queries.rows()]),
             k_lengths=str([count_rows(rows) for rows in self.keys.rows()]),
             q_start=str(start) if start else "",
-            scale=str(asked.scale),
-            dropout_p=str(asked.dropout_p),
-            softcap=str(asked.softcap),
+            scale=str(arguments.scale),
+            dropout_p=str(arguments.dropout_p),
+            softcap=str(arguments.softcap),
             score_terms="" if tensors.by_distance is None else f"by distance {tuple(tensors.by_distance.shape)}",
             masks=describe_masks(mask_flags(work.padding, mask, self.queries.rows()[self.me][0].length)),
             sinks=str(bool(self._flags & SINKS)),
@@ -309,7 +309,7 @@ def check_masks(work: ScheduleWork, nq: int, nk: int) -> None:
     """Check what one shard could not show before the exchange: masks have the whole sequence's columns, and queries have positions."""
     q, keys = work.queries[0], work.k.new_empty(()).expand(work.k.shape[0], nk, *work.k.shape[2:])
     check_attention_mask(work.tensors.mask if work.tensors.bias is None else work.tensors.bias, q, keys)
-    if not work.asked.q_spans and nq > nk and parse_pattern(work.asked.pattern).positional:
+    if not work.arguments.q_spans and nq > nk and parse_pattern(work.arguments.pattern).positional:
         raise ValueError(
             f"q_start must be given where queries outnumber keys and positions matter, got Nq={nq}, Nk={nk}"
         )

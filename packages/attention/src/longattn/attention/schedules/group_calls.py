@@ -21,8 +21,8 @@ from torch import Tensor
 
 from longattn.attention.schedules.errors import GroupError
 from longattn.attention.schedules.headers import HEADER_BYTES, OWN, Fields, Header, check_headers, encoded
-from longattn.attention.schedules.place import Event, Parcel, Place, note
-from longattn.attention.schedules.waiting import Job, Waiter
+from longattn.attention.schedules.place import Parcel, Place, TransportEvent, note
+from longattn.attention.schedules.waiting import PendingWorks, Waiter
 from longattn.attention.validate import integers
 
 HEADERS, KEYS, GRADIENTS = range(3)
@@ -163,7 +163,7 @@ class GroupCalls:
             (p, torch.frombuffer(m, dtype=torch.uint8).to(device)) for p, m in zip(peers, messages, strict=True)
         ]
         Exchange(self, "header", sends, receives, HEADERS).wait()
-        note(Event("header", fields.phase))
+        note(TransportEvent("header", fields.phase))
         for (peer, received), message in zip(receives, messages, strict=True):
             held = message if device.type == "cpu" else bytes(integers(received))
             self._headers[peer] = Header.decode(held, peer)
@@ -195,7 +195,7 @@ class GroupCalls:
             f"{where}: {what}", rank=rank, call=self.call, phase=phase, step=step, field=field, values=values
         )
 
-    def await_job(self, job: Job, step: str) -> None:
+    def await_job(self, job: PendingWorks, step: str) -> None:
         """Wait for a job; raise GroupError where a peer is gone, or silent for the timeout."""
         if not job.ended_within(self.timeout):
             peer = job.peers[min(job.position, len(job.peers) - 1)]
@@ -254,13 +254,15 @@ class Exchange:
             ) from error
         sent += [(peer, _nbytes(x)) for peer, x in outgoing]
         received += [(peer, _nbytes(x)) for peer, x in incoming]
-        self.job = Job([(peer, x, work) for (peer, x), work in zip((*incoming, *outgoing), works, strict=True)])
+        self.job = PendingWorks(
+            [(peer, x, work) for (peer, x), work in zip((*incoming, *outgoing), works, strict=True)]
+        )
         if works:
             calls.submit(self)
         if kind != HEADERS:
-            note(Event("post", label))
+            note(TransportEvent("post", label))
             for peer, tensor in sends:
-                note(Event("send", label, peer, _nbytes(tensor)))
+                note(TransportEvent("send", label, peer, _nbytes(tensor)))
         self._noted = kind != HEADERS
 
     def wait(self) -> None:
@@ -277,7 +279,7 @@ class Exchange:
         # The sent tensors were held for as long as they were read.
         job.tensors, job.works = [], []
         if self._noted:
-            note(Event("arrive", self.label))
+            note(TransportEvent("arrive", self.label))
 
 
 def _nbytes(x: Tensor) -> int:

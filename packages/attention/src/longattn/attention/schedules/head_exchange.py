@@ -39,7 +39,7 @@ class HeadExchange:
             kv_heads: kv_shares,
             query_heads: [Span(s.start * group, s.length * group) for s in kv_shares],
         }
-        total, first, _ = work.asked.heads
+        total, first, _ = work.arguments.heads
         share = self.shares[query_heads][whole.me]
         self.query_heads = query_heads
         self.heads = [total, first + share.start, share.length]

@@ -34,30 +34,30 @@ def attend_in_process(
     key: tuple[Hashable, ...],
     schedule: Schedule,
     tensors: OpTensors,
-    asked: OpArguments,
+    arguments: OpArguments,
     environment: Environment | None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the first call of a signature, rectangle by rectangle; the memo may know the next one under `key`."""
     environment = DEFAULT_ENVIRONMENT if environment is None else environment
-    run = schedule.start(ScheduleWork(tensors[:1], tensors, asked, environment))
-    state = driver.forward(run, asked, environment, tensors.v.shape[3])
+    run = schedule.start(ScheduleWork(tensors[:1], tensors, arguments, environment))
+    state = driver.forward(run, arguments, environment, tensors.v.shape[3])
     if run.by_rows and all(x is None for x in tensors[3:]):
-        prepare_shards(key, partial(_rectangles, schedule, asked), tensors, asked.out_dtype, environment)
+        prepare_shards(key, partial(_rectangles, schedule, arguments), tensors, arguments.out_dtype, environment)
     return state
 
 
 def _rectangles(
-    schedule: Schedule, asked: OpArguments, tensors: OpTensors, environment: Environment
+    schedule: Schedule, arguments: OpArguments, tensors: OpTensors, environment: Environment
 ) -> list[ShardRectangle]:
     """Every rectangle of a schedule, in the order of its steps; none where one is not of views of q, k and v."""
-    run = schedule.start(ScheduleWork(tensors[:1], tensors, asked, environment))
+    run = schedule.start(ScheduleWork(tensors[:1], tensors, arguments, environment))
     found: list[ShardRectangle] = []
     for number, shard in enumerate(run.shards()):
         if shard.rows is None or len(shard.rows) != 1:
             return []
         rows = shard.rows[0]
         for step in shard.steps:
-            own, rectangle = driver.rectangle_of(run, shard, step, asked)
+            own, rectangle = driver.rectangle_of(run, shard, step, arguments)
             if not all(_is_view(x, whole) for x, whole in zip(own[:3], tensors[:3], strict=True)):
                 return []
             found.append(ShardRectangle(number, (rows.start, rows.length, rows.step), own, rectangle))

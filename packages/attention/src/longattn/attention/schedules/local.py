@@ -29,8 +29,8 @@ class _LocalRun(ScheduleRun):
     def shards(self) -> Iterator[QueryShard]:
         work, nq, nk = self.work, self.work.queries[0].shape[1], self.work.k.shape[1]
         step = KeyStep(work.k, work.v, work.padding, (Span(0, nk),), self._give)
-        total, first, count = work.asked.heads
-        yield QueryShard(work.queries, query_spans(work.asked, nq, nk), iter((step,)), None, (total, first, count))
+        total, first, count = work.arguments.heads
+        yield QueryShard(work.queries, query_spans(work.arguments, nq, nk), iter((step,)), None, (total, first, count))
 
     def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         return parts[0]

@@ -32,51 +32,51 @@ from longattn.kernels.interface import (
 LIBRARY = torch.library.Library("longattn", "FRAGMENT")
 
 
-def _compute(tensors: OpTensors, asked: OpArguments) -> tuple[Tensor, Tensor]:
+def _compute(tensors: OpTensors, arguments: OpArguments) -> tuple[Tensor, Tensor]:
     if tensors.prior_out is not None:
         raise NotImplementedError("longattn::scheduled_attend takes no prior; merge with longattn.kernels.merge")
     if tensors.cu_seqlens is not None:
-        tensors, asked = in_documents(tensors, asked)
-    environment = find_environment(asked.env)
-    work = ScheduleWork((tensors.q,), tensors, asked, environment)
-    schedule = parse_schedule(asked.schedule)
+        tensors, arguments = in_documents(tensors, arguments)
+    environment = find_environment(arguments.env)
+    work = ScheduleWork((tensors.q,), tensors, arguments, environment)
+    schedule = parse_schedule(arguments.schedule)
     with schedule.underway():
-        return scheduled.forward(schedule.start(work), asked, environment, tensors.v.shape[3])
+        return scheduled.forward(schedule.start(work), arguments, environment, tensors.v.shape[3])
 
 
-def _differentiate(cotangents: Cotangents, tensors: OpTensors, asked: OpArguments) -> Gradients:
+def _differentiate(cotangents: Cotangents, tensors: OpTensors, arguments: OpArguments) -> Gradients:
     if tensors.cu_seqlens is not None:
-        tensors, asked = in_documents(tensors, asked)
-    environment = find_environment(asked.env, may_be_gone=True)
+        tensors, arguments = in_documents(tensors, arguments)
+    environment = find_environment(arguments.env, may_be_gone=True)
     grad_out, grad_lse, out, lse = cotangents
     queries = (tensors.q, grad_out, out, lse, *(() if grad_lse is None else (grad_lse,)))
-    work = ScheduleWork(queries, tensors, asked, environment)
-    schedule = parse_schedule(asked.schedule)
+    work = ScheduleWork(queries, tensors, arguments, environment)
+    schedule = parse_schedule(arguments.schedule)
     with schedule.underway():
-        dq, dk, dv, dbias, added = scheduled.backward(schedule.start(work), asked, environment)
+        dq, dk, dv, dbias, added = scheduled.backward(schedule.start(work), arguments, environment)
     dq, dk, dv = (gradient.to(tensors.q.dtype) for gradient in (dq, dk, dv))
     return dq, dk, dv, None if dbias is None or tensors.bias is None else dbias.to(tensors.bias.dtype), added
 
 
-def _pairs(q: Any, k: Any, asked: OpArguments) -> int:
+def _pairs(q: Any, k: Any, arguments: OpArguments) -> int:
     # Of the whole, where all of it is here. Documents that are data are not known here: as if they were one.
-    if parse_schedule(asked.schedule).distributed:
+    if parse_schedule(arguments.schedule).distributed:
         return 0
-    spans = query_spans(asked, q[1], k[1])
-    whole = asked._replace(q_spans=[n for s in spans for n in (s.start, s.length, s.step)], k_spans=[0, k[1], 1])
+    spans = query_spans(arguments, q[1], k[1])
+    whole = arguments._replace(q_spans=[n for s in spans for n in (s.start, s.length, s.step)], k_spans=[0, k[1], 1])
     return visible_pairs(find_plan(whole, find_environment("")))
 
 
 def _differentiate_twice(
-    above: list[Tensor | None], cotangents: Cotangents, tensors: OpTensors, asked: OpArguments
+    above: list[Tensor | None], cotangents: Cotangents, tensors: OpTensors, arguments: OpArguments
 ) -> list[Tensor | None]:
     if tensors.cu_seqlens is not None:
-        tensors, asked = in_documents(tensors, asked)
-    schedule = parse_schedule(asked.schedule)
+        tensors, arguments = in_documents(tensors, arguments)
+    schedule = parse_schedule(arguments.schedule)
     if type(schedule) is not Local:
         raise NotImplementedError(f"second derivatives are not supported under {schedule}: use Local()")
-    environment = find_environment(asked.env, may_be_gone=True)
-    return second_gradients(above, cotangents, tensors, asked._replace(schedule=""), environment)
+    environment = find_environment(arguments.env, may_be_gone=True)
+    return second_gradients(above, cotangents, tensors, arguments._replace(schedule=""), environment)
 
 
 scheduled_attend = define(LIBRARY, "scheduled_attend", _compute, _differentiate, _pairs, _differentiate_twice)

@@ -27,13 +27,13 @@ class ScheduleWork:
         queries: q (batch, Nq, heads, head_dim), and in a backward the tensors of its rows: grad_out, out, lse, perhaps grad_lse.
         tensors: the call's. mask and bias are broadcastable to (batch, heads, Nq, keys of the whole sequence); metadata is from
             `Schedule.exchange_metadata`.
-        asked: the call's other arguments; q_spans is empty where queries are the last positions.
+        arguments: the call's other arguments; q_spans is empty where queries are the last positions.
         environment: where plans are cached and memory comes from.
     """
 
     queries: tuple[Tensor, ...]
     tensors: OpTensors
-    asked: OpArguments
+    arguments: OpArguments
     environment: Environment
 
     @property
@@ -154,10 +154,10 @@ class GradientSum:
         return torch.zeros_like(self.like, memory_format=torch.contiguous_format) if self.sum is None else self.sum
 
 
-def query_spans(asked: OpArguments, nq: int, nk: int) -> Spans:
+def query_spans(arguments: OpArguments, nq: int, nk: int) -> Spans:
     """Positions of all queries: from the start that was asked for, else the last of the keys'."""
     # Queries that outnumber keys without positions: the edge lets them pass only where positions do not matter.
-    flat = asked.q_spans or [max(nk - nq, 0), nq, 1]
+    flat = arguments.q_spans or [max(nk - nq, 0), nq, 1]
     if len(flat) == 3:
         # The length there is that of one rank's queries.
         return (Span(flat[0], nq, flat[2]),)

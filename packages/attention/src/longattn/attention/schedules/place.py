@@ -23,7 +23,7 @@ Parcel = tuple[int, Tensor]
 
 
 @dataclass(frozen=True)
-class Event:
+class TransportEvent:
     """An event on this rank: `what` is "header", "post", "send" (with its bytes) or "arrive"; `label` names the exchange."""
 
     what: str
@@ -32,13 +32,13 @@ class Event:
     nbytes: int = 0
 
 
-_WATCHERS: list[list[Event]] = []
+_WATCHERS: list[list[TransportEvent]] = []
 
 
 @contextmanager
-def watch() -> Generator[list[Event], None, None]:
+def watch() -> Generator[list[TransportEvent], None, None]:
     """A list that fills with this process's events, in order, as long as the context is open. Headers have no bytes in it."""
-    events: list[Event] = []
+    events: list[TransportEvent] = []
     _WATCHERS.append(events)
     try:
         yield events
@@ -46,7 +46,7 @@ def watch() -> Generator[list[Event], None, None]:
         _WATCHERS.remove(events)
 
 
-def note(event: Event) -> None:
+def note(event: TransportEvent) -> None:
     """Append to every open `watch`."""
     for events in _WATCHERS:
         events.append(event)

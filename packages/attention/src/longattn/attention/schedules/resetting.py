@@ -15,7 +15,7 @@ import torch
 from longattn.attention.schedules.group_calls import HEADERS, Exchange, GroupCalls
 from longattn.attention.schedules.headers import FORMAT, HEADER_BYTES
 from longattn.attention.schedules.place import Parcel
-from longattn.attention.schedules.waiting import Job
+from longattn.attention.schedules.waiting import PendingWorks
 from longattn.attention.validate import integers
 
 _NUMBERS = struct.Struct(f"<{HEADER_BYTES // 8}q")
@@ -62,7 +62,9 @@ class _Rendezvous:
             works = calls.place.post(self.receives, sends, _RESET_TAG)
         except RuntimeError as error:
             raise calls.error(f"a rank is gone: {error}; make the group anew", None, "reset") from error
-        self.jobs = [Job([(peer, x, work)]) for (peer, x), work in zip((*self.receives, *sends), works, strict=True)]
+        self.jobs = [
+            PendingWorks([(peer, x, work)]) for (peer, x), work in zip((*self.receives, *sends), works, strict=True)
+        ]
         # Each in a thread of its own: the waiter may be held up by what the reset is to complete.
         for job in self.jobs:
             job.start()

@@ -150,7 +150,7 @@ class _InProcessRun(ScheduleRun):
         self.by_distance = work.tensors.by_distance
         nq, nk = work.queries[0].shape[1], work.k.shape[1]
         self.queries, self.keys = (LAYOUTS[ring.layout](n, ring.size) for n in (nq, nk))
-        self.spans = query_spans(work.asked, nq, nk)
+        self.spans = query_spans(work.arguments, nq, nk)
         cut = [self.keys.cut(x) for x in (work.k, work.v)]
         padding = [None] * ring.size if work.padding is None else self.keys.cut(work.padding)
         self.sums = [tuple(GradientSum(x) for x in pair) for pair in zip(*cut, strict=True)]
@@ -164,7 +164,7 @@ class _InProcessRun(ScheduleRun):
             total.add(gradient)
 
     def shards(self) -> Iterator[QueryShard]:
-        size, (total, first, count) = len(self.steps), self.work.asked.heads
+        size, (total, first, count) = len(self.steps), self.work.arguments.heads
         shares = zip(*(self.queries.cut(x) for x in self.work.queries), strict=True)
         for rank, (queries, rows) in enumerate(zip(shares, self.queries.rows(), strict=True)):
             arriving = (self.steps[(rank - distance) % size] for distance in range(size))

@@ -65,7 +65,7 @@ class GroupRun(ScheduleRun):
 
     def shards(self) -> Iterator[QueryShard]:
         """One: what this rank holds."""
-        total, first, count = self.work.asked.heads
+        total, first, count = self.work.arguments.heads
         yield QueryShard(self.work.queries, self.whole.spans[self.whole.me], self._steps(), None, (total, first, count))
 
     def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -104,8 +104,8 @@ class GroupRun(ScheduleRun):
     def _visible_keys(self, queries: int, keys: int) -> Packing | None:
         """What the queries of one rank see of another's keys."""
         work = self.work
-        asked = work.asked._replace(q_spans=_flat(self.whole.spans[queries]), k_spans=_flat(self.k_rows[keys]))
-        plan = find_plan(asked, work.environment)
+        arguments = work.arguments._replace(q_spans=_flat(self.whole.spans[queries]), k_spans=_flat(self.k_rows[keys]))
+        plan = find_plan(arguments, work.environment)
         return None if plan.empty else packing_of(plan, work.k.shape[2])
 
     def _announced(self) -> Announced:

@@ -31,7 +31,7 @@ MOST_IMBALANCE = 1.25
 
 
 @dataclass(frozen=True)
-class Call:
+class ScheduledCall:
     """A forward and backward over a whole sequence of `length` on `ranks` processes.
 
     Attributes:
@@ -81,7 +81,7 @@ class Traffic:
         return max(self.work) * len(self.work) / sum(self.work) if sum(self.work) else 1.0
 
 
-def ring_traffic(call: Call, layout: str = "contiguous", lengths: Sequence[int] | None = None) -> Traffic:
+def ring_traffic(call: ScheduledCall, layout: str = "contiguous", lengths: Sequence[int] | None = None) -> Traffic:
     """Of a `Ring`: of each shard, what each other rank sees of it; in a backward that again, and dk and dv in float32 (float64).
 
     lengths: of contiguous shards, as in `Ring`. Default: those of the layout.
@@ -102,12 +102,12 @@ def ring_traffic(call: Call, layout: str = "contiguous", lengths: Sequence[int] 
     return Traffic(f"ring {layout}", forward, forward + elements * wide, tuple(work))
 
 
-def full_ring_bytes(call: Call) -> int:
+def full_ring_bytes(call: ScheduledCall) -> int:
     """Bytes that a ring which sends every shard to every rank sends in a forward; an all-gather of k and v sends as many."""
     return (call.ranks - 1) * call.batch * call.length * call.kv_heads * call.width * call.dtype.itemsize
 
 
-def gather_traffic(call: Call) -> Traffic:
+def gather_traffic(call: ScheduledCall) -> Traffic:
     """Of `AllGather`, contiguous: every shard to every rank, and all its gradients back in float32 (float64)."""
     forward = full_ring_bytes(call)
     wide = state_dtype(call.dtype).itemsize
@@ -115,7 +115,7 @@ def gather_traffic(call: Call) -> Traffic:
     return Traffic("all_gather", forward, forward + forward // call.dtype.itemsize * wide, work)
 
 
-def ulysses_traffic(call: Call) -> Traffic | None:
+def ulysses_traffic(call: ScheduledCall) -> Traffic | None:
     """Of `Ulysses`, contiguous; None where there are fewer kv heads than ranks."""
     if call.kv_heads < call.ranks:
         return None
@@ -202,7 +202,7 @@ def choose(
     kv_heads = heads if kv_heads is None else check_size("kv_heads", kv_heads)
     if heads % kv_heads:
         raise ValueError(f"kv_heads must divide num_heads={heads}, got {kv_heads}")
-    call = Call(check_pattern_argument(pattern), check_size("length", length), ranks, heads, kv_heads, check_size("head_dim", head_dim), check_size("batch", batch), dtype, None if value_head_dim is None else check_size("value_head_dim", value_head_dim))  # fmt: skip
+    call = ScheduledCall(check_pattern_argument(pattern), check_size("length", length), ranks, heads, kv_heads, check_size("head_dim", head_dim), check_size("batch", batch), dtype, None if value_head_dim is None else check_size("value_head_dim", value_head_dim))  # fmt: skip
     offers = [ring_traffic(call, layout) for layout in LAYOUTS]
     ulysses = ulysses_traffic(call)
     offers += [gather_traffic(call)] if ulysses is None else [ulysses, gather_traffic(call)]

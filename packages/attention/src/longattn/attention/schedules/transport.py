@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longattn.attention.schedules.group_calls import KEYS, Exchange, GroupCalls, caller_fields
 from longattn.attention.schedules.headers import Fields
-from longattn.kernels.interface import TensorAllocator
+from longattn.kernels.interface import ScratchAllocator
 
 
 class Swapped(NamedTuple):
@@ -21,7 +21,7 @@ class Swapped(NamedTuple):
 
 
 def swap(
-    calls: GroupCalls, fields: Fields, call: int, tensors: Sequence[Swapped], allocator: TensorAllocator
+    calls: GroupCalls, fields: Fields, call: int, tensors: Sequence[Swapped], allocator: ScratchAllocator
 ) -> list[list[Tensor]]:
     """What comes from each rank, for each tensor. Waits. This rank's own part is itself, made contiguous.
 

@@ -171,8 +171,8 @@ class _HeadsRun(ScheduleRun):
         by_distance = None if given.by_distance is None else self.exchange.of_heads(given.by_distance)
         tensors = OpTensors(queries[0], k, v, bias, by_distance, mask, padding, self.whole.seed, metadata=metadata)
         # Ranks of the inner group need not have this group's lengths.
-        asked = work.asked._replace(heads=self.exchange.heads, schedule=inner.canonical())
-        inside = ScheduleWork(tuple(queries), tensors, asked, work.environment)
+        arguments = work.arguments._replace(heads=self.exchange.heads, schedule=inner.canonical())
+        inside = ScheduleWork(tuple(queries), tensors, arguments, work.environment)
         if not inner.distributed:
             check_masks(inside, self.whole.nq, self.whole.nk)
         self.inside = inner.start(inside)
@@ -186,7 +186,7 @@ class _HeadsRun(ScheduleRun):
     def join(self, parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         out, *rest = self.inside.join(parts)
         # Nothing is added on the way, so it is rounded before it travels.
-        dtype = self.work.queries[0].dtype if len(self.work.queries) > 1 else self.work.asked.out_dtype
+        dtype = self.work.queries[0].dtype if len(self.work.queries) > 1 else self.work.arguments.out_dtype
         return tuple(self.exchange.to_rows("queries to rows", [out.to(dtype), *rest], self.whole.queries))
 
     def key_gradients(self) -> tuple[Tensor, Tensor]:

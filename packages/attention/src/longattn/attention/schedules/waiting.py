@@ -20,7 +20,7 @@ _SLICE = 0.25
 """Seconds: a signal's handler runs after so long at most."""
 
 
-class Job:
+class PendingWorks:
     """Messages in flight, in the order in which they are waited for.
 
     Attributes:
@@ -76,10 +76,10 @@ class Waiter:
     """Runs jobs one after the other in a thread, which begins with the first one and ends with `stop`."""
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._jobs: SimpleQueue[PendingWorks | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: PendingWorks) -> None:
         """Run a job after those that were submitted before."""
         if self._thread is None:
             self._thread = threading.Thread(target=_serve, args=(self._jobs,), name="longattn waiter", daemon=True)
@@ -94,7 +94,7 @@ class Waiter:
             self._thread = None
 
 
-def _serve(jobs: SimpleQueue[Job | None]) -> None:
+def _serve(jobs: SimpleQueue[PendingWorks | None]) -> None:
     while (job := jobs.get()) is not None:
         job.run()
         # Its tensors are not kept until the next one comes.

@@ -9,7 +9,7 @@ import numpy as np
 from longattn.attention.streaming.expiry import Positions
 
 
-class Placement(NamedTuple):
+class KeyPlacement(NamedTuple):
     """Where keys of a call go: key `token[n]` of kv head `head[n]` to slot `slot[n]`."""
 
     head: Positions
@@ -59,7 +59,7 @@ class HeldKeys:
         """Slots that a head needs once the next keys, with these last queries (kv_heads, n), are placed."""
         return int(((self.slots >= 0).sum(axis=1) + self._stays(last).sum(axis=1)).max(initial=0))
 
-    def place(self, last: Positions) -> Placement:
+    def place(self, last: Positions) -> KeyPlacement:
         """Take the next keys in: those that some query to come sees get the first free slots of their head, which must be enough."""
         stays = self._stays(last)
         heads: list[Positions] = []
@@ -73,7 +73,7 @@ class HeldKeys:
             places.append(place)
             tokens.append(token)
         self.position += last.shape[1]
-        return Placement(*(np.concatenate(parts) for parts in (heads, places, tokens)))
+        return KeyPlacement(*(np.concatenate(parts) for parts in (heads, places, tokens)))
 
     def evict(self, position: int) -> None:
         """Free the slots of keys that no query from `position` on sees, nor one that a rewind from there could bring back."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longattn.attention.streaming.expiry import Positions
-from longattn.attention.streaming.held_keys import HeldKeys, Placement
+from longattn.attention.streaming.held_keys import HeldKeys, KeyPlacement
 from longattn.attention.streaming.slot_buffer import LARGEST, SlotBuffer, Storage
 from longattn.attention.validate import integers
 from longattn.kernels.interface import FLOATS, dtype_name
@@ -283,7 +283,7 @@ class StreamingState:
                 v,
             )
 
-    def _put(self, row: Any, placement: Placement, k: Tensor, v: Tensor) -> None:
+    def _put(self, row: Any, placement: KeyPlacement, k: Tensor, v: Tensor) -> None:
         """Copy keys and values of the call's row into their slots: of all rows at once, or row[0] of the call into row[1]."""
         head, slot, token = (torch.as_tensor(x, device=self.device) for x in placement)
         for buffer, new in ((self.keys, k), (self.values, v)):

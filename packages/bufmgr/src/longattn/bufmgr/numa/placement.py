@@ -44,7 +44,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Machine:
+class NumaMachine:
     """What placement works on: the nodes, and the kernel's calls. Tests make one of their own."""
 
     topology: NumaTopology
@@ -62,12 +62,12 @@ class Machine:
         return None
 
 
-def this_machine() -> Machine:
+def this_machine() -> NumaMachine:
     """Return the machine that this process runs on."""
-    return Machine(numa_topology(), system_calls())
+    return NumaMachine(numa_topology(), system_calls())
 
 
-def read_placement(tensor: torch.Tensor, *, machine: Machine | None = None) -> Placement:
+def read_placement(tensor: torch.Tensor, *, machine: NumaMachine | None = None) -> Placement:
     """Return where the pages of a CPU tensor are, as the kernel answers at this moment.
 
     A page at its ends may hold other data, too. Works on one node as well. Raises TypeError for no tensor, ValueError for
@@ -78,7 +78,7 @@ def read_placement(tensor: torch.Tensor, *, machine: Machine | None = None) -> P
     return _summary(calls.page_nodes(pages))
 
 
-def migrate(tensor: torch.Tensor, node: int, *, machine: Machine | None = None) -> Placement:
+def migrate(tensor: torch.Tensor, node: int, *, machine: NumaMachine | None = None) -> Placement:
     """Move the pages of a CPU tensor to a node; return where they are afterwards, read back. Untouched pages stay so.
 
     Raises what `read_placement` raises, and ValueError for a node without memory.
@@ -93,7 +93,7 @@ def migrate(tensor: torch.Tensor, node: int, *, machine: Machine | None = None) 
 
 @contextlib.contextmanager
 def numa_policy(
-    policy: Policy, nodes: Sequence[int] | None = None, *, machine: Machine | None = None
+    policy: Policy, nodes: Sequence[int] | None = None, *, machine: NumaMachine | None = None
 ) -> Generator[bool]:
     """Place the pages that this thread touches first inside the context, whoever allocates them, torch included.
 
@@ -121,7 +121,12 @@ class Placer:
     """
 
     def __init__(
-        self, upstream: Allocator, policy: Policy, nodes: Sequence[int] | None = None, *, machine: Machine | None = None
+        self,
+        upstream: Allocator,
+        policy: Policy,
+        nodes: Sequence[int] | None = None,
+        *,
+        machine: NumaMachine | None = None,
     ) -> None:
         check_upstream(upstream)
         check_policy(policy)
@@ -217,7 +222,7 @@ def check_policy(policy: object, name: str = "policy") -> None:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {describe(policy)}")
 
 
-def _check_nodes(nodes: object, machine: Machine, name: str = "nodes") -> tuple[int, ...]:
+def _check_nodes(nodes: object, machine: NumaMachine, name: str = "nodes") -> tuple[int, ...]:
     memory_nodes = machine.topology.memory_nodes
     if isinstance(nodes, (str, bytes)) or not isinstance(nodes, Sequence):
         raise TypeError(f"{name} must be a sequence of node numbers, got {describe(cast('object', nodes))}")
@@ -228,7 +233,7 @@ def _check_nodes(nodes: object, machine: Machine, name: str = "nodes") -> tuple[
     return checked
 
 
-def _calls(machine: Machine | None) -> SystemCalls:
+def _calls(machine: NumaMachine | None) -> SystemCalls:
     calls = system_calls() if machine is None else machine.calls
     if calls is None:
         raise OSError(errno.ENOSYS, "the system has no calls for placement that are known here")

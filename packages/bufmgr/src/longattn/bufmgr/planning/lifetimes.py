@@ -26,7 +26,7 @@ class Lifetime:
 
 
 @dataclass(frozen=True)
-class Layout:
+class MemoryLayout:
     """The offset of each lifetime in one block, in order, and the block's bytes."""
 
     offsets: tuple[int, ...]
@@ -46,7 +46,7 @@ def live_peak(lifetimes: Sequence[Lifetime]) -> int:
     return peak
 
 
-def lay_out(lifetimes: Sequence[Lifetime]) -> Layout:
+def lay_out(lifetimes: Sequence[Lifetime]) -> MemoryLayout:
     """Return offsets, multiples of 64, at which no two lifetimes that overlap in time overlap in memory."""
     offsets = [0] * len(lifetimes)
     placed: list[int] = []  # in order of offset
@@ -65,4 +65,4 @@ def lay_out(lifetimes: Sequence[Lifetime]) -> Layout:
         end = max(end, offsets[index] + size)
         placed.append(index)
         placed.sort(key=lambda i: offsets[i])
-    return Layout(tuple(offsets), end)
+    return MemoryLayout(tuple(offsets), end)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from longattn.bufmgr.checks import check_flag, check_kind, check_shape, describe
-from longattn.bufmgr.planning.lifetimes import Layout, Lifetime, lay_out, live_peak
+from longattn.bufmgr.planning.lifetimes import Lifetime, MemoryLayout, lay_out, live_peak
 from longattn.bufmgr.planning.recompute import Recompute
 from longattn.bufmgr.planning.recording import LifetimeRecorder
 from longattn.bufmgr.spec import MIB
@@ -43,7 +43,7 @@ class MemoryPlan:
         """Most bytes at once inside `apply()`."""
         return live_peak(self.after)
 
-    def layout(self) -> Layout:
+    def layout(self) -> MemoryLayout:
         """Return the offset of each lifetime of `after` in one block, and the block's size."""
         return lay_out(self.after)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longattn.kernels.dispatch.environment import TensorAllocator
+from longattn.kernels.dispatch.environment import ScratchAllocator
 from longattn.patterncache import Plan
 
 
@@ -46,7 +46,7 @@ class Call:
     seed: int
     out_dtype: torch.dtype
     deterministic: bool
-    allocator: TensorAllocator
+    allocator: ScratchAllocator
     softcap: float = 0.0
     by_distance: Tensor | None = None
     by_distance_grad: Tensor | None = None

@@ -20,7 +20,7 @@ from longattn.patterncache import get_global_pattern_cache
 T = TypeVar("T")
 
 
-class TensorAllocator(Protocol):
+class ScratchAllocator(Protocol):
     """Who owns scratch and outputs. `longattn.bufmgr`'s manager and global pool are two."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, role: str) -> Tensor:
@@ -74,9 +74,9 @@ class Environment:
         allocator: default plain torch.
     """
 
-    def __init__(self, cache: PlanCache | None = None, allocator: TensorAllocator | None = None) -> None:
+    def __init__(self, cache: PlanCache | None = None, allocator: ScratchAllocator | None = None) -> None:
         self.cache: PlanCache = get_global_pattern_cache() if cache is None else cache
-        self.allocator: TensorAllocator = TorchAllocator() if allocator is None else allocator
+        self.allocator: ScratchAllocator = TorchAllocator() if allocator is None else allocator
         self.name = f"environment {next(_COUNTER)}"
         _ENVIRONMENTS[self.name] = self
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.environment import TensorAllocator
+from longattn.kernels.dispatch.environment import ScratchAllocator
 from longattn.kernels.native import building
 from longattn.kernels.native.structures import TYPES, CallArgument, PackedJobs, TensorArgument
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
@@ -63,7 +63,7 @@ class BoundForward:
         self._out_dtype, self._complete, self._device = call.out_dtype, complete, call.q.device
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, allocator: TensorAllocator
+        self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, allocator: ScratchAllocator
     ) -> tuple[Tensor, Tensor] | None:
         """Compute; out and lse are the allocator's."""
         jobs = self._jobs()
@@ -119,7 +119,7 @@ class BoundBackward:
         self._complete, self._device = complete, call.q.device
 
     def __call__(
-        self, cotangents: Cotangents, tensors: OpTensors, allocator: TensorAllocator
+        self, cotangents: Cotangents, tensors: OpTensors, allocator: ScratchAllocator
     ) -> tuple[Tensor, Tensor, Tensor, None] | None:
         """Compute; gradients are contiguous and torch's own memory."""
         jobs = self._jobs()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.environment import TensorAllocator
+from longattn.kernels.dispatch.environment import ScratchAllocator
 from longattn.kernels.native import building
 from longattn.kernels.native.bound import address
 from longattn.kernels.native.structures import TYPES, CallArgument, PackedJobs, TensorArgument
@@ -109,7 +109,7 @@ class BoundShards:
             first += len(steps)
         return arguments
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, allocator: TensorAllocator) -> tuple[Tensor, Tensor] | None:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, allocator: ScratchAllocator) -> tuple[Tensor, Tensor] | None:
         """Compute; out and lse are the allocator's. None once jobs are gone with their plans."""
         if any(jobs() is None for jobs in self._jobs):
             return None

@@ -15,7 +15,7 @@ from longattn.kernels.lowering.head_classes import head_classes
 from longattn.kernels.lowering.write_order import WriteOrder
 from longattn.kernels.native.progressions import (
     LONGEST_PERIOD,
-    Periodic,
+    PeriodicRows,
     Progression,
     multiset,
     period_of,
@@ -41,7 +41,7 @@ _NO_BAND = Band()
 class RowSet:
     """Rows, tile by tile, of one index form, where their positions are, and for keys who sees them."""
 
-    index: Index | Periodic
+    index: Index | PeriodicRows
     at: tuple[int, int]
     band: Band = _NO_BAND
 
@@ -227,7 +227,7 @@ def _written(job: Job) -> tuple[slice, slice | Rows]:
     at = slice(heads.start, heads.start + heads.length * heads.step, heads.step)
     if isinstance(index, Affine) and index.tiles == 1 and index.step > 0:
         return at, slice(index.start, index.start + index.count * index.step, index.step)
-    if isinstance(index, Periodic) and len(index.offsets) == 1:
+    if isinstance(index, PeriodicRows) and len(index.offsets) == 1:
         first = index.start + index.offsets[0]
         return at, slice(first, first + index.count * index.period, index.period)
     return at, query_rows(job)
@@ -236,4 +236,4 @@ def _written(job: Job) -> tuple[slice, slice | Rows]:
 def query_rows(job: Job) -> Rows:
     """(rows,) int64 of all tiles."""
     index = job.queries.index
-    return rows_of(index) if isinstance(index, Periodic) else index.rows().reshape(-1)
+    return rows_of(index) if isinstance(index, PeriodicRows) else index.rows().reshape(-1)

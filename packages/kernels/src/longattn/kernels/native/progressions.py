@@ -36,7 +36,7 @@ class Progression:
 
 
 @dataclass(frozen=True, slots=True)
-class Periodic:
+class PeriodicRows:
     """Rows start + i // block * period + offsets[i % block], for i < count, where block = len(offsets).
 
     Attributes:
@@ -109,14 +109,16 @@ def phases_at(begin: int, progressions: Sequence[Progression]) -> tuple[tuple[in
     return tuple(((p.start - begin) % p.step, p.step) for p in progressions)
 
 
-def periodic(begin: int, end: int, period: int, offsets: tuple[int, ...], times: tuple[int, ...]) -> Periodic | None:
+def periodic(
+    begin: int, end: int, period: int, offsets: tuple[int, ...], times: tuple[int, ...]
+) -> PeriodicRows | None:
     """The rows begin + a multiple of the period + an offset that lie below `end`; None where there are none."""
     periods, remainder = divmod(end - begin, period)
     count = periods * len(offsets) + bisect_left(offsets, remainder)
-    return Periodic(begin, period, offsets, times, count) if count else None
+    return PeriodicRows(begin, period, offsets, times, count) if count else None
 
 
-def multiset(progressions: Sequence[Progression]) -> tuple[Periodic, ...]:
+def multiset(progressions: Sequence[Progression]) -> tuple[PeriodicRows, ...]:
     """All rows of the progressions, each once, with how often it stands among them, piece by piece, ascending."""
     base = min(p.start for p in progressions)
     at_zero = _multiset(tuple((p.start - base, p.step, p.count) for p in progressions))
@@ -125,7 +127,7 @@ def multiset(progressions: Sequence[Progression]) -> tuple[Periodic, ...]:
 
 # Segments repeat: most of a long sequence is the same few constellations somewhere else.
 @lru_cache(maxsize=4096)
-def _multiset(shapes: tuple[tuple[int, int, int], ...]) -> tuple[Periodic, ...]:
+def _multiset(shapes: tuple[tuple[int, int, int], ...]) -> tuple[PeriodicRows, ...]:
     progressions = [Progression(*shape) for shape in shapes]
     multiset_pieces = []
     for begin, end, active in pieces(progressions):
@@ -139,7 +141,7 @@ def _multiset(shapes: tuple[tuple[int, int, int], ...]) -> tuple[Periodic, ...]:
     return tuple(multiset_pieces)
 
 
-def rows_of(piece: Periodic) -> Rows:
+def rows_of(piece: PeriodicRows) -> Rows:
     """(count,) int64."""
     i, block = np.arange(piece.count, dtype=np.int64), len(piece.offsets)
     return piece.start + i // block * piece.period + np.asarray(piece.offsets, np.int64)[i % block]

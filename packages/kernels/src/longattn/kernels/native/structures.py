@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.native.lowering import Job, Lowered, RowSet
-from longattn.kernels.native.progressions import Periodic
+from longattn.kernels.native.progressions import PeriodicRows
 from longattn.patterncache.indices import Affine, Index
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -175,7 +175,7 @@ class PackedJobs:
     def _row_set(self, rows: RowSet) -> list[int]:
         index = rows.index
         starts = start = tile_step = offsets = log2_count = 0
-        if isinstance(index, Periodic):
+        if isinstance(index, PeriodicRows):
             start, period, block, step = index.start, index.period, len(index.offsets), 1
             offsets = self._keep(np.array(index.offsets, np.int64), index.offsets)
             if any(n != 1 for n in index.times):
@@ -200,8 +200,8 @@ def _first_key(job: Job) -> int:
     return min((_first_row(keys.index) for keys in job.keys if keys.index.count), default=_BEYOND)
 
 
-def _first_row(index: Index | Periodic) -> int:
-    if isinstance(index, Periodic):
+def _first_row(index: Index | PeriodicRows) -> int:
+    if isinstance(index, PeriodicRows):
         return index.start + index.offsets[0]
     if isinstance(index, Affine):
         ends = (t * index.tile_step + i * index.step for t in (0, index.tiles - 1) for i in (0, index.count - 1))

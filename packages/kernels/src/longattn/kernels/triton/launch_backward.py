@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.environment import TensorAllocator
+from longattn.kernels.dispatch.environment import ScratchAllocator
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
 from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned
@@ -62,7 +62,7 @@ class BoundBackward:
         self._launches = bind_launches(_launches(call, beside, memory), tensors, self._device)
 
     def __call__(
-        self, cotangents: Cotangents, tensors: OpTensors, allocator: TensorAllocator
+        self, cotangents: Cotangents, tensors: OpTensors, allocator: ScratchAllocator
     ) -> tuple[Tensor, Tensor, Tensor, None] | None:
         """Compute; gradients are contiguous and torch's own memory. None: the plan is gone, or a tensor lies otherwise."""
         grad_out, grad_lse, out, lse = cotangents
@@ -113,7 +113,7 @@ class _Memory(NamedTuple):
         keys = ((tuple(x.shape), x.dtype, whole[1]) for x in (call.k, call.v))
         return cls((batch, heads, length), dq, *keys)
 
-    def fresh(self, device: torch.device, allocator: TensorAllocator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def fresh(self, device: torch.device, allocator: ScratchAllocator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """delta, pivots, dq or its sum, dk, dv."""
         delta, pivot = (allocator.empty(self.rows, torch.float32, device, "temp") for _ in range(2))
         dq, dk, dv = (
@@ -129,7 +129,7 @@ def _whole(call: Call) -> tuple[bool, bool]:
 
 
 def _finish(
-    dtype: torch.dtype, deterministic: bool, memory: tuple[Tensor, ...], allocator: TensorAllocator
+    dtype: torch.dtype, deterministic: bool, memory: tuple[Tensor, ...], allocator: ScratchAllocator
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     delta, pivot, dq, dk, dv = memory
     for x in (delta, pivot):

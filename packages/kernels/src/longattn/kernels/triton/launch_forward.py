@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.environment import TensorAllocator
+from longattn.kernels.dispatch.environment import ScratchAllocator
 from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned
 from longattn.kernels.triton.configurations import Configuration
 from longattn.kernels.triton.forward_kernel import forward_kernel
@@ -69,7 +69,7 @@ class BoundForward:
         self._launches = bind_launches(_launches(call, self._form, memory), tensors, self._device)
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, allocator: TensorAllocator
+        self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, allocator: ScratchAllocator
     ) -> tuple[Tensor, Tensor] | None:
         """Compute; out and lse are the allocator's. None: the plan is gone, or a tensor lies where the kernels were not compiled for it."""
         if any(launch.outlived for launch in self._launches) or not is_aligned(q, k, v):
@@ -96,7 +96,12 @@ def _form(call: Call) -> _Form:
 
 
 def _memory(
-    q_shape: torch.Size, dim: int, out_dtype: torch.dtype, form: _Form, device: torch.device, allocator: TensorAllocator
+    q_shape: torch.Size,
+    dim: int,
+    out_dtype: torch.dtype,
+    form: _Form,
+    device: torch.device,
+    allocator: ScratchAllocator,
 ) -> tuple[Tensor, ...]:
     """out and lse, unwritten, and where keys are split the parts' own. out is in out_dtype at once where one launch writes it."""
     shape, dtype = (*q_shape[:3], dim), out_dtype if form.single else torch.float32
@@ -108,7 +113,7 @@ def _memory(
     return out, lse, parts, allocator.empty((form.parts, *shape[:3]), torch.float32, device, "temp")
 
 
-def _finish(memory: tuple[Tensor, ...], out_dtype: torch.dtype, allocator: TensorAllocator) -> tuple[Tensor, Tensor]:
+def _finish(memory: tuple[Tensor, ...], out_dtype: torch.dtype, allocator: ScratchAllocator) -> tuple[Tensor, Tensor]:
     """out in out_dtype, and lse; the rest goes back to its owner."""
     out, lse, *parts = memory
     for x in parts:
