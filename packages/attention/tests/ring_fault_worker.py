@@ -28,6 +28,8 @@ from longattn.attention.schedules import driver
 from longattn.attention.schedules.group_calls import GroupCalls
 from longattn.patterncache import Dilated
 
+# A process that a shell started in the background ignores interrupts; these are to be noticed.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 WORLD, RANK, FOLDER, SECONDS = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
 PATTERN = Dilated((6, 12, 12 * WORLD), (1, 2, 1), causal=True)
 N = 12 * WORLD

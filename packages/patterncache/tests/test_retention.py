@@ -33,6 +33,7 @@ def by_counts(pattern: Pattern, keys: Span, stop: int) -> np.ndarray:
 
 @given(patterns(), st.integers(0, 20), st.integers(0, 20))
 @example(Strided(2), 1, 2)
+@example(Restrict(Full(), Dilated((1,), (1,), shift=1)), 0, 1)
 def test_the_last_query_is_that_of_the_counts(pattern, start, length):
     """For every pattern: no query after it sees the key, and it does; where no end is known, nothing is said too early."""
     keys = Span(start, length)

@@ -13,6 +13,7 @@ import numpy as np
 from longattn.patterncache.indices import Affine
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.plan import Branch
+from longattn.patterncache.planning.limits import TooManyPairsError
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 
 FOREVER = 1 << 48
@@ -28,8 +29,8 @@ _ROWS = 1 << 24
 def last_queries(pattern: Pattern, keys: Span, num_heads: int) -> Rows:
     """(num_heads, keys) int64: the last query position, not before the key, that sees each key; -1: none; `FOREVER` or more: no end is known.
 
-    Exact where the pattern plans in strides, or has a period that no pair crosses. A pattern that lists rows one by one and has no such
-    period is not followed: its keys are needed for ever.
+    Exact where the pattern plans in strides, or has a period that no pair crosses. A pattern that lists rows one by one, or is cut at borders of
+    segments without end, and has no such period is not followed: its keys are needed for ever.
 
     Args:
         keys: neighbouring positions.
@@ -48,7 +49,11 @@ def last_queries(pattern: Pattern, keys: Span, num_heads: int) -> Rows:
         if stop is None:
             columns[:] = FOREVER
             continue
-        plan = pattern.plan(Rectangle(num_heads, Span(part.start, stop - part.start), part))
+        try:
+            plan = pattern.plan(Rectangle(num_heads, Span(part.start, stop - part.start), part))
+        except TooManyPairsError:
+            columns[:] = FOREVER
+            continue
         for branch in plan.branches:
             heads = slice(branch.heads.start, branch.heads.last + 1, branch.heads.step)
             if branch.k.tiles * branch.k.count > _ROWS:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from longattn.patterncache.indices import Affine, Index, Listed, index_of
 from longattn.patterncache.plan import Band, Branch
 from longattn.patterncache.planning.intervals import expand, lands, query_tiles
+from longattn.patterncache.planning.limits import check_runs
 from longattn.patterncache.planning.listing import listed_part
 from longattn.patterncache.spans import Rows
 
@@ -53,12 +54,15 @@ def cut_runs(index: Index, at: tuple[int, int], size: int) -> tuple[Runs, Rows]:
     whole, step = runs_of(index, at), index.step * at[1]
     if step > size:
         # Neighbours are blocks apart: every row is a run of its own.
+        check_runs(int(whole.count.sum()))
         owner, first = expand(whole.count)
         count = np.ones_like(first)
         block = (whole.position[owner] + first * step) // size
     else:
         low = whole.position // size
-        owner, block = expand((whole.position + (whole.count - 1) * step) // size - low + 1)
+        blocks = (whole.position + (whole.count - 1) * step) // size - low + 1
+        check_runs(int(blocks.sum()))
+        owner, block = expand(blocks)
         block += low[owner]
         begin = whole.position[owner]
         first = np.maximum(-((begin - block * size) // step), 0)

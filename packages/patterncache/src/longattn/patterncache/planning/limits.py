@@ -29,6 +29,10 @@ VARIABLE = "LONGATTN_LISTED"
 CHOICES = ("limit", "allow")
 
 
+class TooManyPairsError(ValueError):
+    """A plan would look at more pairs one by one than is allowed."""
+
+
 @dataclass
 class _Count:
     """Pairs that the plan being made has looked at, and what its caller, or that of the plan around it, says of too many."""
@@ -84,17 +88,31 @@ def add_pairs(pairs: int) -> None:
     """Say that planning is about to look at so many pairs. Outside of `counting_pairs` nothing is limited.
 
     Raises:
-        ValueError: with those, the plan looks at more than `MOST_PAIRS`, and that is not allowed.
+        TooManyPairsError: with those, the plan looks at more than `MOST_PAIRS`, and that is not allowed.
     """
     count = _PLANNING.get()
     if count is None:
         return
     count.pairs += pairs
     if count.pairs > MOST_PAIRS and is_limited(count.listed):
-        raise ValueError(
+        raise TooManyPairsError(
             f"rectangle must need at most {MOST_PAIRS} (head, query, key) pairs looked at one by one, for this pattern has no "
             f"strides there, got at least {count.pairs}: {cost_of(count.pairs, PAIRS_PER_SECOND, 8)}. To plan it all the same, call "
             f'plan(rectangle, listed="allow"), or set {VARIABLE}=allow in the environment'
+        )
+
+
+def check_runs(runs: int) -> None:
+    """Say that planning is about to cut an index into so many runs.
+
+    Raises:
+        TooManyPairsError: there are more than `MOST_PAIRS`, and that is not allowed.
+    """
+    count = _PLANNING.get()
+    if count is not None and runs > MOST_PAIRS and is_limited(count.listed):
+        raise TooManyPairsError(
+            f"rectangle must be cut at no more than {MOST_PAIRS} borders of segments or blocks, got {runs}: "
+            f'{cost_of(runs, PAIRS_PER_SECOND, 8)}. To plan it all the same, call plan(rectangle, listed="allow"), or set {VARIABLE}=allow'
         )
 
 
