@@ -36,7 +36,7 @@ EXPECTED = {
     "kernels": """
         Softcap Alibi RelativeBias
         attend AttentionState merge reference_attention fused_attention Environment
-        explain Explanation AttentionProblem backends Capability build_native
+        explain Explanation AttentionProblem backends Capability build_native installation
         prepare PreparedAttention prepared_stats LayoutWarning
         """,
     "attention": """

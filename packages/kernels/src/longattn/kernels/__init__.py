@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from longattn.kernels.entry import attend
     from longattn.kernels.explaining import explain
     from longattn.kernels.fused import fused_attention
+    from longattn.kernels.installed import installation
     from longattn.kernels.native.building import build_native
     from longattn.kernels.preparing import PreparedAttention, prepare, prepared_stats
     from longattn.kernels.problem import AttentionProblem
@@ -39,6 +40,7 @@ _HOME = {
     "build_native": "native.building",
     "explain": "explaining",
     "fused_attention": "fused",
+    "installation": "installed",
     "merge": "state",
     "prepare": "preparing",
     "prepared_stats": "preparing",
@@ -61,6 +63,7 @@ __all__ = [
     "build_native",
     "explain",
     "fused_attention",
+    "installation",
     "merge",
     "prepare",
     "prepared_stats",

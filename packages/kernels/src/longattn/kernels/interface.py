@@ -32,7 +32,6 @@ from longattn.kernels.dispatch.table import check_backend_name
 from longattn.kernels.eager.tiles import keep_tensors, kept_tensors
 from longattn.kernels.entry import autocast
 from longattn.kernels.hierarchy import MACHINES, Machine
-from longattn.kernels.installation import installation
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
 from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients, second_gradients, visible_pairs
 from longattn.kernels.ops.define import define
@@ -60,7 +59,6 @@ __all__ = [
     # what the command `longattn` tells
     "MACHINES",
     "Machine",
-    "installation",
     # the order of axes
     "Layout",
     "exchanged",

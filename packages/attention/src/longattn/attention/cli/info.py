@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from longattn.attention.cli.report import Report, Table
-from longattn.kernels.interface import installation
+from longattn.kernels import installation
 
 PACKAGES = ("longattn-bufmgr", "longattn-patterncache", "longattn-kernels", "longattn-attention", "torch", "numpy")
 EXTRAS = ("triton", "matplotlib", "rich", "transformers")
