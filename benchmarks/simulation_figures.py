@@ -65,12 +65,12 @@ def planned() -> Iterator[dict[str, object]]:
         }
         for name, pattern in patterns.items():
             call = ScheduledCall(pattern, length, ranks, 32, 8, 128)
-            for device in DEVICES:
-                machine = MACHINES[device]
-                at = Hardware(EFFICIENCY * machine.peak[16], machine.levels[-1].bandwidth or 0.0, LINK)
-                for engine in ENGINES:
-                    if engine == "ulysses" and ranks > call.kv_heads:
-                        continue
+            for engine in ENGINES:
+                if engine == "ulysses" and ranks > call.kv_heads:
+                    continue
+                for device in DEVICES:
+                    machine = MACHINES[device]
+                    at = Hardware(EFFICIENCY * machine.peak[16], machine.levels[-1].bandwidth or 0.0, LINK)
                     found = simulate(call, engine, at, backward=True)
                     yield {
                         "pattern": name, "tokens": length, "device": device, "devices": ranks, "engine": engine,

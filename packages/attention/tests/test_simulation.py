@@ -25,8 +25,7 @@ def call_of(pattern, ranks=4, length=128, kv_heads=4):
 def test_steps_count_what_the_traffic_counts(pattern, ranks, layout):
     """Pairs of each rank, and the bytes that all of them receive in a forward."""
     call = call_of(pattern, ranks)
-    rows = LAYOUTS[layout](call.length, ranks).rows()
-    steps = [list(_steps(call, rows, reader)) for reader in range(ranks)]
+    steps = [_steps(call, layout, reader) for reader in range(ranks)]
     counted = ring_traffic(call, layout)
     assert tuple(sum(step.pairs for step in some) for some in steps) == counted.work
     assert sum(step.sent for some in steps for step in some) * call.width * 4 == counted.forward

@@ -11,8 +11,8 @@ Out of the model: contention of links, other ranks' delays, the kernels' tails. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from longattn.attention.schedules.layouts import LAYOUTS, Spans, count_rows
 from longattn.attention.schedules.packing import packing_of
@@ -107,12 +107,12 @@ def simulate(call: ScheduledCall, engine: str, hardware: Hardware, *, backward: 
 def _reader(
     call: ScheduledCall, name: str, engine: str, rows: tuple[Spans, ...], reader: int, at: Hardware, backward: bool, readers: int
 ) -> Prediction:  # fmt: skip
-    steps = list(_steps(call, rows, reader))
+    steps = _steps(call, engine.partition(" ")[2] or "contiguous", reader)
     size, wide = call.dtype.itemsize, state_dtype(call.dtype).itemsize
     shard = call.batch * count_rows(rows[reader]) * call.kv_heads * call.width
     if name == "all_gather":
         whole = call.batch * call.length * call.kv_heads * call.width - shard
-        steps = [_Step(step.pairs, step.rows, 0) for step in steps]
+        steps = tuple(_Step(step.pairs, step.rows, 0) for step in steps)
     seconds = compute = transfer = 0.0
     received = most = 0
     for factor, width in ((1.0, size), (_BACKWARD_WORK, size + wide)) if backward else ((1.0, size),):
@@ -133,8 +133,11 @@ def _reader(
     return Prediction(engine, seconds, compute, transfer, memory, in_flight, received, readers)
 
 
-def _steps(call: ScheduledCall, rows: tuple[Spans, ...], reader: int) -> Iterator[_Step]:
-    """Of each shard that the reader's queries see something of, its own first."""
+@lru_cache(maxsize=256)
+def _steps(call: ScheduledCall, layout: str, reader: int) -> tuple[_Step, ...]:
+    """Of each shard that the reader's queries see something of, its own first. Kept for other hardware."""
+    rows = LAYOUTS[layout](call.length, call.ranks).rows()
+    steps: list[_Step] = []
     for distance in range(call.ranks):
         owner = (reader - distance) % call.ranks
         if call.pattern.causal and rows[owner][0].start > rows[reader][-1].last:
@@ -143,7 +146,8 @@ def _steps(call: ScheduledCall, rows: tuple[Spans, ...], reader: int) -> Iterato
         pairs = sum(branch.pairs * branch.heads.length for branch in plan.branches)
         if distance == 0 or pairs:
             read = _key_rows(plan, call.kv_heads, count_rows(rows[owner]))
-            yield _Step(pairs, read, read if distance else 0)
+            steps.append(_Step(pairs, read, read if distance else 0))
+    return tuple(steps)
 
 
 def _key_rows(plan: Plan, kv_heads: int, shard: int) -> int:
