@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool, reset_global_memory_pool
     from longattn.bufmgr.spec import DEFAULT_CONFIGS, BufferConfig, BufferType
     from longattn.bufmgr.strategy import Strategy
+    from longattn.bufmgr.tiers import TieredBuffer, TieredBuffers
 
 __all__ = [
     "BufferType",
@@ -72,6 +73,8 @@ __all__ = [
     "plan_memory",
     "MemoryPlan",
     "Lifetime",
+    "TieredBuffers",
+    "TieredBuffer",
 ]
 
 if not TYPE_CHECKING:
@@ -116,6 +119,8 @@ if not TYPE_CHECKING:
         "plan_memory": "planning.memory_plan",
         "MemoryPlan": "planning.memory_plan",
         "Lifetime": "planning.lifetimes",
+        "TieredBuffers": "tiers",
+        "TieredBuffer": "tiers",
     }
 
     def __getattr__(name):
