@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -130,7 +130,7 @@ class TieredBuffer:
         self._tiers = tiers
         self._tensor: torch.Tensor | None = tensor
         self._host: torch.Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
+        self._copied: Any = None  # the CUDA event after the copy to host memory
         self._users = 0
 
     @property
@@ -139,7 +139,7 @@ class TieredBuffer:
         return self._tensor is not None
 
     @contextmanager
-    def use(self) -> Iterator[torch.Tensor]:
+    def use(self) -> Generator[torch.Tensor]:
         """A context that gives the tensor, on its device, where it stays until the context ends. What is written to it is kept.
 
         Raises ValueError after `drop`; MemoryError or torch.OutOfMemoryError where the device has no room even with every idle tensor moved out.
