@@ -41,6 +41,7 @@ def engine_of(name: str, length: int) -> Schedule:
     """The schedule of `simulation.ENGINES` over all ranks."""
     kind, _, layout = name.partition(" ")
     group = dist.group.WORLD
+    assert group is not None
     if kind == "ring":
         return Ring(group, layout=layout, lengths=length)  # type: ignore[arg-type]
     return Ulysses(group, lengths=length) if kind == "ulysses" else AllGather(group, lengths=length)

@@ -93,44 +93,43 @@ def simulate(call: ScheduledCall, engine: str, hardware: Hardware, *, backward: 
         raise ValueError(f"ranks must be 1 .. {min(MOST_RANKS, call.length)}, got {call.ranks}")
     if engine == "ulysses":
         return _ulysses(call, hardware, backward)
-    name, _, layout = engine.partition(" ")
-    rows = LAYOUTS[layout or "contiguous"](call.length, call.ranks).rows()
+    rows = LAYOUTS[engine.partition(" ")[2] or "contiguous"](call.length, call.ranks).rows()
     most = max(2, min(8, _MOST_PLANS // call.ranks))
     step = max(1, -(-(call.ranks - 1) // (most - 1)))
     readers = sorted({*range(0, call.ranks, step), call.ranks - 1})
-    predictions = [_reader(call, name, engine, rows, reader, hardware, backward, len(readers)) for reader in readers]
-    slowest = max(predictions, key=lambda each: each.seconds)
-    mean = sum(each.seconds for each in predictions) / len(predictions)
-    return replace(slowest, seconds=max(slowest.seconds, hardware.load * mean))
+    passes = [_reader(call, engine, rows[reader], reader, hardware, backward) for reader in readers]
+    slowest = max(passes, key=lambda each: each.seconds)
+    mean = sum(each.seconds for each in passes) / len(passes)
+    return replace(slowest, seconds=max(slowest.seconds, hardware.load * mean), readers=len(readers))
 
 
-def _reader(
-    call: ScheduledCall, name: str, engine: str, rows: tuple[Spans, ...], reader: int, at: Hardware, backward: bool, readers: int
-) -> Prediction:  # fmt: skip
-    steps = _steps(call, engine.partition(" ")[2] or "contiguous", reader)
+def _reader(call: ScheduledCall, engine: str, rows: Spans, reader: int, at: Hardware, backward: bool) -> Prediction:
+    """The pass of one rank, of a ring or an all-gather."""
+    ring, _, layout = engine.partition(" ")
+    steps = _steps(call, layout or "contiguous", reader)
+    queries = count_rows(rows)
     size, wide = call.dtype.itemsize, state_dtype(call.dtype).itemsize
-    shard = call.batch * count_rows(rows[reader]) * call.kv_heads * call.width
-    if name == "all_gather":
-        whole = call.batch * call.length * call.kv_heads * call.width - shard
-        steps = tuple(_Step(step.pairs, step.rows, 0) for step in steps)
+    others = call.batch * (call.length - queries) * call.kv_heads * call.width  # elements of keys and values elsewhere
     seconds = compute = transfer = 0.0
     received = most = 0
+    # A backward has keys and values come again, and their gradients go home.
     for factor, width in ((1.0, size), (_BACKWARD_WORK, size + wide)) if backward else ((1.0, size),):
-        times = [_compute(call, step, count_rows(rows[reader]), factor, at) for step in steps]
-        moved = [call.batch * step.sent * call.width * width for step in steps]
-        sends = [_transfer(nbytes, at) for nbytes in moved]
-        if name == "all_gather":
-            sends, moved = [_transfer(whole * width, at, call.ranks - 1)], [whole * width]
-            seconds += sum(times) + sends[0]
-        else:
+        times = [_compute(call, step, queries, factor, at) for step in steps]
+        if ring == "ring":
+            moved = [call.batch * step.sent * call.width * width for step in steps]
+            sends = [_transfer(nbytes, at) for nbytes in moved]
             # While a step computes, what the next one needs travels; a backward's last gradients travel alone.
             seconds += sum(map(max, times, [*sends[1:], 0.0]))
             seconds += sends[-1] * (wide / width) if factor > 1 else 0.0
+        else:
+            moved = [others * width]
+            sends = [_transfer(moved[0], at, call.ranks - 1)]
+            seconds += sum(times) + sends[0]
         compute, transfer = compute + sum(times), transfer + sum(sends)
         received, most = received + sum(moved), max(most, *moved)
-    in_flight = most if name == "all_gather" else 2 * most
-    memory = _held(call, rows[reader], backward) + in_flight
-    return Prediction(engine, seconds, compute, transfer, memory, in_flight, received, readers)
+    in_flight = 2 * most if ring == "ring" else most
+    memory = _held(call, rows, backward) + in_flight
+    return Prediction(engine, seconds, compute, transfer, memory, in_flight, received, 1)
 
 
 @lru_cache(maxsize=256)
