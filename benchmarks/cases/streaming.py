@@ -33,6 +33,7 @@ def stream(k: Tensor, v: Tensor, divide: int = 1) -> tuple[StreamingAttention, S
         state.tables[0].evict(start + keys.shape[1])
         state.write(None, keys, values, [last])
         state.tables[0].evict(state.tables[0].position)
+        state.trim(None)
     return module, state
 
 

@@ -64,7 +64,8 @@ class HeldKeys:
     def grow(self, capacity: int) -> None:
         """More slots, free ones."""
         more = ((0, 0), (0, capacity - self.slots.shape[1]))
-        self.slots, self.last = (np.pad(table, more, constant_values=-1) for table in (self.slots, self.last))
+        if more[1][1]:
+            self.slots, self.last = (np.pad(table, more, constant_values=-1) for table in (self.slots, self.last))
 
     def needed(self, last: Positions) -> int:
         """Slots that a head needs once the next keys, with these last queries (kv_heads, n), are placed."""
