@@ -138,6 +138,14 @@ class StreamingAttention(nn.Module):
         like = torch.empty(0, dtype=dtype, device=device)
         return PagePool((self.head_dim, self.value_head_dim), like.dtype, like.device, self.storage, pages, page_size)
 
+    def most_held(self, length: int) -> int:
+        """Keys that a kv head holds at most while a stream of `length` tokens is read one by one.
+
+        Raises:
+            TypeError, ValueError: no length; or one at which the pattern means nothing.
+        """
+        return self._expiry.most_held(check_size("length", length, least=0), self.max_rewind)
+
     @overload
     def forward(
         self,

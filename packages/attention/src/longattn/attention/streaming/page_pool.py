@@ -122,6 +122,11 @@ class PagePool:
             buffer.copy_from(getattr(source or self, name), here, there)
         return taken
 
+    def move(self, device: torch.device) -> None:
+        """Bring all pages to another device. The memory they had is the global pool's again."""
+        if device != self.keys.numbers.device:
+            self.keys, self.values = (x.grown(len(x.numbers), device) for x in (self.keys, self.values))
+
     def cache(self) -> PagedCache:
         """The pages, as kernels take them."""
         scales = (None if x.scales is None else x.scales.flatten(1) for x in (self.keys, self.values))

@@ -51,9 +51,10 @@ class SlotBuffer:
         """The numbers in the dtype that they are stored in."""
         return self.numbers.view(torch.float8_e4m3fn) if self.storage == "fp8" else self.numbers
 
-    def grown(self, pages: int) -> SlotBuffer:
-        """One of so many pages, with what this one holds in the first of them."""
-        larger = SlotBuffer((pages, *self.numbers.shape[1:]), self.dtype, self.numbers.device, self.storage)
+    def grown(self, pages: int, device: torch.device | None = None) -> SlotBuffer:
+        """One of so many pages, with what this one holds in the first of them; on another device, if one is given."""
+        device = self.numbers.device if device is None else device
+        larger = SlotBuffer((pages, *self.numbers.shape[1:]), self.dtype, device, self.storage)
         for name, part in self.parts.items():
             larger.parts[name][: len(part)] = part
         return larger

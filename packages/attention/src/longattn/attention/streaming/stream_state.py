@@ -170,6 +170,7 @@ class StreamingState:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors, numbers and lists: what torch.load takes with weights_only=True."""
+        self.pool.move(self.device)
         used = max(table.used for table in self.tables)
         slots = self._slots_to(used)
         return {
