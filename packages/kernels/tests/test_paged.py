@@ -14,7 +14,7 @@ from longattn.kernels.native import building
 from longattn.kernels.native import paged as native
 from longattn.kernels.native.cpu import levels
 from longattn.kernels.paging import PagedCache, paged_attention
-from longattn.kernels.triton import paged as triton
+from longattn.kernels.triton import row as triton
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -112,8 +112,10 @@ def test_what_is_added_may_be_shared_and_nothing_may_be_seen():
 def test_what_does_not_fit_is_named():
     """Pages, scales, numbers of slots and what is added."""
     q, cache, table, added = made(1, 2, 2, 16, 16, 16, torch.float32, torch.int8)
-    with pytest.raises(ValueError, match="scales of keys must be float32"):
+    with pytest.raises(ValueError, match="key_scales must be a tensor for 8 bits"):
         PagedCache(cache.keys, cache.values)
+    with pytest.raises(ValueError, match="key_scales must be contiguous float32"):
+        PagedCache(cache.keys, cache.values, torch.ones(3), torch.ones(3))
     with pytest.raises(ValueError, match="power of two slots, got 3"):
         PagedCache(torch.ones(2, 3, 4), torch.ones(2, 3, 4))
     with pytest.raises(ValueError, match="values must be contiguous"):
@@ -153,4 +155,4 @@ else:
     def test_triton_serves_here():
         """So the cases are its own."""
         q, cache, *_ = made(1, 2, 2, 16, 16, 16, torch.float32, torch.int8)
-        assert triton.serves(cache, q)
+        assert triton.serves_pages(cache, q)

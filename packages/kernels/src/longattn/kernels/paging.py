@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longattn.kernels.native import paged as native
 from longattn.kernels.state import AttentionState, state_dtype
-from longattn.kernels.triton import paged as triton
+from longattn.kernels.triton import row as triton
 
 
 class PagedCache:
@@ -33,15 +33,21 @@ class PagedCache:
         self.page_size = keys.shape[1]
         self.widths = (keys.shape[2], values.shape[2])
         eight_bits = keys.dtype in (torch.int8, torch.float8_e4m3fn)
-        for name, x, scales in (("keys", keys, key_scales), ("values", values, value_scales)):
+        scaled = (("keys", keys, "key_scales", key_scales), ("values", values, "value_scales", value_scales))
+        for name, x, scales_name, scales in scaled:
             if x.shape[:2] != keys.shape[:2] or x.dtype != keys.dtype or not x.is_contiguous() or x.dim() != 3:
                 raise ValueError(
                     f"{name} must be contiguous (pages, page_size, head_dim) like keys, got {tuple(x.shape)}, {x.dtype}"
                 )
-            scaled = scales is not None and scales.shape == x.shape[:2] and scales.dtype == torch.float32
-            if eight_bits != (scales is not None) or (eight_bits and not (scaled and scales.is_contiguous())):
+            if eight_bits != (scales is not None):
                 raise ValueError(
-                    f"scales of {name} must be float32 (pages, page_size) for 8 bits and None else, got others"
+                    f"{scales_name} must be a tensor for 8 bits and None else, got {type(scales).__name__} for {x.dtype}"
+                )
+            if scales is None:
+                continue
+            if scales.shape != x.shape[:2] or scales.dtype != torch.float32 or not scales.is_contiguous():
+                raise ValueError(
+                    f"{scales_name} must be contiguous float32 {tuple(x.shape[:2])}, got {tuple(scales.shape)}, {scales.dtype}"
                 )
         if not self.page_size or self.page_size & (self.page_size - 1):
             raise ValueError(f"keys must have pages of a power of two slots, got {self.page_size}")
@@ -106,7 +112,7 @@ def paged_attention(
         added = added if added.stride(3) == 1 or held <= 1 else added.contiguous()
         if native.attend_pages(q, cache, pages, held, scale, added, out, lse):
             return AttentionState(out, lse)
-    if held and triton.serves(cache, q):
+    if held and triton.serves_pages(cache, q):
         triton.attend_pages(q.contiguous(), cache, pages.contiguous(), held, scale, added, out, lse)
         return AttentionState(out, lse)
     keys, values = cache.gathered(pages, held, wide)

@@ -178,10 +178,6 @@ class StreamLayer(CacheLayerMixin):
         """Tokens of padding on the left of each row of the batch."""
         if mask is None or (mask.dtype == torch.int64 and not mask.shape[2]):
             return [0] * q.shape[0]
-        refused = (
-            f"attention_mask must be causal with padding on the left in a streaming cache of longattn, got one of {mask.dtype}: windows, packed "
-            f"sequences and masks of the model's own need another cache"
-        )
         if mask.dtype == torch.int64:
             present = mask[:, 0, 0].bool().expand(q.shape[0], -1)
             first = first_keys(present)
@@ -191,8 +187,12 @@ class StreamLayer(CacheLayerMixin):
                 "attention_mask must have its padding on the left in a streaming cache of longattn, got holes"
             )
         # Positions on the device, of compiled models: which pairs are seen is written out.
+        form = f"{tuple(mask.shape)}, {mask.dtype}"
         if mask.shape[1] != 1 or mask.dtype not in (torch.int32, torch.bool):
-            raise ValueError(refused)
+            raise ValueError(
+                f"attention_mask must be causal with padding on the left in a streaming cache of longattn, got one of {form}: masks of the model's "
+                f"own need another cache"
+            )
         visible = (mask[:, 0, :, HEADER:] != 0) if mask.dtype == torch.int32 else mask[:, 0]
         keys = torch.arange(visible.shape[2], device=mask.device)
         rows = self.tokens + torch.arange(visible.shape[1], device=mask.device)[:, None]
@@ -200,7 +200,10 @@ class StreamLayer(CacheLayerMixin):
         expected = (keys >= first[:, None, None]) & (keys <= rows)
         # What stands on padding is attended to by nobody, and its own row says nothing.
         if not (expected == visible)[(rows >= first[:, None, None]).expand_as(visible)].all():
-            raise ValueError(refused)
+            raise ValueError(
+                f"attention_mask must be causal with padding on the left in a streaming cache of longattn, got one of {form}: windows, packed "
+                f"sequences and masks of the model's own need another cache"
+            )
         return integers(first.expand(q.shape[0]))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -65,19 +65,19 @@ def _attend_pages(
     numbers = list(state.rows_of(rows))
     pages = torch.as_tensor(state.page_table.pages[numbers], device=q.device)
     cache, scale = state.pool.cache(), module.softmax_scale
-    common = state.page_table.shared_pages(numbers) * state.pool.page_size if batch > 1 else 0
-    if common < _WORTH_SHARING:
+    shared = state.page_table.shared_pages(numbers) * state.pool.page_size if batch > 1 else 0
+    if shared < _WORTH_SHARING:
         whole = paged_attention(queries, cache, pages, used, scale, added)
     else:
-        common = min(common, used)
+        shared = min(shared, used)
         together = queries.transpose(0, 1).reshape(1, kv_heads, batch * group, -1)
-        of_all = added[..., :common].expand(batch, -1, -1, -1).transpose(0, 1).reshape(1, kv_heads, batch * group, -1)
+        of_all = added[..., :shared].expand(batch, -1, -1, -1).transpose(0, 1).reshape(1, kv_heads, batch * group, -1)
         wide = of_all.dtype
-        prefix = paged_attention(together, cache, pages[:1], common, scale, of_all, wide)
+        prefix = paged_attention(together, cache, pages[:1], shared, scale, of_all, wide)
         out = prefix.out.reshape(kv_heads, batch, group, -1).transpose(0, 1)
         first = AttentionState(out, prefix.lse.reshape(kv_heads, batch, group).transpose(0, 1))
-        tail = pages[..., common // state.pool.page_size :]
-        behind = paged_attention(queries, cache, tail, used - common, scale, added[..., common:], wide)
+        tail = pages[..., shared // state.pool.page_size :]
+        behind = paged_attention(queries, cache, tail, used - shared, scale, added[..., shared:], wide)
         whole = merge(first, behind)
     out = whole.out.reshape(batch, heads, n, -1).transpose(1, 2)
     return AttentionState(out, whole.lse.reshape(batch, heads, n).transpose(1, 2))

@@ -44,7 +44,7 @@ class HeldKeys:
 
     def occupied(self, page_size: int) -> npt.NDArray[np.bool_]:
         """(kv_heads, capacity / page_size): the pages in which a slot is in use."""
-        return (self.slots >= 0).reshape(len(self.slots), -1, page_size).any(-1)
+        return np.any((self.slots >= 0).reshape(len(self.slots), -1, page_size), axis=-1)
 
     def restore(self, other: HeldKeys) -> None:
         """Be what another table is; it is taken over."""

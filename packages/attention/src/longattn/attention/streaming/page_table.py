@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from longattn.attention.streaming.expiry import Positions
 from longattn.attention.streaming.held_keys import KeyPlacement
 from longattn.attention.streaming.page_pool import PagePool, Pages
 
@@ -45,7 +46,7 @@ class PageTable:
         if len(placements) == 1:
             placements = list(placements) * len(rows)
         size, width = self.pool.page_size, self.pages.shape[2]
-        at: list[npt.NDArray[np.int64]] = []
+        at: list[Positions] = []
         for row, placement in zip(rows, placements, strict=True):
             touched = np.unique(placement.head * width + placement.slot // size)
             at.append(row * self.pages.shape[1] * width + touched)
@@ -60,11 +61,11 @@ class PageTable:
         self.pool.ensure(int(fresh.sum() + copies.sum()))
         table = self.pages.reshape(-1)
         table[flat[fresh]] = self.pool.take(int(fresh.sum()))
-        for page, count in zip(shared[copies > 0], copies[copies > 0], strict=True):
+        for page, count in zip(shared[copies > 0].tolist(), copies[copies > 0].tolist(), strict=True):
             table[flat[pages == page][:count]] = self.pool.copy(np.full(count, page, np.int32))
             self.pool.release(np.full(count, page, np.int32))
 
-    def slots(self, rows: Sequence[int], head: npt.ArrayLike, slot: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def slots(self, rows: Sequence[int], head: Positions, slot: Positions) -> Positions:
         """(rows, n): where slots of heads lie, numbered through all pages of the pool."""
         size = self.pool.page_size
         pages = self.pages[np.asarray(rows, np.int64)[:, None], head, slot // size].astype(np.int64)

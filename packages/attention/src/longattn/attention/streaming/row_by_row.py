@@ -35,7 +35,9 @@ def attend_row_by_row(
             slots = (table.slots[head] >= 0).nonzero()[0]
             slots = slots[table.slots[head, slots].argsort()]
             held = table.slots[head, slots]
-            chosen = torch.as_tensor(state.page_table.slots([row], head, slots)[0], device=q.device)
+            chosen = torch.as_tensor(
+                state.page_table.slots([row], np.full_like(slots, head), slots)[0], device=q.device
+            )
             keys = torch.cat((state.pool.keys.read(chosen), k[index, :, head]))
             values = torch.cat((state.pool.values.read(chosen), v[index, :, head]))
             positions = np.concatenate((held, table.position + np.arange(k.shape[1])))

@@ -54,7 +54,8 @@ class SlotBuffer:
     def grown(self, pages: int, device: torch.device | None = None) -> SlotBuffer:
         """One of so many pages, with what this one holds in the first of them; on another device, if one is given."""
         device = self.numbers.device if device is None else device
-        larger = SlotBuffer((pages, *self.numbers.shape[1:]), self.dtype, device, self.storage)
+        _, page_size, width = self.numbers.shape
+        larger = SlotBuffer((pages, page_size, width), self.dtype, device, self.storage)
         for name, part in self.parts.items():
             larger.parts[name][: len(part)] = part
         return larger

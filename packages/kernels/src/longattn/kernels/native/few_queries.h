@@ -9,7 +9,7 @@
 #include "stored.h"
 
 constexpr int64_t FEW_KEYS = 64;   // keys of a tile
-constexpr int64_t AHEAD = 16;      // keys between what is read and what is prefetched: fewer arrive late, more start again with each tile
+constexpr int64_t AHEAD = 4096;    // bytes of rows between what is read and what is prefetched: fewer arrive late, more start again with each tile
 constexpr int64_t MOST_FEW = 16;   // query rows of a task
 constexpr int64_t MOST_WIDE = 256; // numbers of a row
 
@@ -154,6 +154,8 @@ private:
         constexpr int operator()() const { return N; }
     };
 
+    static INLINE int64_t rows_ahead(int64_t dim) { return most(8, least(FEW_KEYS, AHEAD * STEP / (dim * Stored::BYTES))); }
+
     // The lines of a step, into L2: into L1 they would push out what is in use.
     static INLINE void fetch(const char* p) {
         __builtin_prefetch(p, 0, 2);
@@ -219,7 +221,7 @@ private:
     void score_steps(int64_t r0) {
         const float* q = Q + r0 * MOST_WIDE;
         // k: memory -> registers; the keys after these are on their way to L2 meanwhile.
-        const int64_t ahead = r0 ? 0 : AHEAD * all.k_step;
+        const int64_t ahead = r0 ? 0 : rows_ahead(all.dim) * all.k_step;
         for (int64_t j = 0; j < n; j += VL) {
             Floats sums[R][VL];
 #pragma GCC unroll 16
@@ -283,7 +285,7 @@ private:
         Floats s[R][2 * P];
         float* to = acc + r0 * wide + c0 * STEP;
         const float* p = scores + r0 * FEW_KEYS;
-        const int64_t ahead = r0 ? 0 : AHEAD * all.v_step;
+        const int64_t ahead = r0 ? 0 : rows_ahead(all.value_dim) * all.v_step;
         for (int r = 0; r < R; r++)
             for (int x = 0; x < 2 * P; x++) s[r][x] = load(to + r * wide + x * VL) * factor[r0 + r];
         for (int64_t j = 0; j < n; j++) {

@@ -1,4 +1,4 @@
-"""A decode step over pages through Triton. Light: triton is imported when a step is first taken."""
+"""Launches the kernel of decode steps over pages, and the merge of its parts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from longattn.kernels.triton import row
+from longattn.kernels.triton.availability import INTERPRETED
+from longattn.kernels.triton.configurations import padded
+from longattn.kernels.triton.launching import precision, programs, run
+from longattn.kernels.triton.merge_kernel import merge_kernel
+from longattn.kernels.triton.paged_kernel import paged_kernel
 
 if TYPE_CHECKING:
     from longattn.kernels.paging import PagedCache
@@ -16,28 +20,10 @@ _TILE = 64
 """Slots of a tile."""
 
 
-def serves(cache: PagedCache, q: Tensor) -> bool:
-    """Whether triton takes steps over such a cache here."""
-    declared = row.CAPABILITY
-    if cache.keys.device.type not in declared.devices or max(cache.widths) > (declared.max_head_dim or 0):
-        return False
-    return q.dtype in declared.tolerance and row.refusal() is None
-
-
 def attend_pages(
     q: Tensor, cache: PagedCache, pages: Tensor, held: int, scale: float, added: Tensor, out: Tensor, lse: Tensor
 ) -> None:
-    """Fill out and lse, as `paged_attention` says, from arguments that it checked.
-
-    Raises:
-        RowFailure: the kernel does not compile.
-    """
-    from longattn.kernels.triton.availability import INTERPRETED
-    from longattn.kernels.triton.configurations import padded
-    from longattn.kernels.triton.launching import precision, programs, run
-    from longattn.kernels.triton.merge_kernel import merge_kernel
-    from longattn.kernels.triton.paged_kernel import paged_kernel
-
+    """See `row.attend_pages`."""
     batch, heads, group, dim = q.shape
     rows, value_dim = batch * heads, cache.widths[1]
     added = added if added.stride(3) == 1 or held == 1 else added.contiguous()
