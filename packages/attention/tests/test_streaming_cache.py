@@ -94,6 +94,7 @@ def test_a_window_holds_no_more_than_its_keys():
     assert torch.equal(generated(model, ids[:1]), generated(model, ids[:1], cache=cache))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", PATTERNS[:2], ids=lambda p: p.name)
 def test_with_a_most_length_a_model_is_compiled_once(pattern):
     """One graph for the prompt and one for all steps, without a break, padded prompts included; memory is there from the first token on."""
