@@ -47,7 +47,8 @@ class PagePool:
         self.widths, self.dtype, self.device, self.page_size = widths, dtype, device, page_size
         self.storage: Storage | None = storage
         self.limit = None if pages is None else check_size("pages", pages)
-        self.keys, self.values = (SlotBuffer((0, page_size, width), dtype, device, storage) for width in widths)
+        self.keys: SlotBuffer = SlotBuffer((0, page_size, widths[0]), dtype, device, storage)
+        self.values: SlotBuffer = SlotBuffer((0, page_size, widths[1]), dtype, device, storage)
         self._holders = np.zeros(0, np.int32)
         self._free: list[int] = []
         self._grow(self.limit or 0)
@@ -64,11 +65,8 @@ class PagePool:
     @property
     def page_nbytes(self) -> int:
         """Bytes of a page: its keys, values and scales."""
-        slot = sum(part[:1, :1].nbytes for buffer in (self.keys, self.values) for part in buffer.parts.values())
-        if not len(self._holders):
-            one = (SlotBuffer((1, 1, width), self.dtype, self.device, self.storage) for width in self.widths)
-            slot = sum(buffer.nbytes for buffer in one)
-        return slot * self.page_size
+        parts = [part for buffer in (self.keys, self.values) for part in buffer.parts.values()]
+        return self.page_size * sum(part.shape[2] * part.element_size() for part in parts)
 
     @property
     def nbytes(self) -> int:

@@ -61,7 +61,8 @@ class PageTable:
         self.pool.ensure(int(fresh.sum() + copies.sum()))
         table = self.pages.reshape(-1)
         table[flat[fresh]] = self.pool.take(int(fresh.sum()))
-        for page, count in zip(shared[copies > 0].tolist(), copies[copies > 0].tolist(), strict=True):
+        copied: Positions = shared[copies > 0]
+        for page, count in zip(copied, copies[copies > 0], strict=True):
             table[flat[pages == page][:count]] = self.pool.copy(np.full(count, page, np.int32))
             self.pool.release(np.full(count, page, np.int32))
 
