@@ -61,10 +61,10 @@ class PageTable:
         self.pool.ensure(int(fresh.sum() + copies.sum()))
         table = self.pages.reshape(-1)
         table[flat[fresh]] = self.pool.take(int(fresh.sum()))
-        copied: Positions = shared[copies > 0]
-        for page, count in zip(copied, copies[copies > 0], strict=True):
-            table[flat[pages == page][:count]] = self.pool.copy(np.full(count, page, np.int32))
-            self.pool.release(np.full(count, page, np.int32))
+        for index in range(len(shared) if copies.any() else 0):
+            copied = np.repeat(shared[index : index + 1], copies[index])
+            table[flat[pages == shared[index]][: len(copied)]] = self.pool.copy(copied)
+            self.pool.release(copied)
 
     def slots(self, rows: Sequence[int], head: Positions, slot: Positions) -> Positions:
         """(rows, n): where slots of heads lie, numbered through all pages of the pool."""
