@@ -44,7 +44,7 @@ EXPECTED = {
         GroupError balanced_lengths
         Schedule Local Ring AllGather Ulysses choose shard_sequence unshard_sequence SparsePatternConfig Wiring
         RingBufferAttention RingBufferConfig RingBufferState TileOrder TileType
-        StreamingAttention StreamingState streaming_cache
+        StreamingAttention StreamingState PagePool streaming_cache
         DilatedAttention ImprovedDilatedAttention ImprovedDilatedAttentionV2
         RingDilatedAttentionV2 RingDilatedAttentionV3 BlockSparseRingDilatedAttention
         MultiheadDilatedAttention ImprovedMultiheadDilatedAttention ImprovedMultiheadDilatedAttentionV2
