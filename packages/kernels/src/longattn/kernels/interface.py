@@ -9,6 +9,7 @@ kernels; a model needs `longattn.kernels` alone.
 from longattn.kernels.axes import Layout, exchanged, in_order
 from longattn.kernels.check import (
     check_attention_mask,
+    check_broadcastable,
     check_dropout,
     check_key_padding,
     check_qkv,
@@ -71,6 +72,7 @@ __all__ = [
     "Options",
     "check_attention_mask",
     "check_backend_name",
+    "check_broadcastable",
     "check_dropout",
     "check_key_padding",
     "check_options",
