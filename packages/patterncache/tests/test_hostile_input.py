@@ -30,6 +30,7 @@ from longattn.patterncache import (
     plan_from_bytes,
     plan_to_bytes,
 )
+from longattn.patterncache.spans import shortened
 
 AT_ONCE = pytest.mark.timeout(60)
 """Far more than it takes, and far less than what is refused here would take."""
@@ -233,3 +234,13 @@ def test_a_changed_byte_is_refused_or_harmless():
             continue
         for branch in plan.branches:
             assert branch.k.rows().min() >= 0 and branch.k.rows().max() < plan.rectangle.shape[2]
+
+
+def test_limits_are_reached_and_not_passed(monkeypatch):
+    """As many cells as may be are taken; a text of the greatest length is not cut."""
+    monkeypatch.setattr("longattn.patterncache.patterns.block_sparse.MOST_CELLS", 64)
+    pattern = BlockSparse(2, np.eye(8, dtype=bool))
+    assert parse_pattern(pattern.canonical()) == pattern
+    with pytest.raises(ValueError, match="at most 64 cells"):
+        parse_pattern(BlockSparse(2, np.eye(9, dtype=bool)).canonical())
+    assert shortened("x" * 8, 10) == repr("x" * 8) and shortened("x" * 9, 10) == "'xxxxxxxxx... (11 characters)"
