@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from longattn.bufmgr.memory.statistics import Statistics, StatisticsAllocator
     from longattn.bufmgr.memory.traces import AllocationTrace, RecordingAllocator, TraceEvent
     from longattn.bufmgr.metrics import prometheus_text
-    from longattn.bufmgr.numa.placement import NumaAllocator, Placement, migrate, numa_policy, read_placement
+    from longattn.bufmgr.numa.placement import Placement, migrate, numa_policy, read_placement
+    from longattn.bufmgr.numa.placer import NumaAllocator
     from longattn.bufmgr.numa.topology import NumaNode, NumaTopology, numa_topology
     from longattn.bufmgr.planning.lifetimes import Lifetime
     from longattn.bufmgr.planning.memory_plan import MemoryPlan, plan_memory
@@ -108,7 +109,7 @@ if not TYPE_CHECKING:
         "TraceEvent": "memory.traces",
         "AllocationTrace": "memory.traces",
         "prometheus_text": "metrics",
-        "NumaAllocator": "numa.placement",
+        "NumaAllocator": "numa.placer",
         "Placement": "numa.placement",
         "migrate": "numa.placement",
         "numa_policy": "numa.placement",

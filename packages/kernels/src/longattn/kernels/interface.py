@@ -39,7 +39,8 @@ from longattn.kernels.ops.define import define
 from longattn.kernels.ops.direct import find_prepared, prepare_and_run, run_prepared
 from longattn.kernels.ops.direct import signature as call_signature
 from longattn.kernels.options import Options, arguments_of, check_options, tensors_of, wants_gradient
-from longattn.kernels.paging import PagedCache, paged_attention
+from longattn.kernels.pages import PagedCache
+from longattn.kernels.paging import paged_attention
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import last_positions
 from longattn.kernels.reference import pair_weights
