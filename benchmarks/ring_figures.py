@@ -93,6 +93,10 @@ def remembered() -> Iterator[Figure]:
         growth = ask(world, "memory", 16384)
         assert isinstance(growth, float)
         yield Figure("peak memory of a rank over its q+k+v", f"{world} ranks, 16384 tokens, full causal, forward+backward, H=8, D=64", "ratio", growth)  # fmt: skip
+        if world > 1:
+            # In units of q: q, k, v and out; dq, dk and dv; two shards in flight, each of k, v, dk and dv.
+            needed = 4 + 3 + 2 * 4
+            yield Figure("peak memory of a rank over what it needs", f"{world} ranks, 16384 tokens, full causal, forward+backward, H=8, D=64", "ratio", (3 + 3 * growth) / needed, "needed: q, k, v, out, gradients and two shards in flight with theirs", most=1.25)  # fmt: skip
 
 
 def announced() -> Iterator[Figure]:
