@@ -9,6 +9,7 @@ pass is never taken for one of this. 4. The pass ends; an exception after 2 is a
 from __future__ import annotations
 
 import atexit
+import secrets
 import threading
 import weakref
 from collections.abc import Generator, Mapping, Sequence
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from longattn.attention.schedules.errors import GroupError
 from longattn.attention.schedules.headers import HEADER_BYTES, OWN, Fields, Header, check_headers, encoded
+from longattn.attention.schedules.notices import Lookout, leave_notice
 from longattn.attention.schedules.place import Parcel, Place, TransportEvent, note
 from longattn.attention.schedules.waiting import PendingWorks, Waiter
 from longattn.attention.validate import integers
@@ -53,6 +55,8 @@ class GroupCalls:
         self.unfinished: list[Exchange] = []
         self.rendezvous: Any = None
         self._announced = False
+        self._session, self._since = secrets.randbits(62), 0
+        self._notice_key: str | None = None
         self._headers: list[Header] = []
         self._taken: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
@@ -82,6 +86,7 @@ class GroupCalls:
         except BaseException as error:
             if self._announced:
                 self.failure = f"call {self.call} ({self.fields.phase}): {type(error).__name__}: {str(error)[:500]}"
+                self._tell_others(error)
             raise
         finally:
             self._lock.release()
@@ -93,10 +98,12 @@ class GroupCalls:
                 f"rank {self.rank}: group {self.place.name!r} is in a call, and cannot be reset before it ends"
             )
         self.timeout = self.place.timeout if timeout is None else timeout
+        self._notice_key = None  # what it says is known
 
     def end_reset(self, number: int, calls: int) -> None:
         """Take calls again, and go on from these numbers."""
         self.number, self.calls, self.failure, self.rendezvous = number, calls, None, None
+        self._since = number
         self.posted.clear()
 
     def release(self) -> None:
@@ -147,7 +154,7 @@ class GroupCalls:
         self.posted.clear()
         self._taken.clear()
         text, own = encoded(fields), (*own, *(0,) * (OWN - len(own)))
-        mine = Header(self.number, call, own, (), (), text)
+        mine = Header(self.number, call, own, (), (), text, self._session)
         self._headers = [mine] * self.size
         self._announced = self._announced or self.size > 1
         device = self.place.header_device
@@ -156,7 +163,7 @@ class GroupCalls:
         peers = [(self.rank + n) % self.size for n in range(1, self.size)]
         for peer in peers:
             keys, gradients = ((), ()) if follow is None else follow.get(peer, ((), ()))
-            header = Header(self.number, call, own, tuple(keys), tuple(gradients), text)
+            header = Header(self.number, call, own, tuple(keys), tuple(gradients), text, self._session)
             sends.append((peer, torch.frombuffer(header.encode(), dtype=torch.uint8).to(device)))
             messages.append(bytearray(HEADER_BYTES))
         receives = [
@@ -167,6 +174,8 @@ class GroupCalls:
         for (peer, received), message in zip(receives, messages, strict=True):
             held = message if device.type == "cpu" else bytes(integers(received))
             self._headers[peer] = Header.decode(held, peer)
+        # All ranks know the number that rank 0 drew: a group that is made anew on the same store has another one.
+        self._notice_key = f"longattn failed {self._headers[0].session} {self._since}"
         check_headers(self._headers, self.place.name)
         return self._headers
 
@@ -195,9 +204,30 @@ class GroupCalls:
             f"{where}: {what}", rank=rank, call=self.call, phase=phase, step=step, field=field, values=values
         )
 
+    def _tell_others(self, error: BaseException) -> None:
+        """Leave a notice for ranks that wait, or will: this one takes no more calls."""
+        if self._notice_key is not None:
+            text = f"rank {self.rank} failed in call {self.call} ({self.fields.phase}): {type(error).__name__}: {str(error)[:500]}"
+            leave_notice(self.place, self._notice_key, f"{self.rank} {text}")
+
     def await_job(self, job: PendingWorks, step: str) -> None:
-        """Wait for a job; raise GroupError where a peer is gone, or silent for the timeout."""
-        if not job.ended_within(self.timeout):
+        """Wait for a job; raise GroupError where a peer is gone, or silent for the timeout, or any rank has left a notice."""
+        lookouts: list[Lookout] = []
+
+        def look() -> None:
+            if not lookouts and self._notice_key is not None:
+                lookouts.append(Lookout(self.place, self._notice_key))
+            for lookout in lookouts:
+                if lookout.seen is not None:
+                    rank, _, text = lookout.seen.partition(" ")
+                    raise self.error(text, int(rank), step)
+
+        try:
+            ended = job.ended_within(self.timeout, look)
+        finally:
+            for lookout in lookouts:
+                lookout.stop()
+        if not ended:
             peer = job.peers[min(job.position, len(job.peers) - 1)]
             raise self.error(f"rank {peer} was silent for {self.timeout:g} s", peer, step)
         if job.error is not None:
