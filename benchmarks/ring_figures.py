@@ -104,7 +104,9 @@ def announced() -> Iterator[Figure]:
     found = ask(RANKS, "headers", 4096)
     assert isinstance(found, dict)
     alone, many, step = found["alone"], found["many"], found["step"]
-    yield Figure("headers of one pass, alone", f"{RANKS} ranks", "us", alone, most=60)
+    raw = found["raw"]
+    yield Figure("headers of one pass, alone", f"{RANKS} ranks", "us", alone, f"messages of 32 bytes by torch alone: {raw:.0f} us", most=60)  # fmt: skip
+    yield Figure("headers of one pass, over as many of torch's messages of 32 bytes", f"{RANKS} ranks", "ratio", alone / raw)  # fmt: skip
     setting = f"{RANKS} ranks, 4096 tokens, dilated causal, zigzag, forward+backward, H=8, D=64"
     beside = f"{many:.0f} passes; step {step:.1f} ms"
     yield Figure("headers, share of a step", setting, "ratio", many * alone / (1e3 * step), beside, most=0.03)

@@ -132,18 +132,34 @@ def memory(length: int) -> float:
 
 
 def headers(length: int) -> dict[str, float]:
-    """Of the headers that announce a pass: microseconds of one alone, how many a step has, and milliseconds of that step."""
+    """Of the headers that announce a pass: microseconds of one alone and of as many plain messages of 32 bytes, how many a step has, and milliseconds of that step."""
     group = dist.group.WORLD
     assert group is not None
     calls, fields = calls_over(Place.of(group)), Fields(phase="alone")
-    taken: list[float] = []
+    world, rank = dist.get_world_size(), dist.get_rank()
+    peers = [(rank + n) % world for n in range(1, world)]
+    numbers = torch.zeros(world, 8)
+
+    def announce() -> None:
+        with calls.underway():
+            calls.announce(fields)
+
+    def raw() -> None:
+        works = [dist.irecv(numbers[peer], peer) for peer in peers] + [
+            dist.isend(numbers[rank], peer) for peer in peers
+        ]
+        for work in works:
+            assert work is not None
+            work.wait()
+
+    taken: dict[str, list[float]] = {"alone": [], "raw": []}
     for _ in range(11):
-        dist.barrier()
-        began = time.perf_counter()
-        for _ in range(50):
-            with calls.underway():
-                calls.announce(fields)
-        taken.append((time.perf_counter() - began) / 50)
+        for name, exchange in (("alone", announce), ("raw", raw)):
+            dist.barrier()
+            began = time.perf_counter()
+            for _ in range(50):
+                exchange()
+            taken[name].append((time.perf_counter() - began) / 50)
     ring = Ring(group, layout="zigzag", lengths=length)
     shape = (1, length // dist.get_world_size(), 8, 64)
     leaves = [torch.randn(*shape, requires_grad=True) for _ in range(3)]
@@ -157,7 +173,8 @@ def headers(length: int) -> dict[str, float]:
         torch.autograd.grad(out.sum(), leaves)
         steps.append(time.perf_counter() - began)
         many = calls.number - number
-    return {"alone": 1e6 * statistics.median(taken), "many": many, "step": 1e3 * statistics.median(steps[1:])}
+    alone, raw_messages = (1e6 * statistics.median(taken[name]) for name in taken)
+    return {"alone": alone, "raw": raw_messages, "many": many, "step": 1e3 * statistics.median(steps[1:])}
 
 
 def main() -> None:

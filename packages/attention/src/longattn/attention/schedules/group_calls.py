@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import secrets
 import threading
+import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.errors import GroupError
-from longattn.attention.schedules.headers import HEADER_BYTES, OWN, Fields, Header, check_headers, encoded
+from longattn.attention.schedules.headers import HEADER_BYTES, OWN, Fields, Header, check_headers, encoded, has_arrived
 from longattn.attention.schedules.notices import Lookout, leave_notice
 from longattn.attention.schedules.place import Parcel, Place, TransportEvent, note
 from longattn.attention.schedules.waiting import PendingWorks, Waiter
@@ -32,6 +33,8 @@ HEADERS, KEYS, GRADIENTS = range(3)
 _FIRST_TAG = 1 << 29
 """Tags below are those of others on the group."""
 _PASSES = 1 << 26
+_MOMENT = 2e-3
+"""Seconds."""
 
 Announced = Mapping[int, tuple[Sequence[int], Sequence[int]]]
 """{rank: bytes of each message of KEYS and of GRADIENTS that it is sent}."""
@@ -169,7 +172,12 @@ class GroupCalls:
         receives = [
             (p, torch.frombuffer(m, dtype=torch.uint8).to(device)) for p, m in zip(peers, messages, strict=True)
         ]
-        Exchange(self, "header", sends, receives, HEADERS).wait()
+        exchange = Exchange(self, "header", sends, receives, HEADERS)
+        if device.type == "cpu" and self._arrive_soon(messages):
+            exchange.job.run()
+        else:
+            self._waiter.submit(exchange.job)
+        exchange.wait()
         note(TransportEvent("header", fields.phase))
         for (peer, received), message in zip(receives, messages, strict=True):
             held = message if device.type == "cpu" else bytes(integers(received))
@@ -178,6 +186,16 @@ class GroupCalls:
         self._notice_key = f"longattn failed {self._headers[0].session} {self._since}"
         check_headers(self._headers, self.place.name)
         return self._headers
+
+    def _arrive_soon(self, messages: Sequence[bytearray]) -> bool:
+        """Whether every rank's header is there within a moment. Then no wait for it, or for ours, can last, and the waiter is not asked."""
+        deadline = time.monotonic() + _MOMENT
+        for message in messages:
+            while not has_arrived(message, self.number):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(5e-5)
+        return True
 
     def check_announced(self, kind: int, peer: int, nbytes: int, step: str) -> None:
         """Raise GroupError unless the next message of that kind from `peer` is one of `nbytes`."""
@@ -235,9 +253,10 @@ class GroupCalls:
             raise self.error(f"rank {peer} is gone: {str(job.error).splitlines()[0]}", peer, step) from job.error
 
     def submit(self, exchange: Exchange) -> None:
-        """Let the waiter wait for it."""
+        """Let the waiter wait for it; for headers, `announce` says who waits."""
         self.unfinished.append(exchange)
-        self._waiter.submit(exchange.job)
+        if exchange.label != "header":
+            self._waiter.submit(exchange.job)
 
     def close(self) -> None:
         """Break off what is in flight, and end the waiter: the group is gone, or the process ends."""
