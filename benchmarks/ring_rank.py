@@ -98,7 +98,11 @@ def contenders(pattern: Pattern, length: int) -> dict[str, Callable[[], object]]
 
 def times(length: int, turns: int) -> dict[str, float]:
     """Median milliseconds of the slowest rank, each contender in turn."""
-    calls = contenders(Full(causal=True), length)
+    return {name: 1e3 * taken for name, taken in interleaved(contenders(Full(causal=True), length), turns).items()}
+
+
+def interleaved(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Median seconds of the slowest rank, each call in turn."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 1):
         for name, call in calls.items():
@@ -106,11 +110,11 @@ def times(length: int, turns: int) -> dict[str, float]:
             dist.barrier()
             began = time.perf_counter()
             call()
-            slowest = torch.tensor(time.perf_counter() - began)
+            slowest = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             # The first turn loads and plans.
             if turn:
-                taken[name].append(1e3 * slowest.item())
+                taken[name].append(slowest.item())
     return {name: statistics.median(samples) for name, samples in taken.items()}
 
 

@@ -132,7 +132,7 @@ def run(scenario: str, count: int, folder: Path) -> str | None:
 
 def main() -> int:
     """Every scenario, on as many hosts as were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hosts", type=int, default=2, choices=(2, 3, 4))
     parser.add_argument("--only", choices=SCENARIOS)
     parser.add_argument("--dry-run", action="store_true", help="only say whether hosts can be made here")

@@ -31,9 +31,9 @@ def call(schedule: Schedule) -> bool:
     return all(torch.allclose(a, shard_sequence(b, schedule)[0]) for a, b in zip(computed, expected, strict=True))
 
 
-def cut(folder: Path) -> None:
+def cut(folder: Path, group: dist.ProcessGroup) -> None:
     """Calls until the link is cut: every rank raises GroupError within the schedule's timeout; when the link is back, all are right after a reset."""
-    ring = Ring(dist.group.WORLD, layout="zigzag", lengths=LENGTH, timeout=4.0)
+    ring = Ring(group, layout="zigzag", lengths=LENGTH, timeout=4.0)
     rank = dist.get_rank()
     (folder / f"calling{rank}").touch()
     failure: GroupError | None = None
@@ -53,11 +53,13 @@ def main() -> None:
     scenario, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=90))
-    for schedule in (Ring(dist.group.WORLD, layout="zigzag"), AllGather(dist.group.WORLD), Ulysses(dist.group.WORLD)):
+    group = dist.group.WORLD
+    assert group is not None
+    for schedule in (Ring(group, layout="zigzag"), AllGather(group), Ulysses(group)):
         for _ in range(CALLS):
             assert call(schedule), schedule
     if scenario == "cut":
-        cut(folder)
+        cut(folder, group)
     dist.barrier()
     dist.destroy_process_group()
 

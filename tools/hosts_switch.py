@@ -62,7 +62,7 @@ def carry(ports: int, cut: Path, delay: float, loss: float, reorder: float) -> N
 
 def main() -> None:
     """Carry what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ports", type=int)
     parser.add_argument("cut", type=Path)
     for name in ("delay", "loss", "reorder"):

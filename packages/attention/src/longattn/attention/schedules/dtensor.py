@@ -19,6 +19,7 @@ from longattn.attention.schedules.layouts import count_rows
 from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.schedules.transport import gather_integers
+from longattn.attention.validate import integers
 from longattn.kernels.interface import as_seed, as_terms, tensors_in, with_tensors
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
@@ -120,7 +121,7 @@ def schedule_over(q: DTensor, k: DTensor, schedule: Schedule | None) -> Schedule
 
 def _apart(q: DTensor, schedule: Any) -> bool:
     """Whether this rank is the only one that is in the mesh of q and in a group of the schedule."""
-    ranks = set(q.device_mesh.mesh.flatten().tolist())
+    ranks = set(integers(q.device_mesh.mesh.flatten()))
     while schedule is not None and schedule.distributed:
         members = getattr(schedule, "members", None)
         if not isinstance(members, Members) or len(ranks & set(members.place.members())) > 1:

@@ -70,5 +70,6 @@ class Call:
     def gradient_dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
         """Of dq, dk and dv."""
         if self.part is not None:
-            return (self.part.minus_delta.dtype,) * 3
+            dtype = self.part.minus_delta.dtype
+            return dtype, dtype, dtype
         return self.q.dtype, self.k.dtype, self.v.dtype

@@ -133,7 +133,8 @@ def backward(
     own_out = out if call.part is None else None
     if call.part is not None:
         grad_lse = call.part.minus_delta
-    argument = _argument(call, *(x if x is None else _readable(x, call.q.dtype) for x in (own_out, lse)))
+    readable = None if own_out is None else _readable(own_out, call.q.dtype)
+    argument = _argument(call, readable, _readable(lse, call.q.dtype))
     argument.point_to("grad_out", _readable(grad_out, call.q.dtype), tuple(grad_out.shape))
     if grad_lse is not None:
         argument.point_to("grad_lse", grad_lse.to(torch.float32), tuple(lse.shape))
