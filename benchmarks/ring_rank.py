@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.memory import ResidentPeak
 from longattn.attention import Ring, pattern_attention, shard_sequence
-from longattn.attention.schedules.group_calls import calls_over
+from longattn.attention.schedules.callers import calls_over
 from longattn.attention.schedules.headers import Fields
 from longattn.attention.schedules.layouts import LAYOUTS
 from longattn.attention.schedules.place import Place, watch

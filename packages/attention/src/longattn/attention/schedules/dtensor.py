@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.callers import calls_over
 from longattn.attention.schedules.group import Members
-from longattn.attention.schedules.group_calls import calls_over
 from longattn.attention.schedules.layouts import count_rows
 from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.ring import Ring
