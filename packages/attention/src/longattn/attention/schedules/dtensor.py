@@ -112,8 +112,8 @@ def schedule_over(q: DTensor, k: DTensor, schedule: Schedule | None) -> Schedule
     if along is None:
         if over_group and not _apart(q, schedule):
             raise ValueError(
-                f"schedule must be None, in one process, or over ranks that share one with the mesh of q where no placement cuts the "
-                f"sequence, got {schedule} for {q.placements} on {q.device_mesh}"
+                f"schedule must be None or in one process where no rank has only a part of the sequence, or over another mesh dimension, "
+                f"got {schedule} for {q.placements} on {q.device_mesh}"
             )
         return schedule
     return _checked(q, k, along, schedule) if over_group else _ring_over(q, k, along)
