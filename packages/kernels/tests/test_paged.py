@@ -13,7 +13,8 @@ from longattn.kernels import paging, reference_attention
 from longattn.kernels.native import building
 from longattn.kernels.native import paged as native
 from longattn.kernels.native.cpu import levels
-from longattn.kernels.paging import PagedCache, paged_attention
+from longattn.kernels.pages import PagedCache
+from longattn.kernels.paging import paged_attention
 from longattn.kernels.triton import row as triton
 
 INSIDE = os.environ.get("TRITON_INTERPRET") == "1"

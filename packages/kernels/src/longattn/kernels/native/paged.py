@@ -13,7 +13,7 @@ from longattn.kernels.native.decode import MOST_WIDE
 from longattn.kernels.native.structures import TYPES, TensorArgument
 
 if TYPE_CHECKING:
-    from longattn.kernels.paging import PagedCache
+    from longattn.kernels.pages import PagedCache
 
 STORED = TYPES | {torch.int8: 3, torch.float8_e4m3fn: 4}
 """How keys may lie: `Type` and `EightBits` of the library."""

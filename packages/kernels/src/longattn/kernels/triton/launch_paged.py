@@ -14,7 +14,7 @@ from longattn.kernels.triton.merge_kernel import merge_kernel
 from longattn.kernels.triton.paged_kernel import paged_kernel
 
 if TYPE_CHECKING:
-    from longattn.kernels.paging import PagedCache
+    from longattn.kernels.pages import PagedCache
 
 _TILE = 64
 """Slots of a tile."""

@@ -15,7 +15,7 @@ from longattn.kernels.problem import AttentionProblem
 from longattn.kernels.triton import availability, self_check
 
 if TYPE_CHECKING:
-    from longattn.kernels.paging import PagedCache
+    from longattn.kernels.pages import PagedCache
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
