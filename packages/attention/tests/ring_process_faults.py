@@ -26,7 +26,7 @@ from longattn.attention.schedules.callers import calls_over
 from longattn.attention.schedules.place import Place
 from longattn.patterncache import BlockSparse, Dilated, Documents, Full, Pattern, Window
 
-N, HEADS, KV_HEADS, DIM = 12 * WORLD, 2 * WORLD, WORLD, 8
+N, HEADS, KV_HEADS, DIM = 12 * WORLD, 2 * WORLD, WORLD, 10  # DIM is no number of heads in any world
 PATTERN = Dilated((6, 12), (1, 2), causal=True)
 DIFFERS = RANK == WORLD - 1
 SECONDS = 40.0

@@ -228,5 +228,5 @@ def case_sequences_come_back_whole() -> None:
         both = Ulysses(mesh["heads"], inner=Ring(mesh["ring"], layout="zigzag"))
         x = randn(2, 37, 3)
         assert torch.equal(unshard_sequence(shard_sequence(x, both)[0], both, dist.group.WORLD), x)
-        with pytest.raises(ValueError, match="group must be given"):
+        with pytest.raises(ValueError, match="group must be that of all ranks"):
             unshard_sequence(x, both)

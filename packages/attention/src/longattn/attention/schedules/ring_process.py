@@ -4,7 +4,7 @@ In step t, rank r receives the keys of rank r - t and sends its own to rank r + 
 and to no other. Life of a step, for each rank: 1. its exchange is posted before the rank computes on the keys of the step before; 2. the
 rank waits for the exchange after that computation; 3. the rank computes, while the next step's exchange goes on; 4. in a backward, dk and
 dv are sent to the rank that owns the keys, in float32. Before all steps, headers announce the bytes of every one of them. Keys of two steps and gradients of one are in memory at a time, in buffers that
-are leased once and used in every step.
+are leased once and used in every step; where a part of a shard travels, it is packed and unpacked besides.
 """
 
 from __future__ import annotations
@@ -197,11 +197,16 @@ class GroupRun(ScheduleRun):
         return tuple(self._lease(purpose, n, dtype)(shape) for n, shape in enumerate(shapes))
 
     def _lease(self, purpose: str, number: int, dtype: torch.dtype | None = None) -> Lease:
-        """The COMM buffer for a purpose: a later step reuses an earlier one's memory, if that is large enough."""
+        """The COMM buffer for a purpose. What arrives has one for all steps: a later one reuses an earlier one's memory, if that is large enough.
+
+        What is packed or unpacked goes with its last reference: it stands only in steps in which a part of a shard travels.
+        """
         work, key = self.work, (purpose, number, dtype or self.work.k.dtype)
 
         def lease(shape: tuple[int, ...]) -> Tensor:
             flat, count = self.buffers.get(key), math.prod(shape)
+            if not purpose.startswith("received"):
+                return work.environment.allocator.empty(shape, key[2], work.k.device, "comm")
             if flat is None or flat.numel() < count:
                 # The smaller one goes before the larger one comes.
                 flat = None
