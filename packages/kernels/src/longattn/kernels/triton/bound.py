@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,10 +46,15 @@ class Launch(NamedTuple):
 
 def can_bind(call: Call) -> bool:
     """Whether a call has q, k and v alone, beginning at addresses that kernels are compiled for, and triton compiles and is known."""
-    if INTERPRETED or not call.q.numel() or not (installed_version() or "").startswith(READ_VERSIONS):
+    if INTERPRETED or not call.q.numel() or not _launcher_was_read():
         return False
     beside = (call.mask, call.bias, call.by_distance, call.key_padding, call.prior)
     return all(x is None for x in beside) and is_aligned(call.q, call.k, call.v)
+
+
+@lru_cache
+def _launcher_was_read() -> bool:
+    return (installed_version() or "").startswith(READ_VERSIONS)
 
 
 def apart(call: Call) -> Call:

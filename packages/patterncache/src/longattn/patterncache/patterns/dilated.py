@@ -19,7 +19,7 @@ from longattn.patterncache.pattern import Pattern, above, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.intervals import Intervals, interval_branches, moved, span_pairs
 from longattn.patterncache.planning.residue_cuts import Residue, hidden_by, shown_by
-from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, congruent_indices, shortened
+from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, congruent_index, congruent_indices, shortened
 
 HEADS = ("shared", "blocks", "split")
 QUERIES = ("dilated", "all")
@@ -154,11 +154,11 @@ class Dilated(Pattern, name="dilated"):
         begin = b * size + min(b, extra)
         return begin, begin + size + (b < extra)
 
-    def head_classes(self, b: int, rectangle: Rectangle) -> Iterator[tuple[Span, int]]:
-        """For branch b: (rows of the rectangle's head axis, their offset), one pair per offset that has heads."""
+    def head_classes(self, b: int, rectangle: Rectangle, only: range | None = None) -> Iterator[tuple[Span, int]]:
+        """For branch b: (rows of the rectangle's head axis, their offset), one pair per offset that has heads; of `only` these offsets, if shared."""
         r, num_heads, heads = self.dilation_rates[b], rectangle.num_heads, rectangle.heads
         if self.heads == "shared":
-            for offset in range(min(r, num_heads)):
+            for offset in range(min(r, num_heads)) if only is None else only:
                 yield Span(*heads.congruent(offset, r)), offset
             return
         if self.heads == "blocks":
@@ -206,8 +206,13 @@ class Dilated(Pattern, name="dilated"):
             for branch in self._unshifted.branches(_shifted(rectangle, self.shift)):
                 yield moved(branch, (0, 0), -self.shift)
             return
-        for b in range(len(self.segment_lengths)):
-            for heads, offset in self.head_classes(b, rectangle):
+        one = self.queries == "dilated" and len(rectangle.queries) == 1 and rectangle.queries[0].length == 1
+        for b, (s, r) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
+            # Of one query, as a decoder asks for it at each token, the others show nothing.
+            only = (
+                range(first := rectangle.queries[0].start % s % r, min(first + 1, rectangle.num_heads)) if one else None
+            )
+            for heads, offset in self.head_classes(b, rectangle, only):
                 if heads.length:
                     yield from self._class_branches(b, heads, offset, rectangle)
 
@@ -275,6 +280,9 @@ class Dilated(Pattern, name="dilated"):
     ) -> Iterator[Branch]:
         s, r = self.segment_lengths[b], self.dilation_rates[b]
         (q, q_row), (k, k_row) = q_side, k_side
+        if q.length == 1:
+            yield from self._segment_of_one(b, heads, offset, q_side, k_side)
+            return
         tiles = q.length // s if self._is_regular(b, q, k) else 0
         if tiles:
             # The usual case needs no arrays: whole segments, all alike. What is left of a short last one is below.
@@ -310,6 +318,23 @@ class Dilated(Pattern, name="dilated"):
                 k_at,
                 Band(0, None) if banded[at] else None,
             )
+
+    def _segment_of_one(
+        self, b: int, heads: Span, offset: int, q_side: tuple[Span, int], k_side: tuple[Span, int]
+    ) -> Iterator[Branch]:
+        """What one query sees, in plain integers: a decoder asks for each token."""
+        s, r = self.segment_lengths[b], self.dilation_rates[b]
+        (q, q_row), (k, k_row) = q_side, k_side
+        low = q.start // s * s
+        if self.queries == "dilated" and (q.start - low - offset) % r:
+            return
+        first, count, step = congruent_index(k, low, low + s, low + offset, r)
+        begin = k.start + k.step * first
+        if count <= 0 or (self.causal and q.start < begin):
+            return
+        band = Band(0, None) if self.causal and q.start < begin + (count - 1) * step * k.step else None
+        q_at, k_at = (q.start - q_row * q.step, q.step), (k.start - k_row * k.step, k.step)
+        yield Branch(heads, Affine(q_row, 1, 0, 1, 1), Affine(k_row + first, 1, 0, count, step), q_at, k_at, band)
 
     def _is_regular(self, b: int, q: Span, k: Span) -> bool:
         """Whether tiles follow from figures alone: the same contiguous positions, from a border on, the same residues in each segment."""
