@@ -40,6 +40,7 @@ from longattn.kernels.ops.direct import signature as call_signature
 from longattn.kernels.options import Options, arguments_of, check_options, tensors_of, wants_gradient
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import last_positions
+from longattn.kernels.reference import pair_weights
 from longattn.kernels.scaling import fold_scale
 from longattn.kernels.state import FLOATS, add_sink, merge_detached, merge_into, state_dtype
 from longattn.kernels.terms import (
@@ -91,6 +92,8 @@ __all__ = [
     "refuse_torchscript",
     "tensors_of",
     "wants_gradient",
+    # attention by its definition
+    "pair_weights",
     # score terms
     "ScoreTerm",
     "ScoreTerms",
