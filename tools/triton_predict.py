@@ -114,7 +114,7 @@ def predict(direction: str, head_dim: int, architecture: str = "sm_90") -> Predi
         direction, head_dim, "bfloat16", architecture, "; ".join(f"{loop.kernel} {loop.tile}" for loop in each),
         "; ".join(str(loop.instructions) for loop in each), "; ".join(f"{loop.tensor:.0f}" for loop in each),
         "; ".join(f"{loop.issue:.0f}" for loop in each), "; ".join(f"{loop.exponentials:.0f}" for loop in each), round(tflops),
-        "model, nothing was timed", triton.__version__,
+        "model, nothing was timed" + (f", {HIDDEN:.2f} of the shorter term assumed hidden" if each[0].consumers > 1 else ""), triton.__version__,
     )  # fmt: skip
 
 

@@ -213,8 +213,9 @@ class Dilated(Pattern, name="dilated"):
         one = self.queries == "dilated" and len(rectangle.queries) == 1 and rectangle.queries[0].length == 1
         for b, (s, r) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
             # Of one query, as a decoder asks for it at each token, the others show nothing.
-            offset = rectangle.queries[0].start % s % r if one else 0
-            for heads, offset in self.head_classes(b, rectangle, range(offset, min(offset + 1, rectangle.num_heads)) if one else None):
+            its = rectangle.queries[0].start % s % r if one else 0
+            only = range(its, min(its + 1, rectangle.num_heads)) if one else None
+            for heads, offset in self.head_classes(b, rectangle, only):
                 for sides in span_pairs(rectangle) if heads.length else ():
                     yield from segment_branches(heads, self._residue(b, offset), *sides)
 
