@@ -39,7 +39,7 @@ def test_forms_have_tiles_of_their_own():
     line = TableLine("forward", "sm_90", 64, 2, TABLE["forward", "sm_90", 64, 2])
     tiles = {form: in_form(line, form).configuration for form in (*FORMS, NARROW_STRIDES)}
     assert tiles["plain"] == tiles["listed"] == tiles[NARROW_STRIDES] == line.configuration
-    assert tiles["masked"] == tiles["dropout"] == tiles["all"] == Configuration(64, 32, 8, 1)
+    assert tiles["masked"] == tiles["dropout"] == tiles["all"] == Configuration(64, 16, 4, 1)
     assert tiles["terms"] == with_terms(line.configuration)
     # The warp-specialised kernel knows two of the other forms: a prior, and strides of 32 bits.
     own = [line for line in lines(["sm_90"], every_form=True) if line.kernel == "dense"]
@@ -128,7 +128,8 @@ def test_what_a_turn_leaves_to_the_next_is_caught():
 
 def test_waits_loads_and_multiply_adds_are_read():
     """A planted loop of each fault."""
-    assert waits_for_every_product([PRODUCT, WAIT]) == 1 and not waits_for_every_product([PRODUCT, PRODUCT, WAIT])
+    assert waits_for_every_product([PRODUCT, WAIT] * 3) == 3 and not waits_for_every_product([PRODUCT] * 3 + [WAIT] * 2)
+    assert not waits_for_every_product([PRODUCT, WAIT] * 2)
     assert loads_asynchronously(["@P0 LDGSTS.E.BYPASS.128 [R3], [R4]"]) and not loads_asynchronously(["LDG.E R2, [R4]"])
     assert multiply_adds([PRODUCT, f"@P0 {PRODUCT}", WAIT]) == 2 * 64 * 64 * 16
 

@@ -71,7 +71,7 @@ def local_accesses(loop: list[str]) -> int:
 def waits_for_every_product(loop: list[str]) -> int:
     """How many asynchronous products a loop has, where it waits as often; else 0. Two are waited for anyway: the scores', and the last one."""
     products, waits = (sum(word in i for i in loop) for word in ("HGMMA", "WARPGROUP.DEPBAR"))
-    return products if waits >= products else 0
+    return products if waits >= products > 2 else 0
 
 
 def loads_asynchronously(loop: list[str]) -> bool:

@@ -147,14 +147,14 @@ class BoundLaunch:
             active: Any = driver.active
             stream = active.get_current_stream(active.get_current_device())
             metadata = kernel.launch_metadata(self._grid, stream, *arguments)
-            launch = partial(
-                kernel.run, *self._grid, stream, kernel.function, kernel.packed_metadata, metadata,
+            launched = (
+                *self._grid, stream, kernel.function, kernel.packed_metadata, metadata,
                 runtime.launch_enter_hook, runtime.launch_exit_hook, *arguments,
             )  # fmt: skip
             try:
                 if self._scratch:
-                    with_scratch(self._device, launch)
+                    with_scratch(self._device, partial(kernel.run, *launched))
                 else:
-                    launch()
+                    kernel.run(*launched)
             except RuntimeError as error:
                 raise failed_launch(self._name, {}, self._device, self._grid, error) from error

@@ -93,7 +93,7 @@ _HALF: dict[str, dict[str, tuple[TileShape, ...]]] = {
     },
     "decode": {
         "sm_80": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 8, 1)),
-        "sm_90": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 1)),
+        "sm_90": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 16, 4, 1)),
         "sm_100": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 8, 1)),
         "gfx942": ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
     },
@@ -195,4 +195,7 @@ def choose(
         tile = Configuration(*_MASKED[kernel][HEAD_DIMS.index(width)])
         if table_architecture(architecture) == "gfx942":
             tile = replace(tile, warps=4)  # which may have 512 registers each
+        if table_architecture(architecture) == "sm_90" and tile.owned == 64:
+            # Four warps make a product of 64 rows; eight would make some of it twice.
+            tile = replace(tile, streamed=32 if width == 16 and kernel.startswith("backward") else 16, warps=4)
     return with_terms(tile) if terms else tile, width

@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+# pyright: reportMissingImports=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false, reportArgumentType=false
 """The forward kernel for tiles in which every pair is visible: warp-specialised, over descriptors (TMA), for Hopper and Blackwell.
 
 The same online softmax as `forward_kernel`, without anything that hides or changes a score. Producer warps load tiles of k and v through
