@@ -17,6 +17,7 @@ from longattn.kernels.interface import (
     ScoreTerm,
     ScoreTerms,
     check_attention_mask,
+    check_broadcastable,
     check_key_padding,
     check_qkv,
     check_scale,
@@ -66,6 +67,8 @@ def attention_weights(
     rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
     heads = global_heads(q.shape[2], head_start, num_heads)
     terms = check_terms(score_terms, q)
+    if distance is not None:
+        check_broadcastable("distance", distance, (q.shape[1], k.shape[1]))
     return _weights(q, k, pattern, rows, heads, softmax_scale, attention_mask, key_padding_mask, terms, distance)[0]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longattn.kernels.check import check_key_padding, check_qkv, check_scale
+from longattn.kernels.check import check_broadcastable, check_key_padding, check_qkv, check_scale
 from longattn.kernels.state import AttentionState
 from longattn.kernels.terms import Alibi, ScoreTerms, Softcap, as_terms
 
@@ -55,13 +55,13 @@ def reference_attention(
     if not isinstance(softmax_scale, Tensor):
         softmax_scale = check_scale(softmax_scale)
     else:
-        _check_tensor("softmax_scale", softmax_scale, pairs[1:2])
-    _check_tensor("counts", torch.from_numpy(counts) if isinstance(counts, np.ndarray) else counts, pairs)
+        check_broadcastable("softmax_scale", softmax_scale, pairs[1:2])
+    check_broadcastable("counts", torch.from_numpy(counts) if isinstance(counts, np.ndarray) else counts, pairs)
     for name, x in (("bias", bias), ("keep", keep)):
         if x is not None:
-            _check_tensor(name, x, pairs)
+            check_broadcastable(name, x, pairs)
     if distance is not None:
-        _check_tensor("distance", distance, pairs[2:])
+        check_broadcastable("distance", distance, pairs[2:])
     weights, lse, _ = pair_weights(
         q, k, counts, softmax_scale, torch.float64, bias, key_padding_mask, score_terms, distance
     )
@@ -117,14 +117,6 @@ def pair_weights(
         torch.where(blind.squeeze(-1), -torch.inf, lse),
         times,
     )
-
-
-def _check_tensor(name: str, x: object, shape: tuple[int, ...]) -> None:
-    """Raise unless x is a plain tensor that can be broadcast to a shape."""
-    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta:
-        raise TypeError(f"{name} must be a plain tensor broadcastable to {shape}, got {x!r} ({type(x).__name__})")
-    if x.dim() > len(shape) or any(n not in (1, m) for n, m in zip(x.shape[::-1], shape[::-1], strict=False)):
-        raise ValueError(f"{name} must be broadcastable to {shape}, got {tuple(x.shape)}")
 
 
 def _with_terms(scores: Tensor, score_terms: ScoreTerms, distance: Tensor | None) -> Tensor:
