@@ -114,11 +114,11 @@ def congruent_indices(span: Span, low: Rows, high: Rows, residue: Rows, modulus:
     Returns (first index, count, index step); the step is the same for all windows. Solves start + a * step = residue (mod modulus)
     by the extended Euclid, so that a strided span over a dilated residue is again affine.
     """
-    common = gcd(span.step, modulus)
-    stride = modulus // common
-    inverse = pow(span.step // common, -1, stride) if stride > 1 else 0
-    solvable = (residue - span.start) % common == 0
-    phase = ((residue - span.start) // common * inverse) % stride
+    divisor = gcd(span.step, modulus)
+    stride = modulus // divisor
+    inverse = pow(span.step // divisor, -1, stride) if stride > 1 else 0
+    solvable = (residue - span.start) % divisor == 0
+    phase = ((residue - span.start) // divisor * inverse) % stride
     begin = np.maximum(-((span.start - low) // span.step), 0)
     end = np.minimum((high - 1 - span.start) // span.step, span.length - 1)
     first = begin + (phase - begin) % stride
@@ -128,14 +128,14 @@ def congruent_indices(span: Span, low: Rows, high: Rows, residue: Rows, modulus:
 
 def congruent_index(span: Span, low: int, high: int, residue: int, modulus: int) -> tuple[int, int, int]:
     """`congruent_indices` of one window, in plain integers: (first index, count, index step)."""
-    common = gcd(span.step, modulus)
-    stride = modulus // common
+    divisor = gcd(span.step, modulus)
+    stride = modulus // divisor
     begin = max(-((span.start - low) // span.step), 0)
     apart = residue - span.start
-    phase = apart // common * pow(span.step // common, -1, stride) % stride if stride > 1 else 0
+    phase = apart // divisor * pow(span.step // divisor, -1, stride) % stride if stride > 1 else 0
     first = begin + (phase - begin) % stride
     end = min((high - 1 - span.start) // span.step, span.length - 1)
-    return first, (end - first) // stride + 1 if first <= end and not apart % common else 0, stride
+    return first, (end - first) // stride + 1 if first <= end and not apart % divisor else 0, stride
 
 
 @dataclass(frozen=True, slots=True, init=False)

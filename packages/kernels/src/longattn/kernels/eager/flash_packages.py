@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -55,7 +56,7 @@ class Package:
 
     def _problem(self) -> str | None:
         try:
-            module = import_module(self.module)
+            module = self._module()
         except ImportError as error:
             return f"{self.module} cannot be imported: {error}"
         for function, asked in self.by_name.items():
@@ -69,7 +70,10 @@ class Package:
 
     def function(self, name: str) -> Callable[..., Any]:
         """One of its functions."""
-        return getattr(import_module(self.module), name)
+        return getattr(self._module(), name)
+
+    def _module(self) -> ModuleType:
+        return import_module(self.module)
 
 
 _FA3 = Package(
