@@ -78,6 +78,18 @@ def _flash_backward(
     return kernel(grad, q, k, v, out, lse.contiguous(), *lengths, 0.0, causal, nothing, nothing, scale=scale)
 
 
+def _efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = -(-q.shape[2] // 32) * 32
+    padded = torch.nn.functional.pad(lse, (0, rows - q.shape[2]), value=torch.inf)
+    nothing = torch.zeros((), dtype=torch.int64, device=q.device)
+    wants_gradient = (True, True, True, False)
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+    dq, dk, dv, _ = kernel(grad, q, k, v, bias, out, padded, nothing, nothing, 0.0, wants_gradient, causal, scale=scale)
+    return dq, dk, dv
+
+
 @dataclass(frozen=True)
 class DenseKernel:
     """What takes the tiles without a mask, (tiles, heads, count, d) each.
@@ -134,22 +146,13 @@ class ViewsRow:
         kv_heads, width = k.shape[1], q.shape[-1]
         grad, q, k, v, out = (_padded(x) for x in (grad, q, k, v, out))
         dense = mask is None and q.shape[-1] <= self.kernel.widest
-        grads: tuple[Tensor, Tensor, Tensor]
         if not (dense and self.kernel.groups):
             k, v = (_shared(x, q.shape[1]) for x in (k, v))
         if dense:
-            grads = self.kernel.backward(grad, q, k, v, out, lse, causal, scale)
+            dq, dk, dv = self.kernel.backward(grad, q, k, v, out, lse, causal, scale)
         else:
             bias = None if mask is None else _aligned(mask.to(q.dtype), (*q.shape[:3], k.shape[2]))
-            rows = -(-q.shape[2] // 32) * 32
-            padded = torch.nn.functional.pad(lse, (0, rows - q.shape[2]), value=torch.inf)
-            wants_gradient = (True, True, True, False)
-            nothing = torch.zeros((), dtype=torch.int64, device=q.device)
-            kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-            grads = kernel(
-                grad, q, k, v, bias, out, padded, nothing, nothing, 0.0, wants_gradient, causal, scale=scale
-            )[:3]
-        dq, dk, dv = grads
+            dq, dk, dv = _efficient_backward(grad, q, k, v, out, lse, causal, bias, scale)
         # Rounded once, after heads that share keys were added.
         dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv))
         return dq[..., :width], dk[..., :width], dv[..., :width]
