@@ -96,8 +96,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def _is_short(call: Call, lowered: Lowered, half: bool) -> bool:
     """Whether reading keys and values is most of the work: they are then streamed in ranges, all heads of a kv head at once."""
-    beside = (call.prior, call.mask, call.bias, call.by_distance)
-    if any(x is not None for x in beside) or call.softcap or call.dropout_p:
+    if any(x is not None for x in (call.prior, call.mask, call.bias)) or call.dropout_p:
         return False
     rows = call.q.shape[1] * (call.q.shape[2] // call.k.shape[2])
     return call.q.dtype == call.k.dtype == call.v.dtype and _few_rows_of_even_keys(lowered, rows, half)
@@ -109,14 +108,7 @@ def _few_rows_of_even_keys(lowered: Lowered, rows: int, half: bool) -> bool:
 
 def form(plan: Plan, problem: AttentionProblem) -> str:
     """Which of the row's two forms a forward of this plan takes: "few queries" or "tiles"."""
-    beside = (
-        problem.prior
-        or problem.attention_mask
-        or problem.bias
-        or problem.softcap
-        or problem.by_distance
-        or problem.dropout
-    )
+    beside = problem.prior or problem.attention_mask or problem.bias or problem.dropout
     rows = plan.rectangle.shape[1] * (problem.heads // problem.kv_heads)
     # Long plans are not lowered for an answer that their length gives.
     if beside or rows > max(_SHORT_ROWS.values()):
