@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -50,8 +50,8 @@ class PendingWorks:
         """Run in a thread of its own."""
         threading.Thread(target=self.run, name="longattn waiter", daemon=True).start()
 
-    def ended_within(self, seconds: float) -> bool:
-        """Whether `run` ended; waits so long at most, in slices, and handles signals meanwhile."""
+    def ended_within(self, seconds: float, between: Callable[[], None] | None = None) -> bool:
+        """Whether `run` ended; waits so long at most, in slices, and handles signals meanwhile. between: called after each slice."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -59,6 +59,8 @@ class PendingWorks:
             except Empty:
                 if time.monotonic() >= deadline:
                     return False
+                if between is not None:
+                    between()
             else:
                 self._ended.put(None)
                 return True

@@ -75,7 +75,7 @@ struct Call {
     int64_t rows;              // most query rows of a task, at most ROWS
     int64_t key_parts;         // backward: in how many parts the keys are owned; 1: one pass makes all gradients
     float* scratch;            // `scratch_floats` for each thread
-    int64_t merges;            // 1: rows are merged onto what stands in out and lse
+    int64_t merges;            // 1: rows are merged onto what stands in out and lse; in a backward, dq is added to what stands there
     double softcap;            // scaled scores s become softcap * tanh(s / softcap); 0: they stay
     const float* by_distance;  // (heads, columns): what is added for each head and distance, or null
     int64_t by_distance_columns;  // 1: a slope; 2 + 2 * L: and a number for each distance from -L to L
