@@ -38,9 +38,10 @@ def test_a_failing_row_costs_itself_alone(tmp_path: Path):
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     rows = {row["key"]: row for row in csv.DictReader((tmp_path / "rows.csv").read_text().splitlines())}
-    assert list(rows) == ["flash", "flash-cudnn", "broken", "flash-fa3", "decode", "sweep"]
+    assert list(rows) == ["flash", "flash-cudnn", "broken", "flash-fa3", "decode", "sweep", "flash-dense"]
     assert rows["broken"]["verdict"] == "failed: exit status 1: RuntimeError: this row fails on purpose"
     assert not rows["broken"]["ms"] and all(float(row["ms"]) > 0 for key, row in rows.items() if key != "broken")
     assert "fa3 does not serve: No module named" in rows["flash-fa3"]["verdict"]
     assert [file.name for file in (tmp_path / "failures").iterdir()] == ["broken-D16-forward.txt"]
-    assert "gate: outputs, lse and gradients agree with the oracle" in run.stdout and "6 rows, 1 failed" in run.stdout
+    assert "gate: outputs, lse and gradients agree with the oracle" in run.stdout and "7 rows, 1 failed" in run.stdout
+    assert "gate: the warp-specialised kernel agrees too" in run.stdout

@@ -5,7 +5,7 @@ Those that take longest to compile are nightly; the session `ahead` runs them to
 
 import csv
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -13,8 +13,16 @@ pytest.importorskip("triton", reason="triton is not installed: the extra longatt
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel does not compile", allow_module_level=True)
 
-from longattn.kernels.triton.configurations import ARCHITECTURES, HEAD_DIMS, TABLE, Configuration, with_terms
-from tools.sass import local_accesses, loops
+from longattn.kernels.triton.configurations import ARCHITECTURES, DENSE, HEAD_DIMS, TABLE, Configuration, with_terms
+from tools import triton_ahead
+from tools.sass import (
+    loads_asynchronously,
+    local_accesses,
+    loops,
+    multiply_adds,
+    overwritten_in_flight,
+    waits_for_every_product,
+)
 from tools.triton_ahead import FORMS, NARROW_STRIDES, TableLine, compile_line, in_form, lines
 from tools.triton_predict import RESULTS, predict
 
@@ -31,9 +39,12 @@ def test_forms_have_tiles_of_their_own():
     line = TableLine("forward", "sm_90", 64, 2, TABLE["forward", "sm_90", 64, 2])
     tiles = {form: in_form(line, form).configuration for form in (*FORMS, NARROW_STRIDES)}
     assert tiles["plain"] == tiles["listed"] == tiles[NARROW_STRIDES] == line.configuration
-    assert tiles["masked"] == tiles["dropout"] == tiles["all"] == Configuration(64, 32, 8, 1)
+    assert tiles["masked"] == tiles["dropout"] == tiles["all"] == Configuration(64, 16, 4, 1)
     assert tiles["terms"] == with_terms(line.configuration)
-    assert len(lines(["sm_90"], every_form=True)) == len(lines(["sm_90"])) * (len(FORMS) + 1)
+    # The warp-specialised kernel knows two of the other forms: a prior, and strides of 32 bits.
+    own = [line for line in lines(["sm_90"], every_form=True) if line.kernel == "dense"]
+    assert [line.form for line in own] == ["plain"] * 2 + ["prior"] * 2 + [NARROW_STRIDES] * 2
+    assert len(lines(["sm_90"], every_form=True)) - 6 == (len(lines(["sm_90"])) - 2) * (len(FORMS) + 1)
 
 
 @pytest.mark.nightly
@@ -88,6 +99,66 @@ def test_loops_are_read_from_machine_code():
     assert [line.split()[0] for line in loop] == ["HGMMA.64x64x16.F32", "STL", "@P0"] and local_accesses(loop) == 1
 
 
+PRODUCT, WAIT = "HGMMA.64x64x16.F32.BF16 R24, R88, gdesc[UR4].tnspB, R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+
+
+@pytest.mark.parametrize(
+    ("loop", "overwritten"),
+    [
+        ([PRODUCT, WAIT, "FADD R88, R1, R2"], False),
+        ([PRODUCT, "FADD R88, R1, R2", WAIT], True),
+        ([PRODUCT, "@P0 LDSM.16.M88.4 R86, [R3]", WAIT], True),
+        ([PRODUCT, "STS.128 [R88], R4", WAIT], False),
+        # the group before may still run after this wait, its own not
+        ([PRODUCT, PRODUCT.replace("R88", "R96"), "WARPGROUP.DEPBAR.LE gsb0, 0x1", "MOV R88, R1", "MOV R96, R1"], True),
+        ([PRODUCT, PRODUCT.replace("R88", "R96"), "WARPGROUP.DEPBAR.LE gsb0, 0x1", "MOV R88, R1", WAIT], False),
+        ([PRODUCT, "HGMMA.64x64x16.F32.BF16 R80, gdesc[UR4], R80, gsb0", WAIT], True),
+    ],
+    ids=["waited for", "overwritten", "by a vector", "read alone", "one group waited for", "the other", "by a product"],
+)  # fmt: skip
+def test_a_register_overwritten_in_flight_is_caught(loop: list[str], overwritten: bool):
+    assert bool(overwritten_in_flight(loop)) == overwritten
+
+
+def test_what_a_turn_leaves_to_the_next_is_caught():
+    """Read twice, for the wait stands before the product in the loop."""
+    loop = ["MOV R88, R1", WAIT, PRODUCT]
+    assert not overwritten_in_flight(loop) and overwritten_in_flight(loop + loop) == ["MOV R88, R1"]
+
+
+def test_waits_loads_and_multiply_adds_are_read():
+    """A planted loop of each fault."""
+    assert waits_for_every_product([PRODUCT, WAIT] * 3) == 3 and not waits_for_every_product([PRODUCT] * 3 + [WAIT] * 2)
+    assert not waits_for_every_product([PRODUCT, WAIT] * 2)
+    assert loads_asynchronously(["@P0 LDGSTS.E.BYPASS.128 [R3], [R4]"]) and not loads_asynchronously(["LDG.E R2, [R4]"])
+    assert multiply_adds([PRODUCT, f"@P0 {PRODUCT}", WAIT]) == 2 * 64 * 64 * 16
+
+
+def test_a_product_made_twice_is_caught(monkeypatch: pytest.MonkeyPatch):
+    """Of a kernel that is said to need one product of a tile, the second is one too many."""
+    line = TableLine("forward", "sm_90", 64, 2, TABLE["forward", "sm_90", 64, 2])
+    monkeypatch.setitem(triton_ahead.PRODUCTS, "forward", 1)
+    assert any("take 2 times the multiply-adds" in fault for fault in compile_line(line).faults)
+
+
+def test_loads_that_are_not_asynchronous_are_caught(monkeypatch: pytest.MonkeyPatch):
+    """A tile without stages has no pipeline, whatever its line says."""
+    line = TableLine("forward", "sm_90", 64, 2, Configuration(128, 128, 8, 1))
+    compiled = triton_ahead.compiled(line)
+    staged = replace(line, configuration=Configuration(128, 128, 8, 3))
+    faults = triton_ahead._loop_faults(compiled.asm["cubin"], staged, 2)
+    assert "3 stages, but a loop's loads are not asynchronous" in faults
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_warp_specialised_kernel_compiles(head_dim: int):
+    """Two consumers on Hopper, which load nothing themselves, and no spill in their loops."""
+    line = TableLine("dense", "sm_90", head_dim, 2, DENSE["sm_90", head_dim])
+    need = compile_line(line)
+    assert not need.faults and need.registers == 168, str(need)
+    assert triton_ahead.compiled(line).metadata.num_warps == 12
+
+
 @pytest.mark.parametrize(
     "row",
     list(csv.DictReader(RESULTS.read_text().splitlines())),
@@ -118,4 +189,4 @@ def test_too_much_tensor_memory_is_caught():
 def test_every_line_is_compiled_by_the_session():
     """The session's list is the table, and its widest tiles once more with a narrower v."""
     narrow = sum(head_dim == max(HEAD_DIMS) for _, _, head_dim, _ in TABLE)
-    assert len(lines(list(ARCHITECTURES))) == len(TABLE) + narrow
+    assert len(lines(list(ARCHITECTURES))) == len(TABLE) + narrow + len(DENSE)

@@ -3,7 +3,8 @@
 
 `python -m tools.triton_ahead [ARCHITECTURE ...]` prints registers, shared memory, spills and occupancy of each line of
 the table, and fails where a line asks for more SRAM than its target has, or where a loop of matrix products keeps registers in
-memory, waits for each product before it issues the next, or loads without a pipeline though it has stages. A few bytes that are
+memory, waits for each product before it issues the next, loads without a pipeline though it has stages, makes a product twice, or overwrites registers of a
+product that is in flight. A few bytes that are
 spilled outside such loops are paid once a job and cost less than a smaller tile. triton's own cache (TRITON_CACHE_DIR) makes a
 second run quick.
 """
@@ -26,16 +27,36 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from longattn.kernels.triton.backward_kernel import keys_kernel
-from longattn.kernels.triton.configurations import ARCHITECTURES, HEAD_DIMS, TABLE, Architecture, Configuration, choose
+from longattn.kernels.triton.configurations import (
+    ARCHITECTURES,
+    DENSE,
+    HEAD_DIMS,
+    TABLE,
+    Architecture,
+    Configuration,
+    choose,
+)
+from longattn.kernels.triton.dense_kernel import dense_kernel
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
-from tools.sass import local_accesses, product_loops
+from tools.sass import (
+    disassemble,
+    instructions_of,
+    loads_asynchronously,
+    local_accesses,
+    loops,
+    multiply_adds,
+    overwritten_in_flight,
+    product_loops,
+    waits_for_every_product,
+)
 
 ELEMENTS = {2: "bf16", 4: "fp32"}
 """The element type that stands for a size: bfloat16 and float16 need the same."""
 
 _KERNELS: dict[str, Any] = {
     "forward": forward_kernel,
+    "dense": dense_kernel,
     "decode": forward_kernel,
     "backward_keys": keys_kernel,
     "backward_queries": queries_kernel,
@@ -43,6 +64,7 @@ _KERNELS: dict[str, Any] = {
 
 _FLAGS: dict[str, dict[str, Any]] = {
     "forward": {"GROUP": 1, "PACK": 1, "FLIP": False},
+    "dense": {"GROUP": 1},
     "decode": {"GROUP": 8, "PACK": 8, "FLIP": False},
     "backward_keys": {"GROUP": 1, "REDUCE": True},
     "backward_queries": {"GROUP": 1, "ADD": False},
@@ -60,6 +82,7 @@ FORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": ((), {}),
     "masked": (("mask", "bias", "padding"), {"MASK_ALL": True}),
     "dropout": ((), {"DROPOUT": True}),
+    "prior": (("prior_out", "prior_lse"), {}),
     "all": (("mask", "bias", "padding", "prior_out", "prior_lse"), {"MASK_ALL": True, "DROPOUT": True}),
     "terms": (("by_distance",), {"SOFTCAP": True, "COLUMNS": 258}),
     "listed": ((), {"LISTED": True}),
@@ -140,9 +163,11 @@ def lines(architectures: Iterator[str] | list[str], *, every_form: bool = False)
         for (kernel, arch, dim, size), tile in TABLE.items()
         if arch in architectures
     ]
-    plain += [replace(line, value_dim=_NARROW_VALUES) for line in plain if line.head_dim == max(HEAD_DIMS)]
     forms = [form for form in (*FORMS, NARROW_STRIDES) if form != "plain"] if every_form else []
-    return plain + [in_form(line, form) for form in forms for line in plain]
+    dense = [TableLine("dense", arch, dim, 2, tile) for (arch, dim), tile in DENSE.items() if arch in architectures]
+    dense += [replace(line, form=form) for form in ("prior", NARROW_STRIDES) if form in forms for line in dense]
+    plain += [replace(line, value_dim=_NARROW_VALUES) for line in plain if line.head_dim == max(HEAD_DIMS)]
+    return plain + dense + [in_form(line, form) for form in forms for line in plain]
 
 
 def in_form(line: TableLine, form: str) -> TableLine:
@@ -166,11 +191,11 @@ def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
         "CHUNK": min(tile.chunk or line.head_dim, line.head_dim),
         "MASK_ALL": False, "DROPOUT": False, "PRECISION": "ieee", "UPCAST": False, "SOFTCAP": False, "COLUMNS": 0, **_FLAGS[line.kernel], **form_flags, **(flags or {}),
     }  # fmt: skip
-    if "VALUE_CHUNK" in kernel.arg_names:
-        constants["VALUE_CHUNK"] = min(tile.chunk or value_dim, value_dim)
+    constants["VALUE_CHUNK"] = min(tile.chunk or value_dim, value_dim)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     element, signature, attributes = ELEMENTS[line.element_size], {}, {}
     values: dict[Any, Any] = dict(constants)
-    absent = {*_OPTIONAL} - {*present, *(["by_distance"] if constants["COLUMNS"] else [])}
+    absent = {*_OPTIONAL} - {*present, *(["by_distance"] if constants.get("COLUMNS") else [])}
     integer = "i32" if line.form == NARROW_STRIDES else "i64"
     for at, name in enumerate(kernel.arg_names):
         stem = name.removesuffix("_ptr").removesuffix("_strides")
@@ -178,7 +203,8 @@ def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
             signature[name] = "constexpr"
             values.setdefault(name, None)
         elif name.endswith("_ptr"):
-            signature[name] = f"*{_pointed(stem, element)}"
+            # A launch with a prior may hand on a state.
+            signature[name] = "*fp32" if (stem, line.form) == ("out", "prior") else f"*{_pointed(stem, element)}"
             attributes[(at,)] = [["tt.divisibility", 16]]
         elif name == "part_strides":
             signature[name] = ("i64", "i64")
@@ -220,17 +246,24 @@ def _pointed(stem: str, element: str) -> str:
     return fixed.get(stem, "fp32" if stem == "dq" else element)
 
 
-def compile_line(line: TableLine, flags: dict[str, Any] | None = None) -> Need:
-    """Compile one line for its target and read what it needs."""
-    target = ARCHITECTURES[line.architecture]
-    options = {"num_warps": line.configuration.warps, "num_stages": line.configuration.stages}
-    kernel = triton.compile(
+def compiled(line: TableLine, flags: dict[str, Any] | None = None) -> Any:
+    """One line as triton compiles it for its target."""
+    target, tile = ARCHITECTURES[line.architecture], line.configuration
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return triton.compile(
         source(line, flags), target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
     )
+
+
+def compile_line(line: TableLine, flags: dict[str, Any] | None = None) -> Need:
+    """Compile one line for its target and read what it needs."""
+    target, kernel = ARCHITECTURES[line.architecture], compiled(line, flags)
     shared, tile = kernel.metadata.shared, line.configuration
     if target.backend == "cuda":
         registers, spilled = _nvidia(kernel.asm["cubin"])
-        loop_faults = _loop_faults(product_loops(kernel.asm["cubin"]), tile.stages)
+        kept_apart = line.kernel == "backward_keys" and (flags or {}).get("REDUCE") is False
+        products = PRODUCTS[line.kernel] - kept_apart
+        loop_faults = _loop_faults(kernel.asm["cubin"], line, products)
     else:
         registers, spilled = _amd(kernel.asm["amdgcn"])
         loop_faults = [f"{spilled} bytes a thread are spilled to memory"] if spilled else []
@@ -239,21 +272,38 @@ def compile_line(line: TableLine, flags: dict[str, Any] | None = None) -> Need:
     return Need(line, shared, registers, spilled, columns, occupancy, tuple(loop_faults))
 
 
-def _loop_faults(loops: list[list[str]], stages: int) -> list[str]:
-    """What makes the loops slow: the dense loop first, then the masked one."""
-    if not loops:
+PRODUCTS = {"forward": 2, "decode": 2, "dense": 2, "backward_keys": 5, "backward_queries": 3}
+"""Products of a tile that each kernel needs; backward_keys with dq's share, as where floats are added atomically."""
+
+
+def _loop_faults(cubin: bytes, line: TableLine, products: int) -> list[str]:
+    """What makes the loops slow, or wrong: the dense loop first, then the masked one. products: of a tile, that the kernel needs."""
+    code, tile = disassemble(cubin), line.configuration
+    hot = product_loops(code)
+    if not hot:
         return ["no loop with matrix products was found"]
     faults = []
-    local = [local_accesses(loop) for loop in loops]
+    local = [local_accesses(loop) for loop in hot]
     if any(local):
         faults.append(f"{' and '.join(map(str, local))} loads and stores of spilled registers in loops of products")
-    for loop in loops:
-        products, waits = (sum(word in i for i in loop) for word in ("HGMMA", "WARPGROUP.DEPBAR"))
-        # Two products are waited for anyway: that of the scores, and the last one.
-        if products and waits >= products:
-            faults.append(f"each of the {products} products of a loop is waited for")
-        if stages > 1 and not any(re.search(r"LDGSTS|UTMALDG|UBLKCP", i) for i in loop):
-            faults.append(f"{stages} stages, but a loop's loads are not asynchronous")
+    # Warps of their own may load for those that compute.
+    loaded_apart = any(loads_asynchronously(loop) for loop in loops(code) if loop not in hot)
+    # Consumers of the warp-specialised kernel share a tile.
+    groups = tile.warps // 4 * (len(hot) if line.kernel == "dense" else 1)
+    needed = products * tile.owned * tile.streamed * max(line.head_dim, 16)
+    for loop in hot:
+        if waited := waits_for_every_product(loop):
+            faults.append(f"each of the {waited} products of a loop is waited for")
+        if tile.stages > 1 and not loads_asynchronously(loop) and not loaded_apart:
+            faults.append(f"{tile.stages} stages, but a loop's loads are not asynchronous")
+        made = multiply_adds(loop) * groups
+        if not tile.chunk and not line.value_dim and made > needed:
+            faults.append(f"products of a loop take {made / needed:.2g} times the multiply-adds that a tile needs")
+    overwritten = [
+        i for part in (instructions_of(code), *(loop + loop for loop in hot)) for i in overwritten_in_flight(part)
+    ]
+    if overwritten:
+        faults.append(f"{len(overwritten)} registers of a product in flight are overwritten, as by {overwritten[0]!r}")
     return faults
 
 

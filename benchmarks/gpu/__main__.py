@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.gpu import ROOT
 from benchmarks.gpu.experiments import Experiment, experiments
-from benchmarks.gpu.gate import checks
-from benchmarks.gpu.measuring import Row, ceilings, run
+from benchmarks.gpu.gate import checks, dense_checks
+from benchmarks.gpu.measuring import Row, ceilings, run, use_kernel
 
 
 def arguments() -> argparse.Namespace:
@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--row-seconds", type=float, default=90.0, help="a row's process is stopped after this")
     parser.add_argument("--seconds", type=float, default=600.0, help="no row begins after this")
+    parser.add_argument("--one-kernel", action="store_true", help="leave the warp-specialised kernel out")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--copy-tb-s", type=float, default=0.0, help=argparse.SUPPRESS)
@@ -42,9 +43,10 @@ def arguments() -> argparse.Namespace:
 def child(options: argparse.Namespace) -> int:
     """What a process of its own does: the gate, the ceilings, or one experiment; its answer is JSON in a file."""
     device = "cpu" if options.dry else "cuda"
-    if options.child == "gate":
-        wrong = {}
-        for name, check in checks(options.dry, device):
+    if options.child in ("gate", "dense gate"):
+        dense, wrong = options.child == "dense gate", {}
+        use_kernel(dense)
+        for name, check in (dense_checks if dense else checks)(options.dry, device):
             try:
                 check()
             except AssertionError as failure:
@@ -55,6 +57,10 @@ def child(options: argparse.Namespace) -> int:
         answer = ceilings(device)
     else:
         experiment = next(e for e in experiments(options.dry) if e.name == options.child)
+        if options.one_kernel and experiment.dense:
+            raise RuntimeError("the warp-specialised kernel is left out")
+        if options.one_kernel:
+            use_kernel(False)
         answer = asdict(run(experiment, device, 1 if options.dry else options.repeats, options.copy_tb_s))
     options.answer.write_text(json.dumps(answer))
     return 0
@@ -76,6 +82,7 @@ def ask(options: argparse.Namespace, what: str, seconds: float, copy_tb_s: float
             str(options.repeats),
         ]
         command += ["--copy-tb-s", str(copy_tb_s), *(["--dry"] if options.dry else [])]
+        command += ["--one-kernel"] if options.one_kernel else []
         with log.open("w", encoding="utf-8") as file:
             try:
                 code = subprocess.run(
@@ -122,6 +129,11 @@ def main() -> int:
         print(f"gate: nothing is timed, for kernels are wrong on this device: {why or json.dumps(wrong, indent=1)}")
         return 1
     print("gate: outputs, lse and gradients agree with the oracle")
+    if not options.one_kernel:
+        wrong, why = ask(options, "dense gate", 90.0)
+        options.one_kernel = bool(wrong or why)
+        said = f"is left out: {why or json.dumps(wrong, indent=1)}" if options.one_kernel else "agrees too"
+        print(f"gate: the warp-specialised kernel {said}", flush=True)
     reached, why = ask(options, "ceilings", 60.0)
     copy = reached["copy"] if isinstance(reached, dict) else 0.0
     print(f"ceilings: {reached or why}", flush=True)

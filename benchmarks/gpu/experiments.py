@@ -19,6 +19,7 @@ class Experiment:
         target: unit and least (for ms and us: most) value that must be reached, or None. "copy" is the share of this device's own copy rate.
         graph: whether calls are replayed from a CUDA graph.
         tile: (rows owned, rows streamed, warps, stages[, chunk]) in place of the table's, or (): the table's.
+        dense: True: dense tiles go to the warp-specialised kernel; False: never; None: as the row decides.
         fails: raise before anything is measured; only `--dry` has such a row, and shows that one failing row costs itself alone.
     """
 
@@ -34,6 +35,7 @@ class Experiment:
     target: tuple[str, float] | None = None
     graph: bool = False
     tile: tuple[int, ...] = ()
+    dense: bool | None = None
     fails: bool = False
 
     @property
@@ -42,6 +44,12 @@ class Experiment:
         tile = "x".join(map(str, self.tile))
         return " ".join(part for part in (self.key, f"D{self.head_dim}", self.direction, tile) if part)
 
+
+DENSE_SWEEP: dict[int, tuple[tuple[int, ...], ...]] = {
+    64: ((128, 128, 4, 2), (128, 64, 4, 3), (128, 64, 4, 4)),
+    128: ((128, 64, 4, 3), (128, 32, 4, 4)),
+}
+"""head_dim -> tiles of the warp-specialised kernel to try beside the table's. (128, 128) at head_dim 128 fits where out is in 16 bits."""
 
 SWEEP: dict[tuple[str, int], tuple[tuple[int, ...], ...]] = {
     ("forward", 64): ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 4), (128, 64, 8, 3)),
@@ -63,6 +71,9 @@ def experiments(dry: bool) -> Iterator[Experiment]:
         for n in (8192, 16384):
             sized = replace(flash, key=f"flash-{n}", lengths=(n, n), batch=16384 // n)
             yield replace(sized, peer="dense", target=("TFLOP/s", full))
+            if n == 8192:
+                yield replace(sized, key="flash-one-kernel-8192", dense=False)
+                yield replace(sized, key="flash-causal-one-kernel-8192", pattern=Full(causal=True), dense=False)
             yield replace(sized, direction="backward", peer="dense", target=("TFLOP/s", fast))
             target = ("TFLOP/s", causal) if causal and n == 8192 else None
             yield replace(sized, key=f"flash-causal-{n}", pattern=Full(causal=True), peer="dense", target=target)
@@ -70,6 +81,7 @@ def experiments(dry: bool) -> Iterator[Experiment]:
             yield replace(sized, key=f"flash-fixed-{n}", direction="backward", deterministic=True, target=fixed_target)
         longnet = Experiment("longnet", Dilated(SEGMENTS, RATES), (131072, 131072), 1, 8, dim)
         yield replace(longnet, key="longnet-131072", target=("ms", 2.0 if dim == 64 else 3.2))
+        yield replace(longnet, key="longnet-one-kernel-131072", dense=False)
         styled = replace(longnet, key="longnet-131072-style", peer="torchscale-style")
         yield replace(styled, target=("ratio", 1.9))
         yield replace(styled, direction="both", target=("ratio", 2.0))
@@ -86,6 +98,9 @@ def experiments(dry: bool) -> Iterator[Experiment]:
     for (direction, dim), tiles in SWEEP.items():
         for tile in tiles:
             yield Experiment("sweep-8192", Full(), (8192, 8192), 2, 2048 // dim, dim, direction, tile=tile)
+    for dim, tiles in DENSE_SWEEP.items():
+        for tile in tiles:
+            yield Experiment("sweep-dense-8192", Full(), (8192, 8192), 2, 2048 // dim, dim, tile=tile, dense=True)
     for dim in (64, 128):
         flash = Experiment("flash-8192", Full(), (8192, 8192), 2, 2048 // dim, dim)
         for peer in ("cudnn", "fa3", "flex", "flex-max-autotune"):
@@ -104,3 +119,4 @@ def _small() -> Iterator[Experiment]:
     yield Experiment("longnet", pattern, (128, 128), 1, 1, 16, "both", "torchscale-style", deterministic=True)
     yield Experiment("decode", Window(1 << 20), (1, 300), 1, 2, 16, target=("copy", 0.85))
     yield Experiment("sweep", Full(), (70, 70), 1, 1, 16, tile=(64, 32, 4, 1))
+    yield Experiment("flash-dense", Full(), (128, 128), 1, 1, 16, dense=True)

@@ -63,6 +63,22 @@ def checks(dry: bool, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield "a captured call", lambda: _captured(device)
 
 
+def dense_checks(dry: bool, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The same of the warp-specialised kernel, which nobody ran before: in a process of its own, for it may hang."""
+    for dtype in (torch.float16,) if dry else (torch.bfloat16, torch.float16):
+        for dim in (16,) if dry else (64, 128):
+            for pattern in (Full(),) if dry else (Full(causal=True), Dilated((512, 1024), (1, 2))):
+                lengths = (128, 128) if dry else (1100, 1100)
+                case = Case(pattern, lengths, batch=1, kv_heads=1, group=2, head_dim=dim, dtype=dtype, device=device)
+                yield f"{dtype} D{dim} dense tiles {pattern.canonical()[:40]}", lambda case=case: _agree(case, False)
+    if not dry:
+        for pattern in (Full(causal=True), Dilated((2048, 4096, 8192), (1, 2, 4))):
+            yield (
+                f"16384 tokens, dense tiles {pattern.canonical()[:40]}",
+                lambda pattern=pattern: _agrees_with_torch_rows(pattern, device),
+            )
+
+
 def _agree(case: Case, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     check_backend("triton", case)

@@ -16,7 +16,7 @@ from benchmarks.gpu.experiments import Experiment
 from benchmarks.peers.on_gpu import peer_forward
 from benchmarks.record import surroundings
 from longattn.kernels import attend
-from longattn.kernels.triton import configurations
+from longattn.kernels.triton import configurations, launch_forward
 from longattn.kernels.triton.availability import installed_version
 from longattn.patterncache import Rectangle, Span
 
@@ -68,7 +68,8 @@ def ceilings(device: str) -> dict[str, float]:
 
 def tensors(experiment: Experiment, device: str) -> list[Tensor]:
     """q, k, v and a cotangent."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    half = torch.float16 if experiment.dense else torch.float32
+    dtype = half if device == "cpu" else torch.bfloat16
     nq, nk = experiment.lengths
     return [
         torch.randn(experiment.batch, n, experiment.heads, experiment.head_dim, device=device, dtype=dtype)
@@ -170,7 +171,7 @@ def loaded_kernels() -> tuple[str, str]:
     """(registers, spilled bytes) a thread of each compiled kernel, as the driver loaded it."""
     registers, spills = [], []
     for module, name in (
-        ("forward_kernel", "forward_kernel"), ("merge_kernel", "merge_kernel"), ("backward_kernel", "rows_kernel"),
+        ("forward_kernel", "forward_kernel"), ("dense_kernel", "dense_kernel"), ("merge_kernel", "merge_kernel"), ("backward_kernel", "rows_kernel"),
         ("backward_kernel", "keys_kernel"), ("query_gradient_kernel", "queries_kernel"),
     ):  # fmt: skip
         kernel: Any = getattr(import_module(f"longattn.kernels.triton.{module}"), name)
@@ -197,10 +198,19 @@ def use_tile(experiment: Experiment) -> None:
     if not experiment.tile:
         return
     tile = configurations.Configuration(*experiment.tile)
+    if experiment.dense:
+        configurations.DENSE.update((at, tile) for at in [*configurations.DENSE] if at[1] == experiment.head_dim)
+        return
     kernel = "forward" if experiment.direction == "forward" else "backward_keys"
     for at in configurations.TABLE:
         if at[0] == kernel and at[2] == experiment.head_dim:
             configurations.TABLE[at] = tile
+
+
+def use_kernel(dense: bool | None) -> None:
+    """Send dense tiles to the warp-specialised kernel in this process, or never."""
+    if dense is not None:
+        launch_forward.is_dense = lambda call: dense
 
 
 def run(experiment: Experiment, device: str, repeats: int, copy_tb_s: float) -> Row:
@@ -208,6 +218,7 @@ def run(experiment: Experiment, device: str, repeats: int, copy_tb_s: float) -> 
     if experiment.fails:
         raise RuntimeError("this row fails on purpose")
     use_tile(experiment)
+    use_kernel(experiment.dense)
     data = tensors(experiment, device)
     on_gpu = device != "cpu"
     if on_gpu:

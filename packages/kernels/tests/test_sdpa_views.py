@@ -5,24 +5,28 @@ The stand-ins take what the kernels take, refuse what they refuse (widths that a
 an lse that is not padded), and are computed in float64 by the book, so nothing of ours is in them.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from longattn.kernels import explain
+from longattn.kernels import attend, explain
 from longattn.kernels.dispatch import table as dispatch
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.dispatch.table import row
+from longattn.kernels.eager import flash_packages
 from longattn.kernels.eager import sdpa_cuda as torch_sdpa_views
 from longattn.kernels.testing import Case, check_backend
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Rectangle, Restrict, Span, Strided, Window
 
 ROWS = pytest.mark.parametrize("name", ["sdpa_views", "sdpa_views_cudnn"])
+ALL_ROWS = pytest.mark.parametrize("name", ["sdpa_views", "sdpa_views_cudnn", "views_fa3", "views_fa4"])
 
 
 def empty_call(pattern: Pattern, length: int, kv_heads: int) -> Call:
@@ -154,6 +158,85 @@ def _efficient_backward(
     return *_gradients(grad, q, k, v, out, lse[..., : q.shape[2]], scale, causal, bias), torch.empty(0)
 
 
+def _grouped(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """(batch, seq, heads, d) in the order of torch's kernels, k and v for as many heads as q."""
+    turned = [x.transpose(1, 2) for x in tensors]
+    heads = turned[0].shape[1]
+    return tuple(x.repeat_interleave(heads // x.shape[1], 1) for x in turned)
+
+
+def _package_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    _check(256, q, k, v)
+    out, lse = _attend(*_grouped(q, k, v), scale, causal, None)
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def _package_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> list[Tensor]:
+    _check(256, grad, q, k, v, out)
+    assert lse.is_contiguous() and lse.dtype == torch.float32
+    wide = _grouped(q, k, v)
+    dq, dk, dv = _gradients(grad.transpose(1, 2), *wide, out.transpose(1, 2), lse, scale, causal, None)
+    dk, dv = (x.unflatten(1, (k.shape[2], -1)).sum(2) for x in (dk, dv))
+    return [x.transpose(1, 2) for x in (dq, dk, dv)]
+
+
+def _fa3_module(names: list[str]) -> ModuleType:
+    """The functions of flash_attn_interface that take and return an lse, with the parameters of its repository."""
+
+    def _flash_attn_forward(
+        q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None, cu_seqlens_k=None, cu_seqlens_k_new=None,
+        seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None, kv_batch_idx=None, leftpad_k=None,
+        rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None,
+        causal=False, window_size_left=-1, window_size_right=-1, attention_chunk=0, softcap=0.0, rotary_interleaved=True,
+        scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0,
+    ):  # fmt: skip
+        names.append("fa3")
+        out, lse = _package_forward(q, k, v, causal, softmax_scale)
+        return out, lse, torch.empty(0), torch.empty(0)
+
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None, max_seqlen_q=None,
+        max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
+        softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        names.append("fa3 backward")
+        grads = _package_gradients(dout, q, k, v, out, softmax_lse, is_causal, softmax_scale)
+        for x, computed in zip((dq, dk, dv), grads, strict=True):
+            assert x.is_contiguous()
+            x.copy_(computed)
+        return torch.empty(0)
+
+    module: Any = ModuleType("flash_attn_interface")
+    module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
+    return module
+
+
+def _fa4_module(names: list[str]) -> ModuleType:
+    """The same of flash_attn.cute.interface."""
+
+    def _flash_attn_fwd(
+        q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None, page_table=None,
+        softmax_scale=None, causal=False, softcap=None, window_size_left=None, window_size_right=None, learnable_sink=None,
+        m_block_size=128, n_block_size=128, num_threads=384, num_splits=1, pack_gqa=None, return_lse=False, out=None, lse=None,
+    ):  # fmt: skip
+        assert return_lse
+        names.append("fa4")
+        return _package_forward(q, k, v, causal, softmax_scale)
+
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None, window_size_right=None,
+        cu_seqlens_q=None, cu_seqlens_k=None, deterministic=False,
+    ):  # fmt: skip
+        names.append("fa4 backward")
+        return tuple(x.contiguous() for x in _package_gradients(dout, q, k, v, out, lse, causal, softmax_scale))
+
+    module: Any = ModuleType("flash_attn.cute.interface")
+    module._flash_attn_fwd, module._flash_attn_bwd = _flash_attn_fwd, _flash_attn_bwd
+    return module
+
+
 _KERNELS = {
     "_scaled_dot_product_flash_attention": _flash,
     "_scaled_dot_product_flash_attention_backward": _flash_backward,
@@ -173,10 +256,20 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     for name, function in _KERNELS.items():
         monkeypatch.setattr(torch.ops.aten, name, noting(name, function))
-    for member in ("FLASH", "CUDNN"):
-        home: torch_sdpa_views.ViewsRow = getattr(torch_sdpa_views, member)
+    for modules, member in (
+        (torch_sdpa_views, "FLASH"),
+        (torch_sdpa_views, "CUDNN"),
+        (flash_packages, "FA3"),
+        (flash_packages, "FA4"),
+    ):
+        home: torch_sdpa_views.ViewsRow = getattr(modules, member)
         here = replace(home.CAPABILITY, devices=("cpu",), dtypes={"cpu": (torch.float16, torch.bfloat16)})
-        monkeypatch.setattr(torch_sdpa_views, member, replace(home, CAPABILITY=here))
+        monkeypatch.setattr(modules, member, replace(home, CAPABILITY=here))
+    monkeypatch.setattr(flash_packages, "PROBLEMS", {})
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for module in (_fa3_module(names), _fa4_module(names)):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     dispatch.row.cache_clear()
     dispatch.explain_problem.cache_clear()
     yield names
@@ -188,7 +281,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 SMALL = Case(Full(), (70, 70), batch=2, kv_heads=2, group=2, head_dim=16, dtype=torch.float16)
 
 
-@ROWS
+@ALL_ROWS
 @pytest.mark.parametrize(
     "case",
     [
@@ -213,11 +306,16 @@ SMALL = Case(Full(), (70, 70), batch=2, kv_heads=2, group=2, head_dim=16, dtype=
 def test_numbers(called: list[str], name: str, case: Case):
     """Views, masks, merges and gradients through the merged lse, against the oracle."""
     check_backend(name, case)
-    mine = "_scaled_dot_product_cudnn_attention" if name.endswith("cudnn") else "_scaled_dot_product_flash_attention"
-    other = "_scaled_dot_product_flash_attention" if name.endswith("cudnn") else "_scaled_dot_product_cudnn_attention"
-    assert other not in called
+    dense = {
+        "sdpa_views": "_scaled_dot_product_flash_attention", "sdpa_views_cudnn": "_scaled_dot_product_cudnn_attention",
+        "views_fa3": "fa3", "views_fa4": "fa4",
+    }  # fmt: skip
+    mine = dense.pop(name)
+    assert not {*dense.values()} & {*called}
     plain = not (case.mask or case.padding or case.lengths[1] == 0)
     assert (mine in called) == plain or case.softmax_scale == -0.5
+    if mine.startswith("fa") and mine in called:
+        assert f"{mine} backward" in called
 
 
 def test_wider_than_flash_with_an_lse_cotangent(called: list[str]):
@@ -226,3 +324,33 @@ def test_wider_than_flash_with_an_lse_cotangent(called: list[str]):
         "sdpa_views", replace(SMALL, pattern=Full(causal=True), head_dim=256, lengths=(40, 40), group=1, batch=1)
     )
     assert called[-1] == "_scaled_dot_product_efficient_attention_backward"
+
+
+def test_packages_serve_plans_that_suit_them(called: list[str]):
+    """Dense and causal tiles; a window's strips need masks, which others take better. Named, they serve it all the same."""
+    q = torch.randn(1, 64, 2, 16, dtype=torch.float16)
+    with torch.no_grad():
+        attend(q, q, q, Full(causal=True), deterministic=False)
+        assert called == ["fa3"]
+        attend(q, q, q, Window(20), backend="views_fa3")
+        assert called[1:] == ["_scaled_dot_product_efficient_attention"]
+    asked: dict[str, Any] = {"dtype": torch.float16, "device": "cpu"}
+    assert explain(Full(), (1, 64, 2, 16), **asked).backend == "views_fa3"
+    assert explain(Window(20), (1, 64, 2, 16), **asked).backend == "sdpa_views"
+
+
+def test_a_package_of_another_version_is_refused(called: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Its parameters are compared, and the next row serves; without a package the reason says so."""
+    module: Any = ModuleType("flash_attn_interface")
+    module._flash_attn_forward, module._flash_attn_backward = (lambda q, k, v: None), (lambda dout: None)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    q = torch.randn(1, 64, 2, 16, dtype=torch.float16)
+    with torch.no_grad():
+        attend(q, q, q, Full(), deterministic=False)
+        assert called == ["fa4"]
+        with pytest.raises(
+            ValueError, match="_flash_attn_forward of flash_attn_interface takes no softmax_scale, causal"
+        ):
+            attend(q, q, q, Full(), backend="views_fa3")
+    monkeypatch.delitem(sys.modules, "flash_attn_interface")
+    assert row("views_fa3").refusal() == "flash_attn_interface is not installed"  # type: ignore[misc]

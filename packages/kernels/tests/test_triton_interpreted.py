@@ -76,6 +76,29 @@ if not INSIDE:
 else:
     SMALL = Case(LONGNET, (70, 70), batch=1, kv_heads=1, group=2, head_dim=16)
 
+    @pytest.mark.parametrize(
+        "case",
+        [
+            replace(SMALL, pattern=Full(), lengths=(128, 128), dtype=HALF),
+            replace(SMALL, pattern=Full(causal=True), lengths=(150, 260), dtype=BRAIN, prior=True),
+            replace(SMALL, pattern=Dilated((128, 256), (1, 2)), lengths=(256, 256), dtype=HALF, kv_heads=2, group=1),
+            replace(SMALL, pattern=Dilated((512,), (2,), causal=True), lengths=(512, 512), dtype=HALF, group=1),
+        ],
+        ids=["one launch", "a state is handed on", "steps of 1 and 2 and two heads", "causal rows two apart"],
+    )  # fmt: skip
+    def test_dense_tiles(case: Case, monkeypatch: pytest.MonkeyPatch):
+        """The warp-specialised kernel, which the interpreter runs as any other, and the rest onto which it merges."""
+        from longattn.kernels.triton import launch_forward
+
+        found: list[str] = []
+        monkeypatch.setattr(launch_forward, "is_dense", lambda call: True)
+        run = launch_forward.run
+        monkeypatch.setattr(
+            launch_forward, "run", lambda kernel, *rest, **named: (found.append(kernel.fn.__name__), run(kernel, *rest, **named))
+        )  # fmt: skip
+        check_backend("triton", case)
+        assert "dense_kernel" in found and ("forward_kernel" in found) == (case.lengths != (128, 128))
+
     @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
     @pytest.mark.parametrize(
         ("pattern", "dtype"),
@@ -330,7 +353,7 @@ else:
         *(
             pytest.param(flags, marks=pytest.mark.nightly)
             for flags in (
-                {"direction": "forward"}, {"direction": "backward", "deterministic": True},
+                {"direction": "forward"}, {"direction": "dense forward", "dtype": HALF}, {"direction": "backward", "deterministic": True},
                 {"direction": "forward", "listed": True, "attention_mask": True, "bias": True},
                 {"direction": "backward", "grouped": True, "dropout": True, "key_padding": True},
             )

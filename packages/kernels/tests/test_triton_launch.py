@@ -30,9 +30,10 @@ from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.dispatch.table import RowFailure
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
-from longattn.kernels.triton import launch_backward, launch_forward, launching, passes
+from longattn.kernels.triton import launch_backward, launch_dense, launch_forward, launching, passes
 from longattn.kernels.triton.availability import FAILURES, INTERPRETED, installed_version
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
+from longattn.kernels.triton.dense_kernel import dense_kernel
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.merge_kernel import merge_kernel
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
@@ -40,7 +41,9 @@ from longattn.patterncache import Dilated, Full, Pattern, Rectangle, Span
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreting, nothing is launched")
 
-KERNELS: tuple[JITFunction[Any], ...] = (forward_kernel, merge_kernel, rows_kernel, keys_kernel, queries_kernel)
+KERNELS: tuple[JITFunction[Any], ...] = (
+    forward_kernel, dense_kernel, merge_kernel, rows_kernel, keys_kernel, queries_kernel,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,9 @@ def test_every_launch_says_its_device(stub: StubDriver, monkeypatch: pytest.Monk
     launch_forward.forward(call_of(Full(), nq=1, nk=4096))
     for deterministic in (False, True):
         run_backward(call_of(Full(), deterministic=deterministic))
-    assert named == {kernel.__name__: torch.device("cpu") for kernel in KERNELS}
+    assert {*named.values()} == {torch.device("cpu")} and {*named} == {kernel.__name__ for kernel in KERNELS} - {
+        "dense_kernel"
+    }
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -259,6 +264,69 @@ def test_a_bound_backward_launches_what_a_backward_does(stub: StubDriver, determ
     again = bound(Cotangents(grad, None, out, lse), OpTensors(call.q, call.k, call.v), call.allocator)
     assert again is not None and [x.stride() for x in gradients[:3]] == [x.stride() for x in again[:3]]
     assert [described(launch) for launch in expected] == [described(launch) for launch in stub.launches]
+
+
+@pytest.mark.parametrize("pattern", [Full(), Full(causal=True), Dilated((256,), (2,))], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dense_tiles_have_a_launch_of_their_own(
+    stub: StubDriver, monkeypatch: pytest.MonkeyPatch, pattern: Pattern, dtype: torch.dtype
+):
+    """The rest first, whose float32 state is the prior of the kernel for dense tiles, which writes out; bound, the same."""
+    monkeypatch.setattr(launch_forward, "is_dense", lambda call: True)
+    call = call_of(pattern, nq=1024, nk=1024, out_dtype=dtype)
+    out, lse = launch_forward.forward(call)
+    *before, last = [(launch.kernel, named(launch)) for launch in stub.launches]
+    assert last[0] == "dense_kernel" and last[1]["out_ptr"] is out and last[1]["lse_ptr"] is lse
+    assert [name for name, _ in before] == (["forward_kernel"] if pattern.causal else [])
+    for _, rest in before:
+        assert rest["out_ptr"].dtype == torch.float32 and rest["out_ptr"] is last[1]["prior_out_ptr"]
+        assert (rest["out_ptr"] is out) == (dtype == torch.float32)
+    bound, expected = launch_forward.bind(call, out, lse), stub.launches.copy()
+    stub.launches.clear()
+    assert bound is not None and bound(call.q, call.k, call.v, None, call.allocator) is not None
+    assert [described(launch) for launch in expected] == [described(launch) for launch in stub.launches]
+
+
+def named(launch: Launch) -> dict[str, Any]:
+    """Its arguments by name."""
+    kernel = next(kernel for kernel in KERNELS if kernel.__name__ == launch.kernel)
+    return dict(zip(kernel.arg_names, launch.arguments, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dropout_p": 0.5}, {"scale": -1.0}, {"softcap": 5.0}],
+    ids=["dropout", "negative scale", "score term"],
+)
+def test_what_changes_scores_is_not_for_the_dense_kernel(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]):
+    monkeypatch.setattr(launch_dense.self_check, "dense_passed", lambda q, k: True)
+    assert launch_dense.is_dense(call_of(Full())) and not launch_dense.is_dense(call_of(Full(), **options))
+    assert not launch_dense.is_dense(replace(call_of(Full()), key_padding=torch.zeros(1, 96, dtype=torch.bool)))
+
+
+def test_descriptors_name_only_aligned_rows(monkeypatch: pytest.MonkeyPatch):
+    """16 bytes: of the start, of each stride, and of a row."""
+    monkeypatch.setattr(launch_dense.self_check, "dense_passed", lambda q, k: True)
+    call = call_of(Full())
+    wide = torch.empty(1, 96, 2, 72, dtype=torch.bfloat16)
+    assert launch_dense.is_dense(replace(call, k=wide[..., :64]))
+    for k in (
+        torch.empty(1, 96, 2, 68, dtype=torch.bfloat16)[..., :64],
+        wide[..., 4:68],
+        call.k.transpose(1, 3).contiguous().transpose(1, 3),
+        call.k[:, :1].expand(call.k.shape),
+    ):
+        assert not launch_dense.is_dense(replace(call, k=k))
+
+
+def test_memory_for_descriptors_is_torchs_own(stub: StubDriver):
+    """Of a launch alone: what a caller told triton stays."""
+    from triton.runtime import _allocation
+
+    seen: list[Any] = []
+    before = _allocation._allocator.get()
+    launching.with_scratch(torch.device("cpu"), lambda: seen.append(_allocation._allocator.get()(384, 128, 0)))
+    assert seen[0].numel() == 384 and _allocation._allocator.get() is before
 
 
 def described(launch: Launch) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,3 +92,45 @@ def test_explain_says_where_a_form_stands(checked: list[Form], monkeypatch: pyte
     )
     found = explain(Full(), (1, 64, 2, 64), **asked)
     assert dict(found.rows)["triton"] == ("failed: out is 0.5 off",) and found.backend != "triton"
+
+
+DENSE = {"dtype": torch.bfloat16, "device": "cuda", "architecture": "sm_90"}
+
+
+def test_the_kernel_for_dense_tiles_is_off_until_it_was_right(checked: list[Form], monkeypatch: pytest.MonkeyPatch):
+    """It has a form of its own, which refuses nothing: the other kernel serves meanwhile. explain says which does."""
+    monkeypatch.setattr("longattn.kernels.triton.availability.missing", lambda: None)
+    problem = AttentionProblem("cuda", torch.bfloat16, 2, 2, 64, architecture="sm_90")
+    assert self_check.dense_standing(problem, run=False) is None and not checked
+    assert "the warp-specialised one for dense tiles did not run on this device yet" in str(
+        explain(Full(), (1, 8192, 2, 64), **DENSE)
+    )
+    assert self_check.dense_standing(problem, run=True) == "" and str(checked[0]) == "dense forward bfloat16 D64"
+    assert "dense tiles by the warp-specialised kernel" in str(explain(Full(), (1, 8192, 2, 64), **DENSE))
+    self_check.OUTCOMES.clear()
+    monkeypatch.setattr(self_check, "_known", lambda form, where: "out is 0.5 off" if "dense" in form.direction else "")
+    found = explain(Full(), (1, 8192, 2, 64), **DENSE)
+    assert found.backend == "triton" and "(the warp-specialised one for dense tiles failed: out is 0.5 off)" in str(
+        found
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "lengths"),
+    [({}, (1, 8)), ({"key_padding_mask": True}, (1, 8192)), ({"dtype": torch.float32}, (1, 8192)), ({"dropout": True}, (1, 8192)),
+     ({"architecture": "sm_80"}, (1, 8192))],
+    ids=["few queries", "padding", "float32", "dropout", "Ampere"],
+)  # fmt: skip
+def test_explain_says_nothing_of_a_kernel_that_a_call_cannot_take(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], lengths: tuple[int, int]
+):
+    monkeypatch.setattr("longattn.kernels.triton.availability.missing", lambda: None)
+    assert "warp-specialised" not in str(explain(Full(), (*lengths, 2, 64), **{**DENSE, **options}))
+
+
+def test_without_a_check_the_kernel_for_dense_tiles_does_not_serve(
+    checked: list[Form], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LONGATTN_SELF_CHECK", "0")
+    q = torch.empty(1, 8, 2, 64, dtype=torch.bfloat16, device="meta")
+    assert not self_check.dense_passed(q, q) and not checked

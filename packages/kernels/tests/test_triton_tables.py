@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from longattn.kernels.lowering.head_classes import head_classes
+from longattn.kernels.triton.dense_tables import DENSE_JOB_FIELDS, split_dense
 from longattn.kernels.triton.joblist import ENTRY_FIELDS, JOB_FIELDS, JobTables
 from longattn.kernels.triton.passes import key_tables, packable, query_passes, query_tables
 from longattn.kernels.triton.row_classes import row_classes
@@ -98,6 +99,43 @@ def test_what_a_single_query_is_told_is_the_plan(pattern: Pattern, group: int, l
     for number in range(len(query_passes(plan).launches)):
         add_counts(total, query_tables(plan, number, BLOCK, group, parts), own_keys=False, pack=group)
     assert (total == plan.counts()).all()
+
+
+@given(pattern=patterns(), heads=st.integers(1, 3), queries=SOME_SPANS, keys=SOME_SPANS, owned=st.sampled_from([4, 8]))
+@example(pattern=Dilated((32, 64), (1, 2)), heads=2, queries=(Span(0, 130),), keys=(Span(0, 130),), owned=4)
+@example(pattern=LONGNET, heads=4, queries=(Span(0, 100),), keys=(Span(0, 100),), owned=8)
+@example(pattern=Full(causal=True), heads=1, queries=(Span(0, 50),), keys=(Span(0, 50),), owned=8)
+def test_dense_tiles_and_the_rest_are_the_launch(
+    pattern: Pattern, heads: int, queries: tuple[Span, ...], keys: tuple[Span, ...], owned: int
+):
+    """Rows that a descriptor addresses, all of them visible, and what the kernel that masks is left with."""
+    plan = planned(pattern, heads, queries, keys)
+    if plan is None or plan.listed:
+        return
+    total = np.zeros(plan.rectangle.shape, np.int64)
+    for number in range(len(query_passes(plan).launches)):
+        split = split_dense(query_tables(plan, number, BLOCK), BLOCK[1], owned)
+        assert split.rest is None or split.rest.jobs[:, 3].max() <= owned
+        if split.rest is not None:
+            add_counts(total, split.rest, own_keys=False)
+        for line in range(len(split.dense.jobs)):
+            job = members(split.dense.jobs, line, DENSE_JOB_FIELDS)
+            assert job["end"] - job["begin"] == split.dense.tiles[line] and 0 < job["count"] <= BLOCK[0]
+            owned_rows = job["start"] + np.arange(job["count"]) * job["step"]
+            for at in range(job["begin"], job["end"]):
+                first, phase = map(int, split.dense.entries[at])
+                met = (first + np.arange(BLOCK[1])) * job["modulus"] + phase
+                assert phase < job["modulus"]
+                times = round(2 ** float(split.dense.weights[at]))
+                np.add.at(total[job["head"]], (owned_rows[:, None], met[None]), times)
+    assert (total == plan.counts()).all()
+
+
+def test_neighbouring_blocks_share_tiles():
+    """A causal launch has as many tiles as its longest list, not as all lists together."""
+    plan = Full(causal=True).plan(Rectangle(2, Span(0, 400), Span(0, 400)))
+    split = split_dense(query_tables(plan, 0, BLOCK), BLOCK[1], 8)
+    assert len(split.dense.entries) == split.dense.tiles.max() == 98 and split.pays
 
 
 @given(pattern=patterns(), groups=st.integers(1, 2), group=st.integers(1, 3), queries=SOME_SPANS, keys=SOME_SPANS)

@@ -135,8 +135,8 @@ def explain(
     explanation = explain_choice(problem, backend, plan, q_shape[0], measure=measure)
     if plan is not None:
         able = [row(name) for name, reasons in explanation.rows if not reasons]
-        forms = tuple((each.name, each.form(plan, problem)) for each in able if each.form is not None)
-        explanation = replace(explanation, forms=forms)
+        forms = ((each.name, each.form(plan, problem)) for each in able if each.form is not None)
+        explanation = replace(explanation, forms=tuple((name, text) for name, text in forms if text))
     if verbose:
         if plan is None:
             raise ValueError("verbose must be False where the pattern lists rows and is too long to plan, got True")

@@ -86,8 +86,8 @@ class Branch:
     def uniform(self) -> bool:
         """Whether all tiles share one geometry, so that one mask serves them all."""
         single = all(isinstance(i, Affine) or i.starts.shape[1] == 1 for i in (self.q, self.k))
-        if not single:
-            return False
+        if not single or self.q.tiles == 1:
+            return single
         distances = self._first(self.q, self.q_at) - self._first(self.k, self.k_at)
         return bool((distances == distances[0]).all())
 
@@ -102,7 +102,8 @@ class Branch:
     @cached_property
     def offset(self) -> int:
         """Query position - key position of the first rows of every tile (uniform branches)."""
-        return int(self._first(self.q, self.q_at)[0] - self._first(self.k, self.k_at)[0])
+        q, k = (index.start if isinstance(index, Affine) else index.starts[0, 0] for index in (self.q, self.k))
+        return int(self.q_at[0] + self.q_at[1] * q - self.k_at[0] - self.k_at[1] * k)
 
     def positions(self) -> tuple[Rows, Rows]:
         """Query and key positions, (tiles, count) each."""

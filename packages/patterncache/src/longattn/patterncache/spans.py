@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from operator import index
 from typing import TypeVar
 
@@ -26,6 +27,8 @@ MOST_HEADS = 1 << 20
 
 def check_int(name: str, value: object, *, minimum: int, maximum: int = MOST) -> int:
     """Return `value` as int, or raise TypeError / ValueError that names it. Booleans, floats and strings are refused."""
+    if type(value) is int and minimum <= value <= maximum:
+        return value
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer >= {minimum}, got {shortened(value)} ({type(value).__name__})")  # pyright: ignore[reportUnknownArgumentType]
     # `index` also makes a constant of a symbolic size that torch.compile traces: another value is another graph.
@@ -98,10 +101,7 @@ class Span:
 
     def congruent(self, residue: int, modulus: int) -> tuple[int, int, int]:
         """The members equal to `residue` modulo `modulus`, as (first index, count, index step) within this span."""
-        first, count, step = congruent_indices(
-            self, np.zeros(1, np.int64), np.array([self.last + 1]), np.array([residue]), modulus
-        )
-        return int(first[0]), int(count[0]), step
+        return congruent_index(self, 0, self.last + 1, residue, modulus)
 
     def take(self, first: int, count: int, step: int = 1) -> Span:
         """The sub-span of members first, first + step, ... (`count` of them)."""
@@ -114,16 +114,28 @@ def congruent_indices(span: Span, low: Rows, high: Rows, residue: Rows, modulus:
     Returns (first index, count, index step); the step is the same for all windows. Solves start + a * step = residue (mod modulus)
     by the extended Euclid, so that a strided span over a dilated residue is again affine.
     """
-    gcd = int(np.gcd(span.step, modulus))
-    stride = modulus // gcd
-    inverse = pow(span.step // gcd, -1, stride) if stride > 1 else 0
-    solvable = (residue - span.start) % gcd == 0
-    phase = ((residue - span.start) // gcd * inverse) % stride
+    divisor = gcd(span.step, modulus)
+    stride = modulus // divisor
+    inverse = pow(span.step // divisor, -1, stride) if stride > 1 else 0
+    solvable = (residue - span.start) % divisor == 0
+    phase = ((residue - span.start) // divisor * inverse) % stride
     begin = np.maximum(-((span.start - low) // span.step), 0)
     end = np.minimum((high - 1 - span.start) // span.step, span.length - 1)
     first = begin + (phase - begin) % stride
     count = np.where(solvable & (first <= end), (end - first) // stride + 1, 0)
     return first, count, stride
+
+
+def congruent_index(span: Span, low: int, high: int, residue: int, modulus: int) -> tuple[int, int, int]:
+    """`congruent_indices` of one window, in plain integers: (first index, count, index step)."""
+    divisor = gcd(span.step, modulus)
+    stride = modulus // divisor
+    begin = max(-((span.start - low) // span.step), 0)
+    apart = residue - span.start
+    phase = apart // divisor * pow(span.step // divisor, -1, stride) % stride if stride > 1 else 0
+    first = begin + (phase - begin) % stride
+    end = min((high - 1 - span.start) // span.step, span.length - 1)
+    return first, (end - first) // stride + 1 if first <= end and not apart % divisor else 0, stride
 
 
 @dataclass(frozen=True, slots=True, init=False)

@@ -52,7 +52,7 @@ def explain_choice(
     measure: measure now what has no figures yet; else rows say so, and the order is fixed.
     """
     explanation = explain_problem(problem, backend, refusals(problem))
-    explanation = replace(explanation, standings=standings(problem))
+    explanation = replace(explanation, standings=standings(problem), backend=_suited(explanation, backend, plan))
     why_fixed = _why_fixed(problem, backend, plan)
     if why_fixed is not None or plan is None:
         return replace(explanation, order=f"fixed: {why_fixed}")
@@ -66,6 +66,14 @@ def explain_choice(
         return replace(explanation, expected=tuple(expected), order="fixed: not every row has figures")
     chosen = min(expected, key=lambda row: row[1] or 0.0, default=(None,))[0]
     return replace(explanation, backend=chosen, expected=tuple(expected), order=f"by expected time, as {work.form}")
+
+
+def _suited(explanation: Explanation, backend: str | None, plan: Plan | None) -> str | None:
+    """The first row that can serve and that the plan suits; where it suits none, the first that can."""
+    if backend is not None or plan is None or explanation.backend is None:
+        return explanation.backend
+    able = [row(name) for name, reasons in explanation.rows if not reasons]
+    return next((at.name for at in able if at.unsuited is None or at.unsuited(plan) is None), explanation.backend)
 
 
 def _why_fixed(problem: AttentionProblem, backend: str | None, plan: Plan | None) -> str | None:

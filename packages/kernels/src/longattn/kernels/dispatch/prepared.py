@@ -44,10 +44,10 @@ class PreparedCall:
     """
 
     __slots__ = (
-        "_asked_to_bind",
         "_backward",
         "_forward",
         "_plan",
+        "_unbound_calls",
         "arguments",
         "plan_key",
         "row",
@@ -67,7 +67,8 @@ class PreparedCall:
         self._plan = weakref.ref(plan)
         self._forward: Bound | None = None
         self._backward: dict[Hashable, Any] = {}
-        self._asked_to_bind = False
+        # Forwards since it could last be bound. The second is bound: the lengths of a cache that grows come once each.
+        self._unbound_calls = 0
         problem = AttentionProblem(
             device=q.device.type,
             dtype=q.dtype,
@@ -141,11 +142,12 @@ class PreparedCall:
             computed = self._forward(tensors.q, tensors.k, tensors.v, tensors.seed, environment.allocator)
             if computed is not None:
                 return computed
-            self._asked_to_bind = False
+            self._forward, self._unbound_calls = None, 1
         call = self.call(tensors, plan, environment)
         computed = self.row.forward(call)
-        if not self._asked_to_bind and self.row.bind is not None:
-            self._forward, self._asked_to_bind = self.row.bind(call, *computed), True
+        self._unbound_calls += 1
+        if self._unbound_calls == 2 and self.row.bind is not None:
+            self._forward = self.row.bind(call, *computed)
         return computed
 
     def backward(

@@ -24,6 +24,8 @@ from longattn.kernels.problem import AttentionProblem
 from longattn.patterncache import Plan
 
 TABLE: dict[str, str] = {
+    "views_fa3": "longattn.kernels.eager.flash_packages:FA3",
+    "views_fa4": "longattn.kernels.eager.flash_packages:FA4",
     "triton": "longattn.kernels.triton.row",
     "sdpa_views": "longattn.kernels.eager.sdpa_cuda:FLASH",
     "sdpa_views_cudnn": "longattn.kernels.eager.sdpa_cuda:CUDNN",
@@ -63,6 +65,7 @@ class TableRow:
             gradients of grad_out, grad_lse, out, lse, q, k, v and bias; None where the row has none.
         bind_shards: of q, k, v, shards of query rows with their rectangles, which are views of the three, and out's dtype: all of them in one call,
             states of each shard merged, (q, k, v, allocator) -> (out, lse); None where it cannot.
+        unsuited: of a plan that the row can serve, why others would serve it better, or None; then it stands behind them.
         form: of a plan and a problem that the row can serve: which of its ways a forward takes; None where there is one way.
     """
 
@@ -80,6 +83,7 @@ class TableRow:
     bind_shards: Callable[[Tensor, Tensor, Tensor, Sequence[Shard], torch.dtype], Any] | None = None
     form: Callable[[Plan, AttentionProblem], str] | None = None
     remark: Callable[[], str | None] | None = None
+    unsuited: Callable[[Plan], str | None] | None = None
 
 
 @lru_cache
@@ -98,6 +102,7 @@ def row(name: str) -> TableRow:
         "bind_shards",
         "form",
         "remark",
+        "unsuited",
     )
     machine = [getattr(home, need, None) for need in needs]
     return TableRow(name, home.CAPABILITY, home.forward, home.backward, *machine)

@@ -7,21 +7,21 @@ returns an lse. torch's math kernel returns none, so nothing is ever sent to it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
-from longattn.kernels.eager.sdpa import TorchKernel, backward_through, forward_through
+from longattn.kernels.eager.sdpa import backward_through, forward_through
 from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.far_rows import exact_backward, exact_forward
 
 _DTYPES = (torch.float16, torch.bfloat16)
 
-_WITH_FLASH = Capability(
+WITH_FLASH = Capability(
     devices=("cuda",),
     dtypes={"cuda": _DTYPES},
     tolerance={dtype: ROUNDED_WITHIN[dtype] for dtype in _DTYPES},
@@ -68,12 +68,50 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> t
     return results[0].masked_fill(blind, 0), results[1][..., : q.shape[2]]
 
 
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """It needs out and the merged lse, and no dropout state."""
+    nothing = torch.zeros((), dtype=torch.int64, device=q.device)
+    lengths = (None, None, q.shape[2], k.shape[2])
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    return kernel(grad, q, k, v, out, lse.contiguous(), *lengths, 0.0, causal, nothing, nothing, scale=scale)
+
+
+def _efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = -(-q.shape[2] // 32) * 32
+    padded = torch.nn.functional.pad(lse, (0, rows - q.shape[2]), value=torch.inf)
+    nothing = torch.zeros((), dtype=torch.int64, device=q.device)
+    wants_gradient = (True, True, True, False)
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+    dq, dk, dv, _ = kernel(grad, q, k, v, bias, out, padded, nothing, nothing, 0.0, wants_gradient, causal, scale=scale)
+    return dq, dk, dv
+
+
+@dataclass(frozen=True)
+class DenseKernel:
+    """What takes the tiles without a mask, (tiles, heads, count, d) each.
+
+    Attributes:
+        forward: (q, k, v, causal, scale) -> (out, lse). backward: (grad, q, k, v, out, lse, causal, scale) -> (dq, dk, dv).
+        widest: the largest head_dim of the backward, where a column of an lse cotangent stands beside it.
+        groups: whether k and v may have fewer heads than q.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = _flash_backward
+    widest: int = _FLASH_WIDTH
+    groups: bool = False
+
+
 @dataclass(frozen=True)
 class ViewsRow:
-    """One of the two: which kernel takes the tiles without a mask."""
+    """One of the rows: which kernel takes the tiles without a mask."""
 
     CAPABILITY: Capability
-    cudnn: bool
+    kernel: DenseKernel
     second_backward = staticmethod(second_gradients)
 
     @exact_forward
@@ -88,44 +126,33 @@ class ViewsRow:
         """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32."""
         return backward_through(self._backward, call, grad_out, grad_lse, out, lse)
 
-    @property
-    def _forward(self) -> TorchKernel:
-        dense = _cudnn if self.cudnn else _flash
-
-        def compute(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> Any:
-            width = q.shape[-1]
-            q, k, v = (_padded(x) for x in (q, _shared(k, q.shape[1]), _shared(v, q.shape[1])))
-            out, lse = dense(q, k, v, causal, scale) if mask is None else _efficient(q, k, v, mask, scale)
-            return out[..., :width], lse
-
-        return compute
+    def _forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        width, repeated = q.shape[-1], mask is not None or not self.kernel.groups
+        q, k, v = (_padded(x) for x in (q, *(_shared(x, q.shape[1]) if repeated else x for x in (k, v))))
+        if mask is None:
+            out, lse = self.kernel.forward(q, k, v, causal, scale)
+        else:
+            out, lse = _efficient(q, k, v, mask, scale)
+        return out[..., :width], lse
 
     def _backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, mask: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Flash's backward whatever the forward was: it needs out and the merged lse, and no dropout state.
-
-        Masked tiles, and those that are wider than flash goes once the column of an lse cotangent stands beside them, take the
-        memory-efficient one.
+        """Masked tiles, and those that are wider than the kernel goes once the column of an lse cotangent stands beside them, take the
+        memory-efficient kernel.
         """
         kv_heads, width = k.shape[1], q.shape[-1]
-        k, v = (_shared(x, q.shape[1]) for x in (k, v))
         grad, q, k, v, out = (_padded(x) for x in (grad, q, k, v, out))
-        nothing = torch.zeros((), dtype=torch.int64, device=q.device)
-        if mask is None and q.shape[-1] <= _FLASH_WIDTH:
-            lengths = (None, None, q.shape[2], k.shape[2])
-            kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
-            grads = kernel(grad, q, k, v, out, lse.contiguous(), *lengths, 0.0, causal, nothing, nothing, scale=scale)
+        dense = mask is None and q.shape[-1] <= self.kernel.widest
+        if not (dense and self.kernel.groups):
+            k, v = (_shared(x, q.shape[1]) for x in (k, v))
+        if dense:
+            dq, dk, dv = self.kernel.backward(grad, q, k, v, out, lse, causal, scale)
         else:
             bias = None if mask is None else _aligned(mask.to(q.dtype), (*q.shape[:3], k.shape[2]))
-            rows = -(-q.shape[2] // 32) * 32
-            padded = torch.nn.functional.pad(lse, (0, rows - q.shape[2]), value=torch.inf)
-            wants_gradient = (True, True, True, False)
-            kernel = torch.ops.aten._scaled_dot_product_efficient_attention_backward
-            grads = kernel(
-                grad, q, k, v, bias, out, padded, nothing, nothing, 0.0, wants_gradient, causal, scale=scale
-            )[:3]
-        dq, dk, dv = grads
+            dq, dk, dv = _efficient_backward(grad, q, k, v, out, lse, causal, bias, scale)
         # Rounded once, after heads that share keys were added.
         dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv))
         return dq[..., :width], dk[..., :width], dv[..., :width]
@@ -142,5 +169,7 @@ def _padded(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
-FLASH = ViewsRow(_WITH_FLASH, cudnn=False)
-CUDNN = ViewsRow(replace(_WITH_FLASH, max_head_dim=128, architectures=("sm_8?*", "sm_9?*", "sm_1??*")), cudnn=True)
+FLASH = ViewsRow(WITH_FLASH, DenseKernel(_flash))
+CUDNN = ViewsRow(
+    replace(WITH_FLASH, max_head_dim=128, architectures=("sm_8?*", "sm_9?*", "sm_1??*")), DenseKernel(_cudnn)
+)

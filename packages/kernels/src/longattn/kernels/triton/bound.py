@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from triton.runtime import driver
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.triton.availability import INTERPRETED, installed_version
-from longattn.kernels.triton.launching import failed_launch, on_device
+from longattn.kernels.triton.launching import failed_launch, on_device, with_scratch
 from longattn.kernels.triton.passes import DeviceTables, retain_for_graph
 
 READ_VERSIONS = ("3.7.",)
@@ -45,10 +46,15 @@ class Launch(NamedTuple):
 
 def can_bind(call: Call) -> bool:
     """Whether a call has q, k and v alone, beginning at addresses that kernels are compiled for, and triton compiles and is known."""
-    if INTERPRETED or not call.q.numel() or not (installed_version() or "").startswith(READ_VERSIONS):
+    if INTERPRETED or not call.q.numel() or not _launcher_was_read():
         return False
     beside = (call.mask, call.bias, call.by_distance, call.key_padding, call.prior)
     return all(x is None for x in beside) and is_aligned(call.q, call.k, call.v)
+
+
+@lru_cache
+def _launcher_was_read() -> bool:
+    return (installed_version() or "").startswith(READ_VERSIONS)
 
 
 def apart(call: Call) -> Call:
@@ -80,13 +86,25 @@ class BoundLaunch:
         device: where it runs.
     """
 
-    __slots__ = ("_arguments", "_device", "_grid", "_kernel", "_name", "_places", "_seed", "_table_places", "_tables")
+    __slots__ = (
+        "_arguments",
+        "_device",
+        "_grid",
+        "_kernel",
+        "_name",
+        "_places",
+        "_scratch",
+        "_seed",
+        "_table_places",
+        "_tables",
+    )
 
     def __init__(self, launch: Launch, tensors: Sequence[Tensor | None], device: torch.device) -> None:
         self._device, self._name = device, launch.kernel.__name__
         self._grid = (*launch.grid, 1, 1)[:3]
         with on_device(device):
             self._kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+        self._scratch = getattr(getattr(self._kernel, "metadata", None), "global_scratch_size", 0) > 0
         names = launch.kernel.arg_names
         self._arguments = [launch.arguments[name] for name in names]
         numbers = {id(x): number for number, x in enumerate(tensors) if x is not None}
@@ -95,7 +113,7 @@ class BoundLaunch:
         # Weak: tables live as long as their plan.
         self._tables = None if launch.tables is None else weakref.ref(launch.tables)
         fields = ("jobs", "entries", "weights", "rows") if launch.tables is not None else ()
-        self._table_places = [(names.index(f"{field}_ptr"), field) for field in fields]
+        self._table_places = [(names.index(f"{field}_ptr"), field) for field in fields if f"{field}_ptr" in names]
         for at in [*(at for at, _ in self._places), *(at for at, _ in self._table_places)]:
             self._arguments[at] = None
 
@@ -129,10 +147,14 @@ class BoundLaunch:
             active: Any = driver.active
             stream = active.get_current_stream(active.get_current_device())
             metadata = kernel.launch_metadata(self._grid, stream, *arguments)
+            launched = (
+                *self._grid, stream, kernel.function, kernel.packed_metadata, metadata,
+                runtime.launch_enter_hook, runtime.launch_exit_hook, *arguments,
+            )  # fmt: skip
             try:
-                kernel.run(
-                    *self._grid, stream, kernel.function, kernel.packed_metadata, metadata,
-                    runtime.launch_enter_hook, runtime.launch_exit_hook, *arguments,
-                )  # fmt: skip
+                if self._scratch:
+                    with_scratch(self._device, partial(kernel.run, *launched))
+                else:
+                    kernel.run(*launched)
             except RuntimeError as error:
                 raise failed_launch(self._name, {}, self._device, self._grid, error) from error

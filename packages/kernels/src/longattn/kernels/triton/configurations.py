@@ -93,7 +93,7 @@ _HALF: dict[str, dict[str, tuple[TileShape, ...]]] = {
     },
     "decode": {
         "sm_80": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 8, 1)),
-        "sm_90": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 1)),
+        "sm_90": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 16, 4, 1)),
         "sm_100": ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 8, 1)),
         "gfx942": ((64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
     },
@@ -136,6 +136,17 @@ def _lines() -> Iterator[tuple[tuple[str, str, int, int], Configuration]]:
 TABLE: dict[tuple[str, str, int, int], Configuration] = dict(_lines())
 """(kernel, architecture, head_dim, bytes an element) -> tile."""
 
+DENSE: dict[tuple[str, int], Configuration] = {
+    ("sm_90", 64): Configuration(128, 128, 4, 3),
+    ("sm_90", 128): Configuration(128, 64, 4, 2),
+    ("sm_100", 64): Configuration(128, 128, 4, 3),
+    ("sm_100", 128): Configuration(128, 128, 8, 2),
+}
+"""(architecture, head_dim) -> a tile of the warp-specialised kernel, of 16-bit types. `warps` are those of one consumer; the compiler adds the others."""
+
+FEW_ROWS = 64
+"""Query rows x grouped heads up to which a call is a decode: one tile of queries, keys split over programs."""
+
 _INTERPRETED = Configuration(64, 64, 4, 1)
 """Under the interpreter tiles cost by their number, not by their size."""
 
@@ -155,6 +166,13 @@ def table_architecture(name: str) -> str:
 def padded(head_dim: int) -> int:
     """The width that a head_dim is padded to."""
     return next(dim for dim in HEAD_DIMS if dim >= head_dim)
+
+
+def dense_tile(architecture: str, head_dim: int, value_dim: int, element_size: int) -> Configuration | None:
+    """The tile of the warp-specialised kernel on an architecture ("" is the interpreter), or None where there is none."""
+    if padded(head_dim) != padded(value_dim) or element_size != 2:
+        return None
+    return DENSE.get((table_architecture(architecture), padded(head_dim))) if architecture else _INTERPRETED
 
 
 def with_terms(tile: Configuration) -> Configuration:
@@ -177,4 +195,7 @@ def choose(
         tile = Configuration(*_MASKED[kernel][HEAD_DIMS.index(width)])
         if table_architecture(architecture) == "gfx942":
             tile = replace(tile, warps=4)  # which may have 512 registers each
+        if table_architecture(architecture) == "sm_90" and tile.owned == 64:
+            # Four warps make a product of 64 rows; eight would make some of it twice.
+            tile = replace(tile, streamed=32 if width == 16 and kernel.startswith("backward") else 16, warps=4)
     return with_terms(tile) if terms else tile, width

@@ -7,14 +7,17 @@ that of `job_tables`, which is made for blocks of queries, but for the order of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from longattn.kernels.lowering.head_classes import head_classes
 from longattn.kernels.triton.joblist import ENTRY_FIELDS, JOB_FIELDS, JobTables, Table
 from longattn.kernels.triton.row_classes import FAR
 from longattn.patterncache import Branch, Plan
 from longattn.patterncache.indices import Affine, Index
+from longattn.patterncache.spans import Rows
 
 Run = tuple[int, int, int, int, int]
 """Keys that the query sees: first row, step, count, and position = origin + scale * row."""
@@ -26,47 +29,101 @@ def decode_tables(plan: Plan, branches: tuple[Branch, ...], tile: int, members: 
     Args:
         tile: keys of a tile. members: query heads of an owner, which the same branches serve. parts: cut the list of each job into so many.
     """
-    heads, queries, _ = plan.rectangle.shape
-    if queries != 1 or not branches or not all(_is_single(branch) for branch in branches):
+    if not is_single(plan, branches) or not branches or any(not _is_run(branch.k) for branch in branches):
         return None
-    entries: list[tuple[int, ...]] = []
-    jobs: list[Table] = []
-    tiles: list[int] = []
-    for owners, served in _classes(heads, branches, members):
-        runs = [run for branch in served for run in _seen(branch, branch.k)]
-        total = sum(-(-count // tile) for _, _, count, _, _ in runs)
-        origin, scale = served[0].q_at
-        own: list[tuple[int, ...]] = []
-        for part in range(parts):
-            dense, edges = _cut(runs, tile, total * part // parts, total * (part + 1) // parts)
-            first = len(entries)
-            entries += dense
-            entries += edges
-            own.append((0, 0, 1, 1, origin, scale, first, first + len(dense), len(entries), part))
-        block = np.empty((len(owners), parts, len(JOB_FIELDS)), np.int32)
-        block[:] = np.array(own, np.int64)
-        block[:, :, 0] = np.array(owners)[:, None]
-        jobs.append(block.reshape(-1, len(JOB_FIELDS)))
-        tiles += [-(-total // parts)] * (len(owners) * parts)
-    table = np.array(entries, np.int64).astype(np.int32).reshape(-1, len(ENTRY_FIELDS))
-    all_jobs = jobs[0] if len(jobs) == 1 else np.concatenate(jobs)
-    return JobTables(all_jobs, table, np.zeros(len(table), np.float32), _NO_ROWS, np.array(tiles), False)
+    runs: list[Run] = []
+    shapes: list[tuple[Sequence[int], tuple[tuple[int, bool], ...]]] = []
+    positions: list[tuple[int, int]] = []
+    for owners, served in classes_of(plan.rectangle.shape[0], branches, members):
+        own = [run for number in served for run in _seen(branches[number], branches[number].k)]
+        runs += own
+        shapes.append((owners, tuple((run[2] // tile, run[2] % tile > 0) for run in own)))
+        positions.append(branches[served[0]].q_at)
+    layout = _layout(tuple(shapes), tile, parts)
+    jobs, entries = layout.jobs.copy(), layout.entries.copy()
+    jobs[:, 4:6] = np.array(positions, np.int64).reshape(-1, 2)[layout.owner]
+    start, step, count, origin, scale = np.array(runs, np.int64).reshape(-1, 5)[layout.run].T
+    entries[:, 1], entries[:, 2] = start + layout.first * step, step
+    entries[:, 3] = np.where(layout.tail, count % tile, entries[:, 3])
+    entries[:, 4], entries[:, 5] = origin, scale
+    return JobTables(jobs, entries, layout.weights, _NO_ROWS, layout.tiles, False)
 
 
 _NO_ROWS = np.zeros(1, np.int32)
 
 
-def _is_single(branch: Branch) -> bool:
-    q, k = branch.q, branch.k
-    return isinstance(q, Affine) and isinstance(k, Affine) and q.tiles == q.count == k.tiles == 1
+class _Layout(NamedTuple):
+    """What tables of runs that have equally many tiles share: a cache that grows has the same for as many tokens as a tile has keys.
+
+    Attributes:
+        jobs, entries: the tables, without positions, first rows, steps and the lengths of tails. weights, tiles: as in `JobTables`.
+        owner: the number of each job's class. run: of each entry. first: the member of its run that it begins at. tail: whether it is what whole tiles leave of a run.
+    """
+
+    jobs: Table
+    entries: Table
+    weights: npt.NDArray[np.float32]
+    tiles: Rows
+    owner: Rows
+    run: Rows
+    first: Rows
+    tail: npt.NDArray[np.bool_]
 
 
-def _classes(heads: int, branches: tuple[Branch, ...], members: int) -> list[tuple[Sequence[int], Sequence[Branch]]]:
-    """Owners, and the branches that serve them."""
-    if all(branch.heads.length == heads for branch in branches):
-        return [(range(heads // members), branches)]
-    classes = head_classes(heads, branches, members)
-    return [(alike.owners, [branch for member, branch in alike.branches if member == 0]) for alike in classes]
+@lru_cache(maxsize=1024)
+def _layout(shapes: tuple[tuple[Sequence[int], tuple[tuple[int, bool], ...]], ...], tile: int, parts: int) -> _Layout:
+    """The layout of classes of owners, each with (whole tiles, whether there is a tail) of its runs."""
+    pieces: list[tuple[int, int, int, bool]] = []  # run, first member, members, whether a tail
+    jobs: list[Table] = [np.zeros((0, len(JOB_FIELDS)), np.int32)]
+    tiles: list[int] = []
+    owner: list[int] = []
+    begun = 0
+    for number, (owners, runs) in enumerate(shapes):
+        total = sum(whole + tail for whole, tail in runs)
+        own: list[tuple[int, ...]] = []
+        for part in range(parts):
+            dense, tails = _cut(runs, begun, tile, total * part // parts, total * (part + 1) // parts)
+            first = len(pieces)
+            pieces += dense
+            pieces += tails
+            own.append((0, 0, 1, 1, 0, 0, first, first + len(dense), len(pieces), part))
+        block = np.tile(np.array(own, np.int32), (len(owners), 1))
+        block[:, 0] = np.repeat(np.array(owners, np.int32), parts)
+        jobs.append(block)
+        tiles += [-(-total // parts)] * (len(owners) * parts)
+        owner += [number] * (len(owners) * parts)
+        begun += len(runs)
+    run, first, count, tail = np.array(pieces, np.int64).reshape(-1, 4).T
+    entries = np.zeros((len(pieces), len(ENTRY_FIELDS)), np.int32)
+    entries[:, 3], entries[:, 6], entries[:, 7] = count, -FAR, FAR
+    weights, numbers = np.zeros(len(pieces), np.float32), (np.array(tiles, np.int64), np.array(owner, np.int64))
+    return _Layout(np.concatenate(jobs), entries, weights, *numbers, run, first, tail.astype(bool))
+
+
+def is_single(plan: Plan, branches: tuple[Branch, ...]) -> bool:
+    """Whether a plan has one query, which each of the branches names once."""
+    return plan.rectangle.shape[1] == 1 and all(_is_run(branch.q) and branch.q.count == 1 for branch in branches)
+
+
+def _is_run(index: Index) -> bool:
+    return isinstance(index, Affine) and index.tiles == 1
+
+
+def classes_of(heads: int, branches: tuple[Branch, ...], members: int) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+    """Owners, and the numbers of the branches that serve their first heads."""
+    return _classes(heads, tuple(branch.heads.numbers for branch in branches), members)
+
+
+@lru_cache(maxsize=1024)
+def _classes(
+    heads: int, served: tuple[tuple[int, int, int], ...], members: int
+) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+    alike: dict[tuple[int, ...], list[int]] = {}
+    rows = [range(start, start + length * step, step) for start, length, step in served]
+    for owner in range(heads // members):
+        own = tuple(number for number, heads_served in enumerate(rows) if owner * members in heads_served)
+        alike.setdefault(own, []).append(owner)
+    return [(tuple(owners), numbers) for numbers, owners in alike.items() if numbers]
 
 
 def _seen(branch: Branch, keys: Index) -> list[Run]:
@@ -83,19 +140,19 @@ def _seen(branch: Branch, keys: Index) -> list[Run]:
     return [(keys.start + begin * keys.step, keys.step, end - begin, origin, scale)] if end > begin else []
 
 
-def _cut(runs: list[Run], tile: int, low: int, high: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Whole tiles, and what is left of runs, of tiles low .. high of all runs."""
-    dense: list[tuple[int, ...]] = []
-    edges: list[tuple[int, ...]] = []
-    for start, step, count, origin, scale in runs:
-        tiles = -(-count // tile)
-        first, last = max(low, 0) * tile, min(min(high, tiles) * tile, count)
-        low, high = low - tiles, high - tiles
-        whole = (last - first) // tile * tile
-        if last <= first:
-            continue
-        if whole:
-            dense.append((0, start + first * step, step, whole, origin, scale, -FAR, FAR))
-        if last - first > whole:
-            edges.append((0, start + (first + whole) * step, step, last - first - whole, origin, scale, -FAR, FAR))
-    return dense, edges
+def _cut(
+    runs: tuple[tuple[int, bool], ...], number: int, tile: int, low: int, high: int
+) -> tuple[list[tuple[int, int, int, bool]], list[tuple[int, int, int, bool]]]:
+    """Whole tiles, and tails, of tiles low .. high of all runs; runs are counted from `number`."""
+    dense: list[tuple[int, int, int, bool]] = []
+    tails: list[tuple[int, int, int, bool]] = []
+    for at, (whole, tail) in enumerate(runs, number):
+        if high <= 0:
+            break
+        first, last = max(low, 0), min(high, whole)
+        if first < last:
+            dense.append((at, first * tile, (last - first) * tile, False))
+        if tail and low <= whole < high:
+            tails.append((at, whole * tile, 0, True))
+        low, high = low - whole - tail, high - whole - tail
+    return dense, tails

@@ -16,13 +16,13 @@ from longattn.kernels.triton.score_kernel import (
     ENTRY_WIDTH,
     JOB_WIDTH,
     LN_2,
-    LOG2_E,
     add_by_distance,
     find_positions,
     find_rows,
     hide,
     keep,
     load_tile,
+    merge_prior,
     product,
     product_over_dims,
     tanh,
@@ -152,25 +152,10 @@ def forward_kernel(
         acc = acc / total[:, None]
         lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(total)) * LN_2)
         if prior_out_ptr is not None:
-            at_lse = (
-                prior_lse_ptr
-                + batch * prior_lse_strides[0]
-                + row_at * prior_lse_strides[1]
-                + head_at * prior_lse_strides[2]
-            )
-            # prior state: HBM -> registers, once, and merged here: no pass of its own
-            other = tl.load(at_lse, mask=q_valid, other=float("-inf"))
-            at_out = prior_out_ptr + batch * prior_out_strides[0] + head_at[:, None] * prior_out_strides[2]
-            at_out += row_at[:, None] * prior_out_strides[1] + value_dims[None, :] * prior_out_strides[3]
-            # Where the prior saw nothing its out weighs 0, whatever it holds.
-            seen = row_mask & (other > float("-inf"))[:, None]
-            other_out = tl.load(at_out, mask=seen, other=0.0).to(tl.float32)
-            top = tl.maximum(lse, other)
-            pivot = tl.where(top == float("-inf"), 0.0, top)
-            own_weight, prior_weight = tl.exp2((lse - pivot) * LOG2_E), tl.exp2((other - pivot) * LOG2_E)
-            total_weight = tl.where(own_weight + prior_weight == 0.0, 1.0, own_weight + prior_weight)
-            acc = acc * (own_weight / total_weight)[:, None] + other_out * (prior_weight / total_weight)[:, None]
-            lse = tl.where(top == float("-inf"), float("-inf"), pivot + tl.log2(total_weight) * LN_2)
+            acc, lse = merge_prior(
+                acc, lse, prior_out_ptr, prior_out_strides, prior_lse_ptr, prior_lse_strides, batch, head_at, row_at, value_dims, q_valid,
+                row_mask,
+            )  # fmt: skip
         out_at = out_ptr + part * part_strides[0] + batch * out_strides[0] + head_at[:, None] * out_strides[2]
         out_at += row_at[:, None] * out_strides[1] + value_dims[None, :] * out_strides[3]
         # out, lse: registers -> HBM, once a job

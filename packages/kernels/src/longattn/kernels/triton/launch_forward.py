@@ -13,8 +13,11 @@ from torch import Tensor
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import ScratchAllocator
 from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned
-from longattn.kernels.triton.configurations import Configuration
+from longattn.kernels.triton.configurations import FEW_ROWS, Configuration
+from longattn.kernels.triton.dense_tables import DenseSplit
 from longattn.kernels.triton.forward_kernel import forward_kernel
+from longattn.kernels.triton.joblist import JobTables
+from longattn.kernels.triton.launch_dense import dense_configuration, dense_launch, is_dense, splits
 from longattn.kernels.triton.launching import (
     configuration_of,
     persistent_grid,
@@ -27,25 +30,36 @@ from longattn.kernels.triton.launching import (
 from longattn.kernels.triton.merge_kernel import merge_kernel
 from longattn.kernels.triton.passes import packable, query_passes, query_tables, tables_on
 
-_DECODE_ROWS = 64
-"""Query rows x grouped heads up to which a call is a decode: one tile of queries, keys split over programs."""
-
 _PART_TILES = 2
 """Tiles that a part of a split has at least."""
 
 
 class _Form(NamedTuple):
-    """How a call is computed: heads that are rows of one tile, parts that keys are split into, and whether one launch writes all rows."""
+    """How a call is computed.
+
+    Attributes:
+        pack: heads that are rows of one tile. parts: that keys are split into. single: whether one pass writes all rows.
+        complete: whether every row is written. split: of each pass its two launches, where dense tiles have one of their own; else None.
+    """
 
     pack: int
     parts: int
     single: bool
     complete: bool
+    split: tuple[DenseSplit | None, ...]
+
+    @property
+    def handed(self) -> bool:
+        """Whether one launch hands a float32 state to the next, which writes all rows of out."""
+        return self.single and self.split[0] is not None and self.split[0].rest is not None
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads) float32."""
-    form, allocator = _form(call), call.allocator
+def forward(call: Call, dense: bool | None = None) -> tuple[Tensor, Tensor]:
+    """out (batch, Nq, heads, head_dim) in out_dtype, lse (batch, Nq, heads) float32.
+
+    dense: whether dense tiles go to the warp-specialised kernel. Default: where it serves and was right on this device.
+    """
+    form, allocator = _form(call, dense), call.allocator
     memory = _memory(call.q.shape, call.v.shape[-1], call.out_dtype, form, call.q.device, allocator)
     out, lse = memory[:2]
     if not form.complete:
@@ -89,10 +103,13 @@ def bind(call: Call, out: Tensor, lse: Tensor) -> BoundForward | None:
     return BoundForward(call) if can_bind(call) else None
 
 
-def _form(call: Call) -> _Form:
+def _form(call: Call, dense: bool | None = None) -> _Form:
     passes, pack = query_passes(call.plan), _pack(call)
     single = len(passes.launches) == 1
-    return _Form(pack, _parts(call, pack) if single and passes.complete else 1, single, passes.complete)
+    parts = _parts(call, pack) if single and passes.complete else 1
+    few = call.q.shape[1] * pack <= FEW_ROWS
+    dense = not few and is_dense(call) if dense is None else dense
+    return _Form(pack, parts, single, passes.complete, splits(call) if dense else (None,) * len(passes.launches))
 
 
 def _memory(
@@ -103,10 +120,15 @@ def _memory(
     device: torch.device,
     allocator: ScratchAllocator,
 ) -> tuple[Tensor, ...]:
-    """out and lse, unwritten, and where keys are split the parts' own. out is in out_dtype at once where one launch writes it."""
+    """out and lse, unwritten, and a state that one launch hands to the next, or where keys are split the parts' own.
+
+    out is in out_dtype at once where one pass writes it.
+    """
     shape, dtype = (*q_shape[:3], dim), out_dtype if form.single else torch.float32
     out = allocator.empty(shape, dtype, device, "output" if dtype == out_dtype else "temp")
     lse = allocator.empty(shape[:3], torch.float32, device, "temp")
+    if form.handed:
+        return out, lse, out if dtype == torch.float32 else allocator.empty(shape, torch.float32, device, "temp")
     if form.parts == 1:
         return out, lse
     parts = allocator.empty((form.parts, *shape), torch.float32, device, "temp")
@@ -115,9 +137,10 @@ def _memory(
 
 def _finish(memory: tuple[Tensor, ...], out_dtype: torch.dtype, allocator: ScratchAllocator) -> tuple[Tensor, Tensor]:
     """out in out_dtype, and lse; the rest goes back to its owner."""
-    out, lse, *parts = memory
-    for x in parts:
-        allocator.release(x, "temp")
+    out, lse, *beside = memory
+    for x in beside:
+        if x is not out:
+            allocator.release(x, "temp")
     if out.dtype == out_dtype:
         return out, lse
     final = allocator.empty(out.shape, out_dtype, out.device, "output").copy_(out)
@@ -127,16 +150,24 @@ def _finish(memory: tuple[Tensor, ...], out_dtype: torch.dtype, allocator: Scrat
 
 def _launches(call: Call, form: _Form, memory: tuple[Tensor, ...]) -> Iterator[Launch]:
     """Pass by pass; where keys are split, a partial state for each part, then one merge of all, the prior included."""
-    out, lse, *split = memory
-    if split:
-        parts, parts_lse = split
+    out, lse, *beside = memory
+    if form.parts > 1:
+        parts, parts_lse = beside
         strides = (parts.stride()[1:], parts_lse.stride()[1:], (parts.stride(0), parts_lse.stride(0)))
         yield _launch(call, 0, form, parts, parts_lse, None, strides)
         yield merge_launch(parts, parts_lse, call.prior, out, lse)
         return
     for number, launch in enumerate(query_passes(call.plan).launches):
-        prior = call.prior if launch.fresh else (out, lse)
-        yield _launch(call, number, form, out, lse, prior, (out.stride(), lse.stride(), (0, 0)))
+        prior, split = call.prior if launch.fresh else (out, lse), form.split[number]
+        strides = (out.stride(), lse.stride(), (0, 0))
+        if split is None:
+            yield _launch(call, number, form, out, lse, prior, strides)
+            continue
+        if split.rest is not None:
+            state = beside[0] if beside else out
+            yield _launch(call, number, form, state, lse, prior, strides, split.rest)
+            prior = state, lse
+        yield dense_launch(call, number, split.dense, out, lse, prior)
 
 
 def merge_launch(
@@ -157,14 +188,14 @@ def merge_launch(
 def _pack(call: Call) -> int:
     """How many heads are rows of one tile: all that share a kv head where queries are few, else one."""
     group = call.q.shape[2] // call.k.shape[2]
-    few = call.q.shape[1] * group <= _DECODE_ROWS
+    few = call.q.shape[1] * group <= FEW_ROWS
     return group if few and group > 1 and packable(call.plan, group) else 1
 
 
 def _parts(call: Call, pack: int) -> int:
     """Into how many parts keys are split: as many as keep the device busy, where queries alone do not."""
     batch, rows, heads, _ = call.q.shape
-    if rows * pack > _DECODE_ROWS or not batch * rows:
+    if rows * pack > FEW_ROWS or not batch * rows:
         return 1
     tile = _configuration(call, pack).streamed
     parts = programs(call.q.device) // (batch * heads // pack)
@@ -172,7 +203,7 @@ def _parts(call: Call, pack: int) -> int:
 
 
 def _configuration(call: Call, pack: int) -> Configuration:
-    few = call.q.shape[1] * pack <= _DECODE_ROWS
+    few = call.q.shape[1] * pack <= FEW_ROWS
     return configuration_of(call, "decode" if few else "forward")
 
 
@@ -184,14 +215,19 @@ def _launch(
     lse: Tensor,
     prior: tuple[Tensor, Tensor] | None,
     strides: tuple[tuple[int, ...], tuple[int, ...], tuple[int, int]],
+    rest: JobTables | None = None,
 ) -> Launch:
-    """The forward kernel over all jobs of a pass; strides: of out, of lse, and of both by part."""
+    """The forward kernel over all jobs of a pass, or over the rest of them; strides: of out, of lse, and of both by part."""
     pack, parts = form.pack, form.parts
     configuration = _configuration(call, pack)
     owned = max(configuration.owned, 1 << (pack - 1).bit_length())
+    if rest is not None:
+        owned = min(owned, dense_configuration(call).owned)
     block = (owned, configuration.streamed)
-    key = ("queries", number, *block, pack, parts)
-    tables = tables_on(call.plan, key, call.q.device, lambda: query_tables(call.plan, number, block, pack, parts))
+    key = ("queries" if rest is None else "rest", number, *block, pack, parts)
+    tables = tables_on(
+        call.plan, key, call.q.device, lambda: rest or query_tables(call.plan, number, block, pack, parts)
+    )
     prior_out, prior_lse = (None, None) if prior is None else prior
     arguments = {
         "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v, "out_ptr": out, "lse_ptr": lse, "prior_out_ptr": prior_out, "prior_lse_ptr": prior_lse,

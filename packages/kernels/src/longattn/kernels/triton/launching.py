@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import copy_context
 from functools import lru_cache
 from subprocess import CalledProcessError
 from typing import Any
 
 import torch
+import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -50,13 +53,26 @@ def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, device: torch.devic
         return
     try:
         with on_device(device):
-            kernel[grid](*arguments, **keywords)
+            with_scratch(device, lambda: kernel[grid](*arguments, **keywords))
     except (CompilationError, OutOfResources, PTXASError, CalledProcessError) as error:
         raise _row_failure(kernel, keywords, error) from error
     except RuntimeError as error:
         if str(error).startswith(_COMPILER_TEXTS):
             raise _row_failure(kernel, keywords, error) from error
         raise failed_launch(kernel.__name__, keywords, device, grid, error) from error
+
+
+def with_scratch(device: torch.device, launch: Callable[[], object]) -> None:
+    """Launch, with torch's memory for what a kernel needs beside its arguments: descriptors. A caller's own allocator stays as it was."""
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    def launch_so() -> None:
+        triton.set_allocator(allocate)
+        launch()
+
+    copy_context().run(launch_so)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

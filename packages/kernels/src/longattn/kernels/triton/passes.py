@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longattn.kernels.lowering.head_classes import HeadClass, head_classes
 from longattn.kernels.lowering.write_order import WriteOrder
-from longattn.kernels.triton.decode_tables import decode_tables
+from longattn.kernels.triton.decode_tables import classes_of, decode_tables, is_single
 from longattn.kernels.triton.joblist import JobTables, job_tables
 from longattn.kernels.triton.row_classes import gathered
 from longattn.patterncache import Branch, Plan
@@ -54,6 +54,11 @@ def query_passes(plan: Plan) -> Passes:
         # No query row stands in two tiles.
         complete = branch.heads.length * branch.q.tiles * branch.q.count == heads * queries
         passes = plan.derived["triton passes"] = Passes((Pass(plan.branches, unique=False, fresh=True),), complete)
+    if passes is None and is_single(plan, plan.branches):
+        served = classes_of(plan.rectangle.shape[0], plan.branches, 1)
+        complete = sum(len(owners) for owners, _ in served) == plan.rectangle.shape[0]
+        unique = all(branch.band is None for branch in plan.branches) and not gathered(plan.branches)
+        passes = plan.derived["triton passes"] = Passes((Pass(plan.branches, unique, fresh=True),), complete)
     if passes is None:
         banded = any(branch.band is not None for branch in plan.branches)
         alike = len({branch.q.step for branch in plan.branches}) <= 1
@@ -79,6 +84,8 @@ def _in_phases(plan: Plan, together: bool, unique: bool) -> Passes:
 
 def packable(plan: Plan, members: int) -> bool:
     """Whether the heads that share a kv head are in the same branches, so that they can be rows of one tile."""
+    if members == 1 or all(branch.heads.length == plan.rectangle.shape[0] for branch in plan.branches):
+        return True
     classes = head_classes(plan.rectangle.shape[0], plan.branches, members)
     return all(
         len({tuple(id(b) for m, b in alike.branches if m == member) for member in range(members)}) == 1

@@ -13,6 +13,8 @@ from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
 from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.problem import AttentionProblem
 from longattn.kernels.triton import availability, self_check
+from longattn.kernels.triton.configurations import FEW_ROWS, dense_tile
+from longattn.patterncache import Plan
 
 if TYPE_CHECKING:
     from longattn.kernels.pages import PagedCache
@@ -36,6 +38,30 @@ refusal = availability.refusal
 def standing(problem: AttentionProblem, run: bool) -> str:
     """How the kernel forms that a problem needs stand on its device; see `self_check`. Interpreted on a CPU nothing is compiled, nor asked."""
     return self_check.standing(problem, run) if problem.device == "cuda" else ""
+
+
+def form(plan: Plan, problem: AttentionProblem) -> str:
+    """Whether dense tiles go to the warp-specialised kernel; "" where a call has one way only."""
+    masked = (
+        problem.attention_mask,
+        problem.bias,
+        problem.key_padding,
+        problem.dropout,
+        problem.softcap,
+        problem.by_distance,
+    )
+    few = plan.rectangle.shape[1] * (problem.heads // problem.kv_heads) <= FEW_ROWS
+    widths = problem.head_dim, problem.value_width
+    if problem.device != "cuda" or few or any(masked) or problem.listed:
+        return ""
+    if dense_tile(problem.architecture, *widths, problem.dtype.itemsize) is None or not problem.architecture:
+        return ""
+    outcome = self_check.dense_standing(problem, False)
+    if outcome is None:
+        return "tiles by one kernel (the warp-specialised one for dense tiles did not run on this device yet)"
+    if outcome:
+        return f"tiles by one kernel (the warp-specialised one for dense tiles failed: {outcome})"
+    return "dense tiles by the warp-specialised kernel, where they are most of a launch"
 
 
 @exact_forward

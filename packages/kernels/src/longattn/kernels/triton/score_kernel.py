@@ -165,3 +165,26 @@ def keep(seed, threshold, batch, head, q_positions, k_positions):
     w0, w1, w2, w3 = tl.philox(seed, keys // 4, queries, zero + head.to(tl.uint32), zero + batch.to(tl.uint32))
     word = tl.where(lane == 0, w0, tl.where(lane == 1, w1, tl.where(lane == 2, w2, w3)))
     return word.to(tl.uint32, bitcast=True).to(tl.int64) >= threshold
+
+
+@triton.jit
+def merge_prior(
+    acc, lse, prior_out_ptr, prior_out_strides, prior_lse_ptr, prior_lse_strides, batch, head_at, row_at, value_dims, q_valid, row_mask,
+):  # fmt: skip
+    """out and lse (natural log) of a job's rows merged onto a prior state; heads and rows are int64, one each a row."""
+    at_lse = (
+        prior_lse_ptr + batch * prior_lse_strides[0] + row_at * prior_lse_strides[1] + head_at * prior_lse_strides[2]
+    )
+    # prior state: HBM -> registers, once, and merged here: no pass of its own
+    other = tl.load(at_lse, mask=q_valid, other=float("-inf"))
+    at_out = prior_out_ptr + batch * prior_out_strides[0] + head_at[:, None] * prior_out_strides[2]
+    at_out += row_at[:, None] * prior_out_strides[1] + value_dims[None, :] * prior_out_strides[3]
+    # Where the prior saw nothing its out weighs 0, whatever it holds.
+    seen = row_mask & (other > float("-inf"))[:, None]
+    other_out = tl.load(at_out, mask=seen, other=0.0).to(tl.float32)
+    top = tl.maximum(lse, other)
+    pivot = tl.where(top == float("-inf"), 0.0, top)
+    own_weight, prior_weight = tl.exp2((lse - pivot) * LOG2_E), tl.exp2((other - pivot) * LOG2_E)
+    total = tl.where(own_weight + prior_weight == 0.0, 1.0, own_weight + prior_weight)
+    acc = acc * (own_weight / total)[:, None] + other_out * (prior_weight / total)[:, None]
+    return acc, tl.where(top == float("-inf"), float("-inf"), pivot + tl.log2(total) * LN_2)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +28,15 @@ from longattn.kernels.philox import keep_scale
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.kernels.reference import reference_attention
 from longattn.kernels.triton.availability import installed_version
-from longattn.patterncache import Dilated, Pattern, Rectangle, Restrict, Span, Strided, Window
+from longattn.patterncache import Dilated, Full, Pattern, Rectangle, Restrict, Span, Strided, Window
 
 logger = logging.getLogger("longattn.kernels")
 
 _STRIDED = Dilated((64, 128), (1, 2), causal=True) + Window(40, sinks=3)
 """Dense tiles and tiles that a band cuts, several branches, keys that count more than once."""
+
+_DENSE = (Dilated((512, 1024), (1, 2)), Full(causal=True))
+"""Whole tiles of several steps in one list, keys that count twice, edges that are merged."""
 
 _LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 
@@ -97,15 +102,41 @@ def standing(problem: AttentionProblem, run: bool) -> str:
     return f"unchecked: {unchecked[0]} did not run on this device yet" if unchecked else "checked"
 
 
+def dense_passed(q: Tensor, k: Tensor) -> bool:
+    """Whether the kernel for dense tiles was right on the device of these tensors; checked now where it was not yet.
+
+    Nobody has run that kernel, so without a check (`LONGATTN_SELF_CHECK=0`, or inside a capture before any call) it does not serve.
+    """
+    if os.environ.get("LONGATTN_SELF_CHECK") == "0" or q.device.type != "cuda":
+        return False
+    problem = AttentionProblem(
+        q.device.type, q.dtype, q.shape[2], k.shape[2], q.shape[3], architecture=architecture_of(q.device)
+    )
+    return dense_standing(problem, True) == ""
+
+
+def dense_standing(problem: AttentionProblem, run: bool) -> str | None:
+    """Of the kernel for dense tiles: "" where it was right for such problems, what was wrong, or None where it did not run yet."""
+    device = _device_of(problem.architecture)
+    if device is None:
+        return None
+    form, where = forms_of(replace(problem, backward=False))[0]._replace(direction="dense forward"), describe(device)
+    outcome = _known(form, where)
+    if outcome is None and run and not torch.cuda.is_current_stream_capturing():
+        outcome = _keep(form, where, wrong(form, device))
+    return outcome
+
+
 def wrong(form: Form, device: torch.device) -> str:
     """What a form computes wrongly on a device: the largest error beside the oracle, and where; "" where it is right."""
-    from longattn.kernels.triton import launch_backward, launch_forward
+    from longattn.kernels.triton import launch_backward, launch_dense, launch_forward
 
-    lengths = [(200, 200)] if form.direction == "backward" else [(200, 200), (1, 300)]
+    dense = form.direction == "dense forward"
     atol, rtol = ROUNDED_WITHIN[form.dtype]
-    for nq, nk in lengths:
-        call, tensors, expected = _problem(form, device, nq, nk)
-        out, lse = launch_forward.forward(call)
+    for pattern, nq, nk in _cases(form):
+        call, tensors, expected = _problem(form, device, pattern, nq, nk)
+        assert not dense or all(launch_dense.splits(call)), "the check takes the kernel for dense tiles"
+        out, lse = launch_forward.forward(call, dense)
         pairs = [("out", out, expected[0]), ("lse", lse, expected[1])]
         if form.direction == "backward":
             grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
@@ -125,8 +156,19 @@ def wrong(form: Form, device: torch.device) -> str:
     return ""
 
 
+def _cases(form: Form) -> Iterator[tuple[Pattern, int, int]]:
+    """Patterns, queries and keys that a form is checked on."""
+    if form.direction == "dense forward":
+        yield from ((pattern, 1100, 1100) for pattern in _DENSE)
+        return
+    pattern = _LISTED if form.listed else _STRIDED
+    yield pattern, 200, 200
+    if form.direction == "forward":
+        yield pattern, 1, 300
+
+
 def _problem(
-    form: Form, device: torch.device, nq: int, nk: int
+    form: Form, device: torch.device, pattern: Pattern, nq: int, nk: int
 ) -> tuple[Call, tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """A call of the form, the oracle's q, k, v in float64, and what it says of them."""
     random = torch.Generator().manual_seed(1)
@@ -140,7 +182,6 @@ def _problem(
         normal(batch, nk, kv_heads, form.width),
         normal(batch, nk, kv_heads, form.width),
     )
-    pattern: Pattern = _LISTED if form.listed else _STRIDED
     rectangle = Rectangle(heads, Span(nk - nq, nq), Span(0, nk))
     mask = torch.rand((1, 1, nq, nk), generator=random) < 0.8 if form.attention_mask else None
     bias = normal(1, heads, nq, nk) if form.bias else None

@@ -158,11 +158,11 @@ class Dilated(Pattern, name="dilated"):
         begin = b * size + min(b, extra)
         return begin, begin + size + (b < extra)
 
-    def head_classes(self, b: int, rectangle: Rectangle) -> Iterator[tuple[Span, int]]:
-        """For branch b: (rows of the rectangle's head axis, their offset), one pair per offset that has heads."""
+    def head_classes(self, b: int, rectangle: Rectangle, only: range | None = None) -> Iterator[tuple[Span, int]]:
+        """For branch b: (rows of the rectangle's head axis, their offset), one pair per offset that has heads; of `only` these offsets, if shared."""
         r, num_heads, heads = self.dilation_rates[b], rectangle.num_heads, rectangle.heads
         if self.heads == "shared":
-            for offset in range(min(r, num_heads)):
+            for offset in range(min(r, num_heads)) if only is None else only:
                 yield Span(*heads.congruent(offset, r)), offset
             return
         if self.heads == "blocks":
@@ -210,8 +210,12 @@ class Dilated(Pattern, name="dilated"):
             for branch in self._unshifted.branches(_shifted(rectangle, self.shift)):
                 yield moved(branch, (0, 0), -self.shift)
             return
-        for b in range(len(self.segment_lengths)):
-            for heads, offset in self.head_classes(b, rectangle):
+        one = self.queries == "dilated" and len(rectangle.queries) == 1 and rectangle.queries[0].length == 1
+        for b, (s, r) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
+            # Of one query, as a decoder asks for it at each token, the others show nothing.
+            its = rectangle.queries[0].start % s % r if one else 0
+            only = range(its, min(its + 1, rectangle.num_heads)) if one else None
+            for heads, offset in self.head_classes(b, rectangle, only):
                 for sides in span_pairs(rectangle) if heads.length else ():
                     yield from segment_branches(heads, self._residue(b, offset), *sides)
 

@@ -177,15 +177,16 @@ def restrict_band(branch: Branch, band: Band) -> Iterator[Branch]:
         return
     if not (branch.q.tiles and branch.q.count and branch.k.count):
         return
-    narrowed = replace(branch, band=tighter)
-    if narrowed.uniform:
-        q_step, k_step = narrowed.steps
-        nearest = narrowed.offset - (narrowed.k.count - 1) * k_step
-        farthest = narrowed.offset + (narrowed.q.count - 1) * q_step
+    if branch.uniform:
+        q_step, k_step = branch.steps
+        nearest = branch.offset - (branch.k.count - 1) * k_step
+        farthest = branch.offset + (branch.q.count - 1) * q_step
         if tighter.covers(nearest, farthest):
-            yield replace(branch, band=None)
-        elif not tighter.misses(nearest, farthest) and lands(narrowed, tighter):
-            yield narrowed
+            yield branch if branch.band is None else replace(branch, band=None)
+        elif not tighter.misses(nearest, farthest):
+            narrowed = replace(branch, band=tighter)
+            if lands(narrowed, tighter):
+                yield narrowed
     elif made_of_runs(branch, tighter):
         q, k = runs_of(branch.q, branch.q_at), runs_of(branch.k, branch.k_at)
         each = len(k.tile) // branch.k.tiles

@@ -9,7 +9,7 @@ import numpy as np
 from longattn.patterncache.indices import Affine, index_of
 from longattn.patterncache.plan import Band, Branch
 from longattn.patterncache.planning.residue_cuts import Residue
-from longattn.patterncache.spans import Rows, Span, congruent_indices
+from longattn.patterncache.spans import Rows, Span, congruent_index, congruent_indices
 
 Side = tuple[Span, int]
 """Positions of one side of a rectangle, and the row at which they begin."""
@@ -19,6 +19,9 @@ def segment_branches(heads: Span, residue: Residue, q_side: Side, k_side: Side) 
     """The segments of a residue, for heads that have its offset, over one pair of spans."""
     s, r, offset = residue.size, residue.rate, residue.offset
     (q, q_row), (k, k_row) = q_side, k_side
+    if q.length == 1:
+        yield from _segment_of_one(heads, residue, q_side, k_side)
+        return
     tiles = q.length // s if _is_regular(residue, q, k) else 0
     if tiles:
         # The usual case needs no arrays: whole segments, all alike. What is left of a short last one is below.
@@ -54,6 +57,22 @@ def segment_branches(heads: Span, residue: Residue, q_side: Side, k_side: Side) 
             k_at,
             Band(0, None) if banded[at] else None,
         )
+
+
+def _segment_of_one(heads: Span, residue: Residue, q_side: Side, k_side: Side) -> Iterator[Branch]:
+    """What one query sees, in plain integers: a decoder asks for each token."""
+    s, r, offset = residue.size, residue.rate, residue.offset
+    (q, q_row), (k, k_row) = q_side, k_side
+    low = q.start // s * s
+    if residue.both and (q.start - low - offset) % r:
+        return
+    first, count, step = congruent_index(k, low, low + s, low + offset, r)
+    begin = k.start + k.step * first
+    if count <= 0 or (residue.causal and q.start < begin):
+        return
+    band = Band(0, None) if residue.causal and q.start < begin + (count - 1) * step * k.step else None
+    q_at, k_at = (q.start - q_row * q.step, q.step), (k.start - k_row * k.step, k.step)
+    yield Branch(heads, Affine(q_row, 1, 0, 1, 1), Affine(k_row + first, 1, 0, count, step), q_at, k_at, band)
 
 
 def _is_regular(residue: Residue, q: Span, k: Span) -> bool:
