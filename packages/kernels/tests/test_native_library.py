@@ -272,8 +272,9 @@ def test_a_line_says_what_is_compiled(
     folder: Path,
     ours: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
-    """On a terminal in two halves, else as a whole. A library that is there says nothing."""
+    """On a terminal a line in two halves, else records of level INFO. A library that is there says nothing."""
     compiler = script(f'cp {ours} "$made"')
 
     class Stderr(io.StringIO):
@@ -282,13 +283,16 @@ def test_a_line_says_what_is_compiled(
 
     stderr = Stderr()
     monkeypatch.setattr(sys, "stderr", stderr)
-    build_native()
-    building.target.cache_clear()
-    build_native()
-    said = stderr.getvalue()
-    level = building.current().level
-    assert f"compiling the native row ({level}) with {compiler} into {folder}" in said and "done in " in said
-    assert said.startswith("longattn: ") and said.count("\n") == 1
+    with caplog.at_level("INFO", logger="longattn.kernels"):
+        build_native()
+        building.target.cache_clear()
+        build_native()
+    what = f"compiling the native row ({building.current().level}) with {compiler} into {folder}"
+    said, logged = stderr.getvalue(), "".join(f"{record.getMessage()}\n" for record in caplog.records)
+    assert said.startswith(f"longattn: {what} (once") if terminal else said == ""
+    told = said if terminal else logged
+    assert what in told and "python -m longattn.kernels build" in told and " done in " in told
+    assert told.count("\n") == (1 if terminal else 2)
 
 
 def test_the_command(script: Script, folder: Path, ours: Path, capsys: pytest.CaptureFixture[str]):

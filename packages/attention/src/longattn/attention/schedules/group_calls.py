@@ -9,6 +9,7 @@ pass is never taken for one of this. 4. The pass ends; an exception after 2 is a
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import weakref
 from collections.abc import Generator, Mapping, Sequence
@@ -24,6 +25,9 @@ from longattn.attention.schedules.headers import HEADER_BYTES, OWN, Fields, Head
 from longattn.attention.schedules.place import Parcel, Place, TransportEvent, note
 from longattn.attention.schedules.waiting import PendingWorks, Waiter
 from longattn.attention.validate import integers
+from longattn.patterncache.progress import PATIENCE, progress
+
+logger = logging.getLogger("longattn.attention")
 
 HEADERS, KEYS, GRADIENTS = range(3)
 """Kinds of messages of a pass."""
@@ -52,7 +56,7 @@ class GroupCalls:
         self.posted: dict[int, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
         self.unfinished: list[Exchange] = []
         self.rendezvous: Any = None
-        self._announced = False
+        self._announced = self._said_waiting = False
         self._headers: list[Header] = []
         self._taken: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
@@ -197,12 +201,25 @@ class GroupCalls:
 
     def await_job(self, job: PendingWorks, step: str) -> None:
         """Wait for a job; raise GroupError where a peer is gone, or silent for the timeout."""
-        if not job.ended_within(self.timeout):
+        if not self._ended(job, step):
             peer = job.peers[min(job.position, len(job.peers) - 1)]
             raise self.error(f"rank {peer} was silent for {self.timeout:g} s", peer, step)
         if job.error is not None:
             peer = job.peers[job.position]
             raise self.error(f"rank {peer} is gone: {str(job.error).splitlines()[0]}", peer, step) from job.error
+
+    def _ended(self, job: PendingWorks, step: str) -> bool:
+        """Whether a job ends within the timeout. The first long wait of a group says for whom."""
+        early = min(PATIENCE, self.timeout)
+        if self._said_waiting or early == self.timeout:
+            return job.ended_within(self.timeout)
+        if job.ended_within(early):
+            return True
+        self._said_waiting = True
+        peer = job.peers[min(job.position, len(job.peers) - 1)]
+        what = f"rank {self.rank} waits for rank {peer} of group {self.place.name!r} ({step}), for up to {self.timeout:g} s"
+        with progress(what, logger, after=0):
+            return job.ended_within(self.timeout - early)
 
     def submit(self, exchange: Exchange) -> None:
         """Let the waiter wait for it."""

@@ -17,20 +17,19 @@ import ctypes
 import hashlib
 import logging
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
-from time import perf_counter
 
 from longattn.kernels import cachefolder
 from longattn.kernels.dispatch.settings import NATIVE
 from longattn.kernels.native import compiling, cpu
 from longattn.kernels.native.compiling import COMPILERS, Compiler, NativeBuildError
 from longattn.kernels.native.cpu import CHOICES, LEVELS, PLAIN_TILES, levels
+from longattn.patterncache.progress import progress
 
 __all__ = [
     "COMPILERS",
@@ -199,7 +198,7 @@ def _look(binary: Target) -> str | None:
 
 
 def compile_for(binary: Target) -> Path:
-    """Compile the source for a target; the file gets its name once it is complete. One line on stderr says what, where and how long.
+    """Compile the source for a target; the file gets its name once it is complete. `progress` says what, where and how long.
 
     Raises:
         NativeBuildError: there is no compiler, or it fails, with its last line.
@@ -210,30 +209,19 @@ def compile_for(binary: Target) -> Path:
         raise NativeBuildError(str(compiling.find()))
     cachefolder.make(binary.folder)
     source = files("longattn.kernels.native").joinpath("attend.cpp")
-    begun = perf_counter()
-    what = f"compiling the native row ({binary.level}) with {' '.join(compiler.words)} into {binary.folder}"
-    stderr = sys.stderr  # None where a process has none
-    on_terminal = stderr is not None and stderr.isatty()
-    if on_terminal:
-        print(f"longattn: {what} ...", end="", file=stderr, flush=True)
-    outcome = "failed"
-    try:
-        with tempfile.TemporaryDirectory(dir=binary.folder, prefix="building-") as own:
-            made = Path(own) / "native.so"
-            command = compiler.command(binary.flags, str(source), str(made))
-            logger.debug("native row: %s", " ".join(command))
-            compiling.run(compiler, command)
-            if not made.exists():
-                raise NativeBuildError(f"the compiler {' '.join(compiler.words)} ended well and wrote no library")
-            path = cachefolder.keep(made, binary.folder, binary.stem)
-        outcome = "done"
-        return path
-    finally:
-        took = f"{outcome} in {perf_counter() - begun:.1f} s"
-        if stderr is not None:
-            # In a file, between the lines of others, the line is written as a whole.
-            print(f" {took}" if on_terminal else f"longattn: {what}: {took}", file=stderr, flush=True)
-        logger.debug("native row: %s: %s", what, took)
+    words = " ".join(compiler.words)
+    what = f"compiling the native row ({binary.level}) with {words} into {binary.folder} (once, usually under a minute; python -m longattn.kernels build does so beforehand)"
+    with (
+        progress(what, logger, after=0),
+        tempfile.TemporaryDirectory(dir=binary.folder, prefix="building-") as own,
+    ):
+        made = Path(own) / "native.so"
+        command = compiler.command(binary.flags, str(source), str(made))
+        logger.debug("native row: %s", " ".join(command))
+        compiling.run(compiler, command)
+        if not made.exists():
+            raise NativeBuildError(f"the compiler {words} ended well and wrote no library")
+        return cachefolder.keep(made, binary.folder, binary.stem)
 
 
 def _hash(flags: tuple[str, ...], compiler: Compiler | None) -> str:
