@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterable
 from longattn.kernels import backends
 from longattn.kernels.dispatch import table as dispatch_table
 from tools.pages.plots import figure_names
-from tools.pages.rows import Measured, measured, processors, records
+from tools.pages.rows import NOT_ATTENTION, Measured, measured, processors, records
 
 KERNELS = ("attention", "patterns", "native", "windows", "growth", "choice")
 """Files that time attention itself beside something else that computes it."""
-
-NOT_ATTENTION = {"share", "fma-peak", "functional", "local"}
-"""Peers that are a share of our own time, a processor's peak, or the same call said otherwise."""
 
 COLUMNS = (
     ("forward", "float32"),
