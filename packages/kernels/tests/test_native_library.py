@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longattn.kernels import __main__, attend, build_native, cachefolder, explain
+from longattn.kernels import __main__, attend, build_native, cachefolder, explain, installation
 from longattn.kernels.dispatch import table as dispatch
 from longattn.kernels.native import building, compiling
 from longattn.patterncache import Full
@@ -306,3 +306,53 @@ def test_the_command(script: Script, folder: Path, ours: Path, capsys: pytest.Ca
     assert "out of paper" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         __main__.main(["build", "--level", "fast"])
+
+
+@pytest.fixture
+def prebuilt(ours: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that came with a library for this processor, on a machine without a compiler."""
+    came_with = tmp_path / "prebuilt"
+    came_with.mkdir()
+    digest = cachefolder.digest(ours)
+    path = came_with / f"{building.prebuilt_stem(building.current().level)}.{digest}.so"
+    path.write_bytes(ours.read_bytes())
+    monkeypatch.setattr(building, "PREBUILT", came_with)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
+    building.target.cache_clear()
+    return path
+
+
+def test_a_prebuilt_library_serves_without_a_compiler(prebuilt: Path, folder: Path):
+    """At once: nothing is compiled, and no folder made."""
+    assert build_native() == prebuilt and not folder.exists()
+    works()
+    assert installation()["native"]["library"] == str(prebuilt)
+
+
+@pytest.mark.parametrize("name", ["CXX", "LONGATTN_NATIVE_FLAGS"])
+def test_who_names_compiler_or_flags_gets_their_own(
+    name: str, prebuilt: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+):
+    """A prebuilt library was made with others."""
+    monkeypatch.setenv(name, "-O1")
+    building.target.cache_clear()
+    assert building.current().prebuilt is None and building.refusal() is not None
+
+
+def test_a_damaged_prebuilt_library_is_not_loaded(prebuilt: Path, caplog: pytest.LogCaptureFixture):
+    """A lost write would end the process with a bus error; a warning names the file."""
+    prebuilt.write_bytes(prebuilt.read_bytes()[:1000])
+    building.target.cache_clear()
+    with caplog.at_level("WARNING", logger="longattn.kernels"):
+        assert "no C++ compiler" in str(building.refusal())
+    assert str(prebuilt) in caplog.text
+
+
+def test_a_prebuilt_library_of_another_source_is_not_loaded(prebuilt: Path):
+    """As a file that an upgrade left."""
+    level, _, rest = prebuilt.name.rpartition("-")
+    prebuilt.rename(prebuilt.with_name(f"{level}-{'0' * 20}.{rest.partition('.')[2]}"))
+    building.target.cache_clear()
+    assert building.current().prebuilt is None

@@ -9,7 +9,6 @@ pass is never taken for one of this. 4. The pass ends; an exception after 2 is a
 from __future__ import annotations
 
 import atexit
-import logging
 import threading
 import weakref
 from collections.abc import Generator, Mapping, Sequence
@@ -23,11 +22,8 @@ from torch import Tensor
 from longattn.attention.schedules.errors import GroupError
 from longattn.attention.schedules.headers import HEADER_BYTES, OWN, Fields, Header, check_headers, encoded
 from longattn.attention.schedules.place import Parcel, Place, TransportEvent, note
-from longattn.attention.schedules.waiting import PendingWorks, Waiter
+from longattn.attention.schedules.waiting import Patience, PendingWorks, Waiter
 from longattn.attention.validate import integers
-from longattn.patterncache.progress import PATIENCE, progress
-
-logger = logging.getLogger("longattn.attention")
 
 HEADERS, KEYS, GRADIENTS = range(3)
 """Kinds of messages of a pass."""
@@ -56,11 +52,11 @@ class GroupCalls:
         self.posted: dict[int, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
         self.unfinished: list[Exchange] = []
         self.rendezvous: Any = None
-        self._announced = self._said_waiting = False
+        self._announced = False
         self._headers: list[Header] = []
         self._taken: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
-        self._waiter = Waiter()
+        self._waiter, self._patience = Waiter(), Patience()
         self._callers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._module_numbers = count(1)
 
@@ -201,25 +197,12 @@ class GroupCalls:
 
     def await_job(self, job: PendingWorks, step: str) -> None:
         """Wait for a job; raise GroupError where a peer is gone, or silent for the timeout."""
-        if not self._ended(job, step):
+        if not self._patience.ended(job, self.timeout, f"rank {self.rank} of group {self.place.name!r}, {step},"):
             peer = job.peers[min(job.position, len(job.peers) - 1)]
             raise self.error(f"rank {peer} was silent for {self.timeout:g} s", peer, step)
         if job.error is not None:
             peer = job.peers[job.position]
             raise self.error(f"rank {peer} is gone: {str(job.error).splitlines()[0]}", peer, step) from job.error
-
-    def _ended(self, job: PendingWorks, step: str) -> bool:
-        """Whether a job ends within the timeout. The first long wait of a group says for whom."""
-        early = min(PATIENCE, self.timeout)
-        if self._said_waiting or early == self.timeout:
-            return job.ended_within(self.timeout)
-        if job.ended_within(early):
-            return True
-        self._said_waiting = True
-        peer = job.peers[min(job.position, len(job.peers) - 1)]
-        what = f"rank {self.rank} waits for rank {peer} of group {self.place.name!r} ({step}), for up to {self.timeout:g} s"
-        with progress(what, logger, after=0):
-            return job.ended_within(self.timeout - early)
 
     def submit(self, exchange: Exchange) -> None:
         """Let the waiter wait for it."""

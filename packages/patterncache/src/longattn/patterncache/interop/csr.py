@@ -85,7 +85,9 @@ def as_device(device: Any) -> Any:
     try:
         known = torch.device(device)
         if known.type != "cpu":
-            torch.empty(0, device=known)  # one without a driver, or that torch was built without, is known by name alone
+            torch.empty(
+                0, device=known
+            )  # one without a driver, or that torch was built without, is known by name alone
     except (RuntimeError, ValueError, AssertionError, ImportError) as error:  # which one, each backend says its own way
         raise ValueError(
             f"device must be one that torch has here, got {shortened(device)}: {str(error).partition(chr(10))[0]}"
