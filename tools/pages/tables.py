@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from longattn.kernels import backends
 from longattn.kernels.dispatch import table as dispatch_table
+from tools import versions
 from tools.pages.plots import figure_names
 from tools.pages.rows import NOT_ATTENTION, Measured, measured, processors, records
 
@@ -215,6 +216,12 @@ def tolerances() -> str:
     return table(("row", "dtype", "absolute", "relative"), lines)
 
 
+def versions_run() -> str:
+    """How the tests went on each Python, torch and numpy."""
+    shown = [name for name in versions.COLUMNS if name != "commit"]
+    return table(tuple(shown), (tuple(row[name] for name in shown) for row in versions.rows()))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "1K to 4K": lambda: of_length(1024, 4097),
     "4K to 32K": lambda: of_length(4097, 32768),
@@ -229,4 +236,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "missed": missed,
     "performance": performance,
     "tolerances": tolerances,
+    "versions": versions_run,
 }
