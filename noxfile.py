@@ -40,6 +40,12 @@ SENSITIVE = {
     "kernels": ("test_compile", "test_transforms", "test_prepared", "test_scale"),
     "attention": ("test_packed_compiled", "test_ring_buffer_saved", "test_modules"),
 }
+# Of `peers`: {checkout: (our overlay of it, tests of theirs, or of ours over their code)}.
+PEERS = {
+    "dilated-attention-pytorch": ("fkodom", ("tests",)),
+    "ring-attention-pytorch": ("lucidrains", ("tools/peers/test_lucidrains.py",)),
+    "torchscale": ("", ("tools/peers/test_torchscale.py",)),
+}
 WORKERS = (
     "--numprocesses=auto",
     "--dist=worksteal",
@@ -420,6 +426,38 @@ def release(session: nox.Session) -> None:
     for made in (*dist.glob("*.md"), *dist.glob("*.json")):
         shutil.copy(made, again)  # made once: what differs between builds is asked of archives
     session.run("python", "-m", "tools.release", str(dist), str(again))
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """Run other libraries' own tests on our attention; `-- FOLDER` has checkouts of them, and nothing is fetched: skipped where there is none."""
+    if not session.posargs:
+        session.skip(f"name a folder with checkouts of {', '.join(PEERS)} after --; none is fetched")
+    folder, *arguments = session.posargs
+    there = {name: Path(folder).resolve() / name for name in PEERS if (Path(folder) / name).is_dir()}
+    if not there:
+        session.skip(f"{folder} has none of {', '.join(PEERS)}")
+    session.install(*constraints(session), *from_checkout("attention"), *group("test"), "einops", "beartype", "click")
+    overlays = ROOT / "tools" / "peers" / "overlays"
+    torchscale = [str(there["torchscale"])] if "torchscale" in there else []
+    for name, checkout in there.items():
+        overlay, tests = PEERS[name]
+        paths = [str(overlays / overlay)] * bool(overlay) + [str(ROOT), *torchscale]
+        files = [str(ROOT / path) if path.startswith("tools/") else str(checkout / path) for path in tests]
+        plugin = ["-p", "tools.peers.fkodom_differences"] if overlay == "fkodom" else []
+        words = [
+            "pytest",
+            "-q",
+            "-ra",
+            "-c",
+            os.devnull,
+            f"--rootdir={checkout}",
+            "--import-mode=importlib",
+            "-p",
+            "no:cacheprovider",
+        ]
+        environment = {"PYTHONPATH": os.pathsep.join(paths), "LONGATTN_PEER": str(checkout), "OMP_NUM_THREADS": "1"}
+        session.run(*words, *plugin, *files, *arguments, env=environment)
 
 
 @nox.session(name="platform-wheels")

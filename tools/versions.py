@@ -12,7 +12,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "versions.csv"
-COLUMNS: tuple[str, ...] = ("python", "torch", "numpy", "machine", "tests", "passed", "failed", "skipped", "date", "commit")
+COLUMNS: tuple[str, ...] = (
+    "python",
+    "torch",
+    "numpy",
+    "machine",
+    "tests",
+    "passed",
+    "failed",
+    "skipped",
+    "date",
+    "commit",
+)
 KEY = COLUMNS[:5]
 
 
