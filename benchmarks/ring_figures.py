@@ -25,14 +25,14 @@ LENGTH, RANKS = 65536, 4
 LISTS = (((2048, 4096, 8192), (1, 2, 4)), ((2048, 8192, 32768), (1, 4, 16)))
 
 
-def ask(world: int, task: str, size: int) -> object:
-    """The answer of rank 0 of a world of `benchmarks.ring_rank`.
+def ask(world: int, task: str, size: int, module: str = "benchmarks.ring_rank") -> object:
+    """The answer of rank 0 of a world of processes that run `module`.
 
     Raises:
         RuntimeError: a rank failed; the message ends with what it wrote.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.ring_rank", str(world)]
+        command = [sys.executable, "-m", module, str(world)]
         ranks = [
             subprocess.Popen(
                 [*command, str(rank), folder, task, str(size)],

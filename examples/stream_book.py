@@ -1,7 +1,8 @@
 """Read a long text through a small model in constant memory, and go on after a kill where it was, bit for bit.
 
     ./run python examples/stream_book.py --text book.txt --state book.state --png book.png
-    ./run python examples/stream_book.py --tokens 1000000        # a text made from a seed
+    ./run python examples/stream_book.py --library --tokens 1000000 --png book.png   # Python's own documentation and sources
+    ./run python examples/stream_book.py --tokens 100000                             # a text made from a seed
 
 Bytes are tokens. Each piece of the text goes through `LongNet.stream()`, whose layers hold what their patterns still see. After every few
 pieces all that was read is saved, in one step, so that a kill at any time loses the pieces since then and nothing else; the next run with the
@@ -46,6 +47,19 @@ def made_text(count: int, seed: int = 0) -> bytes:
     """So many bytes of words drawn from a few, the same for a seed."""
     drawn = torch.randint(len(WORDS), (count // 2 + 1,), generator=torch.Generator().manual_seed(seed))
     return " ".join(WORDS[i] for i in drawn).encode()[:count]
+
+
+def library_text(count: int) -> bytes:
+    """So many bytes of Python's documentation, as `help()` has it, and of the sources of its library, in order of their names."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics)).encode()
+    folder = Path(os.__file__).parent
+    for source in sorted(folder.glob("*.py")):
+        if len(text) >= count:
+            break
+        text += source.read_bytes()
+    return text[:count]
 
 
 def small_model(seed: int = 0) -> LongNet:
@@ -122,13 +136,15 @@ def main() -> None:
     """Read, save and draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", type=Path, help="a file; default: a text made from a seed")
-    parser.add_argument("--tokens", type=int, default=100_000, help="bytes of the made text")
+    parser.add_argument("--library", action="store_true", help="Python's documentation and the sources of its library")
+    parser.add_argument("--tokens", type=int, default=100_000, help="bytes of the text that is no file")
     parser.add_argument("--train", type=int, default=0, help="steps of training on the text's beginning")
     parser.add_argument("--state", type=Path, default=Path("stream_book.state"))
     parser.add_argument("--csv", type=Path, help="where rows go; default: beside the state")
     parser.add_argument("--png", type=Path, help="where the plot goes; default: none")
     options = parser.parse_args()
-    text = options.text.read_bytes() if options.text else made_text(options.tokens)
+    made = library_text if options.library else made_text
+    text = options.text.read_bytes() if options.text else made(options.tokens)
     model = small_model()
     train(model, text, options.train)
     rows = read(model, text, options.state)

@@ -35,9 +35,10 @@ from benchmarks.peers.fkodom_style import fkodom_style_attention
 from benchmarks.peers.gathered_blocks import GatheredBlocks
 from benchmarks.peers.op_for_op import Empty, from_torch, op_for_op_attention
 from benchmarks.peers.torchscale_style import HeadAssignment, torchscale_style_attention
+from benchmarks.row_class_figures import bound_call, from_arrays, from_periods
 from longattn.attention.testing import MULTIHEAD_PRESETS, PRESETS
 from longattn.bufmgr import AttentionBufferManager
-from longattn.patterncache import BlockSparse, Dilated, Full
+from longattn.patterncache import BlockSparse, Dilated, Full, Rectangle, Span
 
 QUICK = Effort(warmups=1, min_pairs=2, max_pairs=2, seconds=0.0, growth=False)
 
@@ -383,3 +384,17 @@ def test_retained_memory_of_a_small_trace_is_counted() -> None:
     trace = [("take", 0, 3), ("take", 1, 5), ("drop", 0, 0), ("drop", 1, 0), ("take", 2, 5), ("drop", 2, 0)]
     assert (live_peak(trace), exact_key_pool(trace)) == (8, 8)
     assert exact_key_pool([*trace, ("take", 3, 4)]) == 12
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_both_forms_of_row_classes_attend_alike(causal: bool) -> None:
+    """So that their times compare: the same plan, lowered from periods and from arrays, has the same results."""
+    pattern = Dilated((16, 32, 64), (1, 2, 4), causal=causal)
+    plan = pattern.plan(Rectangle(4, Span(0, 200), Span(0, 200)))
+    q, k, v = (torch.randn(1, 200, 4, 16) for _ in range(3))
+    calls = [
+        bound_call(q, k, v, pattern, *form) for form in ((0.25, from_periods(plan)), (0.2500001, from_arrays(plan)))
+    ]
+    outs = [call() for call in calls]
+    torch.testing.assert_close(outs[0].out, outs[1].out, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outs[0].lse, outs[1].lse, atol=1e-5, rtol=0)

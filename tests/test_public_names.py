@@ -16,7 +16,7 @@ EXPECTED = {
         ArenaAllocator LoggingAllocator FailureCallbackAllocator PoisoningAllocator RecordingAllocator
         AllocationTrace TraceEvent prometheus_text
         NumaAllocator Placement migrate numa_policy read_placement NumaNode NumaTopology numa_topology
-        plan_memory MemoryPlan Lifetime
+        plan_memory MemoryPlan Lifetime TieredBuffers TieredBuffer
         PreparedSlot BufferScope OutstandingBuffer Strategy MemoryReading read_device_memory
         """,
     "patterncache": """
@@ -44,7 +44,7 @@ EXPECTED = {
         GroupError balanced_lengths
         Schedule Local Ring AllGather Ulysses choose shard_sequence unshard_sequence SparsePatternConfig Wiring
         RingBufferAttention RingBufferConfig RingBufferState TileOrder TileType
-        StreamingAttention StreamingState streaming_cache
+        StreamingAttention StreamingState PagePool streaming_cache
         DilatedAttention ImprovedDilatedAttention ImprovedDilatedAttentionV2
         RingDilatedAttentionV2 RingDilatedAttentionV3 BlockSparseRingDilatedAttention
         MultiheadDilatedAttention ImprovedMultiheadDilatedAttention ImprovedMultiheadDilatedAttentionV2

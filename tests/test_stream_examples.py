@@ -21,7 +21,9 @@ def test_many_streams_are_each_what_they_are_alone() -> None:
     decode = example("many_streams").decode
     short, long = (decode(streams=8, rows=3, longest=n) for n in (40, 120))
     assert short["error"] < 1e-4 and long["error"] < 1e-4
-    assert long["longest"] > 2 * short["longest"] and long["peak_bytes"] <= 2 * short["peak_bytes"]
+    assert long["longest"] > 2 * short["longest"] and long["bytes"] == short["bytes"]
+    for measured in (short, long):
+        assert measured["grown_by"] == measured["pages_left"] == 0 < measured["most_pages_held"] <= measured["pages"]
 
 
 def test_a_killed_reader_goes_on_bit_for_bit(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A decoder step of a model of transformers after prompts that are padded on the left, beside the same model under sdpa.
 
 The model is a llama of random weights, 4 layers of 8 heads of 64, made from its configuration. Four prompts of up to `seq_len` tokens in a
-batch, each a fifth shorter than the one before; a call makes four steps and takes them back. Rows need transformers; without it there are none.
+batch, each a fifth shorter than the one before; a call makes four steps and takes them back. Ours has transformers' own cache, or `streaming_cache`.
+Rows need transformers; without it there are none.
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.calls import Calls
 from benchmarks.experiment import Labels, Targets
-from longattn.attention import use_pattern
+from longattn.attention import streaming_cache, use_pattern
 from longattn.patterncache import Dilated, Full, Pattern, Window
 
 STEPS, BATCH, VOCABULARY = 4, 4, 256
@@ -43,12 +44,12 @@ def prompts(length: int) -> tuple[Tensor, Tensor]:
     return tokens, (torch.arange(length) >= starts[:, None]).long()
 
 
-def steps(model: Any, tokens: Tensor, mask: Tensor) -> Callable[[], Tensor]:
-    """Four steps after the prompts: the last one's logits. The cache is then as before."""
+def steps(model: Any, tokens: Tensor, mask: Tensor, streaming: bool = False) -> Callable[[], Tensor]:
+    """Four steps after the prompts: the last one's logits. The cache is then as before. streaming: it is `streaming_cache`."""
+    options = {"cache": streaming_cache(model, max_rewind=STEPS)} if streaming else {}
     with torch.inference_mode():
-        cache = model(
-            tokens, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True
-        ).past_key_values
+        where = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = model(tokens, attention_mask=mask, position_ids=where, use_cache=True, **options).past_key_values
 
     def call() -> Tensor:
         logits = torch.empty(0)
@@ -63,10 +64,10 @@ def steps(model: Any, tokens: Tensor, mask: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def wrong(pattern: Pattern) -> list[str]:
+def wrong(pattern: Pattern, streaming: bool = False) -> list[str]:
     """The gate: a padded prompt goes on as it goes on alone; dense, also as under sdpa."""
     model, (tokens, mask) = llama(pattern, 2), prompts(60)
-    together = steps(model, tokens, mask)()
+    together = steps(model, tokens, mask, streaming)()
     alone = [_alone(model, tokens[b : b + 1], int(mask[b].sum())) for b in range(BATCH)]
     errors = {"alone": float((together - torch.cat(alone)).abs().max())}
     if isinstance(pattern, Full):
@@ -92,11 +93,15 @@ def experiments(quick: bool) -> Iterator[Calls]:
         "dilated 512/1+2048/4": Dilated((512, 2048), (1, 4), causal=True),
     }
     for name, pattern in patterns.items():
-        yield Calls(
-            name=name.split()[0],
-            labels=Labels("padded", f"{name}, {STEPS} steps b{BATCH}", "sdpa", "float32", length, True, "forward"),
-            targets=Targets() if quick else Targets(ratio=SHARE),
-            ours=lambda pattern=pattern: steps(llama(pattern), *prompts(length)),
-            peer=lambda: steps(llama(None), *prompts(length)),
-            gate=lambda pattern=pattern: wrong(pattern),
-        )
+        for streaming in (False, True):
+            cache = ", streaming cache" if streaming else ""
+            yield Calls(
+                name=name.split()[0] + ("-streaming" if streaming else ""),
+                labels=Labels(
+                    "padded", f"{name}{cache}, {STEPS} steps b{BATCH}", "sdpa", "float32", length, True, "forward"
+                ),
+                targets=Targets() if quick else Targets(ratio=SHARE),
+                ours=lambda pattern=pattern, streaming=streaming: steps(llama(pattern), *prompts(length), streaming),
+                peer=lambda: steps(llama(None), *prompts(length)),
+                gate=lambda pattern=pattern, streaming=streaming: wrong(pattern, streaming),
+            )

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from longattn.kernels import attend
-from longattn.kernels.conformance import Case, check_backend
+from longattn.kernels.cases import Case
+from longattn.kernels.conformance import check_backend
 from longattn.patterncache import Dilated, Full, Pattern, Restrict, Strided, Window
 
 LONGNET = Dilated((64, 128), (1, 2))

@@ -37,6 +37,7 @@ def draw_all() -> Iterator[tuple[str, Figure]]:
             yield file, ratios([row for row in own if row.direction == direction], f"{processor}: {direction}")
     yield "growth", growth()
     yield "stream", stream()
+    yield "simulated-steps", simulated_steps()
 
 
 def ratios(rows: list[Measured], title: str) -> Figure:
@@ -109,4 +110,27 @@ def stream() -> Figure:
         f"ring of {rows[0]['buffer_size']}; {rows[0]['cpu_model']} (family not recorded), {rows[0]['date']}", fontsize=9
     )
     axes.tick_params(labelsize=8)
+    return figure
+
+
+def simulated_steps(device: str = "H100") -> Figure:
+    """Seconds of a layer's attention in training, simulated, against the length: the fastest engine of each pattern."""
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    rows = [row for row in records("simulation-planned") if row["device"] == device]
+    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+        best: dict[int, float] = {}
+        for row in rows:
+            if row["pattern"] == pattern:
+                tokens, seconds = int(row["tokens"]), float(row["seconds"])
+                best[tokens] = min(seconds, best.get(tokens, seconds))
+        axes.plot(list(best), list(best.values()), marker="o", label=pattern)
+    places = {int(row["tokens"]): row["devices"] for row in rows}
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(list(places), [f"{tokens:,}\n{devices} devices" for tokens, devices in places.items()], fontsize=8)
+    axes.minorticks_off()
+    axes.set_xlabel("tokens", fontsize=9)
+    axes.set_ylabel(f"seconds a layer, {device}, simulated", fontsize=9)
+    axes.legend(fontsize=8)
     return figure

@@ -222,6 +222,39 @@ def versions_run() -> str:
     return table(tuple(shown), (tuple(row[name] for name in shown) for row in versions.rows()))
 
 
+def simulated() -> str:
+    """Predicted over measured steps, for each processor."""
+    by_machine: dict[str, list[Cells]] = {}
+    for row in records("simulation"):
+        cells = (row["setting"].partition(", forward")[0], row["beside"], f"{float(row['ours']):.2f}", row["verdict"])
+        by_machine.setdefault(f"{row['cpu_model']}, {row['date']}", []).append(cells)
+    heads = ("ring or other engine", "a forward and backward", "predicted over measured", "within 1.25x")
+    return "\n".join(f"**{name}**\n\n{table(heads, lines)}" for name, lines in by_machine.items())
+
+
+def planned() -> str:
+    """The fastest engine of each pattern, length and device of the simulation."""
+    best: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in records("simulation-planned"):
+        place = (row["tokens"], row["devices"], row["device"], row["pattern"])
+        if place not in best or float(row["seconds"]) < float(best[place]["seconds"]):
+            best[place] = row
+    names = ("engine", "seconds", "compute_seconds", "transfer_seconds", "gib_a_device", "received_gib")
+    heads = (
+        "tokens",
+        "devices",
+        "device",
+        "pattern",
+        "engine",
+        "s",
+        "computing, s",
+        "travelling, s",
+        "GiB a device",
+        "GiB received",
+    )
+    return table(heads, ((*place, *(row[name] for name in names)) for place, row in best.items()))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "1K to 4K": lambda: of_length(1024, 4097),
     "4K to 32K": lambda: of_length(4097, 32768),
@@ -233,6 +266,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "planning": planning,
     "memory": memory,
     "rings": rings,
+    "simulated": simulated,
+    "planned": planned,
     "missed": missed,
     "performance": performance,
     "tolerances": tolerances,

@@ -11,6 +11,7 @@ from longattn.attention.cli import plan
 from longattn.attention.cli.main import main
 from longattn.attention.cli.parser import SHELLS, build_parser
 from longattn.attention.cli.report import Report, Table, aligned, print_report
+from longattn.attention.schedules.simulation import Prediction
 from longattn.patterncache import Dilated, Window
 
 SMALL = ("--length", "256", "--heads", "4")
@@ -121,6 +122,8 @@ def test_plan_adds_up(capsys):
     # Backward: five products beside the forward's two.
     assert trained["attention_flops"] == 3.5 * forward["attention_flops"] == 4 * ring["attention_flops"]
     assert ring["in_flight"] > 0 == trained["in_flight"]
+    slow = data_of(capsys, *base, "--train", "--ring", "4", "--engine", "all_gather", "--link", "0.001")
+    assert slow["transfer_seconds"] > ring["transfer_seconds"] and slow["seconds"] > slow["transfer_seconds"]
 
 
 def test_plan_counts_the_parameters_of_the_model_that_we_ship():
@@ -130,7 +133,8 @@ def test_plan_counts_the_parameters_of_the_model_that_we_ship():
     options = build_parser().parse_args(
         ["plan", "--heads", "2", "--head-dim", "8", "--layers", "2", "--vocabulary", "50"]
     )
-    expected = plan.budget(options, 2, 0.0, plan.MACHINES["H100"]).parameters
+    layer = Prediction("ring zigzag", 0.0, 0.0, 0.0, 0, 0, 0, 1)
+    expected = plan.budget(options, 2, 0.0, plan.MACHINES["H100"], layer, None).parameters
     model = LongNet(50, 16, 2, 2, segment_lengths=(8,), dilation_rates=(1,))
     matrices = {id(x): x.numel() for x in model.parameters() if x.ndim == 2}
     assert sum(matrices.values()) in (expected, expected + 50 * 16)  # with an output matrix of its own
@@ -184,6 +188,11 @@ def test_memory_runs_a_script_and_tells_what_is_held(capsys, tmp_path):
         (("plan", "--machine", "abacus"), "--machine must be one of A100"),
         (("plan", "--kv-heads", "3"), "--kv-heads must divide --heads=8, got 3"),
         (("plan", "--ring", "9", "--length", "8"), "--ring must be at most --length=8, got 9"),
+        (("plan", "--engine", "tree"), "engine must be one of ('ring contiguous', "),
+        (
+            ("plan", "--engine", "ulysses", "--ring", "9"),
+            "ulysses must have a kv head a rank, got 8 kv heads for 9 ranks",
+        ),
         (("bench", "--peers", "rocket"), "--peers must be of sdpa"),
         (
             ("bench", "--peers", "sdpa-mask", "--length", "20000"),

@@ -193,13 +193,13 @@ def test_rows_at_positions_of_their_own():
 def test_memory_does_not_grow():
     """A period's peak, and no more after many periods; empty at its end."""
     module = StreamingAttention(DILATED, num_heads=2, head_dim=8)
-    token, state, most = torch.randn(1, 1, 2, 8), None, 0
+    token, state, most, most_bytes = torch.randn(1, 1, 2, 8), None, 0, 0
     for step in range(1, 121):
         _, state = module(token, token, token, state)
-        most = max(most, max(map(len, state.positions_held())))
+        most, most_bytes = max(most, max(map(len, state.positions_held()))), max(most_bytes, state.nbytes)
         if step % 12 == 0:
-            assert [[], []] == state.positions_held()
-    assert most <= 8 and state.capacity == 64 and state.nbytes == 2 * 2 * 64 * 8 * 4
+            assert [[], []] == state.positions_held() and not state.nbytes and not state.pool.pages_held
+    assert most <= 8 and state.capacity == 64 and most_bytes == state.pool.nbytes == 2 * 2 * 64 * 8 * 4
 
 
 def test_copies():

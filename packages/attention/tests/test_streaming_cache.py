@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from longattn.attention import streaming_cache, use_pattern
+from longattn.attention import PagePool, streaming_cache, use_pattern
 from longattn.patterncache import BlockLayout, Dilated, Full, Window
 
 transformers = pytest.importorskip(
@@ -94,6 +94,60 @@ def test_a_window_holds_no_more_than_its_keys():
     assert torch.equal(generated(model, ids[:1]), generated(model, ids[:1], cache=cache))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=lambda p: p.name)
+def test_with_a_most_length_a_model_is_compiled_once(pattern):
+    """One graph for the prompt and one for all steps, without a break, padded prompts included; memory is there from the first token on."""
+    torch._dynamo.reset()
+    model, ids, sizes, graphs = llama(pattern), tokens(), set(), []
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    cache = streaming_cache(model, max_cache_len=44)
+    assert torch.equal(
+        generated(model, ids, attention_mask=mask), generated(model, ids, cache=cache, attention_mask=mask)
+    )
+    cache.reset()
+    assert cache.is_compileable and cache.get_max_length() == 44
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model.forward, fullgraph=True, backend=count)
+    with torch.no_grad():
+        for step in range(20):
+            end = ids.shape[1]
+            call = ids if not step else ids[:, -1:]
+            there = torch.cat((mask, mask.new_ones(2, 44 - mask.shape[1])), 1)
+            there[:, end:] = 0
+            where = (there.cumsum(1) - 1).clamp(min=0)[:, end - call.shape[1] : end]
+            out = compiled(call, attention_mask=there, position_ids=where, **{KEYWORD: cache})
+            sizes.add(cache.layers[0].state.pool.nbytes)
+            ids = torch.cat((ids, out.logits[:, -1:].argmax(-1)), 1)
+    assert len(graphs) == 2 and len(sizes) == 1
+    assert torch.equal(generated(model, tokens(), attention_mask=mask), ids[:, : 21 + 20])
+
+
+def test_idle_layers_lie_in_host_memory(monkeypatch):
+    """Each step fetches a layer's keys and brings them back; the tokens are the same. Every move is a copy here, where all is one device."""
+    moves = []
+
+    def move(pool, device):
+        moves.append((id(pool), device.type))
+        pool.keys, pool.values = (x.grown(len(x.numbers), device) for x in (pool.keys, pool.values))
+
+    model, ids = llama(PATTERNS[1]), tokens()
+    expected = generated(model, ids)
+    monkeypatch.setattr(PagePool, "move", move)
+    cache = streaming_cache(model, offload=True)
+    assert torch.equal(expected, generated(model, ids, cache=cache))
+    pools = [id(layer.state.pool) for layer in cache.layers]
+    assert moves == [(pool, "cpu") for pool in pools for _ in ("there", "back")] * 20
+    beams = {"num_beams": 3, "count": 8}
+    offloaded = streaming_cache(model, offload=True)
+    assert torch.equal(generated(model, ids, **beams), generated(model, ids, cache=offloaded, **beams))
+
+
 def test_what_does_not_work_is_refused_by_name():
     """Another attention, holes in the mask, soft caps, windows of the model's own, offloading."""
     with pytest.raises(
@@ -105,9 +159,12 @@ def test_what_does_not_work_is_refused_by_name():
     mask[0, 5] = 0
     with pytest.raises(ValueError, match="attention_mask must have its padding on the left"):
         model(ids, attention_mask=mask, **{KEYWORD: streaming_cache(model)})
+    for name, value in (("max_rewind", -1), ("max_cache_len", 0), ("offload", 1)):
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+            streaming_cache(model, **{name: value})
+    with pytest.raises(ValueError, match="max_cache_len must be at least 21, the tokens of this stream, got 20"):
+        model(ids, **{KEYWORD: streaming_cache(model, max_cache_len=20)})
     cache = streaming_cache(model)
-    with pytest.raises(NotImplementedError, match="does not move its layers"):
-        cache.offload(0)
     model.set_attn_implementation("eager")
     with pytest.raises(RuntimeError, match="were never attended to"):
         generated(model, ids, cache=cache)

@@ -1,5 +1,7 @@
 """The conformance checks, applied to everything that claims to be an allocator."""
 
+from typing import Any
+
 import pytest
 
 from longattn.bufmgr import (
@@ -38,6 +40,13 @@ MAKERS = {
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 def test_allocators_conform(make):
     check_allocator(make)
+
+
+@pytest.mark.parametrize("nbytes", [0, -1, True, 1.5])
+def test_the_system_allocator_refuses_what_is_no_size(nbytes: Any):
+    """Under a pool every size is checked before; this one is also an upstream of one's own."""
+    with pytest.raises((ValueError, TypeError), match="nbytes must be"):
+        SystemAllocator().allocate(nbytes)
 
 
 @pytest.mark.parametrize(

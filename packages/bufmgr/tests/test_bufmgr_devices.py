@@ -1,11 +1,13 @@
 """Where buffers are: defaults, forms of one device, devices where torch recycles, modes in which a manager steps aside."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from longattn.bufmgr import AttentionBufferManager, BufferType
+from longattn.bufmgr.leasing import release
 from longattn.bufmgr.request import resolve_device
 
 Q, TEMP = BufferType.QUERY, BufferType.TEMP
@@ -72,6 +74,30 @@ def test_cuda_buffers_have_the_same_rules():
     assert pinned.is_pinned()
     manager.deallocate(pinned, BufferType.COMM)
     assert manager.get_stats()["types"]["comm"]["from_torch"] == 1
+
+
+def test_a_release_tells_torch_which_stream_may_still_read(monkeypatch: pytest.MonkeyPatch):
+    """The device is faked: its allocator hears of the stream that is current where the buffer is released, before the memory is dropped."""
+    heard: list[object] = []
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: f"stream of {device}")
+    release.note_stream(SimpleNamespace(is_cuda=True, device="cuda:1", record_stream=heard.append))  # pyright: ignore[reportArgumentType]
+    assert heard == ["stream of cuda:1"]
+    sizes: list[int] = []
+    monkeypatch.setattr(release, "note_stream", lambda tensor: sizes.append(tensor.numel()))
+    manager = AttentionBufferManager()
+    manager.deallocate(manager.allocate(Q, (8,)), Q)
+    assert sizes == [8]
+
+
+@pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="no two accelerators here")
+def test_two_devices_keep_their_buffers_apart():
+    manager = AttentionBufferManager()
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    for index in (0, 1):
+        tensor = manager.allocate(Q, (64,), device=torch.device(kind.type, index))
+        assert tensor.device.index == index
+        manager.deallocate(tensor, Q)
 
 
 @pytest.mark.parametrize("shape", [(0,), (4, 0, 2)])

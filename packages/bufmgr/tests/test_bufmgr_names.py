@@ -17,7 +17,7 @@ def test_public_names():
         "BufferScope", "OutstandingBuffer", "Strategy", "ArenaAllocator", "LoggingAllocator", "FailureCallbackAllocator",
         "MemoryReading", "read_device_memory", "PoisoningAllocator", "RecordingAllocator", "TraceEvent",
         "AllocationTrace", "prometheus_text", "NumaAllocator", "Placement", "migrate", "numa_policy", "read_placement",
-        "NumaNode", "NumaTopology", "numa_topology", "plan_memory", "MemoryPlan", "Lifetime",
+        "NumaNode", "NumaTopology", "numa_topology", "plan_memory", "MemoryPlan", "Lifetime", "TieredBuffers", "TieredBuffer",
     }  # fmt: skip
     assert set(longattn.bufmgr.__all__) == expected
     assert expected <= set(dir(longattn.bufmgr))

@@ -22,7 +22,7 @@ from longattn.bufmgr import (
     read_placement,
 )
 from longattn.bufmgr.memory.allocator import Block
-from longattn.bufmgr.numa import placement
+from longattn.bufmgr.numa import placer
 from longattn.bufmgr.numa.placement import NumaMachine
 from longattn.bufmgr.numa.system_calls import SystemCalls, system_calls
 from longattn.bufmgr.numa.topology import parse_list, read_topology
@@ -266,7 +266,7 @@ def test_a_policy_of_the_thread_is_undone(machine: NumaMachine, libc: FakeLibc):
 
 @pytest.fixture
 def everywhere(machine: NumaMachine, monkeypatch: pytest.MonkeyPatch) -> Iterator[NumaMachine]:
-    monkeypatch.setattr(placement, "this_machine", lambda: machine)
+    monkeypatch.setattr(placer, "this_machine", lambda: machine)
     return machine
 
 

@@ -23,6 +23,7 @@ from longattn.bufmgr import (
     RecordingAllocator,
     StatisticsAllocator,
     SystemAllocator,
+    TieredBuffers,
     TraceEvent,
     create_attention_buffer_manager,
     migrate,
@@ -97,6 +98,16 @@ OPTIONS = {
 @call
 def allocate():
     return AttentionBufferManager().allocate, request()
+
+
+@call
+def tiered_buffers():
+    return TieredBuffers, {"max_device_bytes": 64, "manager": None}
+
+
+@call
+def hold():
+    return TieredBuffers(64).hold, {"tensor": torch.ones(2)}
 
 
 @call
@@ -312,5 +323,6 @@ def test_every_public_callable_is_here_or_needs_no_arguments():
         "BufferType", "DEFAULT_CONFIGS", "Allocator", "TensorAllocator", "Block", "Statistics", "OutstandingBuffer", "TraceEvent",
         "Strategy", "MemoryReading", "PreparedSlot", "get_global_memory_pool", "reset_global_memory_pool",
         "NumaNode", "NumaTopology", "Placement", "numa_policy", "numa_topology", "MemoryPlan", "Lifetime",
+        "TieredBuffer",
     }  # fmt: skip
     assert {name for name in package.__all__ if not any(getattr(package, name) is kind for kind in kinds)} == without

@@ -244,6 +244,8 @@ def test_pool_statistics_push_and_pop():
     assert (inner.total_bytes, inner.current_bytes, inner.peak_bytes) == (128, 64, 128)
     assert pool.memory_stats()["reserved_bytes.all.peak"] == 192
     assert "cpu" in pool.memory_summary()
+    stats = pool.memory_stats()
+    assert (stats["allocated_bytes.all.current"], stats["allocation.all.current"]) == (128, 1)
     pool.deallocate(second)
     pool.empty_cache()
     assert (pool.memory_stats()["reserved_bytes.all.current"], pool.memory_snapshot()) == (0, [])

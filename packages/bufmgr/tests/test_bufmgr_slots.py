@@ -320,3 +320,22 @@ def test_a_request_that_meets_its_slot_in_use_is_checked_no_less():
     with torch.device("meta"):
         assert manager.allocate(TEMP, (2, 1)).device.type == "meta"
     assert manager.allocate(TEMP, (2, 1)).data_ptr() != held.data_ptr()
+
+
+def test_over_the_limit_the_slot_used_longest_ago_is_closed_first():
+    """Of slots in use: what is closed is an ordinary lease, and the others are still slots."""
+    manager = AttentionBufferManager({TEMP: BufferConfig(max_cached_buffers=3)})
+    held = [manager.allocate(TEMP, (n, 8)) for n in (1, 2, 3, 4)]
+    slots = [lease for lease in manager._book.leases.values() if lease.is_slot]
+    assert sorted(lease.request.shape for lease in slots) == [(2, 8), (3, 8), (4, 8)] and len(held) == 4
+
+
+def test_a_lease_ends_with_the_last_owner_of_its_memory():
+    manager = AttentionBufferManager(enable_reuse=False)
+    tensor = manager.allocate(TEMP, SHAPE)
+    view = tensor[0]
+    (lease,) = manager._book.leases.values()
+    del tensor
+    assert not lease.ended
+    del view
+    assert lease.ended

@@ -23,6 +23,7 @@ LAYERS = (
     ("pool",),
     ("serving", "metrics"),
     ("manager",),
+    ("tiers",),
     ("testing",),
 )
 

@@ -19,6 +19,14 @@ def played(trace, size, policy):
     return cache
 
 
+@pytest.mark.parametrize(("size", "small"), [(1, 1), (2, 1), (3, 1), (4, 2), (100, 2), (149, 2), (150, 3), (400, 8)])
+def test_new_entries_wait_in_a_fiftieth_of_the_room(size, small):
+    """Two at least, where that is at most half of it."""
+    policy = S3FIFO(10, None)
+    policy.resize(size)
+    assert policy._small_size == S3FIFO(size, None)._small_size == small
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("size", [5, 10, 20, 100, 400])
 @pytest.mark.parametrize("name", TRACES)

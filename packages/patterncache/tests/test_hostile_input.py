@@ -1,7 +1,6 @@
 """Texts, bytes and sizes from outside: refused with a ValueError that names the limit, at once, and in few words; or done at once."""
 
 import json
-import time
 import zlib
 from base64 import b64encode
 
@@ -31,6 +30,10 @@ from longattn.patterncache import (
     plan_from_bytes,
     plan_to_bytes,
 )
+from longattn.patterncache.spans import shortened
+
+AT_ONCE = pytest.mark.timeout(60)
+"""Far more than it takes, and far less than what is refused here would take."""
 
 
 def nested(times):
@@ -63,12 +66,12 @@ def mask_text(shape, mask):
         ("3", "must be a canonical string"),
     ],
 )
+@AT_ONCE
 def test_a_hostile_text_is_refused(text, words):
-    """Quickly, by name, without repeating it."""
-    begin = time.process_time()
+    """At once, by name, without repeating it."""
     with pytest.raises(ValueError, match=words) as refusal:
         parse_pattern(text)
-    assert len(str(refusal.value)) < 1000 and time.process_time() - begin < 2
+    assert len(str(refusal.value)) < 1000
 
 
 LONG, HUGE, DIGITS = "x" * 10**6, 2**62, 10**5000
@@ -112,13 +115,13 @@ def square(length):
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@AT_ONCE
 def test_a_hostile_size_is_refused(name):
-    """Quickly, by name, in few words."""
+    """At once, by name, in few words."""
     call, words = REFUSED[name]
-    begin = time.process_time()
     with pytest.raises((ValueError, TypeError), match=words) as refusal:
         call()
-    assert len(str(refusal.value)) < 1000 and time.process_time() - begin < 2
+    assert len(str(refusal.value)) < 1000
 
 
 MANY = 2**59
@@ -142,13 +145,12 @@ DONE = [
 
 
 @pytest.mark.parametrize("pattern", DONE, ids=lambda pattern: type(pattern).__name__)
+@AT_ONCE
 def test_a_large_number_costs_nothing(pattern):
     """Plans, counts, lint and canonical strings of few tokens take no time or room by it."""
-    begin = time.process_time()
     rectangle = Rectangle(2, Span(0, 16), Span(0, 16))
     assert (pattern.plan(rectangle).counts() == pattern.counts(rectangle)).all()
     assert parse_pattern(pattern.canonical()) == pattern and pattern.lint(16, 2).length == 16
-    assert time.process_time() - begin < 2
 
 
 def test_ninety_patterns_within_patterns_are_read():
@@ -232,3 +234,13 @@ def test_a_changed_byte_is_refused_or_harmless():
             continue
         for branch in plan.branches:
             assert branch.k.rows().min() >= 0 and branch.k.rows().max() < plan.rectangle.shape[2]
+
+
+def test_limits_are_reached_and_not_passed(monkeypatch):
+    """As many cells as may be are taken; a text of the greatest length is not cut."""
+    monkeypatch.setattr("longattn.patterncache.patterns.block_sparse.MOST_CELLS", 64)
+    pattern = BlockSparse(2, np.eye(8, dtype=bool))
+    assert parse_pattern(pattern.canonical()) == pattern
+    with pytest.raises(ValueError, match="at most 64 cells"):
+        parse_pattern(BlockSparse(2, np.eye(9, dtype=bool)).canonical())
+    assert shortened("x" * 8, 10) == repr("x" * 8) and shortened("x" * 9, 10) == "'xxxxxxxxx... (11 characters)"

@@ -188,3 +188,11 @@ def test_two_processes(tmp_path):
         ]
         assert lines[4].startswith("ValueError key must be the same on all ranks, got digests ranks 0: ")
         assert lines[5] == ("OSError no" if rank == 0 else "RuntimeError rank 0 failed to build the plan of 'key'")
+
+
+def test_lists_travel_in_units_of_their_runs():
+    """Starts of blocks are multiples of a block: a byte for each of 200 block columns, where positions up to 12800 need two."""
+    mask = np.random.default_rng(0).random((200, 200)) < 0.3
+    mask[:, 1::2] = False  # no two blocks in one run
+    data = plan_to_bytes(BlockSparse(64, mask).plan(square(200 * 64, 1)))
+    assert b'"|u1"' in data and b'"<u' not in data

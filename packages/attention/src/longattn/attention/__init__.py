@@ -107,6 +107,9 @@ if TYPE_CHECKING:
     from longattn.attention.streaming.module import (
         StreamingAttention,
     )
+    from longattn.attention.streaming.page_pool import (
+        PagePool,
+    )
     from longattn.attention.streaming.stream_state import (
         StreamingState,
     )
@@ -135,6 +138,7 @@ _HOME = {
     "LongNet": "models.longnet",
     "MultiheadDilatedAttention": "multihead_presets",
     "MultiheadPatternAttention": "multihead",
+    "PagePool": "streaming.page_pool",
     "PatternAttention": "modules",
     "ReachWarning": "reaching",
     "Ring": "schedules.ring",
@@ -186,6 +190,7 @@ __all__ = [
     "LongNet",
     "MultiheadDilatedAttention",
     "MultiheadPatternAttention",
+    "PagePool",
     "PatternAttention",
     "ReachWarning",
     "Ring",

@@ -16,16 +16,15 @@ from longattn.kernels.interface import (
     Layout,
     ScoreTerm,
     ScoreTerms,
-    at_distances,
-    by_distance_of,
     check_attention_mask,
+    check_broadcastable,
     check_key_padding,
     check_qkv,
     check_scale,
     check_terms,
     fold_scale,
     in_order,
-    softcap_of,
+    pair_weights,
 )
 from longattn.patterncache import Pattern, Rectangle, Span
 
@@ -68,6 +67,8 @@ def attention_weights(
     rows = Extents.of_whole(q.shape[1], k.shape[1]).query_spans()
     heads = global_heads(q.shape[2], head_start, num_heads)
     terms = check_terms(score_terms, q)
+    if distance is not None:
+        check_broadcastable("distance", distance, (q.shape[1], k.shape[1]))
     return _weights(q, k, pattern, rows, heads, softmax_scale, attention_mask, key_padding_mask, terms, distance)[0]
 
 
@@ -208,30 +209,12 @@ def _weights(
     """(weights of the queries at positions `rows` of heads `numbers`, as in `global_heads`, how often each pair is seen, broadcastable to them)."""
     nk, heads = k.shape[1], q.shape[2]
     total, first, _ = numbers
-    pattern_counts = pattern.counts(Rectangle(total, rows, Span(0, nk), Span(first, heads)))
+    counts: Any = pattern.counts(Rectangle(total, rows, Span(0, nk), Span(first, heads)))
+    bias = attention_mask
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        counts, bias = torch.as_tensor(counts, device="cpu").to(q.device) * attention_mask, None
+    if distance is None and terms:
+        distance = torch.arange(nk, device="cpu") - row_numbers(rows)[:, None]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    counts = torch.as_tensor(pattern_counts, device="cpu").to(q.device, dtype)
-    floating = attention_mask is not None and attention_mask.dtype != torch.bool
-    if attention_mask is not None:
-        counts = counts * (attention_mask != -torch.inf if floating else attention_mask)
-    if key_padding_mask is not None:
-        counts = counts * ~key_padding_mask[:, None, None, :]
-        k = k.masked_fill(key_padding_mask[:, :, None, None], 0)  # what padding holds reaches nothing
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    keys = k.repeat_interleave(heads // k.shape[2], 2).permute(0, 2, 3, 1).to(dtype)
-    if isinstance(scale, Tensor):
-        scale = scale.to(dtype)[..., None, None]
-    scores = q.transpose(1, 2).to(dtype) @ keys * scale
-    if cap := softcap_of(terms):
-        scores = cap * torch.tanh(scores / cap)
-    if (by_distance := by_distance_of(terms, q.dtype)) is not None:
-        if distance is None:
-            distance = torch.arange(nk, device="cpu") - row_numbers(rows)[:, None]
-        scores = scores + at_distances(by_distance, distance.to(q.device))
-    if attention_mask is not None and floating:
-        # Hidden pairs carry -inf from log(0) already; another -inf has no gradient.
-        bias, most = attention_mask.masked_fill(attention_mask == -torch.inf, 0), torch.finfo(dtype).max
-        scores = scores + bias.clamp(-most, most).to(dtype) if bias.dtype == torch.float64 else scores + bias.to(dtype)
-    sees_nothing = (counts == 0).all(-1, keepdim=True)
-    scores = torch.where(sees_nothing, 0.0, scores + counts.log())
-    return torch.where(sees_nothing, 0.0, torch.softmax(scores, -1)).to(q.dtype), counts
+    weights, _, counts = pair_weights(q, k, counts, softmax_scale, dtype, bias, key_padding_mask, terms, distance)
+    return weights.to(q.dtype), counts

@@ -23,13 +23,15 @@ if TYPE_CHECKING:
     from longattn.bufmgr.memory.statistics import Statistics, StatisticsAllocator
     from longattn.bufmgr.memory.traces import AllocationTrace, RecordingAllocator, TraceEvent
     from longattn.bufmgr.metrics import prometheus_text
-    from longattn.bufmgr.numa.placement import NumaAllocator, Placement, migrate, numa_policy, read_placement
+    from longattn.bufmgr.numa.placement import Placement, migrate, numa_policy, read_placement
+    from longattn.bufmgr.numa.placer import NumaAllocator
     from longattn.bufmgr.numa.topology import NumaNode, NumaTopology, numa_topology
     from longattn.bufmgr.planning.lifetimes import Lifetime
     from longattn.bufmgr.planning.memory_plan import MemoryPlan, plan_memory
     from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool, reset_global_memory_pool
     from longattn.bufmgr.spec import DEFAULT_CONFIGS, BufferConfig, BufferType
     from longattn.bufmgr.strategy import Strategy
+    from longattn.bufmgr.tiers import TieredBuffer, TieredBuffers
 
 __all__ = [
     "BufferType",
@@ -72,6 +74,8 @@ __all__ = [
     "plan_memory",
     "MemoryPlan",
     "Lifetime",
+    "TieredBuffers",
+    "TieredBuffer",
 ]
 
 if not TYPE_CHECKING:
@@ -105,7 +109,7 @@ if not TYPE_CHECKING:
         "TraceEvent": "memory.traces",
         "AllocationTrace": "memory.traces",
         "prometheus_text": "metrics",
-        "NumaAllocator": "numa.placement",
+        "NumaAllocator": "numa.placer",
         "Placement": "numa.placement",
         "migrate": "numa.placement",
         "numa_policy": "numa.placement",
@@ -116,6 +120,8 @@ if not TYPE_CHECKING:
         "plan_memory": "planning.memory_plan",
         "MemoryPlan": "planning.memory_plan",
         "Lifetime": "planning.lifetimes",
+        "TieredBuffers": "tiers",
+        "TieredBuffer": "tiers",
     }
 
     def __getattr__(name):

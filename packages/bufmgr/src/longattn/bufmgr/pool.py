@@ -61,7 +61,7 @@ class MemoryPool(SlotTable):
         self._upstream = upstream
         self._arena = ArenaAllocator() if upstream is None else upstream
         self._host = StatisticsAllocator(self._arena)
-        self._cache = BlockCache(max_cached_buffers, int(max_cached_mb * MIB))
+        self._cache = BlockCache(max_cached_buffers, int(max_cached_mb * MIB), adapts=False)
         super().__init__(LeaseBook(self, dict.fromkeys(BufferType, self._cache)))
         self._borrowers: weakref.WeakSet[LeaseBook] = weakref.WeakSet([self._book])
         self._reset_hits = 0

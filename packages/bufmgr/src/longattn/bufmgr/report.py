@@ -12,7 +12,7 @@ from longattn.bufmgr.leasing.debug import OutstandingBuffer, describe_lease
 from longattn.bufmgr.leasing.lease import Lease
 from longattn.bufmgr.leasing.profile import Event, Profile
 from longattn.bufmgr.memory.statistics import Statistics, StatisticsAllocator
-from longattn.bufmgr.numa.placement import Placer
+from longattn.bufmgr.numa.placer import Placer
 from longattn.bufmgr.spec import MIB, BufferType
 from longattn.bufmgr.strategy import Strategy
 from longattn.bufmgr.timeline import save_timeline

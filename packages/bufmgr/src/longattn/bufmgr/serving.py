@@ -25,7 +25,7 @@ from longattn.bufmgr.memory.allocator import Allocator
 from longattn.bufmgr.memory.arena import ArenaAllocator
 from longattn.bufmgr.memory.pressure import Cleanup, PressureGauge
 from longattn.bufmgr.memory.statistics import StatisticsAllocator
-from longattn.bufmgr.numa.placement import Placer
+from longattn.bufmgr.numa.placer import Placer
 from longattn.bufmgr.numa.system_calls import Policy
 from longattn.bufmgr.pool import MemoryPool, get_global_memory_pool
 from longattn.bufmgr.report import Reports

@@ -257,3 +257,11 @@ def warn_of_axes(name: str, x: Tensor, layout: str) -> None:
             LayoutWarning,
             stacklevel=3,
         )
+
+
+def check_broadcastable(name: str, x: object, shape: tuple[int, ...]) -> None:
+    """Raise unless x is a plain tensor that can be broadcast to a shape."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta:
+        raise TypeError(f"{name} must be a plain tensor broadcastable to {shape}, got {x!r} ({type(x).__name__})")
+    if x.dim() > len(shape) or any(n not in (1, m) for n, m in zip(x.shape[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{name} must be broadcastable to {shape}, got {tuple(x.shape)}")

@@ -9,6 +9,7 @@ kernels; a model needs `longattn.kernels` alone.
 from longattn.kernels.axes import Layout, exchanged, in_order
 from longattn.kernels.check import (
     check_attention_mask,
+    check_broadcastable,
     check_dropout,
     check_key_padding,
     check_qkv,
@@ -38,8 +39,11 @@ from longattn.kernels.ops.define import define
 from longattn.kernels.ops.direct import find_prepared, prepare_and_run, run_prepared
 from longattn.kernels.ops.direct import signature as call_signature
 from longattn.kernels.options import Options, arguments_of, check_options, tensors_of, wants_gradient
+from longattn.kernels.pages import PagedCache
+from longattn.kernels.paging import paged_attention
 from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import last_positions
+from longattn.kernels.reference import pair_weights
 from longattn.kernels.scaling import fold_scale
 from longattn.kernels.state import FLOATS, add_sink, merge_detached, merge_into, state_dtype
 from longattn.kernels.terms import (
@@ -69,6 +73,7 @@ __all__ = [
     "Options",
     "check_attention_mask",
     "check_backend_name",
+    "check_broadcastable",
     "check_dropout",
     "check_key_padding",
     "check_options",
@@ -91,6 +96,8 @@ __all__ = [
     "refuse_torchscript",
     "tensors_of",
     "wants_gradient",
+    # attention by its definition
+    "pair_weights",
     # score terms
     "ScoreTerm",
     "ScoreTerms",
@@ -132,4 +139,6 @@ __all__ = [
     # a decoder step
     "DecodeCache",
     "decode_attention",
+    "PagedCache",
+    "paged_attention",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longattn.kernels.check import check_key_padding, check_qkv, check_scale
+from longattn.kernels.check import check_broadcastable, check_key_padding, check_qkv, check_scale
 from longattn.kernels.state import AttentionState
 from longattn.kernels.terms import Alibi, ScoreTerms, Softcap, as_terms
 
@@ -55,30 +55,55 @@ def reference_attention(
     if not isinstance(softmax_scale, Tensor):
         softmax_scale = check_scale(softmax_scale)
     else:
-        _check_tensor("softmax_scale", softmax_scale, pairs[1:2])
-    _check_tensor("counts", torch.from_numpy(counts) if isinstance(counts, np.ndarray) else counts, pairs)
+        check_broadcastable("softmax_scale", softmax_scale, pairs[1:2])
+    check_broadcastable("counts", torch.from_numpy(counts) if isinstance(counts, np.ndarray) else counts, pairs)
     for name, x in (("bias", bias), ("keep", keep)):
         if x is not None:
-            _check_tensor(name, x, pairs)
+            check_broadcastable(name, x, pairs)
     if distance is not None:
-        _check_tensor("distance", distance, pairs[2:])
-    device = q.device
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    times = torch.as_tensor(counts, device=device).to(torch.float64)
+        check_broadcastable("distance", distance, pairs[2:])
+    weights, lse, _ = pair_weights(
+        q, k, counts, softmax_scale, torch.float64, bias, key_padding_mask, score_terms, distance
+    )
+    if key_padding_mask is not None:
+        v = v.masked_fill(key_padding_mask[:, :, None, None], 0)
+    v = v.transpose(1, 2).to(torch.float64).repeat_interleave(q.shape[2] // v.shape[2], 1)
+    out = (weights if keep is None else weights * keep) @ v
+    return AttentionState(out.transpose(1, 2), lse.transpose(1, 2))
+
+
+def pair_weights(
+    q: Tensor,
+    k: Tensor,
+    counts: np.ndarray | Tensor,
+    softmax_scale: float | Tensor | None,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    score_terms: ScoreTerms = None,
+    distance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(scores + log counts) and what it is made of, computed in `dtype`. Arguments as in `reference_attention`, not checked.
+
+    Returns:
+        The weights (batch, heads, Nq, Nk), lse (batch, heads, Nq), and the counts (batch, heads, Nq, Nk) that masks have left.
+    """
+    group, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    times = torch.as_tensor(counts, device=q.device).to(dtype)
     times = times.expand(q.shape[0], *times.shape[-3:])
     if key_padding_mask is not None:
-        hidden = key_padding_mask[:, :, None, None]
-        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+        k = k.masked_fill(key_padding_mask[:, :, None, None], 0)  # what padding holds reaches nothing
         times = times * ~key_padding_mask[:, None, None, :]
-    group = q.shape[2] // k.shape[2]
-    q, k, v = (x.transpose(1, 2).to(torch.float64) for x in (q, k, v))
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    products = q @ k.transpose(-1, -2) * (scale[..., None, None] if isinstance(scale, Tensor) else scale)
-    scores = _with_terms(products, score_terms, distance)
+    keys = k.transpose(1, 2).to(dtype).repeat_interleave(group, 1)
+    products = q.transpose(1, 2).to(dtype) @ keys.transpose(-1, -2)
+    scores = products * (scale.to(dtype)[..., None, None] if isinstance(scale, Tensor) else scale)
+    scores = _with_terms(scores, score_terms, distance)
     if bias is not None:
         hidden = bias == -torch.inf
         times = times * ~hidden
-        scores = scores + bias.to(torch.float64).masked_fill(hidden, 0)
+        # -inf comes from log(0) below: another one has no gradient. What float32 cannot hold is its largest number, not inf.
+        bias, most = bias.masked_fill(hidden, 0), torch.finfo(dtype).max
+        scores = scores + (bias.clamp(-most, most) if bias.dtype.itemsize > dtype.itemsize else bias).to(dtype)
     # log 0 = -inf hides a key. Rows that see nothing get finite scores first, and are cleared afterwards: no NaN in any gradient.
     blind = (times == 0).all(-1, keepdim=True)
     scores = torch.where(blind, 0.0, scores + times.log())
@@ -87,18 +112,11 @@ def reference_attention(
     weights = (scores - pivot).exp()
     total = weights.sum(-1, keepdim=True)
     lse = (pivot + torch.where(total == 0, 1.0, total).log()).squeeze(-1)
-    weights = torch.where(blind, 0.0, weights / total)
-    out = (weights if keep is None else weights * keep) @ v
-    lse = torch.where(blind.squeeze(-1), -torch.inf, lse)
-    return AttentionState(out.transpose(1, 2), lse.transpose(1, 2))
-
-
-def _check_tensor(name: str, x: object, shape: tuple[int, ...]) -> None:
-    """Raise unless x is a plain tensor that can be broadcast to a shape."""
-    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta:
-        raise TypeError(f"{name} must be a plain tensor broadcastable to {shape}, got {x!r} ({type(x).__name__})")
-    if x.dim() > len(shape) or any(n not in (1, m) for n, m in zip(x.shape[::-1], shape[::-1], strict=False)):
-        raise ValueError(f"{name} must be broadcastable to {shape}, got {tuple(x.shape)}")
+    return (
+        torch.where(blind, 0.0, weights / total),
+        torch.where(blind.squeeze(-1), -torch.inf, lse),
+        times,
+    )
 
 
 def _with_terms(scores: Tensor, score_terms: ScoreTerms, distance: Tensor | None) -> Tensor:
@@ -112,7 +130,7 @@ def _with_terms(scores: Tensor, score_terms: ScoreTerms, distance: Tensor | None
         if isinstance(term, Softcap):
             scores = term.value * torch.tanh(scores / term.value)
         elif isinstance(term, Alibi):
-            scores = scores - term.slopes.to(torch.float64)[:, None, None] * distance.abs()
+            scores = scores - term.slopes.to(scores.dtype)[:, None, None] * distance.abs()
         else:
-            scores = scores + term.table.to(torch.float64)[term.buckets(distance)].movedim(-1, 0)
+            scores = scores + term.table.to(scores.dtype)[term.buckets(distance)].movedim(-1, 0)
     return scores

@@ -10,18 +10,18 @@ from dataclasses import replace
 import torch
 from hypothesis import strategies as st
 
-from longattn.kernels.conformance import BIASES as BIASES
-from longattn.kernels.conformance import LAYOUTS as LAYOUTS
-from longattn.kernels.conformance import MASKS as MASKS
-from longattn.kernels.conformance import TERMS as TERMS
-from longattn.kernels.conformance import Case as Case
-from longattn.kernels.conformance import Tensors as Tensors
+from longattn.kernels.cases import BIASES as BIASES
+from longattn.kernels.cases import LAYOUTS as LAYOUTS
+from longattn.kernels.cases import MASKS as MASKS
+from longattn.kernels.cases import TERMS as TERMS
+from longattn.kernels.cases import Case as Case
+from longattn.kernels.cases import Tensors as Tensors
+from longattn.kernels.cases import lay_out as lay_out
+from longattn.kernels.cases import random_mask as random_mask
+from longattn.kernels.cases import random_terms as random_terms
 from longattn.kernels.conformance import assert_near as assert_near
 from longattn.kernels.conformance import check_backend as check_backend
 from longattn.kernels.conformance import expect_case as expect_case
-from longattn.kernels.conformance import lay_out as lay_out
-from longattn.kernels.conformance import random_mask as random_mask
-from longattn.kernels.conformance import random_terms as random_terms
 from longattn.kernels.conformance import run_case as run_case
 from longattn.kernels.conformance import tolerance as tolerance
 from longattn.kernels.poison import poisoned_memory as poisoned_memory

@@ -160,7 +160,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=fraction,
         default=50.0,
         metavar="GB/S",
-        help="between two devices of a ring (default: %(default)s)",
+        help="that each device receives (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--engine",
+        default="ring zigzag",
+        metavar="NAME",
+        help="how devices share a sequence: ring contiguous, ring zigzag, ring striped, all_gather, ulysses (default: %(default)s)",
     )
 
     bench = command("bench", "time a call beside chosen peers, interleaved in this process", pattern=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 
+import torch
+
 from longattn.attention.cli.patterns import pattern_of
 from longattn.attention.cli.report import Report, Table
+from longattn.attention.schedules.simulation import Hardware, Prediction, simulate
+from longattn.attention.schedules.traffic import ScheduledCall
 from longattn.kernels.interface import MACHINES, Machine
 
 GIB = 1024**3
@@ -15,8 +20,9 @@ ADAM_STATE = {"float64": 16, "float32": 8, "bfloat16": 12, "float16": 12}
 """Bytes a parameter: two moments; in half precision of float32, with the weights in float32 beside."""
 
 ASSUMPTIONS = (
-    "assumed: every device reaches the given share of its peak in products; a ring passes every shard to every device, and transfers overlap products; activations are those "
-    "of a pre-norm layer with a two-matrix feed-forward; softmax, norms and the allocator's own overhead cost nothing. A plan, not a measurement."
+    "assumed: every device reaches the given share of its peak in products, and its memory's bandwidth; links do not disturb one another, and what a ring sends travels "
+    "while it computes; activations are those of a pre-norm layer with a two-matrix feed-forward; softmax, norms and the allocator's own overhead cost nothing. A plan, "
+    "not a measurement."
 )
 
 
@@ -29,7 +35,7 @@ class Budget:
         activations: bytes kept for the backward, or alive at once in a forward.
         cache: keys and values of all layers, for decoding after a forward; 0 in training. in_flight: shards of a ring on their way.
         product_flops, attention_flops: of one pass, a device's share.
-        compute_seconds, transfer_seconds: of one pass; the larger is expected.
+        product_seconds, attention_seconds: of one pass, which takes both. transfer_seconds: of what travels, most of it while attention computes.
     """
 
     parameters: int
@@ -41,7 +47,8 @@ class Budget:
     in_flight: int
     product_flops: float
     attention_flops: float
-    compute_seconds: float
+    product_seconds: float
+    attention_seconds: float
     transfer_seconds: float
 
     @property
@@ -52,7 +59,7 @@ class Budget:
     @property
     def seconds(self) -> float:
         """Expected seconds of one pass."""
-        return max(self.compute_seconds, self.transfer_seconds)
+        return self.product_seconds + self.attention_seconds
 
 
 def run(options: Namespace) -> Report:
@@ -64,12 +71,18 @@ def run(options: Namespace) -> Report:
     kv_heads = options.kv_heads or options.heads
     if options.heads % kv_heads:
         raise ValueError(f"--kv-heads must divide --heads={options.heads}, got {kv_heads}")
-    pattern = pattern_of(options)
+    pattern, machine = pattern_of(options), MACHINES[options.machine]
     verdict = pattern.lint(options.length, options.heads, head_dim=options.head_dim, dtype=options.dtype)
     passes = verdict.flops_forward
     if options.train:
         passes += verdict.flops_backward + (verdict.flops_forward if options.recompute else 0)
-    found = budget(options, kv_heads, options.batch * options.layers * passes, MACHINES[options.machine])
+    call = ScheduledCall(
+        pattern, options.length, options.ring, options.heads, kv_heads, options.head_dim, options.batch, getattr(torch, options.dtype)
+    )  # fmt: skip
+    hardware = Hardware(_speed(options, machine), machine.levels[-1].bandwidth or math.inf, options.link * 1e9)
+    layer = simulate(call, options.engine, hardware, backward=options.train)
+    again = simulate(call, options.engine, hardware, backward=False) if options.train and options.recompute else None
+    found = budget(options, kv_heads, options.batch * options.layers * passes, machine, layer, again)
     tokens = options.batch * options.length
     rows = [
         ("weights", _gib(found.weights), f"{found.parameters / 1e9:.3f} billion parameters in {options.dtype}"),
@@ -92,15 +105,16 @@ def run(options: Namespace) -> Report:
         (
             "shards in flight",
             _gib(found.in_flight),
-            "none" if options.ring == 1 else f"two of each kind, ring of {options.ring}",
+            "none" if options.ring == 1 else f"of {options.engine}, {options.ring} devices",
         ),
         ("together", _gib(found.total), "on one device"),
     ]
     what = "step of training" if options.train else "forward of the whole sequence"
     sentence = (
         f"a {what}: {found.seconds:.3g} s, {tokens / found.seconds:.4g} tokens a second on {options.ring} x {options.machine}: "
-        f"{found.product_flops:.3g} FLOP in projections, {found.attention_flops:.3g} in attention on a device at {options.efficiency:g} of its "
-        f"peak ({found.compute_seconds:.3g} s); transfers {found.transfer_seconds:.3g} s"
+        f"{found.product_flops:.3g} FLOP in projections on a device at {options.efficiency:g} of its peak ({found.product_seconds:.3g} s), "
+        f"{found.attention_flops:.3g} in attention ({found.attention_seconds:.3g} s on the slowest of {layer.readers} ranks looked at); {options.engine} receives "
+        f"{options.layers * layer.received / GIB:.3g} GiB on a device ({found.transfer_seconds:.3g} s if nothing overlapped)"
     )
     parts: list[Table | str] = [
         pattern.canonical(),
@@ -119,7 +133,9 @@ def run(options: Namespace) -> Report:
     return Report(data, parts)
 
 
-def budget(options: Namespace, kv_heads: int, attention_flops: float, machine: Machine) -> Budget:
+def budget(
+    options: Namespace, kv_heads: int, attention_flops: float, machine: Machine, layer: Prediction, again: Prediction | None
+) -> Budget:  # fmt: skip
     """What one device of `options.ring` holds and does.
 
     Args:
@@ -127,6 +143,7 @@ def budget(options: Namespace, kv_heads: int, attention_flops: float, machine: M
         kv_heads: key and value heads.
         attention_flops: of all layers and sequences, forward, and where trained backward.
         machine: whose peak is taken.
+        layer: the attention of one layer. again: its forward, where a backward makes it once more.
 
     Raises:
         ValueError: the machine's peak for the dtype is not known.
@@ -146,16 +163,7 @@ def budget(options: Namespace, kv_heads: int, attention_flops: float, machine: M
     else:
         activations = options.layers * of_layer
     shard = 2 * tokens * kv_width * size
-    travelling = 2 * tokens * kv_width * max(4, size)  # gradients of keys and values stay in float32 until home
-    hops = options.ring - 1
-    moved = options.layers * hops * (shard + (shard + travelling if options.train else 0))
     products = passes * 2 * tokens * (in_layers + options.vocabulary * width)
-    bits = 32 if options.dtype == "float32" else 16
-    if options.dtype == "float64" or bits not in machine.peak:
-        raise ValueError(
-            f"--dtype must be one whose peak is known on {machine.name}: {_known(machine)}, got {options.dtype!r}"
-        )
-    speed = options.efficiency * machine.peak[bits]
     return Budget(
         parameters=parameters,
         weights=parameters * size,
@@ -163,12 +171,23 @@ def budget(options: Namespace, kv_heads: int, attention_flops: float, machine: M
         optimizer=parameters * ADAM_STATE[options.dtype] if options.train else 0,
         activations=activations,
         cache=0 if options.train else options.layers * shard,
-        in_flight=0 if options.ring == 1 else 2 * (shard + (travelling if options.train else 0)),
+        in_flight=layer.in_flight,
         product_flops=products,
         attention_flops=attention_flops / options.ring,
-        compute_seconds=(products + attention_flops / options.ring) / speed,
-        transfer_seconds=moved / (options.link * 1e9),
+        product_seconds=products / _speed(options, machine),
+        attention_seconds=options.layers * (layer.seconds + (again.seconds if again else 0.0)),
+        transfer_seconds=options.layers * (layer.transfer + (again.transfer if again else 0.0)),
     )
+
+
+def _speed(options: Namespace, machine: Machine) -> float:
+    """FLOP a second that the device is assumed to reach."""
+    bits = 32 if options.dtype == "float32" else 16
+    if options.dtype == "float64" or bits not in machine.peak:
+        raise ValueError(
+            f"--dtype must be one whose peak is known on {machine.name}: {_known(machine)}, got {options.dtype!r}"
+        )
+    return options.efficiency * machine.peak[bits]
 
 
 def _known(machine: Machine) -> str:

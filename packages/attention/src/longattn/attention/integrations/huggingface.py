@@ -17,7 +17,7 @@ from longattn.attention.integrations.transformers_bias import relative_bias
 from longattn.attention.integrations.transformers_calls import attend, refuse_keywords
 from longattn.attention.integrations.transformers_masks import make_mask_function
 from longattn.attention.sparse_config import SparsePatternConfig
-from longattn.attention.validate import check_pattern_argument, check_type
+from longattn.attention.validate import check_bool, check_pattern_argument, check_size, check_type
 from longattn.kernels import Softcap
 from longattn.kernels.interface import ScoreTerm
 from longattn.patterncache import Dilated, Full, Pattern, Window
@@ -74,15 +74,19 @@ def register_with_transformers(patterns: Mapping[str, Pattern] | None = None) ->
     return tuple(by_name)
 
 
-def streaming_cache(model: Any, *, max_rewind: int = 0) -> Any:
+def streaming_cache(model: Any, *, max_rewind: int = 0, max_cache_len: int | None = None, offload: bool = False) -> Any:
     """A cache for `generate` that holds only the keys that later queries of the model's patterns see (`StreamingAttention`).
 
     Left padding, beams and assisted decoding (as much as `max_rewind`) work. A model's own windows, packed sequences, soft caps, sinks and
-    biases, dropout and offloading are refused by name.
+    biases and dropout are refused by name.
 
     Args:
         model: a decoder of transformers with patterns as its attention (`use_pattern`, or a registered name).
         max_rewind: tokens that assisted decoding may take back at once. Keys that they see stay as long. Default 0.
+        max_cache_len: most tokens of a stream, padding included. Then what the patterns need is allocated at once, masks have one shape, and
+            a compiled model is compiled once for prompts of one length and once for steps. Default None: no maximum.
+        offload: whether a layer's keys and values lie in host memory, of bufmgr's global pool, while other layers compute. They are
+            fetched and brought back in each step, which waits for them. Default False. On the CPU it changes nothing.
 
     Raises:
         ImportError: transformers is not installed.
@@ -103,7 +107,11 @@ def streaming_cache(model: Any, *, max_rewind: int = 0) -> Any:
         raise ValueError(
             f"model must have a pattern of longattn as its attn_implementation, got {name!r}: call use_pattern(model, ...)"
         )
-    layers = [StreamLayer(max_rewind) for _ in range(config.num_hidden_layers)]
+    check_size("max_rewind", max_rewind, least=0)
+    if max_cache_len is not None:
+        check_size("max_cache_len", max_cache_len)
+    check_bool("offload", offload)
+    layers = [StreamLayer(max_rewind, max_cache_len, offload) for _ in range(config.num_hidden_layers)]
     return transformers.Cache(layers=layers)  # pyright: ignore
 
 

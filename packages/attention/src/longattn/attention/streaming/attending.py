@@ -12,6 +12,7 @@ from torch import Tensor
 from longattn.attention.streaming.held_keys import HeldKeys
 from longattn.attention.streaming.stream_state import StreamingState
 from longattn.kernels import AttentionState, attend, merge
+from longattn.kernels.interface import paged_attention
 from longattn.patterncache import Full, Span
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ _FULL = Full()
 _CELLS = 1 << 22
 """Numbers of a mask that are there at a time."""
 
-_ROUND = 64
+_WORTH_SHARING = 256
+"""Slots that all rows share from which they are read once for all."""
 
 
 def log_counts(
@@ -42,12 +44,43 @@ def attend_appended(
 ) -> AttentionState:
     """Attend with the query of the token that each row has just taken in, q (rows, 1, heads, head_dim), to all that is held."""
     tables = state.chosen(rows)
-    # Slots in steps, so that a call's shape is an old one most of the time.
-    used = min(state.capacity, -(-max(table.used for table in tables) // _ROUND) * _ROUND)
+    used = max(table.used for table in tables)
     masks = [log_counts(module, table, table.position - 1, 1, used, q) for table in tables]
-    keys, values = _slots(state, rows, used)
-    mask = torch.as_tensor(np.stack(masks), device=q.device)
-    return attend(q, keys, values, _FULL, softmax_scale=module.softmax_scale, attention_mask=mask)
+    return _attend_pages(module, state, rows, q, torch.as_tensor(np.stack(masks), device=q.device))
+
+
+def _attend_pages(
+    module: StreamingAttention, state: StreamingState, rows: list[int] | None, q: Tensor, mask: Tensor
+) -> AttentionState:
+    """Attend with q (rows, n, heads, head_dim) to the first slots of each row as they lie; mask (rows or 1, heads, n, used), log counts.
+
+    Pages that all rows share, those of a prompt that was forked, are read once for the queries of all rows; what is behind them is
+    merged with that.
+    """
+    batch, n, heads, _ = q.shape
+    kv_heads, used = module.kv_heads, mask.shape[3]
+    group = heads // kv_heads * n
+    queries = q.transpose(1, 2).reshape(batch, kv_heads, group, -1)
+    added = mask.reshape(len(mask), kv_heads, group, used)
+    numbers = list(state.rows_of(rows))
+    pages = torch.as_tensor(state.page_table.pages[numbers], device=q.device)
+    cache, scale = state.pool.cache(), module.softmax_scale
+    shared = state.page_table.shared_pages(numbers) * state.pool.page_size if batch > 1 else 0
+    if shared < _WORTH_SHARING:
+        whole = paged_attention(queries, cache, pages, used, scale, added)
+    else:
+        shared = min(shared, used)
+        together = queries.transpose(0, 1).reshape(1, kv_heads, batch * group, -1)
+        of_all = added[..., :shared].expand(batch, -1, -1, -1).transpose(0, 1).reshape(1, kv_heads, batch * group, -1)
+        wide = of_all.dtype
+        prefix = paged_attention(together, cache, pages[:1], shared, scale, of_all, wide)
+        out = prefix.out.reshape(kv_heads, batch, group, -1).transpose(0, 1)
+        first = AttentionState(out, prefix.lse.reshape(kv_heads, batch, group).transpose(0, 1))
+        tail = pages[..., shared // state.pool.page_size :]
+        behind = paged_attention(queries, cache, tail, used - shared, scale, added[..., shared:], wide)
+        whole = merge(first, behind)
+    out = whole.out.reshape(batch, heads, n, -1).transpose(1, 2)
+    return AttentionState(out, whole.lse.reshape(batch, heads, n).transpose(1, 2))
 
 
 def attend_before(
@@ -59,11 +92,11 @@ def attend_before(
         return AttentionState.empty(out)
     tables = state.chosen(rows)
     if state.uniform:
-        return _attend_table(module, tables[0], q, k, v, _slots(state, rows, tables[0].used))
+        return _attend_table(module, tables[0], q, k, v, state.read(rows, tables[0].used))
     parts: list[AttentionState] = []
     for index, table in enumerate(tables):
         row = slice(index, index + 1)
-        slots = _slots(state, [index if rows is None else rows[index]], table.used)
+        slots = state.read([index if rows is None else rows[index]], table.used)
         parts.append(_attend_table(module, table, q[row], k[row], v[row], slots))
     return AttentionState(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
 
@@ -86,12 +119,3 @@ def _attend_table(
         parts.append(attend(queries, *slots, _FULL, softmax_scale=scale, attention_mask=mask))
     earlier = AttentionState(torch.cat([p.out for p in parts], 1), torch.cat([p.lse for p in parts], 1))
     return merge(among_themselves, earlier)
-
-
-def _slots(state: StreamingState, rows: list[int] | None, used: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the first slots, (rows, used, kv_heads, head_dim): views, but of some rows of several a copy."""
-    index: Any = (slice(None), slice(None), slice(used))
-    if rows is not None and rows != list(range(state.batch_size)):
-        index = (slice(rows[0], rows[0] + 1) if len(rows) == 1 else torch.tensor(rows, device=state.device), *index[1:])
-    keys, values = (buffer.read(index).transpose(1, 2) for buffer in (state.keys, state.values))
-    return keys, values

@@ -41,6 +41,16 @@ class ExpiryTable:
             start, count = start + block.shape[1], count - block.shape[1]
         return np.concatenate(blocks, axis=1) if blocks else self._last[:, :0]
 
+    def most_held(self, length: int, max_rewind: int = 0) -> int:
+        """Keys that a kv head holds at most while a stream of `length` tokens is read one by one."""
+        most = 0
+        last = np.minimum(self.last_queries(0, length) + max_rewind, length - 1)
+        for head in last:
+            written = np.flatnonzero(head >= np.arange(length))
+            change = np.bincount(written, minlength=length + 1) - np.bincount(head[written] + 1, minlength=length + 1)
+            most = max(most, int(change.cumsum().max(initial=0)))
+        return most
+
     def _look_up(self, start: int, count: int) -> None:
         """Make the block that holds `start`: whole, where the pattern means something at all of it."""
         begin = start // _BLOCK * _BLOCK

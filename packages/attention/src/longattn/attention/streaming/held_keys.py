@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from longattn.attention.streaming.expiry import Positions
 
@@ -41,6 +42,16 @@ class HeldKeys:
         copy.position, copy.restorable = self.position, self.restorable
         return copy
 
+    def occupied(self, page_size: int) -> npt.NDArray[np.bool_]:
+        """(kv_heads, capacity / page_size): the pages in which a slot is in use."""
+        return np.any((self.slots >= 0).reshape(len(self.slots), -1, page_size), axis=-1)
+
+    def restore(self, other: HeldKeys) -> None:
+        """Be what another table is; it is taken over."""
+        width = self.slots.shape[1]
+        self.__dict__.update(other.__dict__)
+        self.grow(width)
+
     @property
     def used(self) -> int:
         """Slots up to the last one in use."""
@@ -53,27 +64,31 @@ class HeldKeys:
     def grow(self, capacity: int) -> None:
         """More slots, free ones."""
         more = ((0, 0), (0, capacity - self.slots.shape[1]))
-        self.slots, self.last = (np.pad(table, more, constant_values=-1) for table in (self.slots, self.last))
+        if more[1][1]:
+            self.slots, self.last = (np.pad(table, more, constant_values=-1) for table in (self.slots, self.last))
 
     def needed(self, last: Positions) -> int:
         """Slots that a head needs once the next keys, with these last queries (kv_heads, n), are placed."""
         return int(((self.slots >= 0).sum(axis=1) + self._stays(last).sum(axis=1)).max(initial=0))
 
-    def place(self, last: Positions) -> KeyPlacement:
-        """Take the next keys in: those that some query to come sees get the first free slots of their head, which must be enough."""
+    def placement(self, last: Positions) -> KeyPlacement:
+        """Where the next keys would go: those that some query to come sees, to the first free slots of their head, which must be enough."""
         stays = self._stays(last)
         heads: list[Positions] = []
         places: list[Positions] = []
         tokens: list[Positions] = []
         for head, row in enumerate(self.slots):
             token = stays[head].nonzero()[0]
-            place = (row < 0).nonzero()[0][: len(token)]
-            row[place], self.last[head, place] = self.position + token, last[head, token]
             heads.append(np.full(len(token), head, np.int64))
-            places.append(place)
+            places.append((row < 0).nonzero()[0][: len(token)])
             tokens.append(token)
-        self.position += last.shape[1]
         return KeyPlacement(*(np.concatenate(parts) for parts in (heads, places, tokens)))
+
+    def place(self, placement: KeyPlacement, last: Positions) -> None:
+        """Take the next keys in where `placement` says."""
+        head, slot, token = placement
+        self.slots[head, slot], self.last[head, slot] = self.position + token, last[head, token]
+        self.position += last.shape[1]
 
     def evict(self, position: int) -> None:
         """Free the slots of keys that no query from `position` on sees, nor one that a rewind from there could bring back."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longattn.attention.streaming.attending import attend_appended, attend_before
 from longattn.attention.streaming.expiry import ExpiryTable
+from longattn.attention.streaming.page_pool import PAGE_SIZE, PagePool
 from longattn.attention.streaming.row_by_row import attend_row_by_row
 from longattn.attention.streaming.slot_buffer import LARGEST, Storage
 from longattn.attention.streaming.stream_state import StreamingState
@@ -96,12 +97,54 @@ class StreamingAttention(nn.Module):
         self._expiry = ExpiryTable(pattern, num_heads, self.kv_heads)
 
     def new_state(
-        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self,
+        batch_size: int,
+        *,
+        pool: PagePool | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> StreamingState:
-        """A state at position 0. dtype: default torch's. device: default the current one."""
+        """A state at position 0.
+
+        Args:
+            pool: where its pages come from; then dtype and device are the pool's. Default None: a pool of its own, which grows.
+            dtype: default torch's. device: default the current one.
+
+        Raises:
+            TypeError, ValueError: a pool of another kind of module, by what differs.
+        """
+        if pool is None:
+            pool = self.new_pool(dtype=dtype, device=device)
+        else:
+            self._check_pool(pool, dtype, device)
+        return StreamingState(pool, self.kv_heads, batch_size, self.max_rewind)
+
+    def new_pool(
+        self,
+        pages: int | None = None,
+        *,
+        page_size: int = PAGE_SIZE,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> PagePool:
+        """A pool of pages for states of this module, and of others with its head_dims and storage.
+
+        A page has room for `page_size` keys and values of one kv head. States of one pool share the pages of a common beginning.
+
+        Args:
+            pages: how many there are, all at once; a call that needs more raises MemoryError, and its state is as it was. Default None: as many as needed.
+            page_size: a power of two. Default 64. dtype: default torch's. device: default the current one.
+        """
         like = torch.empty(0, dtype=dtype, device=device)
-        widths = (self.head_dim, self.value_head_dim)
-        return StreamingState(widths, self.kv_heads, batch_size, self.max_rewind, like.dtype, like.device, self.storage)
+        return PagePool((self.head_dim, self.value_head_dim), like.dtype, like.device, self.storage, pages, page_size)
+
+    def most_held(self, length: int) -> int:
+        """Keys that a kv head holds at most while a stream of `length` tokens is read one by one.
+
+        Raises:
+            TypeError, ValueError: no length; or one at which the pattern means nothing.
+        """
+        return self._expiry.most_held(check_size("length", length, least=0), self.max_rewind)
 
     @overload
     def forward(
@@ -170,6 +213,8 @@ class StreamingAttention(nn.Module):
             self.pattern.check_rectangle(Rectangle(self.num_heads, span, span))
         last = [self._expiry.last_queries(table.position, n) for table in tables]
         with torch.no_grad():
+            # Keys of a long call take the slots of those that only its own queries still see.
+            before = [table.clone() for table in tables] if self.invariant or n != 1 else None
             if self.invariant:
                 computed = attend_row_by_row(self, state, chosen, q, k, v)
             elif n == 1:
@@ -177,12 +222,18 @@ class StreamingAttention(nn.Module):
                 computed = attend_appended(self, state, chosen, q)
             else:
                 computed = attend_before(self, state, chosen, q, k, v)
-            if self.invariant or n != 1:
+            if before is not None:
                 for table in tables:
                     table.evict(table.position + n)
-                state.write(chosen, k, v, last)
+                try:
+                    state.write(chosen, k, v, last)
+                except MemoryError:
+                    for table, old in zip(tables, before, strict=True):
+                        table.restore(old)
+                    raise
         for table in tables:
             table.evict(table.position)
+        state.trim(chosen)
         out = computed.finalize(q.dtype)
         return ((out, computed.lse), state) if return_lse else (out, state)
 
@@ -205,6 +256,18 @@ class StreamingAttention(nn.Module):
                 )
         if q.shape[1] != k.shape[1]:
             raise ValueError(f"q must have the length of k, {k.shape[1]}, got {q.shape[1]}")
+
+    def _check_pool(self, pool: PagePool, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+        if not isinstance(pool, PagePool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"pool must be None or a PagePool, got {type(pool).__name__}")
+        for name, expected, got in (
+            ("widths", (self.head_dim, self.value_head_dim), pool.widths),
+            ("storage", self.storage, pool.storage),
+            ("dtype", dtype, pool.dtype),
+            ("device", None if device is None else torch.device(device), pool.device),
+        ):
+            if expected != got and not (expected is None and name != "storage"):
+                raise ValueError(f"pool must have {name}={expected} of this module, got {got}")
 
     def _check_state(self, state: StreamingState, k: Tensor, rows: Sequence[int] | None) -> list[int] | None:
         if not isinstance(state, StreamingState):  # pyright: ignore[reportUnnecessaryIsInstance]

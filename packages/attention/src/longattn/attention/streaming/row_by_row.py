@@ -35,9 +35,11 @@ def attend_row_by_row(
             slots = (table.slots[head] >= 0).nonzero()[0]
             slots = slots[table.slots[head, slots].argsort()]
             held = table.slots[head, slots]
-            chosen = torch.as_tensor(slots, device=q.device)
-            keys = torch.cat((state.keys.read((row, head, chosen)), k[index, :, head]))
-            values = torch.cat((state.values.read((row, head, chosen)), v[index, :, head]))
+            chosen = torch.as_tensor(
+                state.page_table.slots([row], np.full_like(slots, head), slots)[0], device=q.device
+            )
+            keys = torch.cat((state.pool.keys.read(chosen), k[index, :, head]))
+            values = torch.cat((state.pool.values.read(chosen), v[index, :, head]))
             positions = np.concatenate((held, table.position + np.arange(k.shape[1])))
             heads = slice(head * group, (head + 1) * group)
             numbers = np.arange(heads.start, heads.stop)[:, None]

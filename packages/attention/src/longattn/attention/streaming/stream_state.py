@@ -11,42 +11,33 @@ from torch import Tensor
 
 from longattn.attention.streaming.expiry import Positions
 from longattn.attention.streaming.held_keys import HeldKeys, KeyPlacement
-from longattn.attention.streaming.slot_buffer import LARGEST, SlotBuffer, Storage
+from longattn.attention.streaming.page_pool import PagePool
+from longattn.attention.streaming.page_table import PageTable
+from longattn.attention.streaming.slot_buffer import LARGEST
 from longattn.attention.validate import integers, load_checked
 from longattn.kernels.interface import FLOATS, dtype_name
 
 FORMAT = 1
-_GRAIN = 64
-"""Slots: capacities are multiples of it."""
 
 
 class StreamingState:
-    """Keys and values of streams, one a row of the batch, in buffers of type CACHE of the global pool.
+    """Keys and values of streams, one a row of the batch, in pages of a pool, whose buffers are of type CACHE of the global pool.
 
     1. `StreamingAttention` makes one, and calls with it advance it in place. A refused call leaves it as it was.
-    2. Buffers grow to what the pattern needs at once, and not with the number of tokens, unless queries see keys without end.
+    2. A state holds the pages in which some slot is in use, and gives them back when it no longer exists. What it holds does not grow with the
+       number of tokens, unless queries see keys without end.
     3. Rows stand at one position, or, after `split`, `admit` or a `rewind` by row, each at its own.
+    4. States of one pool share pages after `clone`, `fork`, `reorder` and `admit`; who writes into a shared page copies it first.
 
     Attributes:
-        tables: what each row holds: one table for all rows, or one for each.
+        pool: where its pages are. tables: what each row holds: one table for all rows, or one for each.
     """
 
-    def __init__(
-        self,
-        widths: tuple[int, int],
-        kv_heads: int,
-        batch_size: int,
-        max_rewind: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        storage: Storage | None = None,
-    ) -> None:
-        self.widths, self.kv_heads, self.batch_size = widths, kv_heads, batch_size
-        self.max_rewind, self.dtype, self.device, self.storage = max_rewind, dtype, device, storage
+    def __init__(self, pool: PagePool, kv_heads: int, batch_size: int, max_rewind: int) -> None:
+        self.pool, self.kv_heads, self.batch_size, self.max_rewind = pool, kv_heads, batch_size, max_rewind
+        self.widths, self.dtype, self.device, self.storage = pool.widths, pool.dtype, pool.device, pool.storage
         self.tables = [HeldKeys(kv_heads, 0, max_rewind)]
-        self.keys, self.values = (
-            SlotBuffer((batch_size, kv_heads, 0, width), dtype, device, storage) for width in widths
-        )
+        self.page_table = PageTable(pool, batch_size, kv_heads)
 
     @property
     def uniform(self) -> bool:
@@ -55,8 +46,8 @@ class StreamingState:
 
     @property
     def capacity(self) -> int:
-        """Slots of a head."""
-        return self.keys.numbers.shape[2]
+        """Slots of a head for which there is room in the tables; a page is taken when one of its slots is written."""
+        return self.tables[0].slots.shape[1]
 
     @property
     def positions(self) -> list[int]:
@@ -65,8 +56,8 @@ class StreamingState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, scales included."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of the pages that it holds, scales included; a page that several rows share counts once."""
+        return self.page_table.nbytes
 
     def __repr__(self) -> str:
         at = self.positions[0] if len(set(self.positions)) == 1 else self.positions
@@ -94,34 +85,36 @@ class StreamingState:
 
     def clear(self, row: int) -> StreamingState:
         """End the stream of a row: it is at position 0 again, and holds nothing. In place; returns the state."""
-        self.split().tables[self._row(row)] = HeldKeys(self.kv_heads, self.capacity, self.max_rewind)
+        row = self._row(row)
+        self.split().tables[row] = HeldKeys(self.kv_heads, self.capacity, self.max_rewind)
+        self.page_table.drop(row)
         return self
 
     @torch.no_grad()
     def admit(self, row: int, other: StreamingState, source: int = 0) -> StreamingState:
-        """Put row `source` of another state in the place of a row of this one. In place; returns the state.
+        """Put row `source` of another state in the place of a row of this one: of the same pool, by sharing pages. In place; returns the state.
 
         Raises:
-            ValueError: states of other sizes, dtypes or devices.
+            ValueError: states of other sizes, dtypes or devices. MemoryError: too few free pages in the pool.
         """
         for name in ("widths", "kv_heads", "max_rewind", "dtype", "device", "storage"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"other must be a state with the {name} of this one, {getattr(self, name)}, got {getattr(other, name)}"
                 )
-        table = other.tables[0 if other.uniform else other._row(source)].clone()
+        if self.pool.page_size != other.pool.page_size:
+            raise ValueError(
+                f"other must be a state with pages of {self.pool.page_size} slots, as this one, got {other.pool.page_size}"
+            )
+        row, source = self._row(row), other._row(source)
+        table = other.tables[0 if other.uniform else source].clone()
         self._reserve(table.used)
-        table.slots, table.last = (x[:, : min(self.capacity, x.shape[1])] for x in (table.slots, table.last))
+        table.slots, table.last = (x[:, : self.capacity] for x in (table.slots, table.last))
         table.grow(self.capacity)
-        row = self._row(row)
+        self.page_table.admit(row, other.page_table, source)
         self.split().tables[row] = table
-        used = table.used
-        here, there = (row, slice(None), slice(used)), (other._row(source), slice(None), slice(used))
-        self.keys.copy_from(other.keys, here, there)
-        self.values.copy_from(other.values, here, there)
         return self
 
-    @torch.no_grad()
     def reorder(self, index: Tensor | Sequence[int]) -> StreamingState:
         """Row b becomes what row index[b] was: beam search. In place, and the batch may change its size; returns the state.
 
@@ -130,19 +123,17 @@ class StreamingState:
         """
         listed = integers(index) if isinstance(index, Tensor) else list(index)
         rows = [self._row(row) for row in listed]
-        select = torch.tensor(rows, dtype=torch.int64, device=self.device)
         if not self.uniform and rows:
             self.tables = [self.tables[row].clone() for row in rows]
         self.batch_size = len(rows)
-        self._replace(self.batch_size, self.capacity, (), select)
+        self.page_table = self.page_table.select(rows)
         return self
 
     def clone(self) -> StreamingState:
-        """A copy that shares nothing."""
-        copy = StreamingState.__new__(StreamingState)
-        copy.__dict__.update(self.__dict__)
+        """A state of its own that goes on from here; it shares pages until one of the two writes into them."""
+        copy = StreamingState(self.pool, self.kv_heads, self.batch_size, self.max_rewind)
         copy.tables = [table.clone() for table in self.tables]
-        copy._replace(self.batch_size, self.capacity, (), ())
+        copy.page_table = self.page_table.select(range(self.batch_size))
         return copy
 
     def fork(self, copies: int) -> StreamingState:
@@ -174,11 +165,14 @@ class StreamingState:
                 )
         for table, amount in zip(self.tables, amounts, strict=True):
             table.rewind(table.position - amount)
+        self.trim(None)
         return self
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors, numbers and lists: what torch.load takes with weights_only=True."""
+        self.pool.move(self.device)
         used = max(table.used for table in self.tables)
+        slots = self._slots_to(used)
         return {
             "format": FORMAT,
             "widths": list(self.widths),
@@ -196,8 +190,8 @@ class StreamingState:
                 for table in self.tables
             ],
             "storage": self.storage,
-            "keys": {name: part[:, :, :used].clone() for name, part in self.keys.parts.items()},
-            "values": {name: part[:, :, :used].clone() for name, part in self.values.parts.items()},
+            "keys": {name: part.flatten(0, 1)[slots] for name, part in self.pool.keys.parts.items()},
+            "values": {name: part.flatten(0, 1)[slots] for name, part in self.pool.values.parts.items()},
         }
 
     def save(self, file: str | IO[bytes]) -> None:
@@ -243,18 +237,24 @@ class StreamingState:
         numbers = saved["keys"]["numbers"]
         used = numbers.shape[2] if isinstance(numbers, Tensor) and numbers.dim() == 4 else 0
         widths: Any = tuple(saved["widths"])
-        state = cls(widths, heads, batch, saved["max_rewind"], dtypes[saved["dtype"]], numbers.device, storage)
+        pool = PagePool(widths, dtypes[saved["dtype"]], numbers.device, storage)
+        state = cls(pool, heads, batch, saved["max_rewind"])
         listed = cast("list[dict[str, Any]]", tables)
         state.tables = [_table(entries, heads, used, saved["max_rewind"]) for entries in listed]
         state._reserve(used)
-        for name, buffer in (("keys", state.keys), ("values", state.values)):
+        head, slot = (x.reshape(-1) for x in np.indices((heads, used)))
+        every = KeyPlacement(head, slot, slot)
+        state.page_table.write(range(batch), [every])
+        slots = state._slots_to(used)
+        for name, buffer in (("keys", pool.keys), ("values", pool.values)):
             for part, target in buffer.parts.items():
-                shape, given = (batch, heads, used, target.shape[3]), saved[name].get(part)
+                shape, given = (batch, heads, used, target.shape[2]), saved[name].get(part)
                 if not isinstance(given, Tensor) or given.shape != shape or given.dtype != target.dtype:
                     raise ValueError(
                         f"saved[{name!r}][{part!r}] must be a {dtype_name(target.dtype)} tensor {shape}, got another"
                     )
-                target[:, :, :used] = given
+                target.flatten(0, 1)[slots] = given
+        state.trim(None)
         return state
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -270,45 +270,55 @@ class StreamingState:
         """The tables of some rows, in order; of all where None."""
         return self.tables if rows is None else [self.tables[row] for row in rows]
 
+    def rows_of(self, rows: list[int] | None) -> Sequence[int]:
+        """Rows by number; None: all."""
+        return range(self.batch_size) if rows is None else rows
+
     @torch.no_grad()
     def write(self, rows: list[int] | None, k: Tensor, v: Tensor, last: Sequence[Positions]) -> None:
-        """Take the next keys of rows (None: of all) in: k, v (rows, n, kv_heads, head_dim), with their last queries, one for each table."""
-        tables = self.chosen(rows)
-        self._reserve(max(table.needed(each) for table, each in zip(tables, last, strict=True)))
-        for index, (table, each) in enumerate(zip(tables, last, strict=True)):
-            self._put(
-                slice(None) if self.uniform else [index, index if rows is None else rows[index]],
-                table.place(each),
-                k,
-                v,
-            )
+        """Take the next keys of rows (None: of all) in: k, v (rows, n, kv_heads, head_dim), with their last queries, one for each table.
 
-    def _put(self, row: Any, placement: KeyPlacement, k: Tensor, v: Tensor) -> None:
-        """Copy keys and values of the call's row into their slots: of all rows at once, or row[0] of the call into row[1]."""
-        head, slot, token = (torch.as_tensor(x, device=self.device) for x in placement)
-        for buffer, new in ((self.keys, k), (self.values, v)):
-            if isinstance(row, slice):
-                buffer.put((row, head, slot), new[:, token, head])
-            else:
-                buffer.put((row[1], head, slot), new[row[0], token, head])
+        Raises:
+            MemoryError: too few free pages in the pool. Nothing has changed.
+        """
+        tables, numbers = self.chosen(rows), self.rows_of(rows)
+        self._reserve(max(table.needed(each) for table, each in zip(tables, last, strict=True)))
+        placements = [table.placement(each) for table, each in zip(tables, last, strict=True)]
+        self.page_table.write(numbers, placements)
+        for index, (table, each, placement) in enumerate(zip(tables, last, placements, strict=True)):
+            table.place(placement, each)
+            part = slice(None) if self.uniform else slice(index, index + 1)
+            slots = self.page_table.slots(numbers[part], placement.head, placement.slot)
+            at, token, head = (torch.as_tensor(x, device=self.device) for x in (slots, placement.token, placement.head))
+            for buffer, new in ((self.pool.keys, k), (self.pool.values, v)):
+                buffer.put(at, new[part][:, token, head])
+
+    def trim(self, rows: list[int] | None) -> None:
+        """Give back the pages of rows (None: of all) in which no slot is in use."""
+        occupied = [table.occupied(self.pool.page_size) for table in self.chosen(rows)]
+        self.page_table.trim(self.rows_of(rows), np.stack(occupied))
+
+    def read(self, rows: list[int] | None, used: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first slots of rows, (rows, used, kv_heads, head_dim), copied together."""
+        slots = self._slots_to(used, rows)
+        keys, values = (x.read(slots).transpose(1, 2) for x in (self.pool.keys, self.pool.values))
+        return keys, values
+
+    def _slots_to(self, used: int, rows: list[int] | None = None) -> Tensor:
+        """(rows, kv_heads, used): where the first slots of each head lie. Those of pages that are not there are the pool's first."""
+        head, slot = np.indices((self.kv_heads, used))
+        numbers = self.rows_of(rows)
+        slots = self.page_table.slots(numbers, head.reshape(-1), slot.reshape(-1))
+        return torch.as_tensor(slots.reshape(len(numbers), *head.shape).clip(0), device=self.device)
 
     def _reserve(self, slots: int) -> None:
-        """So many slots for each head at least."""
-        if slots > self.capacity:
-            capacity = -(-max(slots, min(2 * self.capacity, slots + slots // 8)) // _GRAIN) * _GRAIN
-            old = (slice(None), slice(None), slice(self.capacity))
-            self._replace(self.batch_size, capacity, old, old)
+        """Room in the tables for so many slots of each head at least."""
+        size, capacity = self.pool.page_size, self.capacity
+        if slots > capacity:
+            capacity = -(-max(slots, min(2 * capacity, slots + slots // 8)) // size) * size
         for table in self.tables:
-            table.grow(self.capacity)
-
-    @torch.no_grad()
-    def _replace(self, batch: int, slots: int, here: Any, there: Any) -> None:
-        """New buffers, of another size, with what the old ones have at index `there` at index `here`."""
-        for name in ("keys", "values"):
-            old: SlotBuffer = getattr(self, name)
-            new = old.like(batch, slots)
-            new.copy_from(old, here, there)
-            setattr(self, name, new)
+            table.grow(-(-capacity // size) * size)
+        self.page_table.grow(self.capacity)
 
     def _row(self, row: int) -> int:
         if not 0 <= row < self.batch_size:

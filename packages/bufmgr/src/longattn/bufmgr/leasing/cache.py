@@ -30,10 +30,10 @@ class BlockCache:
     """Free blocks and slots of one type (or of all types, in a pool).
 
     max_buffers: most blocks and slots kept. max_bytes: most bytes of them; a larger block is not kept. adapts: raise
-    max_buffers, up to four times, as misses show that it is too low; `shrink` sets it back. Default False.
+    max_buffers, up to four times, as misses show that it is too low; `shrink` sets it back.
     """
 
-    def __init__(self, max_buffers: int, max_bytes: int, *, adapts: bool = False) -> None:
+    def __init__(self, max_buffers: int, max_bytes: int, *, adapts: bool) -> None:
         self.max_buffers = max_buffers
         self.max_bytes = max_bytes
         self.limit_misses = 0

@@ -47,6 +47,7 @@ def release_lease(leases: Mapping[int, Lease], tensor: object, kind: BufferType,
         or _only_caller_sees(lease, tensor, tensor_references, fresh)
     )
     if only_reference:
+        note_stream(tensor)
         # Drops the storage; of an ordinary lease this is the last owner, which ends inside this line.
         if tensor.requires_grad:
             with torch.no_grad():
@@ -57,6 +58,12 @@ def release_lease(leases: Mapping[int, Lease], tensor: object, kind: BufferType,
         # The handle lives on and owns the storage, so a slot is not free and no other thread takes it meanwhile.
         lease.handle_id = -handle_id
     return lease
+
+
+def note_stream(tensor: torch.Tensor) -> None:
+    """Tell torch's CUDA allocator that the current stream may still use the memory: no other stream gets it before that one is done."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _only_caller_sees(lease: Lease, tensor: torch.Tensor, tensor_references: int, fresh: guard.ReferenceCounts) -> bool:

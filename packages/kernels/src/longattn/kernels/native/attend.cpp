@@ -1,5 +1,6 @@
 // Attention on CPUs, called through ctypes: no torch and no Python in here, and no memory but what the caller brings.
 #include "backward.h"
+#include "paged.h"
 #include "shards.h"
 
 // Tasks of one call in one row of numbers: job by job, then batch element, head, tile, part of the tile's query rows.
@@ -98,7 +99,7 @@ static int64_t of_numbers(const Call& call, Visit visit) {
 extern "C" {
 
 int64_t longattn_sizes(int64_t which) {
-    const int64_t sizes[] = {sizeof(Call), sizeof(Job), sizeof(RowSet), sizeof(Cache), sizeof(Apart), RANGE, sizeof(Shard)};
+    const int64_t sizes[] = {sizeof(Call), sizeof(Job), sizeof(RowSet), sizeof(Cache), sizeof(Apart), RANGE, sizeof(Shard), sizeof(Paged)};
     return sizes[which];
 }
 
@@ -144,4 +145,8 @@ void longattn_decode(const Cache* cache, const char* q, char* out, int64_t group
                      float* scratch, const Apart* apart) {
     decode(*cache, Step{q, out, group, keys, scale, threads, apart ? *apart : Apart{}, scratch});
 }
+
+// Floats of scratch for a step over pages, and the step.
+int64_t longattn_paged_scratch(const Paged* paged) { return scratch_of(*paged); }
+void longattn_decode_paged(const Paged* paged) { decode_pages_of(*paged); }
 }

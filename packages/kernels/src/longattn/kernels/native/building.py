@@ -59,6 +59,8 @@ _ENTRIES = (
     "attend_shards",
     "decode_scratch",
     "decode",
+    "paged_scratch",
+    "decode_paged",
 )
 
 logger = logging.getLogger("longattn.kernels")

@@ -9,9 +9,23 @@
 #include "stored.h"
 
 constexpr int64_t FEW_KEYS = 64;   // keys of a tile
-constexpr int64_t AHEAD = 16;      // keys between what is read and what is prefetched: fewer arrive late, more start again with each tile
+constexpr int64_t AHEAD = 4096;    // bytes of rows between what is read and what is prefetched: fewer arrive late, more start again with each tile
 constexpr int64_t MOST_FEW = 16;   // query rows of a task
 constexpr int64_t MOST_WIDE = 256; // numbers of a row
+
+// Numbers that are stored with a scale for each row.
+template <class Stored>
+constexpr bool eight_bits() { return Stored::BYTES == STEP; }
+
+// Slots of pages in place of rows of k: entry i is slot pages[i >> shift] << shift | the last `shift` bits of i, with a scale of its key and of its
+// value where they have one, and with what is added to its scores: -inf hides it from a query.
+struct Listed {
+    const int32_t* pages;
+    int64_t shift;
+    const float *k_scale, *v_scale;
+    const float* added;
+    int64_t added_query;
+};
 
 // Query rows and the keys that they share. Key i is at k + i * k_step, in bytes; row r sees the keys begin[r] <= i < end[r].
 struct Shared {
@@ -23,13 +37,15 @@ struct Shared {
     int64_t k_step, v_step;
     const uint8_t* hidden;  // key i is hidden where hidden[i * hidden_step] is 1, and is not read; null: none
     int64_t hidden_step;
+    const Listed* listed = nullptr;  // keys are its entries, and nothing is in `hidden`; null: rows of k
 
     int64_t wide() const { return round_up(value_dim, STEP); }
     // Floats of a part: acc (rows, wide), m (rows), l (rows).
     int64_t floats() const { return rows * (wide() + 2); }
 };
 
-template <class Stored>
+// Asked: how query rows are stored.
+template <class Stored, class Asked = Stored>
 class FewQueries {
     const Shared& all;
     const int64_t whole, rest;  // of a row of q and k: steps, and numbers of the step behind them
@@ -39,6 +55,8 @@ class FewQueries {
     alignas(64) float scores[MOST_FEW * FEW_KEYS];
     float factor[MOST_FEW];
     int64_t at[FEW_KEYS], n;          // the tile's keys
+    int64_t entry[FEW_KEYS];          // of `listed`
+    bool in_line;                     // whether entries and slots of the tile's keys are neighbours, in order
 
 public:
     explicit FewQueries(const Shared& all)
@@ -49,21 +67,21 @@ public:
     void run(int64_t first, int64_t last, float* part) {
         acc = part, m = acc + all.rows * wide, l = m + all.rows;
         for (int64_t r = 0; r < all.rows; r++) {
-            float* q = Q + r * MOST_WIDE;
-            for (int64_t c = 0; c < whole; c++, q += Stored::QUERY) Stored::keep(q, Stored::key(all.q[r] + c * Stored::BYTES));
-            if (rest) Stored::keep(q, key_of<Stored>(all.q[r] + whole * Stored::BYTES, rest));
+            keep_query(all.q[r], Q + r * MOST_WIDE, whole, rest);
             m[r] = NONE, l[r] = 0;
         }
 #if defined(LONGATTN_TILES)
         if constexpr (std::is_same<Stored, Stored16>::value)
-            if (all.rows >= LEAST_TILED) return run_in_tiles(first, last);
+            if (all.rows >= LEAST_TILED && !all.listed) return run_in_tiles(first, last);
 #endif
         memset(acc, 0, all.rows * wide * 4);
         while (first < last) {
             first = take(first, last);
             if (!n) continue;
             by_rows([&](auto R, int64_t r) { score<R()>(r); });
+            if (all.listed) add_listed();
             for (int64_t r = 0; r < all.rows; r++) softmax(r);
+            if (all.listed && all.listed->v_scale) scale_weights();
             by_rows([&](auto R, int64_t r) { add_values<R()>(r); });
         }
     }
@@ -84,10 +102,59 @@ private:
     }
 #endif
 
+    static INLINE void keep_query(const char* from, float* q, int64_t whole, int64_t rest) {
+        if constexpr (std::is_same<Stored, Asked>::value || Stored::QUERY != STEP) {
+            for (int64_t c = 0; c < whole; c++, q += Asked::QUERY) Asked::keep(q, Asked::key(from + c * Asked::BYTES));
+            if (rest) Asked::keep(q, key_of<Asked>(from + whole * Asked::BYTES, rest));
+        } else {
+            for (int64_t c = 0; c < whole; c++, q += STEP) Asked::in_order(q, Asked::step(from + c * Asked::BYTES));
+            if (rest) Asked::in_order(q, step_of<Asked>(from + whole * Asked::BYTES, rest));
+        }
+    }
+
+    // Of the tile's keys, one a lane: the numbers at `index`, times unit.
+    INLINE void gather(const float* from, const int64_t* index, float unit, float* to) const {
+        if (in_line) {
+            for (int64_t j = 0; j < n; j++) to[j] = from[index[0] + j] * unit;
+            for (int64_t j = n; j < round_up(n, VL); j++) to[j] = to[n - 1];
+        } else
+            for (int64_t j = 0; j < round_up(n, VL); j++) to[j] = from[index[j]] * unit;
+    }
+
+    // Scores of the tile's keys get their scale, and what is added to them.
+    void add_listed() {
+        const Listed& listed = *all.listed;
+        alignas(64) float scale[FEW_KEYS], plus[FEW_KEYS];
+        const int64_t padded = round_up(n, VL);
+        if constexpr (eight_bits<Stored>())
+            gather(listed.k_scale, at, Stored::UNIT, scale);
+        for (int64_t r = 0; r < all.rows; r++) {
+            float* row = scores + r * FEW_KEYS;
+            gather(listed.added + r * listed.added_query, entry, float(LOG2_E), plus);
+            for (int64_t j = 0; j < padded; j += VL) {
+                Floats s = load(row + j);
+                if constexpr (eight_bits<Stored>()) s = s * load(scale + j);
+                store(row + j, s + load(plus + j));
+            }
+        }
+    }
+
+    // Weights, whose sum is known, get the scale of the values.
+    void scale_weights() {
+        if constexpr (eight_bits<Stored>()) {
+            alignas(64) float scale[FEW_KEYS];
+            gather(all.listed->v_scale, at, Stored::UNIT, scale);
+            for (int64_t r = 0; r < all.rows; r++)
+                for (int64_t j = 0; j < n; j += VL) store(scores + r * FEW_KEYS + j, load(scores + r * FEW_KEYS + j) * load(scale + j));
+        }
+    }
+
     template <int N>
     struct Number {
         constexpr int operator()() const { return N; }
     };
+
+    static INLINE int64_t rows_ahead(int64_t dim) { return most(8, least(FEW_KEYS, AHEAD * STEP / (dim * Stored::BYTES))); }
 
     // The lines of a step, into L2: into L1 they would push out what is in use.
     static INLINE void fetch(const char* p) {
@@ -105,7 +172,26 @@ private:
 
     // The next keys that are not hidden. Returns where to go on.
     INLINE int64_t take(int64_t i, int64_t last) {
-        if (!all.hidden) {
+        if (all.listed) {
+            const Listed& listed = *all.listed;
+            const int64_t inside = (int64_t(1) << listed.shift) - 1;
+            for (n = 0; i < last && n < FEW_KEYS;) {
+                const int64_t many = least(FEW_KEYS - n, last - i);
+                float top[FEW_KEYS];
+                memcpy(top, listed.added + i, many * 4);
+                for (int64_t r = 1; r < all.rows; r++) {
+                    const float* added = listed.added + r * listed.added_query + i;
+                    for (int64_t j = 0; j < many; j++) top[j] = top[j] > added[j] ? top[j] : added[j];
+                }
+                for (int64_t j = 0; j < many; j++, i++) {
+                    at[n] = int64_t(listed.pages[i >> listed.shift]) << listed.shift | (i & inside);
+                    entry[n] = i;
+                    n += top[j] != NONE;
+                }
+            }
+            in_line = n && entry[n - 1] - entry[0] == n - 1 && entry[0] >> listed.shift == entry[n - 1] >> listed.shift;
+            for (int64_t j = n; n && j < round_up(n, VL); j++) entry[j] = entry[n - 1];
+        } else if (!all.hidden) {
             n = least(FEW_KEYS, last - i);
             for (int64_t j = 0; j < n; j++) at[j] = i + j;
             i += n;
@@ -135,7 +221,7 @@ private:
     void score_steps(int64_t r0) {
         const float* q = Q + r0 * MOST_WIDE;
         // k: memory -> registers; the keys after these are on their way to L2 meanwhile.
-        const int64_t ahead = r0 ? 0 : AHEAD * all.k_step;
+        const int64_t ahead = r0 ? 0 : rows_ahead(all.dim) * all.k_step;
         for (int64_t j = 0; j < n; j += VL) {
             Floats sums[R][VL];
 #pragma GCC unroll 16
@@ -199,7 +285,7 @@ private:
         Floats s[R][2 * P];
         float* to = acc + r0 * wide + c0 * STEP;
         const float* p = scores + r0 * FEW_KEYS;
-        const int64_t ahead = r0 ? 0 : AHEAD * all.v_step;
+        const int64_t ahead = r0 ? 0 : rows_ahead(all.value_dim) * all.v_step;
         for (int r = 0; r < R; r++)
             for (int x = 0; x < 2 * P; x++) s[r][x] = load(to + r * wide + x * VL) * factor[r0 + r];
         for (int64_t j = 0; j < n; j++) {

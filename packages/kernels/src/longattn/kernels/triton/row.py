@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
 from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.problem import AttentionProblem
 from longattn.kernels.triton import availability, self_check
+
+if TYPE_CHECKING:
+    from longattn.kernels.pages import PagedCache
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -61,8 +64,25 @@ def bind_backward(
     return _launches()[1].bind_backward(call, grad_out, grad_lse, out, lse, gradients)
 
 
-def _launches() -> tuple[ModuleType, ModuleType]:
-    """What launches the forward, and the backward; triton is imported with them."""
-    from longattn.kernels.triton import launch_backward, launch_forward
+def serves_pages(cache: PagedCache, q: Tensor) -> bool:
+    """Whether triton takes decode steps over such a cache here."""
+    served = cache.keys.device.type in CAPABILITY.devices and max(cache.widths) <= (CAPABILITY.max_head_dim or 0)
+    return served and q.dtype in CAPABILITY.tolerance and refusal() is None
 
-    return launch_forward, launch_backward
+
+def attend_pages(
+    q: Tensor, cache: PagedCache, pages: Tensor, held: int, scale: float, added: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    """Fill out and lse, as `paged_attention` says, from arguments that it checked.
+
+    Raises:
+        RowFailure: the kernel does not compile.
+    """
+    _launches()[2].attend_pages(q, cache, pages, held, scale, added, out, lse)
+
+
+def _launches() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """What launches the forward, the backward, and steps over pages; triton is imported with them."""
+    from longattn.kernels.triton import launch_backward, launch_forward, launch_paged
+
+    return launch_forward, launch_backward, launch_paged

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from longattn.patterncache.analysis.results import Gap
-from longattn.patterncache.indices import Affine, index_of
 from longattn.patterncache.pattern import Pattern, above, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.intervals import Intervals, interval_branches, moved, span_pairs
 from longattn.patterncache.planning.residue_cuts import Residue, hidden_by, shown_by
+from longattn.patterncache.planning.segments import segment_branches
 from longattn.patterncache.spans import Rectangle, Rows, Span, check_int, congruent_indices, shortened
 
 HEADS = ("shared", "blocks", "split")
@@ -133,6 +133,10 @@ class Dilated(Pattern, name="dilated"):
             total += shown
         return total
 
+    def _residue(self, b: int, offset: int) -> Residue:
+        """What branch b shows to heads of an offset."""
+        return Residue(self.segment_lengths[b], self.dilation_rates[b], offset, self.queries == "dilated", self.causal)
+
     def _offset(self, b: int, h: Rows, num_heads: int) -> Rows:
         """Offset of branch b for global heads h; -1 where the branch does not serve the head."""
         r = self.dilation_rates[b]
@@ -208,8 +212,8 @@ class Dilated(Pattern, name="dilated"):
             return
         for b in range(len(self.segment_lengths)):
             for heads, offset in self.head_classes(b, rectangle):
-                if heads.length:
-                    yield from self._class_branches(b, heads, offset, rectangle)
+                for sides in span_pairs(rectangle) if heads.length else ():
+                    yield from segment_branches(heads, self._residue(b, offset), *sides)
 
     def document_branches(self, rectangle: Rectangle, documents: Intervals) -> Iterator[Branch] | None:
         """A tile for each segment of each document, which counts segments and residues from its start; one by one where shifted."""
@@ -257,72 +261,13 @@ class Dilated(Pattern, name="dilated"):
     def _by_residue(self, branch: Branch, rectangle: Rectangle) -> Iterator[tuple[Branch, Residue]]:
         """`branch` by groups of its heads, each with the one dilated branch and offset that they have; at shifted positions."""
         branch = moved(branch, (0, 0), self.shift) if self.shift else branch
-        for b, (size, rate) in enumerate(zip(self.segment_lengths, self.dilation_rates, strict=True)):
+        for b in range(len(self.segment_lengths)):
             for rows, offset in self.head_classes(b, rectangle):
                 low, high = np.array([rows.start]), np.array([rows.last + 1])
                 first, count, step = congruent_indices(branch.heads, low, high, low, rows.step)
                 if rows.length and count[0]:
                     heads = branch.heads.take(int(first[0]), int(count[0]), step)
-                    residue = Residue(size, rate, offset, self.queries == "dilated", self.causal)
-                    yield replace(branch, heads=heads), residue
-
-    def _class_branches(self, b: int, heads: Span, offset: int, rectangle: Rectangle) -> Iterator[Branch]:
-        for sides in span_pairs(rectangle):
-            yield from self._segments(b, heads, offset, *sides)
-
-    def _segments(
-        self, b: int, heads: Span, offset: int, q_side: tuple[Span, int], k_side: tuple[Span, int]
-    ) -> Iterator[Branch]:
-        s, r = self.segment_lengths[b], self.dilation_rates[b]
-        (q, q_row), (k, k_row) = q_side, k_side
-        tiles = q.length // s if self._is_regular(b, q, k) else 0
-        if tiles:
-            # The usual case needs no arrays: whole segments, all alike. What is left of a short last one is below.
-            yield self._whole_segments(b, heads, offset, tiles, q_side, k_side)
-            left = q.take(tiles * s, q.length - tiles * s)
-            if left.length:
-                yield from self._segments(b, heads, offset, (left, q_row + tiles * s), (left, k_row + tiles * s))
-            return
-        low = np.arange(max(q.start, k.start) // s, min(q.last, k.last) // s + 1, dtype=np.int64) * s
-        # Where r does not divide s the residue of a segment's members moves from segment to segment.
-        residue = low + offset
-        q_rate = r if self.queries == "dilated" else 1
-        q_first, q_count, q_step = congruent_indices(q, low, low + s, residue, q_rate)
-        k_first, k_count, k_step = congruent_indices(k, low, low + s, residue, r)
-        q_begin, k_begin = q.start + q.step * q_first, k.start + k.step * k_first
-        shown = (q_count > 0) & (k_count > 0)
-        nearest = q_begin - (k_begin + (k_count - 1) * k_step * k.step)
-        farthest = q_begin + (q_count - 1) * q_step * q.step - k_begin
-        banded = np.zeros(len(low), bool)
-        if self.causal:
-            shown &= farthest >= 0
-            banded = nearest < 0
-        # Tiles of one branch share their size and, where a band cuts them, their geometry.
-        kind = np.stack([q_count, k_count, banded, np.where(banded, q_begin - k_begin, 0)])
-        q_at, k_at = (q.start - q_row * q.step, q.step), (k.start - k_row * k.step, k.step)
-        for members in _equal_columns(kind, np.flatnonzero(shown)):
-            at = members[0]
-            yield Branch(
-                heads,
-                index_of(q_first[members] + q_row, int(q_count[at]), q_step),
-                index_of(k_first[members] + k_row, int(k_count[at]), k_step),
-                q_at,
-                k_at,
-                Band(0, None) if banded[at] else None,
-            )
-
-    def _is_regular(self, b: int, q: Span, k: Span) -> bool:
-        """Whether tiles follow from figures alone: the same contiguous positions, from a border on, the same residues in each segment."""
-        s, r = self.segment_lengths[b], self.dilation_rates[b]
-        return q == k and q.step == 1 and q.start % s == 0 and s % r == 0 and self.queries == "dilated"
-
-    def _whole_segments(
-        self, b: int, heads: Span, offset: int, tiles: int, q_side: tuple[Span, int], k_side: tuple[Span, int]
-    ) -> Branch:
-        s, r = self.segment_lengths[b], self.dilation_rates[b]
-        q, k = (Affine(row + offset, tiles, s if tiles > 1 else 0, s // r, r) for _, row in (q_side, k_side))
-        q_at, k_at = ((span.start - row, 1) for span, row in (q_side, k_side))
-        return Branch(heads, q, k, q_at, k_at, Band(0, None) if self.causal and s > r else None)
+                    yield replace(branch, heads=heads), self._residue(b, offset)
 
 
 def _shifted(rectangle: Rectangle, shift: int) -> Rectangle:
@@ -331,14 +276,6 @@ def _shifted(rectangle: Rectangle, shift: int) -> Rectangle:
         tuple(replace(span, start=span.start + shift) for span in side) for side in (rectangle.queries, rectangle.keys)
     )
     return Rectangle(rectangle.num_heads, queries, keys, rectangle.heads)
-
-
-def _equal_columns(kind: Rows, members: Rows) -> Iterator[Rows]:
-    """Groups of `members` whose columns of `kind` are equal; the usual case, all alike but the last, costs one comparison."""
-    while len(members):
-        alike = (kind[:, members] == kind[:, members[:1]]).all(axis=0)
-        yield members[alike]
-        members = members[~alike]
 
 
 def _check_list(name: str, value: Sequence[int]) -> tuple[int, ...]:
