@@ -60,7 +60,7 @@ def _advice(found: dict[str, Any], versions: dict[str, str | None]) -> list[str]
     if versions["matplotlib"] is None:
         advice.append(NO_PICTURES)
     if versions["rich"] is None:
-        advice.append("tables in colour need rich: pip install 'longattn-attention[cli]'")
+        advice.append("tables in colour need rich: pip install rich")
     return advice
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-NO_PICTURES = "pictures need matplotlib: pip install 'longattn-patterncache[png]'"
+NO_PICTURES = "pictures need matplotlib: pip install matplotlib"
 
 
 @dataclass(frozen=True)
