@@ -510,6 +510,18 @@ def faults(session: nox.Session) -> None:
     session.run("pytest", "-n", "0", *paths, *session.posargs, env={"HYPOTHESIS_PROFILE": "nightly"})
 
 
+@nox.session
+def hosts(session: nox.Session) -> None:
+    """Ranks on two and on three network namespaces under torchrun, over links with delay, loss, reordering and a cut; skip with a reason where none can be made."""
+    session.install(*constraints(session), *from_checkout("attention"), *group("test"))
+    command = ("python", "-m", "tools.hosts")
+    reason = session.run(*command, "--dry-run", silent=True, success_codes=[0, 77])
+    if reason:
+        session.skip(str(reason).strip())
+    for count in ("2", "3"):
+        session.run(*command, "--hosts", count, *session.posargs)
+
+
 @nox.session(name="soak-rings")
 def soak_rings(session: nox.Session) -> None:
     """Two thousand calls over three processes, one in fifty with a fault, sampled rows against the oracle; `-- --steps 200` for fewer."""

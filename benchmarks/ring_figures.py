@@ -93,6 +93,10 @@ def remembered() -> Iterator[Figure]:
         growth = ask(world, "memory", 16384)
         assert isinstance(growth, float)
         yield Figure("peak memory of a rank over its q+k+v", f"{world} ranks, 16384 tokens, full causal, forward+backward, H=8, D=64", "ratio", growth)  # fmt: skip
+        if world > 1:
+            # In units of q: q, k, v and out; dq, dk and dv; two shards in flight, each of k, v, dk and dv.
+            needed = 4 + 3 + 2 * 4
+            yield Figure("peak memory of a rank over what it needs", f"{world} ranks, 16384 tokens, full causal, forward+backward, H=8, D=64", "ratio", (3 + 3 * growth) / needed, "needed: q, k, v, out, gradients and two shards in flight with theirs", most=1.25)  # fmt: skip
 
 
 def announced() -> Iterator[Figure]:
@@ -100,7 +104,9 @@ def announced() -> Iterator[Figure]:
     found = ask(RANKS, "headers", 4096)
     assert isinstance(found, dict)
     alone, many, step = found["alone"], found["many"], found["step"]
-    yield Figure("headers of one pass, alone", f"{RANKS} ranks", "us", alone, most=60)
+    raw = found["raw"]
+    yield Figure("headers of one pass, alone", f"{RANKS} ranks", "us", alone, f"messages of 32 bytes by torch alone: {raw:.0f} us", most=60)  # fmt: skip
+    yield Figure("headers of one pass, over as many of torch's messages of 32 bytes", f"{RANKS} ranks", "ratio", alone / raw)  # fmt: skip
     setting = f"{RANKS} ranks, 4096 tokens, dilated causal, zigzag, forward+backward, H=8, D=64"
     beside = f"{many:.0f} passes; step {step:.1f} ms"
     yield Figure("headers, share of a step", setting, "ratio", many * alone / (1e3 * step), beside, most=0.03)

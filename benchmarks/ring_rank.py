@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.memory import ResidentPeak
 from longattn.attention import Ring, pattern_attention, shard_sequence
-from longattn.attention.schedules.group_calls import calls_over
+from longattn.attention.schedules.callers import calls_over
 from longattn.attention.schedules.headers import Fields
 from longattn.attention.schedules.layouts import LAYOUTS
 from longattn.attention.schedules.place import Place, watch
@@ -98,7 +98,11 @@ def contenders(pattern: Pattern, length: int) -> dict[str, Callable[[], object]]
 
 def times(length: int, turns: int) -> dict[str, float]:
     """Median milliseconds of the slowest rank, each contender in turn."""
-    calls = contenders(Full(causal=True), length)
+    return {name: 1e3 * taken for name, taken in interleaved(contenders(Full(causal=True), length), turns).items()}
+
+
+def interleaved(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Median seconds of the slowest rank, each call in turn."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns + 1):
         for name, call in calls.items():
@@ -106,11 +110,11 @@ def times(length: int, turns: int) -> dict[str, float]:
             dist.barrier()
             began = time.perf_counter()
             call()
-            slowest = torch.tensor(time.perf_counter() - began)
+            slowest = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             # The first turn loads and plans.
             if turn:
-                taken[name].append(1e3 * slowest.item())
+                taken[name].append(slowest.item())
     return {name: statistics.median(samples) for name, samples in taken.items()}
 
 
@@ -132,18 +136,34 @@ def memory(length: int) -> float:
 
 
 def headers(length: int) -> dict[str, float]:
-    """Of the headers that announce a pass: microseconds of one alone, how many a step has, and milliseconds of that step."""
+    """Of the headers that announce a pass: microseconds of one alone and of as many plain messages of 32 bytes, how many a step has, and milliseconds of that step."""
     group = dist.group.WORLD
     assert group is not None
     calls, fields = calls_over(Place.of(group)), Fields(phase="alone")
-    taken: list[float] = []
+    world, rank = dist.get_world_size(), dist.get_rank()
+    peers = [(rank + n) % world for n in range(1, world)]
+    numbers = torch.zeros(world, 8)
+
+    def announce() -> None:
+        with calls.underway():
+            calls.announce(fields)
+
+    def raw() -> None:
+        works = [dist.irecv(numbers[peer], peer) for peer in peers] + [
+            dist.isend(numbers[rank], peer) for peer in peers
+        ]
+        for work in works:
+            assert work is not None
+            work.wait()
+
+    taken: dict[str, list[float]] = {"alone": [], "raw": []}
     for _ in range(11):
-        dist.barrier()
-        began = time.perf_counter()
-        for _ in range(50):
-            with calls.underway():
-                calls.announce(fields)
-        taken.append((time.perf_counter() - began) / 50)
+        for name, exchange in (("alone", announce), ("raw", raw)):
+            dist.barrier()
+            began = time.perf_counter()
+            for _ in range(50):
+                exchange()
+            taken[name].append((time.perf_counter() - began) / 50)
     ring = Ring(group, layout="zigzag", lengths=length)
     shape = (1, length // dist.get_world_size(), 8, 64)
     leaves = [torch.randn(*shape, requires_grad=True) for _ in range(3)]
@@ -157,7 +177,8 @@ def headers(length: int) -> dict[str, float]:
         torch.autograd.grad(out.sum(), leaves)
         steps.append(time.perf_counter() - began)
         many = calls.number - number
-    return {"alone": 1e6 * statistics.median(taken), "many": many, "step": 1e3 * statistics.median(steps[1:])}
+    alone, raw_messages = (1e6 * statistics.median(taken[name]) for name in taken)
+    return {"alone": alone, "raw": raw_messages, "many": many, "step": 1e3 * statistics.median(steps[1:])}
 
 
 def main() -> None:

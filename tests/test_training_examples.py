@@ -2,12 +2,16 @@
 
 import csv
 import importlib.util
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.workspace import ROOT
 
@@ -109,3 +113,42 @@ def test_a_run_of_each_kind_makes_a_row(tmp_path: Path):
         written[0]["parameters"]
     }
     assert all(0 <= float(row["accuracy"]) <= 1 and row["steps"] == "2" for row in written)
+
+
+def train_mesh(folder: Path, *words: str, ranks: int = 1) -> list[float]:
+    """The losses of `examples/train_mesh.py` under torchrun, which starts failed workers again once."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        str(port),
+        "--nnodes",
+        "1",
+    ]
+    command = [sys.executable, *torchrun, "--nproc-per-node", str(ranks), "--max-restarts", "1"]
+    command += [str(ROOT / "examples" / "train_mesh.py"), "--out", str(folder), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert ("exitcode: -9" in run.stderr) == ("--kill-at" in words)
+    with (folder / "losses.csv").open(newline="") as file:
+        return [float(loss) for _, loss in csv.reader(file)]
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here")
+def test_a_killed_worker_changes_no_loss(tmp_path: Path):
+    """torchrun starts the workers again, they go on from the checkpoint: the same bits. A mesh (2, 2, 2) has the losses of one process."""
+    whole = train_mesh(tmp_path / "whole", "--cp", "2", ranks=2)
+    killed = train_mesh(tmp_path / "killed", "--cp", "2", "--kill-at", "5", ranks=2)
+    assert killed == whole
+    assert train_mesh(tmp_path / "one") == pytest.approx(whole, abs=1e-12)
+    mesh = train_mesh(tmp_path / "mesh", "--dp", "2", "--cp", "2", "--tp", "2", ranks=8)
+    assert mesh == pytest.approx(whole, abs=1e-12)

@@ -118,8 +118,9 @@ def fail(number: int, engine: str, fault: str, phase: str, step: int) -> Iterato
     before = descriptors(), threading.active_count()
     if RANK != WORLD - 1 and fault == "interrupt":
         threading.Timer(SECONDS / 2, signal.raise_signal, (signal.SIGINT,)).start()
-    # Whoever is to be interrupted waits for longer than the interrupt takes on a busy machine.
-    module.schedule = build(engine, 60.0 if fault == "interrupt" and RANK != WORLD - 1 else SECONDS)
+    # Whoever is to be interrupted waits for longer than the interrupt takes on a busy machine; and whoever is to see a notice, than it takes.
+    patient = fault == "interrupt" or (fault == "raise" and step > 0)
+    module.schedule = build(engine, 60.0 if patient and RANK != WORLD - 1 else SECONDS)
     try:
         with armed(fault, phase, step) if RANK == WORLD - 1 else nullcontext():
             report["right"] = right()

@@ -24,7 +24,7 @@ from longattn.attention import (
     shard_sequence,
 )
 from longattn.attention.schedules import waiting
-from longattn.attention.schedules.group_calls import calls_over
+from longattn.attention.schedules.callers import calls_over
 from longattn.attention.schedules.place import Place
 from longattn.patterncache import BlockSparse, Dilated, Documents, Full, Pattern, Window
 

@@ -1,5 +1,6 @@
 """Cases for every rank: traffic, overlap, buffers and data loading."""
 
+import itertools
 import time
 from unittest.mock import patch
 
@@ -173,6 +174,44 @@ def case_buffers_come_from_the_allocator() -> None:
         managed(part, part, part).sum().backward()
     leased = managed.get_buffer_stats()["types"]["comm"]
     assert (leased["cache_hits"] + leased["cache_misses"] > 0) == (WORLD > 1)
+
+
+def peak_bytes(call) -> int:
+    """The most that torch's allocator holds at a time of what is allocated in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    del kept
+    return max(itertools.accumulate(live))
+
+
+def case_memory_of_a_rank() -> None:
+    """A rank holds at most 1.25 times its q, k, v, out and their gradients, and two shards on their way: keys, values, and their float32 gradients."""
+    length, heads, dim = 2048, 4, 64
+    dilated = Dilated((length, 2 * length), (1, 2), causal=True)
+    for dtype, pattern in ((torch.bfloat16, Full(causal=True)), (torch.float32, dilated)):
+        ring = Ring(dist.group.WORLD, layout="zigzag", lengths=length * WORLD)
+        leaves = [randn(1, length, heads, dim, dtype=dtype).requires_grad_() for _ in range(3)]
+        weights = randn(1, length, heads, dim, dtype=dtype)
+        outs = []
+
+        def forward(leaves=leaves, pattern=pattern, ring=ring, outs=outs):
+            outs[:] = [pattern_attention(*leaves, pattern, schedule=ring)]
+            return outs
+
+        def backward(leaves=leaves, weights=weights, outs=outs):
+            return torch.autograd.grad(outs[0], leaves, weights)
+
+        forward(), backward()  # what a first call makes stays
+        dist.barrier()
+        size, numbers = dtype.itemsize, length * heads * dim
+        given = numbers * 3 * size
+        peak = max(given + peak_bytes(forward), given + numbers * 2 * size + peak_bytes(backward))
+        needed = numbers * (5 * size + 3 * 4 + (2 * (2 * size + 2 * 4) if WORLD > 1 else 0))
+        share = torch.tensor(peak / needed)
+        dist.all_reduce(share, dist.ReduceOp.MAX)  # so that all ranks go on, or none
+        assert WORLD == 1 or share <= 1.25, (dtype, pattern, peak / needed)
 
 
 def case_sequences_come_back_whole() -> None:

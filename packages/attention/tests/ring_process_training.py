@@ -1,5 +1,7 @@
 """Cases for every rank: training with torch's own tools."""
 
+import argparse
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -138,6 +140,35 @@ def case_training_gives_the_losses_of_one_process() -> None:
     for schedule in engines()[:3]:
         losses, _ = trained(schedule, DistributedDataParallel)
         assert losses == pytest.approx(expected, abs=1e-9), schedule
+
+
+def case_one_mesh_for_batches_sequence_and_heads() -> None:
+    """FSDP2, torch's tensor-parallel plans and a ring in one DeviceMesh, as `examples/train_mesh.py` has them: the losses do not depend on the mesh,
+    and half a run that goes on from its checkpoint is the run."""
+    path = Path(__file__).parents[3] / "examples" / "train_mesh.py"
+    spec = importlib.util.spec_from_file_location("train_mesh", path)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    shared = [tempfile.mkdtemp() if RANK == 0 else None]
+    dist.broadcast_object_list(shared)
+    shapes = {1: [(1, 1, 1)], 2: [(1, 2, 1), (1, 1, 2)], 4: [(1, 2, 2), (2, 2, 1)]}[WORLD]
+    curves = []
+    for number, shape in enumerate(shapes):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "cp", "tp"))
+        folder = Path(str(shared[0])) / str(number)
+        folder.mkdir(exist_ok=True)
+        given = argparse.Namespace(length=64, batch=2, steps=4, every=2, kill_at=-1, out=folder)
+        if number == 0:
+            # A folder in which a run ended after two steps.
+            example.train(argparse.Namespace(**(vars(given) | {"steps": 2})), mesh)
+        example.train(given, mesh)
+        dist.barrier()
+        rows = [line.split(",") for line in (folder / "losses.csv").read_text().splitlines()]
+        curves.append([float(loss) for _, loss in rows])
+    assert len(curves[0]) == 4
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], abs=1e-12)
 
 
 def case_fsdp_on_a_mesh_and_checkpoints() -> None:

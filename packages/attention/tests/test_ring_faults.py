@@ -70,6 +70,10 @@ def check_fault(world: int, fault: Fault, reports: list[Any]) -> None:
         assert report["right"] or report["error"] in ("GroupError", "KeyboardInterrupt"), (fault, reports)
     if kind == "pause":
         assert all(report["right"] for report in reports), (fault, reports)
+    elif kind == "raise" and step:
+        # Not by timeout: the failing rank says so.
+        texts = [report["text"] for report in survivors if not report["right"]]
+        assert all(f"rank {world - 1} failed in call" in text for text in texts), (fault, reports)
     elif step == 0:
         error = "KeyboardInterrupt" if kind == "interrupt" else "GroupError"
         assert {report.get("error") for report in survivors} == {error}, (fault, reports)

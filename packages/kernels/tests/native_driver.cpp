@@ -1,6 +1,6 @@
 // The native row without Python, for machines that only an emulator runs: one call forward and backward beside the definition in double.
 //
-// Two query heads share a kv head; causal; keys at even rows count twice. Then few rows over many keys: a short call and a decode step.
+// Two query heads share a kv head; causal, and a window; keys at even rows count twice. Then few rows over many keys: a short call and a decode step.
 // Exits with 1 where a number differs.
 #include <cstdio>
 #include <cstdlib>
@@ -85,7 +85,8 @@ static void few_rows() {
     near("decode", out, o);
 }
 
-int main() {
+// Queries see the keys at most `reach` positions behind them.
+static void forward_and_backward(int64_t reach) {
     const double scale = 0.7;
     Numbers q = random_numbers(N * HEADS * DIM), k = random_numbers(N * DIM), v = random_numbers(N * WIDE);
     Numbers grad = random_numbers(N * HEADS * WIDE), out(grad.size(), NAN), lse(N * HEADS, NAN);
@@ -93,7 +94,7 @@ int main() {
     const int64_t offsets[] = {0, 1};
     const float log2_count[] = {1, 0};
     const int64_t far = int64_t(1) << 62;
-    RowSet keys{nullptr, 0, 0, 2, 2, offsets, 1, log2_count, N, 0, 1, 0, far};
+    RowSet keys{nullptr, 0, 0, 2, 2, offsets, 1, log2_count, N, 0, 1, 0, reach};
     Job job{0, 1, HEADS, 1, {nullptr, 0, 0, 1, 1, nullptr, 1, nullptr, N, 0, 1, -far, far}, &keys, 1, 1};
     Call call{};
     call.q = tensor(q, HEADS, DIM), call.k = tensor(k, 1, DIM), call.v = tensor(v, 1, WIDE), call.out = tensor(out, HEADS, WIDE);
@@ -113,18 +114,19 @@ int main() {
     for (int64_t i = 0; i < N; i++)
         for (int64_t h = 0; h < HEADS; h++) {
             const int64_t at = (i * HEADS + h) * DIM, to = (i * HEADS + h) * WIDE;
+            const int64_t begin = most(0, i - reach);
             std::vector<double> p(i + 1);
             double total = 0, delta = 0;
-            for (int64_t j = 0; j <= i; j++) {
+            for (int64_t j = begin; j <= i; j++) {
                 double s = 0;
                 for (int64_t d = 0; d < DIM; d++) s += scale * q[at + d] * k[j * DIM + d];
                 total += p[j] = std::exp(s) * (j % 2 ? 1 : 2);
             }
             l[i * HEADS + h] = std::log(total);
-            for (int64_t j = 0; j <= i; j++)
+            for (int64_t j = begin; j <= i; j++)
                 for (int64_t d = 0; d < WIDE; d++) o[to + d] += p[j] / total * v[j * WIDE + d];
             for (int64_t d = 0; d < WIDE; d++) delta += o[to + d] * grad[to + d];
-            for (int64_t j = 0; j <= i; j++) {
+            for (int64_t j = begin; j <= i; j++) {
                 double dp = 0;
                 for (int64_t d = 0; d < WIDE; d++) dp += grad[to + d] * v[j * WIDE + d];
                 const double ds = p[j] / total * (dp - delta) * scale;
@@ -136,6 +138,11 @@ int main() {
             }
         }
     near("out", out, o), near("lse", lse, l), near("dq", dq, eq), near("dk", dk, ek), near("dv", dv, ev);
+}
+
+int main() {
+    forward_and_backward(int64_t(1) << 62);
+    forward_and_backward(20);
     few_rows();
     printf("%d floats a vector\n", VL);
     return failures ? 1 : 0;

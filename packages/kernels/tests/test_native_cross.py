@@ -43,7 +43,7 @@ def build_and_run(compiler: str, made: Path, *emulator: str) -> str:
     ids=["aarch64", "here"],
 )
 def test_the_definition_holds_without_python(compiler: str, emulator: tuple[str, ...], tmp_path: Path):
-    """Forward and backward of two heads that share keys, causal, with keys that count twice; vectors of four floats."""
+    """Forward and backward of two heads that share keys, causal and in a window, with keys that count twice; vectors of four floats."""
     if shutil.which(compiler) is None:
         pytest.skip(f"there is no {compiler} here")
     # Debian's package of programs without shared libraries names them otherwise.

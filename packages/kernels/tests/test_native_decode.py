@@ -52,15 +52,19 @@ def made(
     return q, surrounded(keys), surrounded(values[:, 1:])
 
 
-def oracle(q, keys, values, scale, hidden=None, first=None, sinks=None) -> torch.Tensor:
+def oracle(q, keys, values, scale, hidden=None, first=None, sinks=None, softcap=0.0, added=None) -> torch.Tensor:
     """In float64, from the definition; (rows, group, dim)."""
     q, keys, values = (x.double() for x in (q, keys, values))
-    if first is None and sinks is None:
+    if first is None and sinks is None and not softcap and added is None:
         counts = torch.ones(q.shape[0], 1, 1, keys.shape[1]) if hidden is None else (~hidden)[:, None].double()
         return reference_attention(q[:, None], keys[:, :, None], values[:, :, None], counts, scale).out[:, 0]
     scores = scale * q @ keys.mT
     if first is not None:
         scores[..., : first[1]] = scale * first[0].double() @ keys[:, : first[1]].mT
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if added is not None:
+        scores = scores + added
     if hidden is not None:
         scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:
@@ -102,7 +106,7 @@ def test_every_form_type_and_size(dtype: torch.dtype, dim: int, group: int):
     dtype=st.sampled_from(list(TOLERANCE)),
     hides=st.sampled_from([0.0, 0.01, 0.5, 0.99, 1.0]),
     first=st.integers(0, 40),
-    options=st.sets(st.sampled_from(["hidden", "first", "sinks", "nan"])),
+    options=st.sets(st.sampled_from(["hidden", "first", "sinks", "nan", "softcap", "added"])),
     scale=st.sampled_from([0.1, -1.0, 4.0]),
 )
 def test_everything_at_once(n, held, group, dim, value_dim, dtype, hides, first, options, scale):
@@ -120,6 +124,8 @@ def test_everything_at_once(n, held, group, dim, value_dim, dtype, hides, first,
     asked = {
         "hidden": hidden if "hidden" in options else None,
         "first": (numbers(*q.shape, dtype=dtype, seed=5), min(first, held)) if "first" in options else None,
+        "softcap": 1.5 if "softcap" in options else 0.0,
+        "added": numbers(2, group, held, seed=7) if "added" in options else None,
     }
     sinks = numbers(2, group, 1, seed=6) * 5 if "sinks" in options else None
     got = attended(keys, values, q, held, scale, sink_logits=sinks, **asked)

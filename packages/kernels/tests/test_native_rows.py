@@ -99,6 +99,21 @@ def test_narrow_bands(pattern, dtype: torch.dtype):
     )
 
 
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(Window(30), (333, 333), group=2, head_dim=64),
+        Case(Window(9, causal=False), (77, 290), padding=True, head_dim=20),
+        Case(Restrict(Window(50), Dilated((64,), (2,))), (130, 130), prior=True),
+    ],
+    ids=lambda case: str(case.pattern),
+)
+def test_a_forced_level_on_narrow_bands(case: Case, dtype: torch.dtype):
+    check_backend("native", replace(case, dtype=dtype))
+
+
 def test_positions_far_apart():
     """Of keys in one tile: beyond what 32 bits hold."""
     far = Span(0, 40, 2**33)

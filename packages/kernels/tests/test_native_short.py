@@ -10,7 +10,7 @@ from longattn.kernels.native import row
 from longattn.kernels.native.building import refusal
 from longattn.kernels.native.cpu import levels
 from longattn.kernels.poison import poisoned_memory
-from longattn.kernels.testing import Case, check_backend, run_case
+from longattn.kernels.testing import TERMS, Case, check_backend, run_case
 from longattn.patterncache import Dilated, Full, Pattern, Window
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=str(refusal()))
@@ -44,10 +44,11 @@ def entries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     dim=st.sampled_from([1, 8, 33, 64, 80]),
     value_dim=st.sampled_from([None, None, 7, 64, 192]),
     padding=st.booleans(),
+    terms=st.sampled_from([(), (), *TERMS]),
 )
 @settings(max_examples=settings().max_examples // 6)
 def test_few_rows_over_any_number_of_keys(
-    pattern: Pattern, dtype: torch.dtype, rows, keys, heads, dim, value_dim, padding
+    pattern: Pattern, dtype: torch.dtype, rows, keys, heads, dim, value_dim, padding, terms
 ):
     """Out and lse, and gradients, which come through the other kernel from this one's out and lse."""
     keys = max(keys, rows)
@@ -63,6 +64,7 @@ def test_few_rows_over_any_number_of_keys(
             value_head_dim=value_dim,
             dtype=dtype,
             padding=padding,
+            terms=terms,
         ),
     )
 
@@ -73,6 +75,7 @@ def test_few_rows_over_any_number_of_keys(
         (Case(Full(causal=True), (1, 3000)), True),
         (Case(Window(40), (16, 3000), padding=True), True),
         (Case(Dilated((64,), (2,)), (9, 40)), True),
+        (Case(Full(), (1, 100), terms=TERMS[-1]), True),
         (Case(Full(), (65, 100), group=1), False),
         (Case(Full(), (1, 100), mask="k"), False),
         (Case(Full(), (1, 100), mask="+k"), False),

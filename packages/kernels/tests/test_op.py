@@ -10,8 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.kernels import AttentionState, attend, backends
+from longattn.kernels.dispatch.call import GradientPart
+from longattn.kernels.dispatch.environment import find_environment
 from longattn.kernels.dispatch.table import row
-from longattn.kernels.ops.arguments import OpTensors
+from longattn.kernels.ops.arguments import Cotangents, OpArguments, OpTensors
+from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients
+from longattn.kernels.state import minus_delta_of
 from longattn.kernels.testing import Case
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Strided, Window
 
@@ -196,3 +200,32 @@ def test_one_gradient_at_a_time(name: str, wanted: str, leaf: int):
         return found
 
     assert torch.equal(gradient(alone), gradient(every))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", backends("cpu"))
+def test_gradients_of_one_rectangle_of_several(name, dtype):
+    """They are in float32, from a delta that was made before; dq is perhaps added to the sum so far. A second, bound call gives the same."""
+    if dtype not in row(name).capability.dtypes_on("cpu"):
+        pytest.skip(f"{name} does not serve {dtype}")
+    q, k, v, grad, dq = (torch.randn(1, 24, 2, 8, generator=torch.Generator().manual_seed(n)) for n in range(5))
+    q, k, v, grad = (x.to(dtype) for x in (q, k, v, grad))
+    spans = [0, 24, 1]
+    arguments = OpArguments(
+        LONGNET.canonical(), spans, spans, [2, 0, 2], None, 0.0, True, False, name, False, dtype, ""
+    )
+    tensors, environment = OpTensors(q, k, v), find_environment("")
+    out, lse = attend_rectangle(tensors, arguments, environment)
+    cotangents = Cotangents(grad, torch.randn_like(lse), out, lse)
+    whole = rectangle_gradients(cotangents, tensors, arguments, environment)
+    minus_delta = minus_delta_of(*cotangents[:3])
+    for _ in range(2):
+        for total in (None, dq.clone()):
+            part = GradientPart(minus_delta, total)
+            found = rectangle_gradients(cotangents, tensors, arguments, environment, part=part)
+            assert {x.dtype for x in found[:3]} == {torch.float32}
+            added = 0 if total is None or found[0] is not total else dq
+            for gradient, expected in zip((found[0] - added, *found[1:3]), whole, strict=False):
+                torch.testing.assert_close(
+                    gradient, expected.float(), atol=2e-5 if dtype == torch.float32 else 3e-2, rtol=2e-2
+                )

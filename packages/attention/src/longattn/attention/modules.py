@@ -13,7 +13,7 @@ from longattn.attention.functional import pattern_attention
 from longattn.attention.reaching import MOST_JUDGED, warn_apart
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.call_extents import CallExtents, is_sharded
-from longattn.attention.schedules.group_calls import calling
+from longattn.attention.schedules.callers import calling
 from longattn.attention.schedules.local import Local
 from longattn.attention.validate import (
     check_bool,

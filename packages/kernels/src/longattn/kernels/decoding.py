@@ -106,8 +106,8 @@ def decode_attention(
         hidden: bool, broadcastable to (rows, 1, held), True = not seen. Values there must be finite. A row that sees nothing gives zero.
         first: (q, m), other queries like q, and for how many of the first keys they take q's place.
         sink_logits: broadcastable to (rows, group, 1), a learned sink: joins the softmax as a key of that score and value zero.
-        softcap: scaled scores s become softcap * tanh(s / softcap); 0: they stay. Torch's products serve where they do not.
-        added: (rows, group, held), added to scores after that, or None; torch's products serve where there is one.
+        softcap: scaled scores s become softcap * tanh(s / softcap); 0: they stay.
+        added: (rows, group, held), added to scores after that, or None.
 
     Returns:
         Like q; where values have another head_dim than keys, q's last axis is the head_dim, and the result's is that of the values.
@@ -117,11 +117,13 @@ def decode_attention(
     """
     if not q.numel():
         return q.new_zeros(result_shape(q, *cache.dims))
-    if cache.streamed is not None and not softcap and added is None and _plain(q, cache, first, sink_logits):
-        out = cache.streamed.attend(q, held, scale, hidden=hidden, first=first, sink_logits=sink_logits)
+    if cache.streamed is not None and _plain(q, cache, first, sink_logits, added):
+        out = cache.streamed.attend(
+            q, held, scale, hidden=hidden, first=first, sink_logits=sink_logits, softcap=softcap, added=added
+        )
         if out is not None:
             return out
-    if cache.split is not None and held and _plain(q, cache, first, sink_logits) and q.dtype == cache.keys.dtype:
+    if cache.split is not None and held and _plain(q, cache, first, sink_logits, added) and q.dtype == cache.keys.dtype:
         try:
             out = cache.split.attend(
                 q, held, scale, hidden=hidden, first=first, sink_logits=sink_logits, softcap=softcap, added=added
@@ -136,7 +138,13 @@ def decode_attention(
     return _products(q, keys, values, scale, hidden, first, sink_logits, softcap, added)
 
 
-def _plain(q: Tensor, cache: DecodeCache, first: tuple[Tensor, int] | None, sink_logits: Tensor | None) -> bool:
+def _plain(
+    q: Tensor,
+    cache: DecodeCache,
+    first: tuple[Tensor, int] | None,
+    sink_logits: Tensor | None,
+    added: Tensor | None,
+) -> bool:
     """Whether numbers are all that is wanted: no gradient, no trace, no transform, no subclass that sees each operation."""
     if type(q) is not Tensor or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -144,7 +152,7 @@ def _plain(q: Tensor, cache: DecodeCache, first: tuple[Tensor, int] | None, sink
         return True
     requires_grad = q.requires_grad or cache.keys.requires_grad or cache.values.requires_grad
     requires_grad = requires_grad or (first is not None and first[0].requires_grad)
-    return not (requires_grad or (sink_logits is not None and sink_logits.requires_grad))
+    return not (requires_grad or any(x is not None and x.requires_grad for x in (sink_logits, added)))
 
 
 def _products(

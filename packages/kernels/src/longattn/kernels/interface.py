@@ -19,6 +19,7 @@ from longattn.kernels.check import (
     warn_of_axes,
 )
 from longattn.kernels.decoding import DecodeCache, decode_attention
+from longattn.kernels.dispatch.call import GradientPart
 from longattn.kernels.dispatch.capability import dtype_name
 from longattn.kernels.dispatch.environment import (
     DEFAULT_ENVIRONMENT,
@@ -45,7 +46,7 @@ from longattn.kernels.philox import as_seed
 from longattn.kernels.positions import last_positions
 from longattn.kernels.reference import pair_weights
 from longattn.kernels.scaling import fold_scale
-from longattn.kernels.state import FLOATS, add_sink, merge_detached, merge_into, state_dtype
+from longattn.kernels.state import FLOATS, add_sink, merge_detached, merge_into, minus_delta_of, state_dtype
 from longattn.kernels.terms import (
     ScoreTerm,
     ScoreTerms,
@@ -85,6 +86,7 @@ __all__ = [
     "dtype_name",
     # a call as an op takes it
     "Cotangents",
+    "GradientPart",
     "Gradients",
     "OpArguments",
     "OpTensors",
@@ -135,6 +137,7 @@ __all__ = [
     "add_sink",
     "merge_detached",
     "merge_into",
+    "minus_delta_of",
     "state_dtype",
     # a decoder step
     "DecodeCache",

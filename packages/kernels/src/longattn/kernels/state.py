@@ -16,6 +16,9 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What q, k and v may be of."""
 
+_STRIP = 256
+"""Rows of which products stand at a time."""
+
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """What partial results of inputs of `dtype` are kept in: float32, or float64 for float64."""
@@ -115,6 +118,24 @@ def merge_into(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -
     weight = torch.sigmoid(other_lse - lse).nan_to_num_(nan=0.0).to(out.dtype)
     out.lerp_(other_out, weight.unsqueeze(-1))
     torch.logaddexp(lse, other_lse, out=lse)
+
+
+def minus_delta_of(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor) -> Tensor:
+    """dlse - rowsum(dO * O), (batch, Nq, heads) in float32 (float64): what a backward needs of the merged result, one number a row.
+
+    Made strip by strip: no product stands whole.
+    """
+    dtype = state_dtype(out.dtype)
+    total = (
+        torch.zeros(out.shape[:3], dtype=dtype, device=out.device)
+        if grad_lse is None
+        else grad_lse.to(dtype, copy=True)
+    )
+    for first in range(0, out.shape[1], _STRIP):
+        rows = first, min(_STRIP, out.shape[1] - first)
+        own = (x.narrow(1, *rows).to(dtype) for x in (grad_out, out))
+        total.narrow(1, *rows).sub_(torch.mul(*own).sum(-1))
+    return total
 
 
 def add_sink(state: AttentionState, sink_logits: Tensor) -> AttentionState:

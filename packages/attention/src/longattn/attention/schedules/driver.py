@@ -17,11 +17,13 @@ from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard
 from longattn.kernels import AttentionState, Environment
 from longattn.kernels.interface import (
     Cotangents,
+    GradientPart,
     Gradients,
     OpArguments,
     OpTensors,
     attend_rectangle,
     merge_into,
+    minus_delta_of,
     rectangle_gradients,
     state_dtype,
 )
@@ -62,9 +64,13 @@ def backward(run: ScheduleRun, arguments: OpArguments, environment: Environment)
         dq = GradientSum(shard.queries[0])
         _, grad_out, out, lse, *rest = shard.queries
         cotangents = Cotangents(grad_out, rest[0] if rest else None, out, lse)
+        minus_delta = minus_delta_of(*cotangents[:3]) if run.in_parts else None
         for step in shard.steps:
             tensors, rectangle = rectangle_of(run, shard, step, arguments)
-            gradients = rectangle_gradients(cotangents, tensors, rectangle, environment, skip_empty=not run.one_step)
+            part = None if minus_delta is None else GradientPart(minus_delta, dq.in_place())
+            gradients = rectangle_gradients(
+                cotangents, tensors, rectangle, environment, skip_empty=not run.one_step, part=part
+            )
             if gradients is None:
                 continue
             dq_part, dk, dv, dbias_part, added_part = gradients
@@ -75,7 +81,7 @@ def backward(run: ScheduleRun, arguments: OpArguments, environment: Environment)
             if added is not None and added_part is not None:
                 added += added_part
             # Not kept while the next step's keys are awaited.
-            del step, tensors, gradients, dq_part, dk, dv, dbias_part, added_part
+            del step, tensors, gradients, part, dq_part, dk, dv, dbias_part, added_part
         results.append((dq.total(),))
     (dq,) = run.join(results)
     dbias = None if dbias is None else run.bias_gradient(dbias)

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.callers import calls_over
 from longattn.attention.schedules.group import Members
-from longattn.attention.schedules.group_calls import calls_over
 from longattn.attention.schedules.layouts import count_rows
 from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.schedules.transport import gather_integers
+from longattn.attention.validate import integers
 from longattn.kernels.interface import as_seed, as_terms, tensors_in, with_tensors
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
@@ -100,7 +101,8 @@ def heads_here(q: DTensor, k: DTensor, head_start: int | None, num_heads: int | 
 def schedule_over(q: DTensor, k: DTensor, schedule: Schedule | None) -> Schedule | None:
     """The schedule that attends to DTensors with the sequence on axis 1, where `schedule` is asked for.
 
-    One process's schedules become a Ring over the ranks that hold the sequence: they give the same numbers, and each has all keys.
+    One process's schedules become a Ring over the ranks that hold the sequence: they give the same numbers, and each has all keys. Where the
+    placements do not cut the sequence, a schedule over ranks of other mesh dimensions has it cut: tensor parallel under a ring.
 
     Raises:
         ValueError: other placements, or a schedule whose ranks or rows are not those of the placements.
@@ -108,12 +110,24 @@ def schedule_over(q: DTensor, k: DTensor, schedule: Schedule | None) -> Schedule
     check_placements({"query": q, "key": k})
     along, over_group = _dimension_of(q, 1), schedule is not None and schedule.distributed
     if along is None:
-        if over_group:
+        if over_group and not _apart(q, schedule):
             raise ValueError(
-                f"schedule must be None or in one process where no rank has only a part of the sequence, got {schedule} for {q.placements}"
+                f"schedule must be None or in one process where no rank has only a part of the sequence, or over another mesh dimension, "
+                f"got {schedule} for {q.placements} on {q.device_mesh}"
             )
         return schedule
     return _checked(q, k, along, schedule) if over_group else _ring_over(q, k, along)
+
+
+def _apart(q: DTensor, schedule: Any) -> bool:
+    """Whether this rank is the only one that is in the mesh of q and in a group of the schedule."""
+    ranks = set(integers(q.device_mesh.mesh.flatten()))
+    while schedule is not None and schedule.distributed:
+        members = getattr(schedule, "members", None)
+        if not isinstance(members, Members) or len(ranks & set(members.place.members())) > 1:
+            return False
+        schedule = getattr(schedule, "inner", None)
+    return True
 
 
 def _checked(q: DTensor, k: DTensor, along: int, schedule: Any) -> Schedule:

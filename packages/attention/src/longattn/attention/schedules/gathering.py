@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.attention.schedules.group_calls import GroupCalls, caller_fields
+from longattn.attention.schedules.callers import caller_fields
+from longattn.attention.schedules.group_calls import GroupCalls
 from longattn.attention.schedules.headers import Fields
 from longattn.attention.schedules.layouts import Layout, count_rows
 from longattn.attention.schedules.transport import Swapped, swap

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.callers import caller_fields, calls_over
 from longattn.attention.schedules.extents import (
     CONFLICT,
     SINKS,
@@ -28,7 +29,7 @@ from longattn.attention.schedules.extents import (
     mask_has_rows,
 )
 from longattn.attention.schedules.gathering import gather_rows
-from longattn.attention.schedules.group_calls import GroupCalls, caller_fields, calls_over
+from longattn.attention.schedules.group_calls import GroupCalls
 from longattn.attention.schedules.headers import Fields
 from longattn.attention.schedules.layouts import (
     LAYOUTS,

@@ -8,8 +8,9 @@ pass is never taken for one of this. 4. The pass ends; an exception after 2 is a
 
 from __future__ import annotations
 
-import atexit
+import secrets
 import threading
+import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.errors import GroupError
-from longattn.attention.schedules.headers import HEADER_BYTES, OWN, Fields, Header, check_headers, encoded
+from longattn.attention.schedules.headers import HEADER_BYTES, OWN, Fields, Header, check_headers, encoded, has_arrived
+from longattn.attention.schedules.notices import Lookout, leave_notice
 from longattn.attention.schedules.place import Parcel, Place, TransportEvent, note
 from longattn.attention.schedules.waiting import Patience, PendingWorks, Waiter
 from longattn.attention.validate import integers
@@ -30,6 +32,8 @@ HEADERS, KEYS, GRADIENTS = range(3)
 _FIRST_TAG = 1 << 29
 """Tags below are those of others on the group."""
 _PASSES = 1 << 26
+_MOMENT = 2e-3
+"""Seconds."""
 
 Announced = Mapping[int, tuple[Sequence[int], Sequence[int]]]
 """{rank: bytes of each message of KEYS and of GRADIENTS that it is sent}."""
@@ -53,6 +57,8 @@ class GroupCalls:
         self.unfinished: list[Exchange] = []
         self.rendezvous: Any = None
         self._announced = False
+        self._session, self._since = secrets.randbits(62), 0
+        self._notice_key: str | None = None
         self._headers: list[Header] = []
         self._taken: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
@@ -82,6 +88,7 @@ class GroupCalls:
         except BaseException as error:
             if self._announced:
                 self.failure = f"call {self.call} ({self.fields.phase}): {type(error).__name__}: {str(error)[:500]}"
+                self._tell_others(error)
             raise
         finally:
             self._lock.release()
@@ -93,10 +100,12 @@ class GroupCalls:
                 f"rank {self.rank}: group {self.place.name!r} is in a call, and cannot be reset before it ends"
             )
         self.timeout = self.place.timeout if timeout is None else timeout
+        self._notice_key = None  # what it says is known
 
     def end_reset(self, number: int, calls: int) -> None:
         """Take calls again, and go on from these numbers."""
         self.number, self.calls, self.failure, self.rendezvous = number, calls, None, None
+        self._since = number
         self.posted.clear()
 
     def release(self) -> None:
@@ -147,7 +156,7 @@ class GroupCalls:
         self.posted.clear()
         self._taken.clear()
         text, own = encoded(fields), (*own, *(0,) * (OWN - len(own)))
-        mine = Header(self.number, call, own, (), (), text)
+        mine = Header(self.number, call, own, (), (), text, self._session)
         self._headers = [mine] * self.size
         self._announced = self._announced or self.size > 1
         device = self.place.header_device
@@ -156,19 +165,36 @@ class GroupCalls:
         peers = [(self.rank + n) % self.size for n in range(1, self.size)]
         for peer in peers:
             keys, gradients = ((), ()) if follow is None else follow.get(peer, ((), ()))
-            header = Header(self.number, call, own, tuple(keys), tuple(gradients), text)
+            header = Header(self.number, call, own, tuple(keys), tuple(gradients), text, self._session)
             sends.append((peer, torch.frombuffer(header.encode(), dtype=torch.uint8).to(device)))
             messages.append(bytearray(HEADER_BYTES))
         receives = [
             (p, torch.frombuffer(m, dtype=torch.uint8).to(device)) for p, m in zip(peers, messages, strict=True)
         ]
-        Exchange(self, "header", sends, receives, HEADERS).wait()
+        exchange = Exchange(self, "header", sends, receives, HEADERS)
+        if device.type == "cpu" and self._arrive_soon(messages):
+            exchange.job.run()
+        else:
+            self._waiter.submit(exchange.job)
+        exchange.wait()
         note(TransportEvent("header", fields.phase))
         for (peer, received), message in zip(receives, messages, strict=True):
             held = message if device.type == "cpu" else bytes(integers(received))
             self._headers[peer] = Header.decode(held, peer)
+        # All ranks know the number that rank 0 drew: a group that is made anew on the same store has another one.
+        self._notice_key = f"longattn failed {self._headers[0].session} {self._since}"
         check_headers(self._headers, self.place.name)
         return self._headers
+
+    def _arrive_soon(self, messages: Sequence[bytearray]) -> bool:
+        """Whether every rank's header is there within a moment. Then no wait for it, or for ours, can last, and the waiter is not asked."""
+        deadline = time.monotonic() + _MOMENT
+        for message in messages:
+            while not has_arrived(message, self.number):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(5e-5)
+        return True
 
     def check_announced(self, kind: int, peer: int, nbytes: int, step: str) -> None:
         """Raise GroupError unless the next message of that kind from `peer` is one of `nbytes`."""
@@ -195,9 +221,31 @@ class GroupCalls:
             f"{where}: {what}", rank=rank, call=self.call, phase=phase, step=step, field=field, values=values
         )
 
+    def _tell_others(self, error: BaseException) -> None:
+        """Leave a notice for ranks that wait, or will: this one takes no more calls."""
+        if self._notice_key is not None:
+            text = f"rank {self.rank} failed in call {self.call} ({self.fields.phase}): {type(error).__name__}: {str(error)[:500]}"
+            leave_notice(self.place, self._notice_key, f"{self.rank} {text}")
+
     def await_job(self, job: PendingWorks, step: str) -> None:
-        """Wait for a job; raise GroupError where a peer is gone, or silent for the timeout."""
-        if not self._patience.ended(job, self.timeout, f"rank {self.rank} of group {self.place.name!r}, {step},"):
+        """Wait for a job; raise GroupError where a peer is gone, or silent for the timeout, or any rank has left a notice."""
+        lookouts: list[Lookout] = []
+
+        def look() -> None:
+            if not lookouts and self._notice_key is not None:
+                lookouts.append(Lookout(self.place, self._notice_key))
+            for lookout in lookouts:
+                if lookout.seen is not None:
+                    rank, _, text = lookout.seen.partition(" ")
+                    raise self.error(text, int(rank), step)
+
+        try:
+            who = f"rank {self.rank} of group {self.place.name!r}, {step},"
+            ended = self._patience.ended(job, self.timeout, who, look)
+        finally:
+            for lookout in lookouts:
+                lookout.stop()
+        if not ended:
             peer = job.peers[min(job.position, len(job.peers) - 1)]
             raise self.error(f"rank {peer} was silent for {self.timeout:g} s", peer, step)
         if job.error is not None:
@@ -205,9 +253,10 @@ class GroupCalls:
             raise self.error(f"rank {peer} is gone: {str(job.error).splitlines()[0]}", peer, step) from job.error
 
     def submit(self, exchange: Exchange) -> None:
-        """Let the waiter wait for it."""
+        """Let the waiter wait for it; for headers, `announce` says who waits."""
         self.unfinished.append(exchange)
-        self._waiter.submit(exchange.job)
+        if exchange.label != "header":
+            self._waiter.submit(exchange.job)
 
     def close(self) -> None:
         """Break off what is in flight, and end the waiter: the group is gone, or the process ends."""
@@ -284,58 +333,3 @@ class Exchange:
 
 def _nbytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
-
-
-_CALLS: dict[str, tuple[weakref.ref[Any], GroupCalls]] = {}
-_LOCK = threading.Lock()
-
-
-def calls_over(place: Place) -> GroupCalls:
-    """The one object of a group. A group that was made anew under an old name has its own."""
-    group = place.group
-    known = _CALLS.get(place.name)
-    if known is not None and known[0]() is group:
-        return known[1]
-    with _LOCK:
-        known = _CALLS.get(place.name)
-        if known is None or known[0]() is not group:
-            calls = GroupCalls(place)
-            weakref.finalize(group, calls.close).atexit = False
-            known = _CALLS[place.name] = weakref.ref(group), calls
-        return known[1]
-
-
-def _close_all() -> None:
-    """What is in flight when the interpreter ends has failed, and a thread that waits for it must not outlive the interpreter."""
-    for _, calls in list(_CALLS.values()):
-        if calls.unfinished:
-            calls.close()
-
-
-atexit.register(_close_all)
-
-
-class _Calling(threading.local):
-    module: object = None
-
-
-_CALLING = _Calling()
-
-
-@contextmanager
-def calling(module: object) -> Generator[None]:
-    """Calls of this thread are the module's, as long as the context is open."""
-    outer, _CALLING.module = _CALLING.module, module
-    try:
-        yield
-    finally:
-        _CALLING.module = outer
-
-
-def caller_fields(calls: GroupCalls) -> dict[str, str]:
-    """Who calls: the fields caller and thread."""
-    thread = threading.current_thread()
-    return {
-        "caller": calls.caller(_CALLING.module),
-        "thread": "main" if thread is threading.main_thread() else thread.name,
-    }

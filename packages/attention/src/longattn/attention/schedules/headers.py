@@ -2,8 +2,9 @@
 
 | bytes | what |
 | --- | --- |
-| 0 to 191 | 24 integers: format, number of the pass, number of the call, 4 of the rank's own, and bytes of each message that follows |
-| 192 to 4095 | the values of `FIELDS`, as text, with 0x1f between them; a long value is cut, and ends with the digest of all of it |
+| 0 to 199 | 25 integers: format, number of the pass, number of the call, session, 4 of the rank's own, and bytes of each message that follows |
+| 200 to 4087 | the values of `FIELDS`, as text, with 0x1f between them; a long value is cut, and ends with the digest of all of it |
+| 4088 to 4095 | format and number of the pass, added: the last bytes to arrive |
 
 Texts are compared, so that an error can name the field and what each rank has. The size never changes: a rank of another version is
 understood far enough to be named.
@@ -20,14 +21,15 @@ from typing import NamedTuple
 
 from longattn.attention.schedules.errors import GroupError
 
-FORMAT = 0x6C6F6E67_61747401
+FORMAT = 0x6C6F6E67_61747402
 """Of this layout of a header: "longat", and a number."""
 HEADER_BYTES = 4096
 OWN = 4
 """Integers that each rank says of itself."""
 MESSAGES = 8
 """Messages of one kind that one rank sends another in a pass, at most."""
-_NUMBERS = struct.Struct(f"<{4 + OWN + 2 * MESSAGES}q")
+_NUMBERS = struct.Struct(f"<{5 + OWN + 2 * MESSAGES}q")
+_LAST = struct.Struct("<q")
 _LONGEST = {"pattern": 600, "schedule": 300}
 _LONGEST_OTHER = 60
 
@@ -79,7 +81,7 @@ class Header:
     Attributes:
         number: of the pass. call: of the call that it belongs to. own: integers that may differ from rank to rank.
         keys, gradients: bytes of each message that follows, to the rank that reads this.
-        text: `Fields`, encoded.
+        text: `Fields`, encoded. session: a number that this process drew for the group.
     """
 
     number: int
@@ -88,6 +90,7 @@ class Header:
     keys: tuple[int, ...]
     gradients: tuple[int, ...]
     text: bytes
+    session: int = 0
 
     def encode(self) -> bytearray:
         """HEADER_BYTES of it."""
@@ -97,8 +100,11 @@ class Header:
         # Two counts in one integer.
         sizes = (*self.keys, *self.gradients)
         sizes += (0,) * (2 * MESSAGES - len(sizes))
-        _NUMBERS.pack_into(message, 0, FORMAT, self.number, self.call, *own, counts[0] << 32 | counts[1], *sizes)
+        _NUMBERS.pack_into(
+            message, 0, FORMAT, self.number, self.call, self.session, *own, counts[0] << 32 | counts[1], *sizes
+        )
         message[_NUMBERS.size : _NUMBERS.size + len(self.text)] = self.text
+        _LAST.pack_into(message, HEADER_BYTES - _LAST.size, FORMAT + self.number)
         return message
 
     @classmethod
@@ -108,7 +114,7 @@ class Header:
         Raises:
             GroupError: it is of another format.
         """
-        form, number, call, *rest = _NUMBERS.unpack_from(message)
+        form, number, call, session, *rest = _NUMBERS.unpack_from(message)
         if form != FORMAT:
             raise GroupError(
                 f"rank {rank} must send headers of the format {FORMAT:#x}, got {form:#x}: another version of longattn-attention",
@@ -117,8 +123,8 @@ class Header:
             )
         own, counts, sizes = tuple(rest[:OWN]), rest[OWN], rest[OWN + 1 :]
         keys, gradients = counts >> 32, counts & 0xFFFFFFFF
-        text = bytes(message[_NUMBERS.size :]).rstrip(b"\0")
-        return cls(number, call, own, tuple(sizes[:keys]), tuple(sizes[keys : keys + gradients]), text)
+        text = bytes(message[_NUMBERS.size : -_LAST.size]).rstrip(b"\0")
+        return cls(number, call, own, tuple(sizes[:keys]), tuple(sizes[keys : keys + gradients]), text, session)
 
     def fields(self) -> dict[str, str]:
         """The text, by name."""
@@ -134,7 +140,7 @@ def encoded(fields: Fields) -> bytes:
         for name, value in zip(Fields._fields, fields, strict=True)
     )
     text = "\x1f".join(parts).encode(errors="replace")
-    assert len(text) <= HEADER_BYTES - _NUMBERS.size
+    assert len(text) <= HEADER_BYTES - _NUMBERS.size - _LAST.size
     return text
 
 
@@ -144,6 +150,11 @@ def _shortened(value: str, longest: int) -> str:
         return value
     digest = hashlib.blake2b(value.encode(errors="replace"), digest_size=8).hexdigest()
     return f"{value[: longest - 20]}... {digest}"
+
+
+def has_arrived(message: bytearray, number: int) -> bool:
+    """Whether a message that is being received is there to its last byte, if it is the header of that pass."""
+    return _LAST.unpack_from(message, HEADER_BYTES - _LAST.size)[0] == FORMAT + number
 
 
 def check_headers(headers: Sequence[Header], group: str) -> None:

@@ -15,6 +15,7 @@ from longattn.patterncache import Span
 
 class _LocalRun(ScheduleRun):
     one_step = True
+    in_parts = False
 
     def __init__(self, work: ScheduleWork) -> None:
         self.work = work

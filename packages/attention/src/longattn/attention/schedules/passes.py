@@ -97,6 +97,7 @@ class ScheduleRun(ABC):
         seed: 0-dim int64, the same on every rank, or None without dropout.
         mask, bias, by_distance: as in `ScheduleWork.tensors`, for the rows and heads of this run's shards.
         one_step: whether every shard has one step at most, so that nothing is merged.
+        in_parts: whether gradients of the shards' steps are added up, so that each is made in float32 (float64).
         by_rows: whether all there is to `join` is to put each shard's results where its `rows` are.
     """
 
@@ -105,6 +106,7 @@ class ScheduleRun(ABC):
     bias: Tensor | None
     by_distance: Tensor | None
     one_step: bool = False
+    in_parts: bool = True
     by_rows: bool = False
 
     @abstractmethod
@@ -136,11 +138,15 @@ class GradientSum:
         self.sum: Tensor | None = None
 
     def add(self, part: Tensor) -> None:
-        """One more part, in the shape of `like`."""
+        """One more part, in the shape of `like`; or the sum itself, to which a part was added in place."""
         if self.sum is None:
             self.sum = part
-            return
-        self.wide().add_(part)
+        elif part is not self.sum:
+            self.wide().add_(part)
+
+    def in_place(self) -> Tensor | None:
+        """The sum so far in float32 (float64), contiguous, to be added to in place; None without any part."""
+        return None if self.sum is None else self.wide()
 
     def wide(self) -> Tensor:
         """The sum so far in float32 (float64), contiguous, to be added to in place."""

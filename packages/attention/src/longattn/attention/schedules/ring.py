@@ -145,7 +145,7 @@ class _InProcessRun(ScheduleRun):
     by_rows = True
 
     def __init__(self, ring: Ring, work: ScheduleWork) -> None:
-        self.work, self.one_step = work, ring.size == 1
+        self.work, self.one_step, self.in_parts = work, ring.size == 1, ring.size > 1
         self.seed, self.mask, self.bias = work.tensors.seed, work.tensors.mask, work.tensors.bias
         self.by_distance = work.tensors.by_distance
         nq, nk = work.queries[0].shape[1], work.k.shape[1]
@@ -179,7 +179,7 @@ class _InProcessRun(ScheduleRun):
 
 
 def _joined(layout: Any, shares: list[Tensor]) -> Tensor:
-    # Shards to which one step gave are not wider than k: one dtype for all.
+    # Shards to which no step gave are not wider than k: one dtype for all.
     wide = shares[0].dtype
     for share in shares:
         wide = torch.promote_types(wide, share.dtype)

@@ -56,6 +56,7 @@ class GroupRun(ScheduleRun):
         self.seed, self.mask, self.bias = self.whole.seed, work.tensors.mask, work.tensors.bias
         self.by_distance = work.tensors.by_distance
         self.size = members.place.size
+        self.in_parts = self.size > 1
         self.k_rows = self.whole.keys.rows()
         self.backward = len(work.queries) > 1
         self.sums = (GradientSum(work.k), GradientSum(work.v))
@@ -93,6 +94,7 @@ class GroupRun(ScheduleRun):
             if self.backward:
                 # The gradients sent in the last step had this whole computation to arrive; one such exchange is in memory at a time.
                 self._receive_gradients(in_flight)
+                in_flight = None
                 in_flight = self._send_gradients(ring_step)
         self._receive_gradients(in_flight)
 
@@ -163,13 +165,12 @@ class GroupRun(ScheduleRun):
         wide = state_dtype(self.work.k.dtype)
         sends: list[Parcel] = []
         if ring_step.incoming is not None:
-            incoming, gradients = ring_step.incoming, ring_step.gradients
-            assert gradients is not None
-            leases = (self._lease("sent gradients", n, wide) for n in range(2))
-            sends = [
-                (ring_step.source, incoming.pack(x.to(wide), lease)) for x, lease in zip(gradients, leases, strict=True)
-            ]
-        ring_step.gradients = None
+            # Each is let go when it is packed: no two copies of both stand side by side.
+            gradients, ring_step.gradients = list(ring_step.gradients or ()), None
+            while gradients:
+                lease = self._lease("sent gradients", len(gradients), wide)
+                packed = ring_step.incoming.pack(gradients.pop(0).to(wide), lease)
+                sends.append((ring_step.source, packed))
         received: tuple[Tensor, ...] = ()
         if ring_step.outgoing is not None:
             received = self._leased("received gradients", ring_step.outgoing, wide)
@@ -202,6 +203,9 @@ class GroupRun(ScheduleRun):
         def lease(shape: tuple[int, ...]) -> Tensor:
             flat, count = self.buffers.get(key), math.prod(shape)
             if flat is None or flat.numel() < count:
+                # The smaller one goes before the larger one comes.
+                flat = None
+                self.buffers.pop(key, None)
                 flat = work.environment.allocator.empty((count,), key[2], work.k.device, "comm")
                 self.buffers[key] = flat
             return flat[:count].view(shape)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.base import Schedule
+from longattn.attention.schedules.callers import calls_over
 from longattn.attention.schedules.extents import row_numbers
 from longattn.attention.schedules.gathering import row_fields
-from longattn.attention.schedules.group_calls import calls_over
 from longattn.attention.schedules.layouts import count_rows, select_rows
 from longattn.attention.schedules.local import check_schedule_argument
 from longattn.attention.schedules.place import Place

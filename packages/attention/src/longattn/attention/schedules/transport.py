@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longattn.attention.schedules.group_calls import KEYS, Exchange, GroupCalls, caller_fields
+from longattn.attention.schedules.callers import caller_fields
+from longattn.attention.schedules.group_calls import KEYS, Exchange, GroupCalls
 from longattn.attention.schedules.headers import Fields
 from longattn.kernels.interface import ScratchAllocator
 

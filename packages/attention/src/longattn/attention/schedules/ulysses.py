@@ -178,7 +178,7 @@ class _HeadsRun(ScheduleRun):
         self.inside = inner.start(inside)
         self.seed, self.mask, self.bias = self.inside.seed, self.inside.mask, self.inside.bias
         self.by_distance = self.inside.by_distance
-        self.one_step = self.inside.one_step
+        self.one_step, self.in_parts = self.inside.one_step, self.inside.in_parts
 
     def shards(self) -> Iterator[QueryShard]:
         yield from self.inside.shards()

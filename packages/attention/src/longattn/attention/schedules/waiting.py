@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -55,8 +55,8 @@ class PendingWorks:
         """Run in a thread of its own."""
         threading.Thread(target=self.run, name="longattn waiter", daemon=True).start()
 
-    def ended_within(self, seconds: float) -> bool:
-        """Whether `run` ended; waits so long at most, in slices, and handles signals meanwhile."""
+    def ended_within(self, seconds: float, between: Callable[[], None] | None = None) -> bool:
+        """Whether `run` ended; waits so long at most, in slices, and handles signals meanwhile. between: called after each slice."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -64,6 +64,8 @@ class PendingWorks:
             except Empty:
                 if time.monotonic() >= deadline:
                     return False
+                if between is not None:
+                    between()
             else:
                 self._ended.put(None)
                 return True
@@ -83,17 +85,17 @@ class Patience:
     def __init__(self) -> None:
         self._said = False
 
-    def ended(self, job: PendingWorks, seconds: float, who: str) -> bool:
-        """Whether a job ends within the time."""
+    def ended(self, job: PendingWorks, seconds: float, who: str, between: Callable[[], None] | None = None) -> bool:
+        """Whether a job ends within the time; the rest as for `ended_within`."""
         early = min(PATIENCE, seconds)
         if self._said or early == seconds:
-            return job.ended_within(seconds)
-        if job.ended_within(early):
+            return job.ended_within(seconds, between)
+        if job.ended_within(early, between):
             return True
         self._said = True
         peer = job.peers[min(job.position, len(job.peers) - 1)]
         with progress(f"{who} waits for rank {peer}, for up to {seconds:g} s", logger, after=0):
-            return job.ended_within(seconds - early)
+            return job.ended_within(seconds - early, between)
 
 
 class Waiter:

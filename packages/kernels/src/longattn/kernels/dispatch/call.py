@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.environment import ScratchAllocator
 from longattn.patterncache import Plan
+
+
+class GradientPart(NamedTuple):
+    """What rectangles of one backward share, beside the merged out and lse.
+
+    Attributes:
+        minus_delta: (batch, Nq, heads) float32 (float64), contiguous: dlse - rowsum(dO * O). A row may read it in place of grad_lse and out.
+        dq: (batch, Nq, heads, head_dim) of that dtype, contiguous: the sum so far, or None. A row may add to it in place, and return it.
+    """
+
+    minus_delta: Tensor
+    dq: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class Call:
         softcap: c where scaled scores s become c * tanh(s / c), before anything is added; 0: they stay.
         by_distance: what is added for each head and distance, as `terms` says, contiguous, in float32 (float64 for float64), or None.
         by_distance_grad: like it, what a backward adds its gradient to, in place; None: not wanted.
+        part: in a backward of one rectangle of several; dq, dk and dv are then in float32 (float64).
     """
 
     q: Tensor
@@ -50,3 +64,12 @@ class Call:
     softcap: float = 0.0
     by_distance: Tensor | None = None
     by_distance_grad: Tensor | None = None
+    part: GradientPart | None = None
+
+    @property
+    def gradient_dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        """Of dq, dk and dv."""
+        if self.part is not None:
+            dtype = self.part.minus_delta.dtype
+            return dtype, dtype, dtype
+        return self.q.dtype, self.k.dtype, self.v.dtype

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.call import Call, GradientPart
 from longattn.kernels.dispatch.choosing import select
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.memo import Memo
@@ -100,7 +100,14 @@ class PreparedCall:
         """That plan, as long as somebody holds it."""
         return self._plan()
 
-    def call(self, tensors: OpTensors, plan: Plan, environment: Environment, total: Tensor | None = None) -> Call:
+    def call(
+        self,
+        tensors: OpTensors,
+        plan: Plan,
+        environment: Environment,
+        total: Tensor | None = None,
+        part: GradientPart | None = None,
+    ) -> Call:
         """The call as a row takes it; total: what the gradient of by_distance is added to."""
         arguments = self.arguments
         q, k, v, bias, by_distance, mask, key_padding, seed, prior_out, prior_lse, *_ = tensors
@@ -125,6 +132,7 @@ class PreparedCall:
             softcap=arguments.softcap,
             by_distance=None if by_distance is None else by_distance.to(state_dtype(q.dtype)).contiguous(),
             by_distance_grad=total,
+            part=part,
         )
 
     def forward(self, tensors: OpTensors, plan: Plan, environment: Environment) -> tuple[Tensor, Tensor]:
@@ -140,8 +148,15 @@ class PreparedCall:
             self._forward, self._asked_to_bind = self.row.bind(call, *computed), True
         return computed
 
-    def backward(self, cotangents: Cotangents, tensors: OpTensors, plan: Plan, environment: Environment) -> Gradients:
-        """dq, dk, dv, dbias and the gradient of by_distance."""
+    def backward(
+        self,
+        cotangents: Cotangents,
+        tensors: OpTensors,
+        plan: Plan,
+        environment: Environment,
+        part: GradientPart | None = None,
+    ) -> Gradients:
+        """dq, dk, dv, dbias and the gradient of by_distance; part as in `Call`."""
         grad_out, grad_lse, out, lse = cotangents
         key = (
             grad_out.stride(),
@@ -149,17 +164,18 @@ class PreparedCall:
             None if grad_lse is None else grad_lse.stride(),
             out.stride(),
             out.dtype,
+            None if part is None else part.dq is None,
         )
         bound = self._backward.get(key)
         if bound:
-            gradients = bound(cotangents, tensors, environment.allocator)
+            gradients = bound(cotangents, tensors, environment.allocator, part)
             if gradients is not None:
                 return (*gradients, None)
             bound = None
         total = None
         if self.arguments.by_distance_grad and tensors.by_distance is not None:
             total = torch.zeros_like(tensors.by_distance, dtype=state_dtype(tensors.q.dtype))
-        call = self.call(tensors, plan, environment, total)
+        call = self.call(tensors, plan, environment, total, part)
         gradients = self.row.backward(call, grad_out, grad_lse, out, lse, self.arguments.bias_grad)
         if bound is None and self.row.bind_backward is not None and len(self._backward) < _MOST_GRADIENT_FORMS:
             self._backward[key] = self.row.bind_backward(call, grad_out, grad_lse, out, lse, gradients) or False

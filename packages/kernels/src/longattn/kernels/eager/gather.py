@@ -14,7 +14,7 @@ from longattn.kernels.dispatch.capability import FLOAT32_WITHIN, Capability
 from longattn.kernels.eager.grouping import dropped, group_rows, scores_and_slope, tile_state, ungroup_rows
 from longattn.kernels.eager.masks import add_distance_gradients, sum_to, tile_picks
 from longattn.kernels.eager.second_order import second_gradients
-from longattn.kernels.eager.tile_walk import finish, new_state, walk
+from longattn.kernels.eager.tile_walk import finish, new_gradients, new_state, walk
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.state import FLOATS, state_dtype
@@ -56,17 +56,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv) in the dtypes of q, k, v and, with bias_grad, dbias in the shape and dtype of bias; summed in float32 (float64)."""
     dtype = state_dtype(call.q.dtype)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
+    dq, dk, dv = new_gradients(call)
     dbias = (
         torch.zeros(call.bias.shape, dtype=dtype, device=call.q.device) if bias_grad and call.bias is not None else None
     )
-    others = (grad_out, out, lse) if grad_lse is None else (grad_out, out, lse, grad_lse)
+    others = tuple(x for x in (grad_out, out, lse, grad_lse) if x is not None)
     for tile in walk(call, triangles=False, cells=_CELLS, others=others):
         q, k, v = _operands(call, tile)
         grad = group_rows(tile.queries(grad_out).to(dtype), tile)
-        delta = (grad * group_rows(tile.queries(out).to(dtype), tile)).sum(-1, keepdim=True)
-        if grad_lse is not None:
-            delta = delta - group_rows(tile.queries(grad_lse).to(dtype).unsqueeze(-1), tile)
+        if call.part is None:
+            delta = (grad * group_rows(tile.queries(out).to(dtype), tile)).sum(-1, keepdim=True)
+            if grad_lse is not None:
+                delta = delta - group_rows(tile.queries(grad_lse).to(dtype).unsqueeze(-1), tile)
+        else:
+            delta = group_rows(tile.queries(call.part.minus_delta).unsqueeze(-1), tile).neg()
         pivot = group_rows(tile.queries(lse).unsqueeze(-1), tile)
         scores, slope = scores_and_slope(q, k, tile, call)
         weights = (scores - pivot.masked_fill(pivot == -torch.inf, 0)).exp_()
@@ -82,7 +85,8 @@ def backward(
         tile.add_keys(dk, grad_scores.transpose(-1, -2) @ q)
         tile.add_keys(dv, dropped(weights, tile).transpose(-1, -2) @ grad)
     final = None if dbias is None or call.bias is None else dbias.to(call.bias.dtype)
-    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), final
+    dq, dk, dv = (x.to(dtype) for x, dtype in zip((dq, dk, dv), call.gradient_dtypes, strict=True))
+    return dq, dk, dv, final
 
 
 def _operands(call: Call, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:

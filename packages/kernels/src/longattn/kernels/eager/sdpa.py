@@ -18,7 +18,7 @@ from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
 from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.eager.second_order import second_gradients
 from longattn.kernels.eager.strides import separated, separated_call
-from longattn.kernels.eager.tile_walk import finish, new_state, walk
+from longattn.kernels.eager.tile_walk import finish, new_gradients, new_state, walk
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.state import FLOATS, state_dtype
@@ -84,7 +84,10 @@ def backward(
     grad, q, k, v, out = (_dense(x.transpose(1, 2)) for x in (grad_out, call.q, call.k, call.v, out))
     triangle = call.plan.branches[0].triangle
     dq, dk, dv = _cpu_backward(grad, q, k, v, out, lse.transpose(1, 2), triangle, None, call.scale)
-    return dq.transpose(1, 2).contiguous(), dk.transpose(1, 2).contiguous(), dv.transpose(1, 2).contiguous(), None
+    dq, dk, dv = (
+        x.transpose(1, 2).to(dtype).contiguous() for x, dtype in zip((dq, dk, dv), call.gradient_dtypes, strict=True)
+    )
+    return dq, dk, dv, None
 
 
 def _is_whole(call: Call) -> bool:
@@ -125,8 +128,8 @@ def backward_through(
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """`backward` tile by tile through the gradient of one of torch's kernels."""
     call = separated_call(call)
-    dtype, width, value_width = state_dtype(call.q.dtype), call.q.shape[-1], call.v.shape[-1]
-    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
+    width, value_width = call.q.shape[-1], call.v.shape[-1]
+    dq, dk, dv = new_gradients(call)
     grad_out, out = separated(grad_out.to(call.q.dtype)), separated(out.to(call.q.dtype))
     # A finite pivot for rows that saw nothing: their scores are all -inf, so P stays 0.
     lse = lse.masked_fill(lse == -torch.inf, 0)
@@ -141,7 +144,8 @@ def backward_through(
         tile.add_keys(dk, grads[1][..., :width])
         tile.add_keys(dv, grads[2][..., :value_width])
         del grads  # before the next call makes its own: one set at a time in memory
-    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), None
+    dq, dk, dv = (x.to(dtype) for x, dtype in zip((dq, dk, dv), call.gradient_dtypes, strict=True))
+    return dq, dk, dv, None
 
 
 def _cells(call: Call) -> int:

@@ -150,6 +150,14 @@ def new_state(call: Call, *, triangles: bool, filled: bool = False) -> tuple[Ten
     return (out, lse) if complete and not filled else (out.zero_(), lse.fill_(-torch.inf))
 
 
+def new_gradients(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv in float32 (float64), to be added to: zeros, or the sum of dq so far."""
+    dtype = state_dtype(call.q.dtype)
+    dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.k, call.v))
+    dq = None if call.part is None else call.part.dq
+    return torch.zeros(call.q.shape, dtype=dtype, device=call.q.device) if dq is None else dq, dk, dv
+
+
 def finish(call: Call, out: Tensor) -> Tensor:
     """`out` of `new_state` in out_dtype; the float32 original goes back to its owner."""
     if out.dtype == call.out_dtype:

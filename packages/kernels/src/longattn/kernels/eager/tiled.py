@@ -26,10 +26,10 @@ from longattn.kernels.eager.grouping import (
 )
 from longattn.kernels.eager.masks import add_distance_gradients, attach_masks
 from longattn.kernels.eager.second_order import second_gradients
-from longattn.kernels.eager.tile_walk import blocks, finish, new_state
+from longattn.kernels.eager.tile_walk import blocks, finish, new_gradients, new_state
 from longattn.kernels.eager.tiles import Tile
 from longattn.kernels.far_rows import exact_backward, exact_forward
-from longattn.kernels.state import state_dtype
+from longattn.kernels.state import minus_delta_of, state_dtype
 from longattn.patterncache import Branch
 from longattn.patterncache.planning.bands import narrow_tile
 
@@ -66,13 +66,9 @@ class TiledRow:
         self, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor, None]:
         """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32 (float64)."""
-        dtype = state_dtype(call.q.dtype)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (call.q, call.k, call.v))
-        # delta = rowsum(dO * O) - dlse: one number a row, read by every tile of that row. Made strip by strip: no product stands whole.
-        delta = torch.zeros_like(lse) if grad_lse is None else -grad_lse.to(dtype)
-        for rows in _ranges(lse.shape[1]):
-            own = (x.narrow(1, *rows).to(dtype) for x in (grad_out, out))
-            delta.narrow(1, *rows).add_(torch.mul(*own).sum(-1))
+        dq, dk, dv = new_gradients(call)
+        # One number a row, read by every tile of that row.
+        delta = -(minus_delta_of(grad_out, grad_lse, out) if call.part is None else call.part.minus_delta)
         pivot = lse.masked_fill(lse == -torch.inf, 0)
         for branch, block in blocks(call):
             for tile in self._tiles(call, branch, block):
@@ -80,7 +76,8 @@ class TiledRow:
                 tile.add_queries(dq, grads[0])
                 tile.add_keys(dk, grads[1])
                 tile.add_keys(dv, grads[2])
-        return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype), None
+        dq, dk, dv = (x.to(dtype) for x, dtype in zip((dq, dk, dv), call.gradient_dtypes, strict=True))
+        return dq, dk, dv, None
 
     def _tiles(self, call: Call, branch: Branch, block: Tile) -> Iterator[Tile]:
         if self.q_major:

@@ -1,5 +1,6 @@
 // Attention on CPUs, called through ctypes: no torch and no Python in here, and no memory but what the caller brings.
 #include "backward.h"
+#include "narrow.h"
 #include "paged.h"
 #include "shards.h"
 
@@ -50,7 +51,7 @@ static void attend(const Call& call) {
     Tasks tasks(call);
     int64_t each = Forward<Op>(call, nullptr).floats;
     Pool::of_process().run(call.threads, tasks.count(), [&](int64_t thread, int64_t i) {
-        Forward<Op> forward(call, call.scratch + thread * each);
+        std::conditional_t<Op::TILES, Forward<Op>, Narrow<Op>> forward(call, call.scratch + thread * each);
         tasks.at(i, [&](const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t rows) {
             forward.run(job, b, h, t, first, rows);
         });

@@ -120,7 +120,7 @@ private:
                 const int64_t ahead = queries->rows[r + ROWS_AHEAD];
                 ask_for(call.q.at(b, ahead, h), bytes);
                 ask_for(call.grad_out.at(b, ahead, h), value_bytes);
-                ask_for(call.out.at(b, ahead, h), value_bytes);
+                if (call.out.data) ask_for(call.out.at(b, ahead, h), value_bytes);
             }
             float *q_row = Q + r * shape.wide, *dO_row = dO + r * values.wide;
             lse[r] = -NONE, delta[r] = 0;
@@ -135,8 +135,10 @@ private:
             lse[r] = own == NONE ? -NONE : float(own * LOG2_E);
             float *grad = stage, *out = stage + values.columns, total = 0;
             load_floats(grad, call.grad_out.at(b, n, h), call.grad_out.type, values.dim, 1);
-            load_floats(out, call.out.at(b, n, h), call.out.type, values.dim, 1);
-            for (int64_t i = 0; i < values.dim; i++) total += grad[i] * out[i];
+            if (call.out.data) {  // without, dlse holds -delta
+                load_floats(out, call.out.at(b, n, h), call.out.type, values.dim, 1);
+                for (int64_t i = 0; i < values.dim; i++) total += grad[i] * out[i];
+            }
             delta[r] = total - (call.grad_lse.data ? *(const float*)call.grad_lse.at(b, n, h) : 0.f);
         }
         if (!PAIRS) return;
@@ -284,12 +286,12 @@ private:
         for (int64_t d = 0; d < columns; d += VL) transpose(from + d * WIDTH, WIDTH, to + d, columns);
     }
 
-    // dq: L2 -> memory, once; onto what stands there where an earlier phase wrote the row.
+    // dq: L2 -> memory, once; onto what stands there where an earlier phase, or rectangle, wrote the row.
     void finish(const Job& job, int64_t b, int64_t h, int64_t r) {
         float* row = dq + r * shape.columns;
         char* to = call.dq.at(b, queries->rows[r], h);
         const float scale = float(call.scale);
-        for (int64_t i = 0; i < shape.dim; i++) row[i] = row[i] * scale + (job.fresh ? 0.f : ((const float*)to)[i]);
+        for (int64_t i = 0; i < shape.dim; i++) row[i] = row[i] * scale + (job.fresh && !call.merges ? 0.f : ((const float*)to)[i]);
         store_floats(to, row, call.dq.type, shape.dim);
     }
 };

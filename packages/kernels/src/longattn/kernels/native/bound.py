@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.call import Call, GradientPart
 from longattn.kernels.dispatch.environment import ScratchAllocator
 from longattn.kernels.native import building
 from longattn.kernels.native.structures import TYPES, CallArgument, PackedJobs, TensorArgument
@@ -115,13 +115,17 @@ class BoundBackward:
         self._call: Any = building.library().longattn_attend_backward
         self._floats = (floats + _LINE // 4,)
         self._shapes = (call.q.shape, call.k.shape, call.v.shape)
-        self._types = (call.q.dtype, call.k.dtype, call.v.dtype)
+        self._types = call.gradient_dtypes
         self._complete, self._device = complete, call.q.device
 
     def __call__(
-        self, cotangents: Cotangents, tensors: OpTensors, allocator: ScratchAllocator
+        self,
+        cotangents: Cotangents,
+        tensors: OpTensors,
+        allocator: ScratchAllocator,
+        part: GradientPart | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, None] | None:
-        """Compute; gradients are contiguous and torch's own memory."""
+        """Compute; gradients are contiguous and torch's own memory. part: with what the call had that was bound."""
         jobs = self._jobs()
         if jobs is None:
             return None
@@ -129,12 +133,16 @@ class BoundBackward:
         q, k, v, seed = tensors.q, tensors.k, tensors.v, tensors.seed
         make_queries, make_keys = (torch.empty if written else torch.zeros for written in self._complete)
         shapes, types = self._shapes, self._types
-        dq = make_queries(shapes[0], dtype=types[0])
+        dq = make_queries(shapes[0], dtype=types[0]) if part is None or part.dq is None else part.dq
         dk, dv = make_keys(shapes[1], dtype=types[1]), make_keys(shapes[2], dtype=types[2])
         argument = bytearray(self._template)
-        given = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "grad_out": grad_out, "dq": dq, "dk": dk, "dv": dv}
-        if grad_lse is not None:
-            given["grad_lse"] = grad_lse
+        given = {"q": q, "k": k, "v": v, "lse": lse, "grad_out": grad_out, "dq": dq, "dk": dk, "dv": dv}
+        if part is not None:
+            given["grad_lse"] = part.minus_delta
+        else:
+            given["out"] = out
+            if grad_lse is not None:
+                given["grad_lse"] = grad_lse
         for name, x in given.items():
             _write(argument, _PLACES[name], address(x))
         if seed is not None:

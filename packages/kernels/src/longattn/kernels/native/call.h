@@ -36,7 +36,7 @@ struct RowSet {
     int64_t low, high;              // keys: visible iff low <= query position - key position <= high
 
     INLINE int64_t row(int64_t t, int64_t i) const {
-        int64_t b = i / block, j = i - b * block;
+        const int64_t b = block == 1 ? i : i / block, j = i - b * block;
         int64_t base = starts ? starts[t * tile_step + b] : start + t * tile_step + b * period;
         return base + (offsets ? offsets[j] : j * step);
     }
@@ -75,7 +75,7 @@ struct Call {
     int64_t rows;              // most query rows of a task, at most ROWS
     int64_t key_parts;         // backward: in how many parts the keys are owned; 1: one pass makes all gradients
     float* scratch;            // `scratch_floats` for each thread
-    int64_t merges;            // 1: rows are merged onto what stands in out and lse
+    int64_t merges;            // 1: rows are merged onto what stands in out and lse; in a backward, dq is added to what stands there
     double softcap;            // scaled scores s become softcap * tanh(s / softcap); 0: they stay
     const float* by_distance;  // (heads, columns): what is added for each head and distance, or null
     int64_t by_distance_columns;  // 1: a slope; 2 + 2 * L: and a number for each distance from -L to L
@@ -94,7 +94,7 @@ struct Queries {
     int64_t n;
     int64_t rows[ROWS], positions[ROWS];
     int64_t tall;                             // rows that share a reach
-    int64_t near[ROWS / MR], far[ROWS / MR];  // smallest and largest position of each `tall` rows
+    int64_t near[ROWS / 4], far[ROWS / 4];    // smallest and largest position of each `tall` rows
 
     void take(const RowSet& set, int64_t t, int64_t first, int64_t count, int64_t reach_rows) {
         n = count, tall = reach_rows;

@@ -22,6 +22,9 @@ struct Apart {
     const uint8_t* hidden;  // (rows, keys): 1 hides; or null
     int64_t hidden_row, hidden_step;
     const float* sinks;  // (rows, group), or null
+    const float* added;  // (rows, group, added_row): added to the score of a key, after the cap; or null
+    int64_t added_row;
+    double softcap;      // scaled scores s become softcap * tanh(s / softcap); 0: they stay
 };
 
 struct Step {
@@ -48,6 +51,7 @@ class Decode {
     const Cache& cache;
     const Step& step;
     const Apart& apart;
+    const ScoreTerms terms;
     const int64_t size = Stored::BYTES / STEP;
 
     // Some query rows of a row of the cache.
@@ -64,6 +68,8 @@ class Decode {
         all.k_step = cache.k.row * size, all.v_step = cache.v.row * size;
         all.hidden = apart.hidden ? apart.hidden + row * apart.hidden_row : nullptr;
         all.hidden_step = apart.hidden_step;
+        all.terms = terms.any() || apart.added ? &terms : nullptr;
+        all.added = apart.added ? apart.added + (row * step.group + g) * apart.added_row : nullptr, all.added_row = apart.added_row;
     }
 
     // Range i of a block, at `part`. The first keys are a range of their own where they have queries of their own.
@@ -88,7 +94,7 @@ class Decode {
     }
 
 public:
-    Decode(const Cache& cache, const Step& step) : cache(cache), step(step), apart(step.apart) {}
+    Decode(const Cache& cache, const Step& step) : cache(cache), step(step), apart(step.apart), terms(step.apart.softcap) {}
 
     void run() const {
         const int64_t ranges = step.ranges(), blocks = step.blocks(), each = step.floats(cache.value_dim);

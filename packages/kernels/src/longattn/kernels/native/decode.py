@@ -23,6 +23,8 @@ CAPABILITY = Capability(
     decode=True,
     bias=False,
     backward=False,
+    softcap=True,
+    by_distance=True,
 )
 
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -48,6 +50,9 @@ class ApartArgument(ctypes.Structure):
         ("hidden_row", _int),
         ("hidden_step", _int),
         ("sinks", _pointer),
+        ("added", _pointer),
+        ("added_row", _int),
+        ("softcap", ctypes.c_double),
     ]
 
 
@@ -116,6 +121,8 @@ class StreamedCache:
         hidden: Tensor | None = None,
         first: tuple[Tensor, int] | None = None,
         sink_logits: Tensor | None = None,
+        softcap: float = 0.0,
+        added: Tensor | None = None,
     ) -> Tensor | None:
         """See `decode_attention`; None where there is no library.
 
@@ -144,8 +151,8 @@ class StreamedCache:
         if not group:
             return out
         apart, first_keys = None, 0
-        if first is not None or hidden is not None or sink_logits is not None:
-            apart = _Apart(self, q, group, held, hidden, first, sink_logits)
+        if softcap or any(x is not None for x in (first, hidden, sink_logits, added)):
+            apart = _Apart(self, q, group, held, hidden, first, sink_logits, softcap, added)
             first_keys = apart.argument.first
         _, step, one_range = self._library
         scratch = None
@@ -178,8 +185,16 @@ class _Apart:
         hidden: Tensor | None,
         first: tuple[Tensor, int] | None,
         sink_logits: Tensor | None,
+        softcap: float,
+        added: Tensor | None,
     ) -> None:
-        self.argument, self._kept = ApartArgument(), []
+        self.argument, self._kept = ApartArgument(softcap=softcap), []
+        if added is not None:
+            if added.shape != (cache.rows, group, held) or not added.is_cpu:
+                raise ValueError(
+                    f"added must be {(cache.rows, group, held)} on the CPU, got {tuple(added.shape)}, on {added.device}"
+                )
+            self.argument.added, self.argument.added_row = self._keep(added.to(torch.float32).contiguous()), held
         if first is not None:
             turned, count = first
             if turned.shape != q.shape or turned.dtype != q.dtype or not turned.is_cpu or not 0 <= count <= held:

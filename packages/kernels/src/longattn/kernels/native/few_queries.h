@@ -7,6 +7,7 @@
 #include "few_tiles.h"
 #include "pack.h"
 #include "stored.h"
+#include "terms.h"
 
 constexpr int64_t FEW_KEYS = 64;   // keys of a tile
 constexpr int64_t AHEAD = 4096;    // bytes of rows between what is read and what is prefetched: fewer arrive late, more start again with each tile
@@ -37,6 +38,11 @@ struct Shared {
     int64_t k_step, v_step;
     const uint8_t* hidden;  // key i is hidden where hidden[i * hidden_step] is 1, and is not read; null: none
     int64_t hidden_step;
+    const ScoreTerms* terms = nullptr;            // of scores; null: none
+    int64_t head[MOST_FEW] = {}, position[MOST_FEW] = {};  // of row r, for terms that ask for them
+    int64_t origin, apart;                        // key i is at position origin + i * apart
+    const float* added = nullptr;                 // (rows, added_row): what is added for row r and key i after that; null: nothing
+    int64_t added_row;
     const Listed* listed = nullptr;  // keys are its entries, and nothing is in `hidden`; null: rows of k
 
     int64_t wide() const { return round_up(value_dim, STEP); }
@@ -55,6 +61,11 @@ class FewQueries {
     alignas(64) float scores[MOST_FEW * FEW_KEYS];
     float factor[MOST_FEW];
     int64_t at[FEW_KEYS], n;          // the tile's keys
+    struct {
+        int64_t first, positions[FEW_KEYS];
+        int32_t after[FEW_KEYS];      // positions from `first` on, where all are below NEAR; else `wide`
+        bool wide;
+    } places;                         // of the tile's keys, for terms
     int64_t entry[FEW_KEYS];          // of `listed`
     bool in_line;                     // whether entries and slots of the tile's keys are neighbours, in order
 
@@ -79,6 +90,7 @@ public:
             first = take(first, last);
             if (!n) continue;
             by_rows([&](auto R, int64_t r) { score<R()>(r); });
+            apply_terms();
             if (all.listed) add_listed();
             for (int64_t r = 0; r < all.rows; r++) softmax(r);
             if (all.listed && all.listed->v_scale) scale_weights();
@@ -95,6 +107,7 @@ private:
             first = take(first, last);
             if (!n) continue;
             tiles.scores(all.k, all.k_step, at, n, all.unit, scores);
+            apply_terms();
             for (int64_t r = 0; r < all.rows; r++) softmax(r);
             tiles.add_values(all.v, all.v_step, at, n, scores, factor);
         }
@@ -245,6 +258,23 @@ private:
     static INLINE void multiply(Floats (&s)[R], const float* q, typename Stored::Key k) {
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) s[r] = Stored::multiply(s[r], q + r * MOST_WIDE, k);
+    }
+
+    void apply_terms() {
+        if (!all.terms) return;
+        const int64_t padded = round_up(n, VL);
+        if (all.terms->needs_positions()) {
+            places.first = all.origin + at[0] * all.apart, places.wide = (at[n - 1] - at[0]) * all.apart >= NEAR;
+            for (int64_t j = 0; j < padded; j++) {
+                places.positions[j] = all.origin + at[j] * all.apart;
+                places.after[j] = int32_t(least(places.positions[j] - places.first, NEAR));
+            }
+        }
+        for (int64_t r = 0; r < all.rows; r++) {
+            float* row = scores + r * FEW_KEYS;
+            if (all.terms->any()) all.terms->apply_to_row(places, padded, all.head[r], all.position[r], row);
+            for (int64_t j = 0; all.added && j < n; j++) row[j] += all.added[r * all.added_row + at[j]] * float(LOG2_E);
+        }
     }
 
     // One row: the running max moves, scores become weights, and what stood before is to be scaled by `factor`.

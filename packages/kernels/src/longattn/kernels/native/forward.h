@@ -27,6 +27,7 @@ struct Units {
 
 template <class Op>
 class Forward {
+protected:
     static constexpr int64_t STRIP = Op::STRIP, WIDTH = Op::WIDTH, HALVES = WIDTH / 2 * Op::PARTS;
     const Call& call;
     const Shape<Op> shape, values;  // of q and k; of v and out
@@ -51,7 +52,7 @@ public:
         l = take(ROWS * VL);
         Kt = take(WIDTH * shape.wide);
         V = take(WIDTH / Op::PAIR * values.line);
-        stage = take(most(VL * shape.wide, values.line));
+        stage = take(most(VL * most(shape.wide, values.columns), values.line));
         scores = take(STRIP * WIDTH);
         top = take(STRIP * VL);
         factor = take(STRIP);
@@ -88,11 +89,11 @@ public:
         const int64_t bytes = values.dim * size_of(call.out.type);
         for (int64_t r = 0; r < count; r++) {
             if (r + ROWS_AHEAD < count) ask_to_write(call.out.at(b, queries->rows[r + ROWS_AHEAD], h), bytes);
-            finish(job, b, h, r);
+            finish(job, b, h, r, sum(load(l + r * VL)), acc + r * values.columns);
         }
     }
 
-private:
+protected:
     // Q: memory -> L2, stays for all keys. Returns the rows, padded to whole register tiles.
     int64_t begin(const Job& job, int64_t b, int64_t h, int64_t t, int64_t first, int64_t count) {
         queries->take(job.queries, t, first, count, Op::TALL);
@@ -177,9 +178,8 @@ private:
                 [&](int64_t i) { return splat(factor[i]); });
     }
 
-    // out and lse: L2 -> memory, once a task; onto what stands there where the row was written before.
-    void finish(const Job& job, int64_t b, int64_t h, int64_t r) {
-        float total = sum(load(l + r * VL)), *row = acc + r * values.columns;
+    // A row of out and lse: L2 -> memory, once a task; onto what stands there where the row was written before.
+    void finish(const Job& job, int64_t b, int64_t h, int64_t r, float total, float* row) {
         float lse = total > 0 ? float((double(m[r]) * units.unit + std::log2(double(total))) * LN_2) : NONE;
         if (total != total) lse = total;
         char* out = call.out.at(b, queries->rows[r], h);

@@ -22,10 +22,18 @@ static INLINE void ask_to_write(const char* row, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 1);
 }
 
+// Rows are short: a call of memcpy for each costs as much as it does.
+static INLINE void copy_row(void* to, const char* from, int64_t bytes) {
+    constexpr int64_t WHOLE = VL * 4;
+    int64_t i = 0;
+    for (; i + WHOLE <= bytes; i += WHOLE) store((float*)((char*)to + i), load((const float*)(from + i)));
+    if (i < bytes) memcpy((char*)to + i, from + i, bytes - i);
+}
+
 static INLINE void load_floats(float* to, const char* from, int64_t type, int64_t n, float factor) {
     const uint16_t* halves = (const uint16_t*)from;
     // No product with 1: in a task it would make a denormal zero.
-    if (type == FLOAT32 && factor == 1) memcpy(to, from, n * 4);
+    if (type == FLOAT32 && factor == 1) copy_row(to, from, n * 4);
     else if (type == BFLOAT16 && factor == 1)
         for (int64_t i = 0; i < n; i++) to[i] = from_bfloat16(halves[i]);
     else if (type == FLOAT32)
@@ -76,7 +84,7 @@ static INLINE void load_words(float* to, const char* from, int64_t type, int64_t
         else load_parts(halves, dim, width * 2, [=](int64_t i) { return from_float16(given[i]) * factor; });
         return;
     }
-    if (type == BFLOAT16 && factor == 1) memcpy(halves, from, dim * 2);
+    if (type == BFLOAT16 && factor == 1) copy_row(halves, from, dim * 2);
     else if (type == BFLOAT16)
         for (int64_t i = 0; i < dim; i++) halves[i] = to_bfloat16(from_bfloat16(((const uint16_t*)from)[i]) * factor);
     else

@@ -43,7 +43,7 @@ static INLINE void register_tile(
         Floats b[N];
 #pragma GCC unroll 8
         for (int n = 0; n < N; n++) b[n] = load(B + k * ldb + n * VL);  // B: L1 or L2 -> registers, once a tile of rows
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < R; r++) {
             Floats a = splat_word(A + r * row + k * step);
 #pragma GCC unroll 8

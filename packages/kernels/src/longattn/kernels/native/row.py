@@ -96,8 +96,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def _is_short(call: Call, lowered: Lowered, half: bool) -> bool:
     """Whether reading keys and values is most of the work: they are then streamed in ranges, all heads of a kv head at once."""
-    beside = (call.prior, call.mask, call.bias, call.by_distance)
-    if any(x is not None for x in beside) or call.softcap or call.dropout_p:
+    if any(x is not None for x in (call.prior, call.mask, call.bias)) or call.dropout_p:
         return False
     rows = call.q.shape[1] * (call.q.shape[2] // call.k.shape[2])
     return call.q.dtype == call.k.dtype == call.v.dtype and _few_rows_of_even_keys(lowered, rows, half)
@@ -109,14 +108,7 @@ def _few_rows_of_even_keys(lowered: Lowered, rows: int, half: bool) -> bool:
 
 def form(plan: Plan, problem: AttentionProblem) -> str:
     """Which of the row's two forms a forward of this plan takes: "few queries" or "tiles"."""
-    beside = (
-        problem.prior
-        or problem.attention_mask
-        or problem.bias
-        or problem.softcap
-        or problem.by_distance
-        or problem.dropout
-    )
+    beside = problem.prior or problem.attention_mask or problem.bias or problem.dropout
     rows = plan.rectangle.shape[1] * (problem.heads // problem.kv_heads)
     # Long plans are not lowered for an answer that their length gives.
     if beside or rows > max(_SHORT_ROWS.values()):
@@ -130,14 +122,25 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """(dq, dk, dv, None) in the dtypes of q, k, v; summed in float32."""
     lowered = lower(call.plan)
-    argument = _argument(call, *(_readable(x, call.q.dtype) for x in (out, lse)))
-    argument.point_to("grad_out", _readable(grad_out, call.q.dtype), tuple(out.shape))
+    own_out = out if call.part is None else None
+    if call.part is not None:
+        grad_lse = call.part.minus_delta
+    readable = None if own_out is None else _readable(own_out, call.q.dtype)
+    argument = _argument(call, readable, _readable(lse, call.q.dtype))
+    argument.point_to("grad_out", _readable(grad_out, call.q.dtype), tuple(grad_out.shape))
     if grad_lse is not None:
         argument.point_to("grad_lse", grad_lse.to(torch.float32), tuple(lse.shape))
     one_phase = len(lowered.phases) == 1
-    dq = _unwritten(call.q, call.q.dtype if one_phase else torch.float32, lowered.complete)
+    dq_dtype, *key_dtypes = call.gradient_dtypes
+    dq = None if call.part is None else call.part.dq
+    argument.merges = dq is not None
+    if dq is None:
+        dq = _unwritten(call.q, dq_dtype if one_phase else torch.float32, lowered.complete)
     # Sums that are float32 anyway are made where they are wanted; others in scratch, and every row is written.
-    dk, dv = (_unwritten(x, x.dtype, x.dtype != torch.float32 and bool(lowered.phases)) for x in (call.k, call.v))
+    dk, dv = (
+        _unwritten(x, dtype, dtype != torch.float32 and bool(lowered.phases))
+        for x, dtype in zip((call.k, call.v), key_dtypes, strict=True)
+    )
     for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
         argument.point_to(name, x, tuple(x.shape))
     argument.key_parts = parts = _key_parts(argument)
@@ -153,7 +156,7 @@ def backward(
         _run(call, "longattn_attend_backward", argument, packed(lowered, phase))
     if sums is not None and call.by_distance_grad is not None:
         call.by_distance_grad.add_(sums.sum((0, 1)))
-    return dq.to(call.q.dtype), dk, dv, None
+    return dq.to(dq_dtype), dk, dv, None
 
 
 def _key_parts(argument: CallArgument) -> int:
@@ -193,8 +196,8 @@ def _new_state(call: Call, lowered: Lowered) -> tuple[Tensor, Tensor]:
     return (out, lse) if lowered.complete else (out.zero_(), lse.fill_(-torch.inf))
 
 
-def _argument(call: Call, out: Tensor, lse: Tensor) -> CallArgument:
-    """What forward and backward both say."""
+def _argument(call: Call, out: Tensor | None, lse: Tensor) -> CallArgument:
+    """What forward and backward both say. out: None where -delta stands for it."""
     batch, nq, heads, dim = call.q.shape
     _, nk, kv_heads, value_dim = call.v.shape
     fits = (heads, nq, nk) == call.plan.rectangle.shape and kv_heads and heads % kv_heads == 0
@@ -207,7 +210,8 @@ def _argument(call: Call, out: Tensor, lse: Tensor) -> CallArgument:
     argument.point_to("q", call.q, (batch, nq, heads, dim))
     argument.point_to("k", call.k, (batch, nk, kv_heads, dim))
     argument.point_to("v", call.v, (batch, nk, kv_heads, value_dim))
-    argument.point_to("out", out, (batch, nq, heads, value_dim))
+    if out is not None:
+        argument.point_to("out", out, (batch, nq, heads, value_dim))
     argument.point_to("lse", lse, (batch, nq, heads))
     if call.key_padding is not None:
         argument.hide(call.key_padding, (batch, nk))
@@ -312,18 +316,21 @@ def bind_backward(
     gradients: what `backward` gave for this one.
     """
     lowered = lower(call.plan)
+    if call.part is not None:
+        grad_lse = call.part.minus_delta
     given = [x for x in (grad_out, grad_lse, out, lse) if x is not None]
     readable = all(readable_as_it_lies(x, call.q.dtype) for x in given) and lse.dtype == torch.float32
     if not is_plain(call) or len(lowered.phases) != 1 or not readable:
         return None
-    argument = _argument(call, out, lse)
+    argument = _argument(call, out if call.part is None else None, lse)
+    argument.merges = call.part is not None and call.part.dq is not None
     argument.point_to("grad_out", grad_out, tuple(out.shape))
     if grad_lse is not None:
         argument.point_to("grad_lse", grad_lse, tuple(lse.shape))
     argument.key_parts = _key_parts(argument)
     if argument.key_parts != 1:
         return None
-    complete = (lowered.complete, call.k.dtype != torch.float32)
+    complete = (lowered.complete, gradients[1].dtype != torch.float32)
     for name, x in zip(("dq", "dk", "dv"), gradients[:3], strict=True):
         argument.point_to(name, x, tuple(x.shape))
     jobs = packed(lowered, None, argument.heads // argument.kv_heads)

@@ -1,12 +1,14 @@
 // Calls with few query rows, job by job: each range of a tile's keys is a task, with the rows of all heads that share them.
 //
-// For jobs with one set of keys, evenly spaced at ascending positions and each counted once, of calls without mask, bias, dropout and prior.
+// For jobs with one set of keys, evenly spaced at ascending positions and each counted once, of calls without mask, bias, dropout and
+// prior; score terms are applied.
 #pragma once
 #include "decode.h"
 
 template <class Stored>
 class ShortCall {
     const Call& call;
+    const ScoreTerms terms;
     const int64_t size = Stored::BYTES / STEP;
 
     // Rows of a tile that share keys, MOST_FEW at most; `first` counts heads of the group, then rows.
@@ -46,9 +48,10 @@ class ShortCall {
         all.unit = float(call.scale * LOG2_E);
         const int64_t begin = keys.row(at.t, 0), step = keys.period, kv_head = at.head / (call.heads / call.kv_heads);
         const int64_t origin = keys.position(begin), apart = keys.position_step * step;
+        all.terms = terms.any() ? &terms : nullptr, all.added = nullptr, all.origin = origin, all.apart = apart;
         for (int64_t r = 0; r < all.rows; r++) {
             int64_t head, n = row(at, r, head), position = at.job.queries.position(n);
-            all.q[r] = call.q.at(at.b, n, head);
+            all.q[r] = call.q.at(at.b, n, head), all.head[r] = head, all.position[r] = position;
             all.begin[r] = most(0, least(keys.count, -floor_of(origin + keys.high - position, apart)));
             all.end[r] = most(all.begin[r], least(keys.count, floor_of(position - keys.low - origin, apart) + 1));
         }
@@ -81,7 +84,7 @@ class ShortCall {
     }
 
 public:
-    explicit ShortCall(const Call& call) : call(call) {}
+    explicit ShortCall(const Call& call) : call(call), terms(call, 1) {}
 
     // Floats for all parts of job j; 0 where they need not be kept.
     int64_t floats(const Job& job) const { return ranges(job) > 1 ? blocks(job) * ranges(job) * part() : 0; }

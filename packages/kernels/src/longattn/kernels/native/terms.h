@@ -25,41 +25,55 @@ static INLINE Floats numbers_at(const float* table, Ints at) {
 }
 
 class ScoreTerms {
-    const Call& call;
+    const float* by_distance;  // (heads, columns), or null
+    const int64_t columns;
     const float factor;  // converts what is added to the units of the scores
     const float cap;     // in those units; 0: none
 
-    // VL keys of a tile from key j on, seen from `position`: how far they are, and which numbers of a table are theirs.
+    // VL keys from key j on, seen from `position`: how far they are, and which numbers of a table are theirs. Of keys it reads `first`,
+    // `after`, `positions` and `wide`, as KeyTile has them.
     struct Distances {
         Floats far;
         Ints at;
 
-        Distances(const KeyTile& tile, int64_t j, int64_t position, int64_t most) {
-            const int64_t ahead = tile.first - position;
-            if (!tile.wide && ahead > -NEAR && ahead < NEAR) {
-                const Ints d = *(const LooseInts*)(tile.after + j) + int32_t(ahead), end = splat_int(int32_t(least(most, NEAR)));
+        template <class Keys>
+        Distances(const Keys& keys, int64_t j, int64_t position, int64_t most) {
+            const int64_t ahead = keys.first - position;
+            if (!keys.wide && ahead > -NEAR && ahead < NEAR) {
+                const Ints d = *(const LooseInts*)(keys.after + j) + int32_t(ahead), end = splat_int(int32_t(least(most, NEAR)));
                 const Ints low = d < -end ? -end : d;
                 at = (low > end ? end : low) + end;
                 far = __builtin_convertvector(d < 0 ? -d : d, Floats);
                 return;
             }
             for (int i = 0; i < VL; i++) {
-                const int64_t d = tile.positions[j + i] - position;
+                const int64_t d = keys.positions[j + i] - position;
                 far[i] = float(d < 0 ? -d : d);
                 at[i] = int32_t(least(most, ::most(-most, d)) + most);
             }
         }
     };
 
-    int64_t most_distance() const { return call.by_distance_columns / 2 - 1; }
-    bool table() const { return call.by_distance_columns > 1; }
+    int64_t most_distance() const { return table() ? columns / 2 - 1 : 0; }
+    bool table() const { return columns > 1; }
+    const float* of_head(int64_t h) const { return by_distance ? by_distance + h * columns : nullptr; }
+
+    INLINE Floats added(Floats x, const Distances& d, const float* own) const {
+        x += d.far * (-own[0] * factor);
+        return table() ? x + numbers_at(own + 1, d.at) * factor : x;
+    }
 
 public:
     // `unit`: exp is 2^(unit * score).
-    ScoreTerms(const Call& call, float unit) : call(call), factor(float(LOG2_E / unit)), cap(float(call.softcap * LOG2_E / unit)) {}
+    ScoreTerms(const Call& call, float unit)
+        : by_distance(call.by_distance), columns(call.by_distance_columns), factor(float(LOG2_E / unit)),
+          cap(float(call.softcap * LOG2_E / unit)) {}
+    // A cap alone, where exp is 2^score.
+    explicit ScoreTerms(double softcap) : by_distance(nullptr), columns(0), factor(float(LOG2_E)), cap(float(softcap * LOG2_E)) {}
 
-    bool any() const { return cap > 0 || call.by_distance; }
+    bool any() const { return cap > 0 || by_distance; }
     bool capped() const { return cap > 0; }
+    bool needs_positions() const { return by_distance; }
 
     // What sums of products start from: the keys' log counts, or nothing where these are added after the cap.
     const float* start(const KeyTile& tile) const {
@@ -71,9 +85,9 @@ public:
     template <class Op>
     void apply(const KeyTile& tile, const Reach<Op>& reach, int64_t h, const Queries& queries, int64_t first, int64_t rows,
                float* scores, float* top, float* steep) const {
-        const float* own = call.by_distance ? call.by_distance + h * call.by_distance_columns : nullptr;
-        const float slope = own ? -own[0] * factor : 0.f, per_cap = cap > 0 ? 1 / cap : 0.f;
-        const int64_t most = table() ? most_distance() : 0;
+        const float* own = of_head(h);
+        const float per_cap = cap > 0 ? 1 / cap : 0.f;
+        const int64_t most = most_distance();
         for (int64_t r = 0; r < rows; r++) {
             float* row = scores + r * Op::WIDTH;
             const int64_t position = queries.positions[least(first + r, queries.n - 1)];
@@ -85,11 +99,7 @@ public:
                     if (steep) store(steep + r * Op::WIDTH + j, 1 - t * t);
                     x = t * cap + load(tile.bias + j);
                 }
-                if (own) {
-                    const Distances d(tile, j, position, most);
-                    x += d.far * slope;
-                    if (table()) x += numbers_at(own + 1, d.at) * factor;
-                }
+                if (own) x = added(x, Distances(tile, j, position, most), own);
                 store(row + j, x);
                 highest = max(highest, x);
             }
@@ -97,9 +107,22 @@ public:
         }
     }
 
+    // One row of scores of few queries, of the first n keys, rounded up to whole vectors.
+    template <class Keys>
+    void apply_to_row(const Keys& keys, int64_t n, int64_t h, int64_t position, float* row) const {
+        const float* own = of_head(h);
+        const float per_cap = cap > 0 ? 1 / cap : 0.f;
+        for (int64_t j = 0; j < n; j += VL) {
+            Floats x = load(row + j);
+            if (cap > 0) x = tanh_of(x * per_cap) * cap;
+            if (own) x = added(x, Distances(keys, j, position, most_distance()), own);
+            store(row + j, x);
+        }
+    }
+
     // Adds to the gradient of a head's numbers those of a row of scores, for the keys from .. to of a tile.
     void add_gradients(const KeyTile& tile, int64_t position, int64_t from, int64_t to, const float* ds, float* total) const {
-        const int64_t most = table() ? most_distance() : 0;
+        const int64_t most = most_distance();
         Floats slope = {};
         for (int64_t j = from; j < to; j += VL) {
             const Distances d(tile, j, position, most);

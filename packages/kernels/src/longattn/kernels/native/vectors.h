@@ -129,6 +129,14 @@ static INLINE Floats exp2(Floats x) {
 #endif
 }
 
+// Of a normal number above 0; absolute error 1e-7. The exponent, and twice the atanh series of the fraction between 2^-0.5 and 2^0.5.
+static INLINE Floats log2(Floats x) {
+    const Ints bits = (Ints)x - 0x3f3504f3, exponent = bits >> 23;
+    const Floats f = (Floats)((bits & 0x007fffff) + 0x3f3504f3), s = (f - 1) / (f + 1), square = s * s;
+    const Floats series = 1 + square * (1 / 3.f + square * (1 / 5.f + square * (1 / 7.f + square * (1 / 9.f))));
+    return __builtin_convertvector(exponent, Floats) + s * series * float(2 * LOG2_E);
+}
+
 // Storage types. Numbers in memory are float32, bfloat16 or float16; arithmetic is float32, or bfloat16 products summed in float32.
 enum Type : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 static INLINE int64_t size_of(int64_t type) { return type == FLOAT32 ? 4 : 2; }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longattn.kernels.dispatch.call import GradientPart
 from longattn.kernels.dispatch.environment import Environment, find_environment
 from longattn.kernels.dispatch.prepared import PreparedCall, find_plan, served
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
@@ -47,14 +48,16 @@ def rectangle_gradients(
     *,
     skip_empty: bool = False,
     plan: Plan | None = None,
+    part: GradientPart | None = None,
 ) -> Gradients | None:
     """`longattn::attend_backward` itself, on real tensors: dq, dk, dv, dbias (None where it is not wanted); `skip_empty` as above.
 
-    plan: the rectangle's, where it was looked up already.
+    plan: the rectangle's, where it was looked up already. part: of one rectangle of several, as in `Call`; dq, dk and dv are then in
+    float32 (float64), and dq perhaps `part.dq`, added to.
     """
 
     def compute(call: PreparedCall, plan: Plan) -> Gradients | None:
-        return None if skip_empty and plan.empty else call.backward(cotangents, tensors, plan, environment)
+        return None if skip_empty and plan.empty else call.backward(cotangents, tensors, plan, environment, part)
 
     with torch._C._DisableAutocast():
         gradients = served(compute, tensors, arguments, environment, plan)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longattn.kernels.dispatch.call import Call
+from longattn.kernels.dispatch.call import Call, GradientPart
 from longattn.kernels.dispatch.environment import ScratchAllocator
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
@@ -45,7 +45,7 @@ def backward(
     beside = (grad_out, grad_lse, out, lse, grad_out.to(call.q.dtype))
     for launch in _launches(call, beside, memory):
         run(launch.kernel, launch.grid, device=call.q.device, **launch.arguments)
-    return _finish(call.q.dtype, call.deterministic, memory, call.allocator)
+    return _finish(call.gradient_dtypes[0], call.deterministic, memory, call.allocator)
 
 
 class BoundBackward:
@@ -55,6 +55,7 @@ class BoundBackward:
         call, grad_out, out, lse = apart(call), grad_out.detach(), out.detach(), lse.detach()
         grad_lse = None if grad_lse is None else grad_lse.detach()
         self._dtype, self._device, self._deterministic = call.q.dtype, call.q.device, call.deterministic
+        self._dq_dtype = call.gradient_dtypes[0]
         self._lse_stride, self._memory = lse.stride(), _Memory.of(call, _whole(call))
         memory = self._memory.fresh(self._device, call.allocator)
         beside = (grad_out, grad_lse, out, lse, grad_out.to(self._dtype))
@@ -62,9 +63,16 @@ class BoundBackward:
         self._launches = bind_launches(_launches(call, beside, memory), tensors, self._device)
 
     def __call__(
-        self, cotangents: Cotangents, tensors: OpTensors, allocator: ScratchAllocator
+        self,
+        cotangents: Cotangents,
+        tensors: OpTensors,
+        allocator: ScratchAllocator,
+        part: GradientPart | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, None] | None:
-        """Compute; gradients are contiguous and torch's own memory. None: the plan is gone, or a tensor lies otherwise."""
+        """Compute; gradients are contiguous and torch's own memory. None: the plan is gone, or a tensor lies otherwise.
+
+        part is not read: `rows_kernel` makes delta with the pivots, and dq is a sum of its own.
+        """
         grad_out, grad_lse, out, lse = cotangents
         q, k, v, seed = tensors.q, tensors.k, tensors.v, tensors.seed
         if lse.stride() != self._lse_stride or any(launch.outlived for launch in self._launches):
@@ -76,7 +84,7 @@ class BoundBackward:
         every, number = (q, k, v, grad_out, grad_lse, out, lse, grad, *memory), 0 if seed is None else int(seed)
         for launch in self._launches:
             launch(every, number)
-        return _finish(self._dtype, self._deterministic, memory, allocator)
+        return _finish(self._dq_dtype, self._deterministic, memory, allocator)
 
 
 def bind_backward(
@@ -107,10 +115,11 @@ class _Memory(NamedTuple):
         batch, length, heads, dim = call.q.shape
         if call.deterministic:
             single = len(query_passes(call.plan).launches) == 1
-            dq = tuple(call.q.shape), call.q.dtype if single else torch.float32, whole[0]
+            dq = tuple(call.q.shape), call.gradient_dtypes[0] if single else torch.float32, whole[0]
         else:
             dq = (batch, heads, length, dim), torch.float32, False
-        keys = ((tuple(x.shape), x.dtype, whole[1]) for x in (call.k, call.v))
+        dtypes = call.gradient_dtypes[1:]
+        keys = ((tuple(x.shape), dtype, whole[1]) for x, dtype in zip((call.k, call.v), dtypes, strict=True))
         return cls((batch, heads, length), dq, *keys)
 
     def fresh(self, device: torch.device, allocator: ScratchAllocator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
-from longattn.patterncache.indices import Affine, Index
+from longattn.patterncache.indices import Affine, Index, Listed
 from longattn.patterncache.plan import Branch, Plan
 from longattn.patterncache.spans import Rows
 
@@ -17,12 +16,13 @@ def islands(plan: Plan) -> Rows:
     length = plan.rectangle.shape[1]
     if any(_is_chain(branch, length) for branch in plan.branches):
         return np.zeros(length, np.int64)
+    # Where ranges of tokens that are joined to the next one begin, less where they end: many tiles and branches say so of the same ones.
+    borders = np.zeros(length + 1, np.int64)
+    ends = [np.stack([a.ravel(), b.ravel()]) for branch in plan.branches for a, b in _links(branch, borders)]
     label = np.arange(length, dtype=np.int64)
-    # Tokens joined to the next one: many tiles and branches say so of the same ones.
-    joined = np.zeros(length, np.bool_)
-    ends = [np.stack([a.ravel(), b.ravel()]) for branch in plan.branches for a, b in _links(branch, joined)]
-    first = np.flatnonzero(joined)
-    links = np.concatenate([np.stack([first, first + 1]), *ends], 1)
+    label[1:][np.cumsum(borders)[: length - 1] > 0] = 0
+    label = np.maximum.accumulate(label)
+    links = np.concatenate([np.zeros((2, 0), np.int64), *ends], 1)
     while links.size:
         at = label[links]
         links, at = links[:, at[0] != at[1]], at[:, at[0] != at[1]]
@@ -44,14 +44,15 @@ def _same_rows(index: Index, one: Affine) -> bool:
     return isinstance(index, Affine) and (index.start, index.tiles, index.count) == (one.start, one.tiles, one.count)
 
 
-def _links(branch: Branch, joined: npt.NDArray[np.bool_]) -> Iterator[tuple[Rows, Rows]]:
-    """Pairs of tokens that, with those marked in `joined`, join all that the branch joins; far fewer than its pairs."""
-    q, k = branch.q.rows(), branch.k.rows()
+def _links(branch: Branch, borders: Rows) -> Iterator[tuple[Rows, Rows]]:
+    """Pairs of tokens that, with the ranges marked in `borders`, join all that the branch joins; far fewer than its pairs."""
     if branch.band is None:
+        (q, _), (k, _) = _runs(branch.q), _runs(branch.k)
         yield q[:, :1], k[:, :1]
-        yield _chain(q, joined)
-        yield _chain(k, joined)
+        yield _chain(branch.q, borders)
+        yield _chain(branch.k, borders)
     elif branch.uniform:
+        q, k = branch.q.rows(), branch.k.rows()
         begin, end = branch.key_range()
         seeing = begin <= end
         begin, end = begin[seeing], end[seeing]
@@ -66,11 +67,22 @@ def _links(branch: Branch, joined: npt.NDArray[np.bool_]) -> Iterator[tuple[Rows
         yield listed_pairs(branch)
 
 
-def _chain(rows: Rows, joined: npt.NDArray[np.bool_]) -> tuple[Rows, Rows]:
-    """Pairs that join each tile's rows one after the other; neighbours are marked in `joined` instead."""
-    before, after = rows[:, :-1], rows[:, 1:]
+def _runs(index: Index) -> tuple[Rows, int]:
+    """(tiles, runs) first rows of runs of neighbouring rows, and how many rows each has."""
+    if index.step != 1:
+        return index.rows(), 1
+    return (index.starts, index.run) if isinstance(index, Listed) else (index.narrow(0, 1).rows(), index.count)
+
+
+def _chain(index: Index, borders: Rows) -> tuple[Rows, Rows]:
+    """Pairs that join each tile's rows one after the other; neighbours are marked in `borders` instead."""
+    starts, run = _runs(index)
+    np.add.at(borders, starts, 1)
+    np.add.at(borders, starts + run - 1, -1)
+    before, after = starts[:, :-1] + run - 1, starts[:, 1:]
     near = after == before + 1
-    joined[before[near]] = True
+    np.add.at(borders, before[near], 1)
+    np.add.at(borders, after[near], -1)
     return before[~near], after[~near]
 
 
