@@ -10,7 +10,6 @@
 #include "terms.h"
 
 constexpr int64_t FEW_KEYS = 64;   // keys of a tile
-constexpr int64_t AHEAD = 4096;    // bytes of rows between what is read and what is prefetched: fewer arrive late, more start again with each tile
 constexpr int64_t MOST_FEW = 16;   // query rows of a task
 constexpr int64_t MOST_WIDE = 256; // numbers of a row
 
@@ -53,6 +52,7 @@ struct Shared {
 // Asked: how query rows are stored.
 template <class Stored, class Asked = Stored>
 class FewQueries {
+    static constexpr bool QUICK_SCORES = !eight_bits<Stored>();  // numbers of 8 bits are widened for scores as well
     const Shared& all;
     const int64_t whole, rest;  // of a row of q and k: steps, and numbers of the step behind them
     const int64_t value_whole, value_rest, wide;  // of v: the same, and numbers of a row of acc
@@ -67,12 +67,14 @@ class FewQueries {
         bool wide;
     } places;                         // of the tile's keys, for terms
     int64_t entry[FEW_KEYS];          // of `listed`
+    int64_t ahead;                    // rows from the tile's keys to those of the next, as far as that is known
+    const bool narrow;                // rows of at most 256 bytes
     bool in_line;                     // whether entries and slots of the tile's keys are neighbours, in order
 
 public:
     explicit FewQueries(const Shared& all)
         : all(all), whole(all.dim / STEP), rest(all.dim % STEP), value_whole(all.value_dim / STEP), value_rest(all.value_dim % STEP),
-          wide(all.wide()) {}
+          wide(all.wide()), narrow(QUICK_SCORES && most(all.dim, all.value_dim) * Stored::BYTES <= 256 * STEP) {}
 
     // The part of the keys first .. last, at `part`.
     void run(int64_t first, int64_t last, float* part) {
@@ -89,6 +91,7 @@ public:
         while (first < last) {
             first = take(first, last);
             if (!n) continue;
+            ahead = rows_ahead(first, last);
             by_rows([&](auto R, int64_t r) { score<R()>(r); });
             apply_terms();
             if (all.listed) add_listed();
@@ -167,12 +170,15 @@ private:
         constexpr int operator()() const { return N; }
     };
 
-    static INLINE int64_t rows_ahead(int64_t dim) { return most(8, least(FEW_KEYS, AHEAD * STEP / (dim * Stored::BYTES))); }
-
-    // The lines of a step, into L2: into L1 they would push out what is in use.
-    static INLINE void fetch(const char* p) {
-        __builtin_prefetch(p, 0, 2);
-        if (Stored::BYTES > 64) __builtin_prefetch(p + 64, 0, 2);
+    // The lines of a step of the next tile: into L1, or, where rows are long, into L2, so as not to push out what is in use.
+    INLINE void fetch(const char* p) const {
+        if (narrow) {
+            __builtin_prefetch(p, 0, 3);
+            if (Stored::BYTES > 64) __builtin_prefetch(p + 64, 0, 3);
+        } else {
+            __builtin_prefetch(p, 0, 2);
+            if (Stored::BYTES > 64) __builtin_prefetch(p + 64, 0, 2);
+        }
     }
 
     template <class Visit>
@@ -181,6 +187,14 @@ private:
         for (; r + 4 <= all.rows; r += 4) visit(Number<4>(), r);
         if (all.rows - r >= 2) visit(Number<2>(), r), r += 2;
         if (r < all.rows) visit(Number<1>(), r);
+    }
+
+    // Where the next tile, of keys from i on, is expected: behind this one, but for pages.
+    INLINE int64_t rows_ahead(int64_t i, int64_t last) const {
+        if (!all.listed) return FEW_KEYS;
+        if (i >= last) return 0;
+        const int64_t shift = all.listed->shift, inside = (int64_t(1) << shift) - 1;
+        return (int64_t(all.listed->pages[i >> shift]) << shift | (i & inside)) - at[0];
     }
 
     // The next keys that are not hidden. Returns where to go on.
@@ -233,8 +247,8 @@ private:
     template <int R, int W>
     void score_steps(int64_t r0) {
         const float* q = Q + r0 * MOST_WIDE;
-        // k: memory -> registers; the keys after these are on their way to L2 meanwhile.
-        const int64_t ahead = r0 ? 0 : rows_ahead(all.dim) * all.k_step;
+        // k: memory -> registers; it was on its way while values of the tile before were added, or this far ahead.
+        const bool fetches = !QUICK_SCORES && !r0;
         for (int64_t j = 0; j < n; j += VL) {
             Floats sums[R][VL];
 #pragma GCC unroll 16
@@ -243,7 +257,7 @@ private:
                 Floats s[R] = {};
 #pragma GCC unroll 4
                 for (int64_t c = 0; c < (W ? W : whole); c++, row += Stored::BYTES) {
-                    fetch(row + ahead);
+                    if (fetches) fetch(row + ahead * all.k_step);
                     multiply<R>(s, q + c * Stored::QUERY, Stored::key(row));
                 }
                 if (!W && rest) multiply<R>(s, q + whole * Stored::QUERY, key_of<Stored>(row, rest));
@@ -315,16 +329,21 @@ private:
         Floats s[R][2 * P];
         float* to = acc + r0 * wide + c0 * STEP;
         const float* p = scores + r0 * FEW_KEYS;
-        const int64_t ahead = r0 ? 0 : rows_ahead(all.value_dim) * all.v_step;
+        // Where scores are quick, and values are not, both of the next tile are fetched while these are added.
+        const bool fetches = !r0, keys = QUICK_SCORES && fetches && !c0;
         for (int r = 0; r < R; r++)
             for (int x = 0; x < 2 * P; x++) s[r][x] = load(to + r * wide + x * VL) * factor[r0 + r];
         for (int64_t j = 0; j < n; j++) {
             // v: memory -> registers
             const char* row = all.v + at[j] * all.v_step + c0 * Stored::BYTES;
+            if (keys) {
+                const char* next = all.k + (at[j] + ahead) * all.k_step;
+                for (int64_t c = 0; c < whole; c++) fetch(next + c * Stored::BYTES);
+            }
 #pragma GCC unroll 4
             for (int x = 0; x < P; x++) {
                 const char* from = row + x * Stored::BYTES;
-                fetch(from + ahead);
+                if (fetches) fetch(from + ahead * all.v_step);
                 const Pair v = WHOLE ? Stored::step(from) : step_of<Stored>(from, value_rest);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) {
