@@ -24,6 +24,28 @@ ROOT = Path(__file__).parent
 WORKSPACE: dict[str, Any] = nox.project.load_toml(ROOT / "pyproject.toml")
 PACKAGES = ("bufmgr", "patterncache", "kernels", "attention")  # bottom up
 OTHER_PYTHONS = ("3.12", "3.13", "3.14")
+# Of `versions`: (Python, torch, numpy). The declared floor, each torch since, and the newest that is to be had, which is "".
+VERSIONS = (
+    ("3.11", "2.11.0", "1.26.0"),
+    ("3.11", "2.12.1", ""),
+    ("3.11", "2.13.0", ""),
+    ("3.11", "", ""),
+    ("3.12", "", ""),
+    ("3.13", "", ""),
+)
+# What they run besides `SMOKE`: where torch's versions differ. `-- --whole` runs all tests.
+SENSITIVE = {
+    "bufmgr": ("test_bufmgr_visibility", "test_bufmgr_policies"),
+    "patterncache": (),
+    "kernels": ("test_compile", "test_transforms", "test_prepared", "test_scale"),
+    "attention": ("test_packed_compiled",),
+}
+# Of `peers`: {checkout: (our overlay of it, tests of theirs, or of ours over their code)}.
+PEERS = {
+    "dilated-attention-pytorch": ("fkodom", ("tests",)),
+    "ring-attention-pytorch": ("lucidrains", ("tools/peers/test_lucidrains.py",)),
+    "torchscale": ("", ("tools/peers/test_torchscale.py",)),
+}
 WORKERS = (
     "--numprocesses=auto",
     "--dist=worksteal",
@@ -194,6 +216,36 @@ for _version in OTHER_PYTHONS:
         editable = [word for name in PACKAGES for word in ("--editable", f"packages/{name}[testing]")]
         install_or_skip(session, *constraints(session), *editable, *group("test"))
         session.run("pytest", *WORKERS, *(f"packages/{name}/tests" for name in PACKAGES), *session.posargs)
+
+
+@nox.session(download_python="never")
+@nox.parametrize("python,torch,numpy", VERSIONS)
+def versions(session: nox.Session, torch: str, numpy: str) -> None:
+    """Test all packages with one torch and numpy on one Python, and note what passed in docs/versions.csv, which a page of the guide shows.
+
+    torch comes without its dependencies: where it is built for CUDA, stubs stand in for CUDA's libraries. Arguments after `--`: `--whole` for every
+    test rather than those that versions make fail; others go to pytest.
+    """
+    install_or_skip(session, "--no-config", "--no-deps", f"torch=={torch}" if torch else "torch")
+    needs = "import importlib.metadata as m; print(*(r.replace(' ', '') for r in m.requires('torch') if 'extra' not in r), sep='|')"
+    named = str(session.run("python", "-c", needs, silent=True)).strip().split("|")
+    own = [one for one in named if not re.match(r"nvidia-|cuda-|triton|pytorch-triton", one)]
+    numbers = f"numpy=={numpy}" if numpy else "numpy"
+    session.install("--no-config", *own, numbers, *group("test"), "rich", "shtab")
+    session.install("--no-config", "--no-deps", "--no-sources", *from_checkout("attention", ""))
+    session.run("python", "-m", "tools.stub_libraries", silent=True)
+    arguments = list(session.posargs)
+    whole = "--whole" in arguments
+    if whole:
+        arguments.remove("--whole")
+    paths = [
+        f"packages/{name}/tests" + (f"/{file}.py" if file else "")
+        for name in PACKAGES
+        for file in ([""] if whole else [*SMOKE[name], *SENSITIVE[name]])
+    ]
+    report = Path(session.create_tmp()).resolve() / "report.xml"
+    session.run("pytest", *WORKERS, *paths, "-m", "not slow", f"--junitxml={report}", *arguments, success_codes=[0, 1])
+    session.run("python", "-m", "tools.versions", str(report), "whole" if whole else "sensitive")
 
 
 @nox.session
@@ -374,6 +426,61 @@ def release(session: nox.Session) -> None:
     for made in (*dist.glob("*.md"), *dist.glob("*.json")):
         shutil.copy(made, again)  # made once: what differs between builds is asked of archives
     session.run("python", "-m", "tools.release", str(dist), str(again))
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """Run other libraries' own tests on our attention; `-- FOLDER` has checkouts of them, and nothing is fetched: skipped where there is none."""
+    if not session.posargs:
+        session.skip(f"name a folder with checkouts of {', '.join(PEERS)} after --; none is fetched")
+    folder, *arguments = session.posargs
+    there = {name: Path(folder).resolve() / name for name in PEERS if (Path(folder) / name).is_dir()}
+    if not there:
+        session.skip(f"{folder} has none of {', '.join(PEERS)}")
+    session.install(*constraints(session), *from_checkout("attention"), *group("test"), "einops", "beartype", "click")
+    overlays = ROOT / "tools" / "peers" / "overlays"
+    torchscale = [str(there["torchscale"])] if "torchscale" in there else []
+    for name, checkout in there.items():
+        overlay, tests = PEERS[name]
+        paths = [str(overlays / overlay)] * bool(overlay) + [str(ROOT), *torchscale]
+        files = [str(ROOT / path) if path.startswith("tools/") else str(checkout / path) for path in tests]
+        plugin = ["-p", "tools.peers.fkodom_differences"] if overlay == "fkodom" else []
+        words = [
+            "pytest",
+            "-q",
+            "-ra",
+            "-c",
+            os.devnull,
+            f"--rootdir={checkout}",
+            "--import-mode=importlib",
+            "-p",
+            "no:cacheprovider",
+        ]
+        environment = {"PYTHONPATH": os.pathsep.join(paths), "LONGATTN_PEER": str(checkout), "OMP_NUM_THREADS": "1"}
+        session.run(*words, *plugin, *files, *arguments, env=environment)
+
+
+@nox.session(name="platform-wheels")
+def platform_wheels(session: nox.Session) -> None:
+    """Make the wheels of kernels that have the native row prebuilt, into the folder named after `--`, and try this machine's without a compiler."""
+    dist = Path(session.posargs[0] if session.posargs else Path(session.create_tmp()) / "dist").resolve()
+    committed = session.run("git", "log", "-1", "--format=%ct", external=True, silent=True)
+    session.env["SOURCE_DATE_EPOCH"] = str(committed).strip()
+    for package in ("patterncache", "kernels"):
+        words = ("uv", "build", "--quiet", "--no-sources", "--wheel", "--out-dir", str(dist), f"packages/{package}")
+        session.run_install(*words, external=True)
+    (pure,) = dist.glob("longattn_kernels-*-none-any.whl")
+    install_or_skip(session, *constraints(session), *from_checkout("kernels", "compiler"), "auditwheel", "wheel")
+    session.run("python", "-m", "tools.platform_wheels", str(pure), str(dist))
+    session.run("python", "tests/wheel_contents.py", *map(str, sorted(dist.glob("*.whl"))))
+    # An environment as a user's: pip's choice among the wheels of the folder, no compiler on PATH, none from a wheel.
+    session.run_install("uv", "venv", "--clear", "--quiet", session.virtualenv.location, external=True)
+    session.install(*constraints(session), "torch", "numpy")
+    offline = ("--no-index", "--find-links", str(dist), "longattn-kernels")
+    session.run_install("uv", "pip", "install", "--quiet", *offline, external=True)
+    python = str(Path(session.virtualenv.location).resolve() / "bin" / "python")
+    nowhere = {"PATH": "/nowhere", "CXX": "", "LONGATTN_CACHE": str(Path(session.create_tmp()).resolve() / "none")}
+    session.run(python, "-P", "tests/prebuilt_row.py", env=nowhere)
 
 
 @nox.session

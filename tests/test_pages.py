@@ -12,11 +12,11 @@ from longattn.attention.cli.parser import build_parser
 from longattn.patterncache import Dilated, Full
 from tests.workspace import ROOT
 from tools.pages import picture
-from tools.pages.extension import with_examples
+from tools.pages.extension import with_examples, with_joined_names
 from tools.pages.figures import FIGURES, counts_of, save, slots_of, work_of
 from tools.pages.plots import draw_all
 from tools.pages.repository import FOLDERS, SHOWN, page_of, relinked
-from tools.pages.rows import Measured, measured, processor_of, processors, records
+from tools.pages.rows import NOT_ATTENTION, Measured, measured, processor_of, processors, records
 from tools.pages.tables import TABLES
 
 DOCS = ROOT / "docs"
@@ -120,6 +120,19 @@ def test_examples_in_docstrings_are_marked() -> None:
     ]
     assert ["Says it.", "", ".. code-block:: python", "", "    x = 1", *plain[3:]] == with_examples(plain)
     assert plain[4:] == with_examples(plain[4:])
+
+
+def test_names_of_one_description_stay_together() -> None:
+    """The last of them is no name with the others for a type."""
+    lines = [":ivar heads, head_dim: of q; of k", ":ivar out: of a, b", "heads, out: not a field"]
+    assert [":ivar heads,\N{ZERO WIDTH SPACE}head_dim: of q; of k", *lines[1:]] == with_joined_names(lines)
+
+
+def test_plots_are_of_other_computations() -> None:
+    """No bar is a share of our own time."""
+    assert {row.peer for row in measured("windows")} & NOT_ATTENTION
+    labels = [text.get_text() for name, plot in draw_all() for text in plot.axes[0].get_yticklabels()]
+    assert [] == [text for text in labels if text.endswith(tuple(f"| {peer}" for peer in NOT_ATTENTION))]
 
 
 def test_figures_show_counts() -> None:

@@ -1,6 +1,7 @@
 """What a release is checked for, on folders and a repository of the tests' own."""
 
 import subprocess
+import tomllib
 
 import pytest
 
@@ -61,3 +62,11 @@ def test_the_earlier_tag_is_the_newest_but_this_versions(tmp_path):
     for tag in ("kernels-v0.0.9", "kernels-v0.0.10", "bufmgr-v9.0.0", release.tag_of("kernels")):
         subprocess.run([*git, "tag", tag], check=True)
     assert release.earlier_tag("kernels", tmp_path) == "kernels-v0.0.10"
+
+
+@pytest.mark.parametrize("package", release.PACKAGES)
+def test_packages_have_addresses(package):
+    """Each names at least one page, by https."""
+    path = release.ROOT / "packages" / package / "pyproject.toml"
+    urls = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["urls"]
+    assert urls and all(address.startswith("https://") for address in urls.values())

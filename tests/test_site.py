@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
 from functools import cache, partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,26 @@ from tests.workspace import PACKAGES
 
 SITE = Path(os.environ.get("LONGATTN_SITE", "no site"))
 WIDTHS = (1400, 390)
+HEIGHT = 1800
+COLUMNS = {1400: 4, 390: 12}
+"""Of a sheet of pictures, for each width; a browser's picture has at most 16384 pixels a side."""
+SHOWN = [
+    f"{page}.html"
+    for page in [
+        "index",
+        "quickstart",
+        "choose-a-pattern",
+        "choose-a-schedule",
+        "performance",
+        "troubleshooting",
+        "how/dilated",
+        "how/ring",
+        "migration",
+        "command",
+        "api/kernels",
+        "adr/index",
+    ]
+]
 
 pytestmark = pytest.mark.skipif(not SITE.is_dir(), reason="the session `docs` builds the pages and sets LONGATTN_SITE")
 
@@ -161,19 +182,29 @@ function look(width, page) {
 </script></body>"""
 
 
+# Pages side by side, as in a window of that width.
+SHEET = """<!doctype html><body style="margin:0;display:grid;grid-template-columns:repeat(%d,%dpx)">%s</body>"""
+
+
 class Walker(SimpleHTTPRequestHandler):
-    """Serves the site and the page that walks it, and takes the report."""
+    """Serves the site, the page that walks it and sheets of pages, and takes the report."""
 
     report: dict[str, object] | None = None
     ready = threading.Event()
 
     def do_GET(self) -> None:
-        """The walking page, or a file of the site."""
-        if self.path != "/walk":
+        """The walking page, a sheet, or a file of the site."""
+        if self.path == "/walk":
+            names = [f"/{path.relative_to(SITE).as_posix()}" for path in pages()]
+            body = (WALK % (json.dumps(names), json.dumps(WIDTHS))).encode()
+        elif self.path.startswith("/sheet-"):
+            width = int(self.path.removeprefix("/sheet-"))
+            frame = '<iframe src="/%s" style="width:%dpx;height:%dpx;border:0"></iframe>'
+            frames = "".join(frame % (page, width, HEIGHT) for page in SHOWN)
+            body = (SHEET % (COLUMNS[width], width, frames)).encode()
+        else:
             super().do_GET()
             return
-        names = [f"/{path.relative_to(SITE).as_posix()}" for path in pages()]
-        body = (WALK % (json.dumps(names), json.dumps(WIDTHS))).encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
@@ -195,24 +226,60 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
-def test_nothing_overflows_in_a_browser(tmp_path: Path) -> None:
-    """At 1400 and at 390 pixels no page is wider than the window."""
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Where the site is served."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Walker, directory=str(SITE)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def chromium(folder: Path, *options: str) -> list[str]:
+    """The command of a browser without a window; skips where there is none."""
     program = browser()
     if program is None:
         pytest.skip("no Chromium here; apt-get install chromium brings one")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Walker, directory=str(SITE)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--window-size=1500,1000")
-    process = subprocess.Popen(
-        [program, *options, "--remote-debugging-port=0", f"http://127.0.0.1:{server.server_port}/walk"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    return [program, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder}", *options]
+
+
+def test_nothing_overflows_in_a_browser(tmp_path: Path, address: str) -> None:
+    """At 1400 and at 390 pixels no page is wider than the window."""
+    command = chromium(tmp_path, "--window-size=1500,1000", "--remote-debugging-port=0", f"{address}/walk")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         assert Walker.ready.wait(300), "the browser did not end its walk"
     finally:
         process.terminate()
         process.wait(30)
-        server.shutdown()
-        server.server_close()
     assert {"seen": len(WIDTHS) * len(pages()), "wide": []} == Walker.report
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pages_have_pictures(width: int, theme: str, tmp_path: Path, address: str) -> None:
+    """Pages side by side, into `screenshots` beside the site, for whoever looks at them: none is empty, and a dark one is dark."""
+    image = pytest.importorskip("matplotlib.image")
+    picture = SITE.parent / "screenshots" / f"{width}-{theme}.png"
+    picture.parent.mkdir(exist_ok=True)
+    picture.unlink(missing_ok=True)
+    columns = COLUMNS[width]
+    rows = -(-len(SHOWN) // columns)
+    command = chromium(
+        tmp_path,
+        f"--blink-settings=preferredColorScheme={['dark', 'light'].index(theme)}",
+        "--hide-scrollbars",
+        "--virtual-time-budget=20000",
+        f"--window-size={columns * width},{rows * HEIGHT}",
+        f"--screenshot={picture}",
+        f"{address}/sheet-{width}",
+    )
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300, check=True)
+    shown = image.imread(picture)[..., :3]
+    assert shown.shape[:2] == (rows * HEIGHT, columns * width)
+    for place, page in enumerate(SHOWN):
+        y, x = place // columns * HEIGHT, place % columns * width
+        part = shown[y : y + HEIGHT, x : x + width]
+        assert part.std() > 0.03, f"{page} is empty"
+        assert (part.mean() > 0.5) == (theme == "light"), f"{page} is not {theme}"

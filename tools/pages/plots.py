@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
-from tools.pages.rows import Measured, measured, processors, records
+from tools.pages.rows import NOT_ATTENTION, Measured, measured, processors, records
 
 DIRECTIONS = ("forward", "forward+backward")
 PLOTTED = ("attention", "patterns", "native", "windows", "choice", "presets")
@@ -30,7 +30,7 @@ def figure_names(processor: str, rows: list[Measured]) -> list[tuple[str, str]]:
 
 def draw_all() -> Iterator[tuple[str, Figure]]:
     """(file, figure) of every plot."""
-    rows = measured(*PLOTTED)
+    rows = [row for row in measured(*PLOTTED) if row.peer not in NOT_ATTENTION]
     for processor in processors(rows):
         own = [row for row in rows if row.processor == processor]
         for direction, file in figure_names(processor, own):

@@ -12,6 +12,10 @@ WITHOUT_FAMILY = "AMD EPYC"
 """What early rows call a processor. Several models share that name, so rows of different days are not put together."""
 
 
+NOT_ATTENTION = {"share", "fma-peak", "functional", "local"}
+"""Peers that are a share of our own time, a processor's peak, or the same call said otherwise."""
+
+
 @dataclass(frozen=True)
 class Measured:
     """Ours beside a peer. Times are milliseconds of CPU time over all threads; ratio is the peer's time over ours, above 1 ours is faster.

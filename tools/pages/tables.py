@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterable
 
 from longattn.kernels import backends
 from longattn.kernels.dispatch import table as dispatch_table
+from tools import versions
 from tools.pages.plots import figure_names
-from tools.pages.rows import Measured, measured, processors, records
+from tools.pages.rows import NOT_ATTENTION, Measured, measured, processors, records
 
 KERNELS = ("attention", "patterns", "native", "windows", "growth", "choice")
 """Files that time attention itself beside something else that computes it."""
-
-NOT_ATTENTION = {"share", "fma-peak", "functional", "local"}
-"""Peers that are a share of our own time, a processor's peak, or the same call said otherwise."""
 
 COLUMNS = (
     ("forward", "float32"),
@@ -218,6 +216,12 @@ def tolerances() -> str:
     return table(("row", "dtype", "absolute", "relative"), lines)
 
 
+def versions_run() -> str:
+    """How the tests went on each Python, torch and numpy."""
+    shown = [name for name in versions.COLUMNS if name != "commit"]
+    return table(tuple(shown), (tuple(row[name] for name in shown) for row in versions.rows()))
+
+
 def simulated() -> str:
     """Predicted over measured steps, for each processor."""
     by_machine: dict[str, list[Cells]] = {}
@@ -267,4 +271,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "missed": missed,
     "performance": performance,
     "tolerances": tolerances,
+    "versions": versions_run,
 }

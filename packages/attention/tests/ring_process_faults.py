@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from threading import Event, Thread
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from longattn.attention import (
     pattern_attention,
     shard_sequence,
 )
+from longattn.attention.schedules import waiting
 from longattn.attention.schedules.callers import calls_over
 from longattn.attention.schedules.place import Place
 from longattn.patterncache import BlockSparse, Dilated, Documents, Full, Pattern, Window
@@ -261,9 +263,17 @@ def case_a_rank_that_does_not_come() -> None:
     schedule = Ring(dist.group.WORLD, lengths=N, timeout=0.3)
     if WORLD > 1:
         if not DIFFERS:
-            with pytest.raises(GroupError, match=f"rank {WORLD - 1} was silent for 0.3 s") as caught:
+            with (
+                mock.patch.object(waiting, "PATIENCE", 0.1),
+                mock.patch.object(waiting.logger, "info") as told,
+                pytest.raises(GroupError, match=f"rank {WORLD - 1} was silent for 0.3 s") as caught,
+            ):
                 Case(schedule).call()
             assert (caught.value.rank, caught.value.step) == (WORLD - 1, "header")
+            begun, ended = (call.args[1] for call in told.call_args_list)
+            assert (
+                begun.startswith(f"rank {RANK} of group ") and " waits for rank " in begun and ended.startswith(begun)
+            ), (begun, ended)
         dist.barrier()
         schedule.reset(SECONDS)
         Case(Ring(dist.group.WORLD, lengths=N)).check()

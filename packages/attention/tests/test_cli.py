@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -197,7 +198,11 @@ def test_memory_runs_a_script_and_tells_what_is_held(capsys, tmp_path):
             ("bench", "--peers", "sdpa-mask", "--length", "20000"),
             "--length must be at most 16384 with --peers sdpa-mask, got 20000",
         ),
-        (("show", "--length", "64", "--png", "/nowhere/at/all.png"), "No such file or directory"),
+        pytest.param(
+            ("show", "--length", "64", "--png", "/nowhere/at/all.png"),
+            "No such file or directory",
+            marks=pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed"),
+        ),
         (("memory", "/nowhere/script.py"), "script must be a file"),
     ],
 )
@@ -206,6 +211,14 @@ def test_a_mistake_is_one_line_without_a_traceback(capsys, words, sentence):
     assert main(words) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert sentence in err[-1] and err[-1].startswith(f"longattn {words[0]}: ") and len(err) == 1
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(capsys, monkeypatch):
+    """Not only which module is missing."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    assert main(("show", "--length", "64", "--png", "x.png")) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,7 @@ def test_torchs_profiler_sees_allocations():
     """A profiling manager's requests stand among torch's own operations, by type."""
     manager = AttentionBufferManager(enable_profiling=True, upstream=SystemAllocator())
     plain = AttentionBufferManager(upstream=SystemAllocator())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         for _ in range(3):
             manager.allocate(SCORES, (8, 8))
             plain.allocate(TEMP, (8, 8))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longattn.kernels import __main__, attend, build_native, cachefolder, explain
+from longattn.kernels import __main__, attend, build_native, cachefolder, explain, installation
 from longattn.kernels.dispatch import table as dispatch
 from longattn.kernels.native import building, compiling
 from longattn.patterncache import Full
@@ -197,7 +197,7 @@ def test_the_wheel_serves_where_nothing_else_is_there(monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "uname", lambda: type("Uname", (), {"machine": "aarch64"}))
     assert "-mcpu=baseline" in found.command(("-O3",), "a.cpp", "a.so")
     monkeypatch.setattr(compiling, "find_spec", lambda name: None)
-    assert "longattn-kernels[compiler]" in str(compiling.find())
+    assert "pip install ziglang" in str(compiling.find())
 
 
 def test_folders_that_are_not_ours_alone(script: Script, folder: Path, ours: Path, monkeypatch: pytest.MonkeyPatch):
@@ -272,8 +272,9 @@ def test_a_line_says_what_is_compiled(
     folder: Path,
     ours: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
-    """On a terminal in two halves, else as a whole. A library that is there says nothing."""
+    """On a terminal a line in two halves, else records of level INFO. A library that is there says nothing."""
     compiler = script(f'cp {ours} "$made"')
 
     class Stderr(io.StringIO):
@@ -282,13 +283,16 @@ def test_a_line_says_what_is_compiled(
 
     stderr = Stderr()
     monkeypatch.setattr(sys, "stderr", stderr)
-    build_native()
-    building.target.cache_clear()
-    build_native()
-    said = stderr.getvalue()
-    level = building.current().level
-    assert f"compiling the native row ({level}) with {compiler} into {folder}" in said and "done in " in said
-    assert said.startswith("longattn: ") and said.count("\n") == 1
+    with caplog.at_level("INFO", logger="longattn.kernels"):
+        build_native()
+        building.target.cache_clear()
+        build_native()
+    what = f"compiling the native row ({building.current().level}) with {compiler} into {folder}"
+    said, logged = stderr.getvalue(), "".join(f"{record.getMessage()}\n" for record in caplog.records)
+    assert said.startswith(f"longattn: {what} (once") if terminal else said == ""
+    told = said if terminal else logged
+    assert what in told and "python -m longattn.kernels build" in told and " done in " in told
+    assert told.count("\n") == (1 if terminal else 2)
 
 
 def test_the_command(script: Script, folder: Path, ours: Path, capsys: pytest.CaptureFixture[str]):
@@ -302,3 +306,53 @@ def test_the_command(script: Script, folder: Path, ours: Path, capsys: pytest.Ca
     assert "out of paper" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         __main__.main(["build", "--level", "fast"])
+
+
+@pytest.fixture
+def prebuilt(ours: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that came with a library for this processor, on a machine without a compiler."""
+    came_with = tmp_path / "prebuilt"
+    came_with.mkdir()
+    digest = cachefolder.digest(ours)
+    path = came_with / f"{building.prebuilt_stem(building.current().level)}.{digest}.so"
+    path.write_bytes(ours.read_bytes())
+    monkeypatch.setattr(building, "PREBUILT", came_with)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
+    building.target.cache_clear()
+    return path
+
+
+def test_a_prebuilt_library_serves_without_a_compiler(prebuilt: Path, folder: Path):
+    """At once: nothing is compiled, and no folder made."""
+    assert build_native() == prebuilt and not folder.exists()
+    works()
+    assert installation()["native"]["library"] == str(prebuilt)
+
+
+@pytest.mark.parametrize("name", ["CXX", "LONGATTN_NATIVE_FLAGS"])
+def test_who_names_compiler_or_flags_gets_their_own(
+    name: str, prebuilt: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+):
+    """A prebuilt library was made with others."""
+    monkeypatch.setenv(name, "-O1")
+    building.target.cache_clear()
+    assert building.current().prebuilt is None and building.refusal() is not None
+
+
+def test_a_damaged_prebuilt_library_is_not_loaded(prebuilt: Path, caplog: pytest.LogCaptureFixture):
+    """A lost write would end the process with a bus error; a warning names the file."""
+    prebuilt.write_bytes(prebuilt.read_bytes()[:1000])
+    building.target.cache_clear()
+    with caplog.at_level("WARNING", logger="longattn.kernels"):
+        assert "no C++ compiler" in str(building.refusal())
+    assert str(prebuilt) in caplog.text
+
+
+def test_a_prebuilt_library_of_another_source_is_not_loaded(prebuilt: Path):
+    """As a file that an upgrade left."""
+    level, _, rest = prebuilt.name.rpartition("-")
+    prebuilt.rename(prebuilt.with_name(f"{level}-{'0' * 20}.{rest.partition('.')[2]}"))
+    building.target.cache_clear()
+    assert building.current().prebuilt is None

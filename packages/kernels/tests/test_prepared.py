@@ -150,7 +150,7 @@ def test_the_memo_keeps_no_plan_alive() -> None:
 def test_modes_and_profilers_see_the_op() -> None:
     """An eager call goes straight to the row; where somebody looks on, it goes through the op."""
     attend(*qkv(), PATTERN)
-    with torch.profiler.profile() as seen:
+    with torch.profiler.profile(acc_events=True) as seen:
         attend(*qkv(), PATTERN)
     assert any(event.key == "longattn::attend" for event in seen.key_averages())
 

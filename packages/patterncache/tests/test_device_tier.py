@@ -30,6 +30,20 @@ def test_one_build_serves_all_devices():
     assert tier.get_stats()["resident_bytes"] == 2 * index_arrays(plan).nbytes
 
 
+@pytest.mark.parametrize("device", [0, "cuda", "xpu", "mps", "hpu", "nonsense", 1.5])
+def test_devices_that_are_not_here_are_named(device):
+    """torch knows the name of many; without a driver, or in a build without them, each fails in a way of its own."""
+    try:
+        torch.empty(0, device=device)
+    except Exception:  # noqa: BLE001 - whatever this torch raises
+        with pytest.raises((TypeError, ValueError), match=r"device"):
+            DeviceTier().resident(plan_of(20), device)
+        with pytest.raises((TypeError, ValueError), match=r"device"):
+            PATTERN.to_block_mask(16, 2, device=device)
+    else:
+        assert DeviceTier().resident(plan_of(20), device).indices.device == torch.empty(0, device=device).device
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_tensors_are_the_index_arrays(transposed):
     """Of the plan, by queries or by keys."""

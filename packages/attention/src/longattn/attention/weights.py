@@ -190,7 +190,8 @@ def _sparse_weights(
     size = (batch, heads, nq, nk)
     at = torch.cat(indices, 1) if indices else torch.zeros(4, 0, dtype=torch.int64, device=q.device)
     pair_weights = torch.cat(values) if values else q.new_zeros(0)
-    return cast(Any, torch).sparse_coo_tensor(at, pair_weights, size, device=q.device, check_invariants=True).coalesce()
+    with torch.sparse.check_sparse_tensor_invariants(True):
+        return cast(Any, torch).sparse_coo_tensor(at, pair_weights, size, device=q.device).coalesce()
 
 
 def _weights(

@@ -174,10 +174,13 @@ def _onto(prior: AttentionState | None, tensors: OpTensors, arguments: OpArgumen
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in autocast's dtype where it is on for their device (float64 stays), as torch does for its own attention."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not torch._C._is_any_autocast_enabled():
         return q, k, v
-    # torch refuses the question itself on devices such as "meta".
-    if not isinstance(q, Tensor) or not torch.amp.is_autocast_available(q.device.type):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(q, Tensor) or q.device.type == "meta":  # pyright: ignore[reportUnnecessaryIsInstance]
+        return q, k, v
+    # torch refuses the question itself on devices without autocast, "meta" among them. torch 2.11 does not trace the question whether a device has it.
+    if not compiling and not torch.amp.is_autocast_available(q.device.type):
         return q, k, v
     if not torch.is_autocast_enabled(q.device.type):
         return q, k, v

@@ -58,7 +58,7 @@ def _native() -> dict[str, Any]:
     target = building.current()
     library = None
     if target.refusal is None:
-        library = cachefolder.find(target.folder, target.stem)
+        library = building.file_of(target)
     named = NATIVE.value().strip().lower() in cpu.CHOICES
     return {
         "level": target.level,

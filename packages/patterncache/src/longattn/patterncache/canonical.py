@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,11 @@ def register(name: str, pattern_class: type[Pattern]) -> None:
             f"name must not be taken by another pattern, got {shortened(name)} (registered by {taken.__qualname__})"
         )
     _REGISTRY[name] = pattern_class
+
+
+def fields_of(pattern: Any) -> dict[str, Any]:
+    """The fields of a pattern that is a dataclass, by name. `asdict` copies values, which torch 2.11 does not trace."""
+    return {field.name: getattr(pattern, field.name) for field in fields(pattern)}
 
 
 def registered(name: str) -> type[Pattern]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longattn.attention.cli.report import Report, Table
+from longattn.attention.cli.report import NO_PICTURES, Report, Table
 from longattn.kernels import installation
 
 PACKAGES = ("longattn-bufmgr", "longattn-patterncache", "longattn-kernels", "longattn-attention", "torch", "numpy")
@@ -58,9 +58,9 @@ def _advice(found: dict[str, Any], versions: dict[str, str | None]) -> list[str]
     if torch.cuda.is_available() and found["triton"]["refusal"] is not None:
         advice.append(f"GPU kernels cannot serve ({found['triton']['refusal']})")
     if versions["matplotlib"] is None:
-        advice.append("pictures need matplotlib: pip install 'longattn-patterncache[png]'")
+        advice.append(NO_PICTURES)
     if versions["rich"] is None:
-        advice.append("tables in colour need rich: pip install 'longattn-attention[cli]'")
+        advice.append("tables in colour need rich: pip install rich")
     return advice
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from longattn.attention.cli.parser import build_parser
-from longattn.attention.cli.report import print_report
+from longattn.attention.cli.report import NO_PICTURES, print_report
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.traceback:
             raise
-        print(f"longattn {options.command}: {error}", file=sys.stderr)
+        no_pictures = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("matplotlib")
+        print(f"longattn {options.command}: {NO_PICTURES if no_pictures else error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -32,7 +32,7 @@ class _PrintCompletion(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         if find_spec("shtab") is None:
-            parser.exit(2, "longattn: completion needs shtab: pip install 'longattn-attention[cli]'\n")
+            parser.exit(2, "longattn: completion needs shtab: pip install shtab\n")
         print(import_module("shtab").complete(parser, shell=values))
         parser.exit()
 

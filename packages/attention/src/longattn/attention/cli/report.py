@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+NO_PICTURES = "pictures need matplotlib: pip install matplotlib"
+
 
 @dataclass(frozen=True)
 class Table:

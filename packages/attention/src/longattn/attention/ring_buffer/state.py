@@ -11,7 +11,7 @@ from torch import Tensor
 from longattn.attention.ring_buffer import serialization
 from longattn.attention.ring_buffer.cursor import Cursor
 from longattn.attention.ring_buffer.rings import Geometry, Rings
-from longattn.attention.validate import check_device, integers
+from longattn.attention.validate import check_device, integers, load_checked
 
 File = str | IO[bytes]
 
@@ -217,7 +217,7 @@ class RingBufferState(Rings):
     @classmethod
     def load(cls, file: File, map_location: torch.device | str | None = None) -> RingBufferState:
         """A state that `save` wrote, on its device or on `map_location`. Raises as torch.load and `from_state_dict` do."""
-        return cls.from_state_dict(torch.load(file, map_location=map_location, weights_only=True))
+        return cls.from_state_dict(load_checked(file, map_location))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return serialization.from_dict, (RingBufferState, self.state_dict())

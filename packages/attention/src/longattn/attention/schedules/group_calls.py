@@ -24,7 +24,7 @@ from longattn.attention.schedules.errors import GroupError
 from longattn.attention.schedules.headers import HEADER_BYTES, OWN, Fields, Header, check_headers, encoded, has_arrived
 from longattn.attention.schedules.notices import Lookout, leave_notice
 from longattn.attention.schedules.place import Parcel, Place, TransportEvent, note
-from longattn.attention.schedules.waiting import PendingWorks, Waiter
+from longattn.attention.schedules.waiting import Patience, PendingWorks, Waiter
 from longattn.attention.validate import integers
 
 HEADERS, KEYS, GRADIENTS = range(3)
@@ -62,7 +62,7 @@ class GroupCalls:
         self._headers: list[Header] = []
         self._taken: dict[tuple[int, int], int] = {}
         self._lock = threading.Lock()
-        self._waiter = Waiter()
+        self._waiter, self._patience = Waiter(), Patience()
         self._callers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._module_numbers = count(1)
 
@@ -240,7 +240,8 @@ class GroupCalls:
                     raise self.error(text, int(rank), step)
 
         try:
-            ended = job.ended_within(self.timeout, look)
+            who = f"rank {self.rank} of group {self.place.name!r}, {step},"
+            ended = self._patience.ended(job, self.timeout, who, look)
         finally:
             for lookout in lookouts:
                 lookout.stop()

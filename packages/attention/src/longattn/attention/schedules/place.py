@@ -73,7 +73,8 @@ class Place:
             group = group.get_group()
         if not isinstance(group, ProcessGroup):
             raise TypeError(
-                f"group must be a ProcessGroup or a DeviceMesh of one dimension, got {type(group).__name__}"
+                f"group must be a ProcessGroup or a DeviceMesh of one dimension, got {type(group).__name__} "
+                "(a ring of ranks in one process is Ring(size=4))"
             )
         return cls(group.group_name)
 

@@ -6,6 +6,7 @@ torch's `Work.wait` of a point-to-point message neither returns early for a sign
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,10 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch import Tensor
+
+from longattn.patterncache.progress import PATIENCE, progress
+
+logger = logging.getLogger("longattn.attention")
 
 _FOREVER = timedelta(days=365)
 _SLICE = 0.25
@@ -72,6 +77,25 @@ class PendingWorks:
                 self.works[self.position].wait(timedelta(milliseconds=1))
             except RuntimeError as error:
                 self.error = self.error or error.with_traceback(None)
+
+
+class Patience:
+    """Of one group: the first long wait says for whom, once."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def ended(self, job: PendingWorks, seconds: float, who: str, between: Callable[[], None] | None = None) -> bool:
+        """Whether a job ends within the time; the rest as for `ended_within`."""
+        early = min(PATIENCE, seconds)
+        if self._said or early == seconds:
+            return job.ended_within(seconds, between)
+        if job.ended_within(early, between):
+            return True
+        self._said = True
+        peer = job.peers[min(job.position, len(job.peers) - 1)]
+        with progress(f"{who} waits for rank {peer}, for up to {seconds:g} s", logger, after=0):
+            return job.ended_within(seconds - early, between)
 
 
 class Waiter:

@@ -14,7 +14,7 @@ from longattn.attention.streaming.held_keys import HeldKeys, KeyPlacement
 from longattn.attention.streaming.page_pool import PagePool
 from longattn.attention.streaming.page_table import PageTable
 from longattn.attention.streaming.slot_buffer import LARGEST
-from longattn.attention.validate import integers
+from longattn.attention.validate import integers, load_checked
 from longattn.kernels.interface import FLOATS, dtype_name
 
 FORMAT = 1
@@ -201,7 +201,7 @@ class StreamingState:
     @classmethod
     def load(cls, file: str | IO[bytes], map_location: torch.device | str | None = None) -> StreamingState:
         """A state that `save` wrote, on its device or on `map_location`. Raises as torch.load and `from_state_dict` do."""
-        return cls.from_state_dict(torch.load(file, map_location=map_location, weights_only=True))
+        return cls.from_state_dict(load_checked(file, map_location))
 
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any]) -> StreamingState:

@@ -2,13 +2,14 @@
 
 1. `target` says without compiling which library is wanted and, where that is known already, why there can be none: switched off, an
    unknown machine, no compiler, a cache folder that cannot be written or is not ours alone.
-2. `library` loads it from the cache folder, or compiles it there first. It is asked for by the first call that the row serves. What
+2. `library` loads the one that came with the package (a platform wheel has one for each level, in `prebuilt`), or one from the cache folder,
+   or compiles it there first. It is asked for by the first call that the row serves. What
    fails then is remembered as one more reason.
 3. A compile writes a file of its own and renames it: of two processes that build at once, neither sees half a file.
 
 A file's name is a hash of source, flags and compiler, and a digest of its bytes. LONGATTN_NATIVE=0 switches the row off, another value is
 the widest level to use. Read once a process: LONGATTN_CACHE is the folder (default: longattn in the user's cache folder),
-LONGATTN_NATIVE_FLAGS are further compiler flags, CXX is the compiler's command line.
+LONGATTN_NATIVE_FLAGS are further compiler flags, CXX is the compiler's command line; where one of these two is set, nothing prebuilt serves.
 """
 
 from __future__ import annotations
@@ -17,20 +18,19 @@ import ctypes
 import hashlib
 import logging
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
-from time import perf_counter
 
 from longattn.kernels import cachefolder
 from longattn.kernels.dispatch.settings import NATIVE
 from longattn.kernels.native import compiling, cpu
 from longattn.kernels.native.compiling import COMPILERS, Compiler, NativeBuildError
 from longattn.kernels.native.cpu import CHOICES, LEVELS, PLAIN_TILES, levels
+from longattn.patterncache.progress import progress
 
 __all__ = [
     "COMPILERS",
@@ -46,6 +46,9 @@ __all__ = [
 ]
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-w")
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""Libraries of a platform wheel; a pure one has no such folder."""
+
 _ENTRIES = (
     "sizes",
     "scratch",
@@ -71,7 +74,7 @@ class Target:
     Attributes:
         level: one of `CHOICES`. compiler, flags: how it is made. folder, stem: where it is kept, and how its name begins.
         refusal: why it cannot be had, or None.
-        path: its file, once it is there. loaded: the library, once it is.
+        prebuilt: the library that came with the package, or None. path: its file, once it is there. loaded: the library, once it is.
     """
 
     level: str
@@ -80,6 +83,7 @@ class Target:
     folder: Path
     stem: str
     refusal: str | None
+    prebuilt: Path | None = None
     path: Path | None = None
     loaded: ctypes.CDLL | None = None
 
@@ -134,7 +138,7 @@ def _load(binary: Target) -> None:
     if binary.refusal is not None or binary.loaded is not None:
         return
     try:
-        binary.path = cachefolder.find(binary.folder, binary.stem) or compile_for(binary)
+        binary.path = file_of(binary) or compile_for(binary)
         binary.loaded = _opened(binary.path)
     except NativeBuildError as problem:
         binary.refusal = str(problem)
@@ -142,12 +146,18 @@ def _load(binary: Target) -> None:
         binary.refusal = f"the library {binary.folder / binary.stem} cannot be made or loaded: {problem}"
 
 
+def file_of(binary: Target) -> Path | None:
+    """The target's library where it is there already: prebuilt, or in the cache folder."""
+    return binary.prebuilt or cachefolder.find(binary.folder, binary.stem)
+
+
 def _opened(path: Path) -> ctypes.CDLL:
     """The loaded library, checked to have every function that is called in it. A file without one of them is moved aside."""
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as problem:
-        cachefolder.set_aside(path, "cannot be loaded")
+        if path.parent != PREBUILT:
+            cachefolder.set_aside(path, "cannot be loaded")
         raise NativeBuildError(f"the library {path} cannot be loaded: {problem}") from problem
     missing = [name for entry in _ENTRIES if not hasattr(handle, name := f"longattn_{entry}")]
     if missing:
@@ -162,14 +172,40 @@ def target(choice: str) -> Target:
     here = levels()
     named = choice.strip().lower()
     level = named if named in (*here, PLAIN_TILES) else here[0] if here else "generic"
-    flags = (*FLAGS, *cpu.compiler_flags(level), *os.environ.get("LONGATTN_NATIVE_FLAGS", "").split())
+    flags = (*flags_of(level), *os.environ.get("LONGATTN_NATIVE_FLAGS", "").split())
     binary = Target(level, None, flags, Path(), f"native-{level}", _not_for_here(named, here))
     if binary.refusal is None:
         try:
-            binary.refusal = _look(binary)
+            binary.prebuilt = _prebuilt(level)
+            if binary.prebuilt is None:
+                binary.refusal = _look(binary)
+            else:
+                binary.stem = binary.prebuilt.name.partition(".")[0]
         except OSError as problem:
             binary.refusal = f"compiler, source or cache folder cannot be read: {problem}"
     return binary
+
+
+def flags_of(level: str) -> tuple[str, ...]:
+    """What a level is compiled with, unless the user adds to it."""
+    return (*FLAGS, *cpu.compiler_flags(level))
+
+
+def prebuilt_stem(level: str) -> str:
+    """How the name of a level's prebuilt library begins: with a hash of its source and flags, so that no other one serves."""
+    return f"native-{level}-{_hash(flags_of(level), None)}"
+
+
+def _prebuilt(level: str) -> Path | None:
+    """The whole library of a level that came with the package, where the user asks for nothing else."""
+    if os.environ.get("CXX", "").strip() or os.environ.get("LONGATTN_NATIVE_FLAGS", "").strip():
+        return None
+    # It is as much to be trusted as the package's own source, so only damage is looked for.
+    for path in sorted(PREBUILT.glob(f"{prebuilt_stem(level)}.*.so")):
+        if path.name.split(".")[-2] == cachefolder.digest(path):
+            return path
+        logger.warning("native row: %s is damaged, and not used; install longattn-kernels again", path)
+    return None
 
 
 def _not_for_here(named: str, here: tuple[str, ...]) -> str | None:
@@ -201,7 +237,7 @@ def _look(binary: Target) -> str | None:
 
 
 def compile_for(binary: Target) -> Path:
-    """Compile the source for a target; the file gets its name once it is complete. One line on stderr says what, where and how long.
+    """Compile the source for a target; the file gets its name once it is complete. `progress` says what, where and how long.
 
     Raises:
         NativeBuildError: there is no compiler, or it fails, with its last line.
@@ -212,30 +248,19 @@ def compile_for(binary: Target) -> Path:
         raise NativeBuildError(str(compiling.find()))
     cachefolder.make(binary.folder)
     source = files("longattn.kernels.native").joinpath("attend.cpp")
-    begun = perf_counter()
-    what = f"compiling the native row ({binary.level}) with {' '.join(compiler.words)} into {binary.folder}"
-    stderr = sys.stderr  # None where a process has none
-    on_terminal = stderr is not None and stderr.isatty()
-    if on_terminal:
-        print(f"longattn: {what} ...", end="", file=stderr, flush=True)
-    outcome = "failed"
-    try:
-        with tempfile.TemporaryDirectory(dir=binary.folder, prefix="building-") as own:
-            made = Path(own) / "native.so"
-            command = compiler.command(binary.flags, str(source), str(made))
-            logger.debug("native row: %s", " ".join(command))
-            compiling.run(compiler, command)
-            if not made.exists():
-                raise NativeBuildError(f"the compiler {' '.join(compiler.words)} ended well and wrote no library")
-            path = cachefolder.keep(made, binary.folder, binary.stem)
-        outcome = "done"
-        return path
-    finally:
-        took = f"{outcome} in {perf_counter() - begun:.1f} s"
-        if stderr is not None:
-            # In a file, between the lines of others, the line is written as a whole.
-            print(f" {took}" if on_terminal else f"longattn: {what}: {took}", file=stderr, flush=True)
-        logger.debug("native row: %s: %s", what, took)
+    words = " ".join(compiler.words)
+    what = f"compiling the native row ({binary.level}) with {words} into {binary.folder} (once, usually under a minute; python -m longattn.kernels build does so beforehand)"
+    with (
+        progress(what, logger, after=0),
+        tempfile.TemporaryDirectory(dir=binary.folder, prefix="building-") as own,
+    ):
+        made = Path(own) / "native.so"
+        command = compiler.command(binary.flags, str(source), str(made))
+        logger.debug("native row: %s", " ".join(command))
+        compiling.run(compiler, command)
+        if not made.exists():
+            raise NativeBuildError(f"the compiler {words} ended well and wrote no library")
+        return cachefolder.keep(made, binary.folder, binary.stem)
 
 
 def _hash(flags: tuple[str, ...], compiler: Compiler | None) -> str:

@@ -71,7 +71,7 @@ def find() -> Compiler | str:
             pass  # a folder of that name is no wheel
     return (
         f"no C++ compiler: CXX is not set, and none of {', '.join(COMPILERS)} is on PATH; "
-        "pip install longattn-kernels[compiler] brings one"
+        "pip install ziglang brings one"
     )
 
 

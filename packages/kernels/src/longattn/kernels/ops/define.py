@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from longattn.kernels.ops.arguments import (
     GRADED,
@@ -30,6 +29,7 @@ from longattn.kernels.ops.arguments import (
     OpTensors,
     schema,
 )
+from longattn.kernels.ops.flops import register_flops
 from longattn.kernels.ops.folding import map_backward, map_forward, map_second, mapped
 from longattn.kernels.state import state_dtype
 
@@ -191,8 +191,8 @@ def define(
         torch.library.register_fake(f"longattn::{each}", fake, lib=library)
         torch.library.register_autograd(f"longattn::{each}", derivative, setup_context=setup_context, lib=library)
         torch.library.register_vmap(f"longattn::{each}", rule, lib=library)
-    register_flop_formula(op)(flops)
-    register_flop_formula(back_op)(backward_flops)
+    register_flops(op, flops)
+    register_flops(back_op, backward_flops)
     return call
 
 

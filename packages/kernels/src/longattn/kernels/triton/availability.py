@@ -31,7 +31,7 @@ def missing() -> str | None:
     """Why the installed triton cannot be used, or None."""
     version = installed_version()
     if version is None:
-        return "triton is not installed: pip install 'longattn-kernels[triton]'"
+        return "triton is not installed: pip install triton"
     major, minor = (int(part) for part in version.split(".")[:2])
     return None if (major, minor) >= (3, 6) else f"triton={version} is older than 3.6"
 

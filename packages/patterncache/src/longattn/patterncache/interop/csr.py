@@ -76,15 +76,23 @@ def index_arrays(plan: Plan, *, transposed: bool = False) -> IndexArrays:
 
 
 def as_device(device: Any) -> Any:
-    """A torch.device, where torch knows such a one.
+    """A torch.device, where torch knows such a one and can put a tensor there.
 
     Raises:
-        TypeError, ValueError: it does not, by name.
+        TypeError, ValueError: it does not, or cannot, by name.
     """
+    torch = import_module("torch")
     try:
-        return import_module("torch").device(device)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"device must be one that torch has here, got {shortened(device)}: {error}") from error
+        known = torch.device(device)
+        if known.type != "cpu":
+            torch.empty(
+                0, device=known
+            )  # one without a driver, or that torch was built without, is known by name alone
+    except (RuntimeError, ValueError, AssertionError, ImportError) as error:  # which one, each backend says its own way
+        raise ValueError(
+            f"device must be one that torch has here, got {shortened(device)}: {str(error).partition(chr(10))[0]}"
+        ) from error
+    return known
 
 
 def head_classes(plan: Plan) -> tuple[Rows, list[tuple[int, ...]]]:

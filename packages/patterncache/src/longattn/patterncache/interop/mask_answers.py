@@ -102,5 +102,5 @@ def check_allowed(shape: tuple[int, int, int], batch: int, listed: str | None, w
         raise ValueError(
             f"mask_mod must be asked about at most {MOST_CELLS} (batch entry, head, query, key) cells, got {(batch, *shape)}: {cells}. "
             f"Comparing all of {what} takes {cost_of(cells, _CELLS_PER_SECOND, most_bytes)}; "
-            f'listed="allow" (or {VARIABLE}=allow in the environment) does so'
+            f'listed="allow" (or {VARIABLE}=allow in the environment) does so; verify="samples" asks about some pairs of each query'
         )

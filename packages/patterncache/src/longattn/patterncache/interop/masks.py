@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,10 @@ from longattn.patterncache.interop.mask_answers import BYTES_PER_CELL, STRIP_CEL
 from longattn.patterncache.interop.sampled_masks import agrees, blocks_of
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.planning.limits import check_listed
+from longattn.patterncache.progress import progress
 from longattn.patterncache.spans import check_flag, check_int, shortened
+
+logger = logging.getLogger("longattn.patterncache")
 
 VERIFY = ("every", "samples")
 
@@ -71,8 +75,19 @@ def from_mask_mod(
     if batch > MOST_BATCH:
         raise ValueError(f"batch must be at most {MOST_BATCH} entries, each of which is asked, got {batch}")
     mask, shape = MaskMod(mask_mod, as_tensor), (heads, length, length)
-    if verify == "samples":
-        return _believed(mask, batch, shape, num_heads is not None, compact)
+    looked_at = "samples" if verify == "samples" else "every pair"
+    with progress(
+        f"importing a mask of {length} tokens, {looked_at} of {heads} heads and {batch} batch entries", logger
+    ):
+        if verify == "samples":
+            return _believed(mask, batch, shape, num_heads is not None, compact)
+        return _exactly(mask, batch, shape, num_heads is not None, compact, listed)
+
+
+def _exactly(
+    mask: MaskMod, batch: int, shape: tuple[int, int, int], by_head: bool, compact: bool, listed: str | None
+) -> Pattern:
+    """The pattern after a look at every pair."""
     named = None if compact else _named(mask, batch, shape, listed)
     if named is not None:
         return named
@@ -83,7 +98,7 @@ def from_mask_mod(
             raise ValueError(f"mask_mod must say the same for all of batch={batch}, got another mask for entry {entry}")
     if compact:
         return repeating(shown)
-    return coarsest_blocks(shown[0] if num_heads is None else shown)
+    return coarsest_blocks(shown if by_head else shown[0])
 
 
 def _named(mask: MaskMod, batch: int, shape: tuple[int, int, int], listed: str | None) -> Pattern | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from longattn.patterncache.canonical import fields_of
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.patterns.block_sparse import BlockSparse
 from longattn.patterncache.plan import Branch, Counts
@@ -126,7 +127,7 @@ class BlockLayout(Pattern, name="block_layout"):
 
     def to_spec(self) -> dict[str, Any]:
         """All fields by name."""
-        return asdict(self)
+        return fields_of(self)
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> BlockLayout:

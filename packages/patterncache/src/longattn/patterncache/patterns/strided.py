@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from longattn.patterncache.canonical import fields_of
 from longattn.patterncache.pattern import Pattern, check_causal
 from longattn.patterncache.plan import Band, Branch, Counts
 from longattn.patterncache.planning.intervals import Intervals, interval_branches, span_pairs
@@ -98,7 +99,7 @@ class Strided(Pattern, name="strided"):
 
     def to_spec(self) -> dict[str, Any]:
         """All fields by name."""
-        return asdict(self)
+        return fields_of(self)
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> Strided:
