@@ -154,7 +154,7 @@ class ViewsRow:
             bias = None if mask is None else _aligned(mask.to(q.dtype), (*q.shape[:3], k.shape[2]))
             dq, dk, dv = _efficient_backward(grad, q, k, v, out, lse, causal, bias, scale)
         # Rounded once, after heads that share keys were added.
-        dk, dv = (x.unflatten(1, (kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv))
+        dk, dv = (x.reshape(len(x), kv_heads, -1, *x.shape[2:]).sum(2, dtype=torch.float32) for x in (dk, dv))
         return dq[..., :width], dk[..., :width], dv[..., :width]
 
 
