@@ -86,6 +86,10 @@ def make(pure: Path, machine: str, folder: Path) -> Path:
         subprocess.run(unpack, check=True, stdout=subprocess.DEVNULL)
         (unpacked,) = Path(own).glob("longattn_kernels-*")
         prebuilt = unpacked / "longattn" / "kernels" / "native" / "prebuilt"
+        for source in (*prebuilt.parent.glob("*.h"), *prebuilt.parent.glob("*.cpp")):
+            here = files("longattn.kernels.native").joinpath(source.name)
+            if not here.is_file() or here.read_bytes() != source.read_bytes():
+                raise ValueError(f"{pure.name} must hold the sources that are compiled, got another {source.name}")
         prebuilt.mkdir()
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             list(threads.map(lambda level: compile_level(machine, level, prebuilt), MACHINES[machine]))
