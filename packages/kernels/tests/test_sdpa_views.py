@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.tensor  # it reads torch's operators when it is first imported: before stand-ins take their place
 from torch import Tensor
 
 from longattn.kernels import attend, explain
