@@ -38,7 +38,7 @@ SENSITIVE = {
     "bufmgr": ("test_bufmgr_visibility", "test_bufmgr_policies"),
     "patterncache": (),
     "kernels": ("test_compile", "test_transforms", "test_prepared", "test_scale"),
-    "attention": ("test_packed_compiled",),
+    "attention": ("test_packed_compiled", "test_modules", "test_ring_buffer_saved"),
 }
 # Of `peers`: {checkout: (our overlay of it, tests of theirs, or of ours over their code)}.
 PEERS = {

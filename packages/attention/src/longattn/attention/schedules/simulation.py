@@ -1,8 +1,8 @@
 """What a step of attention over many devices would take: seconds and bytes of each rank, from the plans of its steps. Nothing runs.
 
 A rank works through the shards that its queries see, one a step: its own first, then from the nearest before it round the ring. A step
-takes what its products take at the device's speed, or what its rows take to be read, whichever is longer; meanwhile the next shard
-travels. So a ring's pass lasts the sum over steps of the longer of the two, after nothing; where an engine does not overlap, the sum of both.
+takes what its products take at the device's speed, or what its rows take to be read, whichever is longer, and what its results take to be added to those
+before; meanwhile the next shard travels. So a ring's pass lasts the sum over steps of the longer of the two, after nothing; where an engine does not overlap, the sum of both.
 With many ranks some of them are looked at, evenly spaced, and always the first and the last. Keys that a shard sends are counted exactly where it is
 small, else as the sum over branches, which is at least as much.
 
@@ -158,9 +158,13 @@ def _key_rows(plan: Plan, kv_heads: int, shard: int) -> int:
 
 
 def _compute(call: ScheduledCall, step: _Step, queries: int, factor: float, at: Hardware) -> float:
+    """Seconds of a step; one on another rank's keys also adds its outputs, or gradients of queries, to those before it: read, read, written."""
+    value_dim = call.value_head_dim or call.head_dim
     products = 2 * call.batch * step.pairs * call.width * factor / at.flops
     read = call.batch * call.dtype.itemsize * call.width * (queries * call.heads + step.rows) * factor / at.bandwidth
-    return at.launch + max(products, read)
+    numbers = call.batch * queries * call.heads * (value_dim if factor == 1.0 else call.head_dim)
+    merged = 3 * numbers * state_dtype(call.dtype).itemsize / at.bandwidth if step.sent else 0.0
+    return at.launch + max(products, read) + merged
 
 
 def _transfer(nbytes: int, at: Hardware, messages: int = 1) -> float:
