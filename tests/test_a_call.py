@@ -1,4 +1,4 @@
-"""A second call enters few files, and the page that shows its walk names files that there are."""
+"""A repeated call enters few files, and the page that shows its walk names files that there are."""
 
 import re
 import subprocess
@@ -6,12 +6,12 @@ import sys
 
 from tests.workspace import ROOT, source
 
-# ring size -> files of ours that a second call enters at most, where the native row serves.
+# ring size -> files of ours that a repeated call enters at most, where the native row serves.
 MOST_FILES = {1: 16, 4: 20}
 MORE_OF_TORCH = 8  # rows of torch's operations stand in so many more
 
 
-def test_a_second_call_enters_few_files() -> None:
+def test_a_repeated_call_enters_few_files() -> None:
     """Counted in a process of its own, without the fixtures of tests."""
     command = [sys.executable, "-m", "tools.trace_call", "--count", *map(str, MOST_FILES)]
     traced = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -76,7 +76,7 @@ def _own_file(path: str) -> str | None:
 
 
 def two_calls(ring_size: int | None) -> tuple[Entered, Entered]:
-    """The first call of a signature, and the second, of a ring or of `DilatedAttention`.
+    """The first call of a signature, and the third, of a ring or of `DilatedAttention`; the second one binds what all later ones use.
 
     Libraries are loaded and torch is warm: a call of another pattern came before.
     """
@@ -85,8 +85,8 @@ def two_calls(ring_size: int | None) -> tuple[Entered, Entered]:
         ring = ring_size is not None
         module = RingDilatedAttentionV3(**options, ring_size=ring_size) if ring else DilatedAttention(**options)
         q, k, v = torch.randn(3, 1, 2 * lengths[1], 2, 8)
-        first, second = (walk(lambda: module(q, k, v)) for _ in range(2))  # noqa: B023
-    return first, second
+        first, _, third = (walk(lambda: module(q, k, v)) for _ in range(3))  # noqa: B023
+    return first, third
 
 
 def by_file(root: Entered) -> dict[str, Counter[str]]:
@@ -133,15 +133,15 @@ def _stay(members: list[Entered], file: str) -> tuple[list[str], list[Entered]]:
     return names, beyond
 
 
-def beside(first: Entered, second: Entered) -> str:
-    """A table of files: how many functions the first call enters in each, and how many the second."""
-    left, right = by_file(first), by_file(second)
+def beside(first: Entered, repeated: Entered) -> str:
+    """A table of files: how many functions the first call enters in each, and how many a repeated one."""
+    left, right = by_file(first), by_file(repeated)
     rows = [
         f"| `{file}` | {left.get(file, Counter()).total() or ''} | {right.get(file, Counter()).total() or ''} |"
         for file in dict.fromkeys([*right, *left])
     ]
     total = f"| {len(left)} and {len(right)} files | {_entered(left)} | {_entered(right)} |"
-    return "\n".join(["| file | first call | second call |", "| --- | --- | --- |", *rows, total])
+    return "\n".join(["| file | first call | repeated call |", "| --- | --- | --- |", *rows, total])
 
 
 def _entered(files: dict[str, Counter[str]]) -> int:
@@ -150,10 +150,10 @@ def _entered(files: dict[str, Counter[str]]) -> int:
 
 def written() -> str:
     """What the page shows."""
-    first, second = two_calls(1)
-    lines = [f"```text\n{figure(second)}\n```", "## First call beside second call"]
-    lines += ["Functions entered in each file, the second call's files first.", beside(first, second)]
-    lines += ["## Beside other calls", "Second calls of the same signature.", _other_calls()]
+    first, repeated = two_calls(1)
+    lines = [f"```text\n{figure(repeated)}\n```", "## First call beside a repeated call"]
+    lines += ["Functions entered in each file, the repeated call's files first.", beside(first, repeated)]
+    lines += ["## Beside other calls", "Repeated calls of the same signature.", _other_calls()]
     return "\n\n".join(lines) + "\n"
 
 
@@ -174,7 +174,7 @@ def main() -> None:
         type=int,
         nargs="+",
         metavar="RING_SIZE",
-        help="only the second call's number of files, and whose row served",
+        help="only a repeated call's number of files, and whose row served",
     )
     options = parser.parse_args()
     if options.count:
