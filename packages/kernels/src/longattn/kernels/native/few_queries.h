@@ -42,6 +42,7 @@ struct Shared {
     int64_t origin, apart;                        // key i is at position origin + i * apart
     const float* added = nullptr;                 // (rows, added_row): what is added for row r and key i after that; null: nothing
     int64_t added_row;
+    int64_t asked = FLOAT32;  // the type of q over keys of 8 bits; over others q has theirs
     const Listed* listed = nullptr;  // keys are its entries, and nothing is in `hidden`; null: rows of k
 
     int64_t wide() const { return round_up(value_dim, STEP); }
@@ -49,8 +50,7 @@ struct Shared {
     int64_t floats() const { return rows * (wide() + 2); }
 };
 
-// Asked: how query rows are stored.
-template <class Stored, class Asked = Stored>
+template <class Stored>
 class FewQueries {
     static constexpr bool QUICK_SCORES = !eight_bits<Stored>();  // numbers of 8 bits are widened for scores as well
     const Shared& all;
@@ -80,7 +80,7 @@ public:
     void run(int64_t first, int64_t last, float* part) {
         acc = part, m = acc + all.rows * wide, l = m + all.rows;
         for (int64_t r = 0; r < all.rows; r++) {
-            keep_query(all.q[r], Q + r * MOST_WIDE, whole, rest);
+            keep_query(all.q[r], Q + r * MOST_WIDE);
             m[r] = NONE, l[r] = 0;
         }
 #if defined(LONGATTN_TILES)
@@ -118,14 +118,24 @@ private:
     }
 #endif
 
-    static INLINE void keep_query(const char* from, float* q, int64_t whole, int64_t rest) {
-        if constexpr (std::is_same<Stored, Asked>::value || Stored::QUERY != STEP) {
-            for (int64_t c = 0; c < whole; c++, q += Asked::QUERY) Asked::keep(q, Asked::key(from + c * Asked::BYTES));
-            if (rest) Asked::keep(q, key_of<Asked>(from + whole * Asked::BYTES, rest));
-        } else {
-            for (int64_t c = 0; c < whole; c++, q += STEP) Asked::in_order(q, Asked::step(from + c * Asked::BYTES));
-            if (rest) Asked::in_order(q, step_of<Asked>(from + whole * Asked::BYTES, rest));
-        }
+    void keep_query(const char* from, float* q) const {
+        if constexpr (!eight_bits<Stored>()) keep_as<Stored>(from, q);
+        else if constexpr (Stored::QUERY != STEP) keep_as<Stored16>(from, q);
+        else if (all.asked == FLOAT32) keep_in_order<Stored32>(from, q);
+        else if (all.asked == BFLOAT16) keep_in_order<Stored16>(from, q);
+        else keep_in_order<StoredHalf>(from, q);
+    }
+
+    template <class Asked>
+    void keep_as(const char* from, float* q) const {
+        for (int64_t c = 0; c < whole; c++, q += Asked::QUERY) Asked::keep(q, Asked::key(from + c * Asked::BYTES));
+        if (rest) Asked::keep(q, key_of<Asked>(from + whole * Asked::BYTES, rest));
+    }
+
+    template <class Asked>
+    void keep_in_order(const char* from, float* q) const {
+        for (int64_t c = 0; c < whole; c++, q += STEP) Asked::in_order(q, Asked::step(from + c * Asked::BYTES));
+        if (rest) Asked::in_order(q, step_of<Asked>(from + whole * Asked::BYTES, rest));
     }
 
     // Of the tile's keys, one a lane: the numbers at `index`, times unit.
@@ -172,13 +182,19 @@ private:
 
     // The lines of a step of the next tile: into L1, or, where rows are long, into L2, so as not to push out what is in use.
     INLINE void fetch(const char* p) const {
-        if (narrow) {
+        if (QUICK_SCORES && narrow) {
             __builtin_prefetch(p, 0, 3);
             if (Stored::BYTES > 64) __builtin_prefetch(p + 64, 0, 3);
         } else {
             __builtin_prefetch(p, 0, 2);
             if (Stored::BYTES > 64) __builtin_prefetch(p + 64, 0, 2);
         }
+    }
+
+    // All of a row of k. A loop that stays one: in loops that are unrolled it would be most of what there is to compile.
+    INLINE void fetch_row(const char* p) const {
+#pragma GCC unroll 1
+        for (int64_t c = 0; c < whole; c++) fetch(p + c * Stored::BYTES);
     }
 
     template <class Visit>
@@ -234,13 +250,15 @@ private:
 
     template <int R>
     void score(int64_t r0) {
-        switch (rest ? 0 : whole) {
-            case 1: return score_steps<R, 1>(r0);
-            case 2: return score_steps<R, 2>(r0);
-            case 3: return score_steps<R, 3>(r0);
-            case 4: return score_steps<R, 4>(r0);
-            default: return score_steps<R, 0>(r0);
+        const int64_t steps = rest ? 0 : whole;
+        if (steps == 2) return score_steps<R, 2>(r0);
+        if (steps == 4) return score_steps<R, 4>(r0);
+        // Each is compiled anew: numbers of 8 bits have the commonest ones alone.
+        if constexpr (!eight_bits<Stored>()) {
+            if (steps == 1) return score_steps<R, 1>(r0);
+            if (steps == 3) return score_steps<R, 3>(r0);
         }
+        score_steps<R, 0>(r0);
     }
 
     // W: steps of a row, where that is known.
@@ -254,12 +272,10 @@ private:
 #pragma GCC unroll 16
             for (int i = 0; i < VL; i++) {
                 const char* row = all.k + at[j + i] * all.k_step;
+                if (fetches) fetch_row(row + ahead * all.k_step);
                 Floats s[R] = {};
 #pragma GCC unroll 4
-                for (int64_t c = 0; c < (W ? W : whole); c++, row += Stored::BYTES) {
-                    if (fetches) fetch(row + ahead * all.k_step);
-                    multiply<R>(s, q + c * Stored::QUERY, Stored::key(row));
-                }
+                for (int64_t c = 0; c < (W ? W : whole); c++, row += Stored::BYTES) multiply<R>(s, q + c * Stored::QUERY, Stored::key(row));
                 if (!W && rest) multiply<R>(s, q + whole * Stored::QUERY, key_of<Stored>(row, rest));
 #pragma GCC unroll 4
                 for (int r = 0; r < R; r++) sums[r][i] = s[r];
@@ -336,10 +352,7 @@ private:
         for (int64_t j = 0; j < n; j++) {
             // v: memory -> registers
             const char* row = all.v + at[j] * all.v_step + c0 * Stored::BYTES;
-            if (keys) {
-                const char* next = all.k + (at[j] + ahead) * all.k_step;
-                for (int64_t c = 0; c < whole; c++) fetch(next + c * Stored::BYTES);
-            }
+            if (keys) fetch_row(all.k + (at[j] + ahead) * all.k_step);
 #pragma GCC unroll 4
             for (int x = 0; x < P; x++) {
                 const char* from = row + x * Stored::BYTES;

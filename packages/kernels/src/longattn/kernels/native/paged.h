@@ -27,10 +27,10 @@ struct Paged {
 
 static int64_t scratch_of(const Paged& paged) { return paged.ranges() > 1 ? paged.rows * paged.blocks() * paged.floats() : 0; }
 
-template <class Stored, class Asked>
+template <class Stored>
 class PagedDecode {
     const Paged& paged;
-    const int64_t size = Stored::BYTES / STEP, asked_size = Asked::BYTES / STEP;
+    const int64_t size = Stored::BYTES / STEP;
 
     void share(int64_t row, int64_t block, Shared& all, Listed& listed) const {
         const int64_t g = block * MOST_FEW;
@@ -40,12 +40,12 @@ class PagedDecode {
         all.rows = least(MOST_FEW, paged.group - g), all.dim = paged.dim, all.value_dim = paged.value_dim;
         all.unit = float(paged.scale * LOG2_E);
         for (int64_t r = 0; r < all.rows; r++) {
-            all.q[r] = paged.q + (row * paged.group + g + r) * paged.dim * asked_size;
+            all.q[r] = paged.q + (row * paged.group + g + r) * paged.dim * size_of(paged.type);
             all.begin[r] = 0, all.end[r] = INT64_MAX;
         }
         all.k = paged.k.data, all.v = paged.v.data;
         all.k_step = paged.k.row * size, all.v_step = paged.v.row * size;
-        all.listed = &listed;
+        all.asked = paged.type, all.listed = &listed;
     }
 
     void range(int64_t row, int64_t block, int64_t i, float* part) const {
@@ -53,7 +53,7 @@ class PagedDecode {
         Listed listed;
         share(row, block, all, listed);
         const int64_t many = paged.ranges();
-        FewQueries<Stored, Asked>(all).run(paged.keys * i / many, paged.keys * (i + 1) / many, part);
+        FewQueries<Stored>(all).run(paged.keys * i / many, paged.keys * (i + 1) / many, part);
     }
 
     void finish(int64_t row, int64_t block, const float* parts) const {
@@ -93,9 +93,8 @@ public:
 
 template <class Stored>
 static void decode_pages(const Paged& paged) {
-    if (paged.type == FLOAT32) PagedDecode<Stored, Stored32>(paged).run();
-    else if (paged.type == BFLOAT16) PagedDecode<AsHalves<Stored>, Stored16>(paged).run();
-    else PagedDecode<Stored, StoredHalf>(paged).run();
+    if (paged.type == BFLOAT16) PagedDecode<AsHalves<Stored>>(paged).run();
+    else PagedDecode<Stored>(paged).run();
 }
 
 // Types of 8 bits, behind those of `Type`.
@@ -103,9 +102,9 @@ enum EightBits : int64_t { INT8 = 3, FLOAT8 = 4 };
 
 static void decode_pages_of(const Paged& paged) {
     switch (paged.k.type) {
-        case FLOAT32: return PagedDecode<Stored32, Stored32>(paged).run();
-        case BFLOAT16: return PagedDecode<Stored16, Stored16>(paged).run();
-        case FLOAT16: return PagedDecode<StoredHalf, StoredHalf>(paged).run();
+        case FLOAT32: return PagedDecode<Stored32>(paged).run();
+        case BFLOAT16: return PagedDecode<Stored16>(paged).run();
+        case FLOAT16: return PagedDecode<StoredHalf>(paged).run();
         case INT8: return decode_pages<StoredInt8>(paged);
         default: return decode_pages<StoredFloat8>(paged);
     }
