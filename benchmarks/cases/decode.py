@@ -125,7 +125,7 @@ def wrong(peer: Callable[[Tensor, Tensor], Step], dtype: torch.dtype) -> list[st
 def experiments(quick: bool) -> Iterator[Calls]:
     """Every row of the case."""
     large = 1 << 16 if quick else LARGE
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield from _bandwidth(large // (2 * HEADS * HEAD_DIM * dtype.itemsize), dtype, quick)
     sizes = (32,) if quick else (4096, 32768)
     for size in sizes:
