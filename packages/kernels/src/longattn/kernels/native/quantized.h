@@ -5,19 +5,11 @@
 
 typedef int8_t LooseBytes __attribute__((vector_size(VL), aligned(1), may_alias));
 
-struct StoredInt8 : Widened {
+// What both are: Stored::widened is VL of them as floats.
+template <class Stored>
+struct StoredBytes : Widened {
     static constexpr int64_t BYTES = STEP;
-    static constexpr float UNIT = 1;  // what numbers in registers are to be multiplied with, beside the scale
-    static INLINE Floats widened(const char* p) {
-#if defined(__AVX512F__)
-        return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif defined(__AVX2__)
-        return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-        return __builtin_convertvector(__builtin_convertvector(*(const LooseBytes*)p, Ints), Floats);
-#endif
-    }
-    static INLINE Pair step(const char* p) { return {widened(p), widened(p + VL)}; }
+    static INLINE Pair step(const char* p) { return {Stored::widened(p), Stored::widened(p + VL)}; }
     static INLINE Pair key(const char* p) { return step(p); }
     // The first n numbers, and zeros.
     static INLINE Pair step(const char* p, int64_t n) {
@@ -29,9 +21,21 @@ struct StoredInt8 : Widened {
     static INLINE void in_order(float* to, Pair x) { store(to, x.a), store(to + VL, x.b); }
 };
 
+struct StoredInt8 : StoredBytes<StoredInt8> {
+    static constexpr float UNIT = 1;  // what numbers in registers are to be multiplied with, beside the scale
+    static INLINE Floats widened(const char* p) {
+#if defined(__AVX512F__)
+        return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+        return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+        return __builtin_convertvector(__builtin_convertvector(*(const LooseBytes*)p, Ints), Floats);
+#endif
+    }
+};
+
 // As float16 of the same fields a number is 256 times too small, subnormal ones included, so that the processor widens it. NaN is never stored.
-struct StoredFloat8 : Widened {
-    static constexpr int64_t BYTES = STEP;
+struct StoredFloat8 : StoredBytes<StoredFloat8> {
     static constexpr float UNIT = 256;
     static INLINE Floats widened(const char* p) {
 #if defined(__AVX512BW__)
@@ -47,16 +51,6 @@ struct StoredFloat8 : Widened {
         return (Floats)((magnitude < 8 ? small : shifted) | (bits & 0x80) << 24);
 #endif
     }
-    static INLINE Pair step(const char* p) { return {widened(p), widened(p + VL)}; }
-    static INLINE Pair key(const char* p) { return step(p); }
-    // The first n numbers, and zeros.
-    static INLINE Pair step(const char* p, int64_t n) {
-        alignas(64) char room[BYTES] = {};
-        memcpy(room, p, n);
-        return step(room);
-    }
-    static INLINE Pair key(const char* p, int64_t n) { return step(p, n); }
-    static INLINE void in_order(float* to, Pair x) { store(to, x.a), store(to + VL, x.b); }
 };
 
 // Keys of 8 bits as pairs of bfloat16, which has all their digits, for queries that are stored so.
