@@ -181,27 +181,27 @@ def headers(length: int) -> dict[str, float]:
     return {"alone": alone, "raw": raw_messages, "many": many, "step": 1e3 * statistics.median(steps[1:])}
 
 
-def main() -> None:
-    """Meet in FOLDER, do the task."""
+def run_rank(answer: Callable[[str, int], object]) -> None:
+    """Meet in FOLDER, answer TASK for SIZE, and print what rank 0 answers, as JSON; all of it from the command line."""
     world, rank, folder, task, size = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
     torch.set_num_threads(1)
     meet = f"file://{folder}/meet-{task}-{world}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=300))
-    answer: object
-    if task == "sent":
-        lists = ([2048, 4096, 8192], [1, 2, 4]), ([2048, 8192, 32768], [1, 4, 16])
-        answer = [sent(*pair, causal, size) for pair in lists for causal in (False, True)]
-    elif task == "time":
-        answer = times(size, 3)
-    elif task == "headers":
-        answer = headers(size)
-    else:
-        answer = memory(size)
+    answered = answer(task, size)
     if rank == 0:
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answered), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
+def _answer(task: str, size: int) -> object:
+    if task == "sent":
+        lists = ([2048, 4096, 8192], [1, 2, 4]), ([2048, 8192, 32768], [1, 4, 16])
+        return [sent(*pair, causal, size) for pair in lists for causal in (False, True)]
+    if task == "time":
+        return times(size, 3)
+    return headers(size) if task == "headers" else memory(size)
+
+
 if __name__ == "__main__":
-    main()
+    run_rank(_answer)

@@ -5,16 +5,14 @@ a second that each of two ranks receives, seconds of a small message, and second
 milliseconds of a forward and backward of each of `CALLS` over SIZE tokens, of the slowest rank.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.ring_rank import run_rank
 from longattn.attention import Ring, Ulysses, pattern_attention, shard_sequence
 from longattn.attention.schedules.all_gather import AllGather
 from longattn.attention.schedules.base import Schedule
@@ -102,24 +100,13 @@ def calls_of(length: int, engine: str, pattern: Pattern) -> Callable[[], object]
     return run
 
 
-def main() -> None:
-    """Meet in FOLDER, do the task."""
-    world, rank, folder, task, size = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], int(sys.argv[5])
-    torch.set_num_threads(1)
-    meet = f"file://{folder}/meet-{task}-{world}"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=300))
-    answer: object
+def _answer(task: str, size: int) -> object:
     if task == "device":
-        answer = device(size)
-    elif task == "link":
-        answer = link()
-    else:
-        answer = [1e3 * median(calls_of(size, engine, make(size)), 3) for _, engine, make in CALLS]
-    if rank == 0:
-        print(json.dumps(answer), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+        return device(size)
+    if task == "link":
+        return link()
+    return [1e3 * median(calls_of(size, engine, make(size)), 3) for _, engine, make in CALLS]
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(_answer)
