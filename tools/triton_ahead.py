@@ -5,24 +5,29 @@
 the table, and fails where a line asks for more SRAM than its target has, or where a loop of matrix products keeps registers in
 memory, waits for each product before it issues the next, loads without a pipeline though it has stages, makes a product twice, or overwrites registers of a
 product that is in flight. A few bytes that are
-spilled outside such loops are paid once a job and cost less than a smaller tile. triton's own cache (TRITON_CACHE_DIR) makes a
-second run quick.
+spilled outside such loops are paid once a job and cost less than a smaller tile. All forms of all architectures take hours of one core; what was
+found is kept in triton's cache folder (TRITON_CACHE_DIR) by the sources of kernel and compiler, so that a run that was stopped goes on, and the next
+one compiles what changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -39,6 +44,7 @@ from longattn.kernels.triton.configurations import (
 from longattn.kernels.triton.dense_kernel import dense_kernel
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
+from tools import sass
 from tools.sass import (
     disassemble,
     instructions_of,
@@ -272,6 +278,24 @@ def compile_line(line: TableLine, flags: dict[str, Any] | None = None) -> Need:
     return Need(line, shared, registers, spilled, columns, occupancy, tuple(loop_faults))
 
 
+def needed(line: TableLine) -> Need:
+    """As `compile_line`, but what an earlier run found of the same kernel, compiler and scans is not compiled again."""
+    target, tools = ARCHITECTURES[line.architecture], (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell)
+    parts = [source(line).hash(), line, target, triton.__version__, *(tool.version for tool in tools)]
+    parts += [Path(file).read_text(encoding="utf-8") for file in (__file__, sass.__file__)]
+    kept = Path(knobs.cache.dir) / "longattn-ahead" / hashlib.sha256(repr(parts).encode()).hexdigest()
+    if kept.exists():
+        figures = json.loads(kept.read_text(encoding="utf-8"))
+        return Need(line, **(figures | {"loop_faults": tuple(figures["loop_faults"])}))
+    need = compile_line(line)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = kept.with_suffix(f".{os.getpid()}")
+    figures = {field.name: getattr(need, field.name) for field in fields(Need) if field.name != "line"}
+    unfinished.write_text(json.dumps(figures), encoding="utf-8")
+    unfinished.replace(kept)
+    return need
+
+
 PRODUCTS = {"forward": 2, "decode": 2, "dense": 2, "backward_keys": 5, "backward_queries": 3}
 """Products of a tile that each kernel needs; backward_keys with dq's share, as where floats are added atomically."""
 
@@ -341,14 +365,19 @@ def main(argv: list[str] | None = None) -> int:
         "--forms", action="store_true", help="also with masks, dropout, score terms, listed rows and narrow strides"
     )
     parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--form", default="", help=f"one of {', '.join((*FORMS, NARROW_STRIDES))} alone")
     options = parser.parse_args(argv)
     unknown = set(options.architectures) - set(ARCHITECTURES)
     if unknown:
         parser.error(f"architectures must be of {', '.join(ARCHITECTURES)}, got {', '.join(sorted(unknown))}")
-    found = [line for line in lines(options.architectures, every_form=options.forms) if options.only in line.kernel]
+    found = [
+        line
+        for line in lines(options.architectures, every_form=options.forms or bool(options.form))
+        if options.only in line.kernel and options.form in ("", line.form)
+    ]
     with ProcessPoolExecutor(options.jobs) as pool:
         needs = []
-        for need in pool.map(compile_line, found):
+        for need in pool.map(needed, found):
             print(need, flush=True)
             needs.append(need)
     faulty = [need for need in needs if need.faults]

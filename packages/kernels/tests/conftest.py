@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from longattn.kernels.dispatch.prepared import PREPARED
+from longattn.kernels.dispatch.prepared import LENGTHS, PREPARED
 from longattn.kernels.testing import poisoned_memory
 
 
@@ -45,3 +45,4 @@ def native_level(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
 def no_call_was_prepared() -> None:
     """Each test begins with calls that nobody looked up before: some put other rows into the table."""
     PREPARED.clear()
+    LENGTHS.clear()

@@ -77,6 +77,14 @@ def is_aligned(*tensors: Tensor) -> bool:
     return not address % _ALIGNMENT
 
 
+def _specialised_alike(strides: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    """Whether triton compiles one variant for both: it tells apart 1, multiples of 16, and what does not fit 32 bits."""
+    return all(
+        a == b or (a != 1 != b and (a % 16 == 0) == (b % 16 == 0) and (a < 1 << 31) == (b < 1 << 31))
+        for a, b in zip(strides, others, strict=True)
+    )
+
+
 class BoundLaunch:
     """A launch of which the tensors and the seed are given at each call.
 
@@ -92,6 +100,7 @@ class BoundLaunch:
         "_grid",
         "_kernel",
         "_name",
+        "_numbers",
         "_places",
         "_scratch",
         "_seed",
@@ -106,6 +115,7 @@ class BoundLaunch:
             self._kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
         self._scratch = getattr(getattr(self._kernel, "metadata", None), "global_scratch_size", 0) > 0
         names = launch.kernel.arg_names
+        self._numbers = {name: at for at, name in enumerate(names)}
         self._arguments = [launch.arguments[name] for name in names]
         numbers = {id(x): number for number, x in enumerate(tensors) if x is not None}
         self._places = [(at, numbers[id(x)]) for at, x in enumerate(self._arguments) if id(x) in numbers]
@@ -116,6 +126,24 @@ class BoundLaunch:
         self._table_places = [(names.index(f"{field}_ptr"), field) for field in fields if f"{field}_ptr" in names]
         for at in [*(at for at, _ in self._places), *(at for at, _ in self._table_places)]:
             self._arguments[at] = None
+
+    def changed(self, grid: tuple[int, ...], arguments: dict[str, Any], tables: DeviceTables) -> BoundLaunch | None:
+        """The same kernel over another grid, tables and arguments; None where those would be compiled another variant for."""
+        if not grid[0]:
+            return None
+        launch = object.__new__(BoundLaunch)
+        for name in BoundLaunch.__slots__:
+            setattr(launch, name, getattr(self, name))
+        launch._grid, launch._tables, launch._arguments = (*grid, 1, 1)[:3], weakref.ref(tables), self._arguments.copy()
+        for name, value in arguments.items():
+            at = self._numbers[name]
+            before = self._arguments[at]
+            if isinstance(value, tuple) and not _specialised_alike(value, before):
+                return None
+            if name.isupper() and value != before:
+                return None
+            launch._arguments[at] = value
+        return launch
 
     def tables(self) -> DeviceTables | None:
         """What the kernel reads its jobs from; None: it has none, or they are gone."""

@@ -190,5 +190,9 @@ def table_arguments(tables: DeviceTables, call: Call) -> dict[str, Any]:
     """The tables, as kernels take them, and how many programs share them."""
     names = ("jobs", "entries", "weights", "rows")
     pointers = {f"{name}_ptr": getattr(tables, name) for name in names}
-    sizes = {"job_count": tables.count, "program_count": program_count(tables, call), "LISTED": tables.listed}
-    return pointers | sizes
+    return pointers | table_sizes(tables, call)
+
+
+def table_sizes(tables: DeviceTables, call: Call) -> dict[str, Any]:
+    """Jobs, the programs that share them, and whether rows are listed."""
+    return {"job_count": tables.count, "program_count": program_count(tables, call), "LISTED": tables.listed}

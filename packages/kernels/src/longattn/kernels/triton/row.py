@@ -83,6 +83,11 @@ def bind(call: Call, out: Tensor, lse: Tensor) -> Any:
     return _launches()[0].bind(call, out, lse)
 
 
+def rebind(bound: Any, call: Call) -> Any:
+    """What `bind` would give for a call with other lengths of k and v than that of a bound one, or None where it is computed otherwise."""
+    return bound.at_lengths(call)
+
+
 def bind_backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, gradients: tuple[Any, ...]
 ) -> Any:
