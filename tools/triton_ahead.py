@@ -178,11 +178,9 @@ def lines(architectures: Iterator[str] | list[str], *, every_form: bool = False)
 
 def in_form(line: TableLine, form: str) -> TableLine:
     """The line as a call of that form takes it."""
-    masked, key = (
-        form in ("masked", "dropout", "all"),
-        (line.kernel, line.architecture, line.head_dim, line.element_size),
-    )
-    return replace(line, form=form, configuration=choose(*key, terms=form == "terms", masked=masked)[0])
+    key = line.kernel, line.architecture, line.head_dim, line.element_size
+    masked, prior = form in ("masked", "dropout", "all"), form in ("prior", "all")
+    return replace(line, form=form, configuration=choose(*key, form == "terms", masked, prior)[0])
 
 
 def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:

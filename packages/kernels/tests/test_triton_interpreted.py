@@ -6,10 +6,8 @@ test starts it; there, this same file is the suite. Tiles are 64 x 64, the least
 
 import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,24 +52,9 @@ class Recorder(TorchDispatchMode):
 
 if not INSIDE:
 
-    def test_in_a_process_of_its_own():
+    def test_in_a_process_of_its_own(in_the_interpreter: Callable[[], None]):
         """Every case below, where triton was imported to interpret."""
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            str(Path(__file__).resolve()),
-        ]
-        run = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
-        )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        in_the_interpreter()
 
 else:
     SMALL = Case(LONGNET, (70, 70), batch=1, kv_heads=1, group=2, head_dim=16)

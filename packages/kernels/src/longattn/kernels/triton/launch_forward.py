@@ -127,7 +127,7 @@ def _form(call: Call, dense: bool | None = None) -> _Form:
     passes, pack = query_passes(call.plan), _pack(call)
     single = len(passes.launches) == 1
     few = call.q.shape[1] * pack <= FEW_ROWS
-    tile = configuration_of(call, "decode" if few else "forward")
+    tile = configuration_of(call, "decode" if few else "forward", not single or call.prior is not None)
     parts = _parts(call, pack, tile.streamed) if single and passes.complete and few else 1
     dense = not few and is_dense(call) if dense is None else dense
     return _Form(tile, pack, parts, single, passes.complete, splits(call) if dense else (None,) * len(passes.launches))
