@@ -154,8 +154,8 @@ class BoundLaunch:
         """Whether its tables are gone."""
         return self._tables is not None and self._tables() is None
 
-    def __call__(self, tensors: Sequence[Tensor | None], seed: int) -> None:
-        """Launch, on the device of the tensors, whichever is current.
+    def __call__(self, tensors: Sequence[Tensor | None], seed: int, stream: int, capturing: bool) -> None:
+        """Launch on a stream of the current device; capturing: a CUDA graph records it.
 
         Raises:
             RuntimeError: the driver refused; what was launched, and what the driver said.
@@ -168,21 +168,30 @@ class BoundLaunch:
             arguments[at] = getattr(tables, field)
         if self._seed is not None:
             arguments[self._seed] = seed
-        if tables is not None and self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if tables is not None and capturing:
             retain_for_graph(tables)
         kernel, runtime = self._kernel, knobs.runtime
-        with on_device(self._device):
-            active: Any = driver.active
-            stream = active.get_current_stream(active.get_current_device())
-            metadata = kernel.launch_metadata(self._grid, stream, *arguments)
-            launched = (
-                *self._grid, stream, kernel.function, kernel.packed_metadata, metadata,
-                runtime.launch_enter_hook, runtime.launch_exit_hook, *arguments,
-            )  # fmt: skip
-            try:
-                if self._scratch:
-                    with_scratch(self._device, partial(kernel.run, *launched))
-                else:
-                    kernel.run(*launched)
-            except RuntimeError as error:
-                raise failed_launch(self._name, {}, self._device, self._grid, error) from error
+        metadata = kernel.launch_metadata(self._grid, stream, *arguments)
+        launched = (
+            *self._grid, stream, kernel.function, kernel.packed_metadata, metadata,
+            runtime.launch_enter_hook, runtime.launch_exit_hook, *arguments,
+        )  # fmt: skip
+        try:
+            if self._scratch:
+                with_scratch(self._device, partial(kernel.run, *launched))
+            else:
+                kernel.run(*launched)
+        except RuntimeError as error:
+            raise failed_launch(self._name, {}, self._device, self._grid, error) from error
+
+
+def launch_bound(
+    launches: Iterable[BoundLaunch], tensors: Sequence[Tensor | None], seed: int, device: torch.device
+) -> None:
+    """All of them, in order, on the device of the tensors, whichever is current."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    with on_device(device):
+        active: Any = driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        for launch in launches:
+            launch(tensors, seed, stream, capturing)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import ScratchAllocator
-from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned
+from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned, launch_bound
 from longattn.kernels.triton.configurations import FEW_ROWS, Configuration
 from longattn.kernels.triton.dense_tables import DenseSplit
 from longattn.kernels.triton.forward_kernel import forward_kernel
@@ -113,8 +113,7 @@ class BoundForward:
             memory[0].zero_()
             memory[1].fill_(-torch.inf)
         tensors, number = (q, k, v, *memory), 0 if seed is None else int(seed)
-        for launch in self._launches:
-            launch(tensors, number)
+        launch_bound(self._launches, tensors, number, self._device)
         return _finish(memory, self._out_dtype, allocator)
 
 
