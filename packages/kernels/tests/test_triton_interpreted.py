@@ -19,7 +19,7 @@ from longattn.kernels import AttentionState, attend, explain, merge
 from longattn.kernels.decoding import _products as products
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
-from longattn.kernels.triton import configurations, self_check
+from longattn.kernels.triton import configurations, paged_check, self_check
 from longattn.kernels.triton.cached_step import TritonCache
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Strided, Window
 
@@ -329,14 +329,15 @@ else:
             .all()
         )
 
-    from longattn.kernels.triton import launch_backward, launch_forward
+    from longattn.kernels.triton import launch_backward, launch_forward, launch_paged
 
     FORMS: list[Any] = [
         {"direction": "forward", "prior": True, "grouped": True},
         *(
             pytest.param(flags, marks=pytest.mark.nightly)
             for flags in (
-                {"direction": "forward"}, {"direction": "dense forward", "dtype": HALF}, {"direction": "backward", "deterministic": True},
+                {"direction": "forward"}, {"direction": "forward", "value_width": 32, "softcap": True, "by_distance": True},
+                {"direction": "dense forward", "dtype": HALF}, {"direction": "backward", "deterministic": True},
                 {"direction": "forward", "listed": True, "attention_mask": True, "bias": True},
                 {"direction": "backward", "grouped": True, "dropout": True, "key_padding": True},
             )
@@ -344,12 +345,20 @@ else:
     ]  # fmt: skip
 
     def form_of(**flags: Any) -> self_check.Form:
-        absent = dict.fromkeys(self_check.Form._fields[3:], False)
-        return self_check.Form(**{"dtype": torch.float32, "width": 16, **absent, **flags})
+        absent = dict.fromkeys(self_check.Form._fields[4:], False)
+        return self_check.Form(**{"dtype": torch.float32, "width": 16, "value_width": 16, **absent, **flags})
 
     @pytest.mark.parametrize("flags", FORMS, ids=lambda flags: " ".join(map(str, flags)))
     def test_a_form_that_is_right_passes_its_own_check(flags: dict[str, Any]):
         assert self_check.wrong(form_of(**flags), torch.device("cpu")) == ""
+
+    @pytest.mark.parametrize("stored", [torch.float16, torch.int8, torch.float8_e4m3fn], ids=str)
+    def test_the_kernel_over_pages_passes_its_own_check(stored: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+        form = paged_check.PagedForm(torch.float16, stored, 32, 16)
+        assert paged_check.wrong(form, torch.device("cpu")) == ""
+        honest = launch_paged.attend_pages
+        monkeypatch.setattr(launch_paged, "attend_pages", lambda *given: (honest(*given), given[-2].mul_(1.1)))
+        assert "float16 over pages of" in paged_check.wrong(form, torch.device("cpu"))
 
     @pytest.mark.parametrize("direction", ["forward", "backward"])
     def test_a_form_that_is_wrong_is_caught_by_its_own_check(direction: str, monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
 from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.problem import AttentionProblem
-from longattn.kernels.triton import availability, self_check
+from longattn.kernels.triton import availability, paged_check, self_check
 from longattn.kernels.triton.configurations import FEW_ROWS, dense_tile
 from longattn.patterncache import Plan
 
@@ -96,9 +96,9 @@ def bind_backward(
 
 
 def serves_pages(cache: PagedCache, q: Tensor) -> bool:
-    """Whether triton takes decode steps over such a cache here."""
+    """Whether triton takes decode steps over such a cache here: it is here, and the kernel was right on this device."""
     served = cache.keys.device.type in CAPABILITY.devices and max(cache.widths) <= (CAPABILITY.max_head_dim or 0)
-    return served and q.dtype in CAPABILITY.tolerance and refusal() is None
+    return served and q.dtype in CAPABILITY.tolerance and refusal() is None and paged_check.passed(cache, q)
 
 
 def attend_pages(
