@@ -94,7 +94,7 @@ def make(pure: Path, machine: str, folder: Path) -> Path:
         prebuilt.mkdir()
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             every = itertools.product(MACHINES[machine], building.PARTS)
-            list(threads.map(lambda library: compile_part(machine, *library, prebuilt), every))
+            list(threads.map(lambda library: compile_part(machine, library[0], library[1], prebuilt), every))
         audited = platform_of(with_tag(unpacked, f"linux_{machine}", Path(own) / "untagged"))
         shutil.rmtree(Path(own) / "untagged")
         return with_tag(unpacked, audited, folder)
