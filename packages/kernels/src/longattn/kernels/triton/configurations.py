@@ -154,6 +154,9 @@ DENSE: dict[tuple[str, int], Configuration] = {
 }
 """(architecture, head_dim) -> a tile of the warp-specialised kernel, of 16-bit types. `warps` are those of one consumer; the compiler adds the others."""
 
+PAGED = Configuration(64, 64, 4, 2)
+"""The tile of decode steps over pages: up to so many queries that share keys, slots, warps and stages."""
+
 FEW_ROWS = 64
 """Query rows x grouped heads up to which a call is a decode: one tile of queries, keys split over programs."""
 

@@ -48,7 +48,7 @@ def decode_tables(plan: Plan, branches: tuple[Branch, ...], tile: int, members: 
     jobs[:, 4:6] = own if len(own) == 1 else own[layout.owner]
     entries[:, 1:6] = met if len(met) == 1 else met[layout.run]
     entries[:, 1] += layout.first * entries[:, 2]
-    entries[layout.whole, 3] = layout.count
+    entries[layout.whole, 3] = layout.counts
     weights = packed[layout.weights_at : layout.weights_at + layout.entries].view(np.float32)
     return JobTables(jobs, entries, weights, _NO_ROWS, layout.tiles, False, packed)
 
@@ -62,7 +62,7 @@ class _Layout(NamedTuple):
     Attributes:
         packed: the tables, as `pack` lays them out, without positions, first rows, steps and the lengths of tails. jobs, entries: how many.
         entries_at, weights_at: where those begin. tiles: as in `JobTables`. owner: the number of each job's class.
-        run: of each entry. first: the member of its run that it begins at. whole: the entries of whole tiles. count: the rows of those.
+        run: of each entry. first: the member of its run that it begins at. whole: the entries of whole tiles. counts: the rows of those.
     """
 
     packed: Table
@@ -75,7 +75,7 @@ class _Layout(NamedTuple):
     run: Rows
     first: Table
     whole: Rows
-    count: Table
+    counts: Table
 
 
 @lru_cache(maxsize=1024)

@@ -73,7 +73,7 @@ OUTCOMES: dict[tuple[object, str], str] = {}
 def forms_of(problem: AttentionProblem) -> list[Form]:
     """The forms that a problem needs: of its forward, and of its backward where gradients are wanted."""
     directions = ("forward", "backward") if problem.backward else ("forward",)
-    widths = [max(16, 1 << (dim - 1).bit_length()) for dim in (problem.head_dim, problem.value_width)]
+    width, value_width = (max(16, 1 << (dim - 1).bit_length()) for dim in (problem.head_dim, problem.value_width))
     flags = (
         problem.listed, problem.attention_mask, problem.bias, problem.key_padding, problem.dropout, problem.softcap,
         problem.by_distance,
@@ -81,7 +81,7 @@ def forms_of(problem: AttentionProblem) -> list[Form]:
     grouped = problem.heads != problem.kv_heads
     return [
         Form(
-            direction, problem.dtype, *widths, grouped, *flags, problem.prior and direction == "forward",
+            direction, problem.dtype, width, value_width, grouped, *flags, problem.prior and direction == "forward",
             problem.deterministic and direction == "backward",
         )
         for direction in directions
