@@ -1,6 +1,6 @@
 """`python -m benchmarks.buffer_figures`: what the manager promises and no stopwatch tells, as rows of `results/buffer-figures.csv`.
 
-Memory that is retained over the live peak of seeded traces, counted and resident; operations of many threads for the
+Memory that is retained over the live peak of traces, drawn and recorded, counted and resident; operations of many threads for the
 CPU time of one; and the peak of a step with the manager over the same step without.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from benchmarks import record
-from benchmarks.buffer_traces import TRACES, exact_key_pool, live_peak, replay, retained
+from benchmarks.buffer_traces import every_trace, exact_key_pool, live_peak, replay, retained
 from benchmarks.cases.buffer_steps import steps
 from benchmarks.figures import Figure, append, run_together
 from benchmarks.memory import ResidentPeak, growth_in_fresh_process
@@ -24,10 +24,9 @@ MORE_PEAK = 1.10
 _CPU = torch.device("cpu")
 
 
-def counted(passes: int = 3) -> Iterator[Figure]:
+def counted(passes: int = 3, recorded: bool = True) -> Iterator[Figure]:
     """What is held at most, first from an empty pool, then once all of it was seen before."""
-    for name, trace_of in TRACES.items():
-        trace = trace_of()
+    for name, trace in every_trace(recorded=recorded):
         live = live_peak(trace)
         first, *later = retained(trace, passes)
         beside = f"a pool with exact keys {exact_key_pool(trace) / live:.2f}; live peak {live / 2**20:.0f} MiB"
@@ -37,8 +36,7 @@ def counted(passes: int = 3) -> Iterator[Figure]:
 
 def resident() -> Iterator[Figure]:
     """The same as the system sees it: growth of resident memory while every page is written."""
-    for name, trace_of in TRACES.items():
-        trace = trace_of()
+    for name, trace in every_trace():
         manager = AttentionBufferManager(upstream=MemoryPool())
         manager.allocate("temp", (1 << 16,)).fill_(1.0)
         peak = ResidentPeak()
