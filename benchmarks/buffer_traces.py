@@ -156,7 +156,7 @@ def decoding_by_cat(steps: int = 48) -> list[list[Event]]:
         nonlocal cache
         q, k, v = layer(torch.zeros(1, 1, 256)).view(1, 1, 3, 8, 32).permute(2, 0, 3, 1, 4)
         cache = torch.cat([cache, torch.stack([k, v])], dim=3)
-        scaled_dot_product_attention(q, *cache)
+        scaled_dot_product_attention(q, cache[0], cache[1])
 
     return _decoding(step, steps)
 

@@ -100,17 +100,17 @@ def _our_step(way: str, shape: tuple[int, ...]) -> Step:
 
 
 def _in_random_order(
-    take: Callable[[tuple[int, ...]], Tensor], give: Callable[[Tensor | None], object], shape: tuple[int, ...]
+    take: Callable[[tuple[int, ...]], Tensor], give: Callable[[Tensor], object], shape: tuple[int, ...]
 ) -> Step:
     rng = random.Random(0)
     shapes = [shape, (shape[0] + 1, *shape[1:])]
     turns = itertools.cycle([(rng.randrange(_HELD), rng.choice(shapes)) for _ in range(_TURNS)])
-    held: list[Tensor | None] = [take(shape) for _ in range(_HELD)]
+    held = dict(enumerate(take(shape) for _ in range(_HELD)))
 
     def step() -> None:
         place, following = next(turns)
         give(held[place])
-        held[place] = None
+        del held[place]
         held[place] = take(following)
 
     return step

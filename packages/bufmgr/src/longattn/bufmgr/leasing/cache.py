@@ -134,7 +134,9 @@ class BlockCache:
         """Keep a lease open as a slot; return the blocks that are evicted for it."""
         assert lease.block is not None
         lease.used = self.stamp()
-        lease.siblings = next((slot.siblings for slot in self.slots if slot.serves(lease.request, lease.kind)), deque())
+        lease.siblings = next(
+            (slot.siblings for slot in self.slots if slot.serves(lease.request, lease.kind)), deque[Lease]()
+        )
         lease.siblings.append(lease)
         self.slots.append(lease)
         self.nbytes += lease.block.nbytes
