@@ -138,8 +138,10 @@ def test_two_faked_devices_are_counted_apart(two_gpus: list[str]):
     again = pool.empty((8,), torch.float32, "cuda")
     devices = pool.get_stats()["devices"]
     assert {name: devices[name]["current_bytes"] for name in ("cuda:0", "cuda:1")} == {"cuda:0": 288, "cuda:1": 512}
-    with pytest.raises(torch.OutOfMemoryError):
-        pool.empty((1024,), torch.float32, "cuda:1")
+    for source in (pool, AttentionBufferManager(upstream=pool)):
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            source.empty((1024,), torch.float32, "cuda:1")
+        assert "in use: 0.00 MiB in" in caught.value.__notes__[0]
     assert pool.empty((1024,), torch.float32, "cuda:0").numel() == 1024
     pool.release(held[0])
     del held, again

@@ -213,7 +213,7 @@ class Reports:
     def memory_summary(self) -> str:
         """Return text for a person whose memory runs out: totals, the largest holders, fragmentation, and what to do.
 
-        A MemoryError of `allocate` carries it as a note, which tracebacks show.
+        A MemoryError of `allocate`, or torch.OutOfMemoryError, carries it as a note, which tracebacks show.
         """
         self._book.settle(blocking=True)
         return memory_report("manager", {"cpu": self._host.statistics}, [self._book], self._segments())

@@ -131,7 +131,7 @@ class RequestServer(SlotTable, Reports):
             tensor, lease = self._book.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
             if strategy is Strategy.NUMA_AWARE and lease.block is not None:
                 self._placer.place(lease.block)
-        except MemoryError as error:
+        except (MemoryError, torch.OutOfMemoryError) as error:
             tensor = None  # or the traceback would keep it in use
             error.add_note(self.memory_summary())
             raise
