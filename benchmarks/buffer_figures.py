@@ -9,6 +9,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -170,7 +171,7 @@ def sharing(layers: int = 4) -> Iterator[Figure]:
     yield Figure("held over one pool, over a pool each", setting, "ratio", held[0] / held[1], beside, most=1.0)
 
 
-_OPTIONS: dict[str, dict[str, bool]] = {
+_OPTIONS: dict[str, dict[str, Any]] = {
     "": {},
     "enable_profiling": {"enable_profiling": True},
     "enable_profiling, not lightweight": {"enable_profiling": True, "lightweight": False},
