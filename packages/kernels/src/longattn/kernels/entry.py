@@ -152,7 +152,7 @@ def sharding_module() -> Any:
     return import_module("longattn.kernels.ops.sharding")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType]
 def _know_sharding() -> bool:
     """Have the op's rules for DTensors registered; in traced code, while it is traced."""
     return bool(sharding_module())

@@ -96,7 +96,8 @@ def placements_beside(axes: Axes, x: Tensor, like: DTensor) -> tuple[list[Placem
     placements: list[Placement] = []
     gradients: list[Placement] = []
     for placement in like.placements:
-        axis = axes[cast(Any, placement).dim] if isinstance(placement, Shard) else None
+        cut: int | None = cast(Any, placement).dim if isinstance(placement, Shard) else None
+        axis = None if cut is None else axes[cut]
         if axis is None or x.dim() < (-axis if axis < 0 else axis + 1) or (axis < 0 and x.shape[axis] == 1):
             placements.append(Replicate())
         else:

@@ -52,9 +52,9 @@ class BoundBackward:
 
     def __init__(self, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> None:
         call, part = apart(call), call.part
-        beside = _beside(Cotangents(grad_out, grad_lse, out, lse), call.q.dtype, part)
         # Objects of their own, also where one tensor is two of them: places are found by identity.
-        beside = _Beside(*(None if x is None else x.detach() for x in beside))
+        own = Cotangents(grad_out.detach(), None if grad_lse is None else grad_lse.detach(), out.detach(), lse.detach())
+        beside = _beside(own, call.q.dtype, part)
         self._dtype, self._device, self._deterministic = call.q.dtype, call.q.device, call.deterministic
         self._dq_dtype = call.gradient_dtypes[0]
         self._lse_stride, self._memory = lse.stride(), _Memory.of(call, _whole(call))
