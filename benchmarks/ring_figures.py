@@ -43,7 +43,7 @@ def ask(
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             )
             for rank in range(world)
         ]

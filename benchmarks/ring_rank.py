@@ -106,9 +106,9 @@ def in_context_parallel(length: int) -> Callable[[], object]:
     def call() -> object:
         buffers = [x.clone() for x in whole]
         with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2, 2, 2]):
-            mine = [x.detach().requires_grad_() for x in buffers]
-            out = torch.nn.functional.scaled_dot_product_attention(*mine, is_causal=True)
-            return torch.autograd.grad(out.sum(), mine)
+            q, k, v = (x.detach().requires_grad_() for x in buffers)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return torch.autograd.grad(out.sum(), [q, k, v])
 
     return call
 
