@@ -17,10 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.kernels import AttentionState, attend, explain, merge
 from longattn.kernels.decoding import _products as products
+from longattn.kernels.dispatch.call import GradientPart
+from longattn.kernels.dispatch.environment import find_environment
 from longattn.kernels.dispatch.table import row
+from longattn.kernels.ops.arguments import Cotangents, OpArguments, OpTensors
+from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients
+from longattn.kernels.state import minus_delta_of
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
 from longattn.kernels.triton import configurations, paged_check, self_check
 from longattn.kernels.triton.cached_step import TritonCache
+from longattn.kernels.triton.row import attend_pages
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Strided, Window
 
 pytest.importorskip("triton", reason="triton is not installed: the extra longattn-kernels[triton]")
@@ -286,6 +292,37 @@ else:
         program = torch.export.export(Module(), (q.detach(),))
         torch.testing.assert_close(program.module()(q.detach()), Module()(q.detach()))
 
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, BRAIN])
+    def test_delta_of_several_rectangles_is_made_once(dtype: torch.dtype, deterministic: bool):
+        """A backward of one of them reads neither out nor the gradient of lse, and gives float32: parts over two halves of keys add up."""
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, grad = (torch.randn(1, 96, 2, 16, generator=generator).to(dtype) for _ in range(4))
+        environment = find_environment("")
+
+        def arguments_of(first: int, many: int) -> OpArguments:
+            places = [0, 96, 1], [first, many, 1], [2, 0, 2]
+            options = (None, 0.0, True, False, "triton", deterministic, torch.float32, "")
+            return OpArguments(LONGNET.canonical(), *places, *options)
+
+        whole = arguments_of(0, 96)
+        out, lse = attend_rectangle(OpTensors(q, k, v), whole, environment)
+        cotangents = Cotangents(grad, torch.randn(lse.shape, generator=generator), out, lse)
+        expected = rectangle_gradients(cotangents, OpTensors(q, k, v), whole, environment)
+        delta = minus_delta_of(*cotangents[:3])
+        unread = cotangents._replace(
+            grad_lse=torch.full_like(lse, float("nan")), out=torch.full_like(out, float("nan"))
+        )
+        parts = []
+        for first in (0, 48):
+            half = OpTensors(q, k[:, first : first + 48], v[:, first : first + 48])
+            parts.append(rectangle_gradients(unread, half, arguments_of(first, 48), environment, part=GradientPart(delta, None)))  # fmt: skip
+        dq = parts[0][0] + parts[1][0]
+        found = (dq, *(torch.cat([part[n] for part in parts], 1) for n in (1, 2)))
+        assert {x.dtype for x in found} == {torch.float32}
+        for a, b in zip(found, expected, strict=False):
+            torch.testing.assert_close(a, b.float(), atol=2e-5 if dtype == torch.float32 else 3e-2, rtol=2e-2)
+
     @pytest.mark.parametrize(
         "pattern", [Full(causal=True), LONGNET, LONGNET.with_causal(True), Window(9, sinks=2)], ids=str
     )
@@ -329,7 +366,7 @@ else:
             .all()
         )
 
-    from longattn.kernels.triton import launch_backward, launch_forward, launch_paged
+    from longattn.kernels.triton import launch_backward, launch_forward
 
     FORMS: list[Any] = [
         {"direction": "forward", "prior": True, "grouped": True},
@@ -353,12 +390,15 @@ else:
         assert self_check.wrong(form_of(**flags), torch.device("cpu")) == ""
 
     @pytest.mark.parametrize("stored", [torch.float16, torch.int8, torch.float8_e4m3fn], ids=str)
-    def test_the_kernel_over_pages_passes_its_own_check(stored: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    def test_the_kernel_over_pages_passes_its_own_check(stored: torch.dtype):
         form = paged_check.PagedForm(torch.float16, stored, 32, 16)
-        assert paged_check.wrong(form, torch.device("cpu")) == ""
-        honest = launch_paged.attend_pages
-        monkeypatch.setattr(launch_paged, "attend_pages", lambda *given: (honest(*given), given[-2].mul_(1.1)))
-        assert "float16 over pages of" in paged_check.wrong(form, torch.device("cpu"))
+        assert paged_check.wrong(form, torch.device("cpu"), attend_pages) == ""
+
+        def off(*given: Any) -> None:
+            attend_pages(*given)
+            given[-2].mul_(1.1)
+
+        assert "float16 over pages of" in paged_check.wrong(form, torch.device("cpu"), off)
 
     @pytest.mark.parametrize("direction", ["forward", "backward"])
     def test_a_form_that_is_wrong_is_caught_by_its_own_check(direction: str, monkeypatch: pytest.MonkeyPatch):

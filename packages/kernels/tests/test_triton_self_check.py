@@ -12,6 +12,7 @@ import torch
 from longattn.kernels import explain
 from longattn.kernels.problem import AttentionProblem
 from longattn.kernels.triton import paged_check, self_check
+from longattn.kernels.triton.row import attend_pages
 from longattn.kernels.triton.self_check import Form, forms_of, standing
 from longattn.patterncache import Full
 
@@ -48,18 +49,18 @@ def test_pages_are_read_by_a_kernel_that_was_right(checked: list[Form], monkeypa
     """Asked once for each form; one that was wrong leaves pages to torch, and LONGATTN_SELF_CHECK=0 asks nothing."""
     ran: list[str] = []
     monkeypatch.setattr(paged_check, "describe", self_check.describe)
-    monkeypatch.setattr(paged_check, "wrong", lambda form, device: ran.append(str(form)) or "")
-    half = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
+    monkeypatch.setattr(paged_check, "wrong", lambda form, device, launch: ran.append(str(form)) or "")
+    half: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
     cache: Any = SimpleNamespace(keys=SimpleNamespace(dtype=torch.int8), widths=(64, 32))
-    assert paged_check.passed(cache, half) and paged_check.passed(cache, half)
+    assert paged_check.passed(cache, half, attend_pages) and paged_check.passed(cache, half, attend_pages)
     assert ran == ["float16 over pages of int8 D64 DV32"]
     self_check.OUTCOMES.clear()
-    assert paged_check.passed(cache, half) and len(ran) == 1
+    assert paged_check.passed(cache, half, attend_pages) and len(ran) == 1
     cache.widths = (64, 64)
-    monkeypatch.setattr(paged_check, "wrong", lambda form, device: "out is 0.5 off")
-    assert not paged_check.passed(cache, half)
+    monkeypatch.setattr(paged_check, "wrong", lambda form, device, launch: "out is 0.5 off")
+    assert not paged_check.passed(cache, half, attend_pages)
     monkeypatch.setenv("LONGATTN_SELF_CHECK", "0")
-    assert paged_check.passed(cache, half)
+    assert paged_check.passed(cache, half, attend_pages)
 
 
 def test_what_was_right_is_kept_on_disk(checked: list[Form], monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,21 +30,23 @@ class PagedForm(NamedTuple):
         return " over pages of ".join(names) + f" D{self.width} DV{self.value_width}"
 
 
-def passed(cache: PagedCache, q: Tensor) -> bool:
+Launcher = Callable[[Tensor, PagedCache, Tensor, int, float, Tensor, Tensor, Tensor], None]
+"""`row.attend_pages`."""
+
+
+def passed(cache: PagedCache, q: Tensor, attend_pages: Launcher) -> bool:
     """Whether the kernel was right on the device of a cache, checked now where it was not yet; True where nothing is compiled or checks are off."""
     if q.device.type != "cuda" or os.environ.get("LONGATTN_SELF_CHECK") == "0":
         return True
     form, where = PagedForm(q.dtype, cache.keys.dtype, *cache.widths), describe(q.device)
     outcome = known(form, where)
     if outcome is None and not torch.cuda.is_current_stream_capturing():
-        outcome = keep(form, where, wrong(form, q.device))
+        outcome = keep(form, where, wrong(form, q.device, attend_pages))
     return not outcome
 
 
-def wrong(form: PagedForm, device: torch.device) -> str:
+def wrong(form: PagedForm, device: torch.device, attend_pages: Launcher) -> str:
     """What a form computes wrongly on a device, or ""."""
-    from longattn.kernels.triton import launch_paged
-
     random = torch.Generator().manual_seed(1)
     pages = -(-_HELD // _PAGE)
     lies: list[Tensor] = []
@@ -66,7 +69,7 @@ def wrong(form: PagedForm, device: torch.device) -> str:
     moved = PagedCache(*(None if x is None else x.to(device) for x in (*lies, *scales)))  # type: ignore[arg-type]
     out = torch.empty((1, _ROWS, _GROUP, form.value_width), dtype=torch.float32, device=device)
     lse = torch.empty((1, _ROWS, _GROUP), dtype=torch.float32, device=device)
-    launch_paged.attend_pages(q.to(device), moved, table.to(device), _HELD, 0.3, added.to(device), out, lse)
+    attend_pages(q.to(device), moved, table.to(device), _HELD, 0.3, added.to(device), out, lse)
     atol, rtol = ROUNDED_WITHIN[form.dtype]
     for name, got, expected in (("out", out, want.out[:, 0][None]), ("lse", lse, want.lse[:, 0][None])):
         error = (got.double().cpu() - expected).abs().nan_to_num(torch.inf)

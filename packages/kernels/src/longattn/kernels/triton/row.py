@@ -98,7 +98,8 @@ def bind_backward(
 def serves_pages(cache: PagedCache, q: Tensor) -> bool:
     """Whether triton takes decode steps over such a cache here: it is here, and the kernel was right on this device."""
     served = cache.keys.device.type in CAPABILITY.devices and max(cache.widths) <= (CAPABILITY.max_head_dim or 0)
-    return served and q.dtype in CAPABILITY.tolerance and refusal() is None and paged_check.passed(cache, q)
+    able = served and q.dtype in CAPABILITY.tolerance and refusal() is None
+    return able and paged_check.passed(cache, q, attend_pages)
 
 
 def attend_pages(
