@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from longattn.attention.saved_fields import (
 )
 from longattn.attention.streaming.held_keys import HeldKeys
 from longattn.attention.streaming.page_pool import PagePool
-from longattn.attention.streaming.slot_buffer import LARGEST
+from longattn.attention.streaming.slot_buffer import LARGEST, Storage
 from longattn.kernels.interface import dtype_name
 
 if TYPE_CHECKING:
@@ -110,7 +110,9 @@ def from_dict(kind: type[StreamingState], saved: object) -> StreamingState:
             f"saved.keys and saved.values must hold data on one device, got {device} and {held['numbers'].device}"
         )
 
-    state = kind(PagePool((key_width, value_width), dtype, device, storage), heads, batch, rewind)
+    state = kind(
+        PagePool((key_width, value_width), dtype, device, cast("Storage | None", storage)), heads, batch, rewind
+    )
     state.tables = checked
     # What calls read of a free slot is multiplied by 0, and 0 * NaN is NaN.
     free = free_slots(checked, used).to(device)
