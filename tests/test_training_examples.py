@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
@@ -97,22 +98,43 @@ def test_the_predictions_are_what_the_patterns_say(monkeypatch: pytest.MonkeyPat
     assert (tmp_path / "again.csv").read_text() == committed
 
 
-def test_a_run_of_each_kind_makes_a_row(tmp_path: Path):
-    """Every family of patterns trains; a row says what came out."""
+@pytest.mark.parametrize("equal", ["parameters", "flops"])
+def test_a_run_of_each_kind_makes_a_row(equal: str, tmp_path: Path):
+    """Every family trains, at equal parameters, or at no more work than a narrower one's eighth of the keys; a row says what came out."""
     from examples.quality.families import FAMILIES
+    from examples.quality.rows import append, finished
     from examples.quality.tasks import TASKS
-    from examples.quality.training import Plan, append, run
+    from examples.quality.training import Plan, run
 
-    plan = Plan(length=64, width=16, steps=2)
-    for family in FAMILIES:
-        append(tmp_path / "rows.csv", run("recall", family, 0, 1e-3, plan, lambda line: None))
-    for task in TASKS:
-        append(tmp_path / "rows.csv", run(task, "dense", 0, 1e-3, plan, lambda line: None))
-    written = rows(tmp_path / "rows.csv")
-    assert len(written) == len(FAMILIES) + len(TASKS) and {row["parameters"] for row in written} == {
-        written[0]["parameters"]
-    }
-    assert all(0 <= float(row["accuracy"]) <= 1 and row["steps"] == "2" for row in written)
+    plan = Plan(length=64, width=16, steps=2, equal=equal)
+    runs = [("recall", family) for family in FAMILIES] + [(task, "dense") for task in TASKS]
+    for task, family in runs:
+        append(tmp_path / "rows.csv", asdict(run(task, family, 0, 1e-3, plan, lambda line: None)))
+    assert finished(tmp_path / "rows.csv", {"task": "recall", "family": "dense", "rate": 1e-3, "seed": 0})
+    assert not finished(tmp_path / "rows.csv", {"task": "recall", "family": "dense", "rate": 1e-3, "seed": 1})
+    written = {row["family"]: row for row in rows(tmp_path / "rows.csv")}
+    assert len(rows(tmp_path / "rows.csv")) == len(runs) and set(written) == set(FAMILIES)
+    assert all(0 <= float(row["accuracy"]) <= 1 and row["steps"] == "2" for row in written.values())
+    widths = {family: int(row["width"]) for family, row in written.items()}
+    if equal == "parameters":
+        assert set(widths.values()) == {16} and len({row["parameters"] for row in written.values()}) == 1
+        assert int(written["dense"]["flops"]) > int(written["window"]["flops"])
+    else:
+        assert widths["dense"] < widths["window"] <= widths["islands"]
+        assert all(0.5 < int(row["flops"]) / int(written["window"]["flops"]) < 1.3 for row in written.values())
+
+
+def test_chosen_blocks_are_those_that_score_best():
+    """A block of keys is seen by the queries that like it, and hidden from those that like it least."""
+    from examples.quality.families import BestBlocks
+
+    q, k, v = torch.zeros(3, 1, 16, 1, 4)
+    q[0, 8:, 0, 0] = torch.tensor([-10.0] * 4 + [10.0] * 4)
+    k[0, 4:8, 0, 0] = 10.0
+    v[0, 4:8, 0, 1] = 1.0
+    out = BestBlocks(4, 1).attend(q, k, v)
+    assert out[0, 13, 0, 1] == pytest.approx(1.0, abs=1e-3)
+    assert out[0, 11, 0, 1] == 0
 
 
 def train_mesh(folder: Path, *words: str, ranks: int = 1) -> list[float]:

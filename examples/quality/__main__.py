@@ -7,6 +7,7 @@ an error if dense attention learns no recall, or islands do. `--predict` writes 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import torch
 
 from examples.quality import predictions
 from examples.quality.families import FAMILIES, MIXED
+from examples.quality.rows import append, finished
 from examples.quality.tasks import TASKS
-from examples.quality.training import Plan, append, finished, run
+from examples.quality.training import Plan, run
 
 QUICK = ("dense", "islands", "for_length, all residues")
 
@@ -57,10 +59,13 @@ def main() -> None:
     plan = Plan(options.length, options.layers, equal=options.equal, steps=options.steps, patience=options.patience)
     families = options.families or (predictions.TWO if options.layers == 2 else ("window", *MIXED))
     for task, rate, seed, family in product(options.tasks, options.rates, options.seeds, families):
-        if finished(options.out, task, family, seed, rate, plan):
+        named = {"task": task, "family": family, "seed": seed, "rate": rate}
+        if finished(
+            options.out, named | {name: getattr(plan, name) for name in ("length", "layers", "heads", "equal")}
+        ):
             continue
         row = run(task, family, seed, rate, plan, print)
-        append(options.out, row)
+        append(options.out, asdict(row))
         print(f"{task} | {family}: accuracy {row.accuracy:.3f} after {row.best_step} steps, {row.stopped}", flush=True)
 
 

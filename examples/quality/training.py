@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -139,24 +137,3 @@ def judge(model: Decoder, batch: Batch) -> float:
     """The share of questions that are answered right."""
     guesses = model(batch.tokens).argmax(-1).gather(1, batch.asked)
     return float((guesses == batch.labels.gather(1, batch.asked)).float().mean())
-
-
-def finished(path: Path, task: str, family: str, seed: int, rate: float, plan: Plan) -> bool:
-    """Whether a CSV file holds this run."""
-    if not path.exists():
-        return False
-    shape = {"length": plan.length, "layers": plan.layers, "heads": plan.heads, "equal": plan.equal}
-    run = {"task": task, "family": family, "seed": seed, "rate": rate} | shape
-    with path.open(newline="") as file:
-        return any(all(row[name] == str(value) for name, value in run.items()) for row in csv.DictReader(file))
-
-
-def append(path: Path, row: Row) -> None:
-    """Add a row to a CSV file, with its header where the file is new."""
-    fields = asdict(row)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(fields), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(fields)
