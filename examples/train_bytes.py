@@ -1,6 +1,6 @@
 """Train a byte-level LongNet on real text: by default the sources of Python's standard library, 8192 bytes of context.
 
-    python examples/train_bytes.py                          # 150 steps; writes bytes.pt, bytes.csv and bytes.png
+    python examples/train_bytes.py                          # 600 steps; writes bytes.pt, bytes.csv and bytes.png
     python examples/train_bytes.py --resume                 # goes on where bytes.pt was written
     python examples/train_bytes.py --data my.txt --device cuda --d-model 512 --layers 6 --steps 20000
     python -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_bytes.py     # the context in a ring of processes
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     for name, default in (
         ("context", 8192),
-        ("steps", 150),
+        ("steps", 600),
         ("batch", 1),
         ("d-model", 64),
         ("layers", 2),
