@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, choices=(2, 4), default=2)
     parser.add_argument("--steps", type=int, default=3000, help="at most (default: 3000)")
     parser.add_argument("--patience", type=int, default=600, help="steps without a better accuracy (default: 600)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--out", type=Path, default=Path("quality.csv"), help="rows are appended here (default: quality.csv)"
     )
@@ -56,7 +57,14 @@ def main() -> None:
         if min(learnt["dense"], learnt["for_length, all residues"]) < 0.8 or learnt["islands"] > 0.4:
             raise SystemExit("recall must be learnt by dense attention and by all residues, and not by islands")
         return
-    plan = Plan(options.length, options.layers, equal=options.equal, steps=options.steps, patience=options.patience)
+    plan = Plan(
+        options.length,
+        options.layers,
+        equal=options.equal,
+        steps=options.steps,
+        patience=options.patience,
+        device=options.device,
+    )
     families = options.families or (predictions.TWO if options.layers == 2 else ("window", *MIXED))
     for task, rate, seed, family in product(options.tasks, options.rates, options.seeds, families):
         named = {"task": task, "family": family, "seed": seed, "rate": rate}

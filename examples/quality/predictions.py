@@ -46,7 +46,7 @@ def rows() -> Iterator[dict[str, object]]:
         for task, family in product(tasks, families):
             batch = TASKS[task](length)(2000, torch.Generator().manual_seed(0))
             direct, heard = (table[batch.asked.numpy(), batch.answer.numpy()].mean() for table in tables[family])
-            guessed = 16 / length if task == "recall" else 1 / KEYS
+            guessed = 1 / min(KEYS, length // 16) if task == "recall" else 1 / KEYS
             yield {
                 "task": task,
                 "family": family,

@@ -24,6 +24,10 @@ class Batch:
     asked: Tensor
     answer: Tensor
 
+    def to(self, device: str) -> Batch:
+        """On a device."""
+        return Batch(*(x.to(device) for x in (self.tokens, self.labels, self.asked, self.answer)))
+
 
 def recall(batch: int, length: int, facts: int, random: torch.Generator) -> Batch:
     """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): facts first, each asked once at a place of its own."""
@@ -51,7 +55,7 @@ def one_fact(batch: int, length: int, near: int, random: torch.Generator) -> Bat
     return Batch(tokens, labels, answer + distance, answer)
 
 
-TASKS = {"recall": lambda n: lambda batch, random: recall(batch, n, n // 16, random)} | {
+TASKS = {"recall": lambda n: lambda batch, random: recall(batch, n, min(KEYS, n // 16), random)} | {
     f"one fact, {name}": lambda n, share=share: lambda batch, random: one_fact(batch, n, round(n * share), random)
     for name, share in (("inside", 3 / 16), ("across", 3 / 8), ("beyond", 3 / 4))
 }

@@ -66,6 +66,7 @@ class Plan:
     equal: str = "parameters"
     steps: int = 3000
     patience: int = 600
+    device: str = "cpu"
 
     def width_of(self, keys: float) -> int:
         """Of the model of a family that sees so many keys a query."""
@@ -82,17 +83,17 @@ def run(task: str, family: str, seed: int, rate: float, plan: Plan, progress: Ca
     begin = time.process_time()
     torch.manual_seed(seed)
     draw, random = TASKS[task](plan.length), torch.Generator().manual_seed(1000 + seed)
-    tested = draw(TESTED, torch.Generator().manual_seed(1))
+    tested = draw(TESTED, torch.Generator().manual_seed(1)).to(plan.device)
     patterns = FAMILIES[family](plan.length, plan.layers, plan.heads)
     keys = keys_per_query(patterns, plan.length, plan.heads)
     width = plan.width_of(keys)
-    model = Decoder(VOCABULARY, patterns, width, plan.heads)
+    model = Decoder(VOCABULARY, patterns, width, plan.heads).to(plan.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     curve: list[float] = []
     best, best_step, step, stopped = 0.0, 0, 0, "steps"
     while step < plan.steps:
-        batch = draw(BATCH, random)
+        batch = draw(BATCH, random).to(plan.device)
         loss = functional.cross_entropy(model(batch.tokens).flatten(0, 1), batch.labels.flatten(), ignore_index=-1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
