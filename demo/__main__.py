@@ -13,7 +13,7 @@ from demo.options import Options, parse
 from demo.paths import PathProcess
 from demo.picture import draw
 from demo.refusal import RefusalError
-from demo.report import Steps, gather, show
+from demo.report import NAMES, Steps, gather, show
 from demo.resources import check_memory
 from demo.text import read_text
 
@@ -45,15 +45,21 @@ def measure(options: Options, text_file: Path, steps: Steps, started: float) -> 
         What our worker said about its backend, and a result per path.
     """
     with ExitStack() as processes:
-        dense, ours, baseline = (
-            processes.enter_context(PathProcess(path, options, text_file)) for path in ("dense", "ours", "baseline")
+        dense, joined, ours, baseline = (
+            processes.enter_context(PathProcess(path, options, text_file))
+            for path in ("dense", "joined", "ours", "baseline")
         )
-        with steps.step("building q, k, v from the text in three processes"):
+        with steps.step("building q, k, v from the text in four processes"):
             # Nobody is timed while another still starts.
-            ready, _, _ = ours.ready(), baseline.ready(), dense.ready()
+            ready, *_ = [worker.ready() for worker in (ours, joined, baseline, dense)]
         with steps.step("dense SDPA: forward, once"):
             dense_passes = [dense.ask("run")]
             dense.close()
+        with steps.step("a pattern that joins all tokens: forward and backward, twice"):
+            # The first pass measures memory.
+            joined.ask("run")
+            results = {"joined": gather([joined.ask("run")], joined.ask("check"))}
+            joined.close()
         passes: dict[str, list[dict[str, Any]]] = {"ours": [], "baseline": []}
         # The first pass of each measures memory and is the warm-up of the pairs that follow, of which one always does.
         for at in range(1 + _PAIRS):
@@ -63,12 +69,11 @@ def measure(options: Options, text_file: Path, steps: Steps, started: float) -> 
                     in_time = time.perf_counter() - started < _LAST_PAIR
                     if at < 2 or in_time or len(passes["ours"]) > len(passes["baseline"]):
                         passes[worker.path].append(worker.ask("run"))
-        results: dict[str, Any] = {}
         for worker in (ours, baseline):
             with steps.step(f"{worker.path}: sampled rows beside the float64 oracle"):
                 results[worker.path] = gather(passes[worker.path][1:], worker.ask("check"))
     results["dense"] = gather(dense_passes, {})
-    return ready, results
+    return ready, {path: results[path] for path in NAMES}
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -79,7 +84,7 @@ def run(argv: Sequence[str] | None) -> None:
     """
     started = time.perf_counter()
     options, text, source = prepare(parse(argv))
-    steps = Steps(total=3 + 2 * (1 + _PAIRS) + 2)
+    steps = Steps(total=4 + 2 * (1 + _PAIRS) + 2)
     with steps.running(), tempfile.TemporaryDirectory() as folder:
         with steps.step(f"picture of who sees whom: {options.png}"):
             assert options.seq_len is not None, "prepare decided the length"

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from demo.refusal import RefusalError
-from longattn.patterncache import Dilated
+from longattn.patterncache import Dilated, Pattern
+
+LAYERS = 12
+"""In how many layers the joined pattern lets every token hear of all before it."""
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -34,6 +37,12 @@ class Options:
     def pattern(self) -> Dilated:
         """Causal dilated attention in which every head does every branch."""
         return Dilated(self.segments, self.rates, heads="shared", causal=True)
+
+    @property
+    def joined(self) -> Pattern:
+        """The cheapest dilated pattern with a window that joins all tokens in `LAYERS` layers; `seq_len` must be known."""
+        assert self.seq_len is not None, "the text decides the length before anything is planned"
+        return Dilated.for_length(self.seq_len, layers=LAYERS, num_heads=self.heads)
 
     @property
     def input_bytes(self) -> int:

@@ -11,10 +11,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from demo.options import Options
+from demo.options import LAYERS, Options
 
 NAMES = {
     "ours": "longattn",
+    "joined": "longattn, joined",
     "baseline": "gather-scatter",
     "dense": "dense SDPA",
 }
@@ -128,9 +129,18 @@ def show(options: Options, source: str, ready: dict[str, Any], results: dict[str
     console.print(_table(options, results))
     for line in ratios(results):
         console.print(line, soft_wrap=True)
+    console.print(f"joined: {_described(options)}", markup=False, soft_wrap=True)
     for line in _NOTES:
         console.print(line, soft_wrap=True)
     console.print(f"Picture: {escape(options.png)}   ({seconds:.0f} s in all)", soft_wrap=True)
+
+
+def _described(options: Options) -> str:
+    """What the joined pattern is, and what it joins."""
+    assert options.seq_len is not None, "the text decided the length"
+    reached = options.joined.reach(LAYERS, options.seq_len, options.heads)
+    joins = "every token hears of all before it" if reached.complete else f"{reached}"
+    return f"Dilated.for_length({options.seq_len}, layers={LAYERS}): in {LAYERS} layers {joins}"
 
 
 def _table(options: Options, results: dict[str, Result]) -> Table:
@@ -160,7 +170,7 @@ def ratios(results: dict[str, Result]) -> list[str]:
     ours = results["ours"]
     lines = []
     for path, peer in results.items():
-        if path == "ours":
+        if path in ("ours", "joined"):
             continue
         wall, cpu = (peer.forward_ms(clock) / ours.forward_ms(clock) for clock in ("wall", "cpu"))
         parts = [f"forward {wall:.2f}x the time ({cpu:.2f}x CPU)"]

@@ -25,21 +25,26 @@ from demo.options import Options
 from demo.text import embed
 from longattn.attention import pattern_attention
 from longattn.kernels import explain
-from longattn.patterncache import Full
+from longattn.patterncache import Full, Pattern
 
 _TINY = 256
 _ROWS = 32
 
 
+def pattern_of(path: str, options: Options) -> Pattern:
+    """Who sees whom on a path."""
+    return Full(causal=True) if path == "dense" else options.joined if path == "joined" else options.pattern
+
+
 def attention_of(path: str, options: Options) -> gate.Attention:
-    """The function of a path, "ours", "baseline" or "dense": (q, k, v) -> out, all (batch, seq, heads, head_dim)."""
+    """The function of a path, "ours", "joined", "baseline" or "dense": (q, k, v) -> out, all (batch, seq, heads, head_dim)."""
     if path == "dense":
         return partial(dense_attention, causal=True)
     if path == "baseline":
         return partial(
             torchscale_style_attention, segment_lengths=options.segments, dilation_rates=options.rates, causal=True
         )
-    pattern = options.pattern
+    pattern = pattern_of(path, options)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = pattern_attention(q, k, v, pattern)
@@ -103,8 +108,7 @@ class Worker:
 
     def check(self) -> dict[str, float]:
         """Errors on sampled rows, each over the largest true value: out, and gradients of paths that compute them."""
-        dense = self._path == "dense"
-        pattern = Full(causal=True) if dense else self._options.pattern
+        dense, pattern = self._path == "dense", pattern_of(self._path, self._options)
         q, k, v, grad = self._inputs
         rows = gate.sampled_rows(q.shape[1], self._options.segments, _ROWS, self._options.seed)
         truth = gate.oracle(q, k, v, grad, pattern, rows)

@@ -20,7 +20,8 @@ state = attend(q, k, v, pattern, backend="native")
 expected = reference_attention(q, k, v, pattern.to_dense(300, 4))
 torch.testing.assert_close(state.out, expected.out.float(), atol=1e-5, rtol=1e-4)
 native = installation()["native"]
-print(json.dumps([native["level"], native["library"], native["compiler"], native["levels"], str(build_native())]))
+built = [str(build_native(part)) for part in native["libraries"]]
+print(json.dumps([native["level"], list(native["libraries"].values()), native["compiler"], native["levels"], built]))
 """
 
 
@@ -34,8 +35,8 @@ def served(level: str) -> tuple[str, list[str]]:
         check=False,
     )
     assert answer.returncode == 0, answer.stderr
-    name, library, compiler, levels, built = json.loads(answer.stdout)
-    assert compiler is None and "prebuilt" in library and built == library, answer.stdout
+    name, libraries, compiler, levels, built = json.loads(answer.stdout)
+    assert compiler is None and all("prebuilt" in path for path in libraries) and built == libraries, answer.stdout
     return name, levels
 
 

@@ -51,7 +51,8 @@ def test_small_run_prints_everything_and_writes_the_picture(tmp_path: Path) -> N
         str(text),
         "lint: Dilated",
         "backend:",
-        "longattn",
+        "longattn, joined",
+        "in 12 layers every token hears of all before it",
         "gather-scatter",
         "dense SDPA",
         "forward",
@@ -59,7 +60,7 @@ def test_small_run_prints_everything_and_writes_the_picture(tmp_path: Path) -> N
         "Picture",
     ):
         assert wanted in done.stdout
-    assert "1/13" in done.stderr
+    assert "1/14" in done.stderr
     assert (tmp_path / "who_sees_whom.png").read_bytes().startswith(b"\x89PNG")
 
 

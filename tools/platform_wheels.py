@@ -1,6 +1,6 @@
 """Wheels of kernels with the native library prebuilt, one for each platform, made from the pure one.
 
-`python -m tools.platform_wheels PURE_WHEEL FOLDER`: zig, which the wheel `ziglang` brings, compiles every level for x86-64 and aarch64 against the C
+`python -m tools.platform_wheels PURE_WHEEL FOLDER`: zig, which the wheel `ziglang` brings, compiles every part and level for x86-64 and aarch64 against the C
 library of glibc 2.17; auditwheel says what each wheel may be called. A library's name holds the hash of its source and flags, so that it serves no
 other version, and the digest of its bytes. With the same inputs and SOURCE_DATE_EPOCH the bytes are the same.
 """
@@ -8,6 +8,7 @@ other version, and the digest of its bytes. With the same inputs and SOURCE_DATE
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -42,12 +43,12 @@ def zig_command(machine: str, level: str, source: Path, made: Path) -> list[str]
     return [*words, "-s", str(source), "-o", str(made)]
 
 
-def compile_level(machine: str, level: str, folder: Path) -> Path:
+def compile_part(machine: str, level: str, part: str, folder: Path) -> Path:
     """One library, under the name that `building` looks for."""
     with as_file(files("longattn.kernels.native")) as sources:
-        made = folder / f"{machine}-{level}.so"
-        subprocess.run(zig_command(machine, level, sources / "attend.cpp", made), check=True)
-    target = folder / f"{building.prebuilt_stem(level)}.{cachefolder.digest(made)}.so"
+        made = folder / f"{part}-{machine}-{level}.so"
+        subprocess.run(zig_command(machine, level, sources / building.PARTS[part].source, made), check=True)
+    target = folder / f"{building.prebuilt_stem(level, part)}.{cachefolder.digest(made)}.so"
     made.rename(target)
     return target
 
@@ -92,7 +93,8 @@ def make(pure: Path, machine: str, folder: Path) -> Path:
                 raise ValueError(f"{pure.name} must hold the sources that are compiled, got another {source.name}")
         prebuilt.mkdir()
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(lambda level: compile_level(machine, level, prebuilt), MACHINES[machine]))
+            every = itertools.product(MACHINES[machine], building.PARTS)
+            list(threads.map(lambda library: compile_part(machine, library[0], library[1], prebuilt), every))
         audited = platform_of(with_tag(unpacked, f"linux_{machine}", Path(own) / "untagged"))
         shutil.rmtree(Path(own) / "untagged")
         return with_tag(unpacked, audited, folder)

@@ -76,7 +76,7 @@ TARGETS: dict[str, Target] = {
     ),
     "native": Target(
         "kernels",
-        ("native/*.h", "native/attend.cpp"),
+        ("native/*.h", "native/*.cpp"),
         tuple(f"kernels/test_native_{name}" for name in ("short", "decode", "rows")),
         # Narrower forms than the machine's own are the same source, and would be compiled for each mutant too.
         options=("-k", "not level and not avx2 and not avx512 and not generic"),

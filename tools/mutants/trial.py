@@ -136,7 +136,8 @@ class Tree:
             building: Any = __import__("longattn.kernels.native.building", fromlist=["building"])
             shutil.rmtree(self.folder / "libraries", ignore_errors=True)
             try:
-                building.build_native()
+                for part in building.PARTS:
+                    building.build_native(part)
             except building.NativeBuildError as problem:
                 print(problem)
                 return _INVALID_STATUS

@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from longattn.attention import RingBufferAttention, RingBufferConfig, RingBufferState
-from longattn.attention.ring_buffer.saved import MOST_TOKENS
 from longattn.attention.ring_buffer.serialization import from_dict
 from longattn.attention.ring_buffer.testing import stale_slots_hold_nan
+from longattn.attention.saved_fields import MOST_TOKENS
 
 SIZES = {"num_heads": 4, "head_dim": 4, "buffer_size": 4, "sinks": 1, "max_rewind": 3}
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attend.cpp"
+#include "decode.h"
 
 constexpr int64_t N = 150, HEADS = 2, DIM = 20, WIDE = 27;  // WIDE: of a row of v
 typedef std::vector<float> Numbers;
@@ -76,8 +77,10 @@ static void few_rows() {
     const Tensor rows{(char*)k.data(), SLOTS * DIM, DIM, 0, FLOAT32}, values{(char*)v.data(), SLOTS * WIDE, WIDE, 0, FLOAT32};
     Cache cache{rows, values, 2, SLOTS, DIM, WIDE};
     Apart apart{(const char*)q.data(), 4, hidden.data(), SLOTS, 1, nullptr};
-    scratch.resize(longattn_decode_scratch(&cache, GROUP, SLOTS, apart.first));
-    longattn_decode(&cache, (const char*)q.data(), (char*)out.data(), GROUP, SLOTS, 0.7, 2, scratch.data(), &apart);
+    Step step{(const char*)q.data(), (char*)out.data(), GROUP, SLOTS, 0.7, 2, apart, nullptr};
+    scratch.resize(scratch_of(step, cache));
+    step.scratch = scratch.data();
+    decode(cache, step);
     for (int64_t i = 0; i < 2 * GROUP; i++) {
         const int64_t begin = i / GROUP * SLOTS;
         definition(&q[i * DIM], &k[begin * DIM], &v[begin * WIDE], SLOTS, 0.7, [&](int64_t j) { return !hidden[begin + j]; }, &o[i * WIDE]);

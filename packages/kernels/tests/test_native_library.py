@@ -15,6 +15,8 @@ import torch
 from longattn.kernels import __main__, attend, build_native, cachefolder, explain, installation
 from longattn.kernels.dispatch import table as dispatch
 from longattn.kernels.native import building, compiling
+from longattn.kernels.pages import PagedCache
+from longattn.kernels.paging import paged_attention
 from longattn.patterncache import Full
 
 SHAPE = (1, 8, 2, 4)
@@ -295,17 +297,68 @@ def test_a_line_says_what_is_compiled(
     assert told.count("\n") == (1 if terminal else 2)
 
 
-def test_the_command(script: Script, folder: Path, ours: Path, capsys: pytest.CaptureFixture[str]):
-    script(f'cp {ours} "$made"')
+@pytest.fixture(scope="module")
+def each(ours: Path) -> dict[str, Path]:
+    """Every part of a library that works here."""
+    return {part: build_native(part) for part in building.PARTS}
+
+
+@pytest.fixture
+def each_made(each: dict[str, Path]) -> str:
+    """What a script does to make the part that it is asked for."""
+    cases = (f'*{building.PARTS[part].source}*) cp {path} "$made";;' for part, path in each.items())
+    return f'echo called >> $0.calls; case "$*" in {" ".join(cases)} esac'
+
+
+def test_the_command(each_made: str, script: Script, folder: Path, capsys: pytest.CaptureFixture[str]):
+    """All parts, each on a line."""
+    script(each_made)
     assert __main__.main(["build"]) == 0
-    (path,) = folder.iterdir()
-    assert capsys.readouterr().out == f"{path}\n"
+    printed = capsys.readouterr().out.splitlines()
+    assert [Path(line).name.partition("-")[0] for line in printed] == list(building.PARTS)
+    assert sorted(printed) == sorted(str(path) for path in folder.iterdir())
     building.target.cache_clear()
     script("echo out of paper >&2; exit 1")
     assert __main__.main(["build"]) == 1
     assert "out of paper" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         __main__.main(["build", "--level", "fast"])
+
+
+def test_a_part_is_made_by_the_first_call_that_needs_it(each_made: str, script: Script, folder: Path):
+    """Attention takes the row, a step over pages the part that reads its numbers; one that fails leaves the others."""
+    compiler = script(each_made)
+
+    def made() -> list[str]:
+        return sorted(path.name.partition("-")[0] for path in folder.iterdir())
+
+    works()
+    assert made() == ["native"]
+    steps(torch.bfloat16)
+    assert made() == ["decode", "native"]
+    steps(torch.int8)
+    assert made() == ["decode", "native", "quantized"]
+    assert installation()["native"]["libraries"].keys() == building.PARTS.keys()
+    assert Path(f"{compiler}.calls").read_text() == "called\n" * 3
+    for path in folder.glob("quantized*"):
+        path.unlink()
+    building.target.cache_clear()
+    script("echo out of paper >&2; exit 1")
+    steps(torch.int8)
+    assert building.refusal("quantized") == f"the compiler {compiler} failed: out of paper"
+    with pytest.raises(ValueError, match="part must be one of native, decode, quantized, got 'backward'"):
+        build_native("backward")
+
+
+def steps(dtype: torch.dtype) -> None:
+    """A step over one page of such numbers is right, whatever serves it."""
+    keys = torch.randint(-3, 4, (2, 4, 16)).to(dtype)
+    scales = () if dtype.is_floating_point else (torch.ones(2, 4), torch.ones(2, 4))
+    q, added = torch.randn(1, 1, 2, 16).bfloat16(), torch.zeros(1, 1, 2, 3)
+    got = paged_attention(q, PagedCache(keys, keys, *scales), torch.ones(1, 1, 1, dtype=torch.int32), 3, 0.3, added)
+    seen = keys[1, :3].float()
+    expected = (q.float() @ seen.T * 0.3).softmax(-1) @ seen
+    torch.testing.assert_close(got.out.float(), expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.fixture

@@ -58,6 +58,11 @@ def test_the_last_query_is_that_of_the_counts(pattern, start, length):
         (BlockSparse(2, np.array([[1, 0, 0], [0, 1, 0], [1, 0, 1]], bool), causal=True), [5, 5, 3, 3]),
         (Restrict(Full(causal=True), Window(2)), [1, 2, 3, 4]),
         (Window(2) + Window(4), [3, 4, 5, 6]),
+        (Dilated((2, 4), (1, 2), causal=True) | Window(2, sinks=1), [FOREVER, 2, 3, 4]),
+        (Dilated((2, 4), (1, 2), causal=True) & Window(2), [1, 1, 3, 3]),
+        (Restrict(Dilated((2, 4), (1, 2), causal=True), Window(2)), [1, 1, 3, 3]),
+        (Documents((0, 3, 9), Full(causal=True)) | Window(2, sinks=1), [8, 2, 3, 8]),
+        (Dilated((2, 4), (1, 2), causal=True) & Strided(2), [2, 1, 3, 3]),
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -122,6 +123,7 @@ def test_other_bytes_are_refused(data):
 
 RANK = """
 import sys
+from dataclasses import replace
 import torch.distributed as dist
 from longattn.patterncache import PatternCache, Dilated, Window, build_on_one, check_same_plan
 from longattn.patterncache.analysis.propagation import square
@@ -195,4 +197,13 @@ def test_lists_travel_in_units_of_their_runs():
     mask = np.random.default_rng(0).random((200, 200)) < 0.3
     mask[:, 1::2] = False  # no two blocks in one run
     data = plan_to_bytes(BlockSparse(64, mask).plan(square(200 * 64, 1)))
+    assert b'"|u1"' in data and b'"<u' not in data
+
+
+def test_runs_with_steps_travel_in_units_too():
+    """Runs of 4 rows, 2 apart, begin at multiples of 8: a byte for each, where units of the step alone would need two."""
+    plan = BlockSparse(4, np.eye(200, dtype=bool)).plan(square(800, 1))
+    first, *_ = plan.branches
+    strided = Listed(np.random.default_rng(0).permutation(200)[:, None] * 8, 4, 2)
+    data = plan_to_bytes(replace(plan, branches=(replace(first, q=strided, k=strided),)))
     assert b'"|u1"' in data and b'"<u' not in data

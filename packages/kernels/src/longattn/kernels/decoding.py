@@ -46,7 +46,7 @@ DECODE_ROWS = {"native_decode": STREAMED, "triton_decode": SPLIT, "torch_decode"
 def explain_decode(problem: AttentionProblem) -> Explanation:
     """Which row serves a decode step, and why no other one does, those that read plans included."""
     machine = dict(refusals(problem))
-    if (refused := building.refusal()) is not None:
+    if (refused := building.refusal("decode")) is not None:
         machine["native_decode"] = refused
     if "triton" in machine:
         machine["triton_decode"] = machine["triton"]

@@ -35,7 +35,8 @@ def installation() -> dict[str, Any]:
 
     Returns:
         What JSON can say: `processor` (maker, family, model, vector units) and `threads`; `native` (level and how it was chosen, the wider level
-        that the operating system refuses, compiler, library file or None where the first call builds it, why it cannot be had or None); `triton`
+        that the operating system refuses, compiler, library file or None where the first call builds it, and so for each of its parts in `libraries`, why
+        it cannot be had or None); `triton`
         (version, why it cannot be used); `devices` (name and architecture of each GPU); `cache_folder` (path, or why there is none); `choice` (how
         a row is preferred); `settings` (those of `SETTINGS` that are set); `rows` (name: why this machine cannot run it, or None).
     """
@@ -56,9 +57,11 @@ def installation() -> dict[str, Any]:
 
 def _native() -> dict[str, Any]:
     target = building.current()
-    library = None
-    if target.refusal is None:
-        library = building.file_of(target)
+    libraries: dict[str, str | None] = {}
+    for part in building.PARTS:
+        binary = building.current(part)
+        path = building.file_of(binary) if binary.refusal is None else None
+        libraries[part] = None if path is None else str(path)
     named = NATIVE.value().strip().lower() in cpu.CHOICES
     return {
         "level": target.level,
@@ -66,7 +69,8 @@ def _native() -> dict[str, Any]:
         "levels": list(cpu.levels()),
         "remark": native_row.remark(),
         "compiler": None if target.compiler is None else " ".join(target.compiler.words),
-        "library": None if library is None else str(library),
+        "library": libraries["native"],
+        "libraries": libraries,
         "refusal": target.refusal,
     }
 

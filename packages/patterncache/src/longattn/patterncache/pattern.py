@@ -123,6 +123,16 @@ class Pattern(ABC):
         return (self,) if self.binary and self.filters and self.complements else ()
 
     @property
+    def any_of(self) -> Sequence[Pattern]:
+        """Patterns of which this one is made so that it sees what any of them sees. Default: none."""
+        return ()
+
+    @property
+    def all_of(self) -> Sequence[Pattern]:
+        """Patterns of which this one is made so that it sees what all of them see. Default: none."""
+        return ()
+
+    @property
     def addends(self) -> tuple[Pattern, ...]:
         """Patterns whose counts add up to this one's, one for each branch whose softmaxes LongNet mixes. Default: none, it has no branches.
 

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from longattn.attention.ring_buffer.cursor import Cursor
 from longattn.attention.ring_buffer.rings import Geometry
-from longattn.kernels.interface import FLOATS, dtype_name
+from longattn.attention.saved_fields import (
+    MOST_BYTES,
+    check_dtype,
+    check_fields,
+    check_format,
+    check_integer,
+    check_tensor,
+    entries_of,
+    items_of,
+    shown,
+)
 
 FORMAT = 1
 """Of the dictionary; a later one may read earlier ones."""
 
-MOST_TOKENS = 1 << 48
-"""Positions and other counts of tokens end here: no stream is so long."""
-
-MOST_BYTES = 1 << 40
-"""Of the rings that a saved state may ask for."""
-
-_DTYPES = {dtype_name(dtype): dtype for dtype in FLOATS}
 _LINE = 64
 
 
@@ -78,18 +79,14 @@ def check_saved(saved: object) -> SavedState:
     Raises:
         ValueError: a field is missing, unknown, of another type, out of range, or a tensor of another shape, dtype or device.
     """
-    entries = _entries(saved) or {}
-    if type(entries.get("format")) is not int or entries["format"] != FORMAT:
-        raise ValueError(f"saved must be a dictionary of format {FORMAT} from state_dict(), got {_shown(saved)}")
-    values = _check_fields("saved", saved, ("format", "geometry", "batch_size", "dtype", "clocks", "rings"))
+    check_format(saved, FORMAT)
+    values = check_fields("saved", saved, ("format", "geometry", "batch_size", "dtype", "clocks", "rings"))
     geometry = _geometry(values["geometry"])
-    batch_size = _integer("saved.batch_size", values["batch_size"])
-    dtype = _DTYPES.get(values["dtype"]) if isinstance(values["dtype"], str) else None
-    if dtype is None:
-        raise ValueError(f"saved.dtype must be one of {', '.join(_DTYPES)}, got {_shown(values['dtype'])}")
+    batch_size = check_integer("saved.batch_size", values["batch_size"])
+    dtype = check_dtype("saved.dtype", values["dtype"])
     size = _nbytes(geometry, batch_size, dtype)
     if size > MOST_BYTES:
-        raise ValueError(f"saved must describe rings of at most {MOST_BYTES} bytes, got {_shown(size)}")
+        raise ValueError(f"saved must describe rings of at most {MOST_BYTES} bytes, got {shown(size)}")
     clocks = _cursors(values["clocks"], geometry, batch_size)
     return SavedState(geometry, batch_size, dtype, clocks, _rings(values["rings"], geometry, batch_size, dtype, clocks))
 
@@ -105,12 +102,12 @@ def saved_geometry(geometry: Geometry) -> dict[str, int]:
 def _geometry(saved: object) -> Geometry:
     names = [field.name for field in fields(Geometry)]
     # Not written where it is head_dim.
-    entries = _entries(saved)
+    entries = entries_of(saved)
     if entries is not None and "head_dim" in entries and "value_head_dim" not in entries:
         saved = entries | {"value_head_dim": entries["head_dim"]}
-    values = _check_fields("saved.geometry", saved, names)
+    values = check_fields("saved.geometry", saved, names)
     minimum = {"sinks": 0, "max_rewind": 0, "bptt_calls": 0}
-    geometry = Geometry(*(_integer(f"saved.geometry.{n}", values[n], minimum.get(n, 1)) for n in names))
+    geometry = Geometry(*(check_integer(f"saved.geometry.{n}", values[n], minimum.get(n, 1)) for n in names))
     if geometry.num_heads % geometry.kv_heads:
         raise ValueError(f"saved.geometry.kv_heads must divide num_heads={geometry.num_heads}, got {geometry.kv_heads}")
     return geometry
@@ -124,36 +121,34 @@ def _nbytes(geometry: Geometry, batch_size: int, dtype: torch.dtype) -> int:
 
 
 def _cursors(saved: object, geometry: Geometry, batch_size: int) -> list[Cursor]:
-    cursors = _items(saved)
+    cursors = items_of(saved)
     if cursors is None or len(cursors) not in (1, batch_size) or not cursors:
-        raise ValueError(f"saved.clocks must list one clock, or one for each of {batch_size} rows, got {_shown(saved)}")
+        raise ValueError(f"saved.clocks must list one clock, or one for each of {batch_size} rows, got {shown(saved)}")
     return [_cursor(f"saved.clocks[{index}]", clock, geometry) for index, clock in enumerate(cursors)]
 
 
 def _cursor(name: str, saved: object, geometry: Geometry) -> Cursor:
     counters = ("position", "restorable", "fed", "fed_restorable")
-    values = _check_fields(name, saved, (*counters, "decoded"))
-    position, restorable, fed, fed_restorable = (_integer(f"{name}.{n}", values[n]) for n in counters)
+    values = check_fields(name, saved, (*counters, "decoded"))
+    position, restorable, fed, fed_restorable = (check_integer(f"{name}.{n}", values[n]) for n in counters)
     oldest = max(geometry.sinks, position - geometry.buffer_size)
     if restorable > oldest:
         raise ValueError(
             f"{name}.restorable must be at most {oldest}, the oldest token in the window at position={position}, got {restorable}"
         )
-    stretches = _items(values["decoded"])
+    stretches = items_of(values["decoded"])
     if stretches is None or len(stretches) > geometry.buffer_size:
         raise ValueError(
-            f"{name}.decoded must list at most buffer_size={geometry.buffer_size} stretches, got {_shown(values['decoded'])}"
+            f"{name}.decoded must list at most buffer_size={geometry.buffer_size} stretches, got {shown(values['decoded'])}"
         )
     decoded: list[list[int]] = []
     for stretch in stretches:
-        pair = _items(stretch)
+        pair = items_of(stretch)
         if pair is None or len(pair) != 2:
-            raise ValueError(f"{name}.decoded must hold pairs [first position, count], got {_shown(stretch)}")
-        decoded.append([_integer(f"{name}.decoded", n) for n in pair])
+            raise ValueError(f"{name}.decoded must hold pairs [first position, count], got {shown(stretch)}")
+        decoded.append([check_integer(f"{name}.decoded", n) for n in pair])
     if any(first + count > next_first for (first, count), (next_first, _) in pairwise([*decoded, [position, 0]])):
-        raise ValueError(
-            f"{name}.decoded must rise and end at position={position} at the latest, got {_shown(decoded)}"
-        )
+        raise ValueError(f"{name}.decoded must rise and end at position={position} at the latest, got {shown(decoded)}")
     total = sum(count for _, count in decoded)
     if total > fed:
         raise ValueError(f"{name}.decoded must count at most fed={fed} tokens, got {total}")
@@ -165,14 +160,14 @@ def _rings(
 ) -> dict[str, Tensor]:
     g, names = geometry, ["kv"]
     # Padding is known only where some call gave it, outputs where something was decoded.
-    stored = _entries(saved) or {}
+    stored = entries_of(saved) or {}
     if "hidden" in stored:
         names.append("hidden")
     if g.max_rewind:
         names += [f"{name}_evicted" for name in names]
     if "outputs" in stored or any(c.fed or c.fed_restorable for c in clocks):
         names.append("outputs")
-    tensors = _check_fields("saved.rings", saved, names)
+    tensors = check_fields("saved.rings", saved, names)
     slots = used_slots(g, clocks)
     heads = {
         "kv": (2, g.kv_heads, max(g.head_dim, g.value_head_dim)),
@@ -183,62 +178,9 @@ def _rings(
         kind = name.removesuffix("_evicted")
         planes, count, width = heads[kind]
         shape = (planes, batch_size, count, slots[name], width)
-        _check_tensor(f"saved.rings.{name}", tensors[name], shape, torch.bool if kind == "hidden" else dtype)
+        check_tensor(f"saved.rings.{name}", tensors[name], shape, torch.bool if kind == "hidden" else dtype)
         if tensors[name].device != tensors["kv"].device:
             raise ValueError(
                 f"saved.rings.{name} must be on the device of kv, {tensors['kv'].device}, got {tensors[name].device}"
             )
     return {name: tensors[name] for name in names}
-
-
-def _check_tensor(name: str, x: object, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if not isinstance(x, Tensor) or x.is_nested or x.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got {_shown(x)}")
-    if x.dtype != dtype:
-        raise ValueError(f"{name} must have dtype {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
-    if tuple(x.shape) != shape:
-        raise ValueError(
-            f"{name} must have shape {shape}, as geometry, batch_size and clocks say, got {tuple(x.shape)}"
-        )
-
-
-def _items(value: object) -> list[Any] | None:
-    """The items of a list or a tuple; None of anything else."""
-    return list(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else None
-
-
-def _entries(value: object) -> dict[str, Any] | None:
-    """A dictionary; None for anything else."""
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
-
-
-def _check_fields(name: str, saved: object, names: Sequence[str]) -> dict[str, Any]:
-    """A dictionary with exactly these keys."""
-    values = _entries(saved)
-    if values is None:
-        raise ValueError(f"{name} must be a dictionary with {', '.join(names)}, got {_shown(saved)}")
-    missing = [key for key in names if key not in values]
-    if missing:
-        raise ValueError(f"{name} must hold {', '.join(names)}, got none of {', '.join(missing)}")
-    for key in values:
-        if key not in names:
-            raise ValueError(f"{name} must hold {', '.join(names)} and nothing else, got {_shown(key)}")
-    return values
-
-
-def _integer(name: str, value: object, minimum: int = 0) -> int:
-    if type(value) is not int or not minimum <= value <= MOST_TOKENS:
-        raise ValueError(f"{name} must be an integer from {minimum} to {MOST_TOKENS}, got {_shown(value)}")
-    return value
-
-
-def _shown(value: object) -> str:
-    """A few words for any value: what a file holds may be of any length."""
-    if isinstance(value, int) and abs(value) >= 1 << 64:
-        return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, str):
-        return repr(value[:40])
-    items = _items(value)
-    if items is not None:
-        return f"{type(value).__name__} of {len(items)}"
-    return repr(value) if value is None or isinstance(value, (bool, int, float)) else type(value).__name__

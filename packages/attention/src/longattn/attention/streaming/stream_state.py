@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -13,11 +13,8 @@ from longattn.attention.streaming.expiry import Positions
 from longattn.attention.streaming.held_keys import HeldKeys, KeyPlacement
 from longattn.attention.streaming.page_pool import PagePool
 from longattn.attention.streaming.page_table import PageTable
-from longattn.attention.streaming.slot_buffer import LARGEST
+from longattn.attention.streaming.serialization import from_dict, to_dict
 from longattn.attention.validate import integers, load_checked
-from longattn.kernels.interface import FLOATS, dtype_name
-
-FORMAT = 1
 
 
 class StreamingState:
@@ -170,29 +167,7 @@ class StreamingState:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors, numbers and lists: what torch.load takes with weights_only=True."""
-        self.pool.move(self.device)
-        used = max(table.used for table in self.tables)
-        slots = self._slots_to(used)
-        return {
-            "format": FORMAT,
-            "widths": list(self.widths),
-            "kv_heads": self.kv_heads,
-            "batch_size": self.batch_size,
-            "max_rewind": self.max_rewind,
-            "dtype": dtype_name(self.dtype),
-            "tables": [
-                {
-                    "position": table.position,
-                    "restorable": table.restorable,
-                    "slots": torch.tensor(table.slots[:, :used]),
-                    "last": torch.tensor(table.last[:, :used]),
-                }
-                for table in self.tables
-            ],
-            "storage": self.storage,
-            "keys": {name: part.flatten(0, 1)[slots] for name, part in self.pool.keys.parts.items()},
-            "values": {name: part.flatten(0, 1)[slots] for name, part in self.pool.values.parts.items()},
-        }
+        return to_dict(self)
 
     def save(self, file: str | IO[bytes]) -> None:
         """Write the state to a file."""
@@ -208,54 +183,9 @@ class StreamingState:
         """The state that `state_dict` described, in memory of its own.
 
         Raises:
-            ValueError: a field is missing, or does not fit the others.
+            ValueError: a field is missing, unknown, of another type, out of range, or a tensor of another shape, dtype or device.
         """
-        names = {
-            "format",
-            "widths",
-            "kv_heads",
-            "batch_size",
-            "max_rewind",
-            "dtype",
-            "storage",
-            "tables",
-            "keys",
-            "values",
-        }
-        if not isinstance(saved, dict) or set(saved) != names or saved["format"] != FORMAT:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"saved must be a mapping of format {FORMAT} with {sorted(names)}, got {sorted(saved)}")
-        batch, heads, storage = saved["batch_size"], saved["kv_heads"], saved["storage"]
-        dtypes = {dtype_name(dtype): dtype for dtype in FLOATS}
-        if storage not in (None, *LARGEST) or saved["dtype"] not in dtypes:
-            raise ValueError(
-                f"saved must have a storage among None, {', '.join(LARGEST)} and a dtype among {', '.join(dtypes)}, "
-                f"got {storage!r} and {saved['dtype']!r}"
-            )
-        tables: Any = saved["tables"]
-        if not isinstance(tables, list) or len(tables) not in (1, batch):  # pyright: ignore[reportUnknownArgumentType]
-            raise ValueError(f"saved['tables'] must be a list of 1 or {batch} tables, got another")
-        numbers = saved["keys"]["numbers"]
-        used = numbers.shape[2] if isinstance(numbers, Tensor) and numbers.dim() == 4 else 0
-        widths: Any = tuple(saved["widths"])
-        pool = PagePool(widths, dtypes[saved["dtype"]], numbers.device, storage)
-        state = cls(pool, heads, batch, saved["max_rewind"])
-        listed = cast("list[dict[str, Any]]", tables)
-        state.tables = [_table(entries, heads, used, saved["max_rewind"]) for entries in listed]
-        state._reserve(used)
-        head, slot = (x.reshape(-1) for x in np.indices((heads, used)))
-        every = KeyPlacement(head, slot, slot)
-        state.page_table.write(range(batch), [every])
-        slots = state._slots_to(used)
-        for name, buffer in (("keys", pool.keys), ("values", pool.values)):
-            for part, target in buffer.parts.items():
-                shape, given = (batch, heads, used, target.shape[2]), saved[name].get(part)
-                if not isinstance(given, Tensor) or given.shape != shape or given.dtype != target.dtype:
-                    raise ValueError(
-                        f"saved[{name!r}][{part!r}] must be a {dtype_name(target.dtype)} tensor {shape}, got another"
-                    )
-                target.flatten(0, 1)[slots] = given
-        state.trim(None)
-        return state
+        return from_dict(cls, saved)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StreamingState.from_state_dict, (self.state_dict(),)
@@ -300,16 +230,28 @@ class StreamingState:
 
     def read(self, rows: list[int] | None, used: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first slots of rows, (rows, used, kv_heads, head_dim), copied together."""
-        slots = self._slots_to(used, rows)
+        slots = self.slots_to(used, rows)
         keys, values = (x.read(slots).transpose(1, 2) for x in (self.pool.keys, self.pool.values))
         return keys, values
 
-    def _slots_to(self, used: int, rows: list[int] | None = None) -> Tensor:
+    def slots_to(self, used: int, rows: list[int] | None = None) -> Tensor:
         """(rows, kv_heads, used): where the first slots of each head lie. Those of pages that are not there are the pool's first."""
         head, slot = np.indices((self.kv_heads, used))
         numbers = self.rows_of(rows)
         slots = self.page_table.slots(numbers, head.reshape(-1), slot.reshape(-1))
         return torch.as_tensor(slots.reshape(len(numbers), *head.shape).clip(0), device=self.device)
+
+    @torch.no_grad()
+    def fill_slots(self, used: int, keys: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        """Put what was saved, (batch, kv_heads, used, width), into the first slots of a new state, whose tables say which are in use."""
+        self._reserve(used)
+        head, slot = (x.reshape(-1) for x in np.indices((self.kv_heads, used)))
+        self.page_table.write(range(self.batch_size), [KeyPlacement(head, slot, slot)])
+        slots = self.slots_to(used)
+        for buffer, saved in ((self.pool.keys, keys), (self.pool.values, values)):
+            for name, part in buffer.parts.items():
+                part.flatten(0, 1)[slots] = saved[name]
+        self.trim(None)
 
     def _reserve(self, slots: int) -> None:
         """Room in the tables for so many slots of each head at least."""
@@ -324,16 +266,3 @@ class StreamingState:
         if not 0 <= row < self.batch_size:
             raise ValueError(f"row must be from 0 to {self.batch_size - 1}, a row of the batch, got {row}")
         return row
-
-
-def _table(entries: dict[str, Any], kv_heads: int, used: int, max_rewind: int) -> HeldKeys:
-    """The table that `state_dict` described."""
-    table = HeldKeys(kv_heads, used, max_rewind)
-    table.position, table.restorable = entries["position"], entries["restorable"]
-    for name in ("slots", "last"):
-        if entries[name].shape != (kv_heads, used):
-            raise ValueError(f"saved['tables'] must have {name} {(kv_heads, used)}, got {tuple(entries[name].shape)}")
-    table.slots, table.last = entries["slots"].numpy().copy(), entries["last"].numpy().copy()
-    if (table.slots >= table.position).any():
-        raise ValueError(f"saved['tables'] must hold positions below {table.position}, got {int(table.slots.max())}")
-    return table

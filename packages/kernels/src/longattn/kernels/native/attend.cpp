@@ -1,7 +1,6 @@
 // Attention on CPUs, called through ctypes: no torch and no Python in here, and no memory but what the caller brings.
 #include "backward.h"
 #include "narrow.h"
-#include "paged.h"
 #include "shards.h"
 
 // Tasks of one call in one row of numbers: job by job, then batch element, head, tile, part of the tile's query rows.
@@ -100,7 +99,7 @@ static int64_t of_numbers(const Call& call, Visit visit) {
 extern "C" {
 
 int64_t longattn_sizes(int64_t which) {
-    const int64_t sizes[] = {sizeof(Call), sizeof(Job), sizeof(RowSet), sizeof(Cache), sizeof(Apart), RANGE, sizeof(Shard), sizeof(Paged)};
+    const int64_t sizes[] = {sizeof(Call), sizeof(Job), sizeof(RowSet), sizeof(Shard)};
     return sizes[which];
 }
 
@@ -135,19 +134,4 @@ void longattn_attend_shards(const Call* calls, const int64_t* flags, const Shard
     attend_shards(calls, flags, shards, count,
                   [](const Call* call, bool few) { few ? longattn_attend_short(call) : longattn_attend(call); });
 }
-
-// Floats of scratch for the decode step.
-int64_t longattn_decode_scratch(const Cache* cache, int64_t group, int64_t keys, int64_t first) {
-    return scratch_of(Step{nullptr, nullptr, group, keys, 0, 0, {nullptr, first}, nullptr}, *cache);
-}
-
-// q (rows, group, dim) and out (rows, group, value_dim), of the cache's type. `apart` may be null.
-void longattn_decode(const Cache* cache, const char* q, char* out, int64_t group, int64_t keys, double scale, int64_t threads,
-                     float* scratch, const Apart* apart) {
-    decode(*cache, Step{q, out, group, keys, scale, threads, apart ? *apart : Apart{}, scratch});
-}
-
-// Floats of scratch for a step over pages, and the step.
-int64_t longattn_paged_scratch(const Paged* paged) { return scratch_of(*paged); }
-void longattn_decode_paged(const Paged* paged) { decode_pages_of(*paged); }
 }

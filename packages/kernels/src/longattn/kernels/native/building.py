@@ -1,9 +1,9 @@
-"""Compiles the native row's source with the machine's compiler, once, and loads it.
+"""Compiles the native row's source with the machine's compiler, once, and loads it, in `PARTS`: what few calls need waits for one of them.
 
 1. `target` says without compiling which library is wanted and, where that is known already, why there can be none: switched off, an
    unknown machine, no compiler, a cache folder that cannot be written or is not ours alone.
 2. `library` loads the one that came with the package (a platform wheel has one for each level, in `prebuilt`), or one from the cache folder,
-   or compiles it there first. It is asked for by the first call that the row serves. What
+   or compiles it there first. It is asked for by the first call that needs the part. What
    fails then is remembered as one more reason.
 3. A compile writes a file of its own and renames it: of two processes that build at once, neither sees half a file.
 
@@ -35,6 +35,7 @@ from longattn.patterncache.progress import progress
 __all__ = [
     "COMPILERS",
     "FLAGS",
+    "PARTS",
     "NativeBuildError",
     "Target",
     "build_native",
@@ -49,19 +50,29 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno",
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Libraries of a platform wheel; a pure one has no such folder."""
 
-_ENTRIES = (
-    "sizes",
-    "scratch",
-    "attend",
-    "attend_backward",
-    "short_scratch",
-    "attend_short",
-    "attend_shards",
-    "decode_scratch",
-    "decode",
-    "paged_scratch",
-    "decode_paged",
-)
+
+@dataclass(frozen=True)
+class Part:
+    """A library of its own.
+
+    Attributes:
+        source: its file. subject: what it holds, in messages. entries: its functions.
+    """
+
+    source: str
+    subject: str
+    entries: tuple[str, ...]
+
+
+_PAGED = ("sizes", "paged_scratch", "decode_paged")
+_ROW = ("sizes", "scratch", "attend", "attend_backward", "short_scratch", "attend_short", "attend_shards")
+
+PARTS = {
+    "native": Part("attend.cpp", "the native row", _ROW),
+    "decode": Part("decode.cpp", "the native decode steps", (*_PAGED, "decode_scratch", "decode")),
+    "quantized": Part("quantized.cpp", "the native decode steps over 8 bits", _PAGED),
+}
+"""{how a library's name begins: what it is}. Each takes about 10 s to compile."""
 
 logger = logging.getLogger("longattn.kernels")
 _guard = Lock()
@@ -72,11 +83,12 @@ class Target:
     """The library that a value of LONGATTN_NATIVE asks for.
 
     Attributes:
-        level: one of `CHOICES`. compiler, flags: how it is made. folder, stem: where it is kept, and how its name begins.
+        part: one of `PARTS`. level: one of `CHOICES`. compiler, flags: how it is made. folder, stem: where it is kept, and how its name begins.
         refusal: why it cannot be had, or None.
         prebuilt: the library that came with the package, or None. path: its file, once it is there. loaded: the library, once it is.
     """
 
+    part: str
     level: str
     compiler: Compiler | None
     flags: tuple[str, ...]
@@ -88,46 +100,53 @@ class Target:
     loaded: ctypes.CDLL | None = None
 
 
-def build_native() -> Path:
+def build_native(part: str = "native") -> Path:
     """Compile the native row now rather than in the first call that it serves, and load it.
+
+    Args:
+        part: "native", the row; "decode", decode steps; "quantized", decode steps over pages of 8 bits. `python -m longattn.kernels build`
+            makes all three.
 
     Returns:
         The library's file in the cache folder.
 
     Raises:
         NativeBuildError: there is no library to be had; the message is the reason that the row gives.
+        ValueError: an unknown part.
     """
-    library()
-    path = current().path
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    library(part)
+    path = current(part).path
     assert path is not None
     return path
 
 
-def current() -> Target:
+def current(part: str = "native") -> Target:
     """The target that LONGATTN_NATIVE names now."""
-    return target(NATIVE.value())
+    return target(NATIVE.value(), part)
 
 
-def refusal() -> str | None:
+def refusal(part: str = "native") -> str | None:
     """Why there is no native library, as far as is known without compiling; None where there is one or a compiler to make it with."""
-    return current().refusal
+    return current(part).refusal
 
 
-def library() -> ctypes.CDLL:
+def library(part: str = "native") -> ctypes.CDLL:
     """The loaded library of the current target, compiled first where the cache folder does not have it.
 
     Raises:
         NativeBuildError: it cannot be had, with the compiler's last line.
     """
-    handle = loaded()
+    handle = loaded(part)
     if handle is None:
-        raise NativeBuildError(current().refusal)
+        raise NativeBuildError(current(part).refusal)
     return handle
 
 
-def loaded() -> ctypes.CDLL | None:
+def loaded(part: str = "native") -> ctypes.CDLL | None:
     """The loaded library of the current target, or None where it cannot be had; `current().refusal` then says why."""
-    binary = current()
+    binary = current(part)
     if binary.loaded is None and binary.refusal is None:
         with _guard:
             _load(binary)
@@ -139,7 +158,7 @@ def _load(binary: Target) -> None:
         return
     try:
         binary.path = file_of(binary) or compile_for(binary)
-        binary.loaded = _opened(binary.path)
+        binary.loaded = _opened(binary.path, PARTS[binary.part].entries)
     except NativeBuildError as problem:
         binary.refusal = str(problem)
     except OSError as problem:
@@ -151,7 +170,7 @@ def file_of(binary: Target) -> Path | None:
     return binary.prebuilt or cachefolder.find(binary.folder, binary.stem)
 
 
-def _opened(path: Path) -> ctypes.CDLL:
+def _opened(path: Path, entries: tuple[str, ...]) -> ctypes.CDLL:
     """The loaded library, checked to have every function that is called in it. A file without one of them is moved aside."""
     try:
         handle = ctypes.CDLL(str(path))
@@ -159,7 +178,7 @@ def _opened(path: Path) -> ctypes.CDLL:
         if path.parent != PREBUILT:
             cachefolder.set_aside(path, "cannot be loaded")
         raise NativeBuildError(f"the library {path} cannot be loaded: {problem}") from problem
-    missing = [name for entry in _ENTRIES if not hasattr(handle, name := f"longattn_{entry}")]
+    missing = [name for entry in entries if not hasattr(handle, name := f"longattn_{entry}")]
     if missing:
         cachefolder.set_aside(path, f"has no {missing[0]}")
         raise NativeBuildError(f"the library {path} is not ours: it has no {', '.join(missing)}")
@@ -167,16 +186,16 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 
 @lru_cache
-def target(choice: str) -> Target:
+def target(choice: str, part: str = "native") -> Target:
     """What a value of LONGATTN_NATIVE asks for; nothing is compiled or written."""
     here = levels()
     named = choice.strip().lower()
     level = named if named in (*here, PLAIN_TILES) else here[0] if here else "generic"
     flags = (*flags_of(level), *os.environ.get("LONGATTN_NATIVE_FLAGS", "").split())
-    binary = Target(level, None, flags, Path(), f"native-{level}", _not_for_here(named, here))
+    binary = Target(part, level, None, flags, Path(), f"{part}-{level}", _not_for_here(named, here))
     if binary.refusal is None:
         try:
-            binary.prebuilt = _prebuilt(level)
+            binary.prebuilt = _prebuilt(level, part)
             if binary.prebuilt is None:
                 binary.refusal = _look(binary)
             else:
@@ -191,17 +210,17 @@ def flags_of(level: str) -> tuple[str, ...]:
     return (*FLAGS, *cpu.compiler_flags(level))
 
 
-def prebuilt_stem(level: str) -> str:
+def prebuilt_stem(level: str, part: str = "native") -> str:
     """How the name of a level's prebuilt library begins: with a hash of its source and flags, so that no other one serves."""
-    return f"native-{level}-{_hash(flags_of(level), None)}"
+    return f"{part}-{level}-{_hash(flags_of(level), None)}"
 
 
-def _prebuilt(level: str) -> Path | None:
+def _prebuilt(level: str, part: str) -> Path | None:
     """The whole library of a level that came with the package, where the user asks for nothing else."""
     if os.environ.get("CXX", "").strip() or os.environ.get("LONGATTN_NATIVE_FLAGS", "").strip():
         return None
     # It is as much to be trusted as the package's own source, so only damage is looked for.
-    for path in sorted(PREBUILT.glob(f"{prebuilt_stem(level)}.*.so")):
+    for path in sorted(PREBUILT.glob(f"{prebuilt_stem(level, part)}.*.so")):
         if path.name.split(".")[-2] == cachefolder.digest(path):
             return path
         logger.warning("native row: %s is damaged, and not used; install longattn-kernels again", path)
@@ -229,7 +248,7 @@ def _look(binary: Target) -> str | None:
         return folder
     binary.folder = folder
     binary.compiler = None if isinstance(compiler, str) else compiler
-    binary.stem = f"native-{binary.level}-{_hash(binary.flags, binary.compiler)}"
+    binary.stem = f"{binary.part}-{binary.level}-{_hash(binary.flags, binary.compiler)}"
     wrong = cachefolder.refusal_of(folder)
     if wrong is not None or (folder.is_dir() and any(folder.glob(f"{binary.stem}.*.so"))):
         return wrong
@@ -247,9 +266,10 @@ def compile_for(binary: Target) -> Path:
     if compiler is None:
         raise NativeBuildError(str(compiling.find()))
     cachefolder.make(binary.folder)
-    source = files("longattn.kernels.native").joinpath("attend.cpp")
+    part = PARTS[binary.part]
+    source = files("longattn.kernels.native").joinpath(part.source)
     words = " ".join(compiler.words)
-    what = f"compiling the native row ({binary.level}) with {words} into {binary.folder} (once, usually under a minute; python -m longattn.kernels build does so beforehand)"
+    what = f"compiling {part.subject} ({binary.level}) with {words} into {binary.folder} (once, usually under a minute; python -m longattn.kernels build does so beforehand)"
     with (
         progress(what, logger, after=0),
         tempfile.TemporaryDirectory(dir=binary.folder, prefix="building-") as own,

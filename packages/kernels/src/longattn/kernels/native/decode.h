@@ -9,6 +9,38 @@ constexpr int64_t WORTH = 1 << 18;                 // bytes for which it pays to
 // How many ranges keys are cut into. It depends on the number of keys alone, so that the bits of a result depend on nothing else.
 static INLINE int64_t ranges_of(int64_t keys) { return least(MOST_RANGES, most(1, (keys + RANGE - 1) / RANGE)); }
 
+// Query rows that share keys: `group` of them in each of `rows`, in blocks of MOST_FEW. A block's keys are cut into ranges.
+struct Blocks {
+    int64_t rows, group, ranges, value_dim;
+
+    int64_t of_row() const { return (group + MOST_FEW - 1) / MOST_FEW; }
+    int64_t count() const { return rows * of_row(); }
+    // Floats between the parts of one block and the next, and of all of them; 0 where they need not be kept.
+    int64_t floats() const { return ranges * MOST_FEW * (round_up(value_dim, STEP) + 2); }
+    int64_t scratch() const { return ranges > 1 ? count() * floats() : 0; }
+
+    // range(row, block, i, part) leaves the part of range i, and finish(row, block, parts) merges a block's. `bytes` are read by all.
+    template <class Range, class Finish>
+    void run(int64_t threads, int64_t bytes, float* scratch, Range range, Finish finish) const {
+        const int64_t many = of_row();
+        threads = least(threads, 1 + bytes / WORTH);
+        if (ranges == 1) {
+            Pool::of_process().run(threads, count(), [&](int64_t, int64_t i) {
+                alignas(64) float part[MOST_FEW * (MOST_WIDE + 2)];
+                range(i / many, i % many, 0, part);
+                finish(i / many, i % many, part);
+            });
+            return;
+        }
+        // Where a block's parts lie one after the other: a part is as long as its block has rows.
+        Pool::of_process().run(threads, count() * ranges, [&](int64_t, int64_t task) {
+            const int64_t i = task / ranges, tall = least(MOST_FEW, group - i % many * MOST_FEW);
+            range(i / many, i % many, task % ranges, scratch + i * floats() + task % ranges * tall * (round_up(value_dim, STEP) + 2));
+        });
+        for (int64_t i = 0; i < count(); i++) finish(i / many, i % many, scratch + i * floats());
+    }
+};
+
 // Keys and values of a cache as Python checked them: (rows, slots, dim) and (rows, slots, value_dim), where `head` of both is unused.
 struct Cache {
     Tensor k, v;
@@ -36,15 +68,13 @@ struct Step {
     Apart apart;
     float* scratch;
 
-    int64_t blocks() const { return (group + MOST_FEW - 1) / MOST_FEW; }
-    int64_t ranges() const { return ranges_of(keys - apart.first) + (apart.first > 0); }
-    // Floats between the parts of one block and the next.
-    int64_t floats(int64_t value_dim) const { return ranges() * MOST_FEW * (round_up(value_dim, STEP) + 2); }
+    // The first keys are a range of their own where they have queries of their own.
+    Blocks blocks(const Cache& cache) const {
+        return {cache.rows, group, ranges_of(keys - apart.first) + (apart.first > 0), cache.value_dim};
+    }
 };
 
-static int64_t scratch_of(const Step& step, const Cache& cache) {
-    return step.ranges() > 1 ? cache.rows * step.blocks() * step.floats(cache.value_dim) : 0;
-}
+static int64_t scratch_of(const Step& step, const Cache& cache) { return step.blocks(cache).scratch(); }
 
 template <class Stored>
 class Decode {
@@ -52,6 +82,7 @@ class Decode {
     const Step& step;
     const Apart& apart;
     const ScoreTerms terms;
+    const Blocks blocks;
     const int64_t size = Stored::BYTES / STEP;
 
     // Some query rows of a row of the cache.
@@ -68,14 +99,14 @@ class Decode {
         all.k_step = cache.k.row * size, all.v_step = cache.v.row * size;
         all.hidden = apart.hidden ? apart.hidden + row * apart.hidden_row : nullptr;
         all.hidden_step = apart.hidden_step;
-        all.terms = terms.any() || apart.added ? &terms : nullptr;
+        all.terms = terms.any() ? &terms : nullptr;
         all.added = apart.added ? apart.added + (row * step.group + g) * apart.added_row : nullptr, all.added_row = apart.added_row;
     }
 
-    // Range i of a block, at `part`. The first keys are a range of their own where they have queries of their own.
+    // Range i of a block, at `part`.
     void range(int64_t row, int64_t block, int64_t i, float* part) const {
         Shared all;
-        const int64_t own = apart.first > 0, many = step.ranges() - own, j = i - own, n = step.keys - apart.first;
+        const int64_t own = apart.first > 0, many = blocks.ranges - own, j = i - own, n = step.keys - apart.first;
         share(row, block, j < 0, all);
         FewQueries<Stored> few(all);
         if (j < 0) few.run(0, apart.first, part);
@@ -88,32 +119,20 @@ class Decode {
         float numbers[MOST_WIDE];
         for (int64_t r = 0; r < all.rows; r++) {
             const int64_t at = row * step.group + block * MOST_FEW + r;
-            merge_parts<Stored>(all, r, parts, step.ranges(), apart.sinks ? float(apart.sinks[at] * LOG2_E) : NONE, numbers);
+            merge_parts<Stored>(all, r, parts, blocks.ranges, apart.sinks ? float(apart.sinks[at] * LOG2_E) : NONE, numbers);
             store_floats(step.out + at * cache.value_dim * size, numbers, cache.k.type, cache.value_dim);
         }
     }
 
 public:
-    Decode(const Cache& cache, const Step& step) : cache(cache), step(step), apart(step.apart), terms(step.apart.softcap) {}
+    Decode(const Cache& cache, const Step& step)
+        : cache(cache), step(step), apart(step.apart), terms(step.apart.softcap), blocks(step.blocks(cache)) {}
 
     void run() const {
-        const int64_t ranges = step.ranges(), blocks = step.blocks(), each = step.floats(cache.value_dim);
-        const int64_t threads = least(step.threads, 1 + cache.rows * step.keys * (cache.dim + cache.value_dim) * size / WORTH);
-        if (ranges == 1) {
-            Pool::of_process().run(threads, cache.rows * blocks, [&](int64_t, int64_t i) {
-                alignas(64) float part[MOST_FEW * (MOST_WIDE + 2)];
-                range(i / blocks, i % blocks, 0, part);
-                finish(i / blocks, i % blocks, part);
-            });
-            return;
-        }
-        // Where a block's parts lie one after the other: a part is as long as its block has rows.
-        Pool::of_process().run(threads, cache.rows * blocks * ranges, [&](int64_t, int64_t i) {
-            const int64_t block = i / ranges, rows = least(MOST_FEW, step.group - block % blocks * MOST_FEW);
-            float* parts = step.scratch + block * each;
-            range(block / blocks, block % blocks, i % ranges, parts + i % ranges * rows * (round_up(cache.value_dim, STEP) + 2));
-        });
-        for (int64_t i = 0; i < cache.rows * blocks; i++) finish(i / blocks, i % blocks, step.scratch + i * each);
+        blocks.run(
+            step.threads, cache.rows * step.keys * (cache.dim + cache.value_dim) * size, step.scratch,
+            [&](int64_t row, int64_t block, int64_t i, float* part) { range(row, block, i, part); },
+            [&](int64_t row, int64_t block, const float* parts) { finish(row, block, parts); });
     }
 };
 

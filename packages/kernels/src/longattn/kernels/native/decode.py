@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.native import building
-from longattn.kernels.native.structures import SIZES, TYPES, TensorArgument, check_memory
+from longattn.kernels.native.structures import TYPES, TensorArgument, check_memory
 
 MOST_WIDE = 256
 """The largest head_dim that the library streams."""
@@ -129,7 +129,7 @@ class StreamedCache:
         Raises:
             ValueError: a tensor that does not fit the cache.
         """
-        loaded = building.loaded()
+        loaded = building.loaded("decode")
         if loaded is None:
             return None
         if self._library[0] is not loaded:
@@ -223,8 +223,8 @@ class _Apart:
 
 def _entry(loaded: ctypes.CDLL) -> tuple[Any, int]:
     """The library's decode step with the types of its arguments, and how many keys it takes without scratch."""
-    *sizes, one_range = (loaded.longattn_sizes(_int(i)) for i in range(6))
-    expected = (*SIZES, ctypes.sizeof(CacheArgument), ctypes.sizeof(ApartArgument))
+    *sizes, one_range = (loaded.longattn_sizes(_int(i)) for i in range(1, 4))
+    expected = (ctypes.sizeof(CacheArgument), ctypes.sizeof(ApartArgument))
     if (*sizes,) != expected:
         raise RuntimeError(f"the native library's structures must have sizes {expected}, got {(*sizes,)}")
     loaded.longattn_decode_scratch.restype = _int

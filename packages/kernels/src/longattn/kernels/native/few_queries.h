@@ -18,13 +18,11 @@ template <class Stored>
 constexpr bool eight_bits() { return Stored::BYTES == STEP; }
 
 // Slots of pages in place of rows of k: entry i is slot pages[i >> shift] << shift | the last `shift` bits of i, with a scale of its key and of its
-// value where they have one, and with what is added to its scores: -inf hides it from a query.
+// value where they are stored in 8 bits. An entry to whose scores -inf is added for all queries is not read.
 struct Listed {
     const int32_t* pages;
     int64_t shift;
     const float *k_scale, *v_scale;
-    const float* added;
-    int64_t added_query;
 };
 
 // Query rows and the keys that they share. Key i is at k + i * k_step, in bytes; row r sees the keys begin[r] <= i < end[r].
@@ -40,7 +38,7 @@ struct Shared {
     const ScoreTerms* terms = nullptr;            // of scores; null: none
     int64_t head[MOST_FEW] = {}, position[MOST_FEW] = {};  // of row r, for terms that ask for them
     int64_t origin, apart;                        // key i is at position origin + i * apart
-    const float* added = nullptr;                 // (rows, added_row): what is added for row r and key i after that; null: nothing
+    const float* added = nullptr;                 // (rows, added_row): what is added for row r and key i after that, -inf hides; null: nothing
     int64_t added_row;
     int64_t asked = FLOAT32;  // the type of q over keys of 8 bits; over others q has theirs
     const Listed* listed = nullptr;  // keys are its entries, and nothing is in `hidden`; null: rows of k
@@ -93,10 +91,11 @@ public:
             if (!n) continue;
             ahead = rows_ahead(first, last);
             by_rows([&](auto R, int64_t r) { score<R()>(r); });
+            if constexpr (eight_bits<Stored>()) multiply_scores(all.listed->k_scale);
             apply_terms();
-            if (all.listed) add_listed();
+            add();
             for (int64_t r = 0; r < all.rows; r++) softmax(r);
-            if (all.listed && all.listed->v_scale) scale_weights();
+            if constexpr (eight_bits<Stored>()) multiply_scores(all.listed->v_scale);  // which are weights by now, and their sum is known
             by_rows([&](auto R, int64_t r) { add_values<R()>(r); });
         }
     }
@@ -111,6 +110,7 @@ private:
             if (!n) continue;
             tiles.scores(all.k, all.k_step, at, n, all.unit, scores);
             apply_terms();
+            add();
             for (int64_t r = 0; r < all.rows; r++) softmax(r);
             tiles.add_values(all.v, all.v_step, at, n, scores, factor);
         }
@@ -147,31 +147,20 @@ private:
             for (int64_t j = 0; j < round_up(n, VL); j++) to[j] = from[index[j]] * unit;
     }
 
-    // Scores of the tile's keys get their scale, and what is added to them.
-    void add_listed() {
-        const Listed& listed = *all.listed;
-        alignas(64) float scale[FEW_KEYS], plus[FEW_KEYS];
-        const int64_t padded = round_up(n, VL);
-        if constexpr (eight_bits<Stored>())
-            gather(listed.k_scale, at, Stored::UNIT, scale);
-        for (int64_t r = 0; r < all.rows; r++) {
-            float* row = scores + r * FEW_KEYS;
-            gather(listed.added + r * listed.added_query, entry, float(LOG2_E), plus);
-            for (int64_t j = 0; j < padded; j += VL) {
-                Floats s = load(row + j);
-                if constexpr (eight_bits<Stored>()) s = s * load(scale + j);
-                store(row + j, s + load(plus + j));
-            }
-        }
+    // Scores of the tile's keys, or weights, by a number for each key.
+    void multiply_scores(const float* scales) {
+        alignas(64) float scale[FEW_KEYS];
+        gather(scales, at, Stored::UNIT, scale);
+        for (int64_t r = 0; r < all.rows; r++)
+            for (int64_t j = 0; j < n; j += VL) store(scores + r * FEW_KEYS + j, load(scores + r * FEW_KEYS + j) * load(scale + j));
     }
 
-    // Weights, whose sum is known, get the scale of the values.
-    void scale_weights() {
-        if constexpr (eight_bits<Stored>()) {
-            alignas(64) float scale[FEW_KEYS];
-            gather(all.listed->v_scale, at, Stored::UNIT, scale);
-            for (int64_t r = 0; r < all.rows; r++)
-                for (int64_t j = 0; j < n; j += VL) store(scores + r * FEW_KEYS + j, load(scores + r * FEW_KEYS + j) * load(scale + j));
+    // What is added to scores of the tile's keys.
+    void add() {
+        alignas(64) float plus[FEW_KEYS];
+        for (int64_t r = 0; all.added && r < all.rows; r++) {
+            gather(all.added + r * all.added_row, all.listed ? entry : at, float(LOG2_E), plus);
+            for (int64_t j = 0; j < n; j += VL) store(scores + r * FEW_KEYS + j, load(scores + r * FEW_KEYS + j) + load(plus + j));
         }
     }
 
@@ -221,9 +210,9 @@ private:
             for (n = 0; i < last && n < FEW_KEYS;) {
                 const int64_t many = least(FEW_KEYS - n, last - i);
                 float top[FEW_KEYS];
-                memcpy(top, listed.added + i, many * 4);
+                memcpy(top, all.added + i, many * 4);
                 for (int64_t r = 1; r < all.rows; r++) {
-                    const float* added = listed.added + r * listed.added_query + i;
+                    const float* added = all.added + r * all.added_row + i;
                     for (int64_t j = 0; j < many; j++) top[j] = top[j] > added[j] ? top[j] : added[j];
                 }
                 for (int64_t j = 0; j < many; j++, i++) {
@@ -243,6 +232,7 @@ private:
                 at[n] = i;
                 n += !all.hidden[i * all.hidden_step];
             }
+        if (!all.listed) in_line = n && at[n - 1] - at[0] == n - 1;
         // The list is filled up with its last key.
         for (int64_t j = n; n && j < round_up(n, VL); j++) at[j] = at[n - 1];
         return i;
@@ -300,11 +290,8 @@ private:
                 places.after[j] = int32_t(least(places.positions[j] - places.first, NEAR));
             }
         }
-        for (int64_t r = 0; r < all.rows; r++) {
-            float* row = scores + r * FEW_KEYS;
-            if (all.terms->any()) all.terms->apply_to_row(places, padded, all.head[r], all.position[r], row);
-            for (int64_t j = 0; all.added && j < n; j++) row[j] += all.added[r * all.added_row + at[j]] * float(LOG2_E);
-        }
+        for (int64_t r = 0; r < all.rows; r++)
+            all.terms->apply_to_row(places, padded, all.head[r], all.position[r], scores + r * FEW_KEYS);
     }
 
     // One row: the running max moves, scores become weights, and what stood before is to be scaled by `factor`.

@@ -42,7 +42,7 @@ class PagedArgument(ctypes.Structure):
 def refusals(cache: PagedCache, q: Tensor) -> list[str]:
     """Why the library does not take steps over such a cache; empty where it does."""
     reasons: list[str] = []
-    if (refused := building.refusal()) is not None:
+    if (refused := building.refusal(_part(cache))) is not None:
         reasons.append(refused)
     if cache.keys.device.type != "cpu":
         reasons.append(f"device {cache.keys.device.type} is not cpu")
@@ -53,14 +53,19 @@ def refusals(cache: PagedCache, q: Tensor) -> list[str]:
     return reasons
 
 
+def _part(cache: PagedCache) -> str:
+    """The part of the library that reads such pages."""
+    return "decode" if cache.keys.dtype in TYPES else "quantized"
+
+
 def attend_pages(
     q: Tensor, cache: PagedCache, pages: Tensor, held: int, scale: float, added: Tensor, out: Tensor, lse: Tensor
 ) -> bool:
     """Fill out and lse, as `paged_attention` says, from arguments that it checked; False where there is no library."""
-    loaded = building.loaded()
+    loaded = building.loaded(_part(cache))
     if loaded is None:
         return False
-    size = int(loaded.longattn_sizes(_int(7)))
+    size = int(loaded.longattn_sizes(_int(0)))
     if size != ctypes.sizeof(PagedArgument):
         raise RuntimeError(f"the native library's Paged must have size {ctypes.sizeof(PagedArgument)}, got {size}")
     loaded.longattn_paged_scratch.restype, loaded.longattn_paged_scratch.argtypes = _int, (_pointer,)

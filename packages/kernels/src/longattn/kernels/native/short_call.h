@@ -22,15 +22,15 @@ class ShortCall {
         const int64_t group = call.heads / call.kv_heads;
         return job.head_step == 1 && job.head % group == 0 && job.heads % group == 0 ? group : 1;
     }
-    int64_t pieces(const Job& job) const { return (job.queries.count * group(job) + MOST_FEW - 1) / MOST_FEW; }
-    int64_t blocks(const Job& job) const { return call.batch * (job.heads / group(job)) * job.tiles * pieces(job); }
-    static int64_t ranges(const Job& job) { return ranges_of(job.keys->count); }
-    int64_t part() const { return MOST_FEW * (round_up(call.value_dim, STEP) + 2); }
+    Blocks blocks(const Job& job) const {
+        const int64_t many = group(job);
+        return {call.batch * (job.heads / many) * job.tiles, job.queries.count * many, ranges_of(job.keys->count), call.value_dim};
+    }
 
-    Block block(const Job& job, int64_t i) const {
-        const int64_t many = pieces(job), units = job.heads / group(job);
-        const int64_t piece = i % many, t = i / many % job.tiles, unit = i / many / job.tiles % units;
-        return {job, i / many / job.tiles / units, job.head + unit * group(job) * job.head_step, t, piece * MOST_FEW};
+    // Block `piece` of row i of `blocks`.
+    Block block(const Job& job, int64_t i, int64_t piece) const {
+        const int64_t units = job.heads / group(job), unit = i / job.tiles % units;
+        return {job, i / job.tiles / units, job.head + unit * group(job) * job.head_step, i % job.tiles, piece * MOST_FEW};
     }
 
     static int64_t floor_of(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
@@ -67,7 +67,7 @@ class ShortCall {
         share(at, all);
         int64_t first = all.begin[0], last = all.end[0];
         for (int64_t r = 1; r < all.rows; r++) first = least(first, all.begin[r]), last = most(last, all.end[r]);
-        const int64_t n = most(0, last - first), many = ranges(at.job);
+        const int64_t n = most(0, last - first), many = blocks(at.job).ranges;
         FewQueries<Stored>(all).run(first + n * i / many, first + n * (i + 1) / many, part);
     }
 
@@ -77,7 +77,7 @@ class ShortCall {
         float numbers[MOST_WIDE];
         for (int64_t r = 0; r < all.rows; r++) {
             int64_t head, n = row(at, r, head);
-            const float lse = merge_parts<Stored>(all, r, parts, ranges(at.job), NONE, numbers);
+            const float lse = merge_parts<Stored>(all, r, parts, blocks(at.job).ranges, NONE, numbers);
             store_floats(call.out.at(at.b, n, head), numbers, call.out.type, call.value_dim);
             *(float*)call.lse.at(at.b, n, head) = lse;
         }
@@ -87,27 +87,18 @@ public:
     explicit ShortCall(const Call& call) : call(call), terms(call, 1) {}
 
     // Floats for all parts of job j; 0 where they need not be kept.
-    int64_t floats(const Job& job) const { return ranges(job) > 1 ? blocks(job) * ranges(job) * part() : 0; }
+    int64_t floats(const Job& job) const { return blocks(job).scratch(); }
 
     void run() const {
         float* scratch = call.scratch;
         for (int64_t j = 0; j < call.job_count; j++) {
             const Job& job = call.jobs[j];
-            const int64_t many = ranges(job), each = many * part();
-            const int64_t bytes = blocks(job) * job.keys->count * (call.dim + call.value_dim) * size;
-            Pool::of_process().run(least(call.threads, 1 + bytes / WORTH), blocks(job) * many, [&](int64_t, int64_t i) {
-                const Block at = block(job, i / many);
-                alignas(64) float own[MOST_FEW * (MOST_WIDE + 2)];
-                if (many == 1) {
-                    range(at, 0, own), finish(at, own);
-                    return;
-                }
-                Shared all;
-                all.rows = least(MOST_FEW, job.queries.count * group(job) - at.first), all.dim = call.dim, all.value_dim = call.value_dim;
-                range(at, i % many, scratch + i / many * each + i % many * all.floats());
-            });
-            for (int64_t i = 0; many > 1 && i < blocks(job); i++) finish(block(job, i), scratch + i * each);
-            scratch += floats(job);
+            const Blocks all = blocks(job);
+            all.run(
+                call.threads, all.count() * job.keys->count * (call.dim + call.value_dim) * size, scratch,
+                [&](int64_t row, int64_t piece, int64_t i, float* part) { range(block(job, row, piece), i, part); },
+                [&](int64_t row, int64_t piece, const float* parts) { finish(block(job, row, piece), parts); });
+            scratch += all.scratch();
         }
     }
 };

@@ -1,12 +1,14 @@
 """Until when keys are needed: the last query position that sees each key, read from the plan of the rows to come.
 
 A plan is in strides, so the rows to come may be as many as integers allow. They end where no pair crosses a multiple of the pattern's
-period, and where the pattern means nothing any more.
+period, where the pattern means nothing any more, and where a part that must see the key sees it last. What any part may see is needed until
+the last of them has seen it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,6 +21,9 @@ from longattn.patterncache.spans import Rectangle, Rows, Span, check_int
 FOREVER = 1 << 48
 """What stands for the last query of a key that queries see without end."""
 
+_FAR = FOREVER // 2
+"""Queries so far on are the last of the rows that were looked at: the key has no end, only not every row sees it."""
+
 _PAIRS = 1 << 22
 """Pairs that are looked at together where a pattern lists them one by one."""
 
@@ -29,8 +34,8 @@ _ROWS = 1 << 24
 def last_queries(pattern: Pattern, keys: Span, num_heads: int) -> Rows:
     """(num_heads, keys) int64: the last query position, not before the key, that sees each key; -1: none; `FOREVER` or more: no end is known.
 
-    Exact where the pattern plans in strides, or has a period that no pair crosses. A pattern that lists rows one by one, or is cut at borders of
-    segments without end, and has no such period is not followed: its keys are needed for ever.
+    Exact where the pattern, or each pattern that it is made of, plans in strides or has a period that no pair crosses. A pattern that lists rows
+    one by one, or is cut at borders of segments without end, and has no such period is not followed: its keys are needed for ever.
 
     Args:
         keys: neighbouring positions.
@@ -43,8 +48,12 @@ def last_queries(pattern: Pattern, keys: Span, num_heads: int) -> Rows:
     if keys.step != 1:
         raise ValueError(f"keys must be neighbouring positions, a Span of step 1, got {keys}")
     pattern.check_rectangle(Rectangle(num_heads, keys, keys))
+    limit = _limit(pattern, keys, num_heads)
+    if pattern.any_of:
+        last = np.maximum.reduce([last_queries(part, keys, num_heads) for part in pattern.any_of])
+        return last if limit is None else np.minimum(last, limit - 1)
     last = np.full((num_heads, keys.length), -1, np.int64)
-    for part, stop in _parts(pattern, keys, num_heads):
+    for part, stop in _parts(pattern, keys, num_heads, limit):
         columns = last[:, part.start - keys.start : part.start - keys.start + part.length]
         if stop is None:
             columns[:] = FOREVER
@@ -67,20 +76,36 @@ def last_queries(pattern: Pattern, keys: Span, num_heads: int) -> Rows:
     return np.where(last >= keys.positions(), last, -1)
 
 
-def _parts(pattern: Pattern, keys: Span, num_heads: int) -> Iterator[tuple[Span, int | None]]:
-    """(keys, position before which all of their queries stand) in order; None: unknown."""
+def _parts(pattern: Pattern, keys: Span, num_heads: int, limit: int | None) -> Iterator[tuple[Span, int | None]]:
+    """(keys, position before which all of their queries stand) in order; None: unknown. Keys that no query sees are left out."""
     period, closed = pattern.repeats
-    begin, end = keys.start, keys.start + keys.length
-    limit = _limit(pattern, keys, num_heads)
-    while begin < end:
-        stop, until = end, limit
-        if closed and period is not None:
-            border = (begin // period + 1) * period
-            stop, until = min(end, border), border if limit is None else min(border, limit)
-        if pattern.listing and until is not None:
-            stop = min(stop, begin + max(1, _PAIRS // (num_heads * (until - begin))))
-        yield Span(begin, stop - begin), until if until is not None or pattern.listing else FOREVER + 1
-        begin = stop
+    for run, ends in _runs(pattern, keys, num_heads, limit):
+        begin, end = run.start, run.start + run.length
+        while begin < end and (ends is None or begin < ends):
+            stop, until = end, ends
+            if closed and period is not None:
+                border = (begin // period + 1) * period
+                stop, until = min(end, border), border if ends is None else min(border, ends)
+            if pattern.listing and until is not None:
+                stop = min(stop, begin + max(1, _PAIRS // (num_heads * (until - begin))))
+            yield Span(begin, stop - begin), until if until is not None or pattern.listing else FOREVER + 1
+            begin = stop
+
+
+def _runs(pattern: Pattern, keys: Span, num_heads: int, limit: int | None) -> Iterator[tuple[Span, int | None]]:
+    """Neighbouring keys that all have an end, or none, and that end: the limit, or what follows the last query of every part."""
+    if not pattern.all_of or not keys.length:
+        yield keys, limit
+        return
+    latest = np.minimum.reduce([last_queries(part, keys, num_heads) for part in pattern.all_of]).max(axis=0)
+    borders = (np.flatnonzero(np.diff(latest >= _FAR)) + 1).tolist()
+    for first, after in pairwise([0, *borders, keys.length]):
+        last = int(latest[first:after].max())
+        ends = [limit] if limit is not None else []
+        yield (
+            Span(keys.start + first, after - first),
+            min([*ends, *([last + 1] if last < _FAR else [])], default=None),
+        )
 
 
 def _limit(pattern: Pattern, keys: Span, num_heads: int) -> int | None:

@@ -126,6 +126,11 @@ class Union(_Combination, name="union"):
         """Where parts cannot be told apart in strides, or any part lists."""
         return self._terms() is None or any(part.listing for part in self.parts)
 
+    @property
+    def any_of(self) -> Sequence[Pattern]:
+        """The parts."""
+        return self.parts
+
     def _terms(self) -> list[Sequence[Pattern]] | None:
         """The terms of each part, last those of the one without, or with most; None where several have none, or one counts twice."""
         terms = sorted((part.terms for part in self.parts if part.terms), key=len)
@@ -165,6 +170,11 @@ class Intersection(_Combination, name="intersection"):
     holds = any
     join_counts = np.minimum
     join_masks = np.logical_and
+
+    @property
+    def all_of(self) -> Sequence[Pattern]:
+        """The parts."""
+        return self.parts
 
     @property
     def filters(self) -> bool:
@@ -225,6 +235,11 @@ class Sum(_Combination, name="sum"):
     def binary(self) -> bool:
         """False: a key that two parts show counts twice."""
         return False
+
+    @property
+    def any_of(self) -> Sequence[Pattern]:
+        """The parts."""
+        return self.parts
 
     @property
     def addends(self) -> tuple[Pattern, ...]:

@@ -48,6 +48,11 @@ class Restrict(Pattern, name="restrict"):
         return self.a.binary
 
     @property
+    def all_of(self) -> Sequence[Pattern]:
+        """Both parts."""
+        return self.a, self.b
+
+    @property
     def addends(self) -> tuple[Pattern, ...]:
         """Those of a, each where b sees."""
         return tuple(Restrict(part, self.b) for part in self.a.addends)
