@@ -64,19 +64,19 @@ def accuracies(task: str = "recall", length: int = 128, layers: int = 2) -> str:
 
 
 def distances() -> str:
-    """One fact, asked at each distance: accuracy, and what was predicted."""
-    tasks = [f"one fact, {where}" for where in ("inside", "across", "beyond")]
-    by_task = {task: runs(task) for task in tasks}
-    families = [family for _, _, _, family in predicted() if any(family in own for own in by_task.values())]
+    """One fact, asked at each distance, among others and alone: accuracy, and what was predicted."""
+    by_task = {task: runs(task) for task in dict.fromkeys(task for task, *_ in predicted()) if "fact" in task}
+    by_task = {task: own for task, own in by_task.items() if own}
     lines = []
-    for family in dict.fromkeys(families):
+    for family in dict.fromkeys(family for *_, family in predicted()):
         cells = []
-        for task in tasks:
-            own = by_task[task].get(family, [])
-            before = predicted()[task, 128, 2, family]["predicted_accuracy"]
-            cells.append(f"{spread(float(row['accuracy']) for row in own)}, {before}" if own else f"not run, {before}")
-        lines.append((family, *cells))
-    return table(("family", *(task.partition(", ")[2] for task in tasks)), lines)
+        for task, own in by_task.items():
+            before = predicted().get((task, 128, 2, family), {}).get("predicted_accuracy")
+            came = spread(float(row["accuracy"]) for row in own[family]) if family in own else "not run"
+            cells.append(f"{came}, {before}")
+        if any(family in own for own in by_task.values()):
+            lines.append((family, *cells))
+    return table(("family", *by_task), lines)
 
 
 def rates() -> str:
