@@ -48,7 +48,9 @@ def pieces(texts: Documents, tokenizer: Any, length: int, most: int) -> tuple[Te
     """(pieces, length) tokens, with those that begin and end a text, and (pieces,) the document of each; at most so many of a document."""
     tokens, owners = [], []
     for owner, text in enumerate(texts):
-        ids = tokenizer(bytes(text.tolist()).decode(errors="replace"), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(bytes(text.tolist()).decode(errors="replace"), add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         for start in range(0, min(len(ids) // (length - 2), most) * (length - 2), length - 2):
             inner = ids[start : start + length - 2]
             tokens.append(torch.tensor([tokenizer.cls_token_id, *inner, tokenizer.sep_token_id]))
