@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -22,11 +22,15 @@ from longattn.attention.schedules.traffic import ScheduledCall, full_ring_bytes,
 from longattn.patterncache import Dilated, Full
 
 LENGTH, RANKS = 65536, 4
+FIXED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+"""glibc then maps every block of that many bytes or more by itself, and gives it back when it is freed."""
 LISTS = (((2048, 4096, 8192), (1, 2, 4)), ((2048, 8192, 32768), (1, 4, 16)))
 
 
-def ask(world: int, task: str, size: int, module: str = "benchmarks.ring_rank") -> object:
-    """The answer of rank 0 of a world of processes that run `module`.
+def ask(
+    world: int, task: str, size: int, module: str = "benchmarks.ring_rank", environment: Mapping[str, str] | None = None
+) -> object:
+    """The answer of rank 0 of a world of processes that run `module`; environment: more variables of theirs.
 
     Raises:
         RuntimeError: a rank failed; the message ends with what it wrote.
@@ -39,7 +43,7 @@ def ask(world: int, task: str, size: int, module: str = "benchmarks.ring_rank") 
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             )
             for rank in range(world)
         ]
@@ -77,26 +81,38 @@ def bytes_sent() -> Iterator[Figure]:
 
 def timed() -> Iterator[Figure]:
     """Forward and backward at 16K tokens on 2 processes, dense causal, float32, zigzag."""
-    times = ask(2, "time", 16384)
-    assert isinstance(times, dict)
+    answer = ask(2, "time", 16384)
+    assert isinstance(answer, dict)
+    times = answer["taken"]
     ring, setting = times.pop("ring"), "2 ranks, 16384 tokens, full causal, forward+backward, H=2, D=64"
     local = times.pop("local computations")
     beside = f"ring {ring:.0f} ms; local {local:.0f} ms"
     yield Figure("ring, over its local computations", setting, "ratio", ring / local, beside, most=1.15)
     for peer, taken in times.items():
         yield Figure(f"{peer}, over the ring", setting, "ratio", taken / ring, f"{taken:.0f} ms", least=1.0)
+    for peer, reason in answer["refused"].items():
+        yield Figure(f"{peer}, calls that it ran", setting, "calls", 0, f"torch {torch.__version__}: {reason}")
 
 
 def remembered() -> Iterator[Figure]:
-    """Peak memory of a rank beside its own q + k + v."""
+    """Peak memory of a rank beside its own q + k + v, by resident memory.
+
+    glibc's malloc raises the size from which it maps blocks of their own with every such block that is freed: shards then come from its heap, and
+    holes between them stay resident. So what a rank needs is measured where that size stays, and what malloc keeps beside it is a row without
+    a promise.
+    """
     for world in (1, 2, 4):
-        growth = ask(world, "memory", 16384)
-        assert isinstance(growth, float)
-        yield Figure("peak memory of a rank over its q+k+v", f"{world} ranks, 16384 tokens, full causal, forward+backward, H=8, D=64", "ratio", growth)  # fmt: skip
+        setting = f"{world} ranks, 16384 tokens, full causal, forward+backward, H=8, D=64"
+        growth, fixed = (ask(world, "memory", 16384, environment=variables) for variables in ({}, FIXED_MALLOC))
+        assert isinstance(growth, float) and isinstance(fixed, float)
+        yield Figure("peak memory of a rank over its q+k+v", setting, "ratio", growth)
         if world > 1:
             # In units of q: q, k, v and out; dq, dk and dv; two shards in flight, each of k, v, dk and dv.
-            needed = 4 + 3 + 2 * 4
-            yield Figure("peak memory of a rank over what it needs", f"{world} ranks, 16384 tokens, full causal, forward+backward, H=8, D=64", "ratio", (3 + 3 * growth) / needed, "needed: q, k, v, out, gradients and two shards in flight with theirs", most=1.25)  # fmt: skip
+            share, share_fixed = ((3 + 3 * grown) / (4 + 3 + 2 * 4) for grown in (growth, fixed))
+            beside = "needed: q, k, v, out, gradients and two shards in flight with theirs"
+            name = "peak memory of a rank over what it needs"
+            yield Figure(name, f"{setting}; malloc by itself", "ratio", share, f"{beside}; freed blocks that malloc keeps are in it")  # fmt: skip
+            yield Figure(name, f"{setting}; {' '.join('='.join(pair) for pair in FIXED_MALLOC.items())}", "ratio", share_fixed, beside, most=1.25)  # fmt: skip
 
 
 def announced() -> Iterator[Figure]:

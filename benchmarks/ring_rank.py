@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
 
 from benchmarks.memory import ResidentPeak
 from longattn.attention import Ring, pattern_attention, shard_sequence
@@ -96,9 +98,31 @@ def contenders(pattern: Pattern, length: int) -> dict[str, Callable[[], object]]
     return calls
 
 
-def times(length: int, turns: int) -> dict[str, float]:
-    """Median milliseconds of the slowest rank, each contender in turn."""
-    return {name: 1e3 * taken for name, taken in interleaved(contenders(Full(causal=True), length), turns).items()}
+def in_context_parallel(length: int) -> Callable[[], object]:
+    """The same dense causal forward and backward by torch's own `context_parallel`, which cuts whole sequences as it begins."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = [torch.randn(1, HEADS, length, 64, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+
+    def call() -> object:
+        buffers = [x.clone() for x in whole]
+        with context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2, 2, 2]):
+            q, k, v = (x.detach().requires_grad_() for x in buffers)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return torch.autograd.grad(out.sum(), [q, k, v])
+
+    return call
+
+
+def times(length: int, turns: int) -> dict[str, Any]:
+    """Under "taken" median milliseconds of the slowest rank, each contender in turn; under "refused" what torch says of those that it cannot run here."""
+    calls, refused = contenders(Full(causal=True), length), {}
+    peer = in_context_parallel(64)
+    try:
+        peer()
+        calls["torch's context_parallel"] = in_context_parallel(length)
+    except NotImplementedError as error:
+        refused["torch's context_parallel"] = str(error).splitlines()[0]
+    return {"taken": {name: 1e3 * x for name, x in interleaved(calls, turns).items()}, "refused": refused}
 
 
 def interleaved(calls: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:

@@ -28,6 +28,7 @@ LISTED: dict[str, dict[str, int]] = {
         "__init__": 1,  # public names are lazy
         "dispatch.table": 2,  # a row's module is imported when the table is first read for it, or for a part of it
         "eager.flash_packages": 1,  # a package of the user's, imported when its row is first chosen
+        "entry": 1,  # the module for DTensors needs torch's, which is heavy
         "explaining": 1,  # verify computes: its ops import torch's FLOP counter, and that imports triton
         "triton.self_check": 1,  # what it checks imports triton, an extra, and is imported when a check first runs
         "triton.row": 1,  # what launches: triton is an extra, imported when the row first serves

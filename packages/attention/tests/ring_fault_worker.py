@@ -1,8 +1,9 @@
-"""One rank of ranks that fail: `ring_fault_worker.py WORLD RANK FOLDER SECONDS ENGINE/FAULT/PHASE/STEP...`.
+"""Ranks that fail: `ring_fault_worker.py WORLD FOLDER SECONDS LIFE...`, a LIFE being ENGINE/FAULT/PHASE/STEP,...
 
-Of each argument, in order: every rank computes a call that is right; then the last one meets FAULT at the STEP-th rectangle of PHASE ("forward",
-"backward"), or before its header where STEP is 0. What each rank sees goes to FOLDER/RANK.json, a list: the error, and whether results are
-right after a reset, and in a group made anew.
+Each life is one start of all ranks, forked from this process, which has loaded torch once. Of each of its faults, in order: every rank computes a call
+that is right; then the last one meets FAULT at the STEP-th rectangle of PHASE ("forward", "backward"), or before its header where STEP is 0. What each rank
+sees goes to FOLDER/LIFE/RANK.json, a list: the error, and whether results are right after a reset, and in a group made anew; how the ranks end goes to
+FOLDER/LIFE/statuses.json.
 """
 
 import gc
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -30,7 +32,9 @@ from longattn.patterncache import Dilated
 
 # A process that a shell started in the background ignores interrupts; these are to be noticed.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-WORLD, RANK, FOLDER, SECONDS = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
+WORLD, FOLDER, SECONDS = int(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+RANK = -1
+"""Of this process, once it is forked; then FOLDER is that of its life."""
 PATTERN = Dilated((6, 12, 12 * WORLD), (1, 2, 1), causal=True)
 N = 12 * WORLD
 
@@ -142,12 +146,14 @@ def fail(number: int, engine: str, fault: str, phase: str, step: int) -> Iterato
     yield report
 
 
-def main() -> None:
+def live(rank: int, folder: Path, faults: list[str]) -> None:
     """Meet, fail, say what was seen."""
+    global RANK, FOLDER
+    RANK, FOLDER = rank, folder
     torch.set_num_threads(1)
     meet(0)
     reports: list[dict[str, Any]] = []
-    for number, asked in enumerate(sys.argv[5:], 1):
+    for number, asked in enumerate(faults, 1):
         engine, fault, phase, step = asked.split("/")
         reports.append({})
         for report in fail(number, engine, fault, phase, int(step)):
@@ -156,6 +162,27 @@ def main() -> None:
             if fault == "kill":
                 return
     dist.destroy_process_group()
+
+
+def start(rank: int, folder: Path, faults: list[str]) -> int:
+    """The process of a rank, which ends with its life."""
+    if process := os.fork():
+        return process
+    try:
+        live(rank, folder, faults)
+        os._exit(0)
+    except BaseException:  # noqa: BLE001 - a rank never goes on as the process that starts the others
+        traceback.print_exc()
+        os._exit(1)
+
+
+def main() -> None:
+    """Life after life."""
+    for number, asked in enumerate(sys.argv[4:]):
+        (folder := FOLDER / str(number)).mkdir()
+        ranks = [start(rank, folder, asked.split(",")) for rank in range(WORLD)]
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+        (folder / "statuses.json").write_text(json.dumps(statuses))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +26,36 @@ pytestmark = [
 ]
 
 
-def run_world(folder: Path, world: int, faults: Sequence[Fault]) -> tuple[list[Any], list[int]]:
-    """What each rank reported of each fault, and its exit status."""
-    command = [sys.executable, str(HERE / "ring_fault_worker.py"), str(world)]
-    asked = [str(folder), str(SECONDS), *("/".join(map(str, fault)) for fault in faults)]
+def run_lives(folder: Path, world: int, lives: Sequence[Sequence[Fault]]) -> None:
+    """Start the ranks once for each life; their reports are below the folder."""
+    asked = [",".join("/".join(map(str, fault)) for fault in life) for life in lives]
+    command = [sys.executable, str(HERE / "ring_fault_worker.py"), str(world), str(folder), str(SECONDS), *asked]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), *asked], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in range(world)
-    ]
-    texts = []
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    text = b""
     try:
-        for rank in ranks:
-            texts.append(rank.communicate(timeout=HARD_TIMEOUT)[0].decode(errors="replace")[-2000:])
+        # An interrupt alone takes four times the seconds.
+        text = process.communicate(timeout=HARD_TIMEOUT + 10 * SECONDS * sum(map(len, lives)))[0]
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    reports = [json.loads(p.read_text()) if (p := folder / f"{n}.json").exists() else {} for n in range(world)]
-    statuses = [rank.returncode for rank in ranks]
-    assert all(reports[:-1]), "\n".join(texts)
-    return reports, statuses
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 0, text.decode(errors="replace")[-2000:]
 
 
-def check(folder: Path, world: int, faults: Sequence[Fault]) -> None:
-    """Everything that is promised of faults on the last rank, one after the other."""
-    reports, statuses = run_world(folder, world, faults)
-    killed = faults[-1][1] == "kill"
-    assert statuses == [0] * (world - 1) + [-signal.SIGKILL if killed else 0], statuses
-    for number, fault in enumerate(faults):
-        check_fault(world, fault, [report[number] for report in (reports[:-1] if killed else reports)])
+def check(folder: Path, world: int, lives: Sequence[Sequence[Fault]]) -> None:
+    """Everything that is promised of faults on the last rank, one after the other, in each life."""
+    run_lives(folder, world, lives)
+    for life, faults in enumerate(lives):
+        killed = faults[-1][1] == "kill"
+        place = folder / str(life)
+        statuses = json.loads((place / "statuses.json").read_text())
+        assert statuses == [0] * (world - 1) + [-signal.SIGKILL if killed else 0], (faults, statuses)
+        reports = [json.loads((place / f"{rank}.json").read_text()) for rank in range(world - killed)]
+        for number, fault in enumerate(faults):
+            check_fault(world, fault, [report[number] for report in reports])
 
 
 def check_fault(world: int, fault: Fault, reports: list[Any]) -> None:
@@ -103,7 +102,7 @@ def of_engine(world: int, engine: str) -> list[Fault]:
 
 def test_a_rank_fails(tmp_path):
     """The others raise GroupError within the timeout, or end well; after a reset, and in a new group, every number is right."""
-    check(tmp_path, 2, DEFAULT)
+    check(tmp_path, 2, [DEFAULT])
 
 
 @pytest.mark.nightly
@@ -112,7 +111,5 @@ def test_a_rank_fails(tmp_path):
 def test_every_fault_at_every_step(world, engine, tmp_path):
     """The same for every engine, fault, phase and step."""
     faults = of_engine(world, engine)
-    for number, fault in enumerate(fault for fault in faults if fault[1] == "kill"):
-        (folder := tmp_path / str(number)).mkdir()
-        check(folder, world, [fault])
-    check(tmp_path, world, [fault for fault in faults if fault[1] != "kill"])
+    lives = [[fault] for fault in faults if fault[1] == "kill"]
+    check(tmp_path, world, [*lives, [fault for fault in faults if fault[1] != "kill"]])

@@ -82,6 +82,7 @@ def test_received_bytes_are_those_of_the_engines():
     ulysses = ulysses_traffic(call)
     assert ulysses is not None
     assert simulate(call, "ulysses", AT, backward=False).received == ulysses.forward // call.ranks
+    assert simulate(call, "ulysses", AT, backward=True).received == ulysses.sent // call.ranks
 
 
 def test_a_thousand_ranks_are_sampled():

@@ -19,7 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longattn.kernels import AttentionState, attend, explain, merge
 from longattn.kernels.decoding import _products as products
+from longattn.kernels.dispatch.call import GradientPart
+from longattn.kernels.dispatch.environment import find_environment
 from longattn.kernels.dispatch.table import row
+from longattn.kernels.ops.arguments import Cotangents, OpArguments, OpTensors
+from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients
+from longattn.kernels.state import minus_delta_of
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
 from longattn.kernels.triton import configurations, self_check
 from longattn.kernels.triton.cached_step import TritonCache
@@ -302,6 +307,37 @@ else:
 
         program = torch.export.export(Module(), (q.detach(),))
         torch.testing.assert_close(program.module()(q.detach()), Module()(q.detach()))
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, BRAIN])
+    def test_delta_of_several_rectangles_is_made_once(dtype: torch.dtype, deterministic: bool):
+        """A backward of one of them reads neither out nor the gradient of lse, and gives float32: parts over two halves of keys add up."""
+        generator = torch.Generator().manual_seed(0)
+        q, k, v, grad = (torch.randn(1, 96, 2, 16, generator=generator).to(dtype) for _ in range(4))
+        environment = find_environment("")
+
+        def arguments_of(first: int, many: int) -> OpArguments:
+            places = [0, 96, 1], [first, many, 1], [2, 0, 2]
+            options = (None, 0.0, True, False, "triton", deterministic, torch.float32, "")
+            return OpArguments(LONGNET.canonical(), *places, *options)
+
+        whole = arguments_of(0, 96)
+        out, lse = attend_rectangle(OpTensors(q, k, v), whole, environment)
+        cotangents = Cotangents(grad, torch.randn(lse.shape, generator=generator), out, lse)
+        expected = rectangle_gradients(cotangents, OpTensors(q, k, v), whole, environment)
+        delta = minus_delta_of(*cotangents[:3])
+        unread = cotangents._replace(
+            grad_lse=torch.full_like(lse, float("nan")), out=torch.full_like(out, float("nan"))
+        )
+        parts = []
+        for first in (0, 48):
+            half = OpTensors(q, k[:, first : first + 48], v[:, first : first + 48])
+            parts.append(rectangle_gradients(unread, half, arguments_of(first, 48), environment, part=GradientPart(delta, None)))  # fmt: skip
+        dq = parts[0][0] + parts[1][0]
+        found = (dq, *(torch.cat([part[n] for part in parts], 1) for n in (1, 2)))
+        assert {x.dtype for x in found} == {torch.float32}
+        for a, b in zip(found, expected, strict=False):
+            torch.testing.assert_close(a, b.float(), atol=2e-5 if dtype == torch.float32 else 3e-2, rtol=2e-2)
 
     @pytest.mark.parametrize(
         "pattern", [Full(causal=True), LONGNET, LONGNET.with_causal(True), Window(9, sinks=2)], ids=str

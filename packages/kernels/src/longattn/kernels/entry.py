@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,7 +59,8 @@ def attend(
     Differentiable in q, k, v, prior, sink_logits, a floating attention_mask and what score_terms hold; without score terms, on the rows in torch
     operations twice. Shapes are (batch, seq, heads, head_dim); v, and with it out and prior, may have another head_dim than q and k.
     Keys hidden by the pattern, causality or attention_mask weigh 0 but may be read, so k and v must be finite there: 0 * NaN is NaN.
-    Under autocast, q, k and v are cast to its dtype.
+    Under autocast, q, k and v are cast to its dtype. DTensors sharded on the batch or on the heads stay so, each rank attending for its own: all
+    tensors are DTensors then, and without dropout.
 
     Args:
         q: (batch, Nq, heads, head_dim), float16, bfloat16, float32 or float64.
@@ -109,6 +113,8 @@ def attend(
             state = AttentionState(*direct.run_prepared(prepared, key, tensors, environment))
             return state if layout == "bnhd" else _exchanged_state(state)
     refuse_torchscript()
+    if is_sharded(q) or is_sharded(k) or is_sharded(v):
+        _know_sharding()
     q, k, v = autocast(q, k, v)
     pattern = checked_pattern(q, k, v, pattern, options)
     warn_of_axes("q", q, layout)
@@ -134,6 +140,22 @@ def attend(
         state = add_sink(state, sink_logits)
         state = AttentionState(state.finalize(state_type if out_dtype is None else out_dtype), state.lse)
     return state if layout == "bnhd" else _exchanged_state(state)
+
+
+def is_sharded(x: object) -> bool:
+    """Whether x is a DTensor: known by what it says of itself, because its module is heavy to import."""
+    return hasattr(x, "placements")
+
+
+def sharding_module() -> Any:
+    """`ops.sharding`, imported when the first DTensor comes: torch's own module for them is heavy."""
+    return import_module("longattn.kernels.ops.sharding")
+
+
+@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType]
+def _know_sharding() -> bool:
+    """Have the op's rules for DTensors registered; in traced code, while it is traced."""
+    return bool(sharding_module())
 
 
 def _exchanged_state(state: AttentionState) -> AttentionState:

@@ -32,7 +32,7 @@ from longattn.kernels.dispatch.prepared import find_plan
 from longattn.kernels.dispatch.prepared_shards import ShardRectangle, prepare_shards, run_shards
 from longattn.kernels.dispatch.table import check_backend_name
 from longattn.kernels.eager.tiles import keep_tensors, kept_tensors
-from longattn.kernels.entry import autocast
+from longattn.kernels.entry import autocast, is_sharded, sharding_module
 from longattn.kernels.hierarchy import MACHINES, Machine
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
 from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients, second_gradients, visible_pairs
@@ -84,6 +84,9 @@ __all__ = [
     "check_terms",
     "fold_scale",
     "dtype_name",
+    # DTensors
+    "is_sharded",
+    "sharding_module",
     # a call as an op takes it
     "Cotangents",
     "GradientPart",

@@ -16,6 +16,7 @@ from torch import Tensor
 from longattn.attention.schedules import metadata_op  # noqa: F401  # pyright: ignore[reportUnusedImport]  Registers roll_call and row_positions.
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.extents import Extents
+from longattn.kernels.interface import is_sharded
 
 
 def dtensor_module() -> Any:
@@ -26,11 +27,6 @@ def dtensor_module() -> Any:
 def on_local(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function` of x, row by row; of a DTensor's local part, placed as it was."""
     return dtensor_module().on_local(function, x) if is_sharded(x) else function(x)
-
-
-def is_sharded(x: object) -> bool:
-    """Whether x is a DTensor: known by what it says of itself, because its module is heavy to import."""
-    return hasattr(x, "placements")
 
 
 class CallExtents:

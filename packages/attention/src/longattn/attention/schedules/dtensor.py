@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.callers import calls_over
@@ -20,7 +19,11 @@ from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.schedules.transport import gather_integers
 from longattn.attention.validate import integers
-from longattn.kernels.interface import as_seed, as_terms, tensors_in, with_tensors
+from longattn.kernels.interface import as_seed, as_terms, sharding_module, tensors_in, with_tensors
+
+_sharding = sharding_module()
+check_placements, dimension_of, chunks = _sharding.check_placements, _sharding.dimension_of, _sharding.chunks
+first_head, placements_beside, placed_like = _sharding.first_head, _sharding.placements_beside, _sharding.placed_like
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
 """(q, k, v, **options) to (out, lse)."""
@@ -61,41 +64,19 @@ def sharded_attention(
     return placed_like(out, q, (*q.shape[:3], v.shape[3])), placed_like(lse, q, q.shape[:3])
 
 
-def check_placements(tensors: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError unless all are DTensors placed as the first is."""
-    names = list(tensors)
-    first = tensors[names[0]]
-    for name, x in tensors.items():
-        if not isinstance(x, DTensor):
-            others = ", ".join(names[:-1])
-            raise TypeError(
-                f"{name} must be a DTensor where another of {others} and {names[-1]} is one, got {type(x).__name__}"
-            )
-        if x.placements != first.placements or x.device_mesh != first.device_mesh:
-            raise ValueError(f"{name} must have the placements of {names[0]}, {first.placements}, got {x.placements}")
-
-
 def heads_here(q: DTensor, k: DTensor, head_start: int | None, num_heads: int | None) -> tuple[int | None, int | None]:
     """(the first of this rank's query heads, query heads of all ranks): as given, where the heads are not sharded.
 
     Raises:
         ValueError: both given and sharded, or shards in which a rank has no head, or a query head without its key head.
     """
-    along = _dimension_of(q, 2)
-    if along is None:
+    if dimension_of(q, 2) is None:
         return head_start, num_heads
     if head_start is not None or num_heads is not None:
         raise ValueError(
             f"head_start and num_heads must be None where q's heads are sharded, got {head_start} and {num_heads}"
         )
-    queries, keys = _chunks(q, along, 2), _chunks(k, along, 2)
-    group = q.shape[2] // max(1, k.shape[2])
-    if 0 in queries or queries != [group * held for held in keys]:
-        raise ValueError(
-            f"k must have its heads cut where those of q are, at least one on each rank, got query heads {queries} and key heads {keys} "
-            f"on the ranks of {q.device_mesh}"
-        )
-    return sum(queries[: q.device_mesh.get_local_rank(along)]), q.shape[2]
+    return first_head(q, k), q.shape[2]
 
 
 def schedule_over(q: DTensor, k: DTensor, schedule: Schedule | None) -> Schedule | None:
@@ -108,7 +89,7 @@ def schedule_over(q: DTensor, k: DTensor, schedule: Schedule | None) -> Schedule
         ValueError: other placements, or a schedule whose ranks or rows are not those of the placements.
     """
     check_placements({"query": q, "key": k})
-    along, over_group = _dimension_of(q, 1), schedule is not None and schedule.distributed
+    along, over_group = dimension_of(q, 1), schedule is not None and schedule.distributed
     if along is None:
         if over_group and not _apart(q, schedule):
             raise ValueError(
@@ -148,7 +129,7 @@ def _fits(q: DTensor, k: DTensor, along: int, schedule: Any) -> bool:
         return False
     if members.lengths_known:
         rows_by_rank = [count_rows(rows) for rows in members.laid_out(q.shape[1]).rows()]
-        if any(rows_by_rank != _chunks(x, along) for x in (q, k)):
+        if any(rows_by_rank != chunks(x, along, 1) for x in (q, k)):
             return False
     return members.layout == "contiguous" or members.place.size == 1
 
@@ -178,17 +159,7 @@ def _local_terms(terms: Any, like: DTensor) -> Any:
 def _local(name: str, x: DTensor, like: DTensor) -> Tensor:
     if x.device_mesh != like.device_mesh:
         raise ValueError(f"{name} must be on the mesh of q, {like.device_mesh}, got {x.device_mesh}")
-    placements: list[Placement] = []
-    gradients: list[Placement] = []
-    for placement in like.placements:
-        axis = _AXES[name][cast(int, cast(Any, placement).dim)] if isinstance(placement, Shard) else None
-        if axis is None or x.dim() < (-axis if axis < 0 else axis + 1) or (axis < 0 and x.shape[axis] == 1):
-            placements.append(Replicate())
-        else:
-            placements.append(Shard(axis % x.dim()))
-        # A tensor that all ranks share has a part of its gradient on each.
-        shared = placements[-1] == Replicate() and placement != Replicate()
-        gradients.append(Partial() if shared else placements[-1])
+    placements, gradients = placements_beside(_AXES[name], x, like)
     return x.redistribute(placements=placements).to_local(grad_placements=gradients)
 
 
@@ -197,45 +168,15 @@ def on_local(function: Callable[[Tensor], Tensor], x: DTensor) -> Tensor:
     return placed_like(function(x.to_local()), x, x.shape)
 
 
-def placed_like(x: Tensor, like: DTensor, shape: Any, placements: Any = None) -> Tensor:
-    """This rank's part as a DTensor of a shape on the mesh of `like`; placements: default its own."""
-    stride = [1]
-    for size in reversed(shape[1:]):
-        stride.insert(0, stride[0] * size)
-    placements_of_x = like.placements if placements is None else placements
-    return DTensor.from_local(
-        x, like.device_mesh, placements_of_x, run_check=False, shape=torch.Size(shape), stride=tuple(stride)
-    )
-
-
 def moved(placements: Any, axes: dict[int, int]) -> tuple[Any, ...]:
     """Placements of a tensor whose axes stand elsewhere: {axis: where it is now}."""
     axis_of = [cast(Any, p).dim if isinstance(p, Shard) else None for p in placements]
     return tuple(p if at is None else Shard(axes.get(at, at)) for p, at in zip(placements, axis_of, strict=True))
 
 
-def _dimension_of(q: DTensor, axis: int) -> int | None:
-    """The mesh dimension over which the sequence (axis 1) or the heads (2) are sharded, or None."""
-    cut: list[int] = [cast(Any, placement).dim for placement in q.placements if isinstance(placement, Shard)]
-    known = all(placement == Replicate() or type(placement) is Shard for placement in q.placements)
-    if not known or max(cut, default=0) > 2 or cut.count(1) > 1 or cut.count(2) > 1:
-        raise ValueError(
-            f"q must have its sequence and its heads sharded over one mesh dimension each at most, and its batch over others, "
-            f"got {q.placements}"
-        )
-    return q.placements.index(Shard(axis)) if axis in cut else None
-
-
 def _ring_over(q: DTensor, k: DTensor, along: int) -> Ring:
-    lengths = _chunks(q, along) if q.shape[1] == k.shape[1] else None
+    lengths = chunks(q, along, 1) if q.shape[1] == k.shape[1] else None
     return Ring(q.device_mesh.get_group(along), lengths=lengths)
-
-
-def _chunks(x: DTensor, along: int, axis: int = 1) -> list[int]:
-    """Rows of each rank: DTensor cuts as torch.chunk does: equal chunks, rounded up, and what is left."""
-    ranks, length = x.device_mesh.size(along), x.shape[axis]
-    chunk = -(-length // ranks)
-    return [max(0, min(chunk, length - chunk * rank)) for rank in range(ranks)]
 
 
 def _shared_seed(q: DTensor, seed: Any) -> Tensor:

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from longattn.attention.schedules.layouts import LAYOUTS, Spans, count_rows
 from longattn.attention.schedules.packing import packing_of
-from longattn.attention.schedules.traffic import MOST_RANKS, ScheduledCall
+from longattn.attention.schedules.traffic import MOST_RANKS, ScheduledCall, ulysses_shares
 from longattn.kernels.interface import state_dtype
 from longattn.patterncache import Plan, Rectangle
 
@@ -182,24 +182,18 @@ def _held(call: ScheduledCall, rows: Spans, backward: bool) -> int:
 
 def _ulysses(call: ScheduledCall, at: Hardware, backward: bool) -> Prediction:
     """Heads change places with rows before and after; between them a rank has whole sequences of its heads. Nothing overlaps."""
-    if call.kv_heads < call.ranks:
+    shares = ulysses_shares(call)
+    if shares is None:
         raise ValueError(f"ulysses must have a kv head a rank, got {call.kv_heads} kv heads for {call.ranks} ranks")
-    share = -(-call.kv_heads // call.ranks)
-    group = call.heads // call.kv_heads
-    whole = LAYOUTS["contiguous"](call.length, 1).rows()[0]
-    plan = call.pattern.plan(Rectangle(call.heads, whole, whole))
-    pairs = sum(branch.pairs * branch.heads.length for branch in plan.branches) * share * group // call.heads
-    step = _Step(pairs, call.length * share, 0)
+    slowest = max(shares)
+    kv_heads = -(-call.kv_heads // call.ranks)
+    step = _Step(slowest.work, call.length * kv_heads, 0)
     mine = LAYOUTS["contiguous"](call.length, call.ranks).rows()[0]
-    size = call.dtype.itemsize
-    rows = call.batch * count_rows(mine) * (call.kv_heads - share)
-    exchanged = rows * (group + 1) * call.width * size + rows * group * state_dtype(call.dtype).itemsize
     compute = transfer = 0.0
     received = 0
-    for factor in (1.0, _BACKWARD_WORK) if backward else (1.0,):
-        # A backward sends gradients both ways beside what a forward sends.
-        nbytes = exchanged if factor == 1.0 else 2 * exchanged
-        compute += _compute(call, step, call.length * share // call.kv_heads, factor, at)
+    passes = ((1.0, slowest.forward), (_BACKWARD_WORK, slowest.backward))
+    for factor, nbytes in passes if backward else passes[:1]:
+        compute += _compute(call, step, call.length * kv_heads // call.kv_heads, factor, at)
         transfer += _transfer(nbytes, at, 2 * (call.ranks - 1))
         received += nbytes
     held = _held(call, mine, backward)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.distributed import ProcessGroup
@@ -115,32 +116,47 @@ def gather_traffic(call: ScheduledCall) -> Traffic:
     return Traffic("all_gather", forward, forward + forward // call.dtype.itemsize * wide, work)
 
 
-def ulysses_traffic(call: ScheduledCall) -> Traffic | None:
-    """Of `Ulysses`, contiguous; None where there are fewer kv heads than ranks."""
+class UlyssesShare(NamedTuple):
+    """What one rank of `Ulysses` does: (query, key) pairs of one batch element, and bytes that it sends in a forward and in a backward."""
+
+    work: int
+    forward: int
+    backward: int
+
+
+def ulysses_shares(call: ScheduledCall) -> list[UlyssesShare] | None:
+    """Of `Ulysses`, contiguous, each rank's; None where there are fewer kv heads than ranks."""
     if call.kv_heads < call.ranks:
         return None
-    group, size = call.heads // call.kv_heads, call.dtype.itemsize
-    shares = [count_rows(rows) for rows in LAYOUTS["contiguous"](call.kv_heads, call.ranks).rows()]
-    lengths = [count_rows(rows) for rows in LAYOUTS["contiguous"](call.length, call.ranks).rows()]
-    # (rows, kv heads) that change places, on the way there; as many on the way back.
-    exchanged = call.batch * sum(n * (call.kv_heads - share) for n, share in zip(lengths, shares, strict=True))
-    # q and out, k and v; in a backward their gradients too.
-    queries, keys, lse = exchanged * group * call.width * size, exchanged * call.width * size, exchanged * group
-    lse *= state_dtype(call.dtype).itemsize
-    forward = queries + keys + lse
-    backward = 2 * queries + 2 * keys + lse
-    work: list[int] = []
-    first_head = 0
-    all_rows = LAYOUTS["contiguous"](call.length, 1).rows()[0]
-    plan = call.pattern.plan(Rectangle(call.heads, all_rows, all_rows))
+    group, size, wide = call.heads // call.kv_heads, call.dtype.itemsize, state_dtype(call.dtype).itemsize
+    kv_heads, lengths = (
+        [count_rows(rows) for rows in LAYOUTS["contiguous"](n, call.ranks).rows()] for n in (call.kv_heads, call.length)
+    )
+    whole = LAYOUTS["contiguous"](call.length, 1).rows()[0]
     per_head = [0] * call.heads
-    for branch in plan.branches:
+    for branch in call.pattern.plan(Rectangle(call.heads, whole, whole)).branches:
         for head in branch.heads.positions():
             per_head[head] += branch.pairs
-    for share in shares:
-        work.append(sum(per_head[first_head : first_head + share * group]))
-        first_head += share * group
-    return Traffic("ulysses", forward, backward, tuple(work))
+    shares: list[UlyssesShare] = []
+    first_head = 0
+    for mine, length in zip(kv_heads, lengths, strict=True):
+        work = sum(per_head[first_head : first_head + mine * group])
+        first_head += mine * group
+        # (rows, kv heads) that change places, on the way there; over all ranks, as many on the way back.
+        exchanged = call.batch * length * (call.kv_heads - mine)
+        # q and out, k and v; in a backward their gradients too.
+        moved, lse = exchanged * (group + 1) * call.width * size, exchanged * group * wide
+        shares.append(UlyssesShare(work, moved + lse, 2 * moved + lse))
+    return shares
+
+
+def ulysses_traffic(call: ScheduledCall) -> Traffic | None:
+    """Of `Ulysses`, contiguous; None where there are fewer kv heads than ranks."""
+    shares = ulysses_shares(call)
+    if shares is None:
+        return None
+    work, forward, backward = zip(*shares, strict=True)
+    return Traffic("ulysses", sum(forward), sum(backward), work)
 
 
 @dataclass(frozen=True)

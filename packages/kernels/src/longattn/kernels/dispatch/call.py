@@ -16,7 +16,8 @@ class GradientPart(NamedTuple):
     """What rectangles of one backward share, beside the merged out and lse.
 
     Attributes:
-        minus_delta: (batch, Nq, heads) float32 (float64), contiguous: dlse - rowsum(dO * O). A row may read it in place of grad_lse and out.
+        minus_delta: (batch, Nq, heads) float32 (float64), contiguous: dlse - rowsum(dO * O). A row reads it in place of grad_lse and out, all but
+            those that hand tiles to torch's or another library's kernels: these take out, and make delta of their own.
         dq: (batch, Nq, heads, head_dim) of that dtype, contiguous: the sum so far, or None. A row may add to it in place, and return it.
     """
 

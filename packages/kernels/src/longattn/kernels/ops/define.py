@@ -209,7 +209,7 @@ def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
     tensors, arguments = _sorted(inputs[_BESIDE:])
-    needed = _wanted(arguments)
+    needed = wanted_gradients(arguments)
     gradients = zip(tensors, needed, strict=False)
     return tuple(x.new_empty(x.shape) if want and x is not None else tensors.q.new_empty(0) for x, want in gradients)
 
@@ -224,7 +224,7 @@ def _second_gradients(
     call: Any, saved: tuple[Any, ...], arguments: tuple[Any, ...], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """What autograd is given of a backward: by the op `call`, for every argument of it."""
-    needed = _wanted(OpArguments(*arguments))
+    needed = wanted_gradients(OpArguments(*arguments))
     above = [x if want else None for x, want in zip(grads, needed, strict=True)]
     gradients = call(*above, *saved, *arguments)
     present = [x is not None for x in saved[:_TWICE]]
@@ -232,7 +232,7 @@ def _second_gradients(
     return (*(x if is_there else None for x, is_there in zip(gradients, present, strict=True)), *none)
 
 
-def _wanted(arguments: OpArguments) -> list[bool]:
+def wanted_gradients(arguments: OpArguments) -> list[bool]:
     """Which of the first `GRADED` tensors the backward gives gradients of."""
     return [True] * (GRADED - len(OPTIONAL_GRADED)) + [getattr(arguments, f"{name}_grad") for name in OPTIONAL_GRADED]
 
@@ -253,7 +253,7 @@ def _gradients(
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     gradients = call(grad_out, grad_lse, out, lse, *tensors, *arguments)
-    needed = _wanted(OpArguments(*arguments))
+    needed = wanted_gradients(OpArguments(*arguments))
     none = (None,) * (TENSORS + len(OpArguments._fields) - GRADED)
     return (*(x if want else None for x, want in zip(gradients, needed, strict=True)), *none)
 

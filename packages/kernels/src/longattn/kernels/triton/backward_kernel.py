@@ -35,20 +35,26 @@ def rows_kernel(
     grad_out_ptr, out_ptr, lse_ptr, grad_lse_ptr, delta_ptr, pivot_ptr, length, heads,
     grad_strides, out_strides, lse_strides, grad_lse_strides, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """delta and lse * log2 e of ROWS query rows of a head, into (batch, heads, Nq). A row that saw nothing gets +inf: its P is 0."""
+    """delta and lse * log2 e of ROWS query rows of a head, into (batch, heads, Nq). A row that saw nothing gets +inf: its P is 0.
+
+    Without out_ptr, grad_lse_ptr holds -delta, which was made for several rectangles.
+    """
     blocks = tl.cdiv(length, ROWS)
     line = (tl.program_id(0) // blocks).to(tl.int64)
     head, batch = line % heads, line // heads
     rows = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dims = tl.arange(0, BLOCK_V)
     valid = rows < length
-    mask = valid[:, None] & (dims < VALUE_DIM)[None, :]
-    at = grad_out_ptr + batch * grad_strides[0] + head * grad_strides[2] + rows[:, None] * grad_strides[1]
-    # dO, O: HBM -> registers, once
-    grad = tl.load(at + dims[None, :] * grad_strides[3], mask=mask, other=0.0).to(tl.float32)
-    at = out_ptr + batch * out_strides[0] + head * out_strides[2] + rows[:, None] * out_strides[1]
-    out = tl.load(at + dims[None, :] * out_strides[3], mask=mask, other=0.0).to(tl.float32)
-    delta = tl.sum(grad * out, 1)
+    if out_ptr is None:
+        delta = tl.zeros([ROWS], tl.float32)
+    else:
+        dims = tl.arange(0, BLOCK_V)
+        mask = valid[:, None] & (dims < VALUE_DIM)[None, :]
+        at = grad_out_ptr + batch * grad_strides[0] + head * grad_strides[2] + rows[:, None] * grad_strides[1]
+        # dO, O: HBM -> registers, once
+        grad = tl.load(at + dims[None, :] * grad_strides[3], mask=mask, other=0.0).to(tl.float32)
+        at = out_ptr + batch * out_strides[0] + head * out_strides[2] + rows[:, None] * out_strides[1]
+        out = tl.load(at + dims[None, :] * out_strides[3], mask=mask, other=0.0).to(tl.float32)
+        delta = tl.sum(grad * out, 1)
     if grad_lse_ptr is not None:
         at = grad_lse_ptr + batch * grad_lse_strides[0] + head * grad_lse_strides[2] + rows * grad_lse_strides[1]
         delta -= tl.load(at, mask=valid, other=0.0).to(tl.float32)

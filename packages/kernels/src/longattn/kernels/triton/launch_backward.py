@@ -41,8 +41,7 @@ def backward(
     # A cotangent that autograd expanded, as that of a sum, has strides of 0: it would be loaded number by number.
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     memory = _Memory.of(call, _whole(call)).fresh(call.q.device, call.allocator)
-    # Products take operands of one type; a cotangent of a float32 state comes in float32.
-    beside = (grad_out, grad_lse, out, lse, grad_out.to(call.q.dtype))
+    beside = _beside(Cotangents(grad_out, grad_lse, out, lse), call.q.dtype, call.part)
     for launch in _launches(call, beside, memory):
         run(launch.kernel, launch.grid, device=call.q.device, **launch.arguments)
     return _finish(call.gradient_dtypes[0], call.deterministic, memory, call.allocator)
@@ -52,13 +51,14 @@ class BoundBackward:
     """(cotangents, tensors, allocator) -> (dq, dk, dv, None), for tensors laid out like those of the backward that it was made from."""
 
     def __init__(self, call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> None:
-        call, grad_out, out, lse = apart(call), grad_out.detach(), out.detach(), lse.detach()
-        grad_lse = None if grad_lse is None else grad_lse.detach()
+        call, part = apart(call), call.part
+        # Objects of their own, also where one tensor is two of them: places are found by identity.
+        own = Cotangents(grad_out.detach(), None if grad_lse is None else grad_lse.detach(), out.detach(), lse.detach())
+        beside = _beside(own, call.q.dtype, part)
         self._dtype, self._device, self._deterministic = call.q.dtype, call.q.device, call.deterministic
         self._dq_dtype = call.gradient_dtypes[0]
         self._lse_stride, self._memory = lse.stride(), _Memory.of(call, _whole(call))
         memory = self._memory.fresh(self._device, call.allocator)
-        beside = (grad_out, grad_lse, out, lse, grad_out.to(self._dtype))
         tensors = (call.q, call.k, call.v, *beside, *memory)
         self._launches = bind_launches(_launches(call, beside, memory), tensors, self._device)
 
@@ -71,17 +71,16 @@ class BoundBackward:
     ) -> tuple[Tensor, Tensor, Tensor, None] | None:
         """Compute; gradients are contiguous and torch's own memory. None: the plan is gone, or a tensor lies otherwise.
 
-        part is not read: `rows_kernel` makes delta with the pivots, and dq is a sum of its own.
+        part: with delta, where the call had one that was bound; dq is a sum of its own.
         """
-        grad_out, grad_lse, out, lse = cotangents
         q, k, v, seed = tensors.q, tensors.k, tensors.v, tensors.seed
-        if lse.stride() != self._lse_stride or any(launch.outlived for launch in self._launches):
+        if cotangents.lse.stride() != self._lse_stride or any(launch.outlived for launch in self._launches):
             return None
-        grad = grad_out.to(self._dtype)
-        if not is_aligned(q, k, v, grad_out, out, lse, grad) or (grad_lse is not None and not is_aligned(grad_lse)):
+        beside = _beside(cotangents, self._dtype, part)
+        if not is_aligned(q, k, v, *(x for x in beside if x is not None)):
             return None
         memory = self._memory.fresh(self._device, allocator)
-        every, number = (q, k, v, grad_out, grad_lse, out, lse, grad, *memory), 0 if seed is None else int(seed)
+        every, number = (q, k, v, *beside, *memory), 0 if seed is None else int(seed)
         for launch in self._launches:
             launch(every, number)
         return _finish(self._dq_dtype, self._deterministic, memory, allocator)
@@ -91,10 +90,29 @@ def bind_backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, gradients: tuple[Any, ...]
 ) -> BoundBackward | None:
     """`backward` of such calls with everything in place but tensors and seed; None where a call has more, or a cotangent is copied first."""
-    beside = [x for x in (grad_out, grad_lse, out, lse) if x is not None]
-    if not can_bind(call) or grad_out.stride(-1) != 1 or not is_aligned(*beside):
+    beside = _beside(Cotangents(grad_out, grad_lse, out, lse), call.q.dtype, call.part)
+    if not can_bind(call) or grad_out.stride(-1) != 1 or not is_aligned(*(x for x in beside if x is not None)):
         return None
     return BoundBackward(call, grad_out, grad_lse, out, lse)
+
+
+class _Beside(NamedTuple):
+    """What the kernels read beside q, k and v: `Cotangents`, and grad_out in q's dtype. out is None where grad_lse is -delta already."""
+
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    out: Tensor | None
+    lse: Tensor
+    grad: Tensor
+
+
+def _beside(cotangents: Cotangents, dtype: torch.dtype, part: GradientPart | None) -> _Beside:
+    grad_out, grad_lse, out, lse = cotangents
+    # Products take operands of one type; a cotangent of a float32 state comes in float32.
+    grad = grad_out.to(dtype)
+    if part is None:
+        return _Beside(grad_out, grad_lse, out, lse, grad)
+    return _Beside(grad_out, part.minus_delta, None, lse, grad)
 
 
 class _Memory(NamedTuple):
@@ -151,16 +169,14 @@ def _finish(
     return final.copy_(dq.transpose(1, 2)), dk, dv, None
 
 
-def _launches(
-    call: Call, beside: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor], memory: tuple[Tensor, ...]
-) -> Iterator[Launch]:
-    """Rows first, then keys, and where they own dq queries; beside: grad_out, grad_lse, out, lse and grad_out in q's dtype."""
+def _launches(call: Call, beside: _Beside, memory: tuple[Tensor, ...]) -> Iterator[Launch]:
+    """Rows first, then keys, and where they own dq queries."""
     batch, length, heads, _ = call.q.shape
     (grad_out, grad_lse, out, lse, grad), (delta, pivot, dq, dk, dv) = beside, memory
     value_dim, group = call.v.shape[-1], heads // call.k.shape[2]
     rows = {
         "grad_out_ptr": grad_out, "out_ptr": out, "lse_ptr": lse, "grad_lse_ptr": grad_lse, "delta_ptr": delta, "pivot_ptr": pivot,
-        "length": length, "heads": heads, "grad_strides": grad_out.stride(), "out_strides": out.stride(), "lse_strides": lse.stride(),
+        "length": length, "heads": heads, "grad_strides": grad_out.stride(), "out_strides": None if out is None else out.stride(), "lse_strides": lse.stride(),
         "grad_lse_strides": None if grad_lse is None else grad_lse.stride(),
         "VALUE_DIM": value_dim, "BLOCK_V": 1 << (value_dim - 1).bit_length(), "ROWS": _ROWS, "num_warps": 4,
     }  # fmt: skip
