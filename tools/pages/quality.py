@@ -23,13 +23,13 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
 
 
 def runs(
-    task: str = "recall", length: int = 128, layers: int = 2, rate: float | None = 0.003, equal: str = "parameters"
+    task: str = "recall", length: int = 128, layers: int = 2, rate: float = 0.003, equal: str = "parameters"
 ) -> dict[str, Runs]:
-    """By family, in the order of the predictions; None takes every rate."""
+    """By family, in the order of the predictions."""
     wanted = {"task": task, "length": str(length), "layers": str(layers), "equal": equal}
     by_family: dict[str, Runs] = {}
     for row in records("quality"):
-        if all(row[name] == value for name, value in wanted.items()) and rate in (None, float(row["rate"])):
+        if all(row[name] == value for name, value in wanted.items()) and float(row["rate"]) == rate:
             by_family.setdefault(row["family"], []).append(row)
     order = [family for *_, family in predicted()]
     return dict(sorted(by_family.items(), key=lambda item: order.index(item[0])))
@@ -77,37 +77,6 @@ def distances() -> str:
         if any(family in own for own in by_task.values()):
             lines.append((family, *cells))
     return table(("family", *by_task), lines)
-
-
-def rates() -> str:
-    """Accuracy and steps at each learning rate, seed 0."""
-    by_family = {family: [row for row in own if row["seed"] == "0"] for family, own in runs(rate=None).items()}
-    swept = {family: own for family, own in by_family.items() if len(own) > 1}
-    values = sorted({float(row["rate"]) for own in swept.values() for row in own})
-    lines = []
-    for family, own in swept.items():
-        cells = {float(row["rate"]): f"{float(row['accuracy']):.2f} in {row['best_step']}" for row in own}
-        lines.append((family, *(cells.get(value, "not run") for value in values)))
-    return table(("family", *(f"{value:g}" for value in values)), lines)
-
-
-def equal_flops() -> str:
-    """The same families with widths of equal work beside those of equal width."""
-    heads = ("family", "width", "MFLOP a token", "accuracy", "steps to it")
-    lines = []
-    for family, own in runs(equal="flops").items():
-        for rows in (runs().get(family, []), own):
-            if rows:
-                lines.append(
-                    (
-                        family,
-                        rows[0]["width"],
-                        f"{int(rows[0]['flops']) / 1e6:.3f}",
-                        spread(float(row["accuracy"]) for row in rows),
-                        spread((int(row["best_step"]) for row in rows), 0),
-                    )
-                )
-    return table(heads, lines)
 
 
 def positions() -> dict[str, list[tuple[int, float]]]:
@@ -232,11 +201,7 @@ def fidelity() -> Figure:
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality recall": accuracies,
-    "quality mixtures": lambda: accuracies(layers=4),
-    "quality 256": lambda: accuracies(length=256),
     "quality distances": distances,
-    "quality rates": rates,
-    "quality flops": equal_flops,
     "quality text": text,
     "quality gradients": gradients,
     "quality adapted": adapted,
