@@ -1,4 +1,4 @@
-"""The generic form on another architecture: compiled for aarch64 and run by qemu, where both are installed."""
+"""The generic form elsewhere: compiled for aarch64 and run by qemu, for Windows by MinGW and run by wine, where both are installed."""
 
 import os
 import shlex
@@ -39,8 +39,12 @@ def build_and_run(compiler: str, made: Path, *emulator: str) -> str:
 
 @pytest.mark.parametrize(
     ("compiler", "emulator"),
-    [("aarch64-linux-gnu-g++", ("qemu-aarch64", "qemu-aarch64-static")), ("c++", ())],
-    ids=["aarch64", "here"],
+    [
+        ("aarch64-linux-gnu-g++", ("qemu-aarch64", "qemu-aarch64-static")),
+        ("x86_64-w64-mingw32-g++-posix", ("wine64", "wine", "/usr/lib/wine/wine64")),
+        ("c++", ()),
+    ],
+    ids=["aarch64", "windows", "here"],
 )
 def test_the_definition_holds_without_python(compiler: str, emulator: tuple[str, ...], tmp_path: Path):
     """Forward and backward of two heads that share keys, causal and in a window, with keys that count twice; vectors of four floats."""
@@ -50,7 +54,7 @@ def test_the_definition_holds_without_python(compiler: str, emulator: tuple[str,
     command = next((path for name in emulator if (path := shutil.which(name)) is not None), None)
     if emulator and command is None:
         pytest.skip(f"there is none of {', '.join(emulator)} here")
-    assert "4 floats a vector" in build_and_run(compiler, tmp_path / "driver", *([command] if command else []))
+    assert "4 floats a vector" in build_and_run(compiler, tmp_path / "driver.exe", *([command] if command else []))
 
 
 @pytest.mark.parametrize("compiler", ["clang++", f"{sys.executable} -m ziglang c++"], ids=["clang", "zig"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -90,7 +91,7 @@ def _identity(words: Sequence[str]) -> str:
 
 def _zig_flags(flags: Sequence[str]) -> list[str]:
     """Zig compiles for the machine at hand unless told otherwise; each level names all that it may use."""
-    if os.uname().machine not in ("x86_64", "amd64"):
+    if platform.machine().lower() not in ("x86_64", "amd64"):
         return [*flags, "-mcpu=baseline"]
     features = [flag for flag in flags if flag.startswith(("-mavx", "-mfma", "-mf16c", "-mamx"))]
     named = "+".join(["x86_64", *(flag.removeprefix("-m") for flag in features)])
@@ -122,6 +123,9 @@ def run(compiler: Compiler, command: Sequence[str], longest_s: float | None = No
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the session that the process leads: drivers start compilers, which outlive them otherwise."""
+    """End the session that the process leads: drivers start compilers, which outlive them otherwise. Windows has no sessions."""
+    if sys.platform == "win32":
+        process.kill()
+        return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
