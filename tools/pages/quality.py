@@ -201,6 +201,7 @@ def fidelity() -> Figure:
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality recall": accuracies,
+    "quality mixtures": lambda: accuracies(layers=4),
     "quality distances": distances,
     "quality text": text,
     "quality gradients": gradients,
