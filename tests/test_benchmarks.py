@@ -1,6 +1,7 @@
 """The measuring instruments: a red gate reports nothing, the peers compute what they are said to compute."""
 
 import csv
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import buffer_figures, gate, record, run
+from benchmarks import adaptive_figures, buffer_figures, gate, record, run
 from benchmarks import experiment as experiment_module
-from benchmarks.buffer_traces import TRACES, exact_key_pool, live_peak
+from benchmarks.buffer_traces import TRACES, decoding_by_cat, exact_key_pool, live_peak
 from benchmarks.cases.patterns import random_blocks
 from benchmarks.experiment import Labels, Side, Targets, experiments, find
 from benchmarks.figures import Figure, builds, hit_ratios, plan_bytes
@@ -372,11 +373,27 @@ def test_figures_of_the_cache_are_what_is_promised() -> None:
 
 def test_figures_of_buffers_are_what_is_promised() -> None:
     """Little is retained on every trace, from the first pass on, where a pool with exact keys retains several times the peak."""
-    found = list(buffer_figures.counted(passes=2))
+    found = list(buffer_figures.counted(passes=2, recorded=False))
     assert {figure.verdict for figure in found} == {"met"} and len(found) == 2 * len(TRACES)
     for trace_of in TRACES.values():
         assert trace_of() == trace_of()
         assert exact_key_pool(trace_of()) > 4 * live_peak(trace_of())
+
+
+def test_recorded_steps_take_and_drop_what_they_should() -> None:
+    """Every drop is of something taken before; what grows by `torch.cat` is larger in each step; a learner's figures tell both."""
+    steps = decoding_by_cat(steps=6)
+    held: set[int] = set()
+    for what, name, _ in itertools.chain.from_iterable(steps):
+        if what == "take":
+            assert name not in held
+            held.add(name)
+        else:
+            held.remove(name)
+    largest = [max(nbytes for _, _, nbytes in step) for step in steps]
+    assert largest == sorted(set(largest))
+    misses, seconds = adaptive_figures.learning({"decoding": lambda: steps}, turns=1)
+    assert (misses.verdict, seconds.unit) == ("met", "ratio")
 
 
 def test_retained_memory_of_a_small_trace_is_counted() -> None:

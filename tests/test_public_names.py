@@ -16,7 +16,7 @@ EXPECTED = {
         ArenaAllocator LoggingAllocator FailureCallbackAllocator PoisoningAllocator RecordingAllocator
         AllocationTrace TraceEvent prometheus_text
         NumaAllocator Placement migrate numa_policy read_placement NumaNode NumaTopology numa_topology
-        plan_memory MemoryPlan Lifetime TieredBuffers TieredBuffer
+        plan_memory MemoryPlan Lifetime TieredBuffers TieredBuffer StepLearner ExpectedRequest
         PreparedSlot BufferScope OutstandingBuffer Strategy MemoryReading read_device_memory
         """,
     "patterncache": """

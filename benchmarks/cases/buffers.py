@@ -7,10 +7,11 @@ A buffer is (seq_len, 8, 64) in float32: 2 tokens are 4 KB, 512 are 1 MB, 32768 
     keyed        `allocate` by type, shape, dtype and device, and drop of the last reference
     slot         `acquire` of a prepared slot, and drop
     deallocate   `allocate` and `deallocate`, which empties the handle
+    orders       the same, with up to four buffers of two shapes in use at once, given back in random order
     evict        `allocate` and drop of a shape that is not kept: each call evicts the oldest of ten
     step-*       see buffer_steps.py
 
-`touch` writes 1 GB a call. The others do not touch memory; `keyed`, `slot` and `deallocate` are a million calls, so that
+`touch` writes 1 GB a call. The others do not touch memory; `keyed`, `slot`, `deallocate` and `orders` are a million calls, so that
 milliseconds read as nanoseconds a call, `evict` a thousand (microseconds). The seeds' manager took 5454 ns for what
 `keyed` does (25695 for scores), on the machine of their anchor. Record them with one thread.
 
@@ -22,9 +23,11 @@ The same case under a tuned malloc, in a process of its own, has rows of its own
 import functools
 import itertools
 import os
+import random
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from benchmarks.calls import Calls
 from benchmarks.cases.buffer_steps import steps
@@ -37,6 +40,7 @@ _TOUCHED_BYTES = 1 << 30
 _CPU = torch.device("cpu")
 _TEMP = BufferType.TEMP
 _NEVER_KEPT = 64  # more shapes than any type keeps
+_HELD, _TURNS = 4, 200
 
 # (row, tokens, at least this ratio under the stock malloc): 4 KB; 1, 4 and 16 MB; 64 and 256 MB.
 _TOUCH = (
@@ -50,8 +54,16 @@ _TOUCH = (
 )
 _TUNED_RATIO = 0.97
 """Under a tuned malloc: never more than 3 % slower."""
-# (row, at most so many nanoseconds, at least this ratio), at 1 MB
-_CALLS = (("keyed", 600.0, None), ("slot", 400.0, 4.0), ("deallocate", 2500.0, None))
+# (row, tokens, at most so many nanoseconds, at least this ratio): 1 MB, and what is below.
+_CALLS = (
+    ("keyed", 512, 600.0, None),
+    ("slot", 512, 400.0, 4.0),
+    ("deallocate", 512, 2500.0, None),
+    ("deallocate", 2, None, 0.5),
+    ("deallocate", 256, None, 0.5),
+    ("orders", 2, None, 0.5),
+    ("orders", 256, None, 0.5),
+)
 
 Step = Callable[[], object]
 
@@ -76,11 +88,32 @@ def _our_step(way: str, shape: tuple[int, ...]) -> Step:
         lengths = itertools.cycle(range(shape[0], shape[0] + _NEVER_KEPT))
         return lambda: manager.allocate(_TEMP, (next(lengths), *shape[1:]), torch.float32, _CPU)
 
+    if way == "orders":
+        take = functools.partial(manager.allocate, _TEMP, dtype=torch.float32, device=_CPU)
+        return _in_random_order(take, lambda tensor: manager.deallocate(tensor, _TEMP), shape)
+
     def and_deallocate() -> None:
         tensor = manager.allocate(_TEMP, shape, torch.float32, _CPU)
         manager.deallocate(tensor, _TEMP)
 
     return and_deallocate
+
+
+def _in_random_order(
+    take: Callable[[tuple[int, ...]], Tensor], give: Callable[[Tensor], object], shape: tuple[int, ...]
+) -> Step:
+    rng = random.Random(0)
+    shapes = [shape, (shape[0] + 1, *shape[1:])]
+    turns = itertools.cycle([(rng.randrange(_HELD), rng.choice(shapes)) for _ in range(_TURNS)])
+    held = dict(enumerate(take(shape) for _ in range(_HELD)))
+
+    def step() -> None:
+        place, following = next(turns)
+        give(held[place])
+        del held[place]
+        held[place] = take(following)
+
+    return step
 
 
 def _torch_step(way: str, shape: tuple[int, ...]) -> Step:
@@ -89,6 +122,8 @@ def _torch_step(way: str, shape: tuple[int, ...]) -> Step:
         return lambda: torch.empty((next(lengths), *shape[1:]), dtype=torch.float32)
     if way.startswith("touch"):
         return lambda: torch.empty(shape, dtype=torch.float32).fill_(1.0)
+    if way == "orders":
+        return _in_random_order(functools.partial(torch.empty, dtype=torch.float32), lambda tensor: None, shape)
     return functools.partial(torch.empty, shape, dtype=torch.float32)
 
 
@@ -134,9 +169,9 @@ def experiments(quick: bool) -> Iterator[Calls | Comparison]:
         goal = None if quick else _TUNED_RATIO if malloc_is_tuned() else ratio
         if not quick or tokens in (2, 32768):
             yield _calls(way, seq_len, many, Targets(ratio=goal))
-    for way, nanoseconds, ratio in _CALLS:
+    for way, tokens, nanoseconds, ratio in _CALLS:
         targets = Targets() if quick else Targets(ratio=ratio, most_ms=nanoseconds)
-        yield _calls(way, 512, 10 if quick else _MILLION, targets)
+        yield _calls(way, tokens, 10 if quick else _MILLION, targets)
     for tokens in (2, 512):
         yield _calls("evict", tokens, 100 if quick else 1000, Targets())
     yield from steps(quick)

@@ -38,7 +38,7 @@ def twin_of(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
 def test_a_manager_keeps_its_options_and_starts_anew(twin_of: Callable[[Any], Any]):
     config = BufferConfig(max_cached_buffers=3, zero_init=True)
     options = {"enable_preallocation": True, "enable_profiling": True, "lightweight": False, "cleanup": "aggressive"}
-    options |= {"numa": "interleave", "name": "layer 0", "adaptive_cache": True}
+    options |= {"numa": "interleave", "name": "layer 0", "adaptive_cache": True, "device_pools": True}
     manager = AttentionBufferManager({TEMP: config}, debug=True, **options)
     held = manager.allocate(TEMP, SHAPE).fill_(3)
     twin = twin_of(manager)

@@ -1,14 +1,17 @@
 """Where buffers are: defaults, forms of one device, devices where torch recycles, modes in which a manager steps aside."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from longattn.bufmgr import AttentionBufferManager, BufferType
+from longattn.bufmgr import AttentionBufferManager, BufferType, MemoryPool
 from longattn.bufmgr.leasing import release
-from longattn.bufmgr.request import resolve_device
+from longattn.bufmgr.leasing.lease import Lease
+from longattn.bufmgr.request import BufferRequest, resolve_device
 
 Q, TEMP = BufferType.QUERY, BufferType.TEMP
 
@@ -85,8 +88,89 @@ def test_a_release_tells_torch_which_stream_may_still_read(monkeypatch: pytest.M
     sizes: list[int] = []
     monkeypatch.setattr(release, "note_stream", lambda tensor: sizes.append(tensor.numel()))
     manager = AttentionBufferManager()
-    manager.deallocate(manager.allocate(Q, (8,)), Q)
-    assert sizes == [8]
+    manager.deallocate(manager.allocate(Q, (8,)), Q)  # host memory has no stream
+    manager.deallocate(manager.allocate(Q, (16,), device="meta"), Q)
+    assert sizes == [16]
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine with two CUDA devices is faked: their tensors are on the CPU, and requests of 4096 bytes and more are refused on the second.
+
+    Returns what was asked of torch's pools of memory.
+    """
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr("torch.accelerator.current_device_index", lambda: 0)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    asked: list[str] = []
+
+    class Pool:
+        def __init__(self) -> None:
+            self.number = asked.count("a pool")
+            asked.append("a pool")
+
+        def snapshot(self) -> list[dict[str, int]]:
+            return [{"total_size": 2**21, "allocated_size": 256 * (self.number + 1)}] * 2
+
+    @contextmanager
+    def use(pool: Pool, device: torch.device) -> Iterator[None]:
+        asked.append(f"pool {pool.number} on {device}")
+        yield
+
+    def lend(lease: Lease, request: BufferRequest, *, pinned: bool) -> torch.Tensor:
+        if request.device.index == 1 and request.nbytes >= 4096:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        tensor = torch.empty(request.shape, dtype=request.dtype)
+        lease.start(tensor.untyped_storage(), tensor)
+        return tensor
+
+    monkeypatch.setattr("torch.cuda.MemPool", Pool)
+    monkeypatch.setattr("torch.cuda.use_mem_pool", use)
+    monkeypatch.setattr("longattn.bufmgr.leasing.book.lend_from_torch", lend)
+    return asked
+
+
+def test_two_faked_devices_are_counted_apart(two_gpus: list[str]):
+    """Each has its own statistics; a refusal on one changes neither what it holds nor the other."""
+    pool = MemoryPool()
+    held = [pool.empty((64 * (index + 1),), torch.float32, f"cuda:{index}") for index in (0, 1)]
+    again = pool.empty((8,), torch.float32, "cuda")
+    devices = pool.get_stats()["devices"]
+    assert {name: devices[name]["current_bytes"] for name in ("cuda:0", "cuda:1")} == {"cuda:0": 288, "cuda:1": 512}
+    for source in (pool, AttentionBufferManager(upstream=pool)):
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            source.empty((1024,), torch.float32, "cuda:1")
+        assert "in use: 0.00 MiB in" in caught.value.__notes__[0]
+    assert pool.empty((1024,), torch.float32, "cuda:0").numel() == 1024
+    pool.release(held[0])
+    del held, again
+    devices = pool.get_stats()["devices"]
+    assert [devices[f"cuda:{index}"]["current_bytes"] for index in (0, 1)] == [0, 0]
+    assert [devices[f"cuda:{index}"]["total_count"] for index in (0, 1)] == [3, 1]
+    assert two_gpus == []
+
+
+def test_each_faked_device_has_a_pool_of_torchs(two_gpus: list[str]):
+    """Made when first used, and counted; host memory and a manager without the option use none."""
+    manager = AttentionBufferManager(device_pools=True)
+    held = [manager.allocate(Q, (64,), torch.float32, device) for device in ("cuda:0", "cuda:1", "cuda", "cpu")]
+    assert two_gpus == ["a pool", "pool 0 on cuda:0", "a pool", "pool 1 on cuda:1", "pool 0 on cuda:0"]
+    sizes = {f"cuda:{n}": {"reserved_bytes": 2**22, "allocated_bytes": 512 * (n + 1)} for n in (0, 1)}
+    assert manager.get_stats()["device_pools"] == sizes
+    other = AttentionBufferManager()
+    other.deallocate(other.allocate(Q, (64,), torch.float32, "cuda:0"), Q)
+    assert (len(two_gpus), len(held), other.get_stats()["device_pools"]) == (5, 4, {})
+
+
+def test_mps_is_torchs_own_memory_where_there_is_any(monkeypatch: pytest.MonkeyPatch):
+    """Elsewhere it is refused by name; where it is the accelerator, it is a device like CUDA: one index, no slots, no pool of ours."""
+    with pytest.raises(ValueError, match="device must be 'cpu' or 'meta'.* on this machine, got 'mps'"):
+        AttentionBufferManager().allocate(Q, (8,), device="mps")
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr("torch.accelerator.current_device_index", lambda: 0)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
+    assert resolve_device("mps") == torch.device("mps", 0)
 
 
 @pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="no two accelerators here")

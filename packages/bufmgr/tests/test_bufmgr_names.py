@@ -18,6 +18,7 @@ def test_public_names():
         "MemoryReading", "read_device_memory", "PoisoningAllocator", "RecordingAllocator", "TraceEvent",
         "AllocationTrace", "prometheus_text", "NumaAllocator", "Placement", "migrate", "numa_policy", "read_placement",
         "NumaNode", "NumaTopology", "numa_topology", "plan_memory", "MemoryPlan", "Lifetime", "TieredBuffers", "TieredBuffer",
+        "StepLearner", "ExpectedRequest",
     }  # fmt: skip
     assert set(longattn.bufmgr.__all__) == expected
     assert expected <= set(dir(longattn.bufmgr))

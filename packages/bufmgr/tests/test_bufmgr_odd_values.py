@@ -22,6 +22,7 @@ from longattn.bufmgr import (
     PoisoningAllocator,
     RecordingAllocator,
     StatisticsAllocator,
+    StepLearner,
     SystemAllocator,
     TieredBuffers,
     TraceEvent,
@@ -85,7 +86,15 @@ def request(**more: Any) -> dict[str, Any]:
     return {"type": TEMP, "shape": (3,), "dtype": torch.float32, "device": "cpu", "zero_init": False, **more}
 
 
-FLAGS = ("enable_reuse", "enable_preallocation", "enable_profiling", "lightweight", "debug", "adaptive_cache")
+FLAGS = (
+    "enable_reuse",
+    "enable_preallocation",
+    "enable_profiling",
+    "lightweight",
+    "debug",
+    "adaptive_cache",
+    "device_pools",
+)
 OPTIONS = {
     "custom_configs": None,
     "upstream": None,
@@ -103,6 +112,11 @@ def allocate():
 @call
 def tiered_buffers():
     return TieredBuffers, {"max_device_bytes": 64, "manager": None}
+
+
+@call
+def step_learner():
+    return StepLearner, {"manager": AttentionBufferManager()}
 
 
 @call
@@ -323,6 +337,6 @@ def test_every_public_callable_is_here_or_needs_no_arguments():
         "BufferType", "DEFAULT_CONFIGS", "Allocator", "TensorAllocator", "Block", "Statistics", "OutstandingBuffer", "TraceEvent",
         "Strategy", "MemoryReading", "PreparedSlot", "get_global_memory_pool", "reset_global_memory_pool",
         "NumaNode", "NumaTopology", "Placement", "numa_policy", "numa_topology", "MemoryPlan", "Lifetime",
-        "TieredBuffer",
+        "TieredBuffer", "ExpectedRequest",
     }  # fmt: skip
     assert {name for name in package.__all__ if not any(getattr(package, name) is kind for kind in kinds)} == without

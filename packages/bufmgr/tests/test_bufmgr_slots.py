@@ -1,6 +1,7 @@
 """Slots: the short way hands out only what nobody sees, remembers nothing, and never more than the limits allow."""
 
 import ctypes
+import random
 import threading
 from typing import Any
 
@@ -306,7 +307,39 @@ def test_slow_requests_are_counted_with_their_reason():
     assert counts() == (4, 1)
     held = slot.acquire()
     assert slot.acquire().shape == held.shape
-    assert counts() == (5, 2)
+    assert counts() == (4, 2)  # the other buffer from before is free
+    both = slot.acquire(), slot.acquire()
+    assert len({tensor.data_ptr() for tensor in (held, *both)}) == 3
+    assert counts() == (5, 3)
+
+
+@pytest.mark.parametrize("through", ["keyed", "empty", "slot"])
+@pytest.mark.parametrize("order", ["first taken first", "last taken first", "random"])
+def test_several_of_one_request_never_take_the_slow_path_again(order: str, through: str):
+    """As many as the type keeps, given back in any order: zeros where they are promised, every one apart, no request slow."""
+    manager = AttentionBufferManager(upstream=SystemAllocator())
+    prepared = manager.prepare(OUTPUT, SHAPE, torch.float32)
+    take = {
+        "keyed": lambda: manager.allocate(OUTPUT, SHAPE, torch.float32),
+        "empty": lambda: manager.empty(SHAPE, torch.float32, role="output"),
+        "slot": prepared.acquire,
+    }[through]
+    rng = random.Random(0)
+    slow = 0
+    for turn in range(20):
+        held = [take() for _ in range(10)]
+        assert through == "empty" or not any(tensor.any() for tensor in held)
+        assert len({tensor.fill_(1.0).data_ptr() for tensor in held}) == 10
+        slow = slow or manager.get_stats()["slow_requests"]
+        places = {"first taken first": 0, "last taken first": -1}
+        while held:
+            place = places.get(order, rng.randrange(len(held)))
+            if turn % 2:
+                manager.deallocate(held.pop(place), OUTPUT)
+            else:
+                del held[place]
+    assert (manager.get_stats()["slow_requests"], manager.get_stats()["cache_misses"]) == (slow, 10)
+    manager.check_valid()
 
 
 def test_a_request_that_meets_its_slot_in_use_is_checked_no_less():

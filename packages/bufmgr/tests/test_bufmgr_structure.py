@@ -23,7 +23,7 @@ LAYERS = (
     ("pool",),
     ("serving", "metrics"),
     ("manager",),
-    ("tiers",),
+    ("tiers", "learning"),
     ("testing",),
 )
 

@@ -1,12 +1,14 @@
 """The timeline: when each buffer began and ended, as a trace for Perfetto and as a picture."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from torch.cuda import _memory_viz
 
-from longattn.bufmgr import AttentionBufferManager
+from longattn.bufmgr import ArenaAllocator, AttentionBufferManager
 
 
 def worked() -> AttentionBufferManager:
@@ -58,8 +60,24 @@ def test_a_picture(tmp_path: Path):
     assert (tmp_path / "buffers.png").stat().st_size > (tmp_path / "empty.png").stat().st_size
 
 
+def test_a_snapshot_for_torchs_viewer(tmp_path: Path):
+    """torch's own reader sums up what the arena holds, and follows the buffers."""
+    manager = AttentionBufferManager(enable_profiling=True, lightweight=False, upstream=ArenaAllocator())
+    held = manager.allocate("scores", (1 << 20,), torch.float32)
+    manager.allocate("temp", (1 << 19,), torch.float32)
+    manager.clear_cache()
+    assert held.nbytes == 1 << 22
+    manager.save_timeline(tmp_path / "buffers.pickle")
+    snapshot = pickle.loads((tmp_path / "buffers.pickle").read_bytes())
+    summary = _memory_viz.segsum(snapshot)
+    assert "total_reserved: 6.0MiB" in summary and "total_allocated: 4.0MiB" in summary
+    assert _memory_viz.trace(snapshot).count("MEM[") == 2
+    actions = [(entry["action"], entry["frames"][0]["name"]) for entry in snapshot["device_traces"][0]]
+    assert actions == [("alloc", "scores"), ("alloc", "temp"), ("free_requested", "temp"), ("free_completed", "temp")]
+
+
 def test_what_has_no_timeline_says_so(tmp_path: Path):
     with pytest.raises(ValueError, match="enable_profiling=True and lightweight=False .* got True and True"):
         AttentionBufferManager(enable_profiling=True).save_timeline(tmp_path / "x.json")
-    with pytest.raises(ValueError, match="path must end in .json or .png, got 'x.svg'"):
+    with pytest.raises(ValueError, match="path must end in .json, .png or .pickle, got 'x.svg'"):
         worked().save_timeline("x.svg")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     __version__: str
+    from longattn.bufmgr.learning import ExpectedRequest, StepLearner
     from longattn.bufmgr.leasing.debug import OutstandingBuffer
     from longattn.bufmgr.leasing.scope import BufferScope
     from longattn.bufmgr.leasing.slots import PreparedSlot
@@ -76,6 +77,8 @@ __all__ = [
     "Lifetime",
     "TieredBuffers",
     "TieredBuffer",
+    "StepLearner",
+    "ExpectedRequest",
 ]
 
 if not TYPE_CHECKING:
@@ -122,6 +125,8 @@ if not TYPE_CHECKING:
         "Lifetime": "planning.lifetimes",
         "TieredBuffers": "tiers",
         "TieredBuffer": "tiers",
+        "StepLearner": "learning",
+        "ExpectedRequest": "learning",
     }
 
     def __getattr__(name):

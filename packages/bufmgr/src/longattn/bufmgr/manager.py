@@ -45,6 +45,8 @@ class AttentionBufferManager(RequestServer):
         name: whose manager this is, a module's name say; `MemoryPool.accounts` lists managers by it. Default "".
         adaptive_cache: raise a type's max_cached_buffers, up to four times, as misses show that it is too low, and set it back when
             memory gets short. max_cached_mb stays. Default False.
+        device_pools: buffers on CUDA come from a torch.cuda.MemPool of this manager, one a device, so that their memory is apart from that
+            of other tensors and counted alone (get_stats). Default False.
 
     Host memory is recycled here. On an accelerator torch's caching allocator recycles; there, on "meta" and for size
     zero the manager adds types, checks and counts. Inside torch.compile and CUDA-graph capture it steps aside. Safe to
@@ -69,6 +71,7 @@ class AttentionBufferManager(RequestServer):
         numa: Policy = "prefer",
         name: str = "",
         adaptive_cache: bool = False,
+        device_pools: bool = False,
     ) -> None:
         flags = {
             "enable_reuse": enable_reuse,
@@ -77,6 +80,7 @@ class AttentionBufferManager(RequestServer):
             "lightweight": lightweight,
             "debug": debug,
             "adaptive_cache": adaptive_cache,
+            "device_pools": device_pools,
         }
         for flag, value in flags.items():
             check_flag(flag, value)
@@ -104,6 +108,7 @@ class AttentionBufferManager(RequestServer):
             "numa",
             "name",
             "adaptive_cache",
+            "device_pools",
         )
         options = {name: getattr(self, name) for name in names}
         return functools.partial(type(self), upstream=self._upstream, **options), (dict(self.configs),)
@@ -153,8 +158,9 @@ class AttentionBufferManager(RequestServer):
         if compiler._is_compiling_flag:
             return self._allocate_in_graph(type, shape, dtype, device, zero_init)
         if zero_init is None or zero_init.__class__ is bool:  # the fast path of SlotTable.empty, with zeros
+            key = (type, shape, get_default_dtype() if dtype is None else dtype, device)
             try:
-                slot = self._slots[type, shape, get_default_dtype() if dtype is None else dtype, device]
+                slot = self._slots[key]
             except (KeyError, TypeError):  # no such key; a list, or no shape at all, cannot be hashed
                 pass
             else:
@@ -169,7 +175,12 @@ class AttentionBufferManager(RequestServer):
                         if slot.zeroes if zero_init is None else zero_init:
                             handle.zero_()
                         return handle
-                    del handle  # or this thread would keep the slot in use while it takes the slow path
+                    del handle  # or this thread would keep the slot in use while it looks for another
+                    handle = self._take_sibling(slot, key)
+                    if handle is not None:
+                        if slot.zeroes if zero_init is None else zero_init:
+                            handle.zero_()
+                        return handle
         kind = parse_type(type)
         if zero_init is None:
             zero_init = self.configs[kind].zero_init
@@ -234,7 +245,7 @@ class AttentionBufferManager(RequestServer):
 
     def strategy(self, type: BufferType | str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Strategy:  # noqa: A002
         """Return how a request for host memory would be served; see strategy.py."""
-        return self._strategy(parse_type(type), resolve_request(shape, dtype, "cpu"))
+        return self._strategy(parse_type(type), resolve_request(shape, dtype, "cpu").nbytes)
 
 
 def create_attention_buffer_manager(
@@ -250,6 +261,7 @@ def create_attention_buffer_manager(
     numa: Policy = "prefer",
     name: str = "",
     adaptive_cache: bool = False,
+    device_pools: bool = False,
 ) -> AttentionBufferManager:
     """Return a manager; the arguments are those of AttentionBufferManager."""
     return AttentionBufferManager(
@@ -264,4 +276,5 @@ def create_attention_buffer_manager(
         numa=numa,
         name=name,
         adaptive_cache=adaptive_cache,
+        device_pools=device_pools,
     )

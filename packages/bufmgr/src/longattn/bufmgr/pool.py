@@ -120,7 +120,7 @@ class MemoryPool(SlotTable):
         size = block_size(request.nbytes)
         try:
             return self._book.lease(request, kind, bounds=(size, size), zero=zero)
-        except MemoryError as error:
+        except (MemoryError, torch.OutOfMemoryError) as error:
             error.add_note(self.memory_summary())
             raise
 
@@ -213,7 +213,7 @@ class MemoryPool(SlotTable):
         """Return text for a person whose memory runs out: totals of all devices, the largest holders of this pool and of
         the managers over it, fragmentation, and what to do.
 
-        A MemoryError of `empty` carries it as a note, which tracebacks show.
+        A MemoryError of `empty`, or torch.OutOfMemoryError, carries it as a note, which tracebacks show.
         """
         return memory_report("pool", self._statistics(), list(self._borrowers), self.memory_snapshot())
 

@@ -160,7 +160,8 @@ class Reports:
         return [] if self._profile is None else self._profile.timeline()
 
     def save_timeline(self, path: Path | str) -> None:
-        """Write the timeline as a trace for Perfetto and chrome://tracing (.json) or as a picture (.png, needs matplotlib).
+        """Write the timeline as a trace for Perfetto and chrome://tracing (.json), as a picture (.png, needs matplotlib), or as a snapshot that
+        torch's viewer opens (.pickle: pytorch.org/memory_viz, or `python -m torch.cuda._memory_viz`), which also has the arena's segments.
 
         Raises ValueError for another ending, and without enable_profiling or with lightweight, which keep no timeline.
         """
@@ -169,7 +170,7 @@ class Reports:
                 "manager must have enable_profiling=True and lightweight=False to keep a timeline, "
                 f"got {self._profile is not None} and {self.lightweight}"
             )
-        save_timeline(self.timeline(), path)
+        save_timeline(self.timeline(), path, self._segments())
 
     def get_stats(self) -> dict[str, Any]:
         """Return the counters.
@@ -179,18 +180,27 @@ class Reports:
         cached_buffers, cached_bytes: free now. released_in_use: calls of `deallocate` that emptied no handle because a
         second name, a view or autograd still referenced the buffer, or because reference_counts is "unavailable"; each such
         buffer returns with its last owner, and until then the next request needs other memory. slow_requests: requests that took
-        the slow path, some microseconds more each; slots_in_use: those of them for which a buffer of the same request was still in
-        use, as where a loop holds two at once. limit_misses: misses that a cache of up to four times the buffers would have served;
+        the slow path, some microseconds more each; slots_in_use: requests for which a buffer of the same request was still in
+        use, as where a loop holds two at once: another slot served them, or, where all were in use, the slow path. limit_misses: misses that a cache of up to four times the buffers would have served;
         types have `max_buffers`, the limit at this moment (see adaptive_cache). reference_counts: "exact",
         or "unavailable" where this Python or torch has none to trust: then there are no slots, and every request takes
         the slow path. types: the same for each type, by its name in lower case, and
         `from_torch`, the misses that torch served itself. strategies: how often each was chosen (slots' hits choose
         none). numa: nodes with memory, policy, whether it is active or why not (`inactive`), how often blocks were placed, and how
-        often the kernel did not take a policy back. With enable_profiling also profile: for each type `count`, `bytes` and `time` (seconds in allocate).
+        often the kernel did not take a policy back. device_pools: bytes that torch's pool of each CUDA device holds (`reserved_bytes`) and
+        has in use (`allocated_bytes`), empty without that option. With enable_profiling also profile: for each type `count`, `bytes` and `time` (seconds in allocate).
         """
         stats = manager_stats(self._book)
         stats["strategies"] = {strategy.value: count for strategy, count in self._strategies.items()}
         stats["numa"] = self._placer.as_dict()
+        stats["device_pools"] = {
+            str(device): {
+                f"{part}_bytes": sum(segment[key] for segment in segments)
+                for part, key in (("reserved", "total_size"), ("allocated", "allocated_size"))
+            }
+            for device, pool in (self._book.device_pools or {}).items()
+            for segments in [pool.snapshot()]
+        }
         if self._profile is not None:
             stats["profile"] = self._profile.as_dict()
         return stats
@@ -203,7 +213,7 @@ class Reports:
     def memory_summary(self) -> str:
         """Return text for a person whose memory runs out: totals, the largest holders, fragmentation, and what to do.
 
-        A MemoryError of `allocate` carries it as a note, which tracebacks show.
+        A MemoryError of `allocate`, or torch.OutOfMemoryError, carries it as a note, which tracebacks show.
         """
         self._book.settle(blocking=True)
         return memory_report("manager", {"cpu": self._host.statistics}, [self._book], self._segments())

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class RequestServer(SlotTable, Reports):
         numa: Policy,
         name: str,
         adaptive_cache: bool,
+        device_pools: bool,
     ) -> None:
         self.configs = configs
         self.enable_reuse = enable_reuse
@@ -62,6 +64,7 @@ class RequestServer(SlotTable, Reports):
         self.debug = debug
         self.name = name
         self.adaptive_cache = adaptive_cache
+        self.device_pools = device_pools
         self._upstream = upstream
         self._gauge = PressureGauge(cleanup)
         caches = {
@@ -78,17 +81,19 @@ class RequestServer(SlotTable, Reports):
         inspector = Inspector(poison=debug) if debug or not lightweight else None
         super().__init__(LeaseBook(blocks, caches, inspector), slow_path_only=enable_profiling)
         self._book.name = name
+        self._book.device_pools = {} if device_pools else None
         if isinstance(source, MemoryPool):
             source.add_borrower(self._book)
         self._profile = self._book.profile = Profile(timeline=not lightweight) if enable_profiling else None
+        self.watch_request: Callable[[Lease], None] | None = None  # sees each request while a step is learned
         self._strategies = dict.fromkeys(Strategy, 0)
         self._prepared_shapes: set[BufferRequest] = set()
         # Buffers may outlive the manager; the book then gives their memory back as they die.
         weakref.finalize(self, self._book.close).atexit = False
 
-    def _strategy(self, kind: BufferType, request: BufferRequest) -> Strategy:
+    def _strategy(self, kind: BufferType, nbytes: int) -> Strategy:
         config = self.configs[kind]
-        return choose_strategy(config, request.nbytes, lightweight=self.lightweight, nodes=self._placer.choices)
+        return choose_strategy(config, nbytes, lightweight=self.lightweight, nodes=self._placer.choices)
 
     def _serve_request(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease | None]:
         if self._profile is None:
@@ -104,6 +109,8 @@ class RequestServer(SlotTable, Reports):
         scope = innermost_scope(self) if self.open_scopes else None
         if scope is not None and slot is not None:
             scope.add(tensor, slot)
+        if self.watch_request is not None and slot is not None and slot.block is not None:
+            self.watch_request(slot)
         if self.enable_preallocation and kind is BufferType.QUERY and len(request.shape) == 4:
             self._prepare_once(request)
         return tensor, slot
@@ -111,7 +118,7 @@ class RequestServer(SlotTable, Reports):
     def _make(self, request: BufferRequest, kind: BufferType, zero: bool) -> tuple[torch.Tensor, Lease]:
         config = self.configs[kind]
         pinned = config.pinned and request.device.type == "cpu" and torch.cuda.is_available()
-        strategy = self._strategy(kind, request)
+        strategy = self._strategy(kind, request.nbytes)
         if request.device.type == "cpu" and request.nbytes and not pinned:
             self._strategies[strategy] += 1
             share = self._gauge.share_to_give_back()
@@ -124,7 +131,7 @@ class RequestServer(SlotTable, Reports):
             tensor, lease = self._book.lease(request, kind, bounds=bounds, zero=zero, pinned=pinned)
             if strategy is Strategy.NUMA_AWARE and lease.block is not None:
                 self._placer.place(lease.block)
-        except MemoryError as error:
+        except (MemoryError, torch.OutOfMemoryError) as error:
             tensor = None  # or the traceback would keep it in use
             error.add_note(self.memory_summary())
             raise
@@ -145,10 +152,22 @@ class RequestServer(SlotTable, Reports):
     def _prepare(self, request: BufferRequest, kinds: Sequence[BufferType]) -> int:
         ready = 0
         if request.device.type == "cpu" and request.nbytes > 0:
-            bounds = (block_bounds(self._strategy(kind, request), request.nbytes) for kind in kinds)
-            ready = self._book.put_free((kind, size) for kind, (size, _) in zip(kinds, bounds, strict=True))
+            ready = self._put_free((kind, request.nbytes) for kind in kinds)
         LOGGER.debug("preallocation: %d of %d buffers of %s are ready", ready, len(kinds), request.describe())
         return ready
+
+    def _put_free(self, requests: Iterable[tuple[BufferType, int]]) -> int:
+        bounds = ((kind, block_bounds(self._strategy(kind, nbytes), nbytes)) for kind, nbytes in requests)
+        return self._book.put_free((kind, size) for kind, (size, _) in bounds)
+
+    def ready(self, requests: Iterable[tuple[BufferType, int]]) -> int:
+        """Ready memory for requests of so many bytes, which may be in use at once; return how many have it. Types keep up to four times
+        their max_cached_buffers for it, until memory gets short. Raises MemoryError.
+        """
+        requests = list(requests)
+        for kind, count in Counter(kind for kind, _ in requests).items():
+            self._book.caches[kind].widen(count)
+        return self._put_free(requests)
 
     def preallocate_buffers(
         self,

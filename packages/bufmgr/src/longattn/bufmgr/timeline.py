@@ -1,15 +1,20 @@
-"""A timeline of buffers as a file: a picture (PNG), or a trace that Perfetto and chrome://tracing open (JSON)."""
+"""A timeline of buffers as a file: a picture (PNG), a trace that Perfetto and chrome://tracing open (JSON), or a snapshot for torch's
+viewer of memory (pickle).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from longattn.bufmgr.leasing.profile import Event
 from longattn.bufmgr.spec import MIB, BufferType
+
+_OUTSIDE = 1 << 48  # an address beyond all segments
 
 
 def bytes_in_use(events: Sequence[Event]) -> Iterator[tuple[Event, dict[str, int]]]:
@@ -54,8 +59,46 @@ def chrome_trace(events: Sequence[Event]) -> dict[str, Any]:
     return {"traceEvents": rows, "displayTimeUnit": "ms"}
 
 
-def save_timeline(events: Sequence[Event], path: Path | str) -> None:
-    """Write a timeline; the name's ending chooses the form, .json or .png.
+def torch_snapshot(events: Sequence[Event], segments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what torch.cuda.memory._snapshot returns: segments with their blocks, and the trace of one device, the host.
+
+    segments: as `memory_snapshot` returns them; each stretch of their pages that are held becomes one of torch's. Addresses are made
+    up: segments follow one another, and buffers lie beyond them. A buffer's type stands where torch has the frames of its stack.
+    """
+    held: list[dict[str, Any]] = []
+    start = 0
+    for segment in segments:
+        end = 0
+        for block in segment["blocks"]:
+            if block["state"] == "unmapped":
+                continue
+            address = start + block["offset"]
+            if not held or address != end:
+                held.append({"address": address, "stream": 0, "segment_type": "large", "blocks": [], "device": 0})
+            end = address + block["size"]
+            held[-1]["blocks"].append({"address": address, "requested_size": block["size"], "frames": [], **block})
+        start += segment["total_size"]
+    for part in held:
+        in_use = sum(block["size"] for block in part["blocks"] if block["state"] == "active_allocated")
+        total = sum(block["size"] for block in part["blocks"])
+        part |= {"total_size": total, "allocated_size": in_use, "active_size": in_use}
+    trace = [
+        {
+            "action": action,
+            "addr": _OUTSIDE + event.buffer,
+            "size": event.nbytes,
+            "stream": 0,
+            "time_us": int(event.seconds * 1e6),
+        }
+        | {"frames": [{"name": event.type, "filename": "longattn.bufmgr", "line": 0}]}
+        for event in events
+        for action in (("free_requested", "free_completed") if event.ended else ("alloc",))
+    ]
+    return {"segments": held, "device_traces": [trace]}
+
+
+def save_timeline(events: Sequence[Event], path: Path | str, segments: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write a timeline; the name's ending chooses the form, .json, .png or .pickle. segments: of a snapshot (.pickle).
 
     Raises ValueError for another ending, ModuleNotFoundError where a PNG needs matplotlib (extra `png`) and it is missing.
     """
@@ -64,8 +107,10 @@ def save_timeline(events: Sequence[Event], path: Path | str) -> None:
         Path(path).write_text(json.dumps(chrome_trace(events)), encoding="utf-8")
     elif ending == ".png":
         _draw(events, path)
+    elif ending == ".pickle":
+        Path(path).write_bytes(pickle.dumps(torch_snapshot(events, segments)))
     else:
-        raise ValueError(f"path must end in .json or .png, got {str(path)!r}")
+        raise ValueError(f"path must end in .json, .png or .pickle, got {str(path)!r}")
 
 
 def _draw(events: Sequence[Event], path: Path | str) -> None:

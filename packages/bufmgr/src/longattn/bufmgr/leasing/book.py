@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -28,7 +29,8 @@ from longattn.bufmgr.spec import BufferType
 class LeaseBook(FreeMemory):
     """Leases over an upstream, with free memory in one cache per type (types may share a cache).
 
-    `inspector`: records and checks each lease for a debugging manager; there are no slots then.
+    inspector: records and checks each lease for a debugging manager; there are no slots then. device_pools: torch's pool of each CUDA
+    device from which buffers there come, made when first used; None (default): they come from where all tensors do.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class LeaseBook(FreeMemory):
     ) -> None:
         super().__init__(upstream, caches, inspector)
         self.last_miss = 0.0
+        self.device_pools: dict[torch.device, torch.cuda.MemPool] | None = None
         self._torch_clock = UseCounter()
         self.has_slots = inspector is None and guard.fresh_counts() is not None  # measured at start-up
         if guard.fresh_counts() is None:
@@ -44,7 +47,7 @@ class LeaseBook(FreeMemory):
     def reuse(self, request: BufferRequest, kind: BufferType) -> Lease | None:
         """Return a free slot for exactly this request, or None."""
         for slot in reversed(self.caches[kind].slots.copy()):
-            if slot.nbytes == request.nbytes and slot.kind is kind and slot.request == request and slot.is_free():
+            if slot.serves(request, kind) and slot.is_free():
                 return slot
         return None
 
@@ -107,14 +110,23 @@ class LeaseBook(FreeMemory):
         self, request: BufferRequest, kind: BufferType, *, pinned: bool
     ) -> tuple[torch.Tensor, Lease]:
         lease = Lease(self, kind, request, None, self._torch_clock)
-        try:
-            tensor = lend_from_torch(lease, request, pinned=pinned)
-        except torch.OutOfMemoryError:
-            # torch has emptied its own cache already; this book's free blocks are what is left to give back.
-            LOGGER.debug("cleanup: %s refused %d bytes; gave back %d", request.device, request.nbytes, self.clear())
-            tensor = lend_from_torch(lease, request, pinned=pinned)
+        with self._use_device_pool(request.device):
+            try:
+                tensor = lend_from_torch(lease, request, pinned=pinned)
+            except torch.OutOfMemoryError:
+                # torch has emptied its own cache already; this book's free blocks are what is left to give back.
+                LOGGER.debug("cleanup: %s refused %d bytes; gave back %d", request.device, request.nbytes, self.clear())
+                tensor = lend_from_torch(lease, request, pinned=pinned)
         self._record(lease, hit=False)
         return tensor, lease
+
+    def _use_device_pool(self, device: torch.device) -> AbstractContextManager[None]:
+        if self.device_pools is None or device.type != "cuda":
+            return nullcontext()
+        pool = self.device_pools.get(device)
+        if pool is None:
+            pool = self.device_pools.setdefault(device, torch.cuda.MemPool())
+        return torch.cuda.use_mem_pool(pool, device)
 
     def _record(self, lease: Lease, *, hit: bool) -> None:
         self.leases[lease.address] = lease

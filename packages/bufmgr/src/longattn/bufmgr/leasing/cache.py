@@ -75,9 +75,13 @@ class BlockCache:
         """Return whether a block of `size` bytes would be kept at all."""
         return self.max_buffers > 0 and size <= self.max_bytes
 
-    def holds(self, size: int) -> bool:
-        """Return whether a free block of exactly `size` bytes is here."""
-        return any(block.nbytes == size for block in self.blocks())
+    def count_free(self, size: int) -> int:
+        """Return how many free blocks of exactly `size` bytes are here."""
+        return sum(block.nbytes == size for block in self.blocks())
+
+    def widen(self, buffers: int) -> None:
+        """Raise the limit to so many buffers, at most to four times the policy's; `shrink` sets it back."""
+        self.max_buffers = max(self.max_buffers, min(buffers, _MOST_GROWTH * self._policy_buffers))
 
     def take(self, size: int, most: int, settle: Callable[[], None]) -> Block | None:
         """Remove and return the latest used free block of `size` bytes, else the smallest of up to `most`, or None.
@@ -130,6 +134,10 @@ class BlockCache:
         """Keep a lease open as a slot; return the blocks that are evicted for it."""
         assert lease.block is not None
         lease.used = self.stamp()
+        lease.siblings = next(
+            (slot.siblings for slot in self.slots if slot.serves(lease.request, lease.kind)), deque[Lease]()
+        )
+        lease.siblings.append(lease)
         self.slots.append(lease)
         self.nbytes += lease.block.nbytes
         return self.trim()

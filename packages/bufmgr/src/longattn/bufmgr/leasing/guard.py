@@ -41,8 +41,6 @@ OBJECT_REFERENCES = 2
 _OWNERS, _OBJECT = 8, 12  # offsets of the two halves of that word; the pointer to virtual functions comes first
 _HAS_OBJECT = 1 << 31
 
-_find_address: Callable[[torch.Tensor], int] | None = getattr(torch._C, "_storage_address", None)
-
 
 class ReferenceCounts(NamedTuple):
     """Python references and C++ owners of one buffer: of its tensor and of its storage."""
@@ -58,14 +56,15 @@ def count_references(tensor: object) -> int:
     return sys.getrefcount(tensor)
 
 
-def storage_address(tensor: torch.Tensor) -> int:
-    """Return the address of the tensor's storage, which names it as long as it lives. Makes no Python object of it.
+def _address_of_object(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
-    Raises RuntimeError for a tensor without a storage, such as a sparse one.
-    """
-    if _find_address is None:
-        return tensor.untyped_storage()._cdata
-    return _find_address(tensor)
+
+storage_address: Callable[[torch.Tensor], int] = getattr(torch._C, "_storage_address", _address_of_object)
+"""Returns the address of a tensor's storage, which names it as long as it lives; torch's own way makes no Python object of it.
+
+Raises RuntimeError for a tensor without a storage, such as a sparse one.
+"""
 
 
 def storage_owners(address: int) -> int:
@@ -78,10 +77,14 @@ def owners_view(address: int) -> ctypes.c_uint32:
     return ctypes.c_uint32.from_address(address + _OWNERS)
 
 
-def has_unreferenced_object(tensor: torch.Tensor) -> bool:
-    """Return whether the tensor's storage has a Python object to which no code holds a reference."""
-    has_object = ctypes.c_uint32.from_address(storage_address(tensor) + _OBJECT).value & _HAS_OBJECT
-    return bool(has_object) and sys.getrefcount(tensor.untyped_storage()) == OBJECT_REFERENCES
+def object_view(address: int) -> ctypes.c_uint32:
+    """Return a view of the word that says whether the storage at an address has a Python object; valid while that storage lives."""
+    return ctypes.c_uint32.from_address(address + _OBJECT)
+
+
+def has_unreferenced_object(tensor: torch.Tensor, word: ctypes.c_uint32) -> bool:
+    """Return whether the tensor's storage, whose `object_view` is `word`, has a Python object to which no code holds a reference."""
+    return bool(word.value & _HAS_OBJECT) and sys.getrefcount(tensor.untyped_storage()) == OBJECT_REFERENCES
 
 
 def _tensor_owners(tensor: torch.Tensor) -> int:
@@ -167,10 +170,11 @@ class _Slot:
         self.master = master
         self.address = storage_address(master)
         self.owners = owners_view(self.address)
+        self.word = object_view(self.address)
 
     def is_counted(self, owners: int, has_object: int) -> bool:
         counts = {self.owners.value, storage_owners(self.address)}
-        return counts == {owners + has_object} and has_unreferenced_object(self.master) == bool(has_object)
+        return counts == {owners + has_object} and has_unreferenced_object(self.master, self.word) == bool(has_object)
 
     def tells_apart(self, has_object: int) -> bool:
         if not self.is_counted(FREE, has_object):
@@ -190,6 +194,6 @@ class _Slot:
 
     def sees_object(self) -> bool:
         referenced = self.master.data.untyped_storage()
-        noticed = self.owners.value == FREE + 1 and not has_unreferenced_object(self.master)
+        noticed = self.owners.value == FREE + 1 and not has_unreferenced_object(self.master, self.word)
         del referenced
         return noticed and self.is_counted(FREE, has_object=1)

@@ -13,7 +13,8 @@ uses is never lent again.
 A lease may be a slot. Then the tensor of step 1 is its `master`, which is never handed out, and each handle is a new tensor
 over the same storage. While the master is the storage's only owner, the slot is free. `take` makes the next handle
 first and counts the owners second: of two threads that try at once at most one succeeds, because the other's
-handle is still alive and counts. A slot that is closed drops its master and is an ordinary lease from then on.
+handle is still alive and counts. A slot that is closed drops its master and is an ordinary lease from then on. Open slots for
+the same request are siblings: where one is in use, `take_sibling` looks for a free one, beginning behind the one it found last.
 """
 
 from __future__ import annotations
@@ -21,13 +22,21 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
+from collections import deque
 from collections.abc import Hashable
 from ctypes import c_uint32
 from typing import ClassVar, Protocol
 
 import torch
 
-from longattn.bufmgr.leasing.guard import FREE, TAKEN, has_unreferenced_object, owners_view, storage_address
+from longattn.bufmgr.leasing.guard import (
+    FREE,
+    TAKEN,
+    has_unreferenced_object,
+    object_view,
+    owners_view,
+    storage_address,
+)
 from longattn.bufmgr.memory.allocator import Block
 from longattn.bufmgr.request import BufferRequest
 from longattn.bufmgr.spec import BufferType
@@ -36,10 +45,12 @@ from longattn.bufmgr.spec import BufferType
 CLOSED = torch.empty(0, device="cpu")
 _CLOSED_ALIASES = [CLOSED.data for _ in range(8)]
 _CLOSED_OWNERS = owners_view(storage_address(CLOSED))
+_CLOSED_WORD = object_view(storage_address(CLOSED))
 _CLOSED_STORAGE = CLOSED.untyped_storage()  # its Python object is referenced, so `has_unreferenced_object` is False
 
 
 _SERIALS = itertools.count(1)
+_NO_SIBLINGS: deque[Lease] = deque()
 
 
 class LeaseOwner(Protocol):
@@ -62,15 +73,16 @@ class UseCounter:
 class Lease:
     """The record of one buffer from `allocate` until nothing references its memory.
 
-    block: None where torch made the memory. address: names the storage. owners: the number of owners of the
-    slot's storage (guard.py). handle_id: id of the tensor that was handed out last; 0 once it was
+    block: None where torch made the memory. address: names the storage. owners, word: the number of owners of the
+    slot's storage, and whether it has a Python object (guard.py). handle_id: id of the tensor that was handed out last; 0 once it was
     released and emptied, below 0 once it was released while something else referenced it. used: the clock's
     stamp of the last use. keep: the block is wanted back for reuse. note: what a debugging manager records.
     """
 
     __slots__ = (
         "address", "block", "clock", "device", "ended", "handle_id", "keep", "keys", "kind", "master", "nbytes", "note",
-        "owner", "owners", "request", "seen_shape", "serial", "used", "watch", "zeroes",
+        "owner", "owners", "request", "seen_shape", "serial", "siblings", "used", "watch", "word",
+        "zeroes",
     )  # fmt: skip
 
     # The root that keeps leases, and through them a book whose manager is gone, until the buffer itself dies.
@@ -91,6 +103,7 @@ class Lease:
         self.clock = clock
         self.master: torch.Tensor = CLOSED
         self.owners: c_uint32 = _CLOSED_OWNERS
+        self.word: c_uint32 = _CLOSED_WORD
         self.keys: dict[Hashable, dict[Hashable, Lease]] = {}  # key -> the table of slots in which it leads here
         self.handle_id = 0
         self.used = 0
@@ -99,6 +112,7 @@ class Lease:
         self.ended = False
         self.keep = True
         self.note: object = None
+        self.siblings: deque[Lease] = _NO_SIBLINGS
         self.serial = next(_SERIALS)
 
     def start(self, watched: object, tensor: torch.Tensor) -> None:
@@ -119,25 +133,45 @@ class Lease:
         """Whether it may be taken again and again."""
         return self.master is not CLOSED
 
+    def serves(self, request: BufferRequest, kind: BufferType) -> bool:
+        """Return whether it is a lease of exactly this request and type."""
+        return self.nbytes == request.nbytes and self.kind is kind and self.request == request
+
     def open_slot(self, tensor: torch.Tensor) -> torch.Tensor:
         """Keep the tensor as the master of a slot; return the first handle."""
         self.master = tensor
         self.owners = owners_view(self.address)
+        self.word = object_view(self.address)
         handle = tensor.data
         self.handle_id = id(handle)
         return handle
 
     def take(self) -> torch.Tensor | None:
         """Return a new handle if this is a free slot, else None. Takes no lock."""
-        if not self.is_free():
+        master = self.master  # held here, so that the storage lives
+        if self.owners.value != FREE and not self.is_free():
             return None
-        handle = self.master.data
-        if not self.has_one_handle():  # another thread took or closed the slot meanwhile
+        handle = master.data
+        if self.owners.value != TAKEN and not self.has_one_handle():  # another thread took or closed the slot meanwhile
             return None
         self.handle_id = id(handle)
         clock = self.clock
         clock.now = self.used = clock.now + 1
         return handle
+
+    def take_sibling(self) -> tuple[torch.Tensor, Lease] | None:
+        """Return a new handle of another open slot for the same request, and that slot, or None if none is free. Takes no lock."""
+        siblings = self.siblings
+        try:
+            for _ in range(len(siblings)):
+                slot = siblings[0]
+                siblings.rotate(-1)
+                handle = slot.take()
+                if handle is not None:
+                    return handle, slot
+        except IndexError:  # another thread closed the last one meanwhile
+            pass
+        return None
 
     def is_free(self) -> bool:
         """Return whether this is a slot whose memory nothing references now."""
@@ -145,27 +179,31 @@ class Lease:
         if master is CLOSED:
             return False
         owners = self.owners.value
-        return owners == FREE or (owners == FREE + 1 and has_unreferenced_object(master))
+        return owners == FREE or (owners == FREE + 1 and has_unreferenced_object(master, self.word))
 
     def has_one_handle(self) -> bool:
         """Return whether this is a slot whose memory one handle, which the caller holds, references, and nothing else."""
         owners = self.owners.value
-        return owners == TAKEN or (owners == TAKEN + 1 and has_unreferenced_object(self.master))
+        return owners == TAKEN or (owners == TAKEN + 1 and has_unreferenced_object(self.master, self.word))
 
     def close_slot(self) -> None:
         """Turn the slot into an ordinary lease. A free one ends here, one in use ends with its last owner."""
         # In this order: a thread that still holds the old master must not read the owners of freed memory.
         self.owners = _CLOSED_OWNERS
         self.master = CLOSED
-        for key, table in list(self.keys.items()):
+        self.word = _CLOSED_WORD
+        keys = list(self.keys.items())
+        self.keys.clear()  # before the tables, because a thread that puts a key into a table then looks here
+        for key, table in keys:
             if table.get(key) is self:
                 table.pop(key, None)
-        self.keys.clear()
+        if self in self.siblings:
+            self.siblings.remove(self)
 
 
 NO_SLOT = Lease.__new__(Lease)
 """A slot that is never open."""
-NO_SLOT.master, NO_SLOT.owners = CLOSED, _CLOSED_OWNERS
+NO_SLOT.master, NO_SLOT.owners, NO_SLOT.word, NO_SLOT.siblings = CLOSED, _CLOSED_OWNERS, _CLOSED_WORD, _NO_SIBLINGS
 
 
 class _Watch(weakref.ref[object]):

@@ -8,7 +8,7 @@ next thread that enters the gate moves the pending blocks on. The upstream is ne
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ from longattn.bufmgr.spec import BufferType
 class TypeCounts:
     """Plain counters of one buffer type. `from_torch` counts those misses that torch itself served, `released_in_use`
     those releases that emptied no handle because something else referenced the buffer, `slow_requests` the requests that took the
-    slow path, and `slots_in_use` those of them whose key led to a slot that was in use.
+    slow path, and `slots_in_use` those whose key led to a slot that was in use.
     """
 
     hits: int = 0
@@ -122,16 +122,18 @@ class FreeMemory(ForkListener):
         return evicted
 
     def put_free(self, sizes: Iterable[tuple[BufferType, int]]) -> int:
-        """Make sure that the cache of each type has a free block of so many bytes; return how many have.
+        """Make sure that the cache of each type has a free block of so many bytes, as many as it is named; return how many there are.
 
         Raises MemoryError when the upstream refuses, after which what was readied so far stays.
         """
         self.settle(blocking=True)
         ready, fresh = 0, list[tuple[BufferType, Block]]()
+        named: Counter[tuple[BufferType, int]] = Counter()
         try:
             for kind, size in sizes:
                 cache = self.caches[kind]
-                if cache.holds(size):
+                named[kind, size] += 1
+                if cache.count_free(size) >= named[kind, size]:
                     ready += 1
                 elif cache.admits(size):
                     # Held until all are there: an arena keeps as much free memory as was once in use at the same time.

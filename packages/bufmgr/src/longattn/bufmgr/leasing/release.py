@@ -42,12 +42,13 @@ def release_lease(leases: Mapping[int, Lease], tensor: object, kind: BufferType,
             # A handle without a name, as in deallocate(allocate(...)), has fewer references than one with a name.
             tensor_references <= fresh.tensor_references
             and tensor._use_count() == fresh.tensor_owners  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-            and lease.has_one_handle()
+            and (lease.owners.value == guard.TAKEN or lease.has_one_handle())
         )
         or _only_caller_sees(lease, tensor, tensor_references, fresh)
     )
     if only_reference:
-        note_stream(tensor)
+        if lease.block is None:
+            note_stream(tensor)
         # Drops the storage; of an ordinary lease this is the last owner, which ends inside this line.
         if tensor.requires_grad:
             with torch.no_grad():

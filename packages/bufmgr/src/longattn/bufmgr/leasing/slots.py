@@ -2,8 +2,9 @@
 
 A hit takes no lock, checks no argument again and records no lease. It looks up its key, makes a new handle over the slot's
 memory and counts the owners of that memory, which must be the master and the handle. (lease.py says why that is enough, and
-why two threads never both succeed.) Everything else takes the slow path: active modes of torch, other forms of the
-arguments, a slot in use, counts that cannot be trusted. Keys hold arguments as they came, so an equal value of another type
+why two threads never both succeed.) Where the slot is in use, another slot for the same request may be free, and the key leads
+there from then on. Everything else takes the slow path: active modes of torch, other forms of the arguments, slots that are all
+in use, counts that cannot be trusted. Keys hold arguments as they came, so an equal value of another type
 (2.0 or True in a shape) would match; the types are checked once for each shape object.
 """
 
@@ -93,8 +94,9 @@ class SlotTable:
         """
         if compiler._is_compiling_flag:
             return self._empty_in_graph(shape, dtype, device)
+        key = (role, shape, get_default_dtype() if dtype is None else dtype, device)
         try:
-            slot = self._slots[role, shape, get_default_dtype() if dtype is None else dtype, device]
+            slot = self._slots[key]
         except (KeyError, TypeError):  # no such key; a list, or no shape at all, cannot be hashed
             pass
         else:
@@ -108,7 +110,10 @@ class SlotTable:
                     clock = slot.clock
                     clock.now = slot.used = clock.now + 1
                     return handle
-                del handle  # or this thread would keep the slot in use while it takes the slow path
+                del handle  # or this thread would keep the slot in use while it looks for another
+                sibling = self._take_sibling(slot, key)
+                if sibling is not None:
+                    return sibling
         return self._serve(parse_type(role, "role"), role, shape, dtype, device, False)
 
     @traced_as(_release_in_graph)
@@ -117,6 +122,18 @@ class SlotTable:
         if compiler._is_compiling_flag:
             return
         self._book.release(tensor, parse_type(role, "role"), getrefcount(tensor))
+
+    def _take_sibling(self, slot: Lease, key: Hashable) -> torch.Tensor | None:
+        """Return a handle of a slot for the same request as this one, which is in use; the key leads to that slot now."""
+        found = slot.take_sibling()
+        if found is None:
+            return None
+        handle, sibling = found
+        self._book.counts[sibling.kind].slots_in_use += 1
+        self._slots[key] = sibling
+        if sibling.keys.get(key) is not self._slots:
+            self._add_key(key, sibling)
+        return handle
 
     def _serve(
         self,
@@ -229,7 +246,14 @@ class PreparedSlot:
                 handle.zero_()
             return handle
         del handle
-        return self._acquire_slowly()
+        found = slot.take_sibling()
+        if found is None:
+            return self._acquire_slowly()
+        handle, self._slot = found
+        self._table._book.counts[self._slot.kind].slots_in_use += 1
+        if self._zeroes:
+            handle.zero_()
+        return handle
 
     def _acquire_slowly(self) -> torch.Tensor:
         request, kind, zero = self._arguments

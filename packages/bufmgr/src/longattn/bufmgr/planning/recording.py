@@ -51,6 +51,11 @@ class LifetimeRecorder(TorchDispatchMode):
             weakref.finalize(storage, self._note_end, number, address).atexit = False
         return result
 
+    @property
+    def operations(self) -> int:
+        """How many operations there were so far; lifetimes are told in their numbers, from 1."""
+        return self._step
+
     def _note_end(self, number: int, address: int) -> None:
         self._ends[number] = self._step
         if self._numbers.get(address) == number:
