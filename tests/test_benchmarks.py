@@ -180,7 +180,7 @@ def test_torchscale_style_is_dilated_attention(
     assert detached["dq"] > 1e-2
 
 
-@pytest.mark.parametrize(("name", "causal"), itertools.product(ENGINES, (False, True)))
+@pytest.mark.parametrize(("name", "causal"), list(itertools.product(ENGINES, (False, True))))
 def test_other_engines_are_full_attention(name: str, causal: bool) -> None:
     """Each of their dtypes, beside SDPA in float32."""
     modules, dtypes, attention = ENGINES[name]
