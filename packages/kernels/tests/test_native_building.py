@@ -165,6 +165,24 @@ def test_the_widest_level_that_fits(monkeypatch: pytest.MonkeyPatch):
     cpu.widest.cache_clear()
 
 
+@pytest.mark.parametrize(("capability", "level"), [("AVX512", "avx512"), ("AVX2", "avx2"), ("DEFAULT", "generic")])
+def test_the_widest_level_where_the_system_lists_no_flags(capability: str, level: str, monkeypatch: pytest.MonkeyPatch):
+    """macOS and Windows: torch has asked the processor."""
+
+    def no_file(*_: object, **__: object) -> str:
+        raise FileNotFoundError("/proc/cpuinfo")
+
+    monkeypatch.setattr(cpu.Path, "read_text", no_file)
+    monkeypatch.setattr("platform.machine", lambda: "AMD64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    cpu.widest.cache_clear()
+    try:
+        assert cpu.widest() == level
+    finally:
+        monkeypatch.undo()
+        cpu.widest.cache_clear()
+
+
 @pytest.mark.skipif(building.target("generic").refusal is not None, reason="there is no compiler here")
 def test_two_processes_that_build_at_once(tmp_path: Path):
     """Both get a whole library, and nothing else stays in the folder; a third one compiles nothing."""

@@ -1,4 +1,4 @@
-"""The generic form on another architecture: compiled for aarch64 and run by qemu, where both are installed."""
+"""The generic form elsewhere: compiled for aarch64 and run by qemu, for Windows by MinGW and run by wine, where both are installed."""
 
 import os
 import shlex
@@ -44,9 +44,10 @@ def build_and_run(compiler: str, made: Path, level: str, *emulator: str) -> str:
     [
         ("aarch64-linux-gnu-g++", "generic", ("qemu-aarch64", "qemu-aarch64-static")),
         ("aarch64-linux-gnu-g++", "bfdot", ("qemu-aarch64", "qemu-aarch64-static")),
+        ("x86_64-w64-mingw32-g++-posix", "generic", ("wine64", "wine", "/usr/lib/wine/wine64")),
         ("c++", "generic", ()),
     ],
-    ids=["aarch64", "aarch64-bfdot", "here"],
+    ids=["aarch64", "aarch64-bfdot", "windows", "here"],
 )
 def test_the_definition_holds_without_python(compiler: str, level: str, emulator: tuple[str, ...], tmp_path: Path):
     """Forward and backward of two heads that share keys, causal and in a window, with keys that count twice, and in bfloat16; vectors of four floats."""
@@ -56,7 +57,8 @@ def test_the_definition_holds_without_python(compiler: str, level: str, emulator
     command = next((path for name in emulator if (path := shutil.which(name)) is not None), None)
     if emulator and command is None:
         pytest.skip(f"there is none of {', '.join(emulator)} here")
-    told = build_and_run(compiler, tmp_path / "driver", level, *([command, "-cpu", "max"] if command else []))
+    options = ("-cpu", "max") if compiler.startswith("aarch64") else ()
+    told = build_and_run(compiler, tmp_path / "driver.exe", level, *([command, *options] if command else []))
     assert "4 floats a vector" in told and ("pairs of bfloat16" in told) == (level == "bfdot")
 
 

@@ -18,6 +18,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,7 +47,11 @@ __all__ = [
     "target",
 ]
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-w")
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-w"),
+    # Windows looks for MinGW's runtime libraries beside python.exe, where they are not.
+    *(("-static",) if sys.platform == "win32" else ()),
+)
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Libraries of a platform wheel; a pure one has no such folder."""
 

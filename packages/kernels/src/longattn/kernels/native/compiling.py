@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -46,7 +47,7 @@ class Compiler:
 
     def command(self, flags: Sequence[str], source: str, made: str) -> list[str]:
         """The whole command."""
-        own = zig_flags(flags, os.uname().machine) if _ZIG in self.words else flags
+        own = zig_flags(flags, platform.machine().lower()) if _ZIG in self.words else flags
         return [*self.words, *own, source, "-o", made]
 
 
@@ -124,6 +125,9 @@ def run(compiler: Compiler, command: Sequence[str], longest_s: float | None = No
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the session that the process leads: drivers start compilers, which outlive them otherwise."""
+    """End the session that the process leads: drivers start compilers, which outlive them otherwise. Windows has no sessions."""
+    if sys.platform == "win32":
+        process.kill()
+        return
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -8,6 +8,8 @@ import platform
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c")
 _PROCESSORS_TILES = ("-mamx-tile", "-mamx-bf16", "-DLONGATTN_TILES=HardwareTiles")
 
@@ -97,10 +99,11 @@ def _has(level: str, flags: frozenset[str]) -> bool:
 
 
 def _flags() -> frozenset[str]:
-    """The processor's flags (on aarch64 "Features"), as Linux lists them; empty elsewhere, which leaves "generic"."""
+    """The processor's flags (on aarch64 "Features"), as Linux lists them; elsewhere (macOS, Windows) those of the widest level that torch has found there."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return frozenset()
+        level = torch.backends.cpu.get_cpu_capability().lower()
+        return frozenset(flag.removeprefix("-m") for flag in LEVELS.get(level, ()))
     line = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
     return frozenset(line.partition(":")[2].split())
