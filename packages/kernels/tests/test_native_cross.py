@@ -57,8 +57,9 @@ def test_the_definition_holds_without_python(compiler: str, level: str, emulator
     command = next((path for name in emulator if (path := shutil.which(name)) is not None), None)
     if emulator and command is None:
         pytest.skip(f"there is none of {', '.join(emulator)} here")
-    options = ("-cpu", "max") if compiler.startswith("aarch64") else ()
-    told = build_and_run(compiler, tmp_path / "driver.exe", level, *([command, *options] if command else []))
+    # Only qemu has processors to choose from; its widest has products of bfloat16.
+    words = [] if command is None else [command, "-cpu", "max"] if "qemu" in command else [command]
+    told = build_and_run(compiler, tmp_path / "driver.exe", level, *words)
     assert "4 floats a vector" in told and ("pairs of bfloat16" in told) == (level == "bfdot")
 
 
