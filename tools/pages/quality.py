@@ -23,13 +23,13 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
 
 
 def runs(
-    task: str = "recall", length: int = 128, layers: int = 2, rate: float = 0.003, equal: str = "parameters"
+    task: str = "recall", length: int = 128, layers: int = 2, rate: float | None = 0.003, equal: str = "parameters"
 ) -> dict[str, Runs]:
-    """By family, in the order of the predictions."""
+    """By family, in the order of the predictions; None takes every rate."""
     wanted = {"task": task, "length": str(length), "layers": str(layers), "equal": equal}
     by_family: dict[str, Runs] = {}
     for row in records("quality"):
-        if all(row[name] == value for name, value in wanted.items()) and float(row["rate"]) == rate:
+        if all(row[name] == value for name, value in wanted.items()) and rate in (None, float(row["rate"])):
             by_family.setdefault(row["family"], []).append(row)
     order = [family for *_, family in predicted()]
     return dict(sorted(by_family.items(), key=lambda item: order.index(item[0])))
@@ -77,6 +77,18 @@ def distances() -> str:
         if any(family in own for own in by_task.values()):
             lines.append((family, *cells))
     return table(("family", *by_task), lines)
+
+
+def rates() -> str:
+    """Accuracy and steps at each learning rate, seed 0."""
+    by_family = {family: [row for row in own if row["seed"] == "0"] for family, own in runs(rate=None).items()}
+    swept = {family: own for family, own in by_family.items() if len(own) > 1}
+    values = sorted({float(row["rate"]) for own in swept.values() for row in own})
+    lines = []
+    for family, own in swept.items():
+        cells = {float(row["rate"]): f"{float(row['accuracy']):.2f} in {row['best_step']}" for row in own}
+        lines.append((family, *(cells.get(value, "not run") for value in values)))
+    return table(("family", *(f"{value:g}" for value in values)), lines)
 
 
 def positions() -> dict[str, list[tuple[int, float]]]:
@@ -202,6 +214,7 @@ def fidelity() -> Figure:
 TABLES: dict[str, Callable[[], str]] = {
     "quality recall": accuracies,
     "quality mixtures": lambda: accuracies(layers=4),
+    "quality rates": rates,
     "quality distances": distances,
     "quality text": text,
     "quality gradients": gradients,
