@@ -29,6 +29,7 @@ VERSIONS = (
     ("3.11", "2.11.0", "1.26.0"),
     ("3.11", "2.12.1", ""),
     ("3.11", "2.13.0", ""),
+    ("3.11", "2.14.1", ""),
     ("3.11", "", ""),
     ("3.12", "", ""),
     ("3.13", "", ""),
@@ -40,6 +41,24 @@ SENSITIVE = {
     "kernels": ("test_compile", "test_transforms", "test_prepared", "test_scale"),
     "attention": ("test_packed_compiled", "test_modules", "test_ring_buffer_saved"),
 }
+# Of `secure`: files that are damaged, planted or forged, and values that no caller should give.
+HOSTILE = {
+    "bufmgr": ("test_bufmgr_bad_input", "test_bufmgr_odd_values"),
+    "patterncache": ("test_hostile_input", "test_limits", "test_wire"),
+    "kernels": (
+        "test_native_library",
+        "test_native_bad_input",
+        "test_bad_input",
+        "test_choosing",
+        "test_triton_self_check",
+    ),
+    "attention": ("test_ring_buffer_saved", "test_ring_buffer_bad_input", "test_misuse"),
+}
+REFUSED = (
+    "packages/patterncache/tests/test_hostile_input.py",
+    "packages/attention/tests/test_ring_buffer_saved.py",
+    "packages/kernels/tests/test_native_bad_input.py",
+)
 # Of `peers`: {checkout: (our overlay of it, tests of theirs, or of ours over their code)}.
 PEERS = {
     "dilated-attention-pytorch": ("fkodom", ("tests",)),
@@ -320,7 +339,8 @@ def sanitize(session: nox.Session) -> None:
         "LONGATTN_NATIVE_FLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     }
     tests = [
-        f"packages/kernels/tests/test_native_{name}.py" for name in ("rows", "short", "decode", "bad_input", "lowering")
+        f"packages/kernels/tests/test_{name}.py"
+        for name in ("native_rows", "native_short", "native_decode", "native_bad_input", "native_lowering", "paged")
     ]
     session.run("pytest", *tests, *session.posargs, env=environment)
     # Products in tiles, on any processor: those tests, and every call of the others that names no level.
@@ -333,6 +353,16 @@ def sanitize(session: nox.Session) -> None:
         *session.posargs,
         env={**environment, "LONGATTN_NATIVE": "amx-plain"},
     )
+
+
+@nox.session
+def secure(session: nox.Session) -> None:
+    """Try damaged, planted and hostile files, texts and sizes, and odd values in every public signature: with asserts, then without (`python -O`)."""
+    session.install(*constraints(session), *from_checkout("attention"), *group("test"), "rich", "shtab")
+    hostile = [f"packages/{package}/tests/{name}.py" for package, names in HOSTILE.items() for name in names]
+    session.run("pytest", *WORKERS, *hostile, "tests/test_odd_values.py", *session.posargs)
+    # pytest's own asserts are gone too, but not `pytest.raises`: what is refused is refused without an assert of ours.
+    session.run("python", "-O", "-m", "pytest", "-q", "-p", "no:warnings", *REFUSED, *session.posargs)
 
 
 @nox.session

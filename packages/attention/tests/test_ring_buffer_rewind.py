@@ -67,13 +67,19 @@ def test_rows_apart_rewind_across_a_wrapped_ring(size, kept, sinks):
 
 @pytest.mark.parametrize("size", [3, 4, 5])
 @pytest.mark.parametrize("kept", [2, 3, 4, 7])
-def test_rows_together_rewind_across_a_wrapped_ring(size, kept):
-    """The same for chunks of several tokens, some longer than the window."""
-    stream = Stream(1, buffer_size=size, max_rewind=kept)
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_together_rewind_across_a_wrapped_ring(size, kept, causal):
+    """The same for chunks of several tokens, some longer than the window. Without causality the oldest token that came back is seen too."""
+    stream = Stream(1, buffer_size=size, max_rewind=kept, causal=causal)
     for n in (1, size, 2, 2 * size + 1, 3, kept):
         stream.call(n, False)
         stream.rewind(min(kept, n))
-        stream.call(1, True)
+        stream.call(1, causal)
+    for _ in range(2):
+        stream.call(2 * size, False)  # nothing of it comes back: what is evicted next was never evicted before
+        stream.call(kept, False)
+        stream.rewind(kept)
+        stream.call(1, causal)
 
 
 def test_a_rewind_over_several_stretches_of_decoded_tokens():

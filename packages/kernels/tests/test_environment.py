@@ -106,14 +106,17 @@ def test_gradients_from_recycled_memory(name: str):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_scratch_goes_back_to_its_owner():
-    """A float32 accumulator of a rounded output is released once a call."""
+@ROWS
+def test_scratch_goes_back_to_its_owner(name: str):
+    """Two branches write the same rows: their sum is float32 until it is rounded, once, and the accumulator is released once a call."""
     allocator = RecyclingAllocator()
     environment = Environment(allocator=allocator)
     q = torch.randn(1, 20, 2, 4).bfloat16()
+    expected = attend(q, q, q, LONGNET, backend=name).out.bfloat16()
     for calls in (1, 2, 3):
-        attend(q, q, q, LONGNET, environment=environment, out_dtype=torch.bfloat16)
-        assert allocator.given_back == ["temp"] * calls
+        out = attend(q, q, q, LONGNET, backend=name, environment=environment, out_dtype=torch.bfloat16).out
+        assert torch.equal(out, expected) and allocator.given_back == ["temp"] * calls
+    assert [(q.shape, q.dtype)] * 3 == [(*lent,) for *lent, role in allocator.lent if role == "output"]
 
 
 def test_a_name_dies_with_its_holder():

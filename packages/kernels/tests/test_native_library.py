@@ -147,6 +147,18 @@ def test_a_symbolic_link_to_a_library_is_not_loaded(script: Script, folder: Path
     assert build_native() == path and not path.is_symlink()
 
 
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_library_that_others_may_write_is_not_loaded(mode: int, script: Script, folder: Path, ours: Path):
+    """Whatever umask the compiler was run with, ours is nobody else's."""
+    script(f'cp {ours} "$made"; chmod 777 "$made"')
+    path = build_native()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    path.chmod(mode)
+    building.target.cache_clear()
+    assert build_native() == path and stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert stat.S_IMODE(path.with_name(path.name + ".damaged").stat().st_mode) == mode
+
+
 def test_a_compiler_that_hangs_leaves_nobody(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch):
     """Nor what it started, which holds its output open."""
     monkeypatch.setattr(compiling, "LONGEST_S", 1.0)
@@ -192,11 +204,11 @@ def test_the_wheel_serves_where_nothing_else_is_there(monkeypatch: pytest.Monkey
     monkeypatch.setattr(compiling, "version", lambda name: "0.17.0")
     found = compiling.find()
     assert isinstance(found, compiling.Compiler) and found.words == (sys.executable, "-m", "ziglang", "c++")
-    monkeypatch.setattr(os, "uname", lambda: type("Uname", (), {"machine": "x86_64"}))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     command = found.command(("-O3", "-mavx2", "-mfma", "-mf16c"), "a.cpp", "a.so")
     assert command[4:] == ["-O3", "-mcpu=x86_64+avx2+fma+f16c", "a.cpp", "-o", "a.so"]
     assert "-mcpu=x86_64" in found.command(("-O3",), "a.cpp", "a.so")
-    monkeypatch.setattr(os, "uname", lambda: type("Uname", (), {"machine": "aarch64"}))
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert "-mcpu=baseline" in found.command(("-O3",), "a.cpp", "a.so")
     monkeypatch.setattr(compiling, "find_spec", lambda name: None)
     assert "pip install ziglang" in str(compiling.find())

@@ -121,6 +121,8 @@ def test_each_head_sees_by_its_own_pattern():
             r"parts\[1\] must not overlap .*\[2\]",
         ),
         (lambda: ByHead([(3, Full())]), TypeError, "must be a Span of heads"),
+        (lambda: ByHead([(Span(0, 3), Full(), 1)]), TypeError, r"parts\[0\] must be \(heads, pattern\)"),
+        (lambda: ByHead([3]), TypeError, r"parts\[0\] must be \(heads, pattern\)"),
         (lambda: ByHead([]), TypeError, "parts must be a sequence of at least one"),
         (lambda: ByHead(Span(0, 3)), TypeError, "parts must be a sequence of at least one"),
         (lambda: ByHead([(Span(0, 3), "full")]), TypeError, r"parts\[0\]\[1\] must be a Pattern"),
@@ -132,6 +134,8 @@ def test_each_head_sees_by_its_own_pattern():
         (lambda: Periodic(0, [], 4), ValueError, "period must be an integer >= 1"),
         (lambda: Periodic(2, [], 0), ValueError, "length must be an integer >= 1"),
         (lambda: Periodic(2, 3, 4), TypeError, "runs must be a sequence"),
+        (lambda: Periodic(2, [3], 4), TypeError, r"runs\[0\] must be \(a, b, low, high\)"),
+        (lambda: Periodic(2, [(0, 1, None)], 4), TypeError, r"runs\[0\] must be \(a, b, low, high\)"),
         (
             lambda: Periodic(2, [(0, 2, None, 0)], 4),
             ValueError,

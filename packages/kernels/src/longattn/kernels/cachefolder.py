@@ -48,7 +48,7 @@ def refusal_of(folder: Path) -> str | None:
         wrong = "is no folder"
     elif not _ours(status):
         wrong = f"belongs to user {status.st_uid}"
-    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    elif _writable_by_others(status):
         wrong = f"is writable by others (mode {stat.S_IMODE(status.st_mode):o}, 700 would do)"
     return wrong and f"the cache folder {folder} {wrong}; LONGATTN_CACHE names another"
 
@@ -89,9 +89,8 @@ def find(folder: Path, stem: str) -> Path | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file belongs to this user and has the digest that its name states."""
-    status = path.lstat()
-    return stat.S_ISREG(status.st_mode) and _ours(status) and path.name.split(".")[-2] == digest(path)
+    """Whether a file is this user's alone and has the digest that its name states."""
+    return _ours_alone(path.lstat()) and path.name.split(".")[-2] == digest(path)
 
 
 def set_aside(path: Path, why: str) -> None:
@@ -104,6 +103,7 @@ def keep(compiled: Path, folder: Path, stem: str) -> Path:
     """Move a library into the folder. It is flushed to disk before it gets its name, so that no process, and no crash, leaves half a file."""
     with open(compiled, "rb") as file:
         os.fsync(file.fileno())
+    compiled.chmod(0o700)  # a compiler follows the umask, which may let others write
     target = folder / f"{stem}.{digest(compiled)}.so"
     os.replace(compiled, target)
     return target
@@ -118,7 +118,7 @@ def read_text(folder: Path, name: str) -> str | None:
         about = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if not stat.S_ISREG(about.st_mode) or not _ours(about) or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if not _ours_alone(about):
         return None
     return path.read_text(encoding="utf-8", errors="replace")
 
@@ -151,3 +151,12 @@ def digest(path: Path) -> str:
 
 def _ours(status: os.stat_result) -> bool:
     return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+
+
+def _writable_by_others(status: os.stat_result) -> bool:
+    return os.name == "posix" and bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _ours_alone(status: os.stat_result) -> bool:
+    """Whether a file, and no link to one, may be written by this user alone."""
+    return stat.S_ISREG(status.st_mode) and _ours(status) and not _writable_by_others(status)

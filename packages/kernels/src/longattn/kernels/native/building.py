@@ -18,6 +18,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,7 +47,11 @@ __all__ = [
     "target",
 ]
 
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-w")
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-w"),
+    # Windows looks for MinGW's runtime libraries beside python.exe, where they are not.
+    *(("-static",) if sys.platform == "win32" else ()),
+)
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Libraries of a platform wheel; a pure one has no such folder."""
 
@@ -237,7 +242,7 @@ def _not_for_here(named: str, here: tuple[str, ...]) -> str | None:
     if named == "amx" and (refused := cpu.refused()) is not None:
         return f"LONGATTN_NATIVE={named}: {refused}"
     if named in LEVELS and named not in here:
-        return f"LONGATTN_NATIVE={named} is wider than this processor, which has {here[0]}"
+        return f"LONGATTN_NATIVE={named} needs another processor than this one, which has {here[0]}"
     return None
 
 
