@@ -15,12 +15,13 @@ from longattn.kernels import Alibi, attend
 from longattn.patterncache import Dilated
 
 HEADS, KV_HEADS = 4 * WORLD, 2 * WORLD
+BATCH = max(2, WORLD)  # an element a rank: torch's own operations gather what has fewer
 BLOCKS = Dilated((4, 12), (1, 3), "blocks", causal=True)
 
 
 def leaves(mesh, placements) -> tuple[list[torch.Tensor], list[DTensor]]:
     """q, k and v whole, and as DTensors."""
-    whole = [randn(2, N, heads, 4, seed=n) for n, heads in enumerate((HEADS, KV_HEADS, KV_HEADS))]
+    whole = [randn(BATCH, N, heads, 4, seed=n) for n, heads in enumerate((HEADS, KV_HEADS, KV_HEADS))]
     sharded = [distribute_tensor(x, mesh, placements) for x in whole]
     return [x.requires_grad_() for x in whole], [x.requires_grad_() for x in sharded]
 
@@ -70,7 +71,7 @@ def case_heads_that_cannot_be_cut_so_are_refused() -> None:
     if WORLD == 1:
         return
     _, sharded = leaves(MESH, [Shard(2)])
-    few = distribute_tensor(randn(2, N, 1, 4), MESH, [Shard(2)])
+    few = distribute_tensor(randn(BATCH, N, 1, 4), MESH, [Shard(2)])
     with pytest.raises(ValueError, match="head_start and num_heads must be None where q's heads are sharded"):
         pattern_attention(*sharded, BLOCKS, head_start=0, num_heads=HEADS)
     with pytest.raises(ValueError, match="k must have its heads cut where those of q are"):
@@ -80,7 +81,7 @@ def case_heads_that_cannot_be_cut_so_are_refused() -> None:
 
 def attend_options() -> dict[str, dict[str, torch.Tensor]]:
     """Tensors beside q, k and v that `attend` takes; those of floating dtype have gradients."""
-    padding = torch.zeros(2, N, dtype=torch.bool)
+    padding = torch.zeros(BATCH, N, dtype=torch.bool)
     padding[1, :3] = True
     bias = randn(HEADS, N, N, seed=6)
     return {

@@ -31,33 +31,34 @@ pytestmark = [
 ]
 
 
-def run_lives(folder: Path, world: int, lives: Sequence[Sequence[Fault]]) -> None:
-    """Start the ranks once for each life; their reports are below the folder."""
+def run_lives(folder: Path, world: int, lives: Sequence[Sequence[Fault]]) -> str:
+    """Start the ranks once for each life; their reports are below the folder. What they wrote last."""
     asked = [",".join("/".join(map(str, fault)) for fault in life) for life in lives]
     command = [sys.executable, str(HERE / "ring_fault_worker.py"), str(world), str(folder), str(SECONDS), *asked]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
-    text = b""
     try:
         # An interrupt alone takes four times the seconds.
-        text = process.communicate(timeout=HARD_TIMEOUT + 10 * SECONDS * sum(map(len, lives)))[0]
+        output = process.communicate(timeout=HARD_TIMEOUT + 10 * SECONDS * sum(map(len, lives)))[0]
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert process.returncode == 0, text.decode(errors="replace")[-2000:]
+    text = output.decode(errors="replace")[-4000:]
+    assert process.returncode == 0, text
+    return text
 
 
 def check(folder: Path, world: int, lives: Sequence[Sequence[Fault]]) -> None:
     """Everything that is promised of faults on the last rank, one after the other, in each life."""
-    run_lives(folder, world, lives)
+    text = run_lives(folder, world, lives)
     for life, faults in enumerate(lives):
         killed = faults[-1][1] == "kill"
         place = folder / str(life)
         statuses = json.loads((place / "statuses.json").read_text())
-        assert statuses == [0] * (world - 1) + [-signal.SIGKILL if killed else 0], (faults, statuses)
+        assert statuses == [0] * (world - 1) + [-signal.SIGKILL if killed else 0], (faults, statuses, text)
         reports = [json.loads((place / f"{rank}.json").read_text()) for rank in range(world - killed)]
         for number, fault in enumerate(faults):
             check_fault(world, fault, [report[number] for report in reports])

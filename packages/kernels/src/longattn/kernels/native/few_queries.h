@@ -22,6 +22,12 @@ struct Listed {
     const int32_t* pages;
     int64_t shift;
     const float *k_scale, *v_scale;
+
+    // A page of slots that no query sees may be -1.
+    INLINE int64_t slot(int64_t i) const {
+        const int64_t size = int64_t(1) << shift;
+        return pages[i >> shift] * size + (i & (size - 1));
+    }
 };
 
 // Query rows and the keys that they share. Key i is at k + i * k_step, in bytes; row r sees the keys begin[r] <= i < end[r].
@@ -197,15 +203,13 @@ private:
     INLINE int64_t rows_ahead(int64_t i, int64_t last) const {
         if (!all.listed) return FEW_KEYS;
         if (i >= last) return 0;
-        const int64_t shift = all.listed->shift, inside = (int64_t(1) << shift) - 1;
-        return (int64_t(all.listed->pages[i >> shift]) << shift | (i & inside)) - at[0];
+        return all.listed->slot(i) - at[0];
     }
 
     // The next keys that are not hidden. Returns where to go on.
     INLINE int64_t take(int64_t i, int64_t last) {
         if (all.listed) {
             const Listed& listed = *all.listed;
-            const int64_t inside = (int64_t(1) << listed.shift) - 1;
             for (n = 0; i < last && n < FEW_KEYS;) {
                 const int64_t many = least(FEW_KEYS - n, last - i);
                 float top[FEW_KEYS];
@@ -215,7 +219,7 @@ private:
                     for (int64_t j = 0; j < many; j++) top[j] = top[j] > added[j] ? top[j] : added[j];
                 }
                 for (int64_t j = 0; j < many; j++, i++) {
-                    at[n] = int64_t(listed.pages[i >> listed.shift]) << listed.shift | (i & inside);
+                    at[n] = listed.slot(i);
                     entry[n] = i;
                     n += top[j] != NONE;
                 }
