@@ -346,7 +346,7 @@ def test_a_key_that_leads_to_another_slot_goes_with_it():
     """One request in two forms has a slot for each; a form that meets its slot in use is known to the other one, which takes it along."""
     manager = AttentionBufferManager(upstream=SystemAllocator())
     held = manager.allocate(TEMP, SHAPE, torch.float32)
-    manager.allocate(TEMP, SHAPE)
+    manager.allocate(TEMP, SHAPE, torch.float32, "cpu")
     assert manager.allocate(TEMP, SHAPE, torch.float32).data_ptr() != held.data_ptr()
     assert manager.get_stats()["cache_misses"] == 2
     del held
