@@ -146,6 +146,14 @@ def fail(number: int, engine: str, fault: str, phase: str, step: int) -> Iterato
     yield report
 
 
+def await_survivors() -> None:
+    """Until each has reported: one that leaves earlier would be gone for the others, too."""
+    (FOLDER / f"reported{RANK}").touch()
+    deadline = time.monotonic() + 60
+    while not all((FOLDER / f"reported{rank}").exists() for rank in range(WORLD - 1)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def live(rank: int, folder: Path, faults: list[str]) -> None:
     """Meet, fail, say what was seen."""
     global RANK, FOLDER
@@ -160,6 +168,7 @@ def live(rank: int, folder: Path, faults: list[str]) -> None:
             reports[-1] = report
             (FOLDER / f"{RANK}.json").write_text(json.dumps(reports))
             if fault == "kill":
+                await_survivors()
                 return
     dist.destroy_process_group()
 
