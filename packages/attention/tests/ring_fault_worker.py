@@ -58,7 +58,7 @@ def strike(fault: str) -> None:
         subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "interrupt":
-        # The others are interrupted while they wait for this rank.
+        # The first rank is interrupted while it waits for this one.
         time.sleep(4 * SECONDS)
 
 
@@ -120,7 +120,7 @@ def fail(number: int, engine: str, fault: str, phase: str, step: int) -> Iterato
     report: dict[str, Any] = {"before": right(), "right": None}
     gc.collect()
     before = descriptors(), threading.active_count()
-    if RANK != WORLD - 1 and fault == "interrupt":
+    if RANK == 0 and fault == "interrupt":  # the others see its notice
         threading.Timer(SECONDS / 2, signal.raise_signal, (signal.SIGINT,)).start()
     # Whoever is to be interrupted waits for longer than the interrupt takes on a busy machine; and whoever is to see a notice, than it takes.
     patient = fault == "interrupt" or (fault == "raise" and step > 0)
@@ -146,6 +146,14 @@ def fail(number: int, engine: str, fault: str, phase: str, step: int) -> Iterato
     yield report
 
 
+def await_survivors() -> None:
+    """Until each has reported: one that leaves earlier would be gone for the others, too."""
+    (FOLDER / f"reported{RANK}").touch()
+    deadline = time.monotonic() + 60
+    while not all((FOLDER / f"reported{rank}").exists() for rank in range(WORLD - 1)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def live(rank: int, folder: Path, faults: list[str]) -> None:
     """Meet, fail, say what was seen."""
     global RANK, FOLDER
@@ -160,6 +168,7 @@ def live(rank: int, folder: Path, faults: list[str]) -> None:
             reports[-1] = report
             (FOLDER / f"{RANK}.json").write_text(json.dumps(reports))
             if fault == "kill":
+                await_survivors()
                 return
     dist.destroy_process_group()
 
