@@ -339,7 +339,8 @@ def sanitize(session: nox.Session) -> None:
         "LONGATTN_NATIVE_FLAGS": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined",
     }
     tests = [
-        f"packages/kernels/tests/test_native_{name}.py" for name in ("rows", "short", "decode", "bad_input", "lowering")
+        f"packages/kernels/tests/test_{name}.py"
+        for name in ("native_rows", "native_short", "native_decode", "native_bad_input", "native_lowering", "paged")
     ]
     session.run("pytest", *tests, *session.posargs, env=environment)
     # Products in tiles, on any processor: those tests, and every call of the others that names no level.

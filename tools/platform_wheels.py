@@ -22,25 +22,20 @@ from pathlib import Path
 
 from longattn.kernels import cachefolder
 from longattn.kernels.native import building
+from longattn.kernels.native.compiling import zig_flags
 from longattn.kernels.native.cpu import LEVELS
 
 GLIBC = "2.17"
 """That of manylinux2014, the oldest that torch's own wheels have run on."""
 
-MACHINES = {"x86_64": tuple(LEVELS), "aarch64": ("generic",)}
+MACHINES = {"x86_64": tuple(level for level in LEVELS if level != "bfdot"), "aarch64": ("bfdot", "generic")}
 """{machine: the levels that its wheel has}."""
 
 
 def zig_command(machine: str, level: str, source: Path, made: Path) -> list[str]:
-    """How a level is compiled. zig's driver has a flag for all features of a processor, and none for single ones."""
-    flags = building.flags_of(level)
-    features = [flag.removeprefix("-m") for flag in flags if re.fullmatch(r"-m[a-z0-9-]+", flag)]
-    names = [feature.replace("-", "_") for feature in features]
-    processor = "+".join(["x86_64" if machine == "x86_64" else "generic", *names])
-    others = [flag for flag in flags if flag.removeprefix("-m") not in features]
-    target = f"{machine}-linux-gnu.{GLIBC}"
-    words = [sys.executable, "-m", "ziglang", "c++", "-target", target, f"-mcpu={processor}", *others]
-    return [*words, "-s", str(source), "-o", str(made)]
+    """How a level is compiled."""
+    words = [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-gnu.{GLIBC}"]
+    return [*words, *zig_flags(building.flags_of(level), machine), "-s", str(source), "-o", str(made)]
 
 
 def compile_part(machine: str, level: str, part: str, folder: Path) -> Path:

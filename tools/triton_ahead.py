@@ -5,24 +5,30 @@
 the table, and fails where a line asks for more SRAM than its target has, or where a loop of matrix products keeps registers in
 memory, waits for each product before it issues the next, loads without a pipeline though it has stages, makes a product twice, or overwrites registers of a
 product that is in flight. A few bytes that are
-spilled outside such loops are paid once a job and cost less than a smaller tile. triton's own cache (TRITON_CACHE_DIR) makes a
-second run quick.
+spilled outside such loops are paid once a job and cost less than a smaller tile. All forms of all architectures take hours of one core; what was
+found is kept in triton's cache folder (TRITON_CACHE_DIR) by the sources of kernel and compiler, so that a run that was stopped goes on, and the next
+one compiles what changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
+import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,6 +37,7 @@ from longattn.kernels.triton.configurations import (
     ARCHITECTURES,
     DENSE,
     HEAD_DIMS,
+    PAGED,
     TABLE,
     Architecture,
     Configuration,
@@ -38,7 +45,9 @@ from longattn.kernels.triton.configurations import (
 )
 from longattn.kernels.triton.dense_kernel import dense_kernel
 from longattn.kernels.triton.forward_kernel import forward_kernel
+from longattn.kernels.triton.paged_kernel import paged_kernel
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
+from tools import sass
 from tools.sass import (
     disassemble,
     instructions_of,
@@ -60,6 +69,7 @@ _KERNELS: dict[str, Any] = {
     "decode": forward_kernel,
     "backward_keys": keys_kernel,
     "backward_queries": queries_kernel,
+    "paged": paged_kernel,
 }
 
 _FLAGS: dict[str, dict[str, Any]] = {
@@ -68,6 +78,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "decode": {"GROUP": 8, "PACK": 8, "FLIP": False},
     "backward_keys": {"GROUP": 1, "REDUCE": True},
     "backward_queries": {"GROUP": 1, "ADD": False},
+    "paged": {"PAGE": 16, "BLOCK_G": PAGED.owned, "FLOAT8": False, "UNIT": 1.0},
 }
 
 TENSOR_MEMORY = 512
@@ -76,7 +87,7 @@ TENSOR_MEMORY = 512
 _NARROW_VALUES = 128
 """head_dim of v beside a q and k of 192 in DeepSeek's models; those are padded to 256."""
 
-_OPTIONAL = ("mask", "bias", "padding", "prior_out", "prior_lse", "by_distance")
+_OPTIONAL = ("mask", "bias", "padding", "prior_out", "prior_lse", "by_distance", "k_scale", "v_scale")
 
 FORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": ((), {}),
@@ -88,6 +99,12 @@ FORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "listed": ((), {"LISTED": True}),
 }
 """What a call may have beside q, k and v: (arguments that are there, constants). Each is compiled with the tile that `choose` gives it."""
+
+STORED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "int8": (("k_scale", "v_scale"), {}),
+    "float8": (("k_scale", "v_scale"), {"FLOAT8": True, "UNIT": 256.0}),
+}
+"""How pages may lie beside as they are, likewise."""
 
 NARROW_STRIDES = "i32 strides"
 """The plain form of a tensor whose strides fit 32 bits, as triton specialises it."""
@@ -167,16 +184,16 @@ def lines(architectures: Iterator[str] | list[str], *, every_form: bool = False)
     dense = [TableLine("dense", arch, dim, 2, tile) for (arch, dim), tile in DENSE.items() if arch in architectures]
     dense += [replace(line, form=form) for form in ("prior", NARROW_STRIDES) if form in forms for line in dense]
     plain += [replace(line, value_dim=_NARROW_VALUES) for line in plain if line.head_dim == max(HEAD_DIMS)]
-    return plain + dense + [in_form(line, form) for form in forms for line in plain]
+    paged = [TableLine("paged", arch, dim, 2, PAGED) for arch in architectures for dim in HEAD_DIMS]
+    paged += [replace(line, form=form) for form in STORED if every_form for line in paged]
+    return plain + dense + paged + [in_form(line, form) for form in forms for line in plain]
 
 
 def in_form(line: TableLine, form: str) -> TableLine:
     """The line as a call of that form takes it."""
-    masked, key = (
-        form in ("masked", "dropout", "all"),
-        (line.kernel, line.architecture, line.head_dim, line.element_size),
-    )
-    return replace(line, form=form, configuration=choose(*key, terms=form == "terms", masked=masked)[0])
+    key = line.kernel, line.architecture, line.head_dim, line.element_size
+    masked, prior = form in ("masked", "dropout", "all"), form in ("prior", "all")
+    return replace(line, form=form, configuration=choose(*key, form == "terms", masked, prior)[0])
 
 
 def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
@@ -185,7 +202,7 @@ def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
     own = "BLOCK_N" if line.kernel == "backward_keys" else "BLOCK_M"
     other = "BLOCK_M" if line.kernel == "backward_keys" else "BLOCK_N"
     value_dim = line.value_dim or line.head_dim
-    present, form_flags = FORMS["plain" if line.form == NARROW_STRIDES else line.form]
+    present, form_flags = (FORMS | STORED)["plain" if line.form == NARROW_STRIDES else line.form]
     constants = {
         "HEAD_DIM": line.head_dim, "BLOCK_D": line.head_dim, "VALUE_DIM": value_dim, "BLOCK_V": value_dim, own: tile.owned, other: tile.streamed, "LISTED": False,
         "CHUNK": min(tile.chunk or line.head_dim, line.head_dim),
@@ -204,7 +221,9 @@ def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
             values.setdefault(name, None)
         elif name.endswith("_ptr"):
             # A launch with a prior may hand on a state.
-            signature[name] = "*fp32" if (stem, line.form) == ("out", "prior") else f"*{_pointed(stem, element)}"
+            stored = "i8" if line.form in STORED and stem in ("k", "v") else element
+            state = stem == "out" and (line.form == "prior" or line.kernel == "paged")
+            signature[name] = "*fp32" if state else f"*{_pointed(stem, stored)}"
             attributes[(at,)] = [["tt.divisibility", 16]]
         elif name == "part_strides":
             signature[name] = ("i64", "i64")
@@ -242,6 +261,10 @@ def _pointed(stem: str, element: str) -> str:
         "entries": "i32",
         "rows": "i32",
         "weights": "fp32",
+        "k_scale": "fp32",
+        "v_scale": "fp32",
+        "pages": "i32",
+        "added": "fp32",
     }
     return fixed.get(stem, "fp32" if stem == "dq" else element)
 
@@ -272,7 +295,25 @@ def compile_line(line: TableLine, flags: dict[str, Any] | None = None) -> Need:
     return Need(line, shared, registers, spilled, columns, occupancy, tuple(loop_faults))
 
 
-PRODUCTS = {"forward": 2, "decode": 2, "dense": 2, "backward_keys": 5, "backward_queries": 3}
+def needed(line: TableLine) -> Need:
+    """As `compile_line`, but what an earlier run found of the same kernel, compiler and scans is not compiled again."""
+    target, tools = ARCHITECTURES[line.architecture], (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell)
+    parts = [source(line).hash(), line, target, triton.__version__, *(tool.version for tool in tools)]
+    parts += [inspect.getsource(scan) for scan in (sass, compile_line, _loop_faults, _nvidia, _amd)]
+    kept = Path(knobs.cache.dir) / "longattn-ahead" / hashlib.sha256(repr(parts).encode()).hexdigest()
+    if kept.exists():
+        figures = json.loads(kept.read_text(encoding="utf-8"))
+        return Need(line, **(figures | {"loop_faults": tuple(figures["loop_faults"])}))
+    need = compile_line(line)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = kept.with_suffix(f".{os.getpid()}")
+    figures = {field.name: getattr(need, field.name) for field in fields(Need) if field.name != "line"}
+    unfinished.write_text(json.dumps(figures), encoding="utf-8")
+    unfinished.replace(kept)
+    return need
+
+
+PRODUCTS = {"forward": 2, "decode": 2, "dense": 2, "backward_keys": 5, "backward_queries": 3, "paged": 2}
 """Products of a tile that each kernel needs; backward_keys with dq's share, as where floats are added atomically."""
 
 
@@ -341,14 +382,19 @@ def main(argv: list[str] | None = None) -> int:
         "--forms", action="store_true", help="also with masks, dropout, score terms, listed rows and narrow strides"
     )
     parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--form", default="", help=f"one of {', '.join((*FORMS, *STORED, NARROW_STRIDES))} alone")
     options = parser.parse_args(argv)
     unknown = set(options.architectures) - set(ARCHITECTURES)
     if unknown:
         parser.error(f"architectures must be of {', '.join(ARCHITECTURES)}, got {', '.join(sorted(unknown))}")
-    found = [line for line in lines(options.architectures, every_form=options.forms) if options.only in line.kernel]
+    found = [
+        line
+        for line in lines(options.architectures, every_form=options.forms or bool(options.form))
+        if options.only in line.kernel and options.form in ("", line.form)
+    ]
     with ProcessPoolExecutor(options.jobs) as pool:
         needs = []
-        for need in pool.map(compile_line, found):
+        for need in pool.map(needed, found):
             print(need, flush=True)
             needs.append(need)
     faulty = [need for need in needs if need.faults]

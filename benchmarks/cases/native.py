@@ -74,7 +74,7 @@ def _row(
         causal,
         direction,
     )
-    growth = _GROWTH[direction] if inputs.dtype == "float32" and inputs.seq_len >= 8192 else None
+    growth = _GROWTH[direction] if inputs.seq_len >= 8192 else None
     return Comparison(labels, inputs, mine, peer[1], Targets(ratio=ratio, growth=growth), name=name, borders=borders)
 
 

@@ -8,11 +8,13 @@ goes to a file in the folder `--failures`. `--dry` runs the same path on CPU ten
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.gpu import ROOT
@@ -34,9 +36,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--row-seconds", type=float, default=90.0, help="a row's process is stopped after this")
     parser.add_argument("--seconds", type=float, default=600.0, help="no row begins after this")
     parser.add_argument("--one-kernel", action="store_true", help="leave the warp-specialised kernel out")
+    parser.add_argument(
+        "--second-ptxas",
+        type=Path,
+        default=second_assembler(),
+        help="compiles a few rows once more; default: triton's own for Blackwell",
+    )
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--copy-tb-s", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--reached", type=json.loads, default={}, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -61,32 +69,38 @@ def child(options: argparse.Namespace) -> int:
             raise RuntimeError("the warp-specialised kernel is left out")
         if options.one_kernel:
             use_kernel(False)
-        answer = asdict(run(experiment, device, 1 if options.dry else options.repeats, options.copy_tb_s))
+        answer = asdict(run(experiment, device, 1 if options.dry else options.repeats, options.reached))
     options.answer.write_text(json.dumps(answer))
     return 0
 
 
-def ask(options: argparse.Namespace, what: str, seconds: float, copy_tb_s: float = 0.0) -> tuple[object, str]:
-    """(answer, "") of a child, or (None, the last line that it said)."""
+def second_assembler() -> Path | None:
+    """A ptxas beside the one that triton takes on Hopper and Ampere: it comes with one for Blackwell, which knows them too."""
+    there = find_spec("triton")
+    path = Path(str(there.origin)).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell" if there else None
+    return path if path is not None and path.exists() else None
+
+
+def ask(
+    options: argparse.Namespace, what: str, seconds: float, reached: object = None, ptxas: Path | None = None
+) -> tuple[object, str]:
+    """(answer, "") of a child, or (None, the last line that it said). reached: ceilings. ptxas: in place of triton's."""
     with tempfile.TemporaryDirectory() as folder:
         answer, log = Path(folder) / "answer.json", options.failures / (what.replace(" ", "-") + ".txt")
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.gpu",
-            "--child",
-            what,
-            "--answer",
-            str(answer),
-            "--repeats",
-            str(options.repeats),
-        ]
-        command += ["--copy-tb-s", str(copy_tb_s), *(["--dry"] if options.dry else [])]
-        command += ["--one-kernel"] if options.one_kernel else []
+        command = [sys.executable, "-m", "benchmarks.gpu", "--child", what, "--answer", str(answer)]
+        command += ["--repeats", str(options.repeats), "--reached", json.dumps(reached or {})]
+        command += [*(["--dry"] if options.dry else []), *(["--one-kernel"] if options.one_kernel else [])]
+        tools = {} if ptxas is None else dict.fromkeys(("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH"), str(ptxas))
         with log.open("w", encoding="utf-8") as file:
             try:
                 code = subprocess.run(
-                    command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
+                    command,
+                    cwd=ROOT,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=seconds,
+                    check=False,
+                    env=os.environ | tools,
                 ).returncode
                 ended = f"exit status {code}"
             except subprocess.TimeoutExpired:
@@ -96,6 +110,14 @@ def ask(options: argparse.Namespace, what: str, seconds: float, copy_tb_s: float
             log.unlink()
             return json.loads(answer.read_text()), ""
         return None, f"{ended}: {said[-1] if said else 'no output'}"
+
+
+def refused(options: argparse.Namespace) -> str:
+    """Why nothing is timed that the second ptxas compiled: there is none, or the gate found its kernels wrong; else ""."""
+    if options.second_ptxas is None:
+        return "no second ptxas is here"
+    wrong, why = ({}, "") if options.dry else ask(options, "gate", 120.0, ptxas=options.second_ptxas)
+    return why or (f"kernels are wrong: {json.dumps(wrong)}" if wrong else "")
 
 
 def failed(experiment: Experiment, why: str) -> Row:
@@ -135,16 +157,22 @@ def main() -> int:
         said = f"is left out: {why or json.dumps(wrong, indent=1)}" if options.one_kernel else "agrees too"
         print(f"gate: the warp-specialised kernel {said}", flush=True)
     reached, why = ask(options, "ceilings", 60.0)
-    copy = reached["copy"] if isinstance(reached, dict) else 0.0
     print(f"ceilings: {reached or why}", flush=True)
     count = broken = 0
+    second: str | None = None
     for experiment in experiments(options.dry):
         if options.only not in experiment.name:
             continue
         if time.monotonic() - begin > options.seconds:
             print(f"stopped: {options.seconds:g} s are over; rows from {experiment.name} on were not measured")
             break
-        answer, why = ask(options, experiment.name, options.row_seconds, copy)
+        if experiment.second_ptxas and second is None:
+            second = refused(options)
+        ptxas = options.second_ptxas if experiment.second_ptxas else None
+        if experiment.second_ptxas and second:
+            answer, why = None, second
+        else:
+            answer, why = ask(options, experiment.name, options.row_seconds, reached, ptxas)
         row = Row(**answer) if isinstance(answer, dict) else failed(experiment, why)
         count, broken = count + 1, broken + (answer is None)
         print(

@@ -1,32 +1,32 @@
 """One experiment on this device: times, the peer's, what must be reached, and what of the device stood behind it."""
 
-import math
+import csv
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import ROOT
+from benchmarks.gpu.device import assembler, device_state, loaded_kernels, profiled
 from benchmarks.gpu.experiments import Experiment
 from benchmarks.peers.on_gpu import peer_forward
 from benchmarks.record import surroundings
 from longattn.kernels import attend
 from longattn.kernels.triton import configurations, launch_forward
 from longattn.kernels.triton.availability import installed_version
-from longattn.patterncache import Rectangle, Span
+from longattn.patterncache import Full, Rectangle, Span
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of the CSV; milliseconds are medians of GPU events, with the 20th and 80th percentile.
 
-    `registers` and `spills` are of the compiled kernels as the driver loaded them, `first_call_s` is the first call's time, compilation
-    included. A row that failed has its error as the verdict and no figures.
+    `registers` and `spills` are of the compiled kernels as the driver loaded them, `kernel_ms` is what each took in one call, `first_call_s` is the
+    first call's time, compilation included, `predicted_tflops` what the model of the compiled code said (gpu-predicted.csv, for one H100). A row
+    that failed has its error as the verdict and no figures.
     """
 
     key: str
@@ -37,6 +37,7 @@ class Row:
     ms_p20: float | None = None
     ms_p80: float | None = None
     tflops: float | None = None
+    predicted_tflops: float | None = None
     peer: str = ""
     peer_ms: float | None = None
     target: str = ""
@@ -45,9 +46,11 @@ class Row:
     first_call_s: float | None = None
     registers: str = ""
     spills: str = ""
+    kernel_ms: str = ""
     clock_mhz: str = ""
     device: str = ""
     driver: str = ""
+    ptxas: str = ""
     torch: str = ""
     triton: str = ""
     commit: str = ""
@@ -156,41 +159,30 @@ def pairs(experiment: Experiment) -> int:
 
 
 def verdict(experiment: Experiment, values: dict[str, float | None]) -> str:
-    """met, missed with the value, or nothing without a target. values: by unit; of ms and us the least is best."""
+    """met, missed with the value, or nothing without a target. values: by unit; of us the least is best."""
     if experiment.target is None:
         return ""
     unit, target = experiment.target
     value = values[unit]
     if value is None:
         return "not measured"
-    met = value <= target if unit in ("ms", "us") else value >= target
+    met = value <= target if unit == "us" else value >= target
     return "met" if met else f"missed: {value:.3g} {unit}"
 
 
-def loaded_kernels() -> tuple[str, str]:
-    """(registers, spilled bytes) a thread of each compiled kernel, as the driver loaded it."""
-    registers, spills = [], []
-    for module, name in (
-        ("forward_kernel", "forward_kernel"), ("dense_kernel", "dense_kernel"), ("merge_kernel", "merge_kernel"), ("backward_kernel", "rows_kernel"),
-        ("backward_kernel", "keys_kernel"), ("query_gradient_kernel", "queries_kernel"),
-    ):  # fmt: skip
-        kernel: Any = getattr(import_module(f"longattn.kernels.triton.{module}"), name)
-        for cached in getattr(kernel, "device_caches", {}).values():
-            for compiled in cached[0].values():
-                registers.append(f"{name} {compiled.n_regs}")
-                spills.append(f"{name} {compiled.n_spills}")
-    return "; ".join(registers), "; ".join(spills)
+PREDICTED = ROOT / "benchmarks" / "results" / "gpu-predicted.csv"
 
 
-def device_state() -> tuple[str, str]:
-    """(SM clock in MHz, driver version), as nvidia-smi tells them; empty where there is none."""
-    command = ["nvidia-smi", "--query-gpu=clocks.sm,driver_version", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "", ""
-    clock, _, driver = told.splitlines()[0].partition(",")
-    return clock.strip(), driver.strip()
+def predicted(experiment: Experiment) -> float | None:
+    """The model's TFLOP/s of a dense experiment with the table's tiles, or None."""
+    if experiment.pattern != Full() or experiment.tile or experiment.lengths[0] < 8192 or not PREDICTED.exists():
+        return None
+    way = {"forward": ", warp-specialised" if experiment.dense else ""}.get(
+        experiment.direction, ", deterministic" if experiment.deterministic else ""
+    )
+    with PREDICTED.open(encoding="utf-8") as file:
+        rows = {(row["direction"], int(row["head_dim"])): float(row["tflops"]) for row in csv.DictReader(file)}
+    return rows.get((experiment.direction + way, experiment.head_dim))
 
 
 def use_tile(experiment: Experiment) -> None:
@@ -202,6 +194,10 @@ def use_tile(experiment: Experiment) -> None:
         configurations.DENSE.update((at, tile) for at in [*configurations.DENSE] if at[1] == experiment.head_dim)
         return
     kernel = "forward" if experiment.direction == "forward" else "backward_keys"
+    if experiment.lengths[0] == 1:
+        kernel = "decode"
+    elif experiment.deterministic:
+        kernel = "backward_queries"
     for at in configurations.TABLE:
         if at[0] == kernel and at[2] == experiment.head_dim:
             configurations.TABLE[at] = tile
@@ -213,8 +209,8 @@ def use_kernel(dense: bool | None) -> None:
         launch_forward.is_dense = lambda call: dense
 
 
-def run(experiment: Experiment, device: str, repeats: int, copy_tb_s: float) -> Row:
-    """One row."""
+def run(experiment: Experiment, device: str, repeats: int, reached: dict[str, float]) -> Row:
+    """One row; reached: this device's `ceilings`."""
     if experiment.fails:
         raise RuntimeError("this row fails on purpose")
     use_tile(experiment)
@@ -249,16 +245,16 @@ def run(experiment: Experiment, device: str, repeats: int, copy_tb_s: float) -> 
     moved = 4 * experiment.batch * experiment.lengths[1] * experiment.heads * experiment.head_dim
     values: dict[str, float | None] = {
         "TFLOP/s": tflops,
-        "ms": ms,
+        "product": tflops / reached["product"] if reached else None,
         "ratio": peer_ms and peer_ms / ms,
-        "copy": moved / ms / 1e9 / copy_tb_s if math.isfinite(copy_tb_s) and copy_tb_s else None,
+        "copy": moved / ms / 1e9 / reached["copy"] if reached else None,
         "us": host_us(call) if experiment.target and experiment.target[0] == "us" and on_gpu else None,
     }
     here, (registers, spills) = surroundings(), loaded_kernels()
     return Row(
         experiment.key, experiment.head_dim, experiment.direction, "x".join(map(str, experiment.tile)), ms, times[len(times) // 5],
-        times[-1 - len(times) // 5], tflops, experiment.peer, peer_ms,
+        times[-1 - len(times) // 5], tflops, predicted(experiment), experiment.peer, peer_ms,
         "" if experiment.target is None else f"{experiment.target[1]:g} {experiment.target[0]}", verdict(experiment, values) or reason, extra,
-        first_call, registers, spills, clock, torch.cuda.get_device_name() if on_gpu else "cpu, interpreted", driver,
-        torch.__version__, installed_version() or "", here.commit, here.date,
+        first_call, registers, spills, profiled(call) if on_gpu else "", clock,
+        torch.cuda.get_device_name() if on_gpu else "cpu, interpreted", driver, assembler(), torch.__version__, installed_version() or "", here.commit, here.date,
     )  # fmt: skip

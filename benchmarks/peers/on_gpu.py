@@ -1,6 +1,6 @@
 """Peers of `benchmarks.gpu`, by name.
 
-torch's SDPA as it chooses ("dense") and pinned to cuDNN, FlashAttention 3 where its package is importable ("fa3"), compiled FlexAttention by
+torch's SDPA as it chooses ("dense") and pinned to cuDNN, FlashAttention 3 and 4 where their packages are importable ("fa3", "fa4"), compiled FlexAttention by
 default and autotuned ("flex", "flex-max-autotune"), and the two styles of dilated attention.
 """
 
@@ -18,10 +18,12 @@ from benchmarks.peers.flex_permuted import flex_permuted_attention
 from benchmarks.peers.torchscale_style import torchscale_style_attention
 from longattn.patterncache import Dilated, Full, Pattern
 
+_FLASH = {"fa3": "flash_attn_interface", "fa4": "flash_attn.cute.interface"}
 
-def _flash_attention_3(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """FlashAttention 3 from its own package, in our layout."""
-    out = import_module("flash_attn_interface").flash_attn_func(q, k, v, causal=causal)
+
+def _flash_attention(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """FlashAttention 3 or 4 from its own package, in our layout."""
+    out = import_module(_FLASH[name]).flash_attn_func(q, k, v, causal=causal)
     return out[0] if isinstance(out, tuple) else out
 
 
@@ -56,8 +58,8 @@ def peer_forward(name: str, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -
                 return dense()
 
         return dense if name == "dense" else pinned
-    if name == "fa3" and isinstance(pattern, Full):
-        return lambda: _flash_attention_3(q, k, v, pattern.causal)
+    if name in _FLASH and isinstance(pattern, Full):
+        return lambda: _flash_attention(name, q, k, v, pattern.causal)
     if name in ("flex", "flex-max-autotune") and isinstance(pattern, Full):
         return lambda: _flex(name)(
             *(x.transpose(1, 2) for x in (q, k, v)), block_mask=_causal_blocks(q, pattern)

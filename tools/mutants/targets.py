@@ -57,7 +57,7 @@ TARGETS: dict[str, Target] = {
         ("memory/allocator.py", "memory/arena.py", "memory/segment.py", "leasing/*.py", "pool.py", "spec.py"),
         tuple(
             f"bufmgr/test_bufmgr_{name}"
-            for name in ("arena", "pool", "slots", "spec", "manager", "lifetimes", "policies", "visibility", "allocators", "devices", "release", "machine")
+            for name in ("arena", "pool", "slots", "spec", "manager", "lifetimes", "policies", "visibility", "allocators", "devices", "release", "machine", "learning")
         ),
     ),
     "ring": Target(

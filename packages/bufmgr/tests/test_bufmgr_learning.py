@@ -1,6 +1,8 @@
 """Steps that are learned: what is predicted, what is ready then, and that a manager is as it was afterwards."""
 
-from collections.abc import Sequence
+import copy
+import pickle
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -60,6 +62,17 @@ def test_as_many_are_ready_as_were_in_use_at_once():
     manager.check_valid()
     manager._book.shrink_caches()
     assert manager.get_stats()["types"]["temp"]["max_buffers"] == 3
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda learner: pickle.loads(pickle.dumps(learner))])
+def test_a_copy_has_a_manager_of_its_own_and_what_was_learned(twin_of: Callable[[StepLearner], StepLearner]):
+    learner, _ = learn([[1000, 2000]] * 2, AttentionBufferManager())
+    twin = twin_of(learner)
+    assert (twin.predict(), twin.get_stats()) == (learner.predict(), learner.get_stats())
+    assert twin._manager is not learner._manager
+    with twin.step():
+        assert twin._manager.allocate(TEMP, (1000,), torch.float32).numel() == 1000
+    assert (twin._manager.get_stats()["cache_hits"], learner._manager.get_stats()["cache_hits"]) == (1, 2)
 
 
 def test_a_step_changes_no_buffer_and_ends_with_its_context():

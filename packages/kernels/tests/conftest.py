@@ -1,11 +1,14 @@
 """In every test of this package: memory is poisoned, and torch computes in one thread."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from longattn.kernels.dispatch.prepared import PREPARED
+from longattn.kernels.dispatch.prepared import LENGTHS, PREPARED
 from longattn.kernels.testing import poisoned_memory
 
 
@@ -45,3 +48,18 @@ def native_level(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
 def no_call_was_prepared() -> None:
     """Each test begins with calls that nobody looked up before: some put other rows into the table."""
     PREPARED.clear()
+    LENGTHS.clear()
+
+
+@pytest.fixture
+def in_the_interpreter(request: pytest.FixtureRequest) -> Callable[[], None]:
+    """Runs the test's own file once more, where triton is imported to interpret: an environment variable decides before the import."""
+
+    def run() -> None:
+        options = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist")
+        command = [sys.executable, "-m", "pytest", *options, str(request.path)]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        inside = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        assert inside.returncode == 0, inside.stdout[-6000:] + inside.stderr[-2000:]
+
+    return run

@@ -24,9 +24,9 @@ static Tensor tensor(Numbers& x, int64_t heads, int64_t dim) {
 
 static int failures = 0;
 
-static void near(const char* name, const Numbers& got, const std::vector<double>& expected) {
+static void near(const char* name, const Numbers& got, const std::vector<double>& expected, double tolerance = 2e-5) {
     int far = 0;  // NaN is far as well
-    for (size_t i = 0; i < got.size(); i++) far += !(std::fabs(got[i] - expected[i]) < 2e-5);
+    for (size_t i = 0; i < got.size(); i++) far += !(std::fabs(got[i] - expected[i]) < tolerance);
     printf("%s: %d of %zu far off\n", name, far, got.size());
     failures += far;
 }
@@ -143,10 +143,76 @@ static void forward_and_backward(int64_t reach) {
     near("out", out, o), near("lse", lse, l), near("dq", dq, eq), near("dk", dk, ek), near("dv", dv, ev);
 }
 
+typedef std::vector<uint16_t> Halves16;
+
+static Halves16 rounded(Numbers& x) {
+    Halves16 halves;
+    for (float& y : x) halves.push_back(to_bfloat16(y)), y = from_bfloat16(halves.back());
+    return halves;
+}
+static Numbers widened(const Halves16& x) {
+    Numbers numbers;
+    for (uint16_t y : x) numbers.push_back(from_bfloat16(y));
+    return numbers;
+}
+
+// Everything in bfloat16, causal: as pairs where the processor multiplies them, beside float32 products of the same numbers.
+static void half_precision() {
+    Numbers q = random_numbers(N * HEADS * DIM), k = random_numbers(N * DIM), v = random_numbers(N * WIDE), grad = random_numbers(N * HEADS * WIDE);
+    const Halves16 given[] = {rounded(q), rounded(k), rounded(v), rounded(grad)};
+    const int64_t far = int64_t(1) << 62;
+    RowSet keys{nullptr, 0, 0, 1, 1, nullptr, 1, nullptr, N, 0, 1, 0, far};
+    Job job{0, 1, HEADS, 1, {nullptr, 0, 0, 1, 1, nullptr, 1, nullptr, N, 0, 1, -far, far}, &keys, 1, 1};
+    std::vector<Numbers> results[2];
+    for (int64_t pairs = 0; pairs < 2; pairs++) {
+        Halves16 out(grad.size()), dq(q.size()), dk(k.size()), dv(v.size());
+        Numbers lse(N * HEADS);
+        auto half = [](const Halves16& x, int64_t heads, int64_t dim) {
+            return Tensor{(char*)x.data(), N * heads * dim, heads * dim, dim, BFLOAT16};
+        };
+        Call call{};
+        call.q = half(given[0], HEADS, DIM), call.k = half(given[1], 1, DIM), call.v = half(given[2], 1, WIDE), call.out = half(out, HEADS, WIDE);
+        call.lse = tensor(lse, HEADS, 1), call.half = pairs ? HALVES : WHOLE_FLOATS;
+        call.jobs = &job, call.job_count = 1, call.batch = 1, call.queries = call.keys = N, call.heads = HEADS, call.kv_heads = 1;
+        call.dim = DIM, call.value_dim = WIDE, call.scale = 0.7, call.threads = 2, call.rows = 96, call.key_parts = 1;
+        Numbers scratch(2 * longattn_scratch(&call));
+        call.scratch = scratch.data();
+        longattn_attend(&call);
+        call.grad_out = half(given[3], HEADS, WIDE), call.dq = half(dq, HEADS, DIM), call.dk = half(dk, 1, DIM), call.dv = half(dv, 1, WIDE);
+        scratch.resize(2 * longattn_scratch(&call));
+        call.scratch = scratch.data();
+        longattn_attend_backward(&call);
+        results[pairs] = {widened(out), lse, widened(dq), widened(dk), widened(dv)};
+    }
+    const char* names[] = {"bfloat16 out", "bfloat16 lse", "bfloat16 dq", "bfloat16 dk", "bfloat16 dv"};
+    for (int i = 0; i < 5; i++)
+        near(names[i], results[1][i], {results[0][i].begin(), results[0][i].end()}, 3e-2);
+
+    // A short call in bfloat16, of numbers as they are stored.
+    Numbers first(q.begin(), q.begin() + HEADS * DIM), out(HEADS * WIDE);
+    std::vector<double> o(out.size());
+    Shared all{};
+    all.rows = HEADS, all.dim = DIM, all.value_dim = WIDE, all.unit = float(0.7 * LOG2_E);
+    for (int64_t r = 0; r < HEADS; r++) all.q[r] = (const char*)&given[0][r * DIM], all.end[r] = N;
+    all.k = (const char*)given[1].data(), all.v = (const char*)given[2].data(), all.k_step = DIM * 2, all.v_step = WIDE * 2;
+    Numbers part(all.floats()), row(all.wide());
+    FewQueries<Stored16>(all).run(0, N, part.data());
+    for (int64_t r = 0; r < HEADS; r++) {
+        merge_parts<Stored16>(all, r, part.data(), 1, NONE, row.data());
+        std::copy(row.begin(), row.begin() + WIDE, out.begin() + r * WIDE);
+        definition(&q[r * DIM], k.data(), v.data(), N, 0.7, [](int64_t) { return true; }, &o[r * WIDE]);
+    }
+    near("bfloat16 few", out, o, 2e-3);
+}
+
 int main() {
     forward_and_backward(int64_t(1) << 62);
     forward_and_backward(20);
     few_rows();
+    half_precision();
+#if defined(LONGATTN_PAIRS)
+    printf("pairs of bfloat16\n");
+#endif
     printf("%d floats a vector\n", VL);
     return failures ? 1 : 0;
 }

@@ -112,9 +112,9 @@ def test_an_unknown_processor(monkeypatch: pytest.MonkeyPatch):
         ("0", "switched off by LONGATTN_NATIVE=0"),
         (
             "fast",
-            "LONGATTN_NATIVE must be 0, 1 or one of amx, avx512bf16, avx512, avx2, generic, amx-plain, got 'fast'",
+            "LONGATTN_NATIVE must be 0, 1 or one of amx, avx512bf16, avx512, avx2, bfdot, generic, amx-plain, got 'fast'",
         ),
-        ("avx512", "LONGATTN_NATIVE=avx512 is wider than this processor, which has generic"),
+        ("avx512", "LONGATTN_NATIVE=avx512 needs another processor than this one, which has generic"),
     ],
 )
 def test_switched_off_or_misspelt(choice: str, words: str, monkeypatch: pytest.MonkeyPatch):
@@ -157,6 +157,10 @@ def test_the_widest_level_that_fits(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("platform.machine", lambda name=machine: name)
         cpu.widest.cache_clear()
         assert cpu.widest() == level
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(cpu, "_flags", lambda: frozenset({"asimd", "bf16"}))
+    cpu.widest.cache_clear()
+    assert cpu.levels() == ("bfdot", "generic")
     monkeypatch.undo()
     cpu.widest.cache_clear()
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from longattn.kernels.native.building import FLAGS
+from longattn.kernels.native.cpu import LEVELS
 
 DRIVER = Path(__file__).with_name("native_driver.cpp")
 
 
-def build_and_run(compiler: str, made: Path, *emulator: str) -> str:
+def build_and_run(compiler: str, made: Path, level: str, *emulator: str) -> str:
     """What the driver prints; it fails where a number differs from the definition's."""
     # Half of -O3's time to compile; what the compiler must get right is the source's dialect.
     flags = ["-O1" if flag == "-O3" else flag for flag in FLAGS if flag not in ("-shared", "-fPIC")]
@@ -25,6 +26,7 @@ def build_and_run(compiler: str, made: Path, *emulator: str) -> str:
     command = [
         *shlex.split(compiler),
         *flags,
+        *LEVELS[level],
         *static,
         f"-I{files('longattn.kernels.native')}",
         str(DRIVER),
@@ -38,23 +40,27 @@ def build_and_run(compiler: str, made: Path, *emulator: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "emulator"),
+    ("compiler", "level", "emulator"),
     [
-        ("aarch64-linux-gnu-g++", ("qemu-aarch64", "qemu-aarch64-static")),
-        ("x86_64-w64-mingw32-g++-posix", ("wine64", "wine", "/usr/lib/wine/wine64")),
-        ("c++", ()),
+        ("aarch64-linux-gnu-g++", "generic", ("qemu-aarch64", "qemu-aarch64-static")),
+        ("aarch64-linux-gnu-g++", "bfdot", ("qemu-aarch64", "qemu-aarch64-static")),
+        ("x86_64-w64-mingw32-g++-posix", "generic", ("wine64", "wine", "/usr/lib/wine/wine64")),
+        ("c++", "generic", ()),
     ],
-    ids=["aarch64", "windows", "here"],
+    ids=["aarch64", "aarch64-bfdot", "windows", "here"],
 )
-def test_the_definition_holds_without_python(compiler: str, emulator: tuple[str, ...], tmp_path: Path):
-    """Forward and backward of two heads that share keys, causal and in a window, with keys that count twice; vectors of four floats."""
+def test_the_definition_holds_without_python(compiler: str, level: str, emulator: tuple[str, ...], tmp_path: Path):
+    """Forward and backward of two heads that share keys, causal and in a window, with keys that count twice, and in bfloat16; vectors of four floats."""
     if shutil.which(compiler) is None:
         pytest.skip(f"there is no {compiler} here")
     # Debian's package of programs without shared libraries names them otherwise.
     command = next((path for name in emulator if (path := shutil.which(name)) is not None), None)
     if emulator and command is None:
         pytest.skip(f"there is none of {', '.join(emulator)} here")
-    assert "4 floats a vector" in build_and_run(compiler, tmp_path / "driver.exe", *([command] if command else []))
+    # Only qemu has processors to choose from; its widest has products of bfloat16.
+    words = [] if command is None else [command, "-cpu", "max"] if "qemu" in command else [command]
+    told = build_and_run(compiler, tmp_path / "driver.exe", level, *words)
+    assert "4 floats a vector" in told and ("pairs of bfloat16" in told) == (level == "bfdot")
 
 
 @pytest.mark.parametrize("compiler", ["clang++", f"{sys.executable} -m ziglang c++"], ids=["clang", "zig"])

@@ -2,9 +2,7 @@
 
 import itertools
 import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -131,25 +129,10 @@ def test_what_does_not_fit_is_named():
 
 if not INSIDE:
 
-    def test_the_triton_kernel_in_a_process_of_its_own():
+    def test_the_triton_kernel_in_a_process_of_its_own(in_the_interpreter: Callable[[], None]):
         """The cases above, where triton was imported to interpret."""
         pytest.importorskip("triton", reason="triton is not installed: the extra longattn-kernels[triton]")
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            str(Path(__file__).resolve()),
-        ]
-        run = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
-        )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        in_the_interpreter()
 
 else:
 

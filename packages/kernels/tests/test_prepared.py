@@ -10,12 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from longattn.kernels import Environment, attend, fused_attention, prepare, prepared_stats, reference_attention
+from longattn.kernels import (
+    Alibi,
+    Environment,
+    Softcap,
+    attend,
+    fused_attention,
+    prepare,
+    prepared_stats,
+    reference_attention,
+)
 from longattn.kernels.dispatch import prepared as prepared_module
 from longattn.kernels.dispatch.memo import Memo
-from longattn.kernels.dispatch.prepared import PREPARED
+from longattn.kernels.dispatch.prepared import LENGTHS, PREPARED
 from longattn.kernels.dispatch.table import RowFailure, row
-from longattn.patterncache import Dilated, Full, PatternCache, Rectangle, Span, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, PatternCache, Rectangle, Span, Window
 
 PATTERN = Dilated((4, 8), (1, 2), causal=True)
 
@@ -84,6 +93,92 @@ def test_each_part_of_a_signature_is_seen(name: str, monkeypatch: pytest.MonkeyP
     tensors, pattern = options.pop("tensors", qkv()), options.pop("pattern", PATTERN)
     attend(*tensors, pattern, **options)
     assert len(asked) == 1
+
+
+GROWING = (Full(), Full(causal=True), Window(7, causal=True, sinks=2), Dilated((4, 8, 16), (1, 2, 4), causal=True))
+
+
+def cache_of(n: int, contiguous: bool, kv_heads: int = 2) -> tuple[Tensor, Tensor]:
+    """The first n slots of two caches of 64, or tensors of that length alone, whose strides grow with it."""
+    generator = torch.Generator().manual_seed(5)
+    k, v = (torch.randn(2, 64, kv_heads, 8, generator=generator)[:, :n] for _ in range(2))
+    return (k.contiguous(), v.contiguous()) if contiguous else (k, v)
+
+
+def last_queries(n: int, nq: int, q: Tensor, k: Tensor, v: Tensor, pattern: Any) -> Tensor:
+    """In float64, of the last nq of n positions."""
+    counts = pattern.counts(Rectangle(q.shape[2], Span(n - nq, nq), Span(0, n)))
+    return reference_attention(q, k, v, torch.from_numpy(counts)).out.float()
+
+
+@pytest.mark.parametrize("pattern", GROWING, ids=lambda pattern: pattern.canonical())
+@pytest.mark.parametrize("backend", [None, "gather", "tiled"])
+@pytest.mark.parametrize(("nq", "contiguous"), [(1, True), (1, False), (3, False)])
+def test_a_cache_that_grows_is_checked_once(
+    monkeypatch: pytest.MonkeyPatch, pattern: Any, backend: str | None, nq: int, contiguous: bool
+) -> None:
+    """Later lengths follow from a prepared one: numbers are the oracle's, plans are asked for once a call, and no argument is checked again."""
+    cache = PatternCache()
+    environment = Environment(cache)
+    q = torch.randn(2, nq, 4, 8, generator=torch.Generator().manual_seed(1))
+    attend(q, *cache_of(nq, contiguous), pattern, backend=backend, environment=environment)
+    monkeypatch.setattr("longattn.kernels.entry.check_qkv", lambda *_: pytest.fail("checked again"))
+    for n in (*range(nq + 1, nq + 30), 50, 20):
+        k, v = cache_of(n, contiguous)
+        state = attend(q, k, v, pattern, backend=backend, environment=environment)
+        torch.testing.assert_close(state.out, last_queries(n, nq, q, k, v, pattern), atol=1e-5, rtol=1e-5)
+    stats = cache.get_stats()
+    # The second call of 20 keys is a hit.
+    assert (stats["hits"], stats["misses"]) == (1, 31)
+
+
+def test_a_length_has_the_row_that_it_would_have_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table is asked for each, with the problem that it would be asked with, of listed rows too."""
+    asked = count_selections(monkeypatch)
+    q, pattern = torch.randn(1, 1, 4, 8), BlockSparse(4, [[True, False, True, False, True, True]] * 6)
+    lengths = (5, 6, 7, 14, 20, 21)
+    for n in lengths:
+        attend(q, *(x[:1] for x in cache_of(n, False)), pattern)
+    grown = asked.copy()
+    asked.clear()
+    for n in lengths:
+        LENGTHS.clear()
+        PREPARED.clear()
+        attend(q, *(x[:1] for x in cache_of(n, False)), pattern)
+    assert grown == asked and {problem.listed for problem in asked} == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "nq", "match"),
+    [((9, 8), 1, "v must have the length"), ((2, 2), 3, "queries outnumber keys")],
+)
+def test_lengths_that_do_not_fit_are_refused(lengths: tuple[int, int], nq: int, match: str) -> None:
+    """Also after calls that they differ from in lengths alone."""
+    q = torch.randn(2, nq, 4, 8)
+    for n in (10, 11):
+        attend(q, *cache_of(n, False), PATTERN)
+    with pytest.raises(ValueError, match=match):
+        attend(q, cache_of(lengths[0], False)[0], cache_of(lengths[1], False)[1], PATTERN)
+
+
+def test_masks_terms_gradients_and_dropout_grow_too() -> None:
+    """With masks each length is checked; the others are the same calls as those of their length alone."""
+    q = torch.randn(2, 1, 4, 8)
+    options: list[dict[str, Any]] = [
+        {"score_terms": (Softcap(2.0), Alibi(torch.rand(4)))}, {"dropout_p": 0.5, "seed": 3}, {"softmax_scale": -0.3}, {"is_causal": False}
+    ]  # fmt: skip
+    for n in range(5, 12):
+        k, v = cache_of(n, True)
+        masks = {"key_padding_mask": torch.arange(n).expand(2, n) < 2}, {"attention_mask": torch.rand(1, n) > 0.2}
+        for given in (*options, *masks):
+            grown = attend(q, k, v, PATTERN, **given)
+            alone = attend(q, k, v, PATTERN, **given, backend="gather")
+            torch.testing.assert_close(grown.out, alone.out, atol=1e-5, rtol=1e-5)
+        tensors = [x.clone().requires_grad_() for x in (q, k, v)]
+        grads = torch.autograd.grad(attend(*tensors, PATTERN).out.sum(), tensors)
+        expected = torch.autograd.grad(attend(*tensors, PATTERN, backend="gather").out.sum(), tensors)
+        for grad, other in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, other, atol=1e-5, rtol=1e-5)
 
 
 def test_threads_and_the_deterministic_flag_are_part_of_a_signature(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,8 @@ test starts it; there, this same file is the suite. Tiles are 64 x 64, the least
 
 import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +24,9 @@ from longattn.kernels.ops.arguments import Cotangents, OpArguments, OpTensors
 from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients
 from longattn.kernels.state import minus_delta_of
 from longattn.kernels.testing import Case, assert_near, check_backend, expect_case, run_case
-from longattn.kernels.triton import configurations, self_check
+from longattn.kernels.triton import configurations, paged_check, self_check
 from longattn.kernels.triton.cached_step import TritonCache
+from longattn.kernels.triton.row import attend_pages
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Restrict, Span, Strided, Window
 
 pytest.importorskip("triton", reason="triton is not installed: the extra longattn-kernels[triton]")
@@ -59,24 +58,9 @@ class Recorder(TorchDispatchMode):
 
 if not INSIDE:
 
-    def test_in_a_process_of_its_own():
+    def test_in_a_process_of_its_own(in_the_interpreter: Callable[[], None]):
         """Every case below, where triton was imported to interpret."""
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            str(Path(__file__).resolve()),
-        ]
-        run = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
-        )
-        assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+        in_the_interpreter()
 
 else:
     SMALL = Case(LONGNET, (70, 70), batch=1, kv_heads=1, group=2, head_dim=16)
@@ -389,7 +373,8 @@ else:
         *(
             pytest.param(flags, marks=pytest.mark.nightly)
             for flags in (
-                {"direction": "forward"}, {"direction": "dense forward", "dtype": HALF}, {"direction": "backward", "deterministic": True},
+                {"direction": "forward"}, {"direction": "forward", "value_width": 32, "softcap": True, "by_distance": True},
+                {"direction": "dense forward", "dtype": HALF}, {"direction": "backward", "deterministic": True},
                 {"direction": "forward", "listed": True, "attention_mask": True, "bias": True},
                 {"direction": "backward", "grouped": True, "dropout": True, "key_padding": True},
             )
@@ -397,12 +382,23 @@ else:
     ]  # fmt: skip
 
     def form_of(**flags: Any) -> self_check.Form:
-        absent = dict.fromkeys(self_check.Form._fields[3:], False)
-        return self_check.Form(**{"dtype": torch.float32, "width": 16, **absent, **flags})
+        absent = dict.fromkeys(self_check.Form._fields[4:], False)
+        return self_check.Form(**{"dtype": torch.float32, "width": 16, "value_width": 16, **absent, **flags})
 
     @pytest.mark.parametrize("flags", FORMS, ids=lambda flags: " ".join(map(str, flags)))
     def test_a_form_that_is_right_passes_its_own_check(flags: dict[str, Any]):
         assert self_check.wrong(form_of(**flags), torch.device("cpu")) == ""
+
+    @pytest.mark.parametrize("stored", [torch.float16, torch.int8, torch.float8_e4m3fn], ids=str)
+    def test_the_kernel_over_pages_passes_its_own_check(stored: torch.dtype):
+        form = paged_check.PagedForm(torch.float16, stored, 32, 16)
+        assert paged_check.wrong(form, torch.device("cpu"), attend_pages) == ""
+
+        def off(*given: Any) -> None:
+            attend_pages(*given)
+            given[-2].mul_(1.1)
+
+        assert "float16 over pages of" in paged_check.wrong(form, torch.device("cpu"), off)
 
     @pytest.mark.parametrize("direction", ["forward", "backward"])
     def test_a_form_that_is_wrong_is_caught_by_its_own_check(direction: str, monkeypatch: pytest.MonkeyPatch):

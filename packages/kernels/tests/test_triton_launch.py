@@ -37,7 +37,7 @@ from longattn.kernels.triton.dense_kernel import dense_kernel
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.merge_kernel import merge_kernel
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
-from longattn.patterncache import Dilated, Full, Pattern, Rectangle, Span
+from longattn.patterncache import Dilated, Full, Pattern, Rectangle, Span, Window
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreting, nothing is launched")
 
@@ -249,6 +249,54 @@ def test_a_bound_forward_launches_what_a_forward_does(stub: StubDriver, nq: int,
     assert [x.dtype for x in computed] == [dtype, torch.float32] and len(stub.compiled) == compiled
     assert [described(launch) for launch in expected] == [described(launch) for launch in stub.launches]
     assert all(any(x is y for y in stub.launches[0].arguments) for x in (q, k, v))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Full(), Full(causal=True), Window(600, causal=True, sinks=4), Dilated((256, 512), (1, 2), causal=True)],
+    ids=lambda pattern: pattern.name,
+)
+@pytest.mark.parametrize("owned", [1, 3, 96])
+def test_a_bound_forward_follows_a_cache_that_grows(stub: StubDriver, pattern: Pattern, owned: int):
+    """Each length is bound from the one before, launches what a forward of its own does, and compiles nothing; where it is computed in
+    another form, it is not bound so.
+    """
+    lengths = (*range(1000, 1010), 1024, 1100, 1025)
+    first = call_of(pattern, nq=owned, nk=lengths[0])
+    bound = launch_forward.bind(first, *launch_forward.forward(first))
+    followed = 0
+    for length in lengths[1:]:
+        call = call_of(pattern, nq=owned, nk=length)
+        stub.launches.clear()
+        launch_forward.forward(call)
+        expected, compiled = stub.launches.copy(), len(stub.compiled)
+        stub.launches.clear()
+        assert bound is not None
+        grown = bound.at_lengths(call)
+        if grown is None:
+            assert launch_forward._form(call) != bound._form or len(expected) != len(bound._launches)
+            continue
+        q, k, v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
+        assert grown(q, k, v, None, call.allocator) is not None and len(stub.compiled) == compiled
+        assert [described(launch) for launch in expected] == [described(launch) for launch in stub.launches]
+        bound, followed = grown, followed + 1
+    assert followed >= 9
+
+
+def test_strides_that_compile_another_variant_are_not_bound_so(stub: StubDriver):
+    """Triton tells multiples of 16 from other strides, and lists from ranges; a tensor that begins elsewhere is not bound at all."""
+    call = call_of(Full(), nq=1, nk=1000)
+    bound = launch_forward.bind(call, *launch_forward.forward(call))
+    assert bound is not None
+    wide = torch.empty(1, 1001, 2, 72, dtype=torch.bfloat16)[..., :64]
+    plan = Full().plan(Rectangle(2, Span(1000, 1), Span(0, 1001)))
+    longer = replace(call_of(Full(), nq=1, nk=1001), plan=plan)
+    assert bound.at_lengths(longer) is not None
+    assert bound.at_lengths(replace(longer, k=wide)) is None
+    assert (
+        bound.at_lengths(replace(longer, k=torch.empty(wide.numel() + 1, dtype=wide.dtype)[1:].view(wide.shape)))
+        is None
+    )
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

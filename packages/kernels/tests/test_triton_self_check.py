@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from longattn.kernels import explain
 from longattn.kernels.problem import AttentionProblem
-from longattn.kernels.triton import self_check
+from longattn.kernels.triton import paged_check, self_check
+from longattn.kernels.triton.row import attend_pages
 from longattn.kernels.triton.self_check import Form, forms_of, standing
 from longattn.patterncache import Full
 
@@ -35,6 +37,30 @@ def test_a_problem_needs_a_form_a_direction():
     forward, backward = forms_of(PROBLEM)
     assert str(forward) == "forward bfloat16 D128 grouped key_padding"
     assert str(backward) == "backward bfloat16 D128 grouped key_padding deterministic"
+
+
+def test_score_terms_and_a_value_width_of_its_own_are_other_forms():
+    """Each is compiled for itself."""
+    problem = AttentionProblem("cuda", torch.float16, 8, 8, 192, value_head_dim=128, softcap=True, by_distance=True)
+    assert str(*forms_of(problem)) == "forward float16 D256 DV128 softcap by_distance"
+
+
+def test_pages_are_read_by_a_kernel_that_was_right(checked: list[Form], monkeypatch: pytest.MonkeyPatch):
+    """Asked once for each form; one that was wrong leaves pages to torch, and LONGATTN_SELF_CHECK=0 asks nothing."""
+    ran: list[str] = []
+    monkeypatch.setattr(paged_check, "describe", self_check.describe)
+    monkeypatch.setattr(paged_check, "wrong", lambda form, device, launch: ran.append(str(form)) or "")
+    half: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
+    cache: Any = SimpleNamespace(keys=SimpleNamespace(dtype=torch.int8), widths=(64, 32))
+    assert paged_check.passed(cache, half, attend_pages) and paged_check.passed(cache, half, attend_pages)
+    assert ran == ["float16 over pages of int8 D64 DV32"]
+    self_check.OUTCOMES.clear()
+    assert paged_check.passed(cache, half, attend_pages) and len(ran) == 1
+    cache.widths = (64, 64)
+    monkeypatch.setattr(paged_check, "wrong", lambda form, device, launch: "out is 0.5 off")
+    assert not paged_check.passed(cache, half, attend_pages)
+    monkeypatch.setenv("LONGATTN_SELF_CHECK", "0")
+    assert paged_check.passed(cache, half, attend_pages)
 
 
 def test_what_was_right_is_kept_on_disk(checked: list[Form], monkeypatch: pytest.MonkeyPatch):
@@ -108,7 +134,7 @@ def test_the_kernel_for_dense_tiles_is_off_until_it_was_right(checked: list[Form
     assert self_check.dense_standing(problem, run=True) == "" and str(checked[0]) == "dense forward bfloat16 D64"
     assert "dense tiles by the warp-specialised kernel" in str(explain(Full(), (1, 8192, 2, 64), **DENSE))
     self_check.OUTCOMES.clear()
-    monkeypatch.setattr(self_check, "_known", lambda form, where: "out is 0.5 off" if "dense" in form.direction else "")
+    monkeypatch.setattr(self_check, "known", lambda form, where: "out is 0.5 off" if "dense" in form.direction else "")
     found = explain(Full(), (1, 8192, 2, 64), **DENSE)
     assert found.backend == "triton" and "(the warp-specialised one for dense tiles failed: out is 0.5 off)" in str(
         found

@@ -36,20 +36,19 @@ from longattn.kernels.interface import (
     add_sink,
     arguments_of,
     as_seed,
+    attend_prepared,
     autocast,
     call_signature,
     check_options,
     check_qkv,
     check_sinks,
     exchanged,
-    find_prepared,
     fold_scale,
     in_order,
     last_positions,
     merge_detached,
     prepare_and_run,
     refuse_torchscript,
-    run_prepared,
     run_shards,
     state_dtype,
     tensors_of,
@@ -231,10 +230,7 @@ def pattern_attention(
         key = call_signature(place, q, k, v, pattern, options)
         computed = None
         if key is not None and place == WHOLE:
-            prepared = find_prepared(key)
-            if prepared is not None:
-                tensors = tensors_of(q, k, v, options, as_seed(seed) if dropout_p else None)
-                computed = run_prepared(prepared, key, tensors, environment)
+            computed = attend_prepared(key, q, k, v, pattern, options, seed if dropout_p else None)
         elif key is not None:
             computed = run_shards(key, OpTensors(q, k, v), environment)
         if computed is not None:

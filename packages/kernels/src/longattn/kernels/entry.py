@@ -106,11 +106,9 @@ def attend(
     key = None
     if prior is q_spans is k_spans is heads is num_heads is sink_logits is None:
         key = direct.signature("attend", q, k, v, pattern, options)
-        prepared = None if key is None else direct.find_prepared(key)
-        if key is not None and prepared is not None:
-            drawn = as_seed(seed) if dropout_p or seed is not None else None
-            tensors = tensors_of(q, k, v, options, drawn)
-            state = AttentionState(*direct.run_prepared(prepared, key, tensors, environment))
+        computed = None if key is None else direct.attend_prepared(key, q, k, v, pattern, options, seed)
+        if computed is not None:
+            state = AttentionState(*computed)
             return state if layout == "bnhd" else _exchanged_state(state)
     refuse_torchscript()
     if is_sharded(q) or is_sharded(k) or is_sharded(v):

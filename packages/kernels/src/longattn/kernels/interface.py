@@ -37,7 +37,7 @@ from longattn.kernels.hierarchy import MACHINES, Machine
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
 from longattn.kernels.ops.attend_op import attend_rectangle, rectangle_gradients, second_gradients, visible_pairs
 from longattn.kernels.ops.define import define
-from longattn.kernels.ops.direct import find_prepared, prepare_and_run, run_prepared
+from longattn.kernels.ops.direct import attend_prepared, prepare_and_run
 from longattn.kernels.ops.direct import signature as call_signature
 from longattn.kernels.options import Options, arguments_of, check_options, tensors_of, wants_gradient
 from longattn.kernels.pages import PagedCache
@@ -120,9 +120,8 @@ __all__ = [
     "visible_pairs",
     # calls that were looked up before
     "call_signature",
-    "find_prepared",
+    "attend_prepared",
     "prepare_and_run",
-    "run_prepared",
     "ShardRectangle",
     "prepare_shards",
     "run_shards",

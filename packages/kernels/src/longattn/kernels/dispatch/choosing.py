@@ -33,15 +33,21 @@ def select(problem: AttentionProblem, backend: str | None = None, plan: Plan | N
     Raises:
         ValueError: no row fits, or the named one does not; the message gives each row's reasons.
     """
-    explanation = explain_choice(problem, backend, plan, batch, measure=True)
-    while explanation.backend is not None:
-        chosen = row(explanation.backend)
+    while (name := _preferred(problem, backend, plan, batch)) is not None:
+        chosen = row(name)
         able = chosen.prepare is None or chosen.prepare() is None
         if able and (chosen.standing is None or not chosen.standing(problem, True).startswith("failed")):
-            return chosen
-        explanation = explain_choice(problem, backend, plan, batch, measure=True)  # now the row has one more reason
+            return chosen  # else the row has one more reason now
+    explanation = explain_choice(problem, backend, plan, batch, measure=True)
     subject = "no backend" if backend is None else f"backend={backend!r} cannot"
     raise ValueError(f"{subject} {'fits' if backend is None else 'serve'} this problem: {explanation}")
+
+
+def _preferred(problem: AttentionProblem, backend: str | None, plan: Plan | None, batch: int) -> str | None:
+    """The row that `explain_choice` prefers, without a word about the others where figures do not decide."""
+    if _why_fixed(problem, backend, plan) is None:
+        return explain_choice(problem, backend, plan, batch, measure=True).backend
+    return _suited(explain_problem(problem, backend, refusals(problem)), backend, plan)
 
 
 def explain_choice(

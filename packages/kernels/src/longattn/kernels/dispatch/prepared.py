@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -37,8 +38,11 @@ Bound = Callable[..., "tuple[Tensor, Tensor] | None"]
 class PreparedCall:
     """The row, and the form of its call, for one signature.
 
+    Args:
+        like: the call of the same signature but for lengths of k and v, from which what does not depend on them is taken.
+
     Attributes:
-        arguments: the op's arguments. plan_key: the pattern cache's key. row: who serves.
+        arguments: the op's arguments. plan_key: the pattern cache's key. problem: as the table was asked. row: who serves.
         used: whether it was looked up since the memo last passed over it.
         successor: the same call prepared with a newer plan, once the cache had one.
     """
@@ -46,18 +50,20 @@ class PreparedCall:
     __slots__ = (
         "_backward",
         "_forward",
+        "_like",
         "_plan",
         "_unbound_calls",
         "arguments",
         "plan_key",
+        "problem",
         "row",
         "scale",
         "successor",
         "used",
     )
 
-    def __init__(self, tensors: OpTensors, arguments: OpArguments, plan: Plan):
-        q, k, v = tensors[:3]
+    def __init__(self, tensors: OpTensors, arguments: OpArguments, plan: Plan, like: PreparedCall | None = None):
+        q = tensors.q
         self.arguments = arguments
         self.used = False
         self.successor: PreparedCall | None = None
@@ -69,28 +75,16 @@ class PreparedCall:
         self._backward: dict[Hashable, Any] = {}
         # Forwards since it could last be bound. The second is bound: the lengths of a cache that grows come once each.
         self._unbound_calls = 0
-        problem = AttentionProblem(
-            device=q.device.type,
-            dtype=q.dtype,
-            heads=q.shape[2],
-            kv_heads=k.shape[2],
-            head_dim=q.shape[3],
-            value_head_dim=v.shape[3],
-            listed=plan.listed,
-            attention_mask=tensors.mask is not None,
-            bias=tensors.bias is not None,
-            bias_grad=arguments.bias_grad,
-            softcap=arguments.softcap > 0,
-            by_distance=tensors.by_distance is not None,
-            by_distance_grad=arguments.by_distance_grad,
-            key_padding=tensors.key_padding is not None,
-            dropout=arguments.dropout_p > 0,
-            prior=tensors.prior_out is not None,
-            backward=arguments.needs_grad,
-            deterministic=arguments.deterministic,
-            architecture=architecture_of(q.device),
-        )
-        self.row: TableRow = select(problem, arguments.backend or None, plan, q.shape[0])
+        if like is None:
+            self.problem = _problem_of(tensors, arguments, plan)
+        else:
+            same = like.problem.listed == plan.listed
+            self.problem = like.problem if same else replace(like.problem, listed=plan.listed)
+        self.row: TableRow = select(self.problem, arguments.backend or None, plan, q.shape[0])
+        self._like: Bound | None = None
+        if like is not None and self.row is like.row and self.row.rebind is not None:
+            # Bound at once, for lengths to come.
+            self._like, self._unbound_calls = like._forward, 1
 
     def serves(self, plan: Plan) -> bool:
         """Whether this is the very plan that the call was prepared with."""
@@ -138,6 +132,8 @@ class PreparedCall:
 
     def forward(self, tensors: OpTensors, plan: Plan, environment: Environment) -> tuple[Tensor, Tensor]:
         """(out, lse) of tensors of this signature."""
+        if self._like is not None and self.row.rebind is not None:
+            self._forward, self._like = self.row.rebind(self._like, self.call(tensors, plan, environment)), None
         if self._forward is not None:
             computed = self._forward(tensors.q, tensors.k, tensors.v, tensors.seed, environment.allocator)
             if computed is not None:
@@ -204,11 +200,40 @@ class PreparedCall:
         return self.row.second_backward(self.call(tensors, plan, environment), above, cotangents)
 
 
+def _problem_of(tensors: OpTensors, arguments: OpArguments, plan: Plan) -> AttentionProblem:
+    """The call as the table is asked for it."""
+    q, k, v = tensors[:3]
+    return AttentionProblem(
+        device=q.device.type,
+        dtype=q.dtype,
+        heads=q.shape[2],
+        kv_heads=k.shape[2],
+        head_dim=q.shape[3],
+        value_head_dim=v.shape[3],
+        listed=plan.listed,
+        attention_mask=tensors.mask is not None,
+        bias=tensors.bias is not None,
+        bias_grad=arguments.bias_grad,
+        softcap=arguments.softcap > 0,
+        by_distance=tensors.by_distance is not None,
+        by_distance_grad=arguments.by_distance_grad,
+        key_padding=tensors.key_padding is not None,
+        dropout=arguments.dropout_p > 0,
+        prior=tensors.prior_out is not None,
+        backward=arguments.needs_grad,
+        deterministic=arguments.deterministic,
+        architecture=architecture_of(q.device),
+    )
+
+
 _MOST_GRADIENT_FORMS = 16
 """Layouts of gradients that a prepared call keeps a bound backward for."""
 
 PREPARED: Memo[Any] = Memo(max_size=1024)
 """Every prepared call of this process, by its signature: that of a public function's arguments, or of the op's. A whole schedule's stand here too."""
+
+LENGTHS: Memo[PreparedCall] = Memo(max_size=256)
+"""The latest prepared call of each signature without the lengths of k and v, from which the next length follows."""
 
 
 def prepared_for(

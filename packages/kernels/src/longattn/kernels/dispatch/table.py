@@ -58,6 +58,8 @@ class TableRow:
         bind: of a call that was served and what it gave, its forward with everything but pointers and seed in place, (q, k, v, seed, allocator) ->
             (out, lse), or None once it must be bound anew; None where the row has no such form. bind_backward: the same of its backward, from the
             arguments of `backward` and the gradients that it gave.
+        rebind: of what `bind` gave and a call that differs from that one only in the lengths of k and v, what `bind` would give for it, or None; it
+            costs no more than a forward. None where the row has no such form.
         revision: (level, revision) of what serves, where figures of speed depend on more than this package's version.
         standing: of a problem, whether what the row would run for it has been checked on its device: "checked", "unchecked: why", "failed: what
             was wrong", or "" where rows do not check; the second argument says whether to check now what was not. A failed one refuses.
@@ -77,6 +79,7 @@ class TableRow:
     prepare: Callable[[], str | None] | None = None
     bind: Callable[[Call, Tensor, Tensor], Any] | None = None
     bind_backward: Callable[..., Any] | None = None
+    rebind: Callable[[Any, Call], Any] | None = None
     revision: Callable[[], tuple[str, str]] | None = None
     standing: Callable[[AttentionProblem, bool], str] | None = None
     second_backward: Callable[..., Any] | None = None
@@ -96,6 +99,7 @@ def row(name: str) -> TableRow:
         "prepare",
         "bind",
         "bind_backward",
+        "rebind",
         "revision",
         "standing",
         "second_backward",

@@ -15,6 +15,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -45,7 +46,7 @@ class Package:
     def missing(self) -> str | None:
         """Why it is not here, without importing it, or, once it was imported, why it cannot be used; or None."""
         name = self.module.partition(".")[0]
-        installed = name in sys.modules or find_spec(name) is not None
+        installed = name in sys.modules or _is_installed(name)
         return PROBLEMS.get(self.module) if installed else f"{self.module} is not installed"
 
     def problem(self) -> str | None:
@@ -74,6 +75,13 @@ class Package:
 
     def _module(self) -> ModuleType:
         return import_module(self.module)
+
+
+@lru_cache
+def _is_installed(name: str) -> bool:
+    # Searching every directory of sys.path costs some 50 us, which each call of a new signature would pay. What is installed later counts once
+    # somebody imported it.
+    return find_spec(name) is not None
 
 
 _FA3 = Package(

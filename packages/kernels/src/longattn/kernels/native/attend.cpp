@@ -90,7 +90,7 @@ static int64_t of_numbers(const Call& call, Visit visit) {
 #if defined(LONGATTN_TILES)
     if (call.half == HALVES) return visit(Tiled<1>());
     if (call.half == SPLIT) return visit(Tiled<2>());
-#elif defined(__AVX512BF16__)
+#elif defined(LONGATTN_PAIRS)
     if (call.half == HALVES) return visit(BFloat16());
 #endif
     return visit(Float32());

@@ -62,7 +62,7 @@ public:
         ds_rows = PAIRS ? take(STRIP * HALVES) : products;
         p_pairs = PAIRS ? take(PAIRS_LOW * Op::PARTS + VL) : scores;
         ds_pairs = PAIRS ? take(PAIRS_LOW * Op::PARTS + VL) : products;
-        sums = take(places * (shape.columns + values.columns));
+        sums = take(Sums::floats(call, places));
         queries = (Queries*)take(sizeof(Queries) / 4 + 1);
         tile = (KeyTile*)take(sizeof(KeyTile) / 4 + 1);
         floats = at - from;
@@ -73,7 +73,7 @@ public:
         const int64_t group = call.heads / call.kv_heads;
         Sums to = call.dk.type == FLOAT32
             ? Sums(call, b, kv_head)
-            : Sums(call, b, kv_head, sums, places, shape.columns, values.columns, share.row_begin, share.row_end);
+            : Sums(call, b, kv_head, sums, places, share.row_begin, share.row_end);
         tasks_in_order(call, kv_head, [&](const Job& job, int64_t t, int64_t first, int64_t count) {
             to.done_before(first_needed(job, met_by(call, job, t, first, count)));
             for (int64_t n = 0; n < job.heads; n++) {
@@ -269,15 +269,13 @@ private:
     void add_keys(Sums& to) {
         const float factor = call.scale == 0 ? 0.f : float(call.scale / units.q_factor);
         for (int64_t j = 0; j < tile->n; j++) {
-            float *dk_row = to.dk_at(tile->rows[j]), *dv_row = to.dv_at(tile->rows[j]);
             const float *dk_own = dk + j * shape.columns, *dv_own = dv + j * values.columns;
             if constexpr (Op::TILES) {
                 float *dk_rows = stage, *dv_rows = stage + VL * shape.columns;
                 if (j % VL == 0) upright(dk_rows, dk + j, shape.columns), upright(dv_rows, dv + j, values.columns);
                 dk_own = dk_rows + j % VL * shape.columns, dv_own = dv_rows + j % VL * values.columns;
             }
-            for (int64_t i = 0; i < shape.dim; i++) dk_row[i] += dk_own[i] * factor;
-            for (int64_t i = 0; i < values.dim; i++) dv_row[i] += dv_own[i];
+            to.add(tile->rows[j], dk_own, factor, dv_own);
         }
     }
 

@@ -241,7 +241,7 @@ def _not_for_here(named: str, here: tuple[str, ...]) -> str | None:
     if named == "amx" and (refused := cpu.refused()) is not None:
         return f"LONGATTN_NATIVE={named}: {refused}"
     if named in LEVELS and named not in here:
-        return f"LONGATTN_NATIVE={named} is wider than this processor, which has {here[0]}"
+        return f"LONGATTN_NATIVE={named} needs another processor than this one, which has {here[0]}"
     return None
 
 

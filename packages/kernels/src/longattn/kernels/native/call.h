@@ -6,6 +6,7 @@
 #include "vectors.h"
 
 constexpr int64_t KEYS = 256;    // most keys of a tile
+constexpr int64_t MOST_WIDE = 256;  // most numbers of a row
 constexpr int64_t ROWS = 768;    // most query rows that share one packing of a tile of keys
 
 struct Tensor {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -18,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+
+from longattn.kernels.native.cpu import LEVELS
 
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -44,7 +47,7 @@ class Compiler:
 
     def command(self, flags: Sequence[str], source: str, made: str) -> list[str]:
         """The whole command."""
-        own = _zig_flags(flags) if _ZIG in self.words else flags
+        own = zig_flags(flags, platform.machine().lower()) if _ZIG in self.words else flags
         return [*self.words, *own, source, "-o", made]
 
 
@@ -89,13 +92,12 @@ def _identity(words: Sequence[str]) -> str:
     return " ".join(known)
 
 
-def _zig_flags(flags: Sequence[str]) -> list[str]:
-    """Zig compiles for the machine at hand unless told otherwise; each level names all that it may use."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return [*flags, "-mcpu=baseline"]
-    features = [flag for flag in flags if flag.startswith(("-mavx", "-mfma", "-mf16c", "-mamx"))]
-    named = "+".join(["x86_64", *(flag.removeprefix("-m") for flag in features)])
-    return [*(flag for flag in flags if flag not in features), f"-mcpu={named}"]
+def zig_flags(flags: Sequence[str], machine: str) -> list[str]:
+    """Flags of a level for zig's driver, which compiles for the machine at hand unless told otherwise, and has one flag for all features."""
+    known = {flag for level in LEVELS.values() for flag in level if flag.startswith("-m")}
+    features = [re.sub(r"^-m(arch=.*\+)?", "", flag).replace("-", "_") for flag in flags if flag in known]
+    base = "x86_64" if machine in ("x86_64", "amd64") else "baseline"
+    return [*(flag for flag in flags if flag not in known), f"-mcpu={'+'.join([base, *features])}"]
 
 
 def run(compiler: Compiler, command: Sequence[str], longest_s: float | None = None) -> None:

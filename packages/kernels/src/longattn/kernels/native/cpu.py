@@ -18,9 +18,11 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "avx512bf16": (*_AVX512, "-mavx512bf16"),
     "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "bfdot": ("-march=armv8.2-a+bf16",),
     "generic": (),
 }
-"""Widths of vectors, widest first, and what tells the compiler. "generic" is four floats: SSE2 on x86, NEON on aarch64."""
+"""Widths of vectors, widest first, and what tells the compiler. "generic" is four floats: SSE2 on x86, NEON on aarch64, where "bfdot" is that with
+products of pairs of bfloat16."""
 
 PLAIN_TILES = "amx-plain"
 """The level `amx` with its tiles in plain C++, equal in every bit: slow, for tests on processors without tiles."""
@@ -31,8 +33,16 @@ CHOICES = (*LEVELS, PLAIN_TILES)
 TILED = ("amx", PLAIN_TILES)
 """Levels whose products are made in tiles."""
 
+HALVES = ("avx512bf16", "bfdot", *TILED)
+"""Levels that multiply bfloat16 as it is."""
+
 _MACHINES = {"x86_64": "x86", "amd64": "x86", "aarch64": "arm", "arm64": "arm"}
-_FLAG_NAMES = {"avx512bf16": "avx512_bf16", "amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
+_FLAG_NAMES = {
+    "avx512bf16": "avx512_bf16",
+    "amx-tile": "amx_tile",
+    "amx-bf16": "amx_bf16",
+    "arch=armv8.2-a+bf16": "bf16",
+}
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
@@ -42,7 +52,7 @@ def widest() -> str | None:
     machine = _MACHINES.get(platform.machine().lower())
     if machine is None:
         return None
-    flags = _flags() if machine == "x86" else frozenset()
+    flags = _flags()
     for level in LEVELS:
         if _has(level, flags) and (level != "amx" or tiles_refusal() is None):
             return level
@@ -53,7 +63,7 @@ def levels() -> tuple[str, ...]:
     """All levels that run here, widest first."""
     names = tuple(LEVELS)
     first = widest()
-    return () if first is None else names[names.index(first) :]
+    return () if first is None else tuple(name for name in names[names.index(first) :] if _has(name, _flags()))
 
 
 def compiler_flags(level: str) -> tuple[str, ...]:
@@ -89,11 +99,11 @@ def _has(level: str, flags: frozenset[str]) -> bool:
 
 
 def _flags() -> frozenset[str]:
-    """The processor's flags, as Linux lists them; elsewhere (macOS, Windows) those of the widest level that torch has found there."""
+    """The processor's flags (on aarch64 "Features"), as Linux lists them; elsewhere (macOS, Windows) those of the widest level that torch has found there."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         level = torch.backends.cpu.get_cpu_capability().lower()
         return frozenset(flag.removeprefix("-m") for flag in LEVELS.get(level, ()))
-    line = next((line for line in lines if line.startswith("flags")), ":")
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
     return frozenset(line.partition(":")[2].split())

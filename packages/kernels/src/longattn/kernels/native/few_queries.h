@@ -11,7 +11,6 @@
 
 constexpr int64_t FEW_KEYS = 64;   // keys of a tile
 constexpr int64_t MOST_FEW = 16;   // query rows of a task
-constexpr int64_t MOST_WIDE = 256; // numbers of a row
 
 // Numbers that are stored with a scale for each row.
 template <class Stored>

@@ -9,6 +9,8 @@ typedef uint16_t LooseHalves __attribute__((vector_size(VL * 2), aligned(2), may
 static INLINE Ints rounded_halves(Floats x) {
 #if defined(__AVX512BF16__)
     return (Ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
+#elif defined(LONGATTN_PAIRS)
+    return (Ints)vmovl_u16(vreinterpret_u16_bf16(vcvt_bf16_f32((float32x4_t)x)));
 #else
     const Ints bits = (Ints)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 & 0xffff;
     return (bits & 0x7fffffff) > 0x7f800000 ? splat_int(0x7fc0) : rounded;

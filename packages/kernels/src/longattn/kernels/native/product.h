@@ -23,12 +23,16 @@ struct Float32 : RegisterTiles {
     static INLINE Floats add(Floats sum, Floats a, Floats b) { return sum + a * b; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(LONGATTN_PAIRS)
 struct BFloat16 : RegisterTiles {
     static constexpr int PAIR = 2, GROUP = 2 * VL;
     static constexpr int DEGREE = 3;
     static INLINE Floats add(Floats sum, Floats a, Floats b) {
+#if defined(__AVX512BF16__)
         return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+        return (Floats)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)a, (bfloat16x8_t)b);
+#endif
     }
 };
 #endif

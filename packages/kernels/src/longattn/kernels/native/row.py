@@ -16,7 +16,7 @@ from longattn.kernels.far_rows import bounded, exact_backward, exact_forward
 from longattn.kernels.native import building, cpu
 from longattn.kernels.native.bound import BoundBackward, BoundForward, is_plain, readable_as_it_lies
 from longattn.kernels.native.bound_shards import BoundShards, Step
-from longattn.kernels.native.cpu import TILED
+from longattn.kernels.native.cpu import HALVES, TILED
 from longattn.kernels.native.decode import MOST_WIDE
 from longattn.kernels.native.lowering import Lowered, lower
 from longattn.kernels.native.structures import SIZES, TYPES, CallArgument, PackedJobs, packed
@@ -232,7 +232,7 @@ def _products(dtype: torch.dtype) -> int:
     """`Products` of call.h: 0 of float32, 1 of bfloat16, 2 of numbers split into two bfloat16, where the level has them."""
     level = building.current().level
     if dtype == torch.bfloat16:
-        return int(level in ("avx512bf16", *TILED))
+        return int(level in HALVES)
     splits = dtype == torch.float16 or torch.get_float32_matmul_precision() != "highest"
     return 2 if level in TILED and splits else 0
 

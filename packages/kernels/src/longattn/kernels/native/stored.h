@@ -38,18 +38,23 @@ struct Stored32 : Widened {
 
 // The numbers at even places and those at odd ones: each is the upper half of a float32.
 struct Stored16
-#if defined(__AVX512BF16__)
+#if defined(LONGATTN_PAIRS)
 {
     // Products of bfloat16 as they are stored, two to a lane.
     typedef Floats Key;
     static constexpr int64_t QUERY = VL;
     static INLINE Key key(const char* p) { return (Floats)(Ints)*(const HalfAlignedInts*)p; }
+#if defined(__AVX512BF16__)
     static INLINE Key key(const char* p, int64_t n) { return (Floats)_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p); }
+#endif
     static INLINE void keep(float* to, Key x) { store(to, x); }
     static INLINE Floats multiply(Floats sum, const float* q, Key k) { return BFloat16::add(sum, load(q), k); }
 #else
     : Widened {
     static INLINE Pair key(const char* p) { return step(p); }
+#if defined(__AVX512BW__)
+    static INLINE Pair key(const char* p, int64_t n) { return step(p, n); }
+#endif
 #endif
     static constexpr int64_t BYTES = 2 * STEP;
     static INLINE Pair apart(Ints x) { return {(Floats)(x << 16), (Floats)(x & int32_t(0xffff0000))}; }
@@ -107,10 +112,12 @@ static INLINE Pair step_of(const char* p, int64_t n) {
 }
 template <class Stored>
 static INLINE typename Stored::Key key_of(const char* p, int64_t n) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BW__)
     return Stored::key(p, n);
 #else
-    return step_of<Stored>(p, n);
+    alignas(64) char room[Stored::BYTES] = {};
+    memcpy(room, p, n * (Stored::BYTES / STEP));
+    return Stored::key(room);
 #endif
 }
 

@@ -1,6 +1,7 @@
-// float32 sums of dk and dv while the tasks of a kv head are computed: in the tensors themselves, or for half precision in scratch.
+// float32 sums of dk and dv while the tasks of a kv head are computed, in the tensors themselves. In half precision these hold the upper 16 bits
+// of each sum, and scratch the lower ones.
 //
-// Scratch holds the rows of keys from the first one that a coming task meets to the last one that any met. Where tasks walk along the
+// Scratch has rows for the keys from the first one that a coming task meets to the last one that any met. Where tasks walk along the
 // sequence, as those of segments and windows do, that is a few thousand rows however many there are. A row is rounded once, when no task
 // is left that meets it, and its place is zero again for a row further on.
 #pragma once
@@ -76,25 +77,24 @@ static int64_t rows_at_a_time(const Call& call, int64_t kv_head, int64_t first, 
 }
 
 class Sums {
-    char *dk = nullptr, *dv = nullptr;
-    int64_t dk_row = 0, dv_row = 0;  // floats from a row to the next
-    int64_t mask = -1, before = 0;   // row n stands at (n - before) & mask
-    const Call* rounded = nullptr;   // whose dk and dv get the rows, rounded
-    int64_t b = 0, kv_head = 0, given = 0, end = 0;
+    const Call& call;
+    const bool split;
+    const int64_t b, kv_head;
+    uint16_t *dk_low = nullptr, *dv_low = nullptr;
+    int64_t mask = -1, before = 0;             // the lower half of row n is at place (n - before) & mask
+    int64_t given = 0, opened = 0, end = 0;    // rows before these are rounded; are zeros in the tensors, or sums
 
 public:
-    // Sums in the tensors themselves.
-    Sums(const Call& call, int64_t b, int64_t kv_head)
-        : dk(call.dk.at(b, 0, kv_head)), dv(call.dv.at(b, 0, kv_head)), dk_row(call.dk.row), dv_row(call.dv.row) {}
+    // Float32 sums.
+    Sums(const Call& call, int64_t b, int64_t kv_head) : call(call), split(false), b(b), kv_head(kv_head) {}
 
-    // Sums in scratch, `places` rows of so many floats, for the rows first .. end of the tensors.
-    Sums(const Call& call, int64_t b, int64_t kv_head, float* scratch, int64_t places, int64_t dk_floats, int64_t dv_floats, int64_t first,
-         int64_t end)
-        : dk((char*)scratch), dv((char*)(scratch + places * dk_floats)), dk_row(dk_floats), dv_row(dv_floats), rounded(&call), b(b),
-          kv_head(kv_head), given(first), end(end) {
+    // Sums of the rows first .. end, with so many places for lower halves.
+    Sums(const Call& call, int64_t b, int64_t kv_head, float* scratch, int64_t places, int64_t first, int64_t end)
+        : call(call), split(true), b(b), kv_head(kv_head), dk_low((uint16_t*)scratch), dv_low(dk_low + places * call.dim), given(first),
+          opened(first), end(end) {
         if (places < end - first) mask = places - 1;
         else before = first;
-        memset(scratch, 0, places * (dk_floats + dv_floats) * 4);
+        memset(scratch, 0, places * (call.dim + call.value_dim) * sizeof(uint16_t));
     }
 
     // A power of two where rows take turns, so that a place is found by a mask; one for each row where there are no fewer.
@@ -103,24 +103,56 @@ public:
         while (power < needed) power *= 2;
         return least(power, rows);
     }
+    static int64_t floats(const Call& call, int64_t places) { return (places * (call.dim + call.value_dim) + 1) / 2; }
 
-    float* dk_at(int64_t n) const { return (float*)dk + ((n - before) & mask) * dk_row; }
-    float* dv_at(int64_t n) const { return (float*)dv + ((n - before) & mask) * dv_row; }
+    // Row n: dk += factor * dk_row, dv += dv_row.
+    void add(int64_t n, const float* dk_row, float factor, const float* dv_row) {
+        open(n);
+        add_to(call.dk, dk_low, call.dim, n, dk_row, factor);
+        add_to(call.dv, dv_low, call.value_dim, n, dv_row, 1);
+    }
 
     // No task is left that meets a row before this one.
     void done_before(int64_t row) {
-        if (!rounded) return;
+        if (!split) return;
         for (row = least(row, end); given < row; given++) {
-            give(rounded->dk, dk_at(given), dk_row);
-            give(rounded->dv, dv_at(given), dv_row);
+            open(given);
+            round(call.dk, dk_low, call.dim);
+            round(call.dv, dv_low, call.value_dim);
         }
     }
     void done() { done_before(end); }
 
 private:
-    void give(const Tensor& to, float* row, int64_t floats) const {
-        const int64_t dim = &to == &rounded->dk ? rounded->dim : rounded->value_dim;
-        store_floats(to.at(b, given, kv_head), row, to.type, dim);
-        memset(row, 0, floats * 4);
+    char* high(const Tensor& to, int64_t n) const { return to.at(b, n, kv_head); }
+    uint16_t* low(uint16_t* halves, int64_t n, int64_t dim) const { return halves + ((n - before) & mask) * dim; }
+
+    void open(int64_t n) {
+        for (; split && opened <= n; opened++) {
+            memset(high(call.dk, opened), 0, call.dim * sizeof(uint16_t));
+            memset(high(call.dv, opened), 0, call.value_dim * sizeof(uint16_t));
+        }
+    }
+
+    void add_to(const Tensor& to, uint16_t* halves, int64_t dim, int64_t n, const float* row, float factor) {
+        if (!split) {
+            float* sums = (float*)high(to, n);
+            for (int64_t i = 0; i < dim; i++) sums[i] += row[i] * factor;
+            return;
+        }
+        uint16_t *__restrict up = (uint16_t*)high(to, n), *__restrict down = low(halves, n, dim);
+        for (int64_t i = 0; i < dim; i++) {
+            const uint32_t sum = to_bits(from_bits(uint32_t(up[i]) << 16 | down[i]) + row[i] * factor);
+            up[i] = uint16_t(sum >> 16), down[i] = uint16_t(sum);
+        }
+    }
+
+    void round(const Tensor& to, uint16_t* halves, int64_t dim) const {
+        const uint16_t* up = (const uint16_t*)high(to, given);
+        uint16_t* down = low(halves, given, dim);
+        float sums[MOST_WIDE];
+        for (int64_t i = 0; i < dim; i++) sums[i] = from_bits(uint32_t(up[i]) << 16 | down[i]);
+        store_floats(high(to, given), sums, to.type, dim);
+        memset(down, 0, dim * sizeof(uint16_t));
     }
 };

@@ -10,6 +10,12 @@
 #include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
+#endif
+// One instruction multiplies pairs of bfloat16 and adds them to a sum.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define LONGATTN_PAIRS
 #endif
 
 #define INLINE inline __attribute__((always_inline))

@@ -21,9 +21,11 @@ from torch.nn import Parameter
 
 from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Environment, find_environment
 from longattn.kernels.dispatch.prepared import (
+    LENGTHS,
     PREPARED,
     PreparedCall,
     described,
+    find_plan,
     find_plan_of,
     prepared_for,
     process_settings,
@@ -32,7 +34,9 @@ from longattn.kernels.dispatch.prepared import (
 from longattn.kernels.dispatch.table import RowFailure
 from longattn.kernels.ops.arguments import Cotangents, OpArguments, OpTensors
 from longattn.kernels.ops.attend_op import rectangle_gradients
-from longattn.kernels.options import IN_FORM, Options, of_documented_types
+from longattn.kernels.options import IN_FORM, Options, of_documented_types, tensors_of
+from longattn.kernels.philox import as_seed
+from longattn.kernels.positions import last_positions
 from longattn.kernels.terms import Alibi, RelativeBias, Softcap
 from longattn.patterncache import Pattern, Plan
 
@@ -136,9 +140,56 @@ def plain_form(x: object) -> tuple[Hashable, ...] | None:
     return None if x.layout is not _STRIDED or x.is_nested or x.is_neg() else described(x)
 
 
-def find_prepared(key: tuple[Hashable, ...]) -> PreparedCall | None:
-    """The prepared call of a `signature`, or None."""
-    return PREPARED.find(key)
+def attend_prepared(
+    key: tuple[Hashable, ...], q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Options, seed: Any
+) -> tuple[Tensor, Tensor] | None:
+    """(out, lse) of the call of a `signature`; None unless one of that signature was prepared before, or one of other lengths of k and v."""
+    call, plan = PREPARED.find(key), None
+    if call is None:
+        other = _of_other_lengths(key, q, k, v, pattern, options)
+        if other is None:
+            return None
+        call, plan = other
+    drawn = as_seed(seed) if options.dropout_p or seed is not None else None
+    return run_prepared(call, key, tensors_of(q, k, v, options, drawn), options.environment, plan)
+
+
+_Q_START = Options._fields.index("q_start")
+
+
+def _of_other_lengths(
+    key: tuple[Hashable, ...], q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Options
+) -> tuple[PreparedCall, Plan] | None:
+    """A call that differs from a prepared one only in the lengths of k and v, as those of a cache that grows do: its arguments need no
+    second check, and its plan and row follow from them.
+    """
+    family = _family(key, options.attention_mask, options.key_padding_mask)
+    like = None if family is None else LENGTHS.find(family)
+    nq, nk = q.shape[1], k.shape[1]
+    if like is None or not 0 < nq <= nk:
+        return None
+    arguments = like.arguments._replace(k_spans=[0, nk, 1])
+    if options[_Q_START] is None:
+        arguments = arguments._replace(q_spans=last_positions(nq, nk, pattern.positional))
+    plan = find_plan(arguments, DEFAULT_ENVIRONMENT if options.environment is None else options.environment)
+    call = PreparedCall(OpTensors(q, k, v), arguments, plan, like)
+    PREPARED.keep(key, call)
+    LENGTHS.keep(family, call)
+    return call, plan
+
+
+def _family(key: tuple[Hashable, ...], mask: object, key_padding: object) -> tuple[Hashable, ...] | None:
+    """A signature without the lengths of k and v, and without their first stride, which may follow from it; None where k and v differ in
+    length, or a mask has the same.
+    """
+    if mask is not None or key_padding is not None:
+        return None
+    place, text, q, k, v, *rest = key
+    shapes = k[0], v[0]  # type: ignore[index]
+    if shapes[0][1] != shapes[1][1]:
+        return None
+    forms = [(shape[0], shape[2:], x[1][1:], x[2:]) for shape, x in zip(shapes, (k, v), strict=True)]  # type: ignore[index]
+    return place, text, q, *forms, *rest
 
 
 def run_prepared(
@@ -175,6 +226,9 @@ def prepare_checked(
     needs_grad = _is_grad_enabled() and any(x.requires_grad for x in tensors[:3])
     call, plan = prepared_for(tensors, arguments._replace(needs_grad=needs_grad), environment)
     PREPARED.keep(key, call)
+    family = _family(key, tensors.bias if tensors.mask is None else tensors.mask, tensors.key_padding)
+    if family is not None:
+        LENGTHS.keep(family, call)
     return call, plan
 
 

@@ -77,6 +77,14 @@ def is_aligned(*tensors: Tensor) -> bool:
     return not address % _ALIGNMENT
 
 
+def _specialised_alike(strides: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    """Whether triton compiles one variant for both: it tells apart 1, multiples of 16, and what does not fit 32 bits."""
+    return all(
+        a == b or (a != 1 != b and (a % 16 == 0) == (b % 16 == 0) and (a < 1 << 31) == (b < 1 << 31))
+        for a, b in zip(strides, others, strict=True)
+    )
+
+
 class BoundLaunch:
     """A launch of which the tensors and the seed are given at each call.
 
@@ -92,6 +100,7 @@ class BoundLaunch:
         "_grid",
         "_kernel",
         "_name",
+        "_numbers",
         "_places",
         "_scratch",
         "_seed",
@@ -106,6 +115,7 @@ class BoundLaunch:
             self._kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
         self._scratch = getattr(getattr(self._kernel, "metadata", None), "global_scratch_size", 0) > 0
         names = launch.kernel.arg_names
+        self._numbers = {name: at for at, name in enumerate(names)}
         self._arguments = [launch.arguments[name] for name in names]
         numbers = {id(x): number for number, x in enumerate(tensors) if x is not None}
         self._places = [(at, numbers[id(x)]) for at, x in enumerate(self._arguments) if id(x) in numbers]
@@ -117,6 +127,24 @@ class BoundLaunch:
         for at in [*(at for at, _ in self._places), *(at for at, _ in self._table_places)]:
             self._arguments[at] = None
 
+    def changed(self, grid: tuple[int, ...], arguments: dict[str, Any], tables: DeviceTables) -> BoundLaunch | None:
+        """The same kernel over another grid, tables and arguments; None where those would be compiled another variant for."""
+        if not grid[0]:
+            return None
+        launch = object.__new__(BoundLaunch)
+        for name in BoundLaunch.__slots__:
+            setattr(launch, name, getattr(self, name))
+        launch._grid, launch._tables, launch._arguments = (*grid, 1, 1)[:3], weakref.ref(tables), self._arguments.copy()
+        for name, value in arguments.items():
+            at = self._numbers[name]
+            before = self._arguments[at]
+            if isinstance(value, tuple) and not _specialised_alike(value, before):
+                return None
+            if name.isupper() and value != before:
+                return None
+            launch._arguments[at] = value
+        return launch
+
     def tables(self) -> DeviceTables | None:
         """What the kernel reads its jobs from; None: it has none, or they are gone."""
         return None if self._tables is None else self._tables()
@@ -126,8 +154,8 @@ class BoundLaunch:
         """Whether its tables are gone."""
         return self._tables is not None and self._tables() is None
 
-    def __call__(self, tensors: Sequence[Tensor | None], seed: int) -> None:
-        """Launch, on the device of the tensors, whichever is current.
+    def __call__(self, tensors: Sequence[Tensor | None], seed: int, stream: int, capturing: bool) -> None:
+        """Launch on a stream of the current device; capturing: a CUDA graph records it.
 
         Raises:
             RuntimeError: the driver refused; what was launched, and what the driver said.
@@ -140,21 +168,30 @@ class BoundLaunch:
             arguments[at] = getattr(tables, field)
         if self._seed is not None:
             arguments[self._seed] = seed
-        if tables is not None and self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if tables is not None and capturing:
             retain_for_graph(tables)
         kernel, runtime = self._kernel, knobs.runtime
-        with on_device(self._device):
-            active: Any = driver.active
-            stream = active.get_current_stream(active.get_current_device())
-            metadata = kernel.launch_metadata(self._grid, stream, *arguments)
-            launched = (
-                *self._grid, stream, kernel.function, kernel.packed_metadata, metadata,
-                runtime.launch_enter_hook, runtime.launch_exit_hook, *arguments,
-            )  # fmt: skip
-            try:
-                if self._scratch:
-                    with_scratch(self._device, partial(kernel.run, *launched))
-                else:
-                    kernel.run(*launched)
-            except RuntimeError as error:
-                raise failed_launch(self._name, {}, self._device, self._grid, error) from error
+        metadata = kernel.launch_metadata(self._grid, stream, *arguments)
+        launched = (
+            *self._grid, stream, kernel.function, kernel.packed_metadata, metadata,
+            runtime.launch_enter_hook, runtime.launch_exit_hook, *arguments,
+        )  # fmt: skip
+        try:
+            if self._scratch:
+                with_scratch(self._device, partial(kernel.run, *launched))
+            else:
+                kernel.run(*launched)
+        except RuntimeError as error:
+            raise failed_launch(self._name, {}, self._device, self._grid, error) from error
+
+
+def launch_bound(
+    launches: Iterable[BoundLaunch], tensors: Sequence[Tensor | None], seed: int, device: torch.device
+) -> None:
+    """All of them, in order, on the device of the tensors, whichever is current."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    with on_device(device):
+        active: Any = driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        for launch in launches:
+            launch(tensors, seed, stream, capturing)

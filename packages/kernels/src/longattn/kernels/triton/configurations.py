@@ -8,7 +8,7 @@ large, and its products without tf32 do not run on tensor cores.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -121,6 +121,16 @@ _MASKED: dict[str, tuple[TileShape, ...]] = {
 """kernel -> a tile for each of HEAD_DIMS, of 16-bit types with a mask, a bias, padding or dropout: addresses, flags and random words of as many pairs
 stand in registers beside scores, where wider tiles keep them in memory."""
 
+_MASKED_FLOAT32: dict[tuple[str, int], TileShape] = {
+    ("forward", 16): (64, 32, 8, 1),
+    ("forward", 32): (64, 32, 8, 1),
+    ("backward_keys", 64): (32, 16, 8, 1),
+}
+"""(kernel, head_dim) -> a tile on NVIDIA of float32 with a mask, a bias, padding or dropout, where the plain one would not fit in registers."""
+
+_WITH_PRIOR: dict[tuple[str, str, int], TileShape] = {("forward", "sm_90", 128): (128, 64, 8, 2)}
+"""(kernel, architecture, head_dim) -> a tile of 16-bit types that a prior is merged into, where its addresses find no registers beside the plain one."""
+
 
 def _lines() -> Iterator[tuple[tuple[str, str, int, int], Configuration]]:
     for kernel, architectures in _HALF.items():
@@ -143,6 +153,9 @@ DENSE: dict[tuple[str, int], Configuration] = {
     ("sm_100", 128): Configuration(128, 128, 8, 2),
 }
 """(architecture, head_dim) -> a tile of the warp-specialised kernel, of 16-bit types. `warps` are those of one consumer; the compiler adds the others."""
+
+PAGED = Configuration(64, 64, 4, 2)
+"""The tile of decode steps over pages: up to so many queries that share keys, slots, warps and stages."""
 
 FEW_ROWS = 64
 """Query rows x grouped heads up to which a call is a decode: one tile of queries, keys split over programs."""
@@ -181,21 +194,33 @@ def with_terms(tile: Configuration) -> Configuration:
 
 
 def choose(
-    kernel: str, architecture: str, head_dim: int, element_size: int, terms: bool = False, masked: bool = False
+    kernel: str,
+    architecture: str,
+    head_dim: int,
+    element_size: int,
+    terms: bool = False,
+    masked: bool = False,
+    prior: bool = False,
 ) -> tuple[Configuration, int]:
     """The tile of a kernel on an architecture ("" is the interpreter), and the width that head_dim is padded to.
 
     head_dim: the larger one, where v has its own. terms: there are score terms. masked: there is a mask, a bias, padding or dropout.
+    prior: a state is merged onto.
     """
     width = padded(head_dim)
     if not architecture:
         return _INTERPRETED, width
-    tile = TABLE[kernel, table_architecture(architecture), width, element_size]
-    if masked and element_size == 2:
+    target = table_architecture(architecture)
+    tile = TABLE[kernel, target, width, element_size]
+    if masked and element_size == 4 and target != "gfx942":
+        tile = Configuration(*_MASKED_FLOAT32.get((kernel, width), astuple(tile)))
+    elif masked and element_size == 2:
         tile = Configuration(*_MASKED[kernel][HEAD_DIMS.index(width)])
-        if table_architecture(architecture) == "gfx942":
+        if target == "gfx942":
             tile = replace(tile, warps=4)  # which may have 512 registers each
-        if table_architecture(architecture) == "sm_90" and tile.owned == 64:
+        if target == "sm_90" and tile.owned == 64:
             # Four warps make a product of 64 rows; eight would make some of it twice.
             tile = replace(tile, streamed=32 if width == 16 and kernel.startswith("backward") else 16, warps=4)
+    elif prior and element_size == 2:
+        tile = Configuration(*_WITH_PRIOR.get((kernel, target, width), astuple(tile)))
     return with_terms(tile) if terms else tile, width

@@ -11,9 +11,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from longattn.kernels.triton.joblist import ENTRY_FIELDS, JOB_FIELDS, JobTables, Table
+from longattn.kernels.triton.joblist import ENTRY_FIELDS, JOB_FIELDS, JobTables, Table, pack, packed_sizes
 from longattn.kernels.triton.row_classes import FAR
 from longattn.patterncache import Branch, Plan
 from longattn.patterncache.indices import Affine, Index
@@ -31,22 +30,27 @@ def decode_tables(plan: Plan, branches: tuple[Branch, ...], tile: int, members: 
     """
     if not is_single(plan, branches) or not branches or any(not _is_run(branch.k) for branch in branches):
         return None
+    # Of each run the last count is that of its tail: whole tiles have theirs in the layout.
     runs: list[Run] = []
     shapes: list[tuple[Sequence[int], tuple[tuple[int, bool], ...]]] = []
     positions: list[tuple[int, int]] = []
     for owners, served in classes_of(plan.rectangle.shape[0], branches, members):
         own = [run for number in served for run in _seen(branches[number], branches[number].k)]
-        runs += own
+        runs += [(start, step, count % tile, origin, scale) for start, step, count, origin, scale in own]
         shapes.append((owners, tuple((run[2] // tile, run[2] % tile > 0) for run in own)))
         positions.append(branches[served[0]].q_at)
     layout = _layout(tuple(shapes), tile, parts)
-    jobs, entries = layout.jobs.copy(), layout.entries.copy()
-    jobs[:, 4:6] = np.array(positions, np.int64).reshape(-1, 2)[layout.owner]
-    start, step, count, origin, scale = np.array(runs, np.int64).reshape(-1, 5)[layout.run].T
-    entries[:, 1], entries[:, 2] = start + layout.first * step, step
-    entries[:, 3] = np.where(layout.tail, count % tile, entries[:, 3])
-    entries[:, 4], entries[:, 5] = origin, scale
-    return JobTables(jobs, entries, layout.weights, _NO_ROWS, layout.tiles, False)
+    packed = layout.packed.copy()
+    jobs = packed[: layout.jobs * len(JOB_FIELDS)].reshape(-1, len(JOB_FIELDS))
+    entries = packed[layout.entries_at : layout.weights_at][: layout.entries * len(ENTRY_FIELDS)]
+    entries = entries.reshape(-1, len(ENTRY_FIELDS))
+    own, met = np.array(positions, np.int64), np.array(runs, np.int64).reshape(-1, 5)
+    jobs[:, 4:6] = own if len(own) == 1 else own[layout.owner]
+    entries[:, 1:6] = met if len(met) == 1 else met[layout.run]
+    entries[:, 1] += layout.first * entries[:, 2]
+    entries[layout.whole, 3] = layout.counts
+    weights = packed[layout.weights_at : layout.weights_at + layout.entries].view(np.float32)
+    return JobTables(jobs, entries, weights, _NO_ROWS, layout.tiles, False, packed)
 
 
 _NO_ROWS = np.zeros(1, np.int32)
@@ -56,18 +60,22 @@ class _Layout(NamedTuple):
     """What tables of runs that have equally many tiles share: a cache that grows has the same for as many tokens as a tile has keys.
 
     Attributes:
-        jobs, entries: the tables, without positions, first rows, steps and the lengths of tails. weights, tiles: as in `JobTables`.
-        owner: the number of each job's class. run: of each entry. first: the member of its run that it begins at. tail: whether it is what whole tiles leave of a run.
+        packed: the tables, as `pack` lays them out, without positions, first rows, steps and the lengths of tails. jobs, entries: how many.
+        entries_at, weights_at: where those begin. tiles: as in `JobTables`. owner: the number of each job's class.
+        run: of each entry. first: the member of its run that it begins at. whole: the entries of whole tiles. counts: the rows of those.
     """
 
-    jobs: Table
-    entries: Table
-    weights: npt.NDArray[np.float32]
+    packed: Table
+    jobs: int
+    entries: int
+    entries_at: int
+    weights_at: int
     tiles: Rows
     owner: Rows
     run: Rows
-    first: Rows
-    tail: npt.NDArray[np.bool_]
+    first: Table
+    whole: Rows
+    counts: Table
 
 
 @lru_cache(maxsize=1024)
@@ -95,9 +103,16 @@ def _layout(shapes: tuple[tuple[Sequence[int], tuple[tuple[int, bool], ...]], ..
         begun += len(runs)
     run, first, count, tail = np.array(pieces, np.int64).reshape(-1, 4).T
     entries = np.zeros((len(pieces), len(ENTRY_FIELDS)), np.int32)
-    entries[:, 3], entries[:, 6], entries[:, 7] = count, -FAR, FAR
-    weights, numbers = np.zeros(len(pieces), np.float32), (np.array(tiles, np.int64), np.array(owner, np.int64))
-    return _Layout(np.concatenate(jobs), entries, weights, *numbers, run, first, tail.astype(bool))
+    entries[:, 6], entries[:, 7] = -FAR, FAR
+    whole = np.flatnonzero(tail == 0)
+    table = np.concatenate(jobs)
+    streamed = np.array(tiles, np.int64)
+    tables = JobTables(table, entries, np.zeros(len(pieces), np.float32), _NO_ROWS, streamed, False)
+    sizes = packed_sizes(tables)
+    return _Layout(
+        pack(tables), len(table), len(pieces), sizes[0], sizes[0] + sizes[1], streamed, np.array(owner, np.int64), run,
+        first.astype(np.int32), whole, count[whole].astype(np.int32),
+    )  # fmt: skip
 
 
 def is_single(plan: Plan, branches: tuple[Branch, ...]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,7 @@ class JobTables:
         rows: (rows,) int32: where rows are gathered, what `start` counts from; else one unused number.
         tiles: (jobs,) int64, how many tiles each streams.
         listed: whether rows are gathered.
+        packed: (numbers,) int32, of which the first four are views, as `pack` lays them out; None: they stand alone.
     """
 
     jobs: Table
@@ -46,11 +48,31 @@ class JobTables:
     rows: Table
     tiles: Rows
     listed: bool
+    packed: Table | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tables."""
         return self.jobs.nbytes + self.entries.nbytes + self.weights.nbytes + self.rows.nbytes
+
+
+_LINE = 32
+"""Numbers of 4 bytes that a table begins at a multiple of: 128 bytes."""
+
+
+def packed_sizes(tables: JobTables) -> list[int]:
+    """Numbers that each of jobs, entries, weights and rows takes in one array, with what fills the line up."""
+    return [-(-x.size // _LINE) * _LINE for x in (tables.jobs, tables.entries, tables.weights, tables.rows)]
+
+
+def pack(tables: JobTables) -> Table:
+    """Jobs, entries, weights and rows one after the other, so that one copy takes them to a device."""
+    sizes = packed_sizes(tables)
+    packed = np.empty(sum(sizes), np.int32)
+    arrays = (tables.jobs, tables.entries, tables.weights.view(np.int32), tables.rows)
+    for at, x in zip(accumulate(sizes, initial=0), arrays, strict=False):
+        packed[at : at + x.size] = x.reshape(-1)
+    return packed
 
 
 @dataclass

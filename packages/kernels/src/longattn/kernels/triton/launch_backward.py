@@ -15,7 +15,7 @@ from longattn.kernels.dispatch.call import Call, GradientPart
 from longattn.kernels.dispatch.environment import ScratchAllocator
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
-from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned
+from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned, launch_bound
 from longattn.kernels.triton.configurations import Configuration
 from longattn.kernels.triton.launching import (
     configuration_of,
@@ -81,8 +81,7 @@ class BoundBackward:
             return None
         memory = self._memory.fresh(self._device, allocator)
         every, number = (q, k, v, *beside, *memory), 0 if seed is None else int(seed)
-        for launch in self._launches:
-            launch(every, number)
+        launch_bound(self._launches, every, number, self._device)
         return _finish(self._dq_dtype, self._deterministic, memory, allocator)
 
 

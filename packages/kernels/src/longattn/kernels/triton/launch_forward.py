@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import ScratchAllocator
-from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned
+from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned, launch_bound
 from longattn.kernels.triton.configurations import FEW_ROWS, Configuration
 from longattn.kernels.triton.dense_tables import DenseSplit
 from longattn.kernels.triton.forward_kernel import forward_kernel
@@ -25,10 +25,11 @@ from longattn.kernels.triton.launching import (
     run,
     shared_arguments,
     table_arguments,
+    table_sizes,
     tile_options,
 )
 from longattn.kernels.triton.merge_kernel import merge_kernel
-from longattn.kernels.triton.passes import packable, query_passes, query_tables, tables_on
+from longattn.kernels.triton.passes import DeviceTables, packable, query_passes, query_tables, tables_on
 
 _PART_TILES = 2
 """Tiles that a part of a split has at least."""
@@ -38,10 +39,11 @@ class _Form(NamedTuple):
     """How a call is computed.
 
     Attributes:
-        pack: heads that are rows of one tile. parts: that keys are split into. single: whether one pass writes all rows.
+        tile: rows of a program's tiles. pack: heads that are rows of one tile. parts: that keys are split into. single: whether one pass writes all rows.
         complete: whether every row is written. split: of each pass its two launches, where dense tiles have one of their own; else None.
     """
 
+    tile: Configuration
     pack: int
     parts: int
     single: bool
@@ -82,6 +84,24 @@ class BoundForward:
         tensors = (call.q, call.k, call.v, *memory)
         self._launches = bind_launches(_launches(call, self._form, memory), tensors, self._device)
 
+    def at_lengths(self, call: Call) -> BoundForward | None:
+        """The same for a call that differs only in the lengths of k and v; None where it is computed in another form."""
+        form = _form(call) if can_bind(call) else None
+        merges = self._form.parts > 1
+        if form is None or form != self._form or any(form.split) or len(self._launches) != len(form.split) + merges:
+            return None
+        bound = object.__new__(BoundForward)
+        bound.__dict__ = self.__dict__.copy()
+        bound._launches = self._launches.copy()
+        for number in range(len(form.split)):
+            _, tables = _tables(call, number, form)
+            arguments = {"k_strides": call.k.stride(), "v_strides": call.v.stride(), **table_sizes(tables, call)}
+            launch = self._launches[number].changed(persistent_grid(tables, call), arguments, tables)
+            if launch is None:
+                return None
+            bound._launches[number] = launch
+        return bound
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, allocator: ScratchAllocator
     ) -> tuple[Tensor, Tensor] | None:
@@ -93,8 +113,7 @@ class BoundForward:
             memory[0].zero_()
             memory[1].fill_(-torch.inf)
         tensors, number = (q, k, v, *memory), 0 if seed is None else int(seed)
-        for launch in self._launches:
-            launch(tensors, number)
+        launch_bound(self._launches, tensors, number, self._device)
         return _finish(memory, self._out_dtype, allocator)
 
 
@@ -106,10 +125,11 @@ def bind(call: Call, out: Tensor, lse: Tensor) -> BoundForward | None:
 def _form(call: Call, dense: bool | None = None) -> _Form:
     passes, pack = query_passes(call.plan), _pack(call)
     single = len(passes.launches) == 1
-    parts = _parts(call, pack) if single and passes.complete else 1
     few = call.q.shape[1] * pack <= FEW_ROWS
+    tile = configuration_of(call, "decode" if few else "forward", not single or call.prior is not None)
+    parts = _parts(call, pack, tile.streamed) if single and passes.complete and few else 1
     dense = not few and is_dense(call) if dense is None else dense
-    return _Form(pack, parts, single, passes.complete, splits(call) if dense else (None,) * len(passes.launches))
+    return _Form(tile, pack, parts, single, passes.complete, splits(call) if dense else (None,) * len(passes.launches))
 
 
 def _memory(
@@ -192,19 +212,13 @@ def _pack(call: Call) -> int:
     return group if few and group > 1 and packable(call.plan, group) else 1
 
 
-def _parts(call: Call, pack: int) -> int:
-    """Into how many parts keys are split: as many as keep the device busy, where queries alone do not."""
+def _parts(call: Call, pack: int, tile: int) -> int:
+    """Into how many parts the keys of few queries are split: as many as keep the device busy, where queries alone do not."""
     batch, rows, heads, _ = call.q.shape
-    if rows * pack > FEW_ROWS or not batch * rows:
+    if not batch * rows:
         return 1
-    tile = _configuration(call, pack).streamed
     parts = programs(call.q.device) // (batch * heads // pack)
     return max(1, min(parts, call.k.shape[1] // (_PART_TILES * tile)))
-
-
-def _configuration(call: Call, pack: int) -> Configuration:
-    few = call.q.shape[1] * pack <= FEW_ROWS
-    return configuration_of(call, "decode" if few else "forward")
 
 
 def _launch(
@@ -218,16 +232,7 @@ def _launch(
     rest: JobTables | None = None,
 ) -> Launch:
     """The forward kernel over all jobs of a pass, or over the rest of them; strides: of out, of lse, and of both by part."""
-    pack, parts = form.pack, form.parts
-    configuration = _configuration(call, pack)
-    owned = max(configuration.owned, 1 << (pack - 1).bit_length())
-    if rest is not None:
-        owned = min(owned, dense_configuration(call).owned)
-    block = (owned, configuration.streamed)
-    key = ("queries" if rest is None else "rest", number, *block, pack, parts)
-    tables = tables_on(
-        call.plan, key, call.q.device, lambda: rest or query_tables(call.plan, number, block, pack, parts)
-    )
+    owned, tables = _tables(call, number, form, rest)
     prior_out, prior_lse = (None, None) if prior is None else prior
     arguments = {
         "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v, "out_ptr": out, "lse_ptr": lse, "prior_out_ptr": prior_out, "prior_lse_ptr": prior_lse,
@@ -236,7 +241,21 @@ def _launch(
         "prior_out_strides": None if prior_out is None else prior_out.stride(),
         "prior_lse_strides": None if prior_lse is None else prior_lse.stride(),
         "scale": abs(call.scale) * math.log2(math.e), "FLIP": call.scale < 0,
-        "GROUP": call.q.shape[2] // call.k.shape[2], "PACK": pack, "BLOCK_M": owned, "BLOCK_N": configuration.streamed,
-        **shared_arguments(call), **table_arguments(tables, call), **tile_options(call, configuration),
+        "GROUP": call.q.shape[2] // call.k.shape[2], "PACK": form.pack, "BLOCK_M": owned, "BLOCK_N": form.tile.streamed,
+        **shared_arguments(call), **table_arguments(tables, call), **tile_options(call, form.tile),
     }  # fmt: skip
     return Launch(forward_kernel, persistent_grid(tables, call), arguments, tables)
+
+
+def _tables(call: Call, number: int, form: _Form, rest: JobTables | None = None) -> tuple[int, DeviceTables]:
+    """The query rows that a job of a launch owns, and the tables of its jobs."""
+    pack, parts = form.pack, form.parts
+    owned = max(form.tile.owned, 1 << (pack - 1).bit_length())
+    if rest is not None:
+        owned = min(owned, dense_configuration(call).owned)
+    block = (owned, form.tile.streamed)
+    key = ("queries" if rest is None else "rest", number, *block, pack, parts)
+    tables = tables_on(
+        call.plan, key, call.q.device, lambda: rest or query_tables(call.plan, number, block, pack, parts)
+    )
+    return owned, tables

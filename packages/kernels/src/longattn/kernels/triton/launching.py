@@ -156,11 +156,11 @@ def shared_arguments(call: Call) -> dict[str, Any]:
     return mask_arguments(call) | dropout_arguments(call) | term_arguments(call)
 
 
-def configuration_of(call: Call, kernel: str) -> Configuration:
-    """The tile of a kernel for this call on its device."""
+def configuration_of(call: Call, kernel: str, prior: bool = False) -> Configuration:
+    """The tile of a kernel for this call on its device; prior: it merges onto a state."""
     head_dim, architecture = max(call.q.shape[-1], call.v.shape[-1]), architecture_of(call.q.device)
     masked = call.dropout_p > 0 or any(x is not None for x in (call.mask, call.bias, call.key_padding))
-    return choose(kernel, architecture, head_dim, call.q.element_size(), terms=has_terms(call), masked=masked)[0]
+    return choose(kernel, architecture, head_dim, call.q.element_size(), has_terms(call), masked, prior)[0]
 
 
 def dropout_arguments(call: Call) -> dict[str, Any]:
@@ -190,5 +190,9 @@ def table_arguments(tables: DeviceTables, call: Call) -> dict[str, Any]:
     """The tables, as kernels take them, and how many programs share them."""
     names = ("jobs", "entries", "weights", "rows")
     pointers = {f"{name}_ptr": getattr(tables, name) for name in names}
-    sizes = {"job_count": tables.count, "program_count": program_count(tables, call), "LISTED": tables.listed}
-    return pointers | sizes
+    return pointers | table_sizes(tables, call)
+
+
+def table_sizes(tables: DeviceTables, call: Call) -> dict[str, Any]:
+    """Jobs, the programs that share them, and whether rows are listed."""
+    return {"job_count": tables.count, "program_count": program_count(tables, call), "LISTED": tables.listed}

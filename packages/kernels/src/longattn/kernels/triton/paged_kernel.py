@@ -25,7 +25,7 @@ def widened(x, FLOAT8: tl.constexpr, UPCAST: tl.constexpr, to: tl.constexpr):
     return x.to(to)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "group", "held", "page_count", "each", "rows"])
 def paged_kernel(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, pages_ptr, added_ptr, out_ptr, lse_ptr,
     heads, group, held, page_count, each, added_batch, added_head, added_query, scale, rows,

@@ -6,16 +6,14 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longattn.kernels.lowering.head_classes import HeadClass, head_classes
 from longattn.kernels.lowering.write_order import WriteOrder
 from longattn.kernels.triton.decode_tables import classes_of, decode_tables, is_single
-from longattn.kernels.triton.joblist import JobTables, job_tables
+from longattn.kernels.triton.joblist import JobTables, job_tables, pack, packed_sizes
 from longattn.kernels.triton.row_classes import gathered
 from longattn.patterncache import Branch, Plan
 
@@ -95,18 +93,14 @@ def packable(plan: Plan, members: int) -> bool:
 
 @dataclass(frozen=True)
 class DeviceTables:
-    """`JobTables` on a device."""
+    """`JobTables` on a device, each table flat; `count` jobs."""
 
     jobs: Tensor
     entries: Tensor
     weights: Tensor
     rows: Tensor
+    count: int
     listed: bool
-
-    @property
-    def count(self) -> int:
-        """Jobs."""
-        return self.jobs.shape[0]
 
 
 def tables_on(
@@ -134,18 +128,10 @@ def tables_on(
 
 def _copied(tables: JobTables, device: torch.device) -> DeviceTables:
     """All tables in one copy, which nobody waits for; outside of any pool that belongs to a CUDA graph."""
-    arrays = (tables.jobs, tables.entries, tables.weights.view(np.int32), tables.rows)
-    first = list(accumulate((-(-x.size // _LINE) * _LINE for x in arrays), initial=0))
-    packed = np.empty(first[-1], np.int32)
-    for at, x in zip(first, arrays, strict=False):
-        packed[at : at + x.size] = x.reshape(-1)
-    host = torch.from_numpy(packed)
+    host = torch.from_numpy(pack(tables) if tables.packed is None else tables.packed)
     memory = host if device.type == "cpu" else _to_device(host, device)
-    jobs, entries, weights, rows = (
-        memory.as_strided(x.shape, (x.size // max(1, len(x)), 1)[: x.ndim], at)
-        for at, x in zip(first, arrays, strict=False)
-    )
-    return DeviceTables(jobs, entries, weights.view(torch.float32), rows, tables.listed)
+    jobs, entries, weights, rows = memory.split_with_sizes(packed_sizes(tables))
+    return DeviceTables(jobs, entries, weights.view(torch.float32), rows, len(tables.jobs), tables.listed)
 
 
 def _to_device(host: Tensor, device: torch.device) -> Tensor:
@@ -172,8 +158,6 @@ def retain_for_graph(tables: DeviceTables) -> None:
 
 
 _CAPTURED: dict[int, DeviceTables] = {}
-_LINE = 32
-"""Numbers of 4 bytes that a table begins at a multiple of: 128 bytes."""
 
 
 def query_tables(plan: Plan, number: int, block: tuple[int, int], pack: int = 1, parts: int = 1) -> JobTables:

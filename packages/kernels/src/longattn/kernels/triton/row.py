@@ -12,7 +12,7 @@ from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
 from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.problem import AttentionProblem
-from longattn.kernels.triton import availability, self_check
+from longattn.kernels.triton import availability, paged_check, self_check
 from longattn.kernels.triton.configurations import FEW_ROWS, dense_tile
 from longattn.patterncache import Plan
 
@@ -83,6 +83,11 @@ def bind(call: Call, out: Tensor, lse: Tensor) -> Any:
     return _launches()[0].bind(call, out, lse)
 
 
+def rebind(bound: Any, call: Call) -> Any:
+    """What `bind` would give for a call with other lengths of k and v than that of a bound one, or None where it is computed otherwise."""
+    return bound.at_lengths(call)
+
+
 def bind_backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, gradients: tuple[Any, ...]
 ) -> Any:
@@ -91,9 +96,10 @@ def bind_backward(
 
 
 def serves_pages(cache: PagedCache, q: Tensor) -> bool:
-    """Whether triton takes decode steps over such a cache here."""
+    """Whether triton takes decode steps over such a cache here: it is here, and the kernel was right on this device."""
     served = cache.keys.device.type in CAPABILITY.devices and max(cache.widths) <= (CAPABILITY.max_head_dim or 0)
-    return served and q.dtype in CAPABILITY.tolerance and refusal() is None
+    able = served and q.dtype in CAPABILITY.tolerance and refusal() is None
+    return able and paged_check.passed(cache, q, attend_pages)
 
 
 def attend_pages(

@@ -1,6 +1,6 @@
 """A kernel form that has not run on a device yet runs a small problem of its own there first, and is compared with the float64 oracle.
 
-A *form* is what a compiled kernel differs by: direction, dtype, width, masks, dropout, listed rows, grouped heads. One that is wrong on this
+A *form* is what a compiled kernel differs by: direction, dtype, widths, masks, dropout, score terms, listed rows, grouped heads. One that is wrong on this
 device refuses with the measured error as its reason, and the next row of the table serves: a kernel that nobody ran there before, or that a
 new compiler breaks, gives no wrong numbers. The outcome is kept on disk for this device, driver, torch, triton and source of the kernels.
 LONGATTN_SELF_CHECK=0 skips the check.
@@ -27,6 +27,7 @@ from longattn.kernels.dispatch.environment import TorchAllocator
 from longattn.kernels.philox import keep_scale
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.kernels.reference import reference_attention
+from longattn.kernels.terms import Alibi, RelativeBias, ScoreTerm, Softcap, by_distance_of, softcap_of
 from longattn.kernels.triton.availability import installed_version
 from longattn.patterncache import Dilated, Full, Pattern, Rectangle, Restrict, Span, Strided, Window
 
@@ -47,33 +48,40 @@ class Form(NamedTuple):
     direction: str
     dtype: torch.dtype
     width: int
+    value_width: int
     grouped: bool
     listed: bool
     attention_mask: bool
     bias: bool
     key_padding: bool
     dropout: bool
+    softcap: bool
+    by_distance: bool
     prior: bool
     deterministic: bool
 
     def __str__(self) -> str:
         flags = [name for name, value in self._asdict().items() if value is True]
-        return " ".join([self.direction, str(self.dtype).removeprefix("torch."), f"D{self.width}", *flags])
+        widths = f"D{self.width}" + (f" DV{self.value_width}" if self.value_width != self.width else "")
+        return " ".join([self.direction, str(self.dtype).removeprefix("torch."), widths, *flags])
 
 
-OUTCOMES: dict[tuple[Form, str], str] = {}
+OUTCOMES: dict[tuple[object, str], str] = {}
 """(form, device's description) -> "" for right, or what was wrong, of this process."""
 
 
 def forms_of(problem: AttentionProblem) -> list[Form]:
     """The forms that a problem needs: of its forward, and of its backward where gradients are wanted."""
     directions = ("forward", "backward") if problem.backward else ("forward",)
-    width = max(16, 1 << (problem.head_dim - 1).bit_length())
-    flags = (problem.listed, problem.attention_mask, problem.bias, problem.key_padding, problem.dropout)
+    width, value_width = (max(16, 1 << (dim - 1).bit_length()) for dim in (problem.head_dim, problem.value_width))
+    flags = (
+        problem.listed, problem.attention_mask, problem.bias, problem.key_padding, problem.dropout, problem.softcap,
+        problem.by_distance,
+    )  # fmt: skip
     grouped = problem.heads != problem.kv_heads
     return [
         Form(
-            direction, problem.dtype, width, grouped, *flags, problem.prior and direction == "forward",
+            direction, problem.dtype, width, value_width, grouped, *flags, problem.prior and direction == "forward",
             problem.deterministic and direction == "backward",
         )
         for direction in directions
@@ -92,9 +100,9 @@ def standing(problem: AttentionProblem, run: bool) -> str:
         return f"unchecked: no {problem.architecture or problem.device} is here"
     where, unchecked = describe(device), []
     for form in forms_of(problem):
-        outcome = _known(form, where)
+        outcome = known(form, where)
         if outcome is None and run and not torch.cuda.is_current_stream_capturing():
-            outcome = _keep(form, where, wrong(form, device))
+            outcome = keep(form, where, wrong(form, device))
         if outcome:
             return f"failed: {outcome}"
         if outcome is None:
@@ -121,9 +129,9 @@ def dense_standing(problem: AttentionProblem, run: bool) -> str | None:
     if device is None:
         return None
     form, where = forms_of(replace(problem, backward=False))[0]._replace(direction="dense forward"), describe(device)
-    outcome = _known(form, where)
+    outcome = known(form, where)
     if outcome is None and run and not torch.cuda.is_current_stream_capturing():
-        outcome = _keep(form, where, wrong(form, device))
+        outcome = keep(form, where, wrong(form, device))
     return outcome
 
 
@@ -177,24 +185,27 @@ def _problem(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float64).to(form.dtype)
 
-    q, k, v = (
-        normal(batch, nq, heads, form.width),
-        normal(batch, nk, kv_heads, form.width),
-        normal(batch, nk, kv_heads, form.width),
-    )
+    sizes = ((nq, heads, form.width), (nk, kv_heads, form.width), (nk, kv_heads, form.value_width))
+    q, k, v = (normal(batch, *size) for size in sizes)
     rectangle = Rectangle(heads, Span(nk - nq, nq), Span(0, nk))
     mask = torch.rand((1, 1, nq, nk), generator=random) < 0.8 if form.attention_mask else None
     bias = normal(1, heads, nq, nk) if form.bias else None
     padding = torch.rand((batch, nk), generator=random) < 0.2 if form.key_padding else None
     counts = torch.from_numpy(pattern.counts(rectangle)).expand(batch, -1, -1, -1)
     counts = counts if mask is None else counts * mask
-    keep = None
+    kept = None
     if form.dropout:
         axes = (batch, heads, nq, nk)
         b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in axes), indexing="ij")
-        keep = keep_scale(seed, dropout_p, b, h, i + (nk - nq), j, torch.float64)
+        kept = keep_scale(seed, dropout_p, b, h, i + (nk - nq), j, torch.float64)
+    terms: list[ScoreTerm] = [Softcap(2.0)] if form.softcap else []
+    if form.by_distance:
+        slopes, table = (torch.rand(shape, generator=random) for shape in ((heads,), (32, heads)))
+        terms += [Alibi(slopes / 10), RelativeBias(table)]
     exact = q.double().requires_grad_(), k.double().requires_grad_(), v.double().requires_grad_()
-    state = reference_attention(*exact, counts, bias=bias, key_padding_mask=padding, keep=keep)
+    state = reference_attention(
+        *exact, counts, bias=bias, key_padding_mask=padding, keep=kept, score_terms=tuple(terms) or None
+    )
     prior = None
     if form.prior:
         # Over keys that were not seen: the oracle merges by the same law.
@@ -206,11 +217,11 @@ def _problem(
         prior = prior[0].to(device), prior[1].to(device)
     else:
         expected = state.out, state.lse
-    moved = [None if x is None else x.to(device) for x in (mask, bias, padding)]
+    moved = [None if x is None else x.to(device) for x in (mask, bias, padding, by_distance_of(terms, form.dtype))]
     call = Call(
         q.to(device), k.to(device), v.to(device), pattern.plan(rectangle), scale=form.width**-0.5, mask=moved[0], bias=moved[1],
         key_padding=moved[2], prior=prior, dropout_p=dropout_p, seed=seed, out_dtype=torch.float32, deterministic=form.deterministic,
-        allocator=TorchAllocator(),
+        allocator=TorchAllocator(), softcap=softcap_of(terms), by_distance=moved[3],
     )  # fmt: skip
     return call, exact, expected
 
@@ -236,11 +247,11 @@ def describe(device: torch.device) -> str:
     return f"{name}, driver {driver}, torch {torch.__version__}, triton {installed_version()}, kernels {source.hexdigest()[:16]}"
 
 
-def _file_of(form: Form, where: str) -> str:
+def _file_of(form: object, where: str) -> str:
     return f"self-check-{hashlib.sha256(f'{form} {where}'.encode()).hexdigest()[:24]}.txt"
 
 
-def _known(form: Form, where: str) -> str | None:
+def known(form: object, where: str) -> str | None:
     """The outcome of this process or of an earlier one, or None. Only "right" is believed from disk: what failed runs again."""
     outcome = OUTCOMES.get((form, where))
     folder = cachefolder.cache_folder()
@@ -251,7 +262,8 @@ def _known(form: Form, where: str) -> str | None:
     return outcome
 
 
-def _keep(form: Form, where: str, outcome: str) -> str:
+def keep(form: object, where: str, outcome: str) -> str:
+    """Write an outcome down, on disk where it is right, and return it."""
     OUTCOMES[form, where] = outcome
     folder = cachefolder.cache_folder()
     if outcome:
