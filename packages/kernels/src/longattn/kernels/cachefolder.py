@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 try:
@@ -96,7 +96,7 @@ def find(folder: Path, stem: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def workshop(folder: Path) -> Iterator[Path]:
+def workshop(folder: Path) -> Generator[Path, None, None]:
     """A folder within for what is being made. Other processes wait, where the system locks folders; what killed ones left is removed.
 
     Raises:
