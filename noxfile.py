@@ -542,13 +542,13 @@ def faults(session: nox.Session) -> None:
 
 @nox.session
 def hosts(session: nox.Session) -> None:
-    """Ranks on two and on three network namespaces under torchrun, over links with delay, loss, reordering and a cut; skip with a reason where none can be made."""
+    """Ranks on two, three and four network namespaces under torchrun, over links with delay, loss, reordering and a cut; skip with a reason where none can be made."""
     session.install(*constraints(session), *from_checkout("attention"), *group("test"))
     command = ("python", "-m", "tools.hosts")
     reason = session.run(*command, "--dry-run", silent=True, success_codes=[0, 77])
     if reason:
         session.skip(str(reason).strip())
-    for count in ("2", "3"):
+    for count in ("2", "3", "4"):
         session.run(*command, "--hosts", count, *session.posargs)
 
 

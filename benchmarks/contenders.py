@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks import gate
 from benchmarks.comparison import Contender, pattern_oracle
+from benchmarks.peers import engines as other_engines
 from benchmarks.peers.dense import dense_attention
 from benchmarks.peers.fkodom_style import fkodom_style_attention
 from benchmarks.peers.flex_permuted import flex_permuted_attention
@@ -48,6 +49,15 @@ def ours(pattern: Pattern, *, schedule: Schedule | None = None, backend: str | N
 def dense(causal: bool) -> Contender:
     """torch's SDPA over the whole sequence."""
     return Contender(functools.partial(dense_attention, causal=causal), pattern_oracle(Full(causal=causal)))
+
+
+def engines(dtype: str, causal: bool) -> dict[str, Contender]:
+    """Dense attention of other engines that are installed here, forward only."""
+    oracle = pattern_oracle(Full(causal=causal))
+    return {
+        name: Contender(functools.partial(attention, causal=causal), oracle)
+        for name, attention in other_engines.installed(dtype).items()
+    }
 
 
 def torchscale_style(segments: Sequence[int], rates: Sequence[int], causal: bool) -> Contender:

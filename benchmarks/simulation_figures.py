@@ -1,6 +1,6 @@
 """`python -m benchmarks.simulation_figures [measured | planned]`: the simulation of rings, held beside measured steps, and far past them.
 
-"measured" appends to `results/simulation.csv`: predicted over measured seconds of a forward and backward on 2 and 4 gloo processes of this machine. The
+"measured" appends to `results/simulation.csv`: predicted over measured seconds and bytes of a forward and backward on 2 and 4 gloo processes of this machine. The
 prediction knows dense attention's FLOP a second of one process alone, what a message takes, how many cores there are, and the plans.
 "planned" writes `results/simulation-planned.csv`: steps of 1M to 1G tokens on 8 to 1024 devices. Nothing there was run.
 """
@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.figures import Figure, append
-from benchmarks.ring_figures import ask
+from benchmarks.ring_figures import FIXED_MALLOC, ask
 from benchmarks.simulation_rank import CALLS, HEAD_DIM, HEADS
 from longattn.attention.schedules.simulation import ENGINES, Hardware, simulate
 from longattn.attention.schedules.traffic import ScheduledCall
@@ -33,17 +33,24 @@ def measured() -> Iterator[Figure]:
     """Each call on 2 and 4 processes."""
     alone, link = ask(1, "device", 2048, MODULE), ask(2, "link", 0, MODULE)
     assert isinstance(alone, dict) and isinstance(link, dict)
-    cores = os.cpu_count() or 1
+    cores, fixed_malloc = os.cpu_count() or 1, " ".join("=".join(pair) for pair in FIXED_MALLOC.items())
     for world in (2, 4):
         at = Hardware(**alone, **link, load=max(1.0, world / cores))
-        steps = ask(world, "steps", LENGTH, MODULE)
-        assert isinstance(steps, list)
-        for (name, engine, make), milliseconds in zip(CALLS, steps, strict=True):
+        steps, held = ask(world, "steps", LENGTH, MODULE), ask(world, "memory", LENGTH, MODULE, FIXED_MALLOC)
+        assert isinstance(steps, list) and isinstance(held, list)
+        for (name, engine, make), milliseconds, nbytes in zip(CALLS, steps, held, strict=True):
             call = ScheduledCall(make(LENGTH), LENGTH, world, HEADS, HEADS, HEAD_DIM, dtype=torch.float32)
-            expected = 1e3 * simulate(call, engine, at, backward=True).seconds
+            found = simulate(call, engine, at, backward=True)
+            expected = 1e3 * found.seconds
             setting = f"{world} ranks on {cores} cores, {LENGTH} tokens, {name} causal, {engine}, forward+backward, float32, H={HEADS}, D={HEAD_DIM}"
             beside = f"{expected:.0f} ms predicted, {milliseconds:.0f} ms measured"
             yield Figure("predicted over measured", setting, "ratio", expected / milliseconds, beside, 1 / MOST, MOST)
+            beside = (
+                f"{found.memory / 2**20:.0f} MiB predicted, {nbytes / 2**20:.0f} MiB measured: resident, {fixed_malloc}"
+            )
+            yield Figure(
+                "predicted over measured memory", setting, "ratio", found.memory / nbytes, beside, 1 / MOST, MOST
+            )
 
 
 def longnet(length: int) -> Dilated:

@@ -2,7 +2,8 @@
 
 TASK "device", alone: FLOP a second of a forward and backward of dense attention over SIZE tokens, and bytes a second of a copy. TASK "link": bytes
 a second that each of two ranks receives, seconds of a small message, and seconds of a step of a ring whose tensors are tiny. TASK "steps":
-milliseconds of a forward and backward of each of `CALLS` over SIZE tokens, of the slowest rank.
+milliseconds of a forward and backward of each of `CALLS` over SIZE tokens, of the slowest rank. TASK "memory": bytes of each of them, on the rank that
+holds most: q, k, v and the growth of resident memory.
 """
 
 import statistics
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from benchmarks.memory import ResidentPeak
 from benchmarks.ring_rank import run_rank
 from longattn.attention import Ring, Ulysses, pattern_attention, shard_sequence
 from longattn.attention.schedules.all_gather import AllGather
@@ -100,7 +102,22 @@ def calls_of(length: int, engine: str, pattern: Pattern) -> Callable[[], object]
     return run
 
 
+def held(length: int, engine: str, pattern: Pattern) -> float:
+    """Bytes of a rank in a forward and backward; of the rank with most."""
+    run, peak = calls_of(length, engine, pattern), ResidentPeak()
+    run()  # loads and plans
+    dist.barrier()
+    peak.start()
+    run()
+    given = 3 * 4 * HEADS * HEAD_DIM * -(-length // dist.get_world_size())
+    most = torch.tensor(float(given + (peak.growth() or 0)))
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
+
+
 def _answer(task: str, size: int) -> object:
+    if task == "memory":
+        return [held(size, engine, make(size)) for _, engine, make in CALLS]
     if task == "device":
         return device(size)
     if task == "link":

@@ -1,10 +1,11 @@
 """Train a byte-level LongNet on real text: by default the sources of Python's standard library, 8192 bytes of context.
 
-    python examples/train_bytes.py                          # 150 steps; writes bytes.pt, bytes.csv and bytes.png
+    python examples/train_bytes.py                          # 600 steps; writes bytes.pt, bytes.csv and bytes.png
     python examples/train_bytes.py --resume                 # goes on where bytes.pt was written
     python examples/train_bytes.py --data my.txt --device cuda --d-model 512 --layers 6 --steps 20000
+    python -m torch.distributed.run --standalone --nproc-per-node 2 examples/train_bytes.py     # the context in a ring of processes
 
-A run that was stopped and resumed has the losses of one that was not: what a step reads follows from its number and the seed. With
+A run that was killed and resumed has the losses of one that was not: what a step reads follows from its number and the seed. With
 `--deterministic` they are the same bits.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 import sysconfig
 import time
@@ -19,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from longattn.attention import LongNet
+from longattn.attention import LongNet, Ring, shard_sequence
 
 BYTES = 256
 BAR = 24
@@ -51,9 +54,31 @@ def batch_of(text: Tensor, options: argparse.Namespace, step: int) -> Tensor:
     return torch.stack([text[start : start + options.context + 1] for start in starts.tolist()]).long()
 
 
-def loss_of(model: LongNet, tokens: Tensor) -> Tensor:
-    """Cross entropy of the next byte, in nats."""
-    return functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+def ring_of(options: argparse.Namespace) -> Ring | None:
+    """Over the processes that torchrun started; None for one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    cuda = options.device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return Ring(dist.group.WORLD, layout="zigzag", lengths=options.context)
+
+
+def loss_of(model: LongNet, tokens: Tensor, ring: Ring | None) -> Tensor:
+    """Cross entropy of the next byte, in nats; of a ring's rank its share of the mean over all bytes."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    if ring is not None:
+        (inputs, _), (targets, _) = shard_sequence(inputs, ring), shard_sequence(targets, ring)
+    total = functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+
+def add_up(ring: Ring | None, *tensors: Tensor) -> None:
+    """In place, over the ranks of a ring."""
+    if ring is not None:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def bar(step: int, steps: int, loss: float, seconds: float) -> str:
@@ -85,16 +110,18 @@ def draw(losses: list[float], context: int, path: Path) -> bool:
 
 
 def train(options: argparse.Namespace) -> list[float]:
-    """Run to the last step, and return the loss of every step."""
+    """Run to the last step, and return the loss of every step; on a ring's other ranks none."""
+    ring = ring_of(options)
+    first_rank = ring is None or dist.get_rank() == 0
     torch.manual_seed(options.seed)
     if options.deterministic:
         torch.use_deterministic_algorithms(True)
     text = read(options.data, options.most_bytes)
     if len(text) <= options.context:
         raise SystemExit(f"--data must hold more than --context={options.context} bytes, got {len(text)}")
-    model = LongNet(BYTES, options.d_model, options.heads, options.layers, max_length=options.context).to(
-        options.device
-    )
+    model = LongNet(
+        BYTES, options.d_model, options.heads, options.layers, max_length=options.context, schedule=ring
+    ).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
     losses: list[float] = []
     checkpoint = options.out.with_suffix(".pt")
@@ -109,22 +136,30 @@ def train(options: argparse.Namespace) -> list[float]:
         step = len(losses)
         for group in optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, (step + 1) / 20)
-        loss = loss_of(model, batch_of(text, options, step).to(options.device))
+        loss = loss_of(model, batch_of(text, options, step).to(options.device), ring)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        add_up(ring, loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
         step += 1
+        if not first_rank:
+            continue
         left = (time.monotonic() - begin) / (step - first) * (options.steps - step)
         print(bar(step, options.steps, losses[-1], left), end="\r" if sys.stdout.isatty() else "\n", flush=True)
         if step % options.save_every == 0 or step == options.steps:
             parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(checkpoint, {**parts, "random": torch.get_rng_state(), "losses": losses})
     with torch.no_grad():
-        judged = loss_of(model, batch_of(text, options, -1).to(options.device)).item()
-    print(f"\n{sum(p.numel() for p in model.parameters())} parameters, {judged:.3f} nats a byte on a batch of its own")
-    return losses
+        judged = loss_of(model, batch_of(text, options, -1).to(options.device), ring)
+        add_up(ring, judged)
+    if first_rank:
+        size = sum(p.numel() for p in model.parameters())
+        print(f"\n{size} parameters, {judged.item():.3f} nats a byte on a batch of its own")
+    if ring is not None:
+        dist.destroy_process_group()
+    return losses if first_rank else []
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -139,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     for name, default in (
         ("context", 8192),
-        ("steps", 150),
+        ("steps", 600),
         ("batch", 1),
         ("d-model", 64),
         ("layers", 2),
@@ -150,6 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--save-every", type=int, default=25, help="steps between checkpoints (default: 25)")
     options = parser.parse_args(arguments)
     losses = train(options)
+    if not losses:
+        return
     with options.out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([("step", "loss"), *enumerate(losses, 1)])

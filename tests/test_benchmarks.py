@@ -32,6 +32,7 @@ from benchmarks.harness import (
 )
 from benchmarks.memory import ResidentPeak
 from benchmarks.peers.dense import dense_attention
+from benchmarks.peers.engines import ENGINES
 from benchmarks.peers.fkodom_style import fkodom_style_attention
 from benchmarks.peers.gathered_blocks import GatheredBlocks
 from benchmarks.peers.op_for_op import Empty, from_torch, op_for_op_attention
@@ -177,6 +178,21 @@ def test_torchscale_style_is_dilated_attention(
     assert gate.red("exact", exact, q.dtype) == []
     assert detached["out"] == exact["out"]
     assert detached["dq"] > 1e-2
+
+
+@pytest.mark.parametrize(("name", "causal"), list(itertools.product(ENGINES, (False, True))))
+def test_other_engines_are_full_attention(name: str, causal: bool) -> None:
+    """Each of their dtypes, beside SDPA in float32."""
+    modules, dtypes, attention = ENGINES[name]
+    for module in modules:
+        pytest.importorskip(module)
+    given = torch.randn(3, 2, 33, 4, 16, generator=torch.Generator().manual_seed(0))
+    for dtype in dtypes:
+        kind = getattr(torch, dtype)
+        q, k, v = given.to(kind)
+        most = 2e-5 if kind == torch.float32 else 3e-2
+        expected = dense_attention(q.float(), k.float(), v.float(), causal=causal)
+        torch.testing.assert_close(attention(q, k, v, causal=causal).float(), expected, atol=most, rtol=most)
 
 
 @pytest.mark.parametrize("causal", [False, True])

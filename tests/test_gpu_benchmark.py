@@ -55,7 +55,7 @@ def test_a_failing_row_costs_itself_alone(tmp_path: Path):
 
 def test_times_of_kernels_come_from_the_profiler():
     """What ran on the device, and nothing of the host."""
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]  # it stands in no __all__
 
     from benchmarks.gpu.device import kernel_times
 

@@ -38,6 +38,7 @@ from longattn.kernels.triton.configurations import (
     DENSE,
     HEAD_DIMS,
     PAGED,
+    PAGED_WIDTHS,
     TABLE,
     Architecture,
     Configuration,
@@ -78,7 +79,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "decode": {"GROUP": 8, "PACK": 8, "FLIP": False},
     "backward_keys": {"GROUP": 1, "REDUCE": True},
     "backward_queries": {"GROUP": 1, "ADD": False},
-    "paged": {"PAGE": 16, "BLOCK_G": PAGED.owned, "FLOAT8": False, "UNIT": 1.0},
+    "paged": {"PAGE": 16, "FLOAT8": False, "UNIT": 1.0},
 }
 
 TENSOR_MEMORY = 512
@@ -184,7 +185,13 @@ def lines(architectures: Iterator[str] | list[str], *, every_form: bool = False)
     dense = [TableLine("dense", arch, dim, 2, tile) for (arch, dim), tile in DENSE.items() if arch in architectures]
     dense += [replace(line, form=form) for form in ("prior", NARROW_STRIDES) if form in forms for line in dense]
     plain += [replace(line, value_dim=_NARROW_VALUES) for line in plain if line.head_dim == max(HEAD_DIMS)]
-    paged = [TableLine("paged", arch, dim, 2, PAGED) for arch in architectures for dim in HEAD_DIMS]
+    paged = [
+        TableLine("paged", arch, dim, size, tile)
+        for arch in architectures
+        for size, tile in PAGED.items()
+        for dim in HEAD_DIMS
+        if dim <= PAGED_WIDTHS[size]
+    ]
     paged += [replace(line, form=form) for form in STORED if every_form for line in paged]
     return plain + dense + paged + [in_form(line, form) for form in forms for line in plain]
 
@@ -199,7 +206,7 @@ def in_form(line: TableLine, form: str) -> TableLine:
 def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
     """The kernel as a call with plain, contiguous tensors would specialise it; `flags` replace constants."""
     kernel, tile = _KERNELS[line.kernel], line.configuration
-    own = "BLOCK_N" if line.kernel == "backward_keys" else "BLOCK_M"
+    own = {"backward_keys": "BLOCK_N", "paged": "BLOCK_G"}.get(line.kernel, "BLOCK_M")
     other = "BLOCK_M" if line.kernel == "backward_keys" else "BLOCK_N"
     value_dim = line.value_dim or line.head_dim
     present, form_flags = (FORMS | STORED)["plain" if line.form == NARROW_STRIDES else line.form]

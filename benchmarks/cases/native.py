@@ -5,7 +5,8 @@ B=1, H=8, D=64, segments 2048/4096/8192 with rates 1/2/4, normal inputs; the row
 
     longnet  every head in every branch, beside the torchscale-style pipeline, dense SDPA and FlexAttention on permuted tokens
     split    heads divided over branches, beside the fkodom-style pipeline
-    dense    no pattern at all, beside SDPA and, as "fma-peak", a loop of as many multiply-adds: its ratio is the share of the peak
+    dense    no pattern at all, beside SDPA, OpenVINO and onnxruntime where they are installed and, as "fma-peak", a loop of as many
+             multiply-adds: its ratio is the share of the peak
     table    issue 19's figures for AMD that no group above has: longer sequences, wider heads, backward and LongNet beside dense SDPA
     short    the last few rows of a long sequence, causal, beside SDPA, which is to be no faster in float32
 """
@@ -21,6 +22,7 @@ from benchmarks.cases.attention import RATES, SEGMENTS, branch_names
 from benchmarks.comparison import Comparison, Contender, Inputs
 from benchmarks.contenders import (
     dense,
+    engines,
     fkodom_style,
     flex_permuted,
     fma_peak,
@@ -124,6 +126,8 @@ def plain(quick: bool) -> Iterator[Comparison]:
         if direction == "forward":
             ratio = _PEAK[dtype] if promised else None
             yield _row("dense", "full", ("fma-peak", fma_peak(causal)), mine, inputs, causal, direction, ratio)
+            for peer in engines(dtype, causal).items():
+                yield _row("dense", "full", peer, mine, inputs, causal, direction, None)
 
 
 # (pattern, dtype, length, head_dim, causal, direction) -> dense SDPA's CPU time over ours, at least.

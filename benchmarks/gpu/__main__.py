@@ -156,7 +156,7 @@ def main() -> int:
         options.one_kernel = bool(wrong or why)
         said = f"is left out: {why or json.dumps(wrong, indent=1)}" if options.one_kernel else "agrees too"
         print(f"gate: the warp-specialised kernel {said}", flush=True)
-    reached, why = ask(options, "ceilings", 60.0)
+    reached, why = ask(options, "ceilings", 120.0)
     print(f"ceilings: {reached or why}", flush=True)
     count = broken = 0
     second: str | None = None

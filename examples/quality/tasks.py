@@ -1,4 +1,4 @@
-"""Tasks whose answer stands in the sequence: many facts asked again (MQAR), and one fact asked much later.
+"""Tasks whose answer stands in the sequence: many facts asked again (MQAR), and one fact asked much later, among others or in blanks.
 
 Tokens: 0 is filler, 1 to KEYS are keys, the next KEYS are values. A fact is a key followed by its value; a question is the key again, and the
 answer is what a model says there. Labels are -1 where nothing is asked.
@@ -24,6 +24,10 @@ class Batch:
     asked: Tensor
     answer: Tensor
 
+    def to(self, device: str) -> Batch:
+        """On a device."""
+        return Batch(*(x.to(device) for x in (self.tokens, self.labels, self.asked, self.answer)))
+
 
 def recall(batch: int, length: int, facts: int, random: torch.Generator) -> Batch:
     """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): facts first, each asked once at a place of its own."""
@@ -37,9 +41,9 @@ def recall(batch: int, length: int, facts: int, random: torch.Generator) -> Batc
     return Batch(tokens, labels, places, (2 * torch.arange(facts) + 1).expand(batch, facts))
 
 
-def one_fact(batch: int, length: int, near: int, random: torch.Generator) -> Batch:
-    """One fact, asked `near` to `near + 7` tokens after its value, among filler of other keys and values; places and distances are drawn."""
-    tokens = torch.randint(1, VOCABULARY, (batch, length), generator=random)
+def one_fact(batch: int, length: int, near: int, blank: bool, random: torch.Generator) -> Batch:
+    """One fact, asked `near` to `near + 7` tokens after its value, in filler alone or among other keys and values; places and distances are drawn."""
+    tokens = torch.randint(1, VOCABULARY, (batch, length), generator=random) * (not blank)
     key = torch.randint(1, 1 + KEYS, (batch, 1), generator=random)
     # The key stands nowhere else.
     tokens = torch.where(tokens == key, 0, tokens)
@@ -51,8 +55,11 @@ def one_fact(batch: int, length: int, near: int, random: torch.Generator) -> Bat
     return Batch(tokens, labels, answer + distance, answer)
 
 
-TASKS = {"recall": lambda n: lambda batch, random: recall(batch, n, n // 16, random)} | {
-    f"one fact, {name}": lambda n, share=share: lambda batch, random: one_fact(batch, n, round(n * share), random)
+TASKS = {"recall": lambda n: lambda batch, random: recall(batch, n, min(KEYS, n // 16), random)} | {
+    f"{kind}, {name}": lambda n, share=share, kind=kind: (
+        lambda batch, random: one_fact(batch, n, round(n * share), kind == "lone fact", random)
+    )
+    for kind in ("one fact", "lone fact")
     for name, share in (("inside", 3 / 16), ("across", 3 / 8), ("beyond", 3 / 4))
 }
 """name -> length -> (batch, generator) -> Batch. Distances of one fact: inside the longest segment of the scaled default (a quarter of the

@@ -1,8 +1,9 @@
-"""Rows of `benchmarks/results`, as the pages show them: the newest of each experiment on each processor."""
+"""Rows of `benchmarks/results`, as the pages show them: the newest of each experiment on each processor, and tables of cells."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,8 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 WITHOUT_FAMILY = "AMD EPYC"
 """What early rows call a processor. Several models share that name, so rows of different days are not put together."""
 
+
+Cells = tuple[str, ...]
 
 NOT_ATTENTION = {"share", "fma-peak", "functional", "local"}
 """Peers that are a share of our own time, a processor's peak, or the same call said otherwise."""
@@ -53,6 +56,14 @@ class Measured:
             self.processor,
             self.threads,
         )
+
+
+def table(heads: Cells, lines: Iterable[Cells]) -> str:
+    """A Markdown table; empty text where there are no lines."""
+    body = [f"| {' | '.join(line)} |" for line in lines]
+    if not body:
+        return ""
+    return "\n".join([f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}", *body]) + "\n"
 
 
 def processor_of(row: dict[str, str]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from longattn.kernels import backends
 from longattn.kernels.dispatch import table as dispatch_table
 from tools import versions
+from tools.pages import quality
 from tools.pages.plots import figure_names
-from tools.pages.rows import NOT_ATTENTION, Measured, measured, processors, records
+from tools.pages.rows import NOT_ATTENTION, Cells, Measured, measured, processors, records, table
 
 KERNELS = ("attention", "patterns", "native", "windows", "growth", "choice")
 """Files that time attention itself beside something else that computes it."""
@@ -19,16 +20,6 @@ COLUMNS = (
     ("forward+backward", "float32"),
     ("forward+backward", "bfloat16"),
 )
-
-Cells = tuple[str, ...]
-
-
-def table(heads: Cells, lines: Iterable[Cells]) -> str:
-    """A Markdown table; empty text where there are no lines."""
-    body = [f"| {' | '.join(line)} |" for line in lines]
-    if not body:
-        return ""
-    return "\n".join([f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}", *body]) + "\n"
 
 
 def timed(row: Measured | None) -> str:
@@ -272,4 +263,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "performance": performance,
     "tolerances": tolerances,
     "versions": versions_run,
+    **quality.TABLES,
 }

@@ -128,6 +128,14 @@ def layout(case: Case) -> None:
     case.schedule = kind(dist.group.WORLD, layout=other, timeout=SECONDS, **known)
 
 
+def engine(case: Case) -> None:
+    """Another engine over the same rows."""
+    members = case.schedule.members
+    known = {"lengths": members.lengths} if isinstance(members.lengths, int) else {}
+    kind: Any = Ring if isinstance(case.schedule, AllGather) else AllGather
+    case.schedule = kind(dist.group.WORLD, layout=members.layout, timeout=SECONDS, **known)
+
+
 def graded(case: Case) -> None:
     """Gradients are wanted."""
     case.tensors = [x.requires_grad_() for x in case.tensors]
@@ -156,6 +164,7 @@ FAULTS: dict[str, tuple[Callable[[Case], None], str]] = {
     "sinks": (option(sink_logits=torch.zeros(HEADS)), "sinks"),
     "query start": (option(q_start=3), "q_start"),
     "layout": (layout, "schedule"),
+    "engine": (engine, "schedule"),
     "gradients": (graded, "gradients"),
 }  # fmt: skip
 
@@ -194,6 +203,19 @@ def case_one_rank_differs() -> None:
         for number, name in enumerate(FAULTS):
             for schedule in engines()[number % 2 :: 2]:
                 check_fault(schedule, name)
+
+
+def case_lengths_that_are_wrong_of_another_rank() -> None:
+    """`lengths=` of one rank says that rank 0 holds more rows than it does: no message is taken for a longer one."""
+    even = [N // WORLD] * WORLD
+    for kind in (Ring, AllGather, Ulysses) if WORLD > 1 else ():
+        right, wrong = (
+            kind(dist.group.WORLD, lengths=lengths, timeout=SECONDS) for lengths in (even, [even[0] + 2, *even[1:]])
+        )
+        case = Case(right)
+        case.schedule = wrong if DIFFERS else right
+        expect_failure(case, None)
+        Case(right).check()
 
 
 def case_masks_on_one_rank() -> None:

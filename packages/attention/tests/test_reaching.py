@@ -47,10 +47,22 @@ def test_a_preset_says_once_that_tokens_stand_apart(attend):
         attend()
     call = str(said[0].message).partition("Dilated.for_length")[2].partition(", in Pattern")[0]
     pattern = eval("Dilated.for_length" + call, {"Dilated": Dilated, "LAYERS": 3})
-    assert pattern.causal and pattern.reach(3, 20, 2).complete
+    assert pattern.causal and pattern.reach(3, 20, 2).complete and pattern.lint(20, 2, depth=1).shares.direct == 1.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attend()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_call_shows_every_token_at_a_part_of_the_pairs(causal: bool):
+    """At 4096 tokens and 8 heads."""
+    with pytest.warns(ReachWarning) as said:
+        reaching.warn_apart(Dilated((64, 128), (1, 2), causal=causal), 4096, 8)
+    call = str(said[0].message).partition("Dilated.for_length")[2].partition(", in Pattern")[0]
+    pattern = eval("Dilated.for_length" + call, {"Dilated": Dilated, "LAYERS": 2})
+    verdict = pattern.lint(4096, 8, depth=1)
+    assert pattern.causal == causal and verdict.shares.direct == 1.0
+    assert verdict.mean_keys < 4096 * (0.5 if causal else 1) / 5
 
 
 def test_what_is_joined_and_what_asks_for_nothing_is_silent():

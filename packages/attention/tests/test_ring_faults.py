@@ -8,10 +8,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+
+from longattn.attention import GroupError
+from longattn.attention.schedules.group_calls import HEADERS, Exchange, GroupCalls
 
 HERE = Path(__file__).parent
 SECONDS = 3.0
@@ -103,6 +108,27 @@ def of_engine(world: int, engine: str) -> list[Fault]:
 def test_a_rank_fails(tmp_path):
     """The others raise GroupError within the timeout, or end well; after a reset, and in a new group, every number is right."""
     check(tmp_path, 2, [DEFAULT])
+
+
+def test_a_message_that_cannot_be_posted_names_its_rank():
+    """The rank that it is for or from, where the ones before it were posted; and not the first of all."""
+
+    def post(receives, sends, tag):
+        for peer, _ in (*receives, *sends):
+            if peer == 2:
+                raise RuntimeError("Connection closed by peer")
+            yield object()
+
+    calls: Any = SimpleNamespace(
+        place=SimpleNamespace(post=post), posted={}, number=1, first_tag=GroupCalls.first_tag,
+        error=lambda what, rank, step: GroupError(what, rank=rank, step=step),
+    )  # fmt: skip
+    for peers in ([1, 2], [0, 2]):
+        parcels = [(peer, torch.zeros(1)) for peer in peers]
+        for sends, receives in ((parcels, []), ([], parcels), (parcels[:1], parcels)):
+            with pytest.raises(GroupError, match="rank 2 is gone: a message could not be posted: Conn") as caught:
+                Exchange(calls, "header", sends, receives, HEADERS)
+            assert caught.value.rank == 2
 
 
 @pytest.mark.nightly

@@ -78,11 +78,31 @@ def test_received_bytes_are_those_of_the_engines():
     """All-gather: all other shards; Ulysses: a rank's part of all that change places."""
     call = call_of(Full())
     gathered = simulate(call, "all_gather", AT, backward=False)
-    assert gathered.received == full_ring_bytes(call) // call.ranks == gathered.in_flight
+    assert gathered.received == full_ring_bytes(call) // call.ranks
     ulysses = ulysses_traffic(call)
     assert ulysses is not None
     assert simulate(call, "ulysses", AT, backward=False).received == ulysses.forward // call.ranks
     assert simulate(call, "ulysses", AT, backward=True).received == ulysses.sent // call.ranks
+
+
+def test_what_stands_beside_what_travels():
+    """An all-gather joins whole keys, and has their gradients in a backward; a ring unpacks a shard of which a part travels, and no other."""
+    call, shard = call_of(Full()), 32 * 4 * 32 * 4  # rows, kv heads, numbers of k and v, bytes
+    forward, training = (simulate(call, "all_gather", AT, backward=backward).in_flight for backward in (False, True))
+    assert (forward, training) == ((3 + 4) * shard, (4 + 4) * shard)
+    # Keys of two steps; then gradients that are computed, sent and received.
+    forward, training = (
+        simulate(call, "ring contiguous", AT, backward=backward).in_flight for backward in (False, True)
+    )
+    assert (forward, training) == (2 * shard, (2 + 3) * shard)
+    sparse = call_of(Dilated((128,), (4,)))
+    most = max(step.sent for step in _steps(sparse, "contiguous", 0)) * 32 * 4
+    forward, training = (
+        simulate(sparse, "ring contiguous", AT, backward=backward).in_flight for backward in (False, True)
+    )
+    assert 0 < most < shard and (forward, training) == (2 * most + shard, 4 * most + 2 * shard)
+    alone = call_of(Full(), ranks=2)
+    assert simulate(alone, "ring contiguous", AT, backward=True).in_flight == (1 + 2) * 2 * shard
 
 
 def test_a_thousand_ranks_are_sampled():

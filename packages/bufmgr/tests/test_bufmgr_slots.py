@@ -342,6 +342,18 @@ def test_several_of_one_request_never_take_the_slow_path_again(order: str, throu
     manager.check_valid()
 
 
+def test_a_key_that_leads_to_another_slot_goes_with_it():
+    """One request in two forms has a slot for each; a form that meets its slot in use is known to the other one, which takes it along."""
+    manager = AttentionBufferManager(upstream=SystemAllocator())
+    held = manager.allocate(TEMP, SHAPE, torch.float32)
+    manager.allocate(TEMP, SHAPE, torch.float32, "cpu")
+    assert manager.allocate(TEMP, SHAPE, torch.float32).data_ptr() != held.data_ptr()
+    assert manager.get_stats()["cache_misses"] == 2
+    del held
+    manager.clear_cache()
+    assert len(manager._slots) == 0
+
+
 def test_a_request_that_meets_its_slot_in_use_is_checked_no_less():
     """The key of the slot in use stands for checked arguments; what only equals it is checked anew."""
     manager = AttentionBufferManager(upstream=SystemAllocator())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longattn.kernels import backends
+from longattn.kernels import attend, backends, reference_attention
 from longattn.kernels.dispatch.table import row
 from longattn.kernels.testing import LAYOUTS, MASKS, Case, cases, check_backend, run_case
 from longattn.patterncache import Dilated, Full, Pattern, Restrict, Span, Strided, Window
@@ -144,3 +144,21 @@ def test_strips_that_see_nothing_are_written(name: str):
     """Only the first strip of rows reaches the keys, whatever the height of a row's strips."""
     spans = {"q_spans": (Span(2040, 256),), "k_spans": (Span(0, 2048),)}
     check_backend(name, Case(Window(8), (256, 2048), batch=1, kv_heads=16, head_dim=2, **spans))
+
+
+@pytest.mark.parametrize("name", backends("cpu"))
+def test_a_bias_may_want_no_gradient(name: str):
+    """Then q, k and v have theirs all the same, and it has none."""
+    if not row(name).capability.bias:
+        pytest.skip(f"{name} takes no bias")
+    q, k, v = (torch.randn(1, 12, 2, 8, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 12, 12)
+    out = attend(q, k, v, LONGNET, attention_mask=bias, backend=name).out
+    truth = reference_attention(q, k, v, LONGNET.to_dense(12, 2), bias=bias).out
+    grad = torch.randn_like(out)
+    for ours, true in zip(
+        torch.autograd.grad(out, (q, k, v), grad),
+        torch.autograd.grad(truth, (q, k, v), grad.to(truth.dtype)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, true.to(ours.dtype), atol=1e-4, rtol=1e-4)

@@ -31,10 +31,12 @@ def warn_apart(pattern: Pattern, length: int, num_heads: int) -> None:
         return
     apart = [f"{verdict.islands} islands of tokens that no depth joins"] * (verdict.islands > 1)
     apart += [f"{verdict.starved} tokens that see only themselves"] * bool(verdict.starved)
+    # As in LongNet: what heads need to share out all residues, and a window. The cheapest pattern that joins all learns little (ADR 0096).
+    budget = -(-length // (2 * num_heads)) + 64 if pattern.causal else -(-length // num_heads) + 128
     warnings.warn(
-        f"{pattern} leaves {' and '.join(apart)} at {length} tokens and {num_heads} heads. This pattern joins them, with the layers of your "
-        f"model for LAYERS: Dilated.for_length({length}, layers=LAYERS, num_heads={num_heads}, causal={pattern.causal}), in "
-        f"PatternAttention or MultiheadPatternAttention",
+        f"{pattern} leaves {' and '.join(apart)} at {length} tokens and {num_heads} heads. This pattern shows every token in some head, with the "
+        f"layers of your model for LAYERS: Dilated.for_length({length}, layers=LAYERS, budget={budget}, num_heads={num_heads}, "
+        f"causal={pattern.causal}), in PatternAttention or MultiheadPatternAttention",
         ReachWarning,
         stacklevel=4,
     )

@@ -7,8 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
@@ -25,8 +24,7 @@ function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack
 """Number of torch-function modes (device contexts are such) active in this thread."""
 
 
-@dataclass(frozen=True, slots=True)
-class BufferRequest:
+class BufferRequest(NamedTuple):
     """A buffer that can be allocated. `nbytes` is exact; `device` has an index wherever devices are numbered."""
 
     shape: tuple[int, ...]

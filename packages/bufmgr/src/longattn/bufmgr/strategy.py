@@ -30,6 +30,8 @@ class Strategy(enum.Enum):
     FRAGMENT_AWARE = "fragment_aware"
     DIRECT = "direct"
 
+    __hash__ = object.__hash__  # as BufferType's: Enum's own is a Python call
+
 
 class _Row(NamedTuple):
     strategy: Strategy

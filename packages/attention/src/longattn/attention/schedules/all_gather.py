@@ -93,6 +93,8 @@ class _GatheredRun(ScheduleRun):
     def key_gradients(self) -> tuple[Tensor, Tensor]:
         own = (self.work.k, self.work.v)
         parts = [self.whole.keys.cut(total.wide()) for total in self.sums]
+        # Keys of all ranks have been used: they do not stand beside the gradients that arrive.
+        del self.k, self.v, self.sums
         swapped = [Swapped(x, [tuple(like.shape)] * len(x)) for x, like in zip(parts, own, strict=True)]
         dk, dv = (_in_order(received) for received in self._swap("gradients", swapped))
         return dk, dv

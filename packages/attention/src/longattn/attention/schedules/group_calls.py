@@ -294,18 +294,18 @@ class Exchange:
         outgoing = [(peer, x) for peer, x in sends if x.numel()]
         tag = calls.first_tag(calls.number) + kind if tag is None else tag
         sent, received = calls.posted.setdefault(tag, ([], []))
+        parcels, works = (*incoming, *outgoing), list[Any]()
         try:
-            works = calls.place.post(incoming, outgoing, tag)
+            for work in calls.place.post(incoming, outgoing, tag):
+                works.append(work)
         except RuntimeError as error:
-            peers = sorted({peer for peer, _ in (*incoming, *outgoing)})
+            peer = parcels[len(works)][0]
             raise calls.error(
-                f"a message could not be posted to or from ranks {peers}: {error}", peers[0], label
+                f"rank {peer} is gone: a message could not be posted: {str(error).splitlines()[0]}", peer, label
             ) from error
         sent += [(peer, _nbytes(x)) for peer, x in outgoing]
         received += [(peer, _nbytes(x)) for peer, x in incoming]
-        self.job = PendingWorks(
-            [(peer, x, work) for (peer, x), work in zip((*incoming, *outgoing), works, strict=True)]
-        )
+        self.job = PendingWorks([(peer, x, work) for (peer, x), work in zip(parcels, works, strict=True)])
         if works:
             calls.submit(self)
         if kind != HEADERS:

@@ -6,7 +6,7 @@ device's, and tags are ignored: there headers alone keep calls apart.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -114,20 +114,19 @@ class Place:
         """The group's ranks, by their numbers in the world."""
         return dist.get_process_group_ranks(self.group)
 
-    def post(self, receives: Sequence[Parcel], sends: Sequence[Parcel], tag: int) -> list[Any]:
-        """Begin receives and sends; torch's `Work` of each, in that order."""
+    def post(self, receives: Sequence[Parcel], sends: Sequence[Parcel], tag: int) -> Iterator[Any]:
+        """Begin receives and sends; torch's `Work` of each, in that order, as it is begun: an error is that of the next one."""
         group: Any = self.group
         if not receives and not sends:
-            return []
+            return
         if dist.get_backend(group) != "nccl":
             # What isend and irecv do, without their checks of each tensor and rank: headers are on every call's way.
-            return [
-                *(group.recv([x], peer, tag) for peer, x in receives),
-                *(group.send([x], peer, tag) for peer, x in sends),
-            ]
+            yield from (group.recv([x], peer, tag) for peer, x in receives)
+            yield from (group.send([x], peer, tag) for peer, x in sends)
+            return
         operations = [dist.P2POp(dist.irecv, x, dist.get_global_rank(group, p), group, tag) for p, x in receives]
         operations += [dist.P2POp(dist.isend, x, dist.get_global_rank(group, p), group, tag) for p, x in sends]
-        return cast(Any, dist.batch_isend_irecv(operations))
+        yield from cast(Any, dist.batch_isend_irecv(operations))
 
 
 def many_processes() -> bool:

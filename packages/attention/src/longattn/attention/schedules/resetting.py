@@ -59,7 +59,7 @@ class _Rendezvous:
             (p, torch.frombuffer(m, dtype=torch.uint8).to(device)) for p, m in zip(peers, self.messages, strict=True)
         ]
         try:
-            works = calls.place.post(self.receives, sends, _RESET_TAG)
+            works = list(calls.place.post(self.receives, sends, _RESET_TAG))
         except RuntimeError as error:
             raise calls.error(f"a rank is gone: {error}; make the group anew", None, "reset") from error
         self.jobs = [

@@ -56,7 +56,7 @@ class Prediction:
     Attributes:
         engine: as in `ENGINES`. seconds: of the pass. compute, transfer: seconds of each without the other.
         memory: bytes on the device: q, k, v, out, lse, what travels, and in training their gradients.
-        in_flight: of those, what travels. received: bytes that the rank receives. readers: how many ranks were looked at.
+        in_flight: of those, what travels and what it is put into. received: bytes that the rank receives. readers: how many ranks were looked at.
     """
 
     engine: str
@@ -76,6 +76,8 @@ class _Step:
     """(key row, kv head) pairs that are read."""
     sent: int
     """And of those, the ones that another rank sends."""
+    unpacked: int
+    """(key row, kv head) pairs of the shard that they are put into; 0 where a whole shard travels, or none."""
 
 
 def simulate(call: ScheduledCall, engine: str, hardware: Hardware, *, backward: bool) -> Prediction:
@@ -127,9 +129,26 @@ def _reader(call: ScheduledCall, engine: str, rows: Spans, reader: int, at: Hard
             seconds += sum(times) + sends[0]
         compute, transfer = compute + sum(times), transfer + sum(sends)
         received, most = received + sum(moved), max(most, *moved)
-    in_flight = 2 * most if ring == "ring" else most
+    if ring == "ring":
+        in_flight = _ring_bytes(call, steps, backward)
+    else:
+        # What arrived is joined with this rank's own rows: in a backward whole keys and their gradients stand, in a forward parts and the whole.
+        own = queries * (size + wide) if backward else call.length * size
+        in_flight = most + call.batch * call.kv_heads * call.width * own
     memory = _held(call, rows, backward) + in_flight
     return Prediction(engine, seconds, compute, transfer, memory, in_flight, received, 1)
+
+
+def _ring_bytes(call: ScheduledCall, steps: tuple[_Step, ...], backward: bool) -> int:
+    """Of shards that travel, and of what they are put into: keys of two steps; gradients that are computed, that are sent, and that arrive."""
+    size, wide = call.dtype.itemsize, state_dtype(call.dtype).itemsize
+    sent, unpacked = max(step.sent for step in steps), max(step.unpacked for step in steps)
+    slots = min(2, sum(step.sent > 0 for step in steps))
+    pairs = (slots * sent + unpacked) * size
+    if backward:
+        # Where one step sends, the computed ones are those that are sent.
+        pairs += ((unpacked or sent) + slots * sent) * wide
+    return call.batch * call.width * pairs
 
 
 @lru_cache(maxsize=256)
@@ -144,8 +163,10 @@ def _steps(call: ScheduledCall, layout: str, reader: int) -> tuple[_Step, ...]:
         plan = call.pattern.plan(Rectangle(call.heads, rows[reader], rows[owner]))
         pairs = sum(branch.pairs * branch.heads.length for branch in plan.branches)
         if distance == 0 or pairs:
-            read = _key_rows(plan, call.kv_heads, count_rows(rows[owner]))
-            steps.append(_Step(pairs, read, read if distance else 0))
+            shard = count_rows(rows[owner])
+            read, all_keys = _key_rows(plan, call.kv_heads, shard), shard * call.kv_heads
+            sent = read if distance else 0
+            steps.append(_Step(pairs, read, sent, all_keys if 0 < sent < all_keys else 0))
     return tuple(steps)
 
 
@@ -187,7 +208,7 @@ def _ulysses(call: ScheduledCall, at: Hardware, backward: bool) -> Prediction:
         raise ValueError(f"ulysses must have a kv head a rank, got {call.kv_heads} kv heads for {call.ranks} ranks")
     slowest = max(shares)
     kv_heads = -(-call.kv_heads // call.ranks)
-    step = _Step(slowest.work, call.length * kv_heads, 0)
+    step = _Step(slowest.work, call.length * kv_heads, 0, 0)
     mine = LAYOUTS["contiguous"](call.length, call.ranks).rows()[0]
     compute = transfer = 0.0
     received = 0

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from operator import attrgetter, index
 
+from longattn.bufmgr.leasing.guard import FREE
 from longattn.bufmgr.leasing.lease import Lease, UseCounter
 from longattn.bufmgr.memory.allocator import Block
 
@@ -134,9 +135,9 @@ class BlockCache:
         """Keep a lease open as a slot; return the blocks that are evicted for it."""
         assert lease.block is not None
         lease.used = self.stamp()
-        lease.siblings = next(
-            (slot.siblings for slot in self.slots if slot.serves(lease.request, lease.kind)), deque[Lease]()
-        )
+        alike = (slot for slot in self.slots if slot.nbytes == lease.nbytes and slot.serves(lease.request, lease.kind))
+        first = next(alike, None)
+        lease.siblings = deque[Lease]() if first is None else first.siblings
         lease.siblings.append(lease)
         self.slots.append(lease)
         self.nbytes += lease.block.nbytes
@@ -155,7 +156,7 @@ class BlockCache:
         evicted: list[Block] = []
         while len(self._blocks) + len(self.slots) > self.max_buffers or self.nbytes > self.max_bytes:
             over_count = self.nbytes <= self.max_bytes
-            in_use = [slot for slot in self.slots if not slot.is_free()]
+            in_use = [slot for slot in self.slots if slot.owners.value != FREE and not slot.is_free()]
             if in_use:
                 self.close_slot(min(in_use, key=_used))
             else:

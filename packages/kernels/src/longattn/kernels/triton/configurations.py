@@ -63,6 +63,8 @@ ARCHITECTURES = {
 }
 
 
+_NVIDIA = tuple(name for name in ARCHITECTURES if name.startswith("sm_"))
+
 TileShape = tuple[int, ...]
 """Fields of a `Configuration`, in order."""
 
@@ -121,12 +123,20 @@ _MASKED: dict[str, tuple[TileShape, ...]] = {
 """kernel -> a tile for each of HEAD_DIMS, of 16-bit types with a mask, a bias, padding or dropout: addresses, flags and random words of as many pairs
 stand in registers beside scores, where wider tiles keep them in memory."""
 
-_MASKED_FLOAT32: dict[tuple[str, int], TileShape] = {
-    ("forward", 16): (64, 32, 8, 1),
-    ("forward", 32): (64, 32, 8, 1),
-    ("backward_keys", 64): (32, 16, 8, 1),
+_MASKED_ALONE: dict[tuple[str, str, int, int], TileShape] = {
+    **{("forward", name, dim, 4): (64, 32, 8, 1) for name in _NVIDIA for dim in (16, 32)},
+    **{("backward_keys", name, 64, 4): (32, 16, 8, 1) for name in _NVIDIA},
+    **{("backward_keys", name, 64, 2): (32, 32, 8, 1) for name in ("sm_80", "sm_89")},
+    **{("backward_keys", name, 128, 2): (32, 16, 8, 1) for name in ("sm_80", "sm_89")},
+    # With eight warps each has half the registers there.
+    **{("decode", "gfx942", dim, 4): (64, 32, 4, 1) for dim in (16, 32)},
+    **{("backward_keys", "gfx942", dim, 4): (32, 32, 4, 1) for dim in (16, 32)},
+    **{("backward_queries", "gfx942", dim, 4): (32, 32, 4, 1) for dim in (32, 64)},
+    **{(kernel, "gfx942", 64, 4): (32, 32, 4, 1) for kernel in ("forward", "decode")},
+    ("forward", "gfx942", 256, 4): (32, 16, 4, 1),
 }
-"""(kernel, head_dim) -> a tile on NVIDIA of float32 with a mask, a bias, padding or dropout, where the plain one would not fit in registers."""
+"""(kernel, architecture, head_dim, bytes an element) -> a tile of such calls there, where neither the one above nor, in float32, the plain one fits in
+registers."""
 
 _WITH_PRIOR: dict[tuple[str, str, int], TileShape] = {("forward", "sm_90", 128): (128, 64, 8, 2)}
 """(kernel, architecture, head_dim) -> a tile of 16-bit types that a prior is merged into, where its addresses find no registers beside the plain one."""
@@ -154,8 +164,11 @@ DENSE: dict[tuple[str, int], Configuration] = {
 }
 """(architecture, head_dim) -> a tile of the warp-specialised kernel, of 16-bit types. `warps` are those of one consumer; the compiler adds the others."""
 
-PAGED = Configuration(64, 64, 4, 2)
-"""The tile of decode steps over pages: up to so many queries that share keys, slots, warps and stages."""
+PAGED = {2: Configuration(32, 32, 4, 2), 4: Configuration(16, 16, 8, 1)}
+"""Bytes an element of q -> the tile of decode steps over pages: up to so many queries that share keys, slots, warps and stages."""
+
+PAGED_WIDTHS = {2: 256, 4: 128}
+"""Bytes an element of q -> the widest head_dim whose tiles fit in registers there."""
 
 FEW_ROWS = 64
 """Query rows x grouped heads up to which a call is a decode: one tile of queries, keys split over programs."""
@@ -212,8 +225,8 @@ def choose(
         return _INTERPRETED, width
     target = table_architecture(architecture)
     tile = TABLE[kernel, target, width, element_size]
-    if masked and element_size == 4 and target != "gfx942":
-        tile = Configuration(*_MASKED_FLOAT32.get((kernel, width), astuple(tile)))
+    if masked and (alone := _MASKED_ALONE.get((kernel, target, width, element_size))) is not None:
+        tile = Configuration(*alone)
     elif masked and element_size == 2:
         tile = Configuration(*_MASKED[kernel][HEAD_DIMS.index(width)])
         if target == "gfx942":

@@ -24,23 +24,24 @@ def attend_pages(
     batch, heads, group, dim = q.shape
     rows, value_dim = batch * heads, cache.widths[1]
     added = added if added.stride(3) == 1 or held == 1 else added.contiguous()
-    tiles = -(-held // PAGED.streamed)
+    tile = PAGED[q.element_size()]
+    tiles = -(-held // tile.streamed)
     parts = min(tiles, max(1, -(-programs(q.device) // rows)))
-    each = -(-tiles // parts) * PAGED.streamed
+    each = -(-tiles // parts) * tile.streamed
     parts = -(-held // each)
     part_out = torch.empty((parts, rows, group, value_dim), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((parts, rows, group), dtype=torch.float32, device=q.device)
     float8 = cache.keys.dtype == torch.float8_e4m3fn
     keys, values = (x.view(torch.int8) if float8 else x for x in (cache.keys, cache.values))
-    block = min(PAGED.owned, max(16, padded(group)))
+    block = min(tile.owned, max(16, padded(group)))
     run(
         paged_kernel, (rows, parts, -(-group // block)),
         q, keys, values, *cache.scales, pages, added, part_out, part_lse,
         heads, group, held, pages.shape[2], each, *added.stride()[:3], scale, rows,
         PAGE=cache.page_size, HEAD_DIM=dim, VALUE_DIM=value_dim, BLOCK_D=padded(dim), BLOCK_V=padded(value_dim), BLOCK_G=block,
-        BLOCK_N=PAGED.streamed, FLOAT8=float8, UNIT=256.0 if float8 else 1.0, PRECISION=precision(q.dtype),
-        UPCAST=INTERPRETED and q.dtype == torch.bfloat16, device=q.device, num_warps=PAGED.warps,
-        num_stages=PAGED.stages,
+        BLOCK_N=tile.streamed, FLOAT8=float8, UNIT=256.0 if float8 else 1.0, PRECISION=precision(q.dtype),
+        UPCAST=INTERPRETED and q.dtype == torch.bfloat16, device=q.device, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
     run(
         merge_kernel, (-(-rows * group // 16),),

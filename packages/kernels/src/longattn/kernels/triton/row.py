@@ -13,7 +13,7 @@ from longattn.kernels.dispatch.capability import ROUNDED_WITHIN, Capability
 from longattn.kernels.far_rows import exact_backward, exact_forward
 from longattn.kernels.problem import AttentionProblem
 from longattn.kernels.triton import availability, paged_check, self_check
-from longattn.kernels.triton.configurations import FEW_ROWS, dense_tile
+from longattn.kernels.triton.configurations import FEW_ROWS, PAGED_WIDTHS, dense_tile
 from longattn.patterncache import Plan
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def bind_backward(
 
 def serves_pages(cache: PagedCache, q: Tensor) -> bool:
     """Whether triton takes decode steps over such a cache here: it is here, and the kernel was right on this device."""
-    served = cache.keys.device.type in CAPABILITY.devices and max(cache.widths) <= (CAPABILITY.max_head_dim or 0)
-    able = served and q.dtype in CAPABILITY.tolerance and refusal() is None
+    served = cache.keys.device.type in CAPABILITY.devices and q.dtype in CAPABILITY.tolerance
+    able = served and max(cache.widths) <= PAGED_WIDTHS[q.element_size()] and refusal() is None
     return able and paged_check.passed(cache, q, attend_pages)
 
 
