@@ -172,6 +172,8 @@ def case_ulysses_over_a_ring_of_uneven_lengths() -> None:
         part = parts[mesh.get_local_rank("ring")]
         shares = (*(2 + rank for rank in range(sizes[1] - 1)), part - sum(2 + rank for rank in range(sizes[1] - 1)))
         ring = Ring(mesh["ring"], lengths=parts)
+        # Ranks that were told no lengths send theirs, the part's as a whole to the ring.
+        check(Ulysses(mesh["heads"], inner=Ring(mesh["ring"])), PATTERNS[0], sum(parts))
         for schedule in (Ulysses(mesh["heads"], inner=ring), Ulysses(mesh["heads"], lengths=shares, inner=ring)):
             check(schedule, PATTERNS[0], sum(parts))
             check(schedule, PATTERNS[1], sum(parts), attention_mask=randn(8, sum(parts), sum(parts), seed=9))

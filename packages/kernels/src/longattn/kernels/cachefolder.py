@@ -10,13 +10,20 @@ import contextlib
 import hashlib
 import logging
 import os
+import shutil
 import stat
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 logger = logging.getLogger("longattn.kernels")
 
-_ASIDE = ".damaged"
+_ASIDE, _WORKSHOP = ".damaged", "building-"
 
 
 def cache_folder() -> Path | str:
@@ -86,6 +93,26 @@ def find(folder: Path, stem: str) -> Path | None:
                 return path
             set_aside(path, "is not what was compiled")
     return None
+
+
+@contextlib.contextmanager
+def workshop(folder: Path) -> Generator[Path, None, None]:
+    """A folder within for what is being made. Other processes wait, where the system locks folders; what killed ones left is removed.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        if fcntl is not None:
+            lock = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, lock)
+            with contextlib.suppress(
+                OSError
+            ):  # some network file systems have no locks: then each process makes its own
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                for left in folder.glob(f"{_WORKSHOP}*"):
+                    shutil.rmtree(left, ignore_errors=True)
+        yield Path(held.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=_WORKSHOP)))
 
 
 def is_whole(path: Path) -> bool:

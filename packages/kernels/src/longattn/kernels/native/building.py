@@ -5,7 +5,7 @@
 2. `library` loads the one that came with the package (a platform wheel has one for each level, in `prebuilt`), or one from the cache folder,
    or compiles it there first. It is asked for by the first call that needs the part. What
    fails then is remembered as one more reason.
-3. A compile writes a file of its own and renames it: of two processes that build at once, neither sees half a file.
+3. A compile writes a file of its own and renames it: nobody sees half a file. Of processes that want it at once, one compiles.
 
 A file's name is a hash of source, flags and compiler, and a digest of its bytes. LONGATTN_NATIVE=0 switches the row off, another value is
 the widest level to use. Read once a process: LONGATTN_CACHE is the folder (default: longattn in the user's cache folder),
@@ -19,7 +19,6 @@ import hashlib
 import logging
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -275,11 +274,11 @@ def compile_for(binary: Target) -> Path:
     source = files("longattn.kernels.native").joinpath(part.source)
     words = " ".join(compiler.words)
     what = f"compiling {part.subject} ({binary.level}) with {words} into {binary.folder} (once, usually under a minute; python -m longattn.kernels build does so beforehand)"
-    with (
-        progress(what, logger, after=0),
-        tempfile.TemporaryDirectory(dir=binary.folder, prefix="building-") as own,
-    ):
-        made = Path(own) / "native.so"
+    with progress(what, logger, after=0), cachefolder.workshop(binary.folder) as own:
+        by_another = cachefolder.find(binary.folder, binary.stem)
+        if by_another is not None:
+            return by_another
+        made = own / "native.so"
         command = compiler.command(binary.flags, str(source), str(made))
         logger.debug("native row: %s", " ".join(command))
         compiling.run(compiler, command)
