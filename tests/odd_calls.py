@@ -128,6 +128,7 @@ add(
     "kernels.attend", **qkv(), pattern=Window(3), **OPTIONS, prior=None, q_spans=None, k_spans=None, heads=None, num_heads=None,
     seed=None, sink_logits=None, out_dtype=None, layout="bnhd",
 )  # fmt: skip
+add("kernels.build_native", part="native")
 add("kernels.prepare", **qkv(), pattern=Window(3), **OPTIONS, out_dtype=None)
 add("kernels.PreparedAttention", kernels.prepare(Window(3), **qkv()), **qkv())
 add("kernels.fused_attention", **qkv(), causal=True, sm_scale=None)

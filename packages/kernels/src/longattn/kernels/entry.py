@@ -150,10 +150,13 @@ def sharding_module() -> Any:
     return import_module("longattn.kernels.ops.sharding")
 
 
-@torch.compiler.assume_constant_result  # pyright: ignore[reportUnknownMemberType]
 def _know_sharding() -> bool:
     """Have the op's rules for DTensors registered; in traced code, while it is traced."""
     return bool(sharding_module())
+
+
+# What torch.compiler.assume_constant_result does; that one imports torch._dynamo, and with it triton, for everybody.
+_know_sharding._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _exchanged_state(state: AttentionState) -> AttentionState:

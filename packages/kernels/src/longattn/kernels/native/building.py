@@ -118,7 +118,7 @@ def build_native(part: str = "native") -> Path:
         NativeBuildError: there is no library to be had; the message is the reason that the row gives.
         ValueError: an unknown part.
     """
-    if part not in PARTS:
+    if not isinstance(part, str) or part not in PARTS:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
     library(part)
     path = current(part).path

@@ -165,8 +165,7 @@ def _of_other_lengths(
     """
     family = _family(key, options.attention_mask, options.key_padding_mask)
     like = None if family is None else LENGTHS.find(family)
-    nq, nk = q.shape[1], k.shape[1]
-    if like is None or not 0 < nq <= nk:
+    if like is None or not 0 < (nq := q.shape[1]) <= (nk := k.shape[1]):
         return None
     arguments = like.arguments._replace(k_spans=[0, nk, 1])
     if options[_Q_START] is None:
@@ -186,7 +185,7 @@ def _family(key: tuple[Hashable, ...], mask: object, key_padding: object) -> tup
         return None
     place, text, q, k, v, *rest = key
     shapes = k[0], v[0]  # type: ignore[index]
-    if shapes[0][1] != shapes[1][1]:
+    if len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][1] != shapes[1][1]:
         return None
     forms = [(shape[0], shape[2:], x[1][1:], x[2:]) for shape, x in zip(shapes, (k, v), strict=True)]  # type: ignore[index]
     return place, text, q, *forms, *rest
