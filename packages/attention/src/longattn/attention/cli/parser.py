@@ -6,6 +6,7 @@ import argparse
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 PATTERN_FORMS = """\
 patterns:
@@ -19,6 +20,14 @@ patterns:
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SHELLS = ("bash", "zsh", "tcsh")
+
+
+def _new_file(text: str) -> str:
+    """A file that can be written later: said before anything is computed for it."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+    return text
 
 
 class _PrintCompletion(argparse.Action):
@@ -123,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument(
         "--layers", type=positive, metavar="N", help="also say what tokens have heard of after so many layers"
     )
-    show.add_argument("--png", metavar="FILE", help="also draw a picture (needs matplotlib)")
+    show.add_argument("--png", type=_new_file, metavar="FILE", help="also draw a picture (needs matplotlib)")
 
     plan = command("plan", "estimate memory and time of a model, before renting hardware", pattern=True)
     for name, default, what in (
@@ -186,8 +195,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="interleaved rounds, one more warms up (default: %(default)s)",
     )
     bench.add_argument("--threads", type=positive, metavar="N", help="torch's threads (default: torch's own)")
-    bench.add_argument("--csv", metavar="FILE", help="also write the rows")
-    bench.add_argument("--png", metavar="FILE", help="also draw them (needs matplotlib)")
+    bench.add_argument("--csv", type=_new_file, metavar="FILE", help="also write the rows")
+    bench.add_argument("--png", type=_new_file, metavar="FILE", help="also draw them (needs matplotlib)")
 
     demo = command(
         "demo",
