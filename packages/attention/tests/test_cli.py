@@ -199,10 +199,6 @@ def test_memory_runs_a_script_and_tells_what_is_held(capsys, tmp_path):
             ("bench", "--peers", "sdpa-mask", "--length", "20000"),
             "--length must be at most 16384 with --peers sdpa-mask, got 20000",
         ),
-        pytest.param(
-            ("show", "--length", "64", "--png", "/nowhere/at/all.png"),
-            marks=pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed"),
-        ),
         (("memory", "/nowhere/script.py"), "script must be a file"),
     ],
 )
