@@ -184,7 +184,7 @@ def _family(key: tuple[Hashable, ...], mask: object, key_padding: object) -> tup
     if mask is not None or key_padding is not None:
         return None
     place, text, q, k, v, *rest = key
-    shapes = k[0], v[0]  # type: ignore[index]
+    shapes: list[tuple[int, ...]] = [x[0] for x in (k, v)]  # type: ignore[index]
     if len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][1] != shapes[1][1]:
         return None
     forms = [(shape[0], shape[2:], x[1][1:], x[2:]) for shape, x in zip(shapes, (k, v), strict=True)]  # type: ignore[index]
