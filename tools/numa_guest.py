@@ -102,7 +102,7 @@ def initramfs(busybox: Path, modules: dict[str, bytes]) -> bytes:
         checks=ROOT / "tools" / "numa_guest_checks.py",
         passed=_PASSED,
     )
-    folders = dict.fromkeys(("bin", "modules", "root", "dev"), (16877, b""))
+    folders = dict.fromkeys(("bin", "modules", "guest", "dev"), (16877, b""))
     files = {f"modules/{name}.ko": (0o100644, code) for name, code in modules.items()}
     return cpio(
         {**folders, **files, "bin/busybox": (0o100755, busybox.read_bytes()), "init": (0o100755, script.encode())}
