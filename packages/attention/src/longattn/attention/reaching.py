@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from longattn.patterncache import Pattern
@@ -14,6 +15,11 @@ class ReachWarning(UserWarning):
 _JUDGED: set[tuple[str, int, int]] = set()
 MOST_JUDGED = 4096
 """Lengths that are remembered as judged; then all are forgotten, and a warning may come again."""
+
+
+def residues_budget(length: int, num_heads: int, causal: bool) -> float:
+    """Keys a query that let heads share out all residues, and a window: the cheapest pattern that joins all tokens learns little (ADR 0096)."""
+    return length / (2 * num_heads) + 64 if causal else length / num_heads + 128
 
 
 def warn_apart(pattern: Pattern, length: int, num_heads: int) -> None:
@@ -31,8 +37,7 @@ def warn_apart(pattern: Pattern, length: int, num_heads: int) -> None:
         return
     apart = [f"{verdict.islands} islands of tokens that no depth joins"] * (verdict.islands > 1)
     apart += [f"{verdict.starved} tokens that see only themselves"] * bool(verdict.starved)
-    # As in LongNet: what heads need to share out all residues, and a window. The cheapest pattern that joins all learns little (ADR 0096).
-    budget = -(-length // (2 * num_heads)) + 64 if pattern.causal else -(-length // num_heads) + 128
+    budget = math.ceil(residues_budget(length, num_heads, pattern.causal))
     warnings.warn(
         f"{pattern} leaves {' and '.join(apart)} at {length} tokens and {num_heads} heads. This pattern shows every token in some head, with the "
         f"layers of your model for LAYERS: Dilated.for_length({length}, layers=LAYERS, budget={budget}, num_heads={num_heads}, "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longattn.attention.arguments import CallOptions
 from longattn.attention.models.generation import TokenStream, generate
 from longattn.attention.models.layers import DilatedTransformerEncoderLayer
+from longattn.attention.reaching import residues_budget
 from longattn.attention.validate import check_bool, check_factory, check_size, check_type
 from longattn.kernels.interface import check_dropout
 from longattn.patterncache import Dilated
@@ -96,7 +97,7 @@ class LongNet(nn.Module):
             )
         if segment_lengths is None and "pattern" not in attention:
             length, heads = check_size("max_length", max_length), check_size("nhead", nhead)
-            keys = length / (2 * heads) + 64 if budget is None else budget
+            keys = residues_budget(length, heads, causal=True) if budget is None else budget
             options["pattern"] = Dilated.for_length(length, count, keys, heads)
         branches = () if segment_lengths is None or dilation_rates is None else (segment_lengths, dilation_rates)
         self.layers = nn.ModuleList(
