@@ -182,7 +182,7 @@ def test_memory_runs_a_script_and_tells_what_is_held(capsys, tmp_path):
         (("show", "--pattern", "dilated:64:0"), "dilation_rates"),
         (("show", "--pattern", "[1"), "must be a canonical string"),
         (("show", "--head", "8"), "--head must be below --heads=8, got 8"),
-        (("explain", "--architecture", "sm_90"), "--architecture must come with the --device that has it"),
+        (("explain", "--architecture", "sm_90"), "architecture must be None for device=cpu"),
         (("explain", "--backend", "fast"), "backend must be None or one of"),
         (("explain", "--machine", "abacus"), "machine must be one of"),
         (("plan", "--machine", "abacus"), "--machine must be one of A100"),

@@ -123,7 +123,7 @@ def explain(
         dropout=dropout,
         backward=requires_grad,
         deterministic=deterministic,
-        architecture=_architecture(device) if architecture is None else check_architecture(architecture),
+        architecture=_architecture(device) if architecture is None else check_architecture(architecture, device),
     )
     if decode:
         if q_shape[1] != 1 or backend is not None or verbose or verify is not False:
@@ -191,7 +191,7 @@ def _architecture(device: torch.device | str | None) -> str:
     return architecture_of(place)
 
 
-def check_architecture(architecture: object) -> str:
+def check_architecture(architecture: object, device: torch.device | str | None) -> str:
     """Such as "sm_90" or "gfx942"."""
     if not isinstance(architecture, str):
         raise TypeError(
@@ -199,6 +199,8 @@ def check_architecture(architecture: object) -> str:
         )
     if not re.fullmatch(r"sm_\d+[af]?|gfx[0-9a-f]+", architecture):
         raise ValueError(f"architecture must be None or a name such as 'sm_90' or 'gfx942', got {architecture!r}")
+    if check_device_type(device) == "cpu":
+        raise ValueError(f"architecture must be None for device=cpu, which has none, got {architecture!r}")
     return architecture
 
 

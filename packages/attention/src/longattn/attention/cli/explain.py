@@ -13,10 +13,6 @@ from longattn.kernels import explain
 
 def run(options: Namespace) -> Report:
     """The rows of the dispatch table, each with its reasons or its expected time; status 1 where none serves."""
-    if options.architecture is not None and options.device == "cpu":
-        raise ValueError(
-            f"--architecture must come with the --device that has it, such as cuda, got {options.architecture!r} for cpu"
-        )
     kv_heads = options.kv_heads or options.heads
     found = explain(
         pattern_of(options),
