@@ -106,9 +106,8 @@ def workshop(folder: Path) -> Generator[Path, None, None]:
         if fcntl is not None:
             lock = os.open(folder, os.O_RDONLY)
             held.callback(os.close, lock)
-            with contextlib.suppress(
-                OSError
-            ):  # some network file systems have no locks: then each process makes its own
+            # Some network file systems have no locks: then each process makes its own.
+            with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 for left in folder.glob(f"{_WORKSHOP}*"):
                     shutil.rmtree(left, ignore_errors=True)

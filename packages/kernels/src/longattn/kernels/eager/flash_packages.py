@@ -79,8 +79,7 @@ class Package:
 
 @lru_cache
 def _is_installed(name: str) -> bool:
-    # Searching every directory of sys.path costs some 50 us, which each call of a new signature would pay. What is installed later counts once
-    # somebody imported it.
+    # Each call of a new signature would search every directory of sys.path again. What is installed later counts once somebody imported it.
     return find_spec(name) is not None
 
 

@@ -76,7 +76,7 @@ PARTS = {
     "decode": Part("decode.cpp", "the native decode steps", (*_PAGED, "decode_scratch", "decode")),
     "quantized": Part("quantized.cpp", "the native decode steps over 8 bits", _PAGED),
 }
-"""{how a library's name begins: what it is}. Each takes about 10 s to compile."""
+"""{how a library's name begins: what it is}."""
 
 logger = logging.getLogger("longattn.kernels")
 _guard = Lock()
@@ -184,7 +184,8 @@ def _opened(path: Path, entries: tuple[str, ...]) -> ctypes.CDLL:
         raise NativeBuildError(f"the library {path} cannot be loaded: {problem}") from problem
     missing = [name for entry in entries if not hasattr(handle, name := f"longattn_{entry}")]
     if missing:
-        cachefolder.set_aside(path, f"has no {missing[0]}")
+        if path.parent != PREBUILT:
+            cachefolder.set_aside(path, f"has no {missing[0]}")
         raise NativeBuildError(f"the library {path} is not ours: it has no {', '.join(missing)}")
     return handle
 
