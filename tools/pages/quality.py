@@ -54,9 +54,9 @@ def accuracies(task: str = "recall", length: int = 128, layers: int = 2) -> str:
                 before["keys_per_query"],
                 f"{100 * float(before['answers_seen_directly']):.0f} %",
                 before["predicted_accuracy"],
-                came(own),
+                accuracy_of(own),
                 str(len(own)),
-                took(own),
+                steps_of(own),
                 spread((float(row["seconds"]) for row in own), 0),
             )
         )
@@ -72,7 +72,7 @@ def distances() -> str:
         cells = []
         for task, own in by_task.items():
             before = predicted().get((task, 128, 2, family), {}).get("predicted_accuracy")
-            cells.append(f"{came(own[family]) if family in own else 'not run'}, {before}")
+            cells.append(f"{accuracy_of(own[family]) if family in own else 'not run'}, {before}")
         if any(family in own for own in by_task.values()):
             lines.append((family, *cells))
     return table(("family", *by_task), lines)
@@ -114,12 +114,12 @@ def flops() -> str:
                     str(length),
                     own[0]["width"],
                     f"{int(own[0]['flops']) / 1000:.0f}",
-                    came(own),
+                    accuracy_of(own),
                     str(len(own)),
-                    took(own),
+                    steps_of(own),
                 )
                 + (
-                    ("64", came(alike[family]), took(alike[family]))
+                    ("64", accuracy_of(alike[family]), steps_of(alike[family]))
                     if family in alike
                     else ("64", "not run", "not run")
                 )
@@ -127,12 +127,12 @@ def flops() -> str:
     return table(heads, lines)
 
 
-def came(own: Runs) -> str:
+def accuracy_of(own: Runs) -> str:
     """Accuracy over seeds."""
     return spread(float(row["accuracy"]) for row in own)
 
 
-def took(own: Runs) -> str:
+def steps_of(own: Runs) -> str:
     """Steps to the best accuracy over seeds."""
     return spread((int(row["best_step"]) for row in own), 0)
 
