@@ -62,7 +62,7 @@ def ratios(rows: list[Measured], title: str) -> Figure:
     axes.tick_params(axis="x", top=True, labeltop=True)  # a page's height apart
     axes.minorticks_off()
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.margins(x=0.12, y=0.01)
+    axes.margins(x=0.16, y=0.01)
     axes.set_xlabel("CPU time of the other over ours", fontsize=8)
     axes.set_title(title, fontsize=10)
     return figure
