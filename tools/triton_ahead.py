@@ -94,12 +94,19 @@ FORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": ((), {}),
     "masked": (("mask", "bias", "padding"), {"MASK_ALL": True}),
     "dropout": ((), {"DROPOUT": True}),
-    "prior": (("prior_out", "prior_lse"), {}),
-    "all": (("mask", "bias", "padding", "prior_out", "prior_lse"), {"MASK_ALL": True, "DROPOUT": True}),
+    "prior": (("prior_out", "prior_lse"), {"ADD": True}),
+    "deterministic": ((), {"REDUCE": False}),
+    "all": (("mask", "bias", "padding", "prior_out", "prior_lse"), {"MASK_ALL": True, "DROPOUT": True, "ADD": True}),
     "terms": (("by_distance",), {"SOFTCAP": True, "COLUMNS": 258}),
     "listed": ((), {"LISTED": True}),
 }
-"""What a call may have beside q, k and v: (arguments that are there, constants). Each is compiled with the tile that `choose` gives it."""
+"""What a call may have beside q, k and v: (arguments that are there, constants). Each is compiled with the tile that `choose` gives it.
+
+With a prior, queries add to the dq of an earlier launch; deterministic, keys make no share of dq.
+"""
+
+ALONE = {"prior": ("forward", "dense", "decode", "backward_queries"), "deterministic": ("backward_keys",)}
+"""Forms that only some kernels have: which."""
 
 STORED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "int8": (("k_scale", "v_scale"), {}),
@@ -193,7 +200,12 @@ def lines(architectures: Iterator[str] | list[str], *, every_form: bool = False)
         if dim <= PAGED_WIDTHS[size]
     ]
     paged += [replace(line, form=form) for form in STORED if every_form for line in paged]
-    return plain + dense + paged + [in_form(line, form) for form in forms for line in plain]
+    return (
+        plain
+        + dense
+        + paged
+        + [in_form(line, form) for form in forms for line in plain if line.kernel in ALONE.get(form, _KERNELS)]
+    )
 
 
 def in_form(line: TableLine, form: str) -> TableLine:
@@ -203,13 +215,17 @@ def in_form(line: TableLine, form: str) -> TableLine:
     return replace(line, form=form, configuration=choose(*key, form == "terms", masked, prior)[0])
 
 
+def _form(line: TableLine) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return (FORMS | STORED)["plain" if line.form == NARROW_STRIDES else line.form]
+
+
 def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
     """The kernel as a call with plain, contiguous tensors would specialise it; `flags` replace constants."""
     kernel, tile = _KERNELS[line.kernel], line.configuration
     own = {"backward_keys": "BLOCK_N", "paged": "BLOCK_G"}.get(line.kernel, "BLOCK_M")
     other = "BLOCK_M" if line.kernel == "backward_keys" else "BLOCK_N"
     value_dim = line.value_dim or line.head_dim
-    present, form_flags = (FORMS | STORED)["plain" if line.form == NARROW_STRIDES else line.form]
+    present, form_flags = _form(line)
     constants = {
         "HEAD_DIM": line.head_dim, "BLOCK_D": line.head_dim, "VALUE_DIM": value_dim, "BLOCK_V": value_dim, own: tile.owned, other: tile.streamed, "LISTED": False,
         "CHUNK": min(tile.chunk or line.head_dim, line.head_dim),
@@ -291,7 +307,7 @@ def compile_line(line: TableLine, flags: dict[str, Any] | None = None) -> Need:
     shared, tile = kernel.metadata.shared, line.configuration
     if target.backend == "cuda":
         registers, spilled = _nvidia(kernel.asm["cubin"])
-        kept_apart = line.kernel == "backward_keys" and (flags or {}).get("REDUCE") is False
+        kept_apart = line.kernel == "backward_keys" and not (_form(line)[1] | (flags or {})).get("REDUCE", True)
         products = PRODUCTS[line.kernel] - kept_apart
         loop_faults = _loop_faults(kernel.asm["cubin"], line, products)
     else:
