@@ -26,6 +26,7 @@ from longattn.kernels.triton.configurations import (
     PAGED,
     TABLE,
     Configuration,
+    choose,
     with_terms,
 )
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
@@ -80,6 +81,11 @@ def test_forms_have_tiles_of_their_own():
         assert {forms[kernel, form] for form in expected} == {2 * len(HEAD_DIMS) + 2}
     prior = TableLine("forward", "sm_90", 128, 2, TABLE["forward", "sm_90", 128, 2])
     assert in_form(prior, "prior").configuration == Configuration(128, 64, 8, 2) != prior.configuration
+    assert in_form(prior, "listed").configuration == Configuration(128, 64, 8, 2)
+    assert in_form(prior, "terms").configuration == Configuration(128, 32, 8, 1)
+    # Beside a mask, score terms act on the tile of masks.
+    masked = choose("forward", "sm_90", 128, 2, masked=True)[0]
+    assert choose("forward", "sm_90", 128, 2, terms=True, masked=True)[0] == with_terms(masked)
     full = TableLine("backward_keys", "sm_80", 64, 4, TABLE["backward_keys", "sm_80", 64, 4])
     assert in_form(full, "all").configuration == Configuration(32, 16, 8, 1) != in_form(full, "prior").configuration
 

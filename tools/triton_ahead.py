@@ -212,7 +212,7 @@ def in_form(line: TableLine, form: str) -> TableLine:
     """The line as a call of that form takes it."""
     key = line.kernel, line.architecture, line.head_dim, line.element_size
     masked, prior = form in ("masked", "dropout", "all"), form in ("prior", "all")
-    return replace(line, form=form, configuration=choose(*key, form == "terms", masked, prior)[0])
+    return replace(line, form=form, configuration=choose(*key, form == "terms", masked, prior, form == "listed")[0])
 
 
 def _form(line: TableLine) -> tuple[tuple[str, ...], dict[str, Any]]:

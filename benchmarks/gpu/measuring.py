@@ -15,7 +15,7 @@ from benchmarks.gpu.experiments import Experiment
 from benchmarks.peers.on_gpu import peer_forward
 from benchmarks.record import surroundings
 from longattn.kernels import attend
-from longattn.kernels.triton import configurations, launch_forward
+from longattn.kernels.triton import configurations, forward_form
 from longattn.kernels.triton.availability import installed_version
 from longattn.patterncache import Full, Rectangle, Span
 
@@ -206,7 +206,7 @@ def use_tile(experiment: Experiment) -> None:
 def use_kernel(dense: bool | None) -> None:
     """Send dense tiles to the warp-specialised kernel in this process, or never."""
     if dense is not None:
-        launch_forward.is_dense = lambda call: dense
+        forward_form.is_dense = lambda call: dense
 
 
 def run(experiment: Experiment, device: str, repeats: int, reached: dict[str, float]) -> Row:

@@ -26,18 +26,22 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import JITFunction
 
+from longattn.kernels import attend
+from longattn.kernels.dispatch import table
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.environment import TorchAllocator
+from longattn.kernels.dispatch.environment import Environment, TorchAllocator
+from longattn.kernels.dispatch.prepared import LENGTHS, PREPARED
 from longattn.kernels.dispatch.table import RowFailure
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
-from longattn.kernels.triton import launch_backward, launch_dense, launch_forward, launching, passes
+from longattn.kernels.triton import forward_form, launch_backward, launch_dense, launch_forward, launching, passes, row
 from longattn.kernels.triton.availability import FAILURES, INTERPRETED, installed_version
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
 from longattn.kernels.triton.dense_kernel import dense_kernel
 from longattn.kernels.triton.forward_kernel import forward_kernel
+from longattn.kernels.triton.joblist import ENTRY_FIELDS, JOB_FIELDS
 from longattn.kernels.triton.merge_kernel import merge_kernel
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
-from longattn.patterncache import Dilated, Full, Pattern, Rectangle, Span, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, PatternCache, Rectangle, Span, Window
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreting, nothing is launched")
 
@@ -274,13 +278,98 @@ def test_a_bound_forward_follows_a_cache_that_grows(stub: StubDriver, pattern: P
         assert bound is not None
         grown = bound.at_lengths(call)
         if grown is None:
-            assert launch_forward._form(call) != bound._form or len(expected) != len(bound._launches)
+            assert forward_form.form_of(call) != bound._form or len(expected) != len(bound._launches)
             continue
         q, k, v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
         assert grown(q, k, v, None, call.allocator) is not None and len(stub.compiled) == compiled
         assert [described(launch) for launch in expected] == [described(launch) for launch in stub.launches]
         bound, followed = grown, followed + 1
     assert followed >= 9
+
+
+@pytest.fixture
+def serving(stub: StubDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
+    """The stub, and a row that serves tensors of the CPU too, through every floor above it."""
+    monkeypatch.setattr(row, "CAPABILITY", replace(row.CAPABILITY, devices=("cuda", "cpu")))
+    for forget in (table.row.cache_clear, table.explain_problem.cache_clear):
+        forget()
+    yield stub
+    monkeypatch.undo()
+    for forget in (table.row.cache_clear, table.explain_problem.cache_clear, PREPARED.clear, LENGTHS.clear):
+        forget()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Full(), Full(causal=True), Window(300, causal=True, sinks=4), Dilated((256, 512), (1, 2), causal=True)],
+    ids=lambda pattern: pattern.name,
+)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_tokens_of_a_cache_that_grows_are_made_ready_together(serving: StubDriver, pattern: Pattern, kv_heads: int):
+    """After three lengths plans are not asked for any more; each token launches what a forward of its own does, over tables that are those of
+    its plan, and compiles nothing. The same length again does, too.
+    """
+    cache = PatternCache()
+    environment = Environment(cache)
+    q = torch.empty(1, 1, 2, 64, dtype=torch.bfloat16)
+    keys, values = (torch.empty(1, 1200, kv_heads, 64, dtype=torch.bfloat16) for _ in range(2))
+    first = 960
+    for length in range(first, first + 90):
+        k, v = keys[:, :length], values[:, :length]
+        compiled = len(serving.compiled)
+        serving.launches.clear()
+        attend(q, k, v, pattern, backend="triton", environment=environment)
+        launched = serving.launches.copy()
+        assert len(serving.compiled) == compiled or length < first + 2 or length % 128 < 2
+        serving.launches.clear()
+        plan = pattern.plan(Rectangle(2, Span(length - 1, 1), Span(0, length)))
+        call = replace(call_of(pattern, nq=1, nk=length), q=q, k=k, v=v, plan=plan, out_dtype=torch.float32)
+        launch_forward.forward(call)
+        expected = serving.launches.copy()
+        assert [described(launch) for launch in launched] == [described(launch) for launch in expected]
+        own, alone = (read_tables(named(launches[0])) for launches in (launched, expected))
+        assert all(torch.equal(x, y) for x, y in zip(own, alone, strict=True))
+        serving.launches.clear()
+        attend(q, k, v, pattern, backend="triton", environment=environment)
+        assert [described(launch) for launch in serving.launches] == [described(launch) for launch in expected]
+    # Lengths at which keys are split into other parts are prepared with their plans.
+    assert cache.get_stats()["misses"] < 12
+
+
+def read_tables(arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """Jobs, entries and weights as far as a launch reads them: lines are filled up with any numbers."""
+    jobs = arguments["jobs_ptr"][: arguments["job_count"] * len(JOB_FIELDS)].view(-1, len(JOB_FIELDS))
+    entries = int(jobs[:, JOB_FIELDS.index("end")].max())
+    return [jobs, arguments["entries_ptr"][: entries * len(ENTRY_FIELDS)], arguments["weights_ptr"][:entries]]
+
+
+def test_a_token_made_ready_is_prepared_with_its_plan_where_its_tensors_lie_otherwise(serving: StubDriver):
+    """Keys that begin at an odd address have a variant of the kernel of their own; the plan is asked for then."""
+    cache = PatternCache()
+    environment, pattern = Environment(cache), Full(causal=True)
+    q = torch.empty(1, 1, 2, 64, dtype=torch.bfloat16)
+    memory = torch.empty(1200 * 2 * 64 + 1, dtype=torch.bfloat16)
+    keys, odd = (memory[at : at + 1200 * 2 * 64].view(1, 1200, 2, 64) for at in (0, 1))
+    for length in range(400, 408):
+        attend(q, keys[:, :length], keys[:, :length], pattern, backend="triton", environment=environment)
+    asked = cache.get_stats()["misses"]
+    for length in (407, 408):
+        attend(q, odd[:, :length], odd[:, :length], pattern, backend="triton", environment=environment)
+        assert named(serving.launches[0])["k_ptr"] is not None
+        asked += 1
+        assert cache.get_stats()["misses"] == asked
+
+
+def test_lengths_are_not_made_ready_beyond_where_a_pattern_ends(serving: StubDriver):
+    """A pattern of so many blocks has no plan after them; those before are made ready all the same."""
+    environment = Environment(PatternCache())
+    pattern = BlockSparse(16, [[True] * 4] * 4)
+    q = torch.empty(1, 1, 2, 64, dtype=torch.bfloat16)
+    keys = torch.empty(1, 70, 2, 64, dtype=torch.bfloat16)
+    for length in range(50, 65):
+        attend(q, keys[:, :length], keys[:, :length], pattern, backend="triton", environment=environment)
+    with pytest.raises(ValueError, match="64"):
+        attend(q, keys[:, :65], keys[:, :65], pattern, backend="triton", environment=environment)
 
 
 def test_strides_that_compile_another_variant_are_not_bound_so(stub: StubDriver):
@@ -320,7 +409,7 @@ def test_dense_tiles_have_a_launch_of_their_own(
     stub: StubDriver, monkeypatch: pytest.MonkeyPatch, pattern: Pattern, dtype: torch.dtype
 ):
     """The rest first, whose float32 state is the prior of the kernel for dense tiles, which writes out; bound, the same."""
-    monkeypatch.setattr(launch_forward, "is_dense", lambda call: True)
+    monkeypatch.setattr(forward_form, "is_dense", lambda call: True)
     call = call_of(pattern, nq=1024, nk=1024, out_dtype=dtype)
     out, lse = launch_forward.forward(call)
     *before, last = [(launch.kernel, named(launch)) for launch in stub.launches]

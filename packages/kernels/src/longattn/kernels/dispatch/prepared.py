@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from longattn.kernels.dispatch.memo import Memo
 from longattn.kernels.dispatch.settings import raw_settings
 from longattn.kernels.dispatch.table import RowFailure, TableRow, twice_differentiable
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
+from longattn.kernels.positions import last_positions
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.kernels.state import state_dtype
 from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
@@ -48,10 +50,12 @@ class PreparedCall:
     """
 
     __slots__ = (
+        "_ahead",
         "_backward",
         "_forward",
         "_like",
         "_plan",
+        "_steps",
         "_unbound_calls",
         "arguments",
         "plan_key",
@@ -82,9 +86,46 @@ class PreparedCall:
             self.problem = like.problem if same else replace(like.problem, listed=plan.listed)
         self.row: TableRow = select(self.problem, arguments.backend or None, plan, q.shape[0])
         self._like: Bound | None = None
+        # What binds the lengths to come, where this one was bound so, and how many before this one came one after the other.
+        self._ahead: Any = None
+        self._steps = 0 if like is None else like.steps_to(arguments)
         if like is not None and self.row is like.row and self.row.rebind is not None:
             # Bound at once, for lengths to come.
             self._like, self._unbound_calls = like._forward, 1
+
+    def steps_to(self, arguments: OpArguments) -> int:
+        """How many calls, this one included, came one after the other with a key more each, where a call of these arguments is the next; else 0."""
+        return self._steps + 1 if arguments.k_spans[1] == self.arguments.k_spans[1] + 1 else 0
+
+    def next_length(self, tensors: OpTensors, arguments: OpArguments) -> PreparedCall | None:
+        """The call of one key more of a cache that grows, without its plan; None where the row makes nothing ready, or for another form.
+
+        Plans of some lengths are made at once and nobody keeps them: what the call needs of its own was worked out. So the pattern cache is not asked.
+        """
+        steps, ahead = self.steps_to(arguments), self._ahead
+        if steps < _STEPS_BEFORE or self._forward is None or self.row.bind_ahead is None or arguments.needs_grad:
+            return None
+        if tensors.q.shape[1] != 1 or (self.row.refusal is not None and self.row.refusal() is not None):
+            return None
+        if ahead is None:
+            ahead = self.row.bind_ahead(
+                self._forward, partial(_plans_ahead, arguments, self.problem, self.row, tensors.q.shape[0])
+            )
+        bound = None if ahead is None else ahead(tensors.q, tensors.k, tensors.v)
+        if bound is None:
+            return None
+        call = object.__new__(PreparedCall)
+        call.arguments, call.plan_key, call.problem = arguments, plan_key(arguments), self.problem
+        call.row, call.scale, call.used, call.successor = self.row, self.scale, False, None
+        call._plan, call._forward, call._backward, call._like = _no_plan, bound, {}, None
+        call._ahead, call._steps, call._unbound_calls = ahead, steps, 1
+        return call
+
+    def forward_without_plan(self, tensors: OpTensors, environment: Environment) -> tuple[Tensor, Tensor] | None:
+        """`forward` of a call that was made by `next_length`; None for others, and where it must be prepared with its plan."""
+        if self._ahead is None or self._forward is None:
+            return None
+        return self._forward(tensors.q, tensors.k, tensors.v, tensors.seed, environment.allocator)
 
     def serves(self, plan: Plan) -> bool:
         """Whether this is the very plan that the call was prepared with."""
@@ -198,6 +239,31 @@ class PreparedCall:
                 f"{', '.join(twice_differentiable())}"
             )
         return self.row.second_backward(self.call(tensors, plan, environment), above, cotangents)
+
+
+_STEPS_BEFORE = 2
+"""Calls that came one after the other with a key more each, before the row makes lengths ready that nobody asked for."""
+
+
+def _no_plan() -> None:
+    """Stands for the reference to a plan."""
+
+
+def _plans_ahead(
+    arguments: OpArguments, problem: AttentionProblem, by: TableRow, batch: int, first: int, number: int
+) -> list[Plan]:
+    """The plans of so many lengths of k and v, of the last query each; none where another row would serve the first of them."""
+    pattern, plans = parse_pattern(arguments.pattern), []
+    total, heads = arguments.heads[0], Span(*arguments.heads[1:])
+    for keys in range(first, first + number):
+        query = Span(*last_positions(1, keys, pattern.positional))
+        try:
+            plans.append(pattern.plan(Rectangle(total, query, Span(0, keys), heads)))
+        except ValueError:  # the pattern ends here: the call that comes so far says so
+            break
+    if plans and select(problem, arguments.backend or None, plans[0], batch) is not by:
+        return []
+    return plans
 
 
 def _problem_of(tensors: OpTensors, arguments: OpArguments, plan: Plan) -> AttentionProblem:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longattn.kernels.lowering.head_classes import HeadClass, head_classes
 from longattn.kernels.lowering.write_order import WriteOrder
-from longattn.kernels.triton.decode_tables import classes_of, decode_tables, is_single
+from longattn.kernels.triton.decode_tables import decode_tables, is_single, sees_all_heads
 from longattn.kernels.triton.joblist import JobTables, job_tables, pack, packed_sizes
 from longattn.kernels.triton.row_classes import gathered
 from longattn.patterncache import Branch, Plan
@@ -53,8 +54,7 @@ def query_passes(plan: Plan) -> Passes:
         complete = branch.heads.length * branch.q.tiles * branch.q.count == heads * queries
         passes = plan.derived["triton passes"] = Passes((Pass(plan.branches, unique=False, fresh=True),), complete)
     if passes is None and is_single(plan, plan.branches):
-        served = classes_of(plan.rectangle.shape[0], plan.branches, 1)
-        complete = sum(len(owners) for owners, _ in served) == plan.rectangle.shape[0]
+        complete = sees_all_heads(plan)
         unique = all(branch.band is None for branch in plan.branches) and not gathered(plan.branches)
         passes = plan.derived["triton passes"] = Passes((Pass(plan.branches, unique, fresh=True),), complete)
     if passes is None:
@@ -120,18 +120,23 @@ def tables_on(
             "be copied to the device inside; make the call once before the capture"
         )
     if tables is None:
-        tables = cache[key, device] = _copied(build(), device)
+        (tables,) = copied([build()], device)
+        cache[key, device] = tables
     if captured:
         retain_for_graph(tables)
     return tables
 
 
-def _copied(tables: JobTables, device: torch.device) -> DeviceTables:
-    """All tables in one copy, which nobody waits for; outside of any pool that belongs to a CUDA graph."""
-    host = torch.from_numpy(pack(tables) if tables.packed is None else tables.packed)
+def copied(launches: Sequence[JobTables], device: torch.device) -> list[DeviceTables]:
+    """The tables of all launches in one copy, which nobody waits for; outside of any pool that belongs to a CUDA graph."""
+    packed = [pack(tables) if tables.packed is None else tables.packed for tables in launches]
+    host = torch.from_numpy(packed[0] if len(packed) == 1 else np.concatenate(packed))
     memory = host if device.type == "cpu" else _to_device(host, device)
-    jobs, entries, weights, rows = memory.split_with_sizes(packed_sizes(tables))
-    return DeviceTables(jobs, entries, weights.view(torch.float32), rows, len(tables.jobs), tables.listed)
+    parts = memory.split_with_sizes([size for tables in launches for size in packed_sizes(tables)])
+    return [
+        DeviceTables(jobs, entries, weights.view(torch.float32), rows, len(tables.jobs), tables.listed)
+        for tables, jobs, entries, weights, rows in zip(launches, *(parts[at::4] for at in range(4)), strict=True)
+    ]
 
 
 def _to_device(host: Tensor, device: torch.device) -> Tensor:
