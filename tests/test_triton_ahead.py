@@ -5,6 +5,7 @@ Those that take longest to compile are nightly; the session `ahead` runs them to
 
 import csv
 import os
+import re
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -231,6 +232,22 @@ def test_predictions_are_of_the_table_as_it_is(row: dict[str, str]):
     found = predict(row["direction"], int(row["head_dim"]))
     assert {name: str(value) for name, value in asdict(found).items()} == {**row, "tflops": str(found.tflops)}
     assert abs(found.tflops - float(row["tflops"])) < 1
+
+
+@pytest.mark.parametrize(
+    ("line", "to_memory"),
+    [
+        (TableLine("backward_queries", "gfx942", 128, 2, Configuration(64, 64, 4, 1)), False),
+        (TableLine("forward", "gfx942", 64, 2, Configuration(128, 64, 8, 1), form="terms"), True),
+    ],
+    ids=["to accumulation registers", "to memory"],
+)
+def test_what_amd_calls_spilled_is_memory_alone(line: TableLine, to_memory: bool):
+    """Registers that its compiler counts as spilled may lie in accumulation registers; loads and stores of scratch memory are what costs."""
+    text = triton_ahead.compiled(line).asm["amdgcn"]
+    counted = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
+    assert counted is not None and int(counted[1]) > 0
+    assert ("scratch_load" in text) == bool(compile_line(line).faults) == to_memory
 
 
 @pytest.mark.nightly

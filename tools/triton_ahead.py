@@ -383,9 +383,9 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd(text: str) -> tuple[int, int]:
-    words = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-    count, spilled, private = (int(re.search(rf"\.{word}:\s+(\d+)", text)[1]) for word in words)  # type: ignore[index]
-    return count, max(4 * spilled, private)
+    # Registers that are counted as spilled go to accumulation registers first; what goes to memory is the private segment.
+    words = ("vgpr_count", "private_segment_fixed_size")
+    return tuple(int(re.search(rf"\.{word}:\s+(\d+)", text)[1]) for word in words)  # type: ignore[index, return-value]
 
 
 def _occupancy(target: Architecture, warps: int, registers: int, shared: int) -> float:

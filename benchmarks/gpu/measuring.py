@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -84,6 +85,14 @@ def ours(experiment: Experiment, data: list[Tensor]) -> Callable[[], object]:
     """The call to time."""
     q, k, v, _ = data
     options = {"backend": "triton", "deterministic": experiment.deterministic, "out_dtype": q.dtype}
+    if experiment.grows:
+        caches, held = [torch.cat([x, torch.zeros_like(x)], 1) for x in (k, v)], count(experiment.lengths[1])
+
+        def grown() -> Tensor:
+            length = next(held)
+            return attend(q, *(x[:, :length] for x in caches), experiment.pattern, **options).out
+
+        return graded(experiment, grown, data)
     return graded(experiment, lambda: attend(q, k, v, experiment.pattern, **options).out, data)
 
 

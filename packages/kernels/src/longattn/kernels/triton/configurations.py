@@ -136,7 +136,9 @@ _ALONE: dict[tuple[str, str, str, int, int], TileShape] = {
     ("masked", "forward", "gfx942", 256, 4): (32, 16, 4, 1),
     ("prior", "forward", "sm_90", 128, 2): (128, 64, 8, 2),
     ("listed", "forward", "sm_90", 128, 2): (128, 64, 8, 2),
-    ("terms", "forward", "sm_90", 32, 2): (128, 32, 8, 1),
+    **{("terms", "forward", name, 32, 2): (128, 32, 8, 1) for name in ("sm_80", "sm_89", "sm_90")},
+    ("terms", "forward", "sm_100", 16, 2): (128, 32, 8, 1),
+    ("terms", "forward", "gfx942", 64, 2): (64, 64, 4, 1),
     ("terms", "forward", "sm_90", 128, 2): (128, 32, 8, 1),
     ("terms", "decode", "sm_90", 256, 2): (32, 16, 4, 1),
 }
