@@ -6,6 +6,8 @@ Those that take longest to compile are nightly; the session `ahead` runs them to
 import csv
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -106,6 +108,24 @@ def test_what_was_compiled_before_is_not_again(monkeypatch: pytest.MonkeyPatch, 
     assert needed(line) == found and not found.faults
     with pytest.raises(pytest.fail.Exception):
         needed(replace(line, configuration=Configuration(128, 64, 8, 2)))
+
+
+ORDER = """
+import sys
+from tools.triton_ahead import kept_file, lines
+plain = {line.kernel: line for line in lines(["sm_80"])}
+print(*sorted(str(kept_file(plain[kernel])) for kernel in sys.argv[1].split()))
+"""
+
+
+def test_what_is_kept_is_found_in_any_order():
+    """By processes that begin with another kernel: triton's hash of one depends on which it hashed before."""
+    kernels, root = ["forward", "backward_keys", "backward_queries"], Path(triton_ahead.__file__).parents[1]
+    files = [
+        subprocess.check_output([sys.executable, "-c", ORDER, " ".join(order)], cwd=root, text=True)
+        for order in (kernels, kernels[::-1])
+    ]
+    assert files[0] == files[1] != ""
 
 
 @pytest.mark.nightly

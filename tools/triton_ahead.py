@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -318,12 +319,25 @@ def compile_line(line: TableLine, flags: dict[str, Any] | None = None) -> Need:
     return Need(line, shared, registers, spilled, columns, occupancy, tuple(loop_faults))
 
 
-def needed(line: TableLine) -> Need:
-    """As `compile_line`, but what an earlier run found of the same kernel, compiler and scans is not compiled again."""
+@lru_cache
+def _hash_sources() -> None:
+    """Hash every kernel once, in one order: triton's hash of functions that share others depends on which was hashed first."""
+    for kernel in _KERNELS.values():
+        _ = kernel.cache_key
+
+
+def kept_file(line: TableLine) -> Path:
+    """Where what was found of a line is kept, for these sources of the kernel, of the compiler and of the scans."""
+    _hash_sources()
     target, tools = ARCHITECTURES[line.architecture], (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell)
     parts = [source(line).hash(), line, target, triton.__version__, *(tool.version for tool in tools)]
     parts += [inspect.getsource(scan) for scan in (sass, compile_line, _loop_faults, _nvidia, _amd)]
-    kept = Path(knobs.cache.dir) / "longattn-ahead" / hashlib.sha256(repr(parts).encode()).hexdigest()
+    return Path(knobs.cache.dir) / "longattn-ahead" / hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def needed(line: TableLine) -> Need:
+    """As `compile_line`, but what an earlier run found is not compiled again."""
+    kept = kept_file(line)
     if kept.exists():
         figures = json.loads(kept.read_text(encoding="utf-8"))
         return Need(line, **(figures | {"loop_faults": tuple(figures["loop_faults"])}))
