@@ -86,11 +86,11 @@ def ours(experiment: Experiment, data: list[Tensor]) -> Callable[[], object]:
     q, k, v, _ = data
     options = {"backend": "triton", "deterministic": experiment.deterministic, "out_dtype": q.dtype}
     if experiment.grows:
-        caches, held = [torch.cat([x, torch.zeros_like(x)], 1) for x in (k, v)], count(experiment.lengths[1])
+        (keys, values), held = (torch.cat([x, torch.zeros_like(x)], 1) for x in (k, v)), count(experiment.lengths[1])
 
         def grown() -> Tensor:
             length = next(held)
-            return attend(q, *(x[:, :length] for x in caches), experiment.pattern, **options).out
+            return attend(q, keys[:, :length], values[:, :length], experiment.pattern, **options).out
 
         return graded(experiment, grown, data)
     return graded(experiment, lambda: attend(q, k, v, experiment.pattern, **options).out, data)

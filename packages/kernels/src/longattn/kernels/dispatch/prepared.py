@@ -253,7 +253,7 @@ def _plans_ahead(
     arguments: OpArguments, problem: AttentionProblem, by: TableRow, batch: int, first: int, number: int
 ) -> list[Plan]:
     """The plans of so many lengths of k and v, of the last query each; none where another row would serve the first of them."""
-    pattern, plans = parse_pattern(arguments.pattern), []
+    pattern, plans = parse_pattern(arguments.pattern), list[Plan]()
     total, heads = arguments.heads[0], Span(*arguments.heads[1:])
     for keys in range(first, first + number):
         query = Span(*last_positions(1, keys, pattern.positional))
