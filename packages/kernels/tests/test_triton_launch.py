@@ -33,7 +33,16 @@ from longattn.kernels.dispatch.environment import Environment, TorchAllocator
 from longattn.kernels.dispatch.prepared import LENGTHS, PREPARED
 from longattn.kernels.dispatch.table import RowFailure
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
-from longattn.kernels.triton import forward_form, launch_backward, launch_dense, launch_forward, launching, passes, row
+from longattn.kernels.triton import (
+    bound,
+    forward_form,
+    launch_backward,
+    launch_dense,
+    launch_forward,
+    launching,
+    passes,
+    row,
+)
 from longattn.kernels.triton.availability import FAILURES, INTERPRETED, installed_version
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
 from longattn.kernels.triton.dense_kernel import dense_kernel
@@ -548,7 +557,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_tables_that_a_graph_captured_stay(monkeypatch: pytest.MonkeyPatch):
     """They outlive their plan; others die with it. Inside a capture none are made."""
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(passes, "_to_device", lambda host, device: host)
+    monkeypatch.setattr(passes, "_to_device", lambda host, device: (host, None))
     monkeypatch.setattr(passes, "_CAPTURED", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     kept, lost = (Full().plan(Rectangle(2, Span(0, n), Span(0, n))) for n in (64, 65))
@@ -561,6 +570,55 @@ def test_tables_that_a_graph_captured_stay(monkeypatch: pytest.MonkeyPatch):
     del kept, lost, build
     gc.collect()
     assert tables[0]() is not None and tables[1]() is None
+
+
+def test_another_stream_waits_for_the_copy_of_tables(stub: StubDriver, monkeypatch: pytest.MonkeyPatch):
+    """Once, whether a launch is bound or not; and their memory outlives the launches there. A capture waits for nothing: it would fail."""
+    seen: list[tuple[str, int]] = []
+
+    class Stream:
+        def __init__(self, number: int) -> None:
+            self.cuda_stream = number
+
+        def wait_event(self, event: object) -> None:
+            assert event == "copied"
+            seen.append(("waits", self.cuda_stream))
+
+    at = [0]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(at[0]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: seen.append(("keeps", stream.cuda_stream)))
+    monkeypatch.setattr(passes, "_to_device", lambda host, device: (host, "copied"))
+    device, plan = torch.device("cuda", 0), Full().plan(Rectangle(2, Span(0, 64), Span(0, 64)))
+    for at[0] in (0, 0, 7, 7, 0):
+        tables = passes.tables_on(plan, ("x",), device, partial(passes.query_tables, plan, 0, (64, 64)))
+    assert seen == [("waits", 0), ("keeps", 0), ("waits", 7), ("keeps", 7)]
+    at[0] = 9
+    with capturing(monkeypatch):
+        assert passes.tables_on(plan, ("x",), device, pytest.fail) is tables
+    assert len(seen) == 4
+    call = call_of(Full(), nq=64, nk=64)
+    arguments = dict.fromkeys(forward_kernel.arg_names, 0) | {"num_warps": 4, "num_stages": 1}
+    launch = bound.BoundLaunch(
+        bound.Launch(
+            SimpleNamespace(
+                __name__="k",
+                arg_names=list(arguments)[:1],
+                warmup=lambda **_: SimpleNamespace(
+                    metadata=None, run=lambda *_: None, function=0, packed_metadata=(), launch_metadata=lambda *_: None
+                ),
+            ),
+            (1,),
+            arguments,
+            tables,
+        ),
+        (),
+        call.q.device,
+    )
+    for _ in range(2):
+        launch((), 0, 9, False)
+    launch((), 0, 11, True)
+    assert seen[4:] == [("waits", 9), ("keeps", 9)]
 
 
 @pytest.mark.parametrize("name", ["triton", "triton-rocm", "pytorch-triton-rocm"])

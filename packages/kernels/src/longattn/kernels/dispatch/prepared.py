@@ -22,13 +22,13 @@ from longattn.kernels.dispatch.call import Call, GradientPart
 from longattn.kernels.dispatch.choosing import select
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.memo import Memo
+from longattn.kernels.dispatch.plans import find_plan, plan_key, plans_ahead
 from longattn.kernels.dispatch.settings import raw_settings
 from longattn.kernels.dispatch.table import RowFailure, TableRow, twice_differentiable
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
-from longattn.kernels.positions import last_positions
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.kernels.state import state_dtype
-from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
+from longattn.patterncache import Plan
 
 logger = logging.getLogger("longattn.kernels")
 
@@ -108,9 +108,12 @@ class PreparedCall:
         if tensors.q.shape[1] != 1 or (self.row.refusal is not None and self.row.refusal() is not None):
             return None
         if ahead is None:
-            ahead = self.row.bind_ahead(
-                self._forward, partial(_plans_ahead, arguments, self.problem, self.row, tensors.q.shape[0])
-            )
+            batch, backend = tensors.q.shape[0], arguments.backend or None
+
+            def serves(plan: Plan) -> bool:
+                return select(self.problem, backend, plan, batch) is self.row
+
+            ahead = self.row.bind_ahead(self._forward, partial(plans_ahead, arguments, serves))
         bound = None if ahead is None else ahead(tensors.q, tensors.k, tensors.v)
         if bound is None:
             return None
@@ -249,23 +252,6 @@ def _no_plan() -> None:
     """Stands for the reference to a plan."""
 
 
-def _plans_ahead(
-    arguments: OpArguments, problem: AttentionProblem, by: TableRow, batch: int, first: int, number: int
-) -> list[Plan]:
-    """The plans of so many lengths of k and v, of the last query each; none where another row would serve the first of them."""
-    pattern, plans = parse_pattern(arguments.pattern), list[Plan]()
-    total, heads = arguments.heads[0], Span(*arguments.heads[1:])
-    for keys in range(first, first + number):
-        query = Span(*last_positions(1, keys, pattern.positional))
-        try:
-            plans.append(pattern.plan(Rectangle(total, query, Span(0, keys), heads)))
-        except ValueError:  # the pattern ends here: the call that comes so far says so
-            break
-    if plans and select(problem, arguments.backend or None, plans[0], batch) is not by:
-        return []
-    return plans
-
-
 def _problem_of(tensors: OpTensors, arguments: OpArguments, plan: Plan) -> AttentionProblem:
     """The call as the table is asked for it."""
     q, k, v = tensors[:3]
@@ -353,26 +339,6 @@ def described(x: Tensor) -> tuple[Hashable, ...]:
 def process_settings() -> tuple[Hashable, ...]:
     """What of the process decides which row serves, and how."""
     return torch.get_num_threads(), torch.get_float32_matmul_precision(), *raw_settings()
-
-
-def plan_key(arguments: OpArguments) -> tuple[Hashable, ...]:
-    """The pattern cache's key of a rectangle."""
-    return (arguments.pattern, tuple(arguments.q_spans), tuple(arguments.k_spans), tuple(arguments.heads))
-
-
-def find_plan(arguments: OpArguments, environment: Environment) -> Plan:
-    """The plan of a rectangle, from the environment's cache."""
-    return find_plan_of(plan_key(arguments), environment)
-
-
-def find_plan_of(key: tuple[Any, ...], environment: Environment) -> Plan:
-    """The plan under a `plan_key`, from the environment's cache."""
-    return environment.cache.get_or_build(key, lambda: _build_plan(*key))
-
-
-def _build_plan(pattern: str, q_spans: tuple[int, ...], k_spans: tuple[int, ...], heads: tuple[int, ...]) -> Plan:
-    queries, keys = (tuple(Span(*flat[i : i + 3]) for i in range(0, len(flat), 3)) for flat in (q_spans, k_spans))
-    return parse_pattern(pattern).plan(Rectangle(heads[0], queries, keys, Span(*heads[1:])))
 
 
 def _without_padding(x: Tensor, key_padding: Tensor, environment: Environment) -> Tensor:
