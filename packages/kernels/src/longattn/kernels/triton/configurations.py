@@ -128,6 +128,9 @@ _ALONE: dict[tuple[str, str, str, int, int], TileShape] = {
     **{("masked", "backward_keys", name, 64, 4): (32, 16, 8, 1) for name in _NVIDIA},
     **{("masked", "backward_keys", name, 64, 2): (32, 32, 8, 1) for name in ("sm_80", "sm_89")},
     **{("masked", "backward_keys", name, 128, 2): (32, 16, 8, 1) for name in ("sm_80", "sm_89")},
+    ("masked", "forward", "sm_89", 128, 4): (32, 16, 8, 1),
+    ("masked", "decode", "sm_89", 128, 2): (32, 32, 8, 1),
+    ("masked", "decode", "sm_89", 64, 4): (32, 32, 8, 1),
     # With eight warps each has half the registers there.
     **{("masked", "decode", "gfx942", dim, 4): (64, 32, 4, 1) for dim in (16, 32)},
     **{("masked", "backward_keys", "gfx942", dim, 4): (32, 32, 4, 1) for dim in (16, 32)},
@@ -136,6 +139,7 @@ _ALONE: dict[tuple[str, str, str, int, int], TileShape] = {
     ("masked", "forward", "gfx942", 256, 4): (32, 16, 4, 1),
     ("prior", "forward", "sm_90", 128, 2): (128, 64, 8, 2),
     ("listed", "forward", "sm_90", 128, 2): (128, 64, 8, 2),
+    ("listed", "forward", "sm_89", 128, 4): (32, 16, 8, 1),
     **{("terms", "forward", name, 32, 2): (128, 32, 8, 1) for name in ("sm_80", "sm_89", "sm_90")},
     ("terms", "forward", "sm_100", 16, 2): (128, 32, 8, 1),
     ("terms", "forward", "gfx942", 64, 2): (64, 64, 4, 1),
