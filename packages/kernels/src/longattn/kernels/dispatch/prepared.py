@@ -86,7 +86,7 @@ class PreparedCall:
             self.problem = like.problem if same else replace(like.problem, listed=plan.listed)
         self.row: TableRow = select(self.problem, arguments.backend or None, plan, q.shape[0])
         self._like: Bound | None = None
-        # What binds the lengths to come, where this one was bound so, and how many before this one came one after the other.
+        # What binds the lengths to come, and how many before this one came one after the other.
         self._ahead: Any = None
         self._steps = 0 if like is None else like.steps_to(arguments)
         if like is not None and self.row is like.row and self.row.rebind is not None:
@@ -108,11 +108,7 @@ class PreparedCall:
         if tensors.q.shape[1] != 1 or (self.row.refusal is not None and self.row.refusal() is not None):
             return None
         if ahead is None:
-            batch, backend = tensors.q.shape[0], arguments.backend or None
-
-            def serves(plan: Plan) -> bool:
-                return select(self.problem, backend, plan, batch) is self.row
-
+            serves = partial(self._would_serve, tensors.q.shape[0])
             ahead = self.row.bind_ahead(self._forward, partial(plans_ahead, arguments, serves))
         bound = None if ahead is None else ahead(tensors.q, tensors.k, tensors.v)
         if bound is None:
@@ -124,11 +120,13 @@ class PreparedCall:
         call._ahead, call._steps, call._unbound_calls = ahead, steps, 1
         return call
 
+    def _would_serve(self, batch: int, plan: Plan) -> bool:
+        return select(self.problem, self.arguments.backend or None, plan, batch) is self.row
+
     def forward_without_plan(self, tensors: OpTensors, environment: Environment) -> tuple[Tensor, Tensor] | None:
         """`forward` of a call that was made by `next_length`; None for others, and where it must be prepared with its plan."""
-        if self._ahead is None or self._forward is None:
-            return None
-        return self._forward(tensors.q, tensors.k, tensors.v, tensors.seed, environment.allocator)
+        forward = None if self._ahead is None else self._forward
+        return forward and forward(tensors.q, tensors.k, tensors.v, tensors.seed, environment.allocator)
 
     def serves(self, plan: Plan) -> bool:
         """Whether this is the very plan that the call was prepared with."""
