@@ -125,6 +125,17 @@ def test_plan_adds_up(capsys):
     assert slow["transfer_seconds"] > ring["transfer_seconds"] and slow["seconds"] > slow["transfer_seconds"]
 
 
+@pytest.mark.parametrize("pattern", ["full", "window:4096", "dilated:2048,32768,1073741824:1,16,524288"])
+def test_plan_of_a_billion_tokens(capsys, pattern):
+    """Counted, not looked at token by token: its attention grows from that of a million as its pairs do."""
+    words = ("plan", "--pattern", pattern, "--ring", "8", "--train", "--heads", "4")
+    million, billion = (data_of(capsys, *words, "--length", str(1 << n)) for n in (20, 30))
+    ratio = billion["attention_flops"] / million["attention_flops"]
+    assert ratio == pytest.approx(1 << 20 if pattern == "full" else 1 << 10, rel=0.02)
+    assert "not made beyond 1048576 tokens" in told(capsys, *words, "--length", str(1 << 30))[1]
+    assert "keys per query" in told(capsys, *words, "--length", "4096")[1]
+
+
 def test_plan_counts_the_parameters_of_the_model_that_we_ship():
     """Projections, feed-forward and embedding, beside `LongNet`'s own, whose biases and norms are left out."""
     from longattn.attention import LongNet
