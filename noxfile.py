@@ -358,7 +358,7 @@ def sanitize(session: nox.Session) -> None:
 @nox.session
 def secure(session: nox.Session) -> None:
     """Try damaged, planted and hostile files, texts and sizes, and odd values in every public signature: with asserts, then without (`python -O`)."""
-    session.install(*constraints(session), *from_checkout("attention"), *group("test"), "rich", "shtab")
+    session.install(*constraints(session), *from_checkout("attention"), *group("test"), "rich", "shtab", "matplotlib")
     hostile = [f"packages/{package}/tests/{name}.py" for package, names in HOSTILE.items() for name in names]
     session.run("pytest", *WORKERS, *hostile, "tests/test_odd_values.py", *session.posargs)
     # pytest's own asserts are gone too, but not `pytest.raises`: what is refused is refused without an assert of ours.
