@@ -18,6 +18,8 @@ def describe(value: object) -> str:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if isinstance(shape, tuple) and dtype is not None:
         return f"a {type(value).__name__} of shape {tuple(cast('tuple[int, ...]', shape))}, {dtype}"
+    if isinstance(value, int) and value.bit_length() > _MOST_CHARACTERS:
+        return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "..."
 

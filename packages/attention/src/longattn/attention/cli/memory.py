@@ -13,13 +13,14 @@ from typing import Any
 from longattn.attention.cli.report import Report, Table
 from longattn.bufmgr import AttentionBufferManager, get_global_memory_pool
 from longattn.patterncache import get_global_pattern_cache
+from longattn.patterncache.spans import shortened
 
 
 def run(options: Namespace) -> Report:
     """The script runs as `__main__`, with its own arguments; its exit status is ours, 1 where it raises."""
     path = Path(options.script)
     if not path.is_file():
-        raise ValueError(f"script must be a file, got {options.script!r}")
+        raise ValueError(f"script must be a file, got {shortened(options.script)}")
     status, module = _run_script(path, options.arguments)
     pool = get_global_memory_pool().get_stats()
     cache = get_global_pattern_cache().get_stats()

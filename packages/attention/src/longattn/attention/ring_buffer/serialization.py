@@ -12,6 +12,7 @@ from torch import Tensor
 from longattn.attention.ring_buffer.linear_ring import LinearRing
 from longattn.attention.ring_buffer.saved import FORMAT, check_saved, clear_unused, saved_geometry, used_slots
 from longattn.kernels.interface import FLOATS, dtype_name
+from longattn.patterncache.spans import shortened
 
 if TYPE_CHECKING:
     from longattn.attention.ring_buffer.state import RingBufferState
@@ -103,7 +104,9 @@ def _fill(state: RingBufferState, rings: dict[str, Tensor], rows: slice) -> None
 def cat(states: Sequence[RingBufferState]) -> RingBufferState:
     """The rows of several states as one batch; see `RingBufferState.cat`."""
     if not isinstance(states, (tuple, list)) or not all(hasattr(state, "cursors") for state in states):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"states must be a sequence of RingBufferStates, got {states!r} ({type(states).__name__})")
+        raise TypeError(
+            f"states must be a sequence of RingBufferStates, got {shortened(states)} ({type(states).__name__})"
+        )
     if not states:
         raise ValueError("states must hold at least one state, got none")
     first = states[0]

@@ -26,6 +26,7 @@ from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard
 from longattn.attention.schedules.ring_process import GroupRun
 from longattn.attention.validate import check_size
 from longattn.patterncache import Span
+from longattn.patterncache.spans import shortened
 
 
 @dataclass(frozen=True, init=False)
@@ -70,12 +71,12 @@ class Ring(OverGroup, name="ring"):
         if group is not None:
             members = Members.of(group, layout, lengths, timeout)
             if size not in (None, members.place.size):
-                raise ValueError(f"size must be None or the group's, {members.place.size}, got {size!r}")
+                raise ValueError(f"size must be None or the group's, {members.place.size}, got {shortened(size)}")
             size = members.place.size
         elif lengths is not None:
-            raise ValueError(f"lengths must be None without a group, got {lengths!r}")
+            raise ValueError(f"lengths must be None without a group, got {shortened(lengths)}")
         elif timeout is not None:
-            raise ValueError(f"timeout must be None without a group, got {timeout!r}")
+            raise ValueError(f"timeout must be None without a group, got {shortened(timeout)}")
         elif size is None:
             raise TypeError(
                 "size must be an integer >= 1, got None, and neither is there a group: torch.distributed.group.WORLD is None until "

@@ -129,5 +129,5 @@ def _check_share(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"topp must be a number in (0, 1], got {shortened(value)} ({type(value).__name__})")
     if not 0 < value <= 1:
-        raise ValueError(f"topp must be in (0, 1], got {value}")
+        raise ValueError(f"topp must be in (0, 1], got {shortened(value)}")
     return float(value)
