@@ -70,6 +70,7 @@ OTHERWISE: dict[tuple[str, str | None], str] = {
     ("key", None): "a key is that of a mapping: Python's own words where it has no hash",
     ("mask_mod", None): "as `build`",
     ("png", "empty text"): "an OSError, as of any path",
+    ("png", "long text"): "an OSError, as of any path",
     ("q", "nested"): "names k, which is not nested like q",
     ("query", "nested"): "as `q`",
     ("memory_mask", None): "names the attention_mask of memory's own attention",

@@ -101,10 +101,9 @@ def check_device(value: object) -> torch.device | None:
         if device is not None and device.type not in ("cpu", "meta"):
             torch.empty(0, device=device)
         return device
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"device must be one that torch has here, got {shortened(value)}: {str(error)[:200]}"
-        ) from error
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"device must be one that torch has here, got {shortened(value)}: {str(error)[:200]}") from error
 
 
 def check_factory(device: object, dtype: object) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def global_heads(local: int, head_start: object, num_heads: object) -> list[int]
     first = check_start("head_start", head_start)
     if first is None:
         raise ValueError(
-            f"head_start must be given with num_heads: the first of q's heads among them, got num_heads={num_heads!r}"
+            f"head_start must be given with num_heads: the first of q's heads among them, got num_heads={shortened(num_heads)}"
         )
     if num_heads is None:
         raise ValueError(

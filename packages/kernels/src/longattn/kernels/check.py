@@ -16,7 +16,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.capability import dtype_name
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.state import FLOATS, AttentionState, state_dtype
-from longattn.patterncache.spans import shortened
+from longattn.patterncache.spans import MOST, shortened
 
 Names = tuple[str, str, str]
 
@@ -222,8 +222,8 @@ def check_head_dim(name: str, value: object) -> int | None:
     """None, or an integer >= 1."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"{name} must be None or an integer >= 1, got {shortened(value)} ({type(value).__name__})")
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be None or an integer >= 1, got {shortened(value)}")
+    if value is not None and not 1 <= value <= MOST:
+        raise ValueError(f"{name} must be None or an integer from 1 to {MOST}, got {shortened(value)}")
     return value
 
 

@@ -243,7 +243,9 @@ class RingBufferState(Rings):
 
     def _check_rewind(self, cursor: Cursor, n: int) -> None:
         if not 0 <= n <= cursor.position:
-            raise ValueError(f"tokens must be from 0 to {cursor.position}, the tokens written so far, got {n}")
+            raise ValueError(
+                f"tokens must be from 0 to {cursor.position}, the tokens written so far, got {shortened(n)}"
+            )
         g = self.geometry
         restorable = max(cursor.restorable, cursor.position - g.buffer_size - g.max_rewind)
         earlier, moved_on = cursor.position - n, cursor.position - g.buffer_size
@@ -251,7 +253,7 @@ class RingBufferState(Rings):
             limit = cursor.position - g.buffer_size - restorable
             raise ValueError(
                 f"tokens must be at most {limit} here, because tokens that older ones left the window for cannot all come back "
-                f"(max_rewind={g.max_rewind}), got {n}"
+                f"(max_rewind={g.max_rewind}), got {shortened(n)}"
             )
 
 

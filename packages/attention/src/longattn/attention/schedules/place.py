@@ -87,7 +87,7 @@ class Place:
             return dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise ValueError(
-                f"group must be one that this process is in, got {shortened(self.name)}: {error}"
+                f"group must be one that this process is in, got {shortened(self.name)}: {str(error)[:200]}"
             ) from error
 
     @property
