@@ -485,7 +485,9 @@ def peers(session: nox.Session) -> None:
     there = {name: Path(folder).resolve() / name for name in PEERS if (Path(folder) / name).is_dir()}
     if not there:
         session.skip(f"{folder} has none of {', '.join(PEERS)}")
-    session.install(*constraints(session), *from_checkout("attention"), *group("test"), "einops", "beartype", "click")
+    session.install(
+        *constraints(session), *from_checkout("attention"), *group("test"), "einops", "beartype", "click", "jaxtyping"
+    )
     overlays = ROOT / "tools" / "peers" / "overlays"
     torchscale = [str(there["torchscale"])] if "torchscale" in there else []
     for name, checkout in there.items():
