@@ -47,7 +47,26 @@ def _cpu_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+    out, lse = kernel(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+    # torch reports 0 also where every score is -inf, which takes numbers whose products are beyond the type.
+    if (
+        bool((lse == 0).any())
+        and not _most(q) * _most(k) * q.shape[-1] * max(1.0, abs(scale)) < torch.finfo(lse.dtype).max
+    ):
+        scores = q.to(lse.dtype) @ k.to(lse.dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * scale
+        scores = scores if mask is None else scores + mask
+        scores = (
+            scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+            if causal
+            else scores
+        )
+        lse = lse.masked_fill(scores.amax(-1) == -torch.inf, -torch.inf)
+    return out, lse
+
+
+def _most(x: Tensor) -> float:
+    """The largest magnitude."""
+    return float(x.abs().amax())
 
 
 def _cpu_backward(
