@@ -118,16 +118,18 @@ def test_the_predictions_are_what_the_patterns_say(monkeypatch: pytest.MonkeyPat
 def test_a_run_of_each_kind_makes_a_row(equal: str, tmp_path: Path):
     """Every family trains, at equal parameters, or at no more work than a narrower one's eighth of the keys; a row says what came out."""
     from examples.quality.families import FAMILIES
-    from examples.quality.rows import append, finished
+    from examples.quality.rows import Rows
     from examples.quality.tasks import TASKS
     from examples.quality.training import Plan, run
 
     plan = Plan(length=64, width=16, steps=2, equal=equal)
     runs = [("recall", family) for family in FAMILIES] + [(task, "dense") for task in TASKS]
+    file = Rows(tmp_path / "rows.csv")
     for task, family in runs:
-        append(tmp_path / "rows.csv", asdict(run(task, family, 0, 1e-3, plan, lambda line: None)))
-    assert finished(tmp_path / "rows.csv", {"task": "recall", "family": "dense", "rate": 1e-3, "seed": 0})
-    assert not finished(tmp_path / "rows.csv", {"task": "recall", "family": "dense", "rate": 1e-3, "seed": 1})
+        file.append(asdict(run(task, family, 0, 1e-3, plan, lambda line: None)))
+    assert file.finished({"task": "recall", "family": "dense", "rate": 1e-3, "seed": 0})
+    assert not file.finished({"task": "recall", "family": "dense", "rate": 1e-3, "seed": 1})
+    assert all(row["commit"] and row["cpu_model"] and row["date"] for row in rows(tmp_path / "rows.csv"))
     written = {row["family"]: row for row in rows(tmp_path / "rows.csv")}
     assert len(rows(tmp_path / "rows.csv")) == len(runs) and set(written) == set(FAMILIES)
     assert all(0 <= float(row["accuracy"]) <= 1 and row["steps"] == "2" for row in written.values())

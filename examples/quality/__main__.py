@@ -7,6 +7,7 @@ an error if dense attention learns no recall, or islands do. `--predict` writes 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -14,12 +15,23 @@ from pathlib import Path
 import torch
 
 from examples.quality import predictions
-from examples.quality.families import FAMILIES, MIXED
-from examples.quality.rows import append, finished
+from examples.quality.families import FAMILIES, MIXED, Layers, keys_per_query
+from examples.quality.rows import Rows
 from examples.quality.tasks import TASKS
 from examples.quality.training import Plan, run
 
 QUICK = ("dense", "islands", "for_length, all residues")
+
+
+def distinct(families: Sequence[str], plan: Plan) -> list[str]:
+    """Those that make a run of their own: not the patterns of an earlier one, nor at equal FLOPs the width of equal parameters."""
+    by_patterns: dict[Layers, str] = {}
+    for family in families:
+        patterns = FAMILIES[family](plan.length, plan.layers, plan.heads)
+        width = plan.width_of(keys_per_query(patterns, plan.length, plan.heads))
+        if plan.equal == "parameters" or width != plan.width:
+            by_patterns.setdefault(patterns, family)
+    return list(by_patterns.values())
 
 
 def main() -> None:
@@ -27,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.quality", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a minute: three families, recall, 300 steps")
     parser.add_argument("--predict", action="store_true", help="write predictions.csv and stop")
+    parser.add_argument("--list", action="store_true", help="name the runs that the file lacks, and stop")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), help="default: all; in four layers mixtures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
@@ -66,14 +79,22 @@ def main() -> None:
         device=options.device,
     )
     families = options.families or (predictions.TWO if options.layers == 2 else ("window", *MIXED))
-    for task, rate, seed, family in product(options.tasks, options.rates, options.seeds, families):
-        named = {"task": task, "family": family, "seed": seed, "rate": rate}
-        if finished(
-            options.out, named | {name: getattr(plan, name) for name in ("length", "layers", "heads", "equal")}
-        ):
-            continue
+    rows = Rows(options.out)
+    missing = [
+        (task, family, seed, rate)
+        for task, rate, seed, family in product(options.tasks, options.rates, options.seeds, distinct(families, plan))
+        if not rows.finished(
+            {"task": task, "family": family, "seed": seed, "rate": rate}
+            | {name: getattr(plan, name) for name in ("length", "layers", "heads", "equal")}
+        )
+    ]
+    if options.list:
+        print("\n".join(f"{task} | {family} | seed {seed} | rate {rate}" for task, family, seed, rate in missing))
+        print(f"{len(missing)} runs are missing in {options.out}")
+        return
+    for task, family, seed, rate in missing:
         row = run(task, family, seed, rate, plan, print)
-        append(options.out, asdict(row))
+        rows.append(asdict(row))
         print(f"{task} | {family}: accuracy {row.accuracy:.3f} after {row.best_step} steps, {row.stopped}", flush=True)
 
 

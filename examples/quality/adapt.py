@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from examples.quality.rows import append, finished
+from examples.quality.rows import Rows
 from examples.quality.text import Documents, documents
 from longattn.attention import use_pattern
 from longattn.patterncache import Dilated, Full, Pattern, Window
@@ -109,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     read, held = (pieces(texts, tokenizer, options.length, options.pieces) for texts in documents(options.data, 8192))
     with torch.no_grad():
         taught, true = (torch.cat([embeddings(base, part) for part in tokens.split(8)]) for tokens, _ in (read, held))
+    written = Rows(options.out)
     for seed in options.seeds:
         for name in options.patterns:
             run = {
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "batch": options.batch,
                 "seed": seed,
             }
-            if finished(options.out, run):
+            if written.finished(run):
                 continue
             begin, model = time.process_time(), load().eval()
             pattern = PATTERNS[name](options.length, layers, heads)
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
                 "keys_per_query": round(pattern.lint(options.length, num_heads=heads).mean_keys, 1),
             }
             run |= {f"{figure}_before": value for figure, value in before.items()} | after
-            append(options.out, run | {"seconds": round(time.process_time() - begin, 1)})
+            written.append(run | {"seconds": round(time.process_time() - begin, 1)})
             print(f"{name} | seed {seed}: before {before}, after {after}", flush=True)
 
 

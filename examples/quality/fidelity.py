@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from examples.quality.rows import append, finished
+from examples.quality.rows import Rows
 from examples.quality.text import HEADS, LAYERS, documents, train
 from longattn.attention import pattern_attention
 from longattn.patterncache import Dilated
@@ -78,17 +78,17 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     # The shape of the presets' default with its longest segment as long as the text: three branches, of which each token has up to three.
     pattern = Dilated((options.length // 4, options.length // 2, options.length), (1, 2, 4), causal=True)
+    calls, curves = Rows(options.out), Rows(options.out.with_name(f"{options.out.stem}-curves.csv"))
     for seed in options.seeds:
         for scale in (1.0, 2.0):
             run = {"seed": seed, "scale": scale, "length": options.length}
-            if not finished(options.out, run):
-                append(options.out, *(row for way in WAYS for row in errors(pattern, way, options.length, seed, scale)))
-    curves = options.out.with_name(f"{options.out.stem}-curves.csv")
+            if not calls.finished(run):
+                calls.append(*(row for way in WAYS for row in errors(pattern, way, options.length, seed, scale)))
     read, _ = documents(options.data, options.length)
     for seed in options.seeds:
         for way in options.ways:
             run = {"way": way, "seed": seed, "length": options.length, "batch": options.batch}
-            if finished(curves, run):
+            if curves.finished(run):
                 continue
             begin = time.process_time()
             patterns = [Merged(pattern, way)] * LAYERS
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
             parts = [losses[at : at + 50] for at in range(0, options.steps, 50)]
             means = [(50 * at + len(part), sum(part) / len(part)) for at, part in enumerate(parts)]
             run |= {"seconds": round(time.process_time() - begin, 1)}
-            append(curves, *(run | {"step": step, "loss": round(loss, 4)} for step, loss in means))
+            curves.append(*(run | {"step": step, "loss": round(loss, 4)} for step, loss in means))
             print(f"{way} | seed {seed}: {means[-1][1]:.4f} nats a byte over the last steps", flush=True)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from examples.quality.families import FAMILIES, keys_per_query
 from examples.quality.model import Attends, Decoder
-from examples.quality.rows import append, finished
+from examples.quality.rows import Rows
 from longattn.patterncache import Pattern
 
 BYTES, HEADS, LAYERS, WIDTH = 256, 4, 2, 64
@@ -108,9 +108,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     read, held = documents(options.data, options.length)
     shape = (options.length, options.batch, options.steps)
+    written = Rows(options.out)
     for seed, family in product(options.seeds, options.families):
         run = {"family": family, "length": options.length, "batch": options.batch, "steps": options.steps, "seed": seed}
-        if finished(options.out, run):
+        if written.finished(run):
             continue
         begin = time.process_time()
         patterns = FAMILIES[family](options.length, LAYERS, HEADS)
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
             run | {"begin": start, "end": min(start + stretch, options.length), "loss": round(part.mean().item(), 4)}
             for start, part in zip(range(0, options.length, stretch), losses.split(stretch), strict=True)
         ]
-        append(options.out, *rows)
+        written.append(*rows)
         print(f"{family} | seed {seed}: {losses.mean():.3f} nats a byte, last stretch {rows[-1]['loss']}", flush=True)
 
 

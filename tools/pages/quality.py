@@ -54,9 +54,9 @@ def accuracies(task: str = "recall", length: int = 128, layers: int = 2) -> str:
                 before["keys_per_query"],
                 f"{100 * float(before['answers_seen_directly']):.0f} %",
                 before["predicted_accuracy"],
-                spread(float(row["accuracy"]) for row in own),
+                accuracy_of(own),
                 str(len(own)),
-                spread((int(row["best_step"]) for row in own), 0),
+                steps_of(own),
                 spread((float(row["seconds"]) for row in own), 0),
             )
         )
@@ -72,8 +72,7 @@ def distances() -> str:
         cells = []
         for task, own in by_task.items():
             before = predicted().get((task, 128, 2, family), {}).get("predicted_accuracy")
-            came = spread(float(row["accuracy"]) for row in own[family]) if family in own else "not run"
-            cells.append(f"{came}, {before}")
+            cells.append(f"{accuracy_of(own[family]) if family in own else 'not run'}, {before}")
         if any(family in own for own in by_task.values()):
             lines.append((family, *cells))
     return table(("family", *by_task), lines)
@@ -91,27 +90,76 @@ def rates() -> str:
     return table(("family", *(f"{value:g}" for value in values)), lines)
 
 
-def positions() -> dict[str, list[tuple[int, float]]]:
-    """family -> (begin, nats a byte in the mean over seeds), of each stretch of positions."""
-    by_family: dict[str, dict[int, list[float]]] = {}
-    for row in records("quality-text"):
-        by_family.setdefault(row["family"], {}).setdefault(int(row["begin"]), []).append(float(row["loss"]))
-    return {
-        family: [(begin, sum(losses) / len(losses)) for begin, losses in sorted(own.items())]
-        for family, own in by_family.items()
-    }
+def flops() -> str:
+    """Families whose model gets another width at equal FLOPs, beside the same family at the width of equal parameters."""
+    heads = (
+        "family",
+        "tokens",
+        "width",
+        "kFLOP a token",
+        "accuracy",
+        "seeds",
+        "steps to it",
+        "width",
+        "accuracy",
+        "steps to it",
+    )
+    lines = []
+    for length in (128, 256):
+        alike = runs(length=length)
+        for family, own in runs(length=length, equal="flops").items():
+            lines.append(
+                (
+                    family,
+                    str(length),
+                    own[0]["width"],
+                    f"{int(own[0]['flops']) / 1000:.0f}",
+                    accuracy_of(own),
+                    str(len(own)),
+                    steps_of(own),
+                )
+                + (
+                    ("64", accuracy_of(alike[family]), steps_of(alike[family]))
+                    if family in alike
+                    else ("64", "not run", "not run")
+                )
+            )
+    return table(heads, lines)
+
+
+def accuracy_of(own: Runs) -> str:
+    """Accuracy over seeds."""
+    return spread(float(row["accuracy"]) for row in own)
+
+
+def steps_of(own: Runs) -> str:
+    """Steps to the best accuracy over seeds."""
+    return spread((int(row["best_step"]) for row in own), 0)
+
+
+def by_stretch(rows: Runs, name: str, at: str) -> dict[str, dict[int, list[float]]]:
+    """What `name` says -> place -> the loss there with each seed, in the order of places."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    for row in sorted(rows, key=lambda row: int(row[at])):
+        curves.setdefault(row[name], {}).setdefault(int(row[at]), []).append(float(row["loss"]))
+    return curves
 
 
 def text() -> str:
-    """Nats a byte: of all, of the first stretch, of the last quarter."""
+    """Nats a byte: of all, of the first stretch, of the last quarter, and how much that quarter's differ from dense attention's with the same seed."""
     keys = {row["family"]: row["keys_per_query"] for row in records("quality-text")}
+    curves = by_stretch(records("quality-text"), "family", "begin")
+    ends = {}
     lines = []
-    for family, own in positions().items():
-        losses = [loss for _, loss in own]
-        quarter = losses[-len(losses) // 4 :]
-        means = (sum(part) / len(part) for part in (losses, losses[:1], quarter))
-        lines.append((family, keys[family], *(f"{mean:.3f}" for mean in means)))
-    return table(("family", "keys a query", "all bytes", "first 128", "last quarter"), lines)
+    for family, own in curves.items():
+        by_seed = list(zip(*own.values(), strict=True))
+        parts = (by_seed, [losses[:1] for losses in by_seed], [losses[-len(losses) // 4 :] for losses in by_seed])
+        means = [[sum(losses) / len(losses) for losses in part] for part in parts]
+        ends[family] = means[-1]
+        above = [ours - dense for ours, dense in zip(means[-1], ends["dense"], strict=False)]
+        lines.append((family, keys[family], str(len(by_seed)), *(spread(mean, 3) for mean in means), spread(above, 3)))
+    heads = ("family", "keys a query", "seeds", "all bytes", "first 128", "last quarter", "above dense there")
+    return table(heads, lines)
 
 
 def gradients() -> str:
@@ -171,48 +219,35 @@ def predictions() -> Figure:
     figure = Figure(figsize=(5.4, 5.0), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-    for task in dict.fromkeys(task for task, *_ in predicted()):
-        own = runs(task)
-        places = [float(predicted()[task, 128, 2, family]["predicted_accuracy"]) for family in own]
+    for task, length, layers in dict.fromkeys(key[:3] for key in predicted()):
+        own = runs(task, length, layers)
+        places = [float(predicted()[task, length, layers, family]["predicted_accuracy"]) for family in own]
         means = [sum(float(row["accuracy"]) for row in rows) / len(rows) for rows in own.values()]
-        axes.scatter(places, means, label=task, s=18)
+        more = f", {length} tokens" * (length != 128) + f", {layers} layers" * (layers != 2)
+        axes.scatter(places, means, label=task + more, s=18)
     axes.set_xlabel("predicted from pairs seen directly", fontsize=8)
     axes.set_ylabel("came out", fontsize=8)
     axes.legend(fontsize=7)
     return figure
 
 
-def by_position() -> Figure:
-    """Loss above that of dense attention, by how many bytes came before."""
+def losses_above(curves: dict[str, dict[int, list[float]]], base: str, places: str) -> Figure:
+    """Mean losses over seeds above those of one curve."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    dense = dict(positions()["dense"])
-    for family, own in positions().items():
-        axes.plot([begin for begin, _ in own], [loss - dense[begin] for begin, loss in own], marker="o", label=family)
-    axes.set_xlabel("bytes before", fontsize=8)
-    axes.set_ylabel("nats a byte above dense", fontsize=8)
-    axes.legend(fontsize=7)
-    return figure
-
-
-def fidelity() -> Figure:
-    """Losses of training with each way of merging branches, above those of exact gradients in float32."""
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    losses: dict[str, dict[int, list[float]]] = {}
-    for row in records("quality-fidelity-curves"):
-        losses.setdefault(row["way"], {}).setdefault(int(row["step"]), []).append(float(row["loss"]))
-    means = {way: {step: sum(v) / len(v) for step, v in own.items()} for way, own in losses.items()}
-    for way, own in means.items():
-        axes.plot(list(own), [loss - means["exact"][step] for step, loss in own.items()], marker="o", label=way)
-    axes.set_xlabel("steps", fontsize=8)
-    axes.set_ylabel("nats a byte above exact", fontsize=8)
+    means = {name: {at: sum(v) / len(v) for at, v in own.items()} for name, own in curves.items()}
+    for name, own in means.items():
+        axes.plot(list(own), [loss - means[base][at] for at, loss in own.items()], marker="o", label=name)
+    axes.set_xlabel(places, fontsize=8)
+    axes.set_ylabel(f"nats a byte above {base}", fontsize=8)
     axes.legend(fontsize=7)
     return figure
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality recall": accuracies,
+    "quality 256": lambda: accuracies(length=256),
+    "quality flops": flops,
     "quality mixtures": lambda: accuracies(layers=4),
     "quality rates": rates,
     "quality distances": distances,
@@ -223,6 +258,10 @@ TABLES: dict[str, Callable[[], str]] = {
 PLOTS: dict[str, Callable[[], Figure]] = {
     "quality-curves": curves,
     "quality-predictions": predictions,
-    "quality-positions": by_position,
-    "quality-fidelity": fidelity,
+    "quality-positions": lambda: losses_above(
+        by_stretch(records("quality-text"), "family", "begin"), "dense", "bytes before"
+    ),
+    "quality-fidelity": lambda: losses_above(
+        by_stretch(records("quality-fidelity-curves"), "way", "step"), "exact", "steps"
+    ),
 }

@@ -58,8 +58,20 @@ def strike(fault: str) -> None:
         subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault == "interrupt":
-        # The first rank is interrupted while it waits for this one.
-        time.sleep(4 * SECONDS)
+        # The first rank is interrupted while it waits for this one, which goes on after that; or, where the interrupt waits for it, by itself.
+        (asleep := FOLDER / "asleep").touch()
+        deadline = time.monotonic() + 4 * SECONDS
+        while asleep.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        asleep.unlink(missing_ok=True)
+
+
+def interrupt_while_asleep() -> None:
+    """Interrupt this process while the last rank sleeps."""
+    while not (FOLDER / "asleep").exists():
+        time.sleep(0.05)
+    time.sleep(SECONDS / 6)  # so that this one waits for it
+    signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
@@ -121,7 +133,7 @@ def fail(number: int, engine: str, fault: str, phase: str, step: int) -> Iterato
     gc.collect()
     before = descriptors(), threading.active_count()
     if RANK == 0 and fault == "interrupt":  # the others see its notice
-        threading.Timer(SECONDS / 2, signal.raise_signal, (signal.SIGINT,)).start()
+        threading.Thread(target=interrupt_while_asleep, daemon=True).start()
     # Whoever is to be interrupted waits for longer than the interrupt takes on a busy machine; and whoever is to see a notice, than it takes.
     patient = fault == "interrupt" or (fault == "raise" and step > 0)
     module.schedule = build(engine, 60.0 if patient and RANK != WORLD - 1 else SECONDS)
@@ -130,6 +142,9 @@ def fail(number: int, engine: str, fault: str, phase: str, step: int) -> Iterato
             report["right"] = right()
     except (GroupError, MemoryError, KeyboardInterrupt) as error:
         report |= {"error": type(error).__name__, "rank": getattr(error, "rank", None), "text": str(error)}
+        if isinstance(error, KeyboardInterrupt):
+            report["while asleep"] = (FOLDER / "asleep").exists()
+            (FOLDER / "asleep").unlink(missing_ok=True)
     yield report
     # Whoever failed, or not, comes here.
     schedule.reset(60.0)

@@ -30,7 +30,7 @@ N = 13
 WIDE: dict[str, Any] = {"dtype": torch.float64}
 SMALL: dict[str, Any] = {"segment_lengths": (4, 12), "dilation_rates": (1, 2), "dim_feedforward": 16}
 MESH = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("ring",))
-GRID = init_device_mesh("cpu", (2, WORLD // 2) if WORLD > 2 else (1, WORLD), mesh_dim_names=("ring", "heads"))
+GRID = init_device_mesh("cpu", (2, WORLD // 2) if WORLD == 4 else (1, WORLD), mesh_dim_names=("ring", "heads"))
 
 Make = Callable[..., nn.Module]
 

@@ -1,6 +1,7 @@
 """Cases for every rank: one rank differs, or calls in another order. Every rank raises GroupError, refuses more, and is right after a reset."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from threading import Event, Thread
 from typing import Any
 from unittest import mock
@@ -56,11 +57,13 @@ class Case:
         self.whole = [randn(1, N, *shape, seed=n, dtype=torch.float32) for n, shape in enumerate(shapes)]
         self.schedule, self.pattern = schedule, PATTERN
         self.options: dict[str, Any] = {}
+        self.context: AbstractContextManager[Any] = nullcontext()
         self.tensors = [shard_sequence(x, schedule)[0] for x in self.whole]
 
     def call(self) -> Tensor:
         """Of this rank."""
-        return pattern_attention(*self.tensors, self.pattern, schedule=self.schedule, **self.options)
+        with self.context:
+            return pattern_attention(*self.tensors, self.pattern, schedule=self.schedule, **self.options)
 
     def check(self) -> None:
         """A right call, forward and backward, gives what one process gives."""
@@ -136,6 +139,16 @@ def engine(case: Case) -> None:
     case.schedule = kind(dist.group.WORLD, layout=members.layout, timeout=SECONDS, **known)
 
 
+def autocast(case: Case) -> None:
+    """Calls are in bfloat16."""
+    case.context = torch.autocast("cpu", torch.bfloat16)
+
+
+def version(case: Case) -> None:
+    """Of the package."""
+    case.context = mock.patch.object(calls_over(Place.of(dist.group.WORLD)), "version", "0")
+
+
 def graded(case: Case) -> None:
     """Gradients are wanted."""
     case.tensors = [x.requires_grad_() for x in case.tensors]
@@ -146,6 +159,8 @@ FAULTS: dict[str, tuple[Callable[[Case], None], str]] = {
     "float64": (cast(torch.float64), "dtype"),
     "float16": (cast(torch.float16), "dtype"),
     "bfloat16": (cast(torch.bfloat16), "dtype"),
+    "autocast": (autocast, "dtype"),
+    "version": (version, "version"),
     "heads and head_dim swapped": (reshaped(DIM, HEADS), "heads"),
     "fewer heads": (reshaped(WORLD, DIM), "heads"),
     "head_dim": (reshaped(KV_HEADS, 2 * DIM), "heads"),

@@ -121,6 +121,36 @@ def case_attend_takes_dtensors_without_an_exchange() -> None:
     done()
 
 
+def case_second_derivatives_of_dtensors() -> None:
+    """A penalty on gradients: its own gradients are the whole's, of a bias that ranks share too; what has none in one process has none here."""
+    for mesh, placements in ((MESH, [Shard(2)]), (MESH, [Shard(0)]), (GRID, [Shard(0), Shard(2)])):
+        options = attend_options()
+        for name in ("nothing", "bias", "mask"):
+            whole, sharded = leaves(mesh, placements)
+            spread = {key: distribute_tensor(x, mesh, [Replicate()] * mesh.ndim) for key, x in options[name].items()}
+            expected, found = (
+                penalty(tensors, given) for tensors, given in ((whole, options[name]), (sharded, spread))
+            )
+            for a, b in zip(found, expected, strict=True):
+                close(a.full_tensor(), b, f"{name} of {placements}")  # type: ignore[attr-defined]
+        slopes = distribute_tensor(options["slopes"]["score_terms"], mesh, [Replicate()] * mesh.ndim)
+        with pytest.raises(NotImplementedError, match="second derivatives are not supported with score_terms"):
+            penalty(sharded, {"score_terms": Alibi(slopes)})
+    done()
+
+
+def penalty(tensors, given) -> list[torch.Tensor]:
+    """Gradients of the squares of a loss's gradients, with respect to all that has one."""
+    given = {
+        name: x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x
+        for name, x in given.items()
+    }
+    leaves = [*tensors, *(x for x in given.values() if isinstance(x, torch.Tensor) and x.requires_grad)]
+    loss = attend(*tensors, BLOCKS, **given).out.square().sum()
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    return list(torch.autograd.grad(sum(x.square().sum() for x in first), leaves))  # type: ignore[arg-type]
+
+
 class BareAttention(torch.nn.Module):
     """Projections around `attend`, as somebody else's model has them."""
 

@@ -34,7 +34,7 @@ from longattn.attention.schedules.traffic import (
 from longattn.attention.schedules.ulysses import Ulysses
 from longattn.kernels.dispatch.environment import Environment, TorchAllocator
 from longattn.kernels.interface import find_plan
-from longattn.patterncache import Dilated, Full, Pattern, PatternCache, Window
+from longattn.patterncache import BlockSparse, Dilated, Documents, Full, Pattern, PatternCache, Window
 
 
 def sent(schedule: Schedule, pattern: Pattern, length: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -90,7 +90,14 @@ def counting(pairs: list[int]):
 def case_balanced_shards_compute_what_is_counted() -> None:
     """Each rank computes the pairs that the plans say, hardly more than the mean, and gives what one process gives."""
     length, heads = 240, 4
-    for pattern in (Full(causal=True), Dilated((60, 120, 240), (1, 2, 4), causal=True), Window(40, causal=True)):
+    blocks = torch.rand(30, 30, generator=torch.Generator().manual_seed(0)) < 0.3
+    for pattern in (
+        Full(causal=True),
+        Dilated((60, 120, 240), (1, 2, 4), causal=True),
+        Window(40, causal=True),
+        Documents((0, 7, 100, 130, 240), Full(causal=True)),
+        BlockSparse(8, blocks.tril().numpy()),
+    ):
         lengths = balanced_lengths(pattern, length, WORLD, heads)
         ring = Ring(dist.group.WORLD, lengths=lengths)
         x = randn(1, length, heads, 4)

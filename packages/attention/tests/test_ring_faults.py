@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from longattn.attention import GroupError
+from longattn.attention.schedules import notices
 from longattn.attention.schedules.group_calls import HEADERS, Exchange, GroupCalls
+from longattn.attention.schedules.waiting import PendingWorks
 
 HERE = Path(__file__).parent
 SECONDS = 3.0
@@ -40,7 +42,7 @@ def run_lives(folder: Path, world: int, lives: Sequence[Sequence[Fault]]) -> str
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
-        # An interrupt alone takes four times the seconds.
+        # An interrupt that is not heeded takes four times the seconds.
         output = process.communicate(timeout=HARD_TIMEOUT + 10 * SECONDS * sum(map(len, lives)))[0]
     finally:
         with suppress(ProcessLookupError):
@@ -73,6 +75,8 @@ def check_fault(world: int, fault: Fault, reports: list[Any]) -> None:
         # A rank whose messages were all there before the fault may end well; it never has a wrong number.
         assert report["right"] is not False, (fault, reports)
         assert report["right"] or report["error"] in ("GroupError", "KeyboardInterrupt"), (fault, reports)
+        # An interrupt does not wait for the message that is waited for.
+        assert report.get("while asleep", True), (fault, reports)
     if kind == "pause":
         assert all(report["right"] for report in reports), (fault, reports)
     elif kind == "raise" and step:
@@ -133,6 +137,25 @@ def test_a_message_that_cannot_be_posted_names_its_rank():
             with pytest.raises(GroupError, match="rank 2 is gone: a message could not be posted: Conn") as caught:
                 Exchange(calls, "header", sends, receives, HEADERS)
             assert caught.value.rank == 2
+
+
+def test_a_notice_names_the_rank_that_is_gone(monkeypatch):
+    """Rank 2 has noticed that rank 3 is gone: rank 0, which waits for rank 1, names rank 3; a rank that is blamed itself names none."""
+    store = dist.HashStore()
+    monkeypatch.setattr(notices, "_store_of", lambda place: store)
+
+    def calls_of(rank):
+        place: Any = SimpleNamespace(rank=rank, size=4, name="0", timeout=60.0)
+        calls = GroupCalls(place)
+        calls.timeout, calls._notice_key = 60.0, "key"
+        return calls
+
+    calls_of(2)._tell_others(GroupError("rank 3 is gone", rank=3))
+    for rank, named in ((0, 3), (3, None)):
+        never: Any = PendingWorks([(1, torch.zeros(1), None)])
+        with pytest.raises(GroupError, match="rank 2 failed in call 0 .*: rank 3 is gone") as caught:
+            calls_of(rank).await_job(never, "header")
+        assert caught.value.rank == named
 
 
 @pytest.mark.nightly

@@ -48,6 +48,21 @@ def test_a_layer_of_a_model(config, layer, expected):
     assert from_hf(config, layer) == expected
 
 
+def test_a_pattern_that_joins_a_models_tokens():
+    """As many layers and heads as the model has, looking both ways where it does."""
+    decoder = mistral(sliding_window=8, num_attention_heads=4, max_position_embeddings=512)
+    assert Dilated.for_config(decoder) == Dilated.for_length(512, layers=4, num_heads=4)
+    assert Dilated.for_config(Config(model_type="gemma3", text_config=decoder), 128, 40.0) == Dilated.for_length(
+        128, 4, 40.0, 4
+    )
+    encoder = Config(model_type="bert", num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+    assert Dilated.for_config(encoder).reach(2, 64, 2).complete and not Dilated.for_config(encoder).causal
+    with pytest.raises(TypeError, match="num_attention_heads must be an integer"):
+        Dilated.for_config(mistral(sliding_window=8), 64)
+    with pytest.raises(TypeError, match="max_position_embeddings must be an integer"):
+        Dilated.for_config(mistral(sliding_window=8, num_attention_heads=4))
+
+
 @pytest.mark.parametrize(
     ("config", "layer", "error", "words"),
     [

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from longattn.attention.schedules.group import Members, OverGroup, WholeSequence, check_masks
-from longattn.attention.schedules.layouts import LayoutName, count_rows
+from longattn.attention.schedules.layouts import LayoutName, rows_by_rank
 from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun, ScheduleWork
 from longattn.attention.schedules.transport import Swapped, swap
 from longattn.patterncache import Span
@@ -67,7 +67,7 @@ class _GatheredRun(ScheduleRun):
         self.seed, self.mask, self.bias = self.whole.seed, work.tensors.mask, work.tensors.bias
         self.by_distance = work.tensors.by_distance
         given = [work.k, work.v, *([] if work.padding is None else [work.padding])]
-        sizes = [count_rows(rows) for rows in self.whole.keys.rows()]
+        sizes = rows_by_rank(self.whole.keys)
         gathered = [Swapped([x] * len(sizes), [(x.shape[0], size, *x.shape[2:]) for size in sizes]) for x in given]
         parts = self._swap("keys", gathered)
         self.k, self.v, *padding = (self.whole.keys.join(x) for x in parts)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.extents import Extents
-from longattn.attention.schedules.layouts import count_rows
+from longattn.attention.schedules.layouts import count_rows, flat
 from longattn.attention.schedules.registry import parse_schedule
 from longattn.kernels.interface import OpArguments, OpTensors
 from longattn.patterncache import Documents, Pattern, Span, parse_pattern
@@ -84,7 +84,7 @@ def packed_pattern(
     if queries.cu_seqlens == documents.cu_seqlens:
         return documents, []
     spans = [span for span in query_spans(queries.cu_seqlens, documents.cu_seqlens, pattern.positional) if span.length]
-    return documents, [number for span in spans for number in (span.start, span.length, span.step)]
+    return documents, flat(tuple(spans))
 
 
 def check_packed(q: Tensor, k: Tensor, start: int | None, cu_seqlens: Any) -> None:

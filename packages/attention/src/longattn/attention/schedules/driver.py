@@ -12,7 +12,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from longattn.attention.schedules.layouts import Spans, add_rows, select_rows
+from longattn.attention.schedules.layouts import Spans, add_rows, flat, select_rows
 from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun
 from longattn.kernels import AttentionState, Environment
 from longattn.kernels.interface import (
@@ -103,16 +103,12 @@ def rectangle_of(
     q = shard.queries[0]
     mask, bias = (_cut(x, shard.rows, step.rows) for x in (run.mask, run.bias))
     return OpTensors(q, step.k, step.v, bias, run.by_distance, mask, step.padding, run.seed), arguments._replace(
-        q_spans=_flat(shard.spans),
-        k_spans=_flat(step.spans),
+        q_spans=flat(shard.spans),
+        k_spans=flat(step.spans),
         heads=list(shard.heads),
         out_dtype=state_dtype(q.dtype),
         schedule="",
     )
-
-
-def _flat(spans: Spans) -> list[int]:
-    return [n for span in spans for n in (span.start, span.length, span.step)]
 
 
 class _Parts:

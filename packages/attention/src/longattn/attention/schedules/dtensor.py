@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.callers import calls_over
 from longattn.attention.schedules.group import Members
-from longattn.attention.schedules.layouts import count_rows
+from longattn.attention.schedules.layouts import rows_by_rank
 from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.ring import Ring
 from longattn.attention.schedules.transport import gather_integers
@@ -128,8 +128,8 @@ def _fits(q: DTensor, k: DTensor, along: int, schedule: Any) -> bool:
     if members.place != Place.of(q.device_mesh.get_group(along)):
         return False
     if members.lengths_known:
-        rows_by_rank = [count_rows(rows) for rows in members.laid_out(q.shape[1]).rows()]
-        if any(rows_by_rank != chunks(x, along, 1) for x in (q, k)):
+        held = rows_by_rank(members.laid_out(q.shape[1]))
+        if any(held != chunks(x, along, 1) for x in (q, k)):
             return False
     return members.layout == "contiguous" or members.place.size == 1
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from longattn.attention.schedules.callers import caller_fields
 from longattn.attention.schedules.group_calls import GroupCalls
 from longattn.attention.schedules.headers import Fields
-from longattn.attention.schedules.layouts import Layout, count_rows
+from longattn.attention.schedules.layouts import Layout, rows_by_rank
 from longattn.attention.schedules.transport import Swapped, swap
 from longattn.kernels.interface import TorchAllocator
 
@@ -41,7 +41,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, calls: GroupCalls, layout: Layout, timeout: float | None) -> Tensor:  # type: ignore[override]
         ctx.calls, ctx.layout, ctx.shape, ctx.timeout = calls, layout, x.shape, timeout
-        sizes = [count_rows(rows) for rows in layout.rows()]
+        sizes = rows_by_rank(layout)
         shapes = [(x.shape[0], size, *x.shape[2:]) for size in sizes]
         with calls.underway(timeout):
             ctx.call = calls.next_call()
@@ -54,7 +54,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         parts = ctx.layout.cut(gradient)
-        sizes = [count_rows(rows) for rows in ctx.layout.rows()]
+        sizes = rows_by_rank(ctx.layout)
         with ctx.calls.underway(ctx.timeout):
             fields = row_fields(ctx.calls, "gather backward", gradient, sizes)
             swapped = [Swapped(parts, [tuple(ctx.shape)] * len(parts))]

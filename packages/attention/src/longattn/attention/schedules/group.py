@@ -37,8 +37,8 @@ from longattn.attention.schedules.layouts import (
     LayoutName,
     Spans,
     check_layout,
-    count_rows,
     neighbours,
+    rows_by_rank,
     take,
 )
 from longattn.attention.schedules.passes import ScheduleWork, query_spans
@@ -119,7 +119,7 @@ class Members:
 
     def _known_lengths(self) -> list[int]:
         if isinstance(self.lengths, int):
-            return [count_rows(rows) for rows in self.laid_out(self.lengths).rows()]
+            return rows_by_rank(self.laid_out(self.lengths))
         assert self.lengths is not None
         return list(self.lengths)
 
@@ -259,8 +259,8 @@ class WholeSequence:
             kv_heads=str(work.k.shape[2]),
             head_dim=str(head_dim),
             value_head_dim=str(work.v.shape[3]),
-            q_lengths=str([count_rows(rows) for rows in self.queries.rows()]),
-            k_lengths=str([count_rows(rows) for rows in self.keys.rows()]),
+            q_lengths=str(rows_by_rank(self.queries)),
+            k_lengths=str(rows_by_rank(self.keys)),
             q_start=str(start) if start else "",
             scale=str(arguments.scale),
             dropout_p=str(arguments.dropout_p),
@@ -287,7 +287,7 @@ def _without_group(value: Any) -> Any:
 
 def total_rows(layout: Layout) -> int:
     """Rows of all ranks together."""
-    return sum(count_rows(rows) for rows in layout.rows())
+    return sum(rows_by_rank(layout))
 
 
 def _check_shard_lengths(lengths: list[list[int]], me: int, own_lengths: tuple[int, int], members: Members) -> None:
@@ -303,7 +303,7 @@ def _layout_of_lengths(members: Members, lengths: Sequence[int]) -> Layout:
     if members.layout == "contiguous":
         return neighbours(lengths)
     layout = LAYOUTS[members.layout](sum(lengths), len(lengths))
-    expected = [count_rows(rows) for rows in layout.rows()]
+    expected = rows_by_rank(layout)
     if expected != list(lengths):
         raise ValueError(f"shards must have the lengths {expected} of layout {members.layout!r}, got {list(lengths)}")
     return layout

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.errors import GroupError
-from longattn.attention.schedules.headers import HEADER_BYTES, OWN, Fields, Header, check_headers, encoded, has_arrived
+from longattn.attention.schedules.headers import (
+    HEADER_BYTES,
+    OWN,
+    Fields,
+    Header,
+    check_headers,
+    encoded,
+    has_arrived,
+    installed_version,
+)
 from longattn.attention.schedules.notices import Lookout, leave_notice
 from longattn.attention.schedules.place import Parcel, Place, TransportEvent, note
 from longattn.attention.schedules.waiting import Patience, PendingWorks, Waiter
@@ -44,13 +53,14 @@ class GroupCalls:
 
     Attributes:
         place: the group. number: passes announced so far. calls: calls begun so far.
-        failure: why no more calls are taken, or None. timeout: seconds that the pass underway waits for a message.
+        failure: why no more calls are taken, or None. version: of this package, as headers say it. timeout: seconds that the pass underway waits for a message.
     """
 
     def __init__(self, place: Place) -> None:
         self.place, self.rank, self.size = place, place.rank, place.size
         self.number, self.calls = 0, 0
         self.failure: str | None = None
+        self.version = installed_version()
         self.timeout = 0.0
         self.fields, self.call = Fields(), 0
         self.posted: dict[int, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
@@ -155,7 +165,7 @@ class GroupCalls:
         self.fields, self.call, self.number = fields, call, self.number + 1
         self.posted.clear()
         self._taken.clear()
-        text, own = encoded(fields), (*own, *(0,) * (OWN - len(own)))
+        text, own = encoded(fields._replace(version=self.version)), (*own, *(0,) * (OWN - len(own)))
         mine = Header(self.number, call, own, (), (), text, self._session)
         self._headers = [mine] * self.size
         self._announced = self._announced or self.size > 1
@@ -222,10 +232,11 @@ class GroupCalls:
         )
 
     def _tell_others(self, error: BaseException) -> None:
-        """Leave a notice for ranks that wait, or will: this one takes no more calls."""
+        """Leave a notice for ranks that wait, or will: this one takes no more calls. It names the rank that the error blames, by default this one."""
         if self._notice_key is not None:
+            blamed = error.rank if isinstance(error, GroupError) and error.rank is not None else self.rank
             text = f"rank {self.rank} failed in call {self.call} ({self.fields.phase}): {type(error).__name__}: {str(error)[:500]}"
-            leave_notice(self.place, self._notice_key, f"{self.rank} {text}")
+            leave_notice(self.place, self._notice_key, f"{blamed} {text}")
 
     def await_job(self, job: PendingWorks, step: str) -> None:
         """Wait for a job; raise GroupError where a peer is gone, or silent for the timeout, or any rank has left a notice."""
@@ -236,8 +247,8 @@ class GroupCalls:
                 lookouts.append(Lookout(self.place, self._notice_key))
             for lookout in lookouts:
                 if lookout.seen is not None:
-                    rank, _, text = lookout.seen.partition(" ")
-                    raise self.error(text, int(rank), step)
+                    blamed, _, text = lookout.seen.partition(" ")
+                    raise self.error(text, None if int(blamed) == self.rank else int(blamed), step)
 
         try:
             who = f"rank {self.rank} of group {self.place.name!r}, {step},"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longattn.attention.schedules.group import WholeSequence
-from longattn.attention.schedules.layouts import Layout, count_rows
+from longattn.attention.schedules.layouts import Layout, rows_by_rank
 from longattn.attention.schedules.layouts import contiguous as evenly
 from longattn.attention.schedules.passes import ScheduleWork
 from longattn.attention.schedules.transport import Swapped, swap
@@ -51,7 +51,7 @@ class HeadExchange:
         swapped = [self._by_heads(x, layout) for x, layout in (*queries, *keys)]
         layouts = [layout for _, layout in (*queries, *keys)]
         if work.padding is not None:
-            shapes = [(work.padding.shape[0], n) for n in _sizes(self.whole.keys)]
+            shapes = [(work.padding.shape[0], n) for n in rows_by_rank(self.whole.keys)]
             swapped.append(Swapped([work.padding] * len(shapes), shapes))
             layouts.append(self.whole.keys)
         received = self._swap("to heads", swapped)
@@ -68,12 +68,12 @@ class HeadExchange:
         shares = self.shares[x.shape[2]]
         parts = [x[:, :, s.start : s.start + s.length] for s in shares]
         num_heads = shares[self.whole.me].length
-        return Swapped(parts, [(x.shape[0], n, num_heads, *x.shape[3:]) for n in _sizes(layout)])
+        return Swapped(parts, [(x.shape[0], n, num_heads, *x.shape[3:]) for n in rows_by_rank(layout)])
 
     def to_rows(self, step: str, tensors: Sequence[Tensor], layout: Layout) -> list[Tensor]:
         """The inverse of `operands_to_heads`, for some tensors of one layout. One exchange for all of them."""
         me, swapped = self.whole.me, list[Swapped]()
-        rows = _sizes(layout)[me]
+        rows = rows_by_rank(layout)[me]
         for x in tensors:
             shares = next(s for s in self.shares.values() if s[me].length == x.shape[2])
             swapped.append(Swapped(layout.cut(x), [(x.shape[0], rows, s.length, *x.shape[3:]) for s in shares]))
@@ -90,7 +90,7 @@ class HeadExchange:
         if by_row.shape[2] > 1:
             (received,) = self._swap("mask to heads", [self._by_heads(by_row, self.whole.queries)])
             return self.whole.queries.join(received).transpose(1, 2)
-        shapes = [(by_row.shape[0], n, *by_row.shape[2:]) for n in _sizes(self.whole.queries)]
+        shapes = [(by_row.shape[0], n, *by_row.shape[2:]) for n in rows_by_rank(self.whole.queries)]
         (rows,) = self._swap("mask to heads", [Swapped([by_row] * len(shapes), shapes)])
         return self.whole.queries.join(rows).transpose(1, 2)
 
@@ -125,10 +125,6 @@ class HeadExchange:
         (received,) = self._swap("mask gradient to rows", [Swapped(parts, shapes)])
         total = torch.stack(received).sum(0)
         return total.transpose(1, 2).reshape(bias.shape)
-
-
-def _sizes(layout: Layout) -> list[int]:
-    return [count_rows(rows) for rows in layout.rows()]
 
 
 def _by_row(mask: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from longattn.attention.schedules.errors import GroupError
@@ -39,7 +40,7 @@ class Fields(NamedTuple):
     """What the ranks of a pass must have alike, as text. "" says nothing.
 
     Attributes:
-        version: of the package. phase, step: what of a call. caller: which module, by the order of first calls on the group.
+        version: of the package, filled in by `GroupCalls`. phase, step: what of a call. caller: which module, by the order of first calls on the group.
         thread: its name, in a forward. schedule: without its group and timeout. pattern: canonical string.
         dtype, batch, heads, kv_heads, head_dim, value_head_dim: of q, k and v. q_lengths, k_lengths: rows of each rank.
         q_start: positions of the whole sequence's queries, where they were asked for. scale, dropout_p, softcap, score_terms, masks, sinks: options.
@@ -131,6 +132,14 @@ class Header:
         """The text, by name."""
         values = self.text.decode(errors="replace").split("\x1f")
         return dict(zip(Fields._fields, values, strict=False)) | {"call": str(self.call), "pass": str(self.number)}
+
+
+def installed_version() -> str:
+    """Of this package; "" where it is not installed, but found by its path."""
+    try:
+        return version("longattn-attention")
+    except PackageNotFoundError:
+        return ""
 
 
 @lru_cache(maxsize=1024)

@@ -128,6 +128,16 @@ def count_rows(spans: Spans) -> int:
     return sum(span.length for span in spans)
 
 
+def rows_by_rank(layout: Layout) -> list[int]:
+    """How many rows each rank holds."""
+    return [count_rows(rows) for rows in layout.rows()]
+
+
+def flat(spans: Spans) -> list[int]:
+    """(start, length, step) of each, one after the other, as the ops take them."""
+    return [number for span in spans for number in span.numbers]
+
+
 def take(spans: Spans, rows: Spans) -> Spans:
     """The positions of some rows of a tensor whose rows stand at `spans`."""
     positions: list[Span] = []

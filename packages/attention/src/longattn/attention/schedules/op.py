@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longattn.attention.schedules import driver as scheduled
 from longattn.attention.schedules.documents import in_documents
+from longattn.attention.schedules.layouts import flat
 from longattn.attention.schedules.local import Local
 from longattn.attention.schedules.passes import ScheduleWork, query_spans
 from longattn.attention.schedules.registry import parse_schedule
@@ -63,7 +64,7 @@ def _pairs(q: Any, k: Any, arguments: OpArguments) -> int:
     if parse_schedule(arguments.schedule).distributed:
         return 0
     spans = query_spans(arguments, q[1], k[1])
-    whole = arguments._replace(q_spans=[n for s in spans for n in (s.start, s.length, s.step)], k_spans=[0, k[1], 1])
+    whole = arguments._replace(q_spans=flat(spans), k_spans=[0, k[1], 1])
     return visible_pairs(find_plan(whole, find_environment("")))
 
 

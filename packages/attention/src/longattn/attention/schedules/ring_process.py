@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longattn.attention.schedules.group import Members, WholeSequence, check_masks
 from longattn.attention.schedules.group_calls import GRADIENTS, KEYS, Announced, Exchange
-from longattn.attention.schedules.layouts import Spans
+from longattn.attention.schedules.layouts import flat
 from longattn.attention.schedules.packing import Lease, Packing, packing_of
 from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun, ScheduleWork
 from longattn.attention.schedules.place import Parcel
@@ -106,7 +106,7 @@ class GroupRun(ScheduleRun):
     def _visible_keys(self, queries: int, keys: int) -> Packing | None:
         """What the queries of one rank see of another's keys."""
         work = self.work
-        arguments = work.arguments._replace(q_spans=_flat(self.whole.spans[queries]), k_spans=_flat(self.k_rows[keys]))
+        arguments = work.arguments._replace(q_spans=flat(self.whole.spans[queries]), k_spans=flat(self.k_rows[keys]))
         plan = find_plan(arguments, work.environment)
         return None if plan.empty else packing_of(plan, work.k.shape[2])
 
@@ -221,7 +221,3 @@ class GroupRun(ScheduleRun):
 def _numbers(packing: Packing, tensors: Sequence[Tensor]) -> list[int]:
     """How many numbers of each tensor travel."""
     return [math.prod(packing.shape(len(x), x.shape[-1])) for x in tensors]
-
-
-def _flat(spans: Spans) -> list[int]:
-    return [n for span in spans for n in (span.start, span.length, span.step)]

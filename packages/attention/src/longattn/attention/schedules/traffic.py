@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from longattn.attention.schedules.all_gather import AllGather
 from longattn.attention.schedules.balance import MOST_LENGTH, MOST_RANKS
 from longattn.attention.schedules.base import Schedule
-from longattn.attention.schedules.layouts import LAYOUTS, count_rows, neighbours
+from longattn.attention.schedules.layouts import LAYOUTS, flat, neighbours, rows_by_rank
 from longattn.attention.schedules.packing import packing_of
 from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.ring import Ring
@@ -89,9 +89,8 @@ def ring_traffic(call: ScheduledCall, layout: str = "contiguous", lengths: Seque
     elements, work, cache = 0, [0] * call.ranks, get_global_pattern_cache()
     for reader, queries in enumerate(rows):
         for owner, keys in enumerate(rows):
-            flat = (tuple(n for s in side for n in (s.start, s.length, s.step)) for side in (queries, keys))
             rectangle = Rectangle(call.heads, queries, keys)
-            key = (call.pattern.canonical(), *flat, (call.heads, 0, call.heads))
+            key = (call.pattern.canonical(), tuple(flat(queries)), tuple(flat(keys)), (call.heads, 0, call.heads))
             plan = cache.get_or_build(key, lambda r=rectangle: call.pattern.plan(r))
             work[reader] += sum(branch.pairs * branch.heads.length for branch in plan.branches)
             if owner != reader and not plan.empty:
@@ -127,9 +126,7 @@ def ulysses_shares(call: ScheduledCall) -> list[UlyssesShare] | None:
     if call.kv_heads < call.ranks:
         return None
     group, size, wide = call.heads // call.kv_heads, call.dtype.itemsize, state_dtype(call.dtype).itemsize
-    kv_heads, lengths = (
-        [count_rows(rows) for rows in LAYOUTS["contiguous"](n, call.ranks).rows()] for n in (call.kv_heads, call.length)
-    )
+    kv_heads, lengths = (rows_by_rank(LAYOUTS["contiguous"](n, call.ranks)) for n in (call.kv_heads, call.length))
     whole = LAYOUTS["contiguous"](call.length, 1).rows()[0]
     per_head = [0] * call.heads
     for branch in call.pattern.plan(Rectangle(call.heads, whole, whole)).branches:

@@ -102,7 +102,7 @@ def second_gradients(
     arguments: OpArguments,
     environment: Environment,
 ) -> list[Tensor | None]:
-    """`longattn::attend_backward`'s own backward, on real tensors: gradients of the cotangents, q, k, v and bias.
+    """`longattn::attend_backward`'s own backward, on real tensors: gradients of the cotangents, q, k, v and bias, each in its shape.
 
     above: gradients of dq, dk, dv and dbias, each or None.
     """
@@ -111,7 +111,11 @@ def second_gradients(
         return call.second_backward(above, cotangents, tensors, plan, environment)
 
     with torch._C._DisableAutocast():
-        return served(compute, tensors, arguments, environment)
+        gradients = served(compute, tensors, arguments, environment)
+    inputs = (*cotangents, *tensors)
+    return [
+        None if x is None or like is None else x.reshape(like.shape) for x, like in zip(gradients, inputs, strict=False)
+    ]
 
 
 def _pairs(q: Any, k: Any, arguments: OpArguments) -> int:

@@ -11,6 +11,7 @@ Importing this module registers the rules. torch's own module for DTensors is he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,7 @@ _AXES: dict[str, Axes] = {
 }
 _PLACED_AS_Q = ("q", "k", "v", "prior_out", "prior_lse")
 _BESIDE = len(Cotangents._fields)
+_GRADED = OpTensors._fields[:GRADED]
 
 
 def check_placements(tensors: dict[str, Any]) -> None:
@@ -169,14 +171,46 @@ def _attend_backward(cls: Any, func: Any, types: Any, args: tuple[Any, ...], kwa
     local, arguments = _local_call(tensors, OpArguments(*inputs[_BESIDE + TENSORS :]))
     q = cast(DTensor, tensors.q)
     # Gradients may come placed otherwise, such as replicated by a loss over the whole.
-    beside = [None if x is None else x.redistribute(placements=q.placements).to_local() for x in inputs[:_BESIDE]]
+    beside = _parts(("q",) * _BESIDE, inputs[:_BESIDE], q)
     gradients: list[Tensor] = list(func(*beside, *local, *arguments))
-    for n, (name, x) in enumerate(zip(OpTensors._fields[:GRADED], tensors, strict=False)):
-        if x is not None and wanted_gradients(arguments)[n]:
-            placements = placements_beside(_AXES[name], x, q)[1] if name in _AXES else None
-            gradients[n] = placed_like(gradients[n], q, x.shape, placements)
-    return tuple(gradients)
+    given = [x if wanted else None for x, wanted in zip(tensors, wanted_gradients(arguments), strict=False)]
+    return _gradients_of(_GRADED, given, gradients, q)
 
 
-for _name, _rule in (("attend", _attend), ("attend_backward", _attend_backward)):
+def _attend_second(cls: Any, func: Any, types: Any, args: tuple[Any, ...], kwargs: Any = None) -> tuple[Tensor, ...]:
+    inputs = _inputs(func, args, kwargs)
+    above, beside, rest = inputs[:GRADED], inputs[GRADED : GRADED + _BESIDE], inputs[GRADED + _BESIDE :]
+    tensors = OpTensors(*rest[:TENSORS])
+    local, arguments = _local_call(tensors, OpArguments(*rest[TENSORS:]))
+    q = cast(DTensor, tensors.q)
+    # A gradient is placed as what it is of; that of a sum over ranks is the same for each of its parts.
+    parts = (*_parts(_GRADED, above, q), *_parts(("q",) * _BESIDE, beside, q))
+    gradients: list[Tensor] = list(func(*parts, *local, *arguments))
+    return _gradients_of((*("q",) * _BESIDE, *_GRADED), (*beside, *tensors[:GRADED]), gradients, q)
+
+
+def _parts(names: Sequence[str], given: Sequence[Any], q: DTensor) -> list[Tensor | None]:
+    """This rank's part of each, placed as the tensor of its name is beside q."""
+    return [
+        None if x is None else x.redistribute(placements=_placements(name, x, q)[0]).to_local()
+        for name, x in zip(names, given, strict=True)
+    ]
+
+
+def _gradients_of(
+    names: Sequence[str], given: Sequence[Any], gradients: list[Tensor], q: DTensor
+) -> tuple[Tensor, ...]:
+    """DTensors of this rank's parts of gradients of what was given; the others as they are."""
+    return tuple(
+        gradient if x is None else placed_like(gradient, q, x.shape, _placements(name, x, q)[1])
+        for name, x, gradient in zip(names, given, gradients, strict=True)
+    )
+
+
+def _placements(name: str, x: DTensor, q: DTensor) -> tuple[Sequence[Placement], Sequence[Placement]]:
+    """Of an input of the op and of its gradient."""
+    return placements_beside(_AXES[name], x, q) if name in _AXES else (q.placements, q.placements)
+
+
+for _name, _rule in (("attend", _attend), ("attend_backward", _attend_backward), ("attend_second", _attend_second)):
     torch.library.register_torch_dispatch(f"longattn::{_name}", DTensor, _rule, lib=LIBRARY)

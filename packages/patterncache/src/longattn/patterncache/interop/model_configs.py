@@ -147,6 +147,21 @@ def _of_kind(config: Any, kind: object, causal: bool) -> Pattern:
     return Window(size) if causal else Window(size + 1, causal=False)
 
 
+def for_config(config: Any, length: int | None = None, budget: float | None = None) -> Pattern:
+    """See `Dilated.for_config`."""
+    causal = from_hf(config).causal
+    config = getattr(config, "text_config", None) or config
+    length = check_int(
+        "max_position_embeddings" if length is None else "N",
+        getattr(config, "max_position_embeddings", None) if length is None else length,
+        minimum=1,
+    )
+    layers, heads = (
+        check_int(name, getattr(config, name, None), minimum=1) for name in ("num_hidden_layers", "num_attention_heads")
+    )
+    return Dilated.for_length(length, layers, budget, heads, causal)
+
+
 def from_bigbird(config: Any, N: int, rand_attn: npt.ArrayLike | None = None) -> Pattern:
     """BigBird's attention as transformers computes it over `N` tokens, multiplicities included.
 

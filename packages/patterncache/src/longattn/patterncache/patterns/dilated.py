@@ -74,7 +74,7 @@ class Dilated(Pattern, name="dilated"):
 
         Of rates 1, 2, 3, 4, 6, 8, 12, ... each has its narrowest such window, found exactly (`reach`). That a path over layers exists is
         necessary for a model to use a token, not sufficient: what it learns readily is what some head of some layer sees directly. A
-        budget buys that.
+        budget buys that. Other classes can join tokens for less: `HierarchicalBlocks(15, 4, 13)` 32768 in 4 layers for 26 keys, this for 41.
 
         Args:
             N: tokens, at least 1. Shorter sequences are joined too; longer ones are cut into segments of N, which only the window joins.
@@ -89,6 +89,20 @@ class Dilated(Pattern, name="dilated"):
             TypeError, ValueError: not such values; or a budget that the cheapest pattern exceeds.
         """
         return above("analysis.joining", "for_length")(N, layers, budget, num_heads, causal)
+
+    @classmethod
+    def for_config(cls, config: Any, N: int | None = None, budget: float | None = None) -> Pattern:
+        """`for_length` with the layers and heads of a transformers model, causal where it is (`from_hf`).
+
+        Args:
+            config: a `PreTrainedConfig` or what has its attributes; of a multimodal one, its text part is read.
+            N: tokens. Default None: its max_position_embeddings.
+            budget: as in `for_length`.
+
+        Raises:
+            TypeError, ValueError: `from_hf` refuses the model, a number is missing, or a bad argument; by name.
+        """
+        return above("interop.model_configs", "for_config")(config, N, budget)
 
     @property
     def binary(self) -> bool:
