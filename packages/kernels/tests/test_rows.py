@@ -144,8 +144,9 @@ def test_scores_beyond_the_type(name: str, pattern: Pattern, dtype: torch.dtype)
     assert not state.out[:, 0::3].any() and (state.lse[:, 0::3] == -torch.inf).all()
     assert state.out[:, 2::3].isnan().all() and state.lse[:, 2::3].isnan().all()
     expected = attend(torch.zeros_like(q), torch.zeros_like(k), v, pattern, backend="gather")
-    torch.testing.assert_close(state.out[:, 1::3], expected.out[:, 1::3])
-    torch.testing.assert_close(state.lse[:, 1::3], expected.lse[:, 1::3])
+    within = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(state.out[:, 1::3], expected.out[:, 1::3], **within)
+    torch.testing.assert_close(state.lse[:, 1::3], expected.lse[:, 1::3], **within)
 
 
 @pytest.mark.parametrize("name", backends("cpu"))
