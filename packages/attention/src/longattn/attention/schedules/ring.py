@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from longattn.attention.schedules.balance import MOST_RANKS
 from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.group import Members, OverGroup
 from longattn.attention.schedules.layouts import LAYOUTS, LayoutName, Spans, check_layout, take
@@ -39,7 +40,7 @@ class Ring(OverGroup, name="ring"):
 
     Args:
         group: a ProcessGroup, or a DeviceMesh of one dimension such as mesh["ring"]. Default None: in this process.
-        size: number of ranks, >= 1; with a group it is the group's.
+        size: number of ranks, 1 to 1024 in this process; with a group it is the group's.
         layout: "contiguous" (default), "zigzag" or "striped", as in `layouts`.
         lengths: with a group: the whole sequence's length, or, contiguous, that of every rank's shard. Default None: the ranks
             exchange their lengths at every call, and contiguous shards may have any.
@@ -82,7 +83,11 @@ class Ring(OverGroup, name="ring"):
                 "size must be an integer >= 1, got None, and neither is there a group: torch.distributed.group.WORLD is None until "
                 "init_process_group() was called"
             )
-        object.__setattr__(self, "size", check_size("size", size))
+        elif check_size("size", size) > MOST_RANKS:
+            raise ValueError(
+                f"size must be at most {MOST_RANKS} ranks in this process, which makes the steps of each, got {size}"
+            )
+        object.__setattr__(self, "size", size)
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "members", members)
 
