@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import itertools
 
+from longattn.attention.schedules.layouts import MOST_LENGTH, MOST_RANKS
 from longattn.attention.validate import check_pattern_argument, check_size
 from longattn.patterncache import Pattern, Rectangle, Span
-
-MOST_RANKS = 1024
-"""Ranks of a group: the steps of each are looked at."""
-
-MOST_LENGTH = 1 << 32
-"""Tokens of a sequence whose rows are looked at: eight bytes each."""
 
 
 def balanced_lengths(pattern: Pattern, length: int, ranks: int, num_heads: int) -> tuple[int, ...]:

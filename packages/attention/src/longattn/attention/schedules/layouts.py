@@ -21,6 +21,12 @@ from torch import Tensor
 from longattn.patterncache import Span
 from longattn.patterncache.spans import shortened
 
+MOST_RANKS = 1024
+"""Ranks of a group: the steps of each are looked at."""
+
+MOST_LENGTH = 1 << 32
+"""Tokens of a sequence whose rows are looked at: eight bytes each."""
+
 Spans = tuple[Span, ...]
 LayoutName = Literal["contiguous", "zigzag", "striped"]
 

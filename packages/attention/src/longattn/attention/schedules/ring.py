@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from longattn.attention.schedules.balance import MOST_RANKS
 from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.group import Members, OverGroup
-from longattn.attention.schedules.layouts import LAYOUTS, LayoutName, Spans, check_layout, take
+from longattn.attention.schedules.layouts import LAYOUTS, MOST_RANKS, LayoutName, Spans, check_layout, take
 from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun, ScheduleWork, query_spans
 from longattn.attention.schedules.ring_process import GroupRun
 from longattn.attention.validate import check_size

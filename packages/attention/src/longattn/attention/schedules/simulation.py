@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from longattn.attention.schedules.layouts import LAYOUTS, Spans, count_rows
+from longattn.attention.schedules.layouts import LAYOUTS, MOST_RANKS, Spans, count_rows
 from longattn.attention.schedules.packing import packing_of
-from longattn.attention.schedules.traffic import MOST_RANKS, ScheduledCall, ulysses_shares
+from longattn.attention.schedules.traffic import ScheduledCall, ulysses_shares
 from longattn.kernels.interface import state_dtype
 from longattn.patterncache import Plan, Rectangle
 from longattn.patterncache.spans import shortened

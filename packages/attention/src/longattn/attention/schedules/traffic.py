@@ -14,9 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from longattn.attention.schedules.all_gather import AllGather
-from longattn.attention.schedules.balance import MOST_LENGTH, MOST_RANKS
 from longattn.attention.schedules.base import Schedule
-from longattn.attention.schedules.layouts import LAYOUTS, flat, neighbours, rows_by_rank
+from longattn.attention.schedules.layouts import LAYOUTS, MOST_LENGTH, MOST_RANKS, flat, neighbours, rows_by_rank
 from longattn.attention.schedules.packing import packing_of
 from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.ring import Ring
