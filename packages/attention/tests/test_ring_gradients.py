@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from longattn.attention import Local, PatternAttention, Ring, pattern_attention
+from longattn.attention.schedules import driver
 from longattn.attention.schedules.layouts import LAYOUTS
 from longattn.kernels import reference_attention
 from longattn.patterncache import Dilated, Full, Rectangle, Span, Window
@@ -57,6 +58,23 @@ def test_half_precision_gradients_are_summed_in_float32(pattern, layout):
 
     for name, ring, local in zip("qkv", errors(Ring(size=16, layout=layout)), errors(Local()), strict=True):
         assert ring <= 1.5 * local, f"d{name}: {ring / local:.2f} times Local's error"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_delta_is_made_once_for_a_shard(dtype, monkeypatch):
+    """Four shards of four steps: four times, and each rectangle is given it."""
+    made, given = [], []
+    real, computed = driver.minus_delta_of, driver.rectangle_gradients
+    monkeypatch.setattr(driver, "minus_delta_of", lambda *x: made.append(real(*x)) or made[-1])
+
+    def counted(*arguments, part, **options):
+        given.append(part.minus_delta)
+        return computed(*arguments, part=part, **options)
+
+    monkeypatch.setattr(driver, "rectangle_gradients", counted)
+    leaves = [randn(1, 32, 2, 4, dtype=dtype, seed=n).requires_grad_() for n in range(3)]
+    pattern_attention(*leaves, Full(), schedule=RINGS[0]).sum().backward()
+    assert len(made) == 4 and [sum(x is delta for x in given) for delta in made] == [4] * 4
 
 
 @pytest.mark.parametrize("shape", [(19,), (1, 19), (2, 1, 19), (2, 1, 1, 19), (2, 2, 1, 19), (1, 1)])

@@ -156,8 +156,17 @@ class Branch:
         if not self.uniform:
             assert self.visible is not None
             return int(self.visible.sum())
-        begin, end = self.key_range()
-        return self.q.tiles * int(np.maximum(end - begin + 1, 0).sum())
+        low, high = self.band.low, self.band.high
+        near = self.q.count * self.k.count if low is None else self._pairs_from(low)
+        return self.q.tiles * max(0, near - (0 if high is None else self._pairs_from(high + 1)))
+
+    def _pairs_from(self, distance: int) -> int:
+        """Pairs of a tile at that distance or farther: query row a sees floor((offset - distance + a * q step) / k step) + 1 keys, 0 to all of them."""
+        (q_step, k_step), rest = self.steps, self.offset - distance
+        first, full = (max(0, -((rest - k_step * keys) // q_step)) for keys in (0, self.k.count - 1))
+        first, full = min(first, self.q.count), min(full, self.q.count)
+        partly = _floor_sum(full - first, k_step, q_step, rest + first * q_step) + full - first
+        return partly + (self.q.count - full) * self.k.count
 
     @cached_property
     def triangle(self) -> bool:
@@ -221,6 +230,17 @@ class Plan:
 def _quotient(distance: Rows, step: int) -> Rows:
     # Dividing a million numbers by one takes as long as by any other.
     return distance if step == 1 else distance // step
+
+
+def _floor_sum(many: int, divisor: int, slope: int, at: int) -> int:
+    """Sum of (slope * i + at) // divisor for i below `many`, none of them negative: Euclid's algorithm on the lattice points under a line."""
+    total = 0
+    while many > 0:
+        total += many * (many - 1) // 2 * (slope // divisor) + many * (at // divisor)
+        slope, at = slope % divisor, at % divisor
+        many, at = divmod(slope * many + at, divisor)
+        divisor, slope = slope, divisor
+    return total
 
 
 def add_branch_counts(total: Counts, branch: Branch) -> None:

@@ -10,15 +10,20 @@ import torch
 
 from longattn.attention.cli.patterns import pattern_of
 from longattn.attention.cli.report import Report, Table
+from longattn.attention.schedules.balance import pairs_of
 from longattn.attention.schedules.simulation import Hardware, Prediction, simulate
 from longattn.attention.schedules.traffic import ScheduledCall
 from longattn.kernels.interface import MACHINES, Machine
+from longattn.patterncache import Pattern
 from longattn.patterncache.spans import shortened
 
 GIB = 1024**3
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 ADAM_STATE = {"float64": 16, "float32": 8, "bfloat16": 12, "float16": 12}
 """Bytes a parameter: two moments; in half precision of float32, with the weights in float32 beside."""
+
+_MOST_LINTED = 1 << 20
+"""Tokens up to which a plan lints its pattern: that takes time and memory for each of them, and the plan itself does not."""
 
 ASSUMPTIONS = (
     "assumed: every device reaches the given share of its peak in products, and its memory's bandwidth; links do not disturb one another, and what a ring sends travels "
@@ -73,10 +78,9 @@ def run(options: Namespace) -> Report:
     if options.heads % kv_heads:
         raise ValueError(f"--kv-heads must divide --heads={options.heads}, got {kv_heads}")
     pattern, machine = pattern_of(options), MACHINES[options.machine]
-    verdict = pattern.lint(options.length, options.heads, head_dim=options.head_dim, dtype=options.dtype)
-    passes = verdict.flops_forward
-    if options.train:
-        passes += verdict.flops_backward + (verdict.flops_forward if options.recompute else 0)
+    # Two products of a forward, five of a backward, and the forward's two again where it is recomputed.
+    products = 2 if not options.train else 9 if options.recompute else 7
+    passes = 2 * products * options.head_dim * pairs_of(pattern, 0, options.length, options.length, options.heads)
     call = ScheduledCall(
         pattern, options.length, options.ring, options.heads, kv_heads, options.head_dim, options.batch, getattr(torch, options.dtype)
     )  # fmt: skip
@@ -121,7 +125,7 @@ def run(options: Namespace) -> Report:
         pattern.canonical(),
         Table("", ("what", "GiB", "of"), rows),
         sentence,
-        verdict.line,
+        _verdict(pattern, options),
         ASSUMPTIONS,
     ]
     data = {
@@ -179,6 +183,13 @@ def budget(
         attention_seconds=options.layers * (layer.seconds + (again.seconds if again else 0.0)),
         transfer_seconds=options.layers * (layer.transfer + (again.transfer if again else 0.0)),
     )
+
+
+def _verdict(pattern: Pattern, options: Namespace) -> str:
+    """What the pattern does to the sequence, in a line."""
+    if options.length > _MOST_LINTED:
+        return f"lint: not made beyond {_MOST_LINTED} tokens, each of which it looks at"
+    return pattern.lint(options.length, options.heads).line
 
 
 def _speed(options: Namespace, machine: Machine) -> float:
