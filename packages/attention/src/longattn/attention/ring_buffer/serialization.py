@@ -66,9 +66,8 @@ def from_dict(
     if rings["kv"].device.type == "meta" != target_device.type:
         raise ValueError(f"saved.rings must hold data to go to {target_device}, got tensors on meta")
     if dtype is not None and dtype not in FLOATS:
-        raise ValueError(
-            f"dtype must be one of {', '.join(map(dtype_name, FLOATS))}, got {dtype_name(dtype) if isinstance(dtype, torch.dtype) else shortened(dtype)}"
-        )
+        got = dtype_name(dtype) if isinstance(dtype, torch.dtype) else shortened(dtype)  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"dtype must be one of {', '.join(map(dtype_name, FLOATS))}, got {got}")
     state = kind(checked.geometry, checked.batch_size, dtype or checked.dtype, target_device)
     state.cursors = checked.clocks
     if "hidden" in rings:
