@@ -15,6 +15,7 @@ from longattn.attention.schedules.simulation import Hardware, Prediction, simula
 from longattn.attention.schedules.traffic import ScheduledCall
 from longattn.kernels.interface import MACHINES, Machine
 from longattn.patterncache import Pattern
+from longattn.patterncache.spans import shortened
 
 GIB = 1024**3
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -70,7 +71,7 @@ class Budget:
 def run(options: Namespace) -> Report:
     """The budget of one device, as a table."""
     if options.machine not in MACHINES:
-        raise ValueError(f"--machine must be one of {', '.join(MACHINES)}, got {options.machine!r}")
+        raise ValueError(f"--machine must be one of {', '.join(MACHINES)}, got {shortened(options.machine)}")
     if options.ring > options.length:
         raise ValueError(f"--ring must be at most --length={options.length}, got {options.ring}")
     kv_heads = options.kv_heads or options.heads
@@ -199,7 +200,7 @@ def _speed(options: Namespace, machine: Machine) -> float:
     bits = 32 if options.dtype == "float32" else 16
     if options.dtype == "float64" or bits not in machine.peak:
         raise ValueError(
-            f"--dtype must be one whose peak is known on {machine.name}: {_known(machine)}, got {options.dtype!r}"
+            f"--dtype must be one whose peak is known on {machine.name}: {_known(machine)}, got {shortened(options.dtype)}"
         )
     return options.efficiency * machine.peak[bits]
 
