@@ -1,4 +1,4 @@
-"""Reused buffers in an MLP and in a data loader with spawned workers: `python examples/bufmgr_mlp.py`.
+"""Reused buffers in an MLP and in a data loader with spawned workers: `./run python examples/bufmgr_mlp.py`.
 
 Inference writes its hidden activations into one buffer again and again. The loader's workers have a manager of their own: it travels with the
 data set, its options with it, its memory not.
@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     for batch, out in zip(batches, outputs, strict=True):
         torch.testing.assert_close(out, model.down(model.up(batch).relu()))
     stats = model.manager.get_stats()
+    print(f"{given.samples} samples came from {given.workers} workers, each with a scratch buffer of its own")
     print(f"{len(batches)} batches: {stats['cache_misses']} buffer was made, {stats['cache_hits']} times it was reused")
     assert (stats["cache_misses"], stats["outstanding"]) == (1, 0)
     print(f"with a limit: {limited(given.width)}")

@@ -1,4 +1,4 @@
-"""States and their merge, without modules: `python examples/kernels_alone.py`.
+"""States and their merge, without modules: `./run python examples/kernels_alone.py`.
 
 Keys arrive in pieces, as from disk or from another machine. Each piece gives a state; states are merged in any order; the result is attention over all keys.
 """

@@ -1,4 +1,4 @@
-"""A Llama of transformers with a dilated pattern: training, generation, saving: `python examples/llama.py`.
+"""A Llama of transformers with a dilated pattern: training, generation, saving: `./run python examples/llama.py`.
 
 The model is tiny and has random weights; a pretrained one is used in the same way.
 """

@@ -1,4 +1,4 @@
-"""A kernel of your own, fed by a pattern's index arrays: `python examples/own_kernel.py`.
+"""A kernel of your own, fed by a pattern's index arrays: `./run python examples/own_kernel.py`.
 
 The kernel here is a dozen lines of torch: gather the keys that a query sees, one softmax. patterncache says which keys those are, keeps the plan, and knows how
 to build the same pattern again from a string.

@@ -1,4 +1,4 @@
-"""Block-sparse attention over the patches of a picture: `python examples/patches_2d.py`.
+"""Block-sparse attention over the patches of a picture: `./run python examples/patches_2d.py`.
 
 Patches are ordered tile by tile, so that one block of positions is one tile of the picture. A tile sees the tiles within a radius, in two dimensions. In the usual
 order, row by row, a window of positions would see a whole row and nothing below it.

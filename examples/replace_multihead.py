@@ -1,4 +1,4 @@
-"""A window in place of torch.nn.MultiheadAttention, in a model that exists: `python examples/replace_multihead.py`.
+"""A window in place of torch.nn.MultiheadAttention, in a model that exists: `./run python examples/replace_multihead.py`.
 
 1. Each nn.MultiheadAttention becomes a MultiheadPatternAttention with the same weights.
 2. With Full() the model computes what it did before.

@@ -1,4 +1,6 @@
-"""One sequence over several processes: `python -m torch.distributed.run --standalone --nproc-per-node 2 examples/ring_torchrun.py`.
+"""One sequence over several processes, which torchrun starts.
+
+    ./run python -m torch.distributed.run --standalone --nproc-per-node 2 examples/ring_torchrun.py
 
 Each rank holds its rows of the sequence and attends to all of it. Rank 0 compares output and gradients with one process that has the whole sequence.
 """

@@ -1,9 +1,11 @@
 """Training over a mesh (dp, cp, tp) of processes, which goes on from its checkpoint when a worker dies.
 
-`python -m torch.distributed.run --standalone --nproc-per-node 4 --max-restarts 1 examples/train_mesh.py --cp 2 --tp 2 --kill-at 5`. Batches are cut
-over dp, the sequence over cp (a Ring), heads and feedforward over tp (torch's plans), and parameters over dp and cp together (FSDP2). With --kill-at,
-the last rank kills itself at that step of the first run: torchrun starts all workers again, which go on from the last checkpoint. The losses are
-those of a run that nothing happened to, and of one process; `losses.csv` has them.
+    ./run python -m torch.distributed.run --standalone --nproc-per-node 4 --max-restarts 1 examples/train_mesh.py --cp 2 --tp 2 --kill-at 5
+
+Batches are cut over dp, the sequence over cp (a Ring), heads and feedforward over tp (torch's plans), and parameters over dp and cp together (FSDP2).
+With --kill-at, the last rank kills itself at that step of the first run: the others print where they were, torchrun starts all workers again, and they go
+on from the last checkpoint. The losses are those of a run that nothing happened to, and of one process; `train-mesh/losses.csv` has them. A folder
+that has checkpoints of a run is gone on with: --out names another.
 """
 
 import argparse
@@ -120,7 +122,8 @@ def train(given: argparse.Namespace, mesh: DeviceMesh) -> None:
             progress.save(step + 1)
     if dist.get_rank() == 0:
         print(
-            f"loss {float(losses[0][1]):.3f} at step 0, {float(losses[-1][1]):.3f} at step {len(losses) - 1}; began at step {began}"
+            f"loss {float(losses[0][1]):.3f} at step 0, {float(losses[-1][1]):.3f} at step {len(losses) - 1}"
+            + (f"; these workers went on from the checkpoint before step {began}" if began else "")
         )
         assert float(losses[-1][1]) < float(losses[0][1])
 
@@ -139,7 +142,10 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    # torchrun has one store for all its starts: without a prefix a rank may find the addresses of workers that are gone.
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    start = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("gloo", store=start, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     train(given, init_device_mesh("cpu", (given.dp, given.cp, given.tp), mesh_dim_names=("dp", "cp", "tp")))
     dist.barrier()
     dist.destroy_process_group()

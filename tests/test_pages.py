@@ -16,7 +16,7 @@ from tools.pages.extension import with_examples, with_joined_names
 from tools.pages.figures import FIGURES, counts_of, save, slots_of, work_of
 from tools.pages.plots import draw_all
 from tools.pages.repository import FOLDERS, SHOWN, page_of, relinked
-from tools.pages.rows import NOT_ATTENTION, Measured, measured, processor_of, processors, records
+from tools.pages.rows import NOT_ATTENTION, Measured, measured, processors, records
 from tools.pages.tables import TABLES
 
 DOCS = ROOT / "docs"
@@ -174,34 +174,48 @@ def test_the_readme_picture_is_drawn() -> None:
     assert picture.FILE.read_text(encoding="utf-8") == picture.picture()
 
 
-MEASURED = re.findall(r"^\| (.+) \| ([\d.]+)x \| (AMD .+|Intel .+) \| `bench (\w+) (.+)` \|$", README, re.M)
+TOLD = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *(ROOT / "packages").glob("*/README.md"))
+}
+RATIO = re.compile(r"^\| (.+) \| ([\d.]+)x \| (AMD .+|Intel .+) \| `bench (\w+) (.+)` \|$", re.M)
+FIGURE = re.compile(r"^\| (.+) \| (.+) \| ([\d.]+) \| `([\w-]+-figures)` \|$", re.M)
+MEASURED = [found for text in TOLD.values() for found in RATIO.findall(text)]
+FIGURED = [found for text in TOLD.values() for found in FIGURE.findall(text)]
 
 
 @pytest.mark.parametrize(("what", "ratio", "processor", "case", "options"), MEASURED)
-def test_ratios_of_the_readme_are_rows(what: str, ratio: str, processor: str, case: str, options: str) -> None:
-    """Each is a row of an experiment that its command runs, on the processor that it names."""
+def test_ratios_of_the_readmes_are_rows(what: str, ratio: str, processor: str, case: str, options: str) -> None:
+    """Each is the newest row of an experiment that its command runs, on the processor that it names; so is a time of ours that is told with it."""
     texts = re.findall(r"--only (\S+)", options)
     asked = [one.labels for one in experiments(case, quick=False) if all(text in one.key for text in texts)]
-    named = {
-        (label.variant, label.peer, label.dtype, str(label.seq_len), str(label.causal), label.direction)
-        for label in asked
-    }
-    columns = ("variant", "peer", "dtype", "seq_len", "causal", "direction")
+    named = {(label.variant, label.peer, label.dtype, label.seq_len, label.causal, label.direction) for label in asked}
     rows = [
         row
-        for row in records(case)
-        if tuple(row[column] for column in columns) in named
-        and processor_of(row) == processor
-        and ratio == f"{float(row['ratio_cpu']):.2f}"
+        for row in measured(case)
+        if (row.variant, row.peer, row.dtype, row.seq_len, row.causal, row.direction) in named
+        and row.processor == processor
+        and ratio == f"{row.ratio:.2f}"
     ]
     assert rows
-    assert all(row["seq_len"] in what and ("backward" in row["direction"]) == ("backward" in what) for row in rows)
+    assert all(str(row.seq_len) in what and ("backward" in row.direction) == ("backward" in what) for row in rows)
+    for time in re.findall(r"([\d.]+) (?:ns|us|ms)\b", what):
+        assert all(time == f"{row.ours_ms:.{len(time.partition('.')[2])}f}" for row in rows)
+
+
+@pytest.mark.parametrize(("name", "setting", "value", "file"), FIGURED)
+def test_figures_of_the_readmes_are_rows(name: str, setting: str, value: str, file: str) -> None:
+    """The newest of that name and setting: the last, as rows are added at the end."""
+    rows = [row for row in records(file) if (row["name"], row["setting"]) == (name, setting)]
+    assert rows
+    assert value == f"{float(rows[-1]['ours']):.{len(value.partition('.')[2])}f}"
 
 
 def test_the_readme_has_four_ratios() -> None:
     """Four, and one of them is a loss."""
-    assert len(MEASURED) == 4
-    assert any(float(ratio) < 1 for _, ratio, _, _, _ in MEASURED)
+    ratios = [float(ratio) for _, ratio, _, _, _ in RATIO.findall(README)]
+    assert len(ratios) == 4
+    assert min(ratios) < 1
 
 
 def test_commands_on_the_pages_parse() -> None:

@@ -40,6 +40,7 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "bin").mkdir()
     root.mkdir()
     shutil.copy(ROOT / "run", root / "run")
+    shutil.copy(ROOT / "pyproject.toml", root / "pyproject.toml")
     uv = tmp_path / "bin" / "uv"
     uv.write_text(UV)
     uv.chmod(0o755)
@@ -118,6 +119,33 @@ def test_no_warning_without_such_a_download(checkout: Path) -> None:
     answer, calls = call_with_uv(checkout, "demo", PLANNED=FROM_AN_INDEX)
     assert answer.stderr == ""
     assert not any("--dry-run" in line for line in calls)
+
+
+@pytest.mark.parametrize(
+    ("version", "stays", "said"),
+    [
+        ("2.12.1", True, "2.12.1 in .venv stays"),
+        ("2.13.0+cpu", False, ""),
+        ("2.10.0", False, "2.10.0 in .venv is too old"),
+    ],
+)
+def test_another_torch_stays(checkout: Path, version: str, stays: bool, said: str) -> None:
+    """What its user put into .venv is not replaced, but where the packages could not run with it; either is said once."""
+    installed = checkout / ".venv/lib/python3.11/site-packages"
+    (installed / "torch").mkdir(parents=True)
+    (installed / f"torch-{version}.dist-info").mkdir()
+    answer, calls = call_with_uv(checkout, "demo")
+    assert stays == ("--no-install-package torch" in synced(calls)[0])
+    assert (said in answer.stderr) and len(answer.stderr.splitlines()) == bool(said)
+
+
+def test_the_first_set_up_tells_what_it_installs(checkout: Path) -> None:
+    """And what takes the place of another version; once the packages are there, uv is quiet."""
+    _, calls = call_with_uv(checkout, "demo")
+    assert not any("--quiet" in line for line in calls if line.startswith("sync"))
+    (checkout / ".venv/lib/python3.11/site-packages/longattn_bufmgr-0.1.0.dist-info").mkdir(parents=True)
+    _, calls = call_with_uv(checkout, "demo")
+    assert calls[-2].endswith("--quiet")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs folders without write permission")

@@ -45,22 +45,24 @@ def draw_all() -> Iterator[tuple[str, Figure]]:
 def ratios(rows: list[Measured], title: str) -> Figure:
     """A bar for each comparison: the peer's CPU time over ours. Right of the line ours is faster, left of it slower."""
     ordered = sorted(rows, key=lambda row: row.ratio)
-    figure = Figure(figsize=(9.0, 1.2 + 0.19 * len(ordered)), layout="constrained")
+    figure = Figure(figsize=(9.0, 1.4 + 0.24 * len(ordered)), layout="constrained")
     axes = figure.add_subplot()
     places = range(len(ordered))
-    axes.barh(
+    bars = axes.barh(
         places,
         [row.ratio - 1 for row in ordered],
         left=1,
         color=[_FASTER if row.ratio >= 1 else _SLOWER for row in ordered],
     )
-    axes.set_yticks(places, [label(row) for row in ordered], fontsize=6.5)
+    axes.bar_label(bars, [f"{row.ratio:.2f}x" for row in ordered], padding=3, fontsize=8)
+    axes.set_yticks(places, [label(row) for row in ordered], fontsize=8)
     axes.set_xscale("log")
     ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if tick <= 1.2 * max(1.0, ordered[-1].ratio)]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks], fontsize=8)
+    axes.tick_params(axis="x", top=True, labeltop=True)  # a page's height apart
     axes.minorticks_off()
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.margins(y=0.01)
+    axes.margins(x=0.16, y=0.01)
     axes.set_xlabel("CPU time of the other over ours", fontsize=8)
     axes.set_title(title, fontsize=10)
     return figure

@@ -181,8 +181,29 @@ def test_memory_runs_a_script_and_tells_what_is_held(capsys, tmp_path):
     assert status == 0 and text.startswith("first --second\n") and "buffer managers alive" in text and "query" in text
     script.write_text("raise SystemExit(7)\n")
     assert told(capsys, "memory", str(script))[0] == 7
-    script.write_text("int('seven')\n")
-    assert main(["memory", str(script)]) == 1 and "ValueError: invalid literal" in capsys.readouterr().err
+    script.write_text("raise SystemExit('no data')\n")
+    assert main(["memory", str(script)]) == 1 and capsys.readouterr().err == "no data\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "place"), [("int('seven')\n", '", line 1, in <module>'), ("def f(:\n", "SyntaxError: invalid syntax")]
+)
+def test_memory_shows_where_a_script_fails(capsys, tmp_path, text, place):
+    """As the interpreter would: frames of the script, none of what runs it, and status 1."""
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    assert main(["memory", str(script)]) == 1
+    err = capsys.readouterr().err
+    assert place in err and err.count("  File ") == err.count(str(script)) == 1
+
+
+def test_memory_prints_nothing_but_json(capsys, tmp_path):
+    """What the script prints goes to stderr."""
+    script = tmp_path / "script.py"
+    script.write_text("print('hello')\n")
+    assert main(["memory", "--json", str(script)]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["exit_status"] == 0 and err == "hello\n"
 
 
 @pytest.mark.parametrize(
@@ -209,6 +230,9 @@ def test_memory_runs_a_script_and_tells_what_is_held(capsys, tmp_path):
             ("bench", "--peers", "sdpa-mask", "--length", "20000"),
             "--length must be at most 16384 with --peers sdpa-mask, got 20000",
         ),
+        (("bench", "--length", str(10**12)), "--length must be at most "),
+        (("demo", "--length", str(10**12)), "--length must be at most "),
+        (("bench", "--kv-heads", "3"), "--kv-heads must divide --heads=8, got 3"),
         (("memory", "/nowhere/script.py"), "script must be a file"),
     ],
 )
@@ -246,6 +270,36 @@ def test_argparse_refuses_what_is_no_argument(capsys, words):
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 2 and "usage: longattn" in capsys.readouterr().err
+
+
+def test_interrupted_while_torch_loads(monkeypatch):
+    """The import of a subcommand is part of its run: no traceback."""
+
+    def interrupted(_name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longattn.attention.cli.main.import_module", interrupted)
+    assert main(["info"]) == 130
+
+
+def test_rounds_are_shown_on_a_terminal_only(capsys, monkeypatch):
+    """There one line that is cleared at the end; elsewhere nothing beside the answer."""
+    words = ("bench", *SMALL, "--head-dim", "16", "--rounds", "1", "--peers", "")
+    assert main(words) == 0 and capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(words) == 0
+    shown = capsys.readouterr().err
+    assert "longattn: round 1 of 1" in shown and shown.endswith(f"\r{'':79}\r")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """`longattn --print-completion bash | head -1`: status 0, nothing on stderr."""
+    pytest.importorskip("shtab")
+    command = f"{sys.executable} -m longattn.attention --print-completion bash; echo status $? >&2"
+    ended = subprocess.run(
+        ["sh", "-c", f"({command}) | head -1"], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert ended.stderr == "status 0\n"
 
 
 def test_traceback_is_shown_where_asked():

@@ -2,7 +2,6 @@
 
 import logging
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 logging.getLogger("longattn").addHandler(logging.NullHandler())
@@ -153,6 +152,8 @@ if not TYPE_CHECKING:
 
     def __getattr__(name):
         if name == "__version__":
+            from importlib.metadata import version
+
             return version("longattn-patterncache")
         if name not in _HOME:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import statistics
 import sys
 import time
@@ -18,7 +19,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from longattn.attention.cli.patterns import pattern_of
 from longattn.attention.cli.report import Report, Table
 from longattn.attention.functional import pattern_attention
+from longattn.bufmgr import read_device_memory
 from longattn.patterncache import Pattern
+
+logger = logging.getLogger("longattn.attention")
 
 MOST_MASKED = 16384
 """Tokens up to which a dense boolean mask is made for `sdpa-mask`."""
@@ -33,6 +37,9 @@ def run(options: Namespace) -> Report:
         torch.set_num_threads(options.threads)
     pattern = pattern_of(options)
     kv_heads = options.kv_heads or options.heads
+    if options.heads % kv_heads:
+        raise ValueError(f"--kv-heads must divide --heads={options.heads}, got {kv_heads}")
+    check_memory(options, kv_heads)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(options.batch, options.length, heads, options.head_dim, generator=generator).to(
@@ -76,13 +83,29 @@ def run(options: Namespace) -> Report:
     return Report(data, [pattern.canonical(), Table(title, COLUMNS, rows)])
 
 
+def check_memory(options: Namespace, kv_heads: int) -> None:
+    """Refuse a length whose tensors alone do not fit, before the system ends the process for it.
+
+    Raises:
+        ValueError: q, k, v and one result, and their gradients where they are wanted, are more than is available.
+    """
+    reading = read_device_memory(torch.device("cpu"))
+    size = getattr(torch, options.dtype).itemsize * (2 if options.backward else 1)
+    a_token = options.batch * options.head_dim * size * 2 * (options.heads + kv_heads)
+    if reading is not None and options.length * a_token > reading.available:
+        raise ValueError(
+            f"--length must be at most {reading.available // a_token} here, where q, k, v and their result fill the "
+            f"{reading.available / 2**30:.1f} GiB of memory that are available, got {options.length}"
+        )
+
+
 def measure(
     sides: dict[str, Side], tensors: tuple[Tensor, Tensor, Tensor], rounds: int, backward: bool
 ) -> dict[str, list[tuple[float, float]]]:
     """(seconds, CPU seconds) of each side in each round; a first round warms up and does not count."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
-        print(f"longattn bench: round {turn} of {rounds}", file=sys.stderr, end="\r" if sys.stderr.isatty() else "\n")
+        _say(f"timing {', '.join(sides)}: " + (f"round {turn} of {rounds}" if turn else "warming up"))
         for name, side in sides.items():
             wall, cpu = time.perf_counter(), time.process_time()
             out = side(*tensors)
@@ -90,7 +113,16 @@ def measure(
                 torch.autograd.grad(out, tensors, torch.ones_like(out))
             if turn:
                 samples[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    _say("")
     return samples
+
+
+def _say(what: str) -> None:
+    """One line on a terminal, which the next replaces and empty text clears; elsewhere a record."""
+    if sys.stderr.isatty():
+        print(f"\r{what:79}\r", end="", file=sys.stderr, flush=True)
+    elif what:
+        logger.info("%s", what)
 
 
 def medians_of(samples: dict[str, list[tuple[float, float]]]) -> dict[str, tuple[float, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 
 import torch
@@ -20,12 +19,12 @@ LARGEST_ERROR = 1e-3
 def run(options: Namespace) -> Report:
     """Status 1 where the sampled rows are not those of float64."""
     pattern = pattern_of(options)
+    peer = Namespace(**vars(options), batch=1, head_dim=HEAD_DIM, kv_heads=None, dtype="float32", backward=False)
+    bench.check_memory(peer, options.heads)
     verdict = pattern.lint(options.length, options.heads, head_dim=HEAD_DIM)
-    print("longattn demo: the first call may build the native CPU row, which takes about 10 s once", file=sys.stderr)
+    sides = {"longattn": bench.side_of("longattn", pattern, peer), "sdpa": bench.side_of("sdpa", pattern, peer)}
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, options.length, options.heads, HEAD_DIM, generator=generator) for _ in range(3))
-    peer = Namespace(**vars(options), kv_heads=None, dtype="float32")
-    sides = {"longattn": bench.side_of("longattn", pattern, peer), "sdpa": bench.side_of("sdpa", pattern, peer)}
     medians = bench.medians_of(bench.measure(sides, (q, k, v), ROUNDS, backward=False))
     found = explain(pattern, tuple(q.shape), verify=(q, k, v))  # type: ignore[arg-type]
     errors = dict(found.errors or ())

@@ -37,7 +37,8 @@ def run(options: Namespace) -> Report:
         seconds, source = expected.get(name, (None, ""))
         verdict = "chosen" if name == found.backend else "no" if reasons else "could serve"
         time = "" if seconds is None else f"{seconds * 1e3:.3g}"
-        rows.append((name, verdict, time, "; ".join(reasons) or source))
+        why = source if seconds is None else f"time expected from figures {source}"
+        rows.append((name, verdict, time, "; ".join(reasons) or why))
     data = {
         "problem": str(found.problem),
         "backend": found.backend,

@@ -24,18 +24,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 done; 1 done, and the answer is no (no row serves, a check failed); 2 a mistake in the arguments, or something that
         is missing here, said in one line; 130 interrupted.
     """
-    options = build_parser().parse_args(arguments)
-    command = import_module(f"longattn.attention.cli.{options.command}")
+    options = None
     try:
+        options = build_parser().parse_args(arguments)
+        # Within: torch takes long to import, and Ctrl-C may come then.
+        command = import_module(f"longattn.attention.cli.{options.command}")
         report = command.run(options)
         print_report(report, as_json=options.json)
         return report.status
-    except (TypeError, ValueError, OSError, ModuleNotFoundError) as error:
+    except (TypeError, ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         if isinstance(error, BrokenPipeError):
             # The reader of a pipe has gone: what is left goes nowhere, as with other commands.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        if options.traceback:
+        if options is None or options.traceback:
             raise
         no_pictures = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("matplotlib")
         print(f"longattn {options.command}: {NO_PICTURES if no_pictures else error}", file=sys.stderr)

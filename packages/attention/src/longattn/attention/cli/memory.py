@@ -7,6 +7,7 @@ import runpy
 import sys
 import traceback
 from argparse import Namespace
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ from longattn.attention.cli.report import Report, Table
 from longattn.bufmgr import AttentionBufferManager, get_global_memory_pool
 from longattn.patterncache import get_global_pattern_cache
 
+_RUNNERS = (__file__, runpy.__file__, "<frozen runpy>")
+"""Files whose frames are of what runs the script, not of the script."""
+
 
 def run(options: Namespace) -> Report:
     """The script runs as `__main__`, with its own arguments; its exit status is ours, 1 where it raises."""
     path = Path(options.script)
     if not path.is_file():
         raise ValueError(f"script must be a file, got {options.script!r}")
-    status, module = _run_script(path, options.arguments)
+    # JSON is all that stdout then has: what the script prints goes to stderr.
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        status, module = _run_script(path, options.arguments)
     pool = get_global_memory_pool().get_stats()
     cache = get_global_pattern_cache().get_stats()
     # By type: isinstance asks an object for its class, and torch has lazy ones that warn when asked.
@@ -48,10 +54,16 @@ def _run_script(path: Path, arguments: list[str]) -> tuple[int, dict[str, Any]]:
     try:
         return 0, runpy.run_path(str(path), run_name="__main__")
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None), {}
-    except Exception:  # noqa: BLE001
+        if isinstance(end.code, int) or end.code is None:
+            return end.code or 0, {}
+        print(end.code, file=sys.stderr)
+        return 1, {}
+    except Exception as error:  # noqa: BLE001
         # The script's own fault, not ours: shown as the interpreter would, and what it held is told all the same.
-        traceback.print_exc()
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename in _RUNNERS:
+            frames = frames.tb_next
+        traceback.print_exception(error.with_traceback(frames))
         return 1, {}
     finally:
         sys.argv, sys.path[:] = kept_arguments, kept_path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,7 +55,7 @@ class _PrintVersion(argparse.Action):
         values: object,
         option_string: str | None = None,
     ) -> None:
-        print(f"longattn-attention {version('longattn-attention')}")
+        print(f"longattn-attention {import_module('importlib.metadata').version('longattn-attention')}")
         parser.exit()
 
 
@@ -207,7 +206,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     memory = command("memory", "run a Python script and print what its buffers and cached patterns held")
     memory.add_argument("script", help="path of the script")
-    memory.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    arguments = memory.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    arguments.required = False  # argparse would name them beside a script that is missing
     return parser
 
 

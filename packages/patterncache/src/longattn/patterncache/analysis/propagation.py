@@ -46,7 +46,7 @@ def stretches(pattern: Pattern, length: int, num_heads: int) -> list[Stretch]:
     longest = max((size for _, size, _ in pattern.stretches(length)), default=0)
     if longest > MOST_TOKENS:
         raise ValueError(
-            f"N must leave stretches of at most {MOST_TOKENS} tokens, each of which is looked at, got {longest}"
+            f"N must be at most {MOST_TOKENS}, or be cut by the pattern's segments into stretches of at most so many tokens, got {longest}"
         )
     return [Stretch(part.plan(square(size, num_heads)), times) for part, size, times in pattern.stretches(length)]
 
