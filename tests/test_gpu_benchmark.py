@@ -40,13 +40,23 @@ def test_a_failing_row_costs_itself_alone(tmp_path: Path):
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     rows = {row["key"]: row for row in csv.DictReader((tmp_path / "rows.csv").read_text().splitlines())}
-    names = ["flash", "flash-cudnn", "broken", "flash-fa3", "decode", "sweep", "flash-dense", "flash-second-ptxas"]
+    names = [
+        "flash",
+        "flash-cudnn",
+        "broken",
+        "flash-fa3",
+        "decode",
+        "growing",
+        "sweep",
+        "flash-dense",
+        "flash-second-ptxas",
+    ]
     assert list(rows) == names
     assert rows["broken"]["verdict"] == "failed: exit status 1: RuntimeError: this row fails on purpose"
     assert not rows["broken"]["ms"] and all(float(row["ms"]) > 0 for key, row in rows.items() if key != "broken")
     assert "fa3 does not serve: No module named" in rows["flash-fa3"]["verdict"]
     assert [file.name for file in (tmp_path / "failures").iterdir()] == ["broken-D16-forward.txt"]
-    assert "gate: outputs, lse and gradients agree with the oracle" in run.stdout and "8 rows, 1 failed" in run.stdout
+    assert "gate: outputs, lse and gradients agree with the oracle" in run.stdout and "9 rows, 1 failed" in run.stdout
     assert "gate: the warp-specialised kernel agrees too" in run.stdout
     # Targets are shares of what this device reached in the same run, and the second assembler is another one.
     assert "product" in rows["flash-second-ptxas"]["verdict"] and "copy" in rows["decode"]["verdict"]

@@ -5,6 +5,10 @@ Those that take longest to compile are nightly; the session `ahead` runs them to
 
 import csv
 import os
+import re
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,15 +20,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton import knobs
 
+from longattn.kernels.triton.backward_kernel import keys_kernel
 from longattn.kernels.triton.configurations import (
     ARCHITECTURES,
     DENSE,
     HEAD_DIMS,
+    KERNELS,
     PAGED,
     TABLE,
     Configuration,
+    choose,
     with_terms,
 )
+from longattn.kernels.triton.query_gradient_kernel import queries_kernel
 from tools import triton_ahead
 from tools.sass import (
     loads_asynchronously,
@@ -34,7 +42,18 @@ from tools.sass import (
     overwritten_in_flight,
     waits_for_every_product,
 )
-from tools.triton_ahead import FORMS, NARROW_STRIDES, STORED, TableLine, compile_line, in_form, lines, needed
+from tools.triton_ahead import (
+    ALONE,
+    FORMS,
+    NARROW_STRIDES,
+    STORED,
+    TableLine,
+    compile_line,
+    in_form,
+    lines,
+    needed,
+    source,
+)
 from tools.triton_predict import RESULTS, predict
 
 
@@ -58,9 +77,18 @@ def test_forms_have_tiles_of_their_own():
     # Pages may lie in 8 bits.
     paged = [line.form for line in lines(["sm_90"], every_form=True) if line.kernel == "paged"]
     assert paged == [form for form in ("plain", *STORED) for _ in range(2 * len(HEAD_DIMS) - 1)]
-    assert len(lines(["sm_90"], every_form=True)) - 33 == (len(lines(["sm_90"])) - 11) * (len(FORMS) + 1)
+    forms = Counter((line.kernel, line.form) for line in lines(["sm_90"], every_form=True))
+    for kernel in KERNELS:
+        expected = {*FORMS, NARROW_STRIDES} - {form for form, kernels in ALONE.items() if kernel not in kernels}
+        assert {form for of, form in forms if of == kernel} == expected
+        assert {forms[kernel, form] for form in expected} == {2 * len(HEAD_DIMS) + 2}
     prior = TableLine("forward", "sm_90", 128, 2, TABLE["forward", "sm_90", 128, 2])
     assert in_form(prior, "prior").configuration == Configuration(128, 64, 8, 2) != prior.configuration
+    assert in_form(prior, "listed").configuration == Configuration(128, 64, 8, 2)
+    assert in_form(prior, "terms").configuration == Configuration(128, 32, 8, 1)
+    # Beside a mask, score terms act on the tile of masks.
+    masked = choose("forward", "sm_90", 128, 2, masked=True)[0]
+    assert choose("forward", "sm_90", 128, 2, terms=True, masked=True)[0] == with_terms(masked)
     full = TableLine("backward_keys", "sm_80", 64, 4, TABLE["backward_keys", "sm_80", 64, 4])
     assert in_form(full, "all").configuration == Configuration(32, 16, 8, 1) != in_form(full, "prior").configuration
 
@@ -82,11 +110,31 @@ def test_what_was_compiled_before_is_not_again(monkeypatch: pytest.MonkeyPatch, 
         needed(replace(line, configuration=Configuration(128, 64, 8, 2)))
 
 
+ORDER = """
+import sys
+from tools.triton_ahead import kept_file, lines
+plain = {line.kernel: line for line in lines(["sm_80"])}
+print(*sorted(str(kept_file(plain[kernel])) for kernel in sys.argv[1].split()))
+"""
+
+
+def test_what_is_kept_is_found_in_any_order():
+    """By processes that begin with another kernel: triton's hash of one depends on which it hashed before."""
+    kernels, root = ["forward", "backward_keys", "backward_queries"], Path(triton_ahead.__file__).parents[1]
+    files = [
+        subprocess.check_output([sys.executable, "-c", ORDER, " ".join(order)], cwd=root, text=True)
+        for order in (kernels, kernels[::-1])
+    ]
+    assert files[0] == files[1] != ""
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("form", [form for form in (*FORMS, NARROW_STRIDES) if form != "plain"])
 @pytest.mark.parametrize("kernel", ["forward", "backward_keys", "backward_queries"])
 def test_forms_compile_without_a_fault(kernel: str, form: str):
     """On Hopper at head_dim 64; `python -m tools.triton_ahead --forms` compiles all lines so."""
+    if kernel not in ALONE.get(form, (kernel,)):
+        pytest.skip(f"{kernel} has no form {form}")
     need = compile_line(in_form(TableLine(kernel, "sm_90", 64, 2, TABLE[kernel, "sm_90", 64, 2]), form))
     assert not need.faults, str(need)
 
@@ -206,6 +254,22 @@ def test_predictions_are_of_the_table_as_it_is(row: dict[str, str]):
     assert abs(found.tflops - float(row["tflops"])) < 1
 
 
+@pytest.mark.parametrize(
+    ("line", "to_memory"),
+    [
+        (TableLine("backward_queries", "gfx942", 128, 2, Configuration(64, 64, 4, 1)), False),
+        (TableLine("forward", "gfx942", 64, 2, Configuration(128, 64, 8, 1), form="terms"), True),
+    ],
+    ids=["to accumulation registers", "to memory"],
+)
+def test_what_amd_calls_spilled_is_memory_alone(line: TableLine, to_memory: bool):
+    """Registers that its compiler counts as spilled may lie in accumulation registers; loads and stores of scratch memory are what costs."""
+    text = triton_ahead.compiled(line).asm["amdgcn"]
+    counted = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
+    assert counted is not None and int(counted[1]) > 0
+    assert ("scratch_load" in text) == bool(compile_line(line).faults) == to_memory
+
+
 @pytest.mark.nightly
 def test_too_much_shared_memory_is_caught():
     """The compiler itself does not look at the target's limit."""
@@ -219,6 +283,15 @@ def test_too_much_tensor_memory_is_caught():
     """Nor at that of tensor memory: what comes out then has four registers and does nothing."""
     need = compile_line(TableLine("backward_keys", "sm_100", 256, 2, Configuration(128, 64, 8, 1)))
     assert any("columns of tensor memory are over the 512" in fault for fault in need.faults)
+
+
+def test_a_form_is_the_kernel_that_a_call_launches():
+    """A backward of several passes adds to dq, a deterministic one keeps keys from it: four products of a tile are left."""
+    queries = TableLine("backward_queries", "sm_90", 64, 2, TABLE["backward_queries", "sm_90", 64, 2], form="prior")
+    adds = source(queries).constants[queries_kernel.arg_names.index("ADD"),]
+    keys = TableLine("backward_keys", "sm_90", 64, 2, TABLE["backward_keys", "sm_90", 64, 2], form="deterministic")
+    reduces = source(keys).constants[keys_kernel.arg_names.index("REDUCE"),]
+    assert adds is True and reduces is False
 
 
 def test_every_line_is_compiled_by_the_session():

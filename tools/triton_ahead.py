@@ -24,6 +24,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,19 @@ FORMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": ((), {}),
     "masked": (("mask", "bias", "padding"), {"MASK_ALL": True}),
     "dropout": ((), {"DROPOUT": True}),
-    "prior": (("prior_out", "prior_lse"), {}),
-    "all": (("mask", "bias", "padding", "prior_out", "prior_lse"), {"MASK_ALL": True, "DROPOUT": True}),
+    "prior": (("prior_out", "prior_lse"), {"ADD": True}),
+    "deterministic": ((), {"REDUCE": False}),
+    "all": (("mask", "bias", "padding", "prior_out", "prior_lse"), {"MASK_ALL": True, "DROPOUT": True, "ADD": True}),
     "terms": (("by_distance",), {"SOFTCAP": True, "COLUMNS": 258}),
     "listed": ((), {"LISTED": True}),
 }
-"""What a call may have beside q, k and v: (arguments that are there, constants). Each is compiled with the tile that `choose` gives it."""
+"""What a call may have beside q, k and v: (arguments that are there, constants). Each is compiled with the tile that `choose` gives it.
+
+With a prior, queries add to the dq of an earlier launch; deterministic, keys make no share of dq.
+"""
+
+ALONE = {"prior": ("forward", "dense", "decode", "backward_queries"), "deterministic": ("backward_keys",)}
+"""Forms that only some kernels have: which."""
 
 STORED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "int8": (("k_scale", "v_scale"), {}),
@@ -193,14 +201,23 @@ def lines(architectures: Iterator[str] | list[str], *, every_form: bool = False)
         if dim <= PAGED_WIDTHS[size]
     ]
     paged += [replace(line, form=form) for form in STORED if every_form for line in paged]
-    return plain + dense + paged + [in_form(line, form) for form in forms for line in plain]
+    return (
+        plain
+        + dense
+        + paged
+        + [in_form(line, form) for form in forms for line in plain if line.kernel in ALONE.get(form, _KERNELS)]
+    )
 
 
 def in_form(line: TableLine, form: str) -> TableLine:
     """The line as a call of that form takes it."""
     key = line.kernel, line.architecture, line.head_dim, line.element_size
     masked, prior = form in ("masked", "dropout", "all"), form in ("prior", "all")
-    return replace(line, form=form, configuration=choose(*key, form == "terms", masked, prior)[0])
+    return replace(line, form=form, configuration=choose(*key, form == "terms", masked, prior, form == "listed")[0])
+
+
+def _form(line: TableLine) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return (FORMS | STORED)["plain" if line.form == NARROW_STRIDES else line.form]
 
 
 def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
@@ -209,7 +226,7 @@ def source(line: TableLine, flags: dict[str, Any] | None = None) -> ASTSource:
     own = {"backward_keys": "BLOCK_N", "paged": "BLOCK_G"}.get(line.kernel, "BLOCK_M")
     other = "BLOCK_M" if line.kernel == "backward_keys" else "BLOCK_N"
     value_dim = line.value_dim or line.head_dim
-    present, form_flags = (FORMS | STORED)["plain" if line.form == NARROW_STRIDES else line.form]
+    present, form_flags = _form(line)
     constants = {
         "HEAD_DIM": line.head_dim, "BLOCK_D": line.head_dim, "VALUE_DIM": value_dim, "BLOCK_V": value_dim, own: tile.owned, other: tile.streamed, "LISTED": False,
         "CHUNK": min(tile.chunk or line.head_dim, line.head_dim),
@@ -291,7 +308,7 @@ def compile_line(line: TableLine, flags: dict[str, Any] | None = None) -> Need:
     shared, tile = kernel.metadata.shared, line.configuration
     if target.backend == "cuda":
         registers, spilled = _nvidia(kernel.asm["cubin"])
-        kept_apart = line.kernel == "backward_keys" and (flags or {}).get("REDUCE") is False
+        kept_apart = line.kernel == "backward_keys" and not (_form(line)[1] | (flags or {})).get("REDUCE", True)
         products = PRODUCTS[line.kernel] - kept_apart
         loop_faults = _loop_faults(kernel.asm["cubin"], line, products)
     else:
@@ -302,12 +319,25 @@ def compile_line(line: TableLine, flags: dict[str, Any] | None = None) -> Need:
     return Need(line, shared, registers, spilled, columns, occupancy, tuple(loop_faults))
 
 
-def needed(line: TableLine) -> Need:
-    """As `compile_line`, but what an earlier run found of the same kernel, compiler and scans is not compiled again."""
+@lru_cache
+def _hash_sources() -> None:
+    """Hash every kernel once, in one order: triton's hash of functions that share others depends on which was hashed first."""
+    for kernel in _KERNELS.values():
+        _ = kernel.cache_key
+
+
+def kept_file(line: TableLine) -> Path:
+    """Where what was found of a line is kept, for these sources of the kernel, of the compiler and of the scans."""
+    _hash_sources()
     target, tools = ARCHITECTURES[line.architecture], (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell)
     parts = [source(line).hash(), line, target, triton.__version__, *(tool.version for tool in tools)]
     parts += [inspect.getsource(scan) for scan in (sass, compile_line, _loop_faults, _nvidia, _amd)]
-    kept = Path(knobs.cache.dir) / "longattn-ahead" / hashlib.sha256(repr(parts).encode()).hexdigest()
+    return Path(knobs.cache.dir) / "longattn-ahead" / hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def needed(line: TableLine) -> Need:
+    """As `compile_line`, but what an earlier run found is not compiled again."""
+    kept = kept_file(line)
     if kept.exists():
         figures = json.loads(kept.read_text(encoding="utf-8"))
         return Need(line, **(figures | {"loop_faults": tuple(figures["loop_faults"])}))
@@ -367,9 +397,9 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd(text: str) -> tuple[int, int]:
-    words = ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-    count, spilled, private = (int(re.search(rf"\.{word}:\s+(\d+)", text)[1]) for word in words)  # type: ignore[index]
-    return count, max(4 * spilled, private)
+    # Registers that are counted as spilled go to accumulation registers first; what goes to memory is the private segment.
+    words = ("vgpr_count", "private_segment_fixed_size")
+    return tuple(int(re.search(rf"\.{word}:\s+(\d+)", text)[1]) for word in words)  # type: ignore[index, return-value]
 
 
 def _occupancy(target: Architecture, warps: int, registers: int, shared: int) -> float:

@@ -18,7 +18,7 @@ class Experiment:
         peer: one of `peers/on_gpu.py`, or "" (none). deterministic: the second way of the backward.
         target: unit and least (for us: most) value that must be reached, or None. "copy" and "product" are shares of what this device's own copies
             and matrix products reached in the same run, "ratio" is over the peer.
-        graph: whether calls are replayed from a CUDA graph.
+        graph: whether calls are replayed from a CUDA graph. grows: each call has a key more than the one before, as in a cache that grows.
         tile: (rows owned, rows streamed, warps, stages[, chunk]) in place of the table's, or (): the table's.
         dense: True: dense tiles go to the warp-specialised kernel; False: never; None: as the row decides.
         second_ptxas: compiled by the other assembler that is here.
@@ -36,6 +36,7 @@ class Experiment:
     deterministic: bool = False
     target: tuple[str, float] | None = None
     graph: bool = False
+    grows: bool = False
     tile: tuple[int, ...] = ()
     dense: bool | None = None
     second_ptxas: bool = False
@@ -111,6 +112,11 @@ def experiments(dry: bool) -> Iterator[Experiment]:
     yield decode
     yield replace(decode, key="decode-512MiB-graph", graph=True)
     yield Experiment("overhead", Full(), (16, 16), 1, 1, 64, target=("us", 40.0))
+    yield Experiment("overhead", Full(), (16, 16), 1, 1, 64, "both", target=("us", 90.0))
+    for key, pattern in (
+        ("full", Full()), ("window-and-sinks", Window(512, sinks=4)), ("longnet", Dilated(SEGMENTS, RATES, causal=True))
+    ):  # fmt: skip
+        yield Experiment(f"growing-{key}", pattern, (1, 8192), 1, 8, 64, target=("us", 60.0), grows=True)
     for (direction, dim), tiles in SWEEP.items():
         for tile in tiles:
             yield Experiment("sweep-8192", Full(), (8192, 8192), 2, 2048 // dim, dim, direction, tile=tile)
@@ -146,6 +152,7 @@ def _small() -> Iterator[Experiment]:
     yield Experiment("flash-fa3", Full(), (70, 70), 1, 1, 16, peer="fa3")
     yield Experiment("longnet", pattern, (128, 128), 1, 1, 16, "both", "torchscale-style", deterministic=True)
     yield Experiment("decode", Window(1 << 20), (1, 300), 1, 2, 16, target=("copy", 0.85))
+    yield Experiment("growing", Full(), (1, 130), 1, 1, 16, target=("us", 60.0), grows=True)
     yield Experiment("sweep", Full(), (70, 70), 1, 1, 16, tile=(64, 32, 4, 1))
     yield Experiment("flash-dense", Full(), (128, 128), 1, 1, 16, dense=True)
     yield Experiment("flash-second-ptxas", Full(), (70, 70), 1, 1, 16, target=("product", 0.74), second_ptxas=True)

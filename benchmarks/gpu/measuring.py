@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from benchmarks.gpu.experiments import Experiment
 from benchmarks.peers.on_gpu import peer_forward
 from benchmarks.record import surroundings
 from longattn.kernels import attend
-from longattn.kernels.triton import configurations, launch_forward
+from longattn.kernels.triton import configurations, forward_form
 from longattn.kernels.triton.availability import installed_version
 from longattn.patterncache import Full, Rectangle, Span
 
@@ -84,6 +85,14 @@ def ours(experiment: Experiment, data: list[Tensor]) -> Callable[[], object]:
     """The call to time."""
     q, k, v, _ = data
     options = {"backend": "triton", "deterministic": experiment.deterministic, "out_dtype": q.dtype}
+    if experiment.grows:
+        (keys, values), held = (torch.cat([x, torch.zeros_like(x)], 1) for x in (k, v)), count(experiment.lengths[1])
+
+        def grown() -> Tensor:
+            length = next(held)
+            return attend(q, keys[:, :length], values[:, :length], experiment.pattern, **options).out
+
+        return graded(experiment, grown, data)
     return graded(experiment, lambda: attend(q, k, v, experiment.pattern, **options).out, data)
 
 
@@ -206,7 +215,7 @@ def use_tile(experiment: Experiment) -> None:
 def use_kernel(dense: bool | None) -> None:
     """Send dense tiles to the warp-specialised kernel in this process, or never."""
     if dense is not None:
-        launch_forward.is_dense = lambda call: dense
+        forward_form.is_dense = lambda call: dense
 
 
 def run(experiment: Experiment, device: str, repeats: int, reached: dict[str, float]) -> Row:

@@ -77,10 +77,10 @@ else:
     )  # fmt: skip
     def test_dense_tiles(case: Case, monkeypatch: pytest.MonkeyPatch):
         """The warp-specialised kernel, which the interpreter runs as any other, and the rest onto which it merges."""
-        from longattn.kernels.triton import launch_forward
+        from longattn.kernels.triton import forward_form, launch_forward
 
         found: list[str] = []
-        monkeypatch.setattr(launch_forward, "is_dense", lambda call: True)
+        monkeypatch.setattr(forward_form, "is_dense", lambda call: True)
         run = launch_forward.run
         monkeypatch.setattr(
             launch_forward, "run", lambda kernel, *rest, **named: (found.append(kernel.fn.__name__), run(kernel, *rest, **named))

@@ -26,18 +26,31 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.runtime.jit import JITFunction
 
+from longattn.kernels import attend
+from longattn.kernels.dispatch import table
 from longattn.kernels.dispatch.call import Call
-from longattn.kernels.dispatch.environment import TorchAllocator
+from longattn.kernels.dispatch.environment import Environment, TorchAllocator
+from longattn.kernels.dispatch.prepared import LENGTHS, PREPARED
 from longattn.kernels.dispatch.table import RowFailure
 from longattn.kernels.ops.arguments import Cotangents, OpTensors
-from longattn.kernels.triton import launch_backward, launch_dense, launch_forward, launching, passes
+from longattn.kernels.triton import (
+    bound,
+    forward_form,
+    launch_backward,
+    launch_dense,
+    launch_forward,
+    launching,
+    passes,
+    row,
+)
 from longattn.kernels.triton.availability import FAILURES, INTERPRETED, installed_version
 from longattn.kernels.triton.backward_kernel import keys_kernel, rows_kernel
 from longattn.kernels.triton.dense_kernel import dense_kernel
 from longattn.kernels.triton.forward_kernel import forward_kernel
+from longattn.kernels.triton.joblist import ENTRY_FIELDS, JOB_FIELDS
 from longattn.kernels.triton.merge_kernel import merge_kernel
 from longattn.kernels.triton.query_gradient_kernel import queries_kernel
-from longattn.patterncache import Dilated, Full, Pattern, Rectangle, Span, Window
+from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, PatternCache, Rectangle, Span, Window
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreting, nothing is launched")
 
@@ -274,13 +287,98 @@ def test_a_bound_forward_follows_a_cache_that_grows(stub: StubDriver, pattern: P
         assert bound is not None
         grown = bound.at_lengths(call)
         if grown is None:
-            assert launch_forward._form(call) != bound._form or len(expected) != len(bound._launches)
+            assert forward_form.form_of(call) != bound._form or len(expected) != len(bound._launches)
             continue
         q, k, v = (torch.empty_like(x) for x in (call.q, call.k, call.v))
         assert grown(q, k, v, None, call.allocator) is not None and len(stub.compiled) == compiled
         assert [described(launch) for launch in expected] == [described(launch) for launch in stub.launches]
         bound, followed = grown, followed + 1
     assert followed >= 9
+
+
+@pytest.fixture
+def serving(stub: StubDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
+    """The stub, and a row that serves tensors of the CPU too, through every floor above it."""
+    monkeypatch.setattr(row, "CAPABILITY", replace(row.CAPABILITY, devices=("cuda", "cpu")))
+    for forget in (table.row.cache_clear, table.explain_problem.cache_clear):
+        forget()
+    yield stub
+    monkeypatch.undo()
+    for forget in (table.row.cache_clear, table.explain_problem.cache_clear, PREPARED.clear, LENGTHS.clear):
+        forget()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Full(), Full(causal=True), Window(300, causal=True, sinks=4), Dilated((256, 512), (1, 2), causal=True)],
+    ids=lambda pattern: pattern.name,
+)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_tokens_of_a_cache_that_grows_are_made_ready_together(serving: StubDriver, pattern: Pattern, kv_heads: int):
+    """After three lengths plans are not asked for any more; each token launches what a forward of its own does, over tables that are those of
+    its plan, and compiles nothing. The same length again does, too.
+    """
+    cache = PatternCache()
+    environment = Environment(cache)
+    q = torch.empty(1, 1, 2, 64, dtype=torch.bfloat16)
+    keys, values = (torch.empty(1, 1200, kv_heads, 64, dtype=torch.bfloat16) for _ in range(2))
+    first = 960
+    for length in range(first, first + 90):
+        k, v = keys[:, :length], values[:, :length]
+        compiled = len(serving.compiled)
+        serving.launches.clear()
+        attend(q, k, v, pattern, backend="triton", environment=environment)
+        launched = serving.launches.copy()
+        assert len(serving.compiled) == compiled or length < first + 2 or length % 128 < 2
+        serving.launches.clear()
+        plan = pattern.plan(Rectangle(2, Span(length - 1, 1), Span(0, length)))
+        call = replace(call_of(pattern, nq=1, nk=length), q=q, k=k, v=v, plan=plan, out_dtype=torch.float32)
+        launch_forward.forward(call)
+        expected = serving.launches.copy()
+        assert [described(launch) for launch in launched] == [described(launch) for launch in expected]
+        own, alone = (read_tables(named(launches[0])) for launches in (launched, expected))
+        assert all(torch.equal(x, y) for x, y in zip(own, alone, strict=True))
+        serving.launches.clear()
+        attend(q, k, v, pattern, backend="triton", environment=environment)
+        assert [described(launch) for launch in serving.launches] == [described(launch) for launch in expected]
+    # Lengths at which keys are split into other parts are prepared with their plans.
+    assert cache.get_stats()["misses"] < 12
+
+
+def read_tables(arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """Jobs, entries and weights as far as a launch reads them: lines are filled up with any numbers."""
+    jobs = arguments["jobs_ptr"][: arguments["job_count"] * len(JOB_FIELDS)].view(-1, len(JOB_FIELDS))
+    entries = int(jobs[:, JOB_FIELDS.index("end")].max())
+    return [jobs, arguments["entries_ptr"][: entries * len(ENTRY_FIELDS)], arguments["weights_ptr"][:entries]]
+
+
+def test_a_token_made_ready_is_prepared_with_its_plan_where_its_tensors_lie_otherwise(serving: StubDriver):
+    """Keys that begin at an odd address have a variant of the kernel of their own; the plan is asked for then."""
+    cache = PatternCache()
+    environment, pattern = Environment(cache), Full(causal=True)
+    q = torch.empty(1, 1, 2, 64, dtype=torch.bfloat16)
+    memory = torch.empty(1200 * 2 * 64 + 1, dtype=torch.bfloat16)
+    keys, odd = (memory[at : at + 1200 * 2 * 64].view(1, 1200, 2, 64) for at in (0, 1))
+    for length in range(400, 408):
+        attend(q, keys[:, :length], keys[:, :length], pattern, backend="triton", environment=environment)
+    asked = cache.get_stats()["misses"]
+    for length in (407, 408):
+        attend(q, odd[:, :length], odd[:, :length], pattern, backend="triton", environment=environment)
+        assert named(serving.launches[0])["k_ptr"] is not None
+        asked += 1
+        assert cache.get_stats()["misses"] == asked
+
+
+def test_lengths_are_not_made_ready_beyond_where_a_pattern_ends(serving: StubDriver):
+    """A pattern of so many blocks has no plan after them; those before are made ready all the same."""
+    environment = Environment(PatternCache())
+    pattern = BlockSparse(16, [[True] * 4] * 4)
+    q = torch.empty(1, 1, 2, 64, dtype=torch.bfloat16)
+    keys = torch.empty(1, 70, 2, 64, dtype=torch.bfloat16)
+    for length in range(50, 65):
+        attend(q, keys[:, :length], keys[:, :length], pattern, backend="triton", environment=environment)
+    with pytest.raises(ValueError, match="64"):
+        attend(q, keys[:, :65], keys[:, :65], pattern, backend="triton", environment=environment)
 
 
 def test_strides_that_compile_another_variant_are_not_bound_so(stub: StubDriver):
@@ -320,7 +418,7 @@ def test_dense_tiles_have_a_launch_of_their_own(
     stub: StubDriver, monkeypatch: pytest.MonkeyPatch, pattern: Pattern, dtype: torch.dtype
 ):
     """The rest first, whose float32 state is the prior of the kernel for dense tiles, which writes out; bound, the same."""
-    monkeypatch.setattr(launch_forward, "is_dense", lambda call: True)
+    monkeypatch.setattr(forward_form, "is_dense", lambda call: True)
     call = call_of(pattern, nq=1024, nk=1024, out_dtype=dtype)
     out, lse = launch_forward.forward(call)
     *before, last = [(launch.kernel, named(launch)) for launch in stub.launches]
@@ -459,7 +557,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_tables_that_a_graph_captured_stay(monkeypatch: pytest.MonkeyPatch):
     """They outlive their plan; others die with it. Inside a capture none are made."""
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(passes, "_to_device", lambda host, device: host)
+    monkeypatch.setattr(passes, "_to_device", lambda host, device: (host, None))
     monkeypatch.setattr(passes, "_CAPTURED", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     kept, lost = (Full().plan(Rectangle(2, Span(0, n), Span(0, n))) for n in (64, 65))
@@ -472,6 +570,55 @@ def test_tables_that_a_graph_captured_stay(monkeypatch: pytest.MonkeyPatch):
     del kept, lost, build
     gc.collect()
     assert tables[0]() is not None and tables[1]() is None
+
+
+def test_another_stream_waits_for_the_copy_of_tables(stub: StubDriver, monkeypatch: pytest.MonkeyPatch):
+    """Once, whether a launch is bound or not; and their memory outlives the launches there. A capture waits for nothing: it would fail."""
+    seen: list[tuple[str, int]] = []
+
+    class Stream:
+        def __init__(self, number: int) -> None:
+            self.cuda_stream = number
+
+        def wait_event(self, event: object) -> None:
+            assert event == "copied"
+            seen.append(("waits", self.cuda_stream))
+
+    at = [0]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(at[0]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: seen.append(("keeps", stream.cuda_stream)))
+    monkeypatch.setattr(passes, "_to_device", lambda host, device: (host, "copied"))
+    device, plan = torch.device("cuda", 0), Full().plan(Rectangle(2, Span(0, 64), Span(0, 64)))
+    for at[0] in (0, 0, 7, 7, 0):
+        tables = passes.tables_on(plan, ("x",), device, partial(passes.query_tables, plan, 0, (64, 64)))
+    assert seen == [("waits", 0), ("keeps", 0), ("waits", 7), ("keeps", 7)]
+    at[0] = 9
+    with capturing(monkeypatch):
+        assert passes.tables_on(plan, ("x",), device, pytest.fail) is tables
+    assert len(seen) == 4
+    call = call_of(Full(), nq=64, nk=64)
+    arguments = dict.fromkeys(forward_kernel.arg_names, 0) | {"num_warps": 4, "num_stages": 1}
+    launch = bound.BoundLaunch(
+        bound.Launch(
+            SimpleNamespace(
+                __name__="k",
+                arg_names=list(arguments)[:1],
+                warmup=lambda **_: SimpleNamespace(
+                    metadata=None, run=lambda *_: None, function=0, packed_metadata=(), launch_metadata=lambda *_: None
+                ),
+            ),
+            (1,),
+            arguments,
+            tables,
+        ),
+        (),
+        call.q.device,
+    )
+    for _ in range(2):
+        launch((), 0, 9, False)
+    launch((), 0, 11, True)
+    assert seen[4:] == [("waits", 9), ("keeps", 9)]
 
 
 @pytest.mark.parametrize("name", ["triton", "triton-rocm", "pytorch-triton-rocm"])

@@ -3,13 +3,15 @@
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from longattn.kernels.lowering.head_classes import head_classes
+from longattn.kernels.triton.decode_tables import decode_tables, tables_of_tokens
 from longattn.kernels.triton.dense_tables import DENSE_JOB_FIELDS, split_dense
 from longattn.kernels.triton.joblist import ENTRY_FIELDS, JOB_FIELDS, JobTables
-from longattn.kernels.triton.passes import key_tables, packable, query_passes, query_tables
+from longattn.kernels.triton.passes import copied, key_tables, packable, query_passes, query_tables
 from longattn.kernels.triton.row_classes import row_classes
 from longattn.patterncache import BlockSparse, Dilated, Full, Pattern, Plan, Rectangle, Restrict, Span, Strided, Window
 from longattn.patterncache.testing import patterns, spans
@@ -17,6 +19,7 @@ from longattn.patterncache.testing import patterns, spans
 LONGNET = Dilated((16, 32, 64), (1, 2, 4))
 LISTED = Restrict(Restrict(Window(9), Dilated((4,), (2,))), Strided(4))
 BLOCK = (8, 4)
+COPIED = ("jobs", "entries", "weights", "rows")
 
 Counts = npt.NDArray[np.int64]
 
@@ -99,6 +102,28 @@ def test_what_a_single_query_is_told_is_the_plan(pattern: Pattern, group: int, l
     for number in range(len(query_passes(plan).launches)):
         add_counts(total, query_tables(plan, number, BLOCK, group, parts), own_keys=False, pack=group)
     assert (total == plan.counts()).all()
+
+
+@given(pattern=patterns(), group=st.integers(1, 2), length=st.integers(1, 90), parts=st.integers(1, 4))
+@example(pattern=LONGNET, group=2, length=60, parts=3)
+@example(pattern=Window(9, sinks=2), group=1, length=5, parts=2)
+@example(pattern=Full(causal=True), group=1, length=1, parts=4)
+def test_tables_of_tokens_together_are_those_of_each(pattern: Pattern, group: int, length: int, parts: int):
+    """Of nine lengths of a cache that grows, equal numbers, also as they are copied to a device."""
+    plans = [planned(pattern, 2 * group, (Span(n - 1, 1),), (Span(0, n),)) for n in range(length, length + 9)]
+    served = [plan for plan in plans if plan is not None and packable(plan, group)]
+    together = tables_of_tokens(served, BLOCK[1], group, parts)
+    for plan, tables in zip(served, together, strict=True):
+        alone = decode_tables(plan, plan.branches, BLOCK[1], group, parts)
+        assert (tables is None) == (alone is None)
+        if tables is not None and alone is not None:
+            assert all(np.array_equal(getattr(tables, name), getattr(alone, name)) for name in COPIED)
+    filled = [tables for tables in together if tables is not None]
+    for tables, on_device in zip(filled, copied(filled, torch.device("cpu")) if filled else [], strict=True):
+        for name in COPIED:
+            flat = getattr(tables, name).ravel()
+            assert np.array_equal(getattr(on_device, name)[: flat.size].numpy(), flat)
+        assert on_device.count == len(tables.jobs)
 
 
 @given(pattern=patterns(), heads=st.integers(1, 3), queries=SOME_SPANS, keys=SOME_SPANS, owned=st.sampled_from([4, 8]))

@@ -28,7 +28,7 @@ from longattn.kernels.dispatch.environment import (
     find_environment,
 )
 from longattn.kernels.dispatch.keeping import keep_measured
-from longattn.kernels.dispatch.prepared import find_plan
+from longattn.kernels.dispatch.plans import find_plan
 from longattn.kernels.dispatch.prepared_shards import ShardRectangle, prepare_shards, run_shards
 from longattn.kernels.dispatch.table import check_backend_name
 from longattn.kernels.eager.tiles import keep_tensors, kept_tensors

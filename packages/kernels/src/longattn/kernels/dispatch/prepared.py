@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,12 +22,13 @@ from longattn.kernels.dispatch.call import Call, GradientPart
 from longattn.kernels.dispatch.choosing import select
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.memo import Memo
+from longattn.kernels.dispatch.plans import find_plan, plan_key, plans_ahead
 from longattn.kernels.dispatch.settings import raw_settings
 from longattn.kernels.dispatch.table import RowFailure, TableRow, twice_differentiable
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.kernels.state import state_dtype
-from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
+from longattn.patterncache import Plan
 
 logger = logging.getLogger("longattn.kernels")
 
@@ -48,10 +50,12 @@ class PreparedCall:
     """
 
     __slots__ = (
+        "_ahead",
         "_backward",
         "_forward",
         "_like",
         "_plan",
+        "_steps",
         "_unbound_calls",
         "arguments",
         "plan_key",
@@ -82,9 +86,47 @@ class PreparedCall:
             self.problem = like.problem if same else replace(like.problem, listed=plan.listed)
         self.row: TableRow = select(self.problem, arguments.backend or None, plan, q.shape[0])
         self._like: Bound | None = None
+        # What binds the lengths to come, and how many before this one came one after the other.
+        self._ahead: Any = None
+        self._steps = 0 if like is None else like.steps_to(arguments)
         if like is not None and self.row is like.row and self.row.rebind is not None:
             # Bound at once, for lengths to come.
             self._like, self._unbound_calls = like._forward, 1
+
+    def steps_to(self, arguments: OpArguments) -> int:
+        """How many calls, this one included, came one after the other with a key more each, where a call of these arguments is the next; else 0."""
+        return self._steps + 1 if arguments.k_spans[1] == self.arguments.k_spans[1] + 1 else 0
+
+    def next_length(self, tensors: OpTensors, arguments: OpArguments) -> PreparedCall | None:
+        """The call of one key more of a cache that grows, without its plan; None where the row makes nothing ready, or for another form.
+
+        Plans of some lengths are made at once and nobody keeps them: what the call needs of its own was worked out. So the pattern cache is not asked.
+        """
+        steps, ahead = self.steps_to(arguments), self._ahead
+        if steps < _STEPS_BEFORE or self._forward is None or self.row.bind_ahead is None or arguments.needs_grad:
+            return None
+        if tensors.q.shape[1] != 1 or (self.row.refusal is not None and self.row.refusal() is not None):
+            return None
+        if ahead is None:
+            serves = partial(self._would_serve, tensors.q.shape[0])
+            ahead = self.row.bind_ahead(self._forward, partial(plans_ahead, arguments, serves))
+        bound = None if ahead is None else ahead(tensors.q, tensors.k, tensors.v)
+        if bound is None:
+            return None
+        call = object.__new__(PreparedCall)
+        call.arguments, call.plan_key, call.problem = arguments, plan_key(arguments), self.problem
+        call.row, call.scale, call.used, call.successor = self.row, self.scale, False, None
+        call._plan, call._forward, call._backward, call._like = _no_plan, bound, {}, None
+        call._ahead, call._steps, call._unbound_calls = ahead, steps, 1
+        return call
+
+    def _would_serve(self, batch: int, plan: Plan) -> bool:
+        return select(self.problem, self.arguments.backend or None, plan, batch) is self.row
+
+    def forward_without_plan(self, tensors: OpTensors, environment: Environment) -> tuple[Tensor, Tensor] | None:
+        """`forward` of a call that was made by `next_length`; None for others, and where it must be prepared with its plan."""
+        forward = None if self._ahead is None else self._forward
+        return forward and forward(tensors.q, tensors.k, tensors.v, tensors.seed, environment.allocator)
 
     def serves(self, plan: Plan) -> bool:
         """Whether this is the very plan that the call was prepared with."""
@@ -200,6 +242,14 @@ class PreparedCall:
         return self.row.second_backward(self.call(tensors, plan, environment), above, cotangents)
 
 
+_STEPS_BEFORE = 2
+"""Calls that came one after the other with a key more each, before the row makes lengths ready that nobody asked for."""
+
+
+def _no_plan() -> None:
+    """Stands for the reference to a plan."""
+
+
 def _problem_of(tensors: OpTensors, arguments: OpArguments, plan: Plan) -> AttentionProblem:
     """The call as the table is asked for it."""
     q, k, v = tensors[:3]
@@ -287,26 +337,6 @@ def described(x: Tensor) -> tuple[Hashable, ...]:
 def process_settings() -> tuple[Hashable, ...]:
     """What of the process decides which row serves, and how."""
     return torch.get_num_threads(), torch.get_float32_matmul_precision(), *raw_settings()
-
-
-def plan_key(arguments: OpArguments) -> tuple[Hashable, ...]:
-    """The pattern cache's key of a rectangle."""
-    return (arguments.pattern, tuple(arguments.q_spans), tuple(arguments.k_spans), tuple(arguments.heads))
-
-
-def find_plan(arguments: OpArguments, environment: Environment) -> Plan:
-    """The plan of a rectangle, from the environment's cache."""
-    return find_plan_of(plan_key(arguments), environment)
-
-
-def find_plan_of(key: tuple[Any, ...], environment: Environment) -> Plan:
-    """The plan under a `plan_key`, from the environment's cache."""
-    return environment.cache.get_or_build(key, lambda: _build_plan(*key))
-
-
-def _build_plan(pattern: str, q_spans: tuple[int, ...], k_spans: tuple[int, ...], heads: tuple[int, ...]) -> Plan:
-    queries, keys = (tuple(Span(*flat[i : i + 3]) for i in range(0, len(flat), 3)) for flat in (q_spans, k_spans))
-    return parse_pattern(pattern).plan(Rectangle(heads[0], queries, keys, Span(*heads[1:])))
 
 
 def _without_padding(x: Tensor, key_padding: Tensor, environment: Environment) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Environment
-from longattn.kernels.dispatch.prepared import PREPARED, find_plan_of, plan_key, prepared_for, rectangle_key
+from longattn.kernels.dispatch.plans import find_plan_of, plan_key
+from longattn.kernels.dispatch.prepared import PREPARED, prepared_for, rectangle_key
 from longattn.kernels.dispatch.table import TableRow
 from longattn.kernels.ops.arguments import OpArguments, OpTensors
 from longattn.patterncache import Plan

@@ -60,6 +60,8 @@ class TableRow:
             arguments of `backward` and the gradients that it gave.
         rebind: of what `bind` gave and a call that differs from that one only in the lengths of k and v, what `bind` would give for it, or None; it
             costs no more than a forward. None where the row has no such form.
+        bind_ahead: of what `bind` gave for one query a head, and (first length, how many) -> plans of so many lengths of k and v, what gives the same
+            form for each of those lengths, (q, k, v) -> bound or None, cheaper than `rebind` because lengths are made ready together; or None.
         revision: (level, revision) of what serves, where figures of speed depend on more than this package's version.
         standing: of a problem, whether what the row would run for it has been checked on its device: "checked", "unchecked: why", "failed: what
             was wrong", or "" where rows do not check; the second argument says whether to check now what was not. A failed one refuses.
@@ -80,6 +82,7 @@ class TableRow:
     bind: Callable[[Call, Tensor, Tensor], Any] | None = None
     bind_backward: Callable[..., Any] | None = None
     rebind: Callable[[Any, Call], Any] | None = None
+    bind_ahead: Callable[[Any, Callable[[int, int], list[Plan]]], Any] | None = None
     revision: Callable[[], tuple[str, str]] | None = None
     standing: Callable[[AttentionProblem, bool], str] | None = None
     second_backward: Callable[..., Any] | None = None
@@ -100,6 +103,7 @@ def row(name: str) -> TableRow:
         "bind",
         "bind_backward",
         "rebind",
+        "bind_ahead",
         "revision",
         "standing",
         "second_backward",

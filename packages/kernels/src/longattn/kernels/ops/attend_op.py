@@ -16,7 +16,8 @@ from torch import Tensor
 
 from longattn.kernels.dispatch.call import GradientPart
 from longattn.kernels.dispatch.environment import Environment, find_environment
-from longattn.kernels.dispatch.prepared import PreparedCall, find_plan, served
+from longattn.kernels.dispatch.plans import find_plan
+from longattn.kernels.dispatch.prepared import PreparedCall, served
 from longattn.kernels.ops.arguments import Cotangents, Gradients, OpArguments, OpTensors
 from longattn.kernels.ops.define import define
 from longattn.patterncache import Plan

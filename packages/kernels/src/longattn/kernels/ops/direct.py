@@ -20,13 +20,12 @@ from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
 from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Environment, find_environment
+from longattn.kernels.dispatch.plans import find_plan, find_plan_of
 from longattn.kernels.dispatch.prepared import (
     LENGTHS,
     PREPARED,
     PreparedCall,
     described,
-    find_plan,
-    find_plan_of,
     prepared_for,
     process_settings,
     served,
@@ -159,7 +158,7 @@ _Q_START = Options._fields.index("q_start")
 
 def _of_other_lengths(
     key: tuple[Hashable, ...], q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Options
-) -> tuple[PreparedCall, Plan] | None:
+) -> tuple[PreparedCall, Plan | None] | None:
     """A call that differs from a prepared one only in the lengths of k and v, as those of a cache that grows do: its arguments need no
     second check, and its plan and row follow from them.
     """
@@ -167,11 +166,15 @@ def _of_other_lengths(
     like = None if family is None else LENGTHS.find(family)
     if like is None or not 0 < (nq := q.shape[1]) <= (nk := k.shape[1]):
         return None
-    arguments = like.arguments._replace(k_spans=[0, nk, 1])
-    if options[_Q_START] is None:
-        arguments = arguments._replace(q_spans=last_positions(nq, nk, pattern.positional))
-    plan = find_plan(arguments, DEFAULT_ENVIRONMENT if options.environment is None else options.environment)
-    call = PreparedCall(OpTensors(q, k, v), arguments, plan, like)
+    spans: dict[str, Any] = {"k_spans": [0, nk, 1]}
+    follows = options[_Q_START] is None
+    if follows:
+        spans["q_spans"] = last_positions(nq, nk, pattern.positional)
+    arguments, tensors, plan = like.arguments._replace(**spans), OpTensors(q, k, v), None
+    call = like.next_length(tensors, arguments) if follows else None
+    if call is None:
+        plan = find_plan(arguments, DEFAULT_ENVIRONMENT if options.environment is None else options.environment)
+        call = PreparedCall(tensors, arguments, plan, like)
     PREPARED.keep(key, call)
     LENGTHS.keep(family, call)
     return call, plan
@@ -235,6 +238,9 @@ def _forward(
     call: PreparedCall, key: tuple[Hashable, ...], tensors: OpTensors, environment: Environment, plan: Plan | None
 ) -> tuple[Tensor, Tensor]:
     if plan is None:
+        computed = call.forward_without_plan(tensors, environment)
+        if computed is not None:
+            return computed
         plan = find_plan_of(call.plan_key, environment)
     if call.serves(plan):
         try:

@@ -108,14 +108,14 @@ def stream_queries(
             if COLUMNS > 0:
                 distance = k_positions[:, None] - q_positions[None, :]
                 scores = add_by_distance(scores, distance, head, by_distance_ptr, COLUMNS)
-            scores += weight
             if MASKED:
                 scores = hide(
                     scores, q_valid[None, :], k_valid[:, None], k_positions[:, None] - q_positions[None, :], low, high,
                     batch, head, q_rows[None, :], k_rows[:, None],
                     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
                 )  # fmt: skip
-            p = tl.exp2(scores - pivot[None, :])
+            # Both in one number a row: with the scale before it, one multiply-add a score.
+            p = tl.exp2(scores + (weight - pivot)[None, :])
             # dO tile: HBM -> SRAM, replaced every iteration
             grad = load_tile(
                 grad_ptr,

@@ -8,7 +8,7 @@ large, and its products without tf32 do not run on tensor cores.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -107,7 +107,7 @@ _HALF: dict[str, dict[str, tuple[TileShape, ...]]] = {
     },
     "backward_queries": {
         "sm_80": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1, 32)),
-        "sm_90": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 1)),
+        "sm_90": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 32, 8, 1)),
         "sm_100": ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "gfx942": ((128, 64, 8, 1), (128, 64, 8, 1), (128, 64, 8, 1), (64, 64, 4, 1), (64, 32, 4, 1)),
     },
@@ -123,23 +123,31 @@ _MASKED: dict[str, tuple[TileShape, ...]] = {
 """kernel -> a tile for each of HEAD_DIMS, of 16-bit types with a mask, a bias, padding or dropout: addresses, flags and random words of as many pairs
 stand in registers beside scores, where wider tiles keep them in memory."""
 
-_MASKED_ALONE: dict[tuple[str, str, int, int], TileShape] = {
-    **{("forward", name, dim, 4): (64, 32, 8, 1) for name in _NVIDIA for dim in (16, 32)},
-    **{("backward_keys", name, 64, 4): (32, 16, 8, 1) for name in _NVIDIA},
-    **{("backward_keys", name, 64, 2): (32, 32, 8, 1) for name in ("sm_80", "sm_89")},
-    **{("backward_keys", name, 128, 2): (32, 16, 8, 1) for name in ("sm_80", "sm_89")},
+_ALONE: dict[tuple[str, str, str, int, int], TileShape] = {
+    **{("masked", "forward", name, dim, 4): (64, 32, 8, 1) for name in _NVIDIA for dim in (16, 32)},
+    **{("masked", "backward_keys", name, 64, 4): (32, 16, 8, 1) for name in _NVIDIA},
+    **{("masked", "backward_keys", name, 64, 2): (32, 32, 8, 1) for name in ("sm_80", "sm_89")},
+    **{("masked", "backward_keys", name, 128, 2): (32, 16, 8, 1) for name in ("sm_80", "sm_89")},
+    ("masked", "forward", "sm_89", 128, 4): (32, 16, 8, 1),
+    ("masked", "decode", "sm_89", 128, 2): (32, 32, 8, 1),
+    ("masked", "decode", "sm_89", 64, 4): (32, 32, 8, 1),
     # With eight warps each has half the registers there.
-    **{("decode", "gfx942", dim, 4): (64, 32, 4, 1) for dim in (16, 32)},
-    **{("backward_keys", "gfx942", dim, 4): (32, 32, 4, 1) for dim in (16, 32)},
-    **{("backward_queries", "gfx942", dim, 4): (32, 32, 4, 1) for dim in (32, 64)},
-    **{(kernel, "gfx942", 64, 4): (32, 32, 4, 1) for kernel in ("forward", "decode")},
-    ("forward", "gfx942", 256, 4): (32, 16, 4, 1),
+    **{("masked", "decode", "gfx942", dim, 4): (64, 32, 4, 1) for dim in (16, 32)},
+    **{("masked", "backward_keys", "gfx942", dim, 4): (32, 32, 4, 1) for dim in (16, 32)},
+    **{("masked", "backward_queries", "gfx942", dim, 4): (32, 32, 4, 1) for dim in (32, 64)},
+    **{("masked", kernel, "gfx942", 64, 4): (32, 32, 4, 1) for kernel in ("forward", "decode")},
+    ("masked", "forward", "gfx942", 256, 4): (32, 16, 4, 1),
+    ("prior", "forward", "sm_90", 128, 2): (128, 64, 8, 2),
+    ("listed", "forward", "sm_90", 128, 2): (128, 64, 8, 2),
+    ("listed", "forward", "sm_89", 128, 4): (32, 16, 8, 1),
+    **{("terms", "forward", name, 32, 2): (128, 32, 8, 1) for name in ("sm_80", "sm_89", "sm_90")},
+    ("terms", "forward", "sm_100", 16, 2): (128, 32, 8, 1),
+    ("terms", "forward", "gfx942", 64, 2): (64, 64, 4, 1),
+    ("terms", "forward", "sm_90", 128, 2): (128, 32, 8, 1),
+    ("terms", "decode", "sm_90", 256, 2): (32, 16, 4, 1),
 }
-"""(kernel, architecture, head_dim, bytes an element) -> a tile of such calls there, where neither the one above nor, in float32, the plain one fits in
-registers."""
-
-_WITH_PRIOR: dict[tuple[str, str, int], TileShape] = {("forward", "sm_90", 128): (128, 64, 8, 2)}
-"""(kernel, architecture, head_dim) -> a tile of 16-bit types that a prior is merged into, where its addresses find no registers beside the plain one."""
+"""(form, kernel, architecture, head_dim, bytes an element) -> a tile of calls of that form there, where the one that `choose` would give it does not
+fit in registers beside what the form keeps: addresses of masks or of a prior, row numbers, distances."""
 
 
 def _lines() -> Iterator[tuple[tuple[str, str, int, int], Configuration]]:
@@ -214,26 +222,30 @@ def choose(
     terms: bool = False,
     masked: bool = False,
     prior: bool = False,
+    listed: bool = False,
 ) -> tuple[Configuration, int]:
     """The tile of a kernel on an architecture ("" is the interpreter), and the width that head_dim is padded to.
 
     head_dim: the larger one, where v has its own. terms: there are score terms. masked: there is a mask, a bias, padding or dropout.
-    prior: a state is merged onto.
+    prior: a state is merged onto. listed: rows are gathered by number.
     """
     width = padded(head_dim)
     if not architecture:
         return _INTERPRETED, width
     target = table_architecture(architecture)
     tile = TABLE[kernel, target, width, element_size]
-    if masked and (alone := _MASKED_ALONE.get((kernel, target, width, element_size))) is not None:
-        tile = Configuration(*alone)
-    elif masked and element_size == 2:
+    forms = {"masked": masked, "terms": terms, "prior": prior, "listed": listed}
+    shapes = {form: _ALONE.get((form, kernel, target, width, element_size)) for form, there in forms.items() if there}
+    alone = [shape for shape in shapes.values() if shape is not None]
+    if masked and shapes["masked"] is None and element_size == 2:
         tile = Configuration(*_MASKED[kernel][HEAD_DIMS.index(width)])
         if target == "gfx942":
             tile = replace(tile, warps=4)  # which may have 512 registers each
         if target == "sm_90" and tile.owned == 64:
             # Four warps make a product of 64 rows; eight would make some of it twice.
             tile = replace(tile, streamed=32 if width == 16 and kernel.startswith("backward") else 16, warps=4)
-    elif prior and element_size == 2:
-        tile = Configuration(*_WITH_PRIOR.get((kernel, target, width), astuple(tile)))
-    return with_terms(tile) if terms else tile, width
+    elif alone:
+        tile = Configuration(*alone[0])
+    if terms and (masked or shapes["terms"] is None):
+        tile = with_terms(tile)
+    return tile, width

@@ -28,9 +28,42 @@ def decode_tables(plan: Plan, branches: tuple[Branch, ...], tile: int, members: 
     Args:
         tile: keys of a tile. members: query heads of an owner, which the same branches serve. parts: cut the list of each job into so many.
     """
+    token = _token_of(plan, branches, tile, members)
+    return None if token is None else _filled(_layout(token.shapes, tile, parts), [token])[0]
+
+
+def tables_of_tokens(plans: Sequence[Plan], tile: int, members: int, parts: int) -> list[JobTables | None]:
+    """`decode_tables` of several plans, all branches of each: those of one layout are worked out together."""
+    tokens = [_token_of(plan, plan.branches, tile, members) for plan in plans]
+    alike: dict[object, list[int]] = {}
+    for at, token in enumerate(tokens):
+        alike.setdefault(None if token is None else token.shapes, []).append(at)
+    tables: list[JobTables | None] = [None] * len(plans)
+    for numbers in alike.values():
+        same = [token for token in (tokens[at] for at in numbers) if token is not None]
+        for at, filled in zip(
+            numbers, _filled(_layout(same[0].shapes, tile, parts), same) if same else (), strict=False
+        ):
+            tables[at] = filled
+    return tables
+
+
+class _Token(NamedTuple):
+    """What one query a head is told beside a layout.
+
+    Attributes:
+        shapes: of each class its owners, and (whole tiles, whether there is a tail) of its runs. positions: of each class, (origin, scale) of its query.
+        runs: of all classes; the count is that of the tail, whole tiles have theirs in the layout.
+    """
+
+    shapes: tuple[tuple[Sequence[int], tuple[tuple[int, bool], ...]], ...]
+    positions: list[tuple[int, int]]
+    runs: list[Run]
+
+
+def _token_of(plan: Plan, branches: tuple[Branch, ...], tile: int, members: int) -> _Token | None:
     if not is_single(plan, branches) or not branches or any(not _is_run(branch.k) for branch in branches):
         return None
-    # Of each run the last count is that of its tail: whole tiles have theirs in the layout.
     runs: list[Run] = []
     shapes: list[tuple[Sequence[int], tuple[tuple[int, bool], ...]]] = []
     positions: list[tuple[int, int]] = []
@@ -39,18 +72,27 @@ def decode_tables(plan: Plan, branches: tuple[Branch, ...], tile: int, members: 
         runs += [(start, step, count % tile, origin, scale) for start, step, count, origin, scale in own]
         shapes.append((owners, tuple((run[2] // tile, run[2] % tile > 0) for run in own)))
         positions.append(branches[served[0]].q_at)
-    layout = _layout(tuple(shapes), tile, parts)
-    packed = layout.packed.copy()
-    jobs = packed[: layout.jobs * len(JOB_FIELDS)].reshape(-1, len(JOB_FIELDS))
-    entries = packed[layout.entries_at : layout.weights_at][: layout.entries * len(ENTRY_FIELDS)]
-    entries = entries.reshape(-1, len(ENTRY_FIELDS))
-    own, met = np.array(positions, np.int64), np.array(runs, np.int64).reshape(-1, 5)
-    jobs[:, 4:6] = own if len(own) == 1 else own[layout.owner]
-    entries[:, 1:6] = met if len(met) == 1 else met[layout.run]
-    entries[:, 1] += layout.first * entries[:, 2]
-    entries[layout.whole, 3] = layout.counts
-    weights = packed[layout.weights_at : layout.weights_at + layout.entries].view(np.float32)
-    return JobTables(jobs, entries, weights, _NO_ROWS, layout.tiles, False, packed)
+    return _Token(tuple(shapes), positions, runs)
+
+
+def _filled(layout: _Layout, tokens: list[_Token]) -> list[JobTables]:
+    """The tables of tokens of one layout."""
+    packed = np.repeat(layout.packed[None], len(tokens), 0)
+    shape = (len(tokens), layout.jobs, len(JOB_FIELDS))
+    jobs = packed[:, : layout.jobs * len(JOB_FIELDS)].reshape(shape)
+    shape = (len(tokens), layout.entries, len(ENTRY_FIELDS))
+    entries = packed[:, layout.entries_at : layout.entries_at + layout.entries * len(ENTRY_FIELDS)].reshape(shape)
+    own, met = (np.array([each[at] for each in tokens], np.int64).astype(np.int32) for at in (1, 2))
+    jobs[:, :, 4:6] = own if own.shape[1] == 1 else own[:, layout.owner]
+    if layout.entries:
+        entries[:, :, 1:6] = met if met.shape[1] == 1 else met[:, layout.run]
+        entries[:, :, 1] += layout.first * entries[:, :, 2]
+        entries[:, layout.whole, 3] = layout.counts
+    weights = packed[:, layout.weights_at : layout.weights_at + layout.entries].view(np.float32)
+    return [
+        JobTables(jobs[at], entries[at], weights[at], _NO_ROWS, layout.tiles, False, packed[at])
+        for at in range(len(tokens))
+    ]
 
 
 _NO_ROWS = np.zeros(1, np.int32)
@@ -81,37 +123,33 @@ class _Layout(NamedTuple):
 @lru_cache(maxsize=1024)
 def _layout(shapes: tuple[tuple[Sequence[int], tuple[tuple[int, bool], ...]], ...], tile: int, parts: int) -> _Layout:
     """The layout of classes of owners, each with (whole tiles, whether there is a tail) of its runs."""
-    pieces: list[tuple[int, int, int, bool]] = []  # run, first member, members, whether a tail
+    pieces: list[tuple[Rows, ...]] = []  # run, first member, members of whole tiles, whether a tail
     jobs: list[Table] = [np.zeros((0, len(JOB_FIELDS)), np.int32)]
     tiles: list[int] = []
     owner: list[int] = []
-    begun = 0
+    begun = count = 0
     for number, (owners, runs) in enumerate(shapes):
-        total = sum(whole + tail for whole, tail in runs)
-        own: list[tuple[int, ...]] = []
-        for part in range(parts):
-            dense, tails = _cut(runs, begun, tile, total * part // parts, total * (part + 1) // parts)
-            first = len(pieces)
-            pieces += dense
-            pieces += tails
-            own.append((0, 0, 1, 1, 0, 0, first, first + len(dense), len(pieces), part))
-        block = np.tile(np.array(own, np.int32), (len(owners), 1))
+        own, cut = _cut(runs, tile, parts)
+        pieces.append((cut[0] + begun, *cut[1:]))
+        block = np.tile(own, (len(owners), 1))
+        block[:, 6:9] += count
         block[:, 0] = np.repeat(np.array(owners, np.int32), parts)
         jobs.append(block)
+        total = sum(whole + tail for whole, tail in runs)
         tiles += [-(-total // parts)] * (len(owners) * parts)
         owner += [number] * (len(owners) * parts)
-        begun += len(runs)
-    run, first, count, tail = np.array(pieces, np.int64).reshape(-1, 4).T
-    entries = np.zeros((len(pieces), len(ENTRY_FIELDS)), np.int32)
+        begun, count = begun + len(runs), count + len(cut[0])
+    run, first, members, tail = (np.concatenate(column) for column in zip(*pieces, strict=True))
+    entries = np.zeros((count, len(ENTRY_FIELDS)), np.int32)
     entries[:, 6], entries[:, 7] = -FAR, FAR
     whole = np.flatnonzero(tail == 0)
     table = np.concatenate(jobs)
     streamed = np.array(tiles, np.int64)
-    tables = JobTables(table, entries, np.zeros(len(pieces), np.float32), _NO_ROWS, streamed, False)
+    tables = JobTables(table, entries, np.zeros(count, np.float32), _NO_ROWS, streamed, False)
     sizes = packed_sizes(tables)
     return _Layout(
-        pack(tables), len(table), len(pieces), sizes[0], sizes[0] + sizes[1], streamed, np.array(owner, np.int64), run,
-        first.astype(np.int32), whole, count[whole].astype(np.int32),
+        pack(tables), len(table), count, sizes[0], sizes[0] + sizes[1], streamed, np.array(owner, np.int64), run,
+        first.astype(np.int32), whole, members[whole].astype(np.int32),
     )  # fmt: skip
 
 
@@ -122,6 +160,12 @@ def is_single(plan: Plan, branches: tuple[Branch, ...]) -> bool:
 
 def _is_run(index: Index) -> bool:
     return isinstance(index, Affine) and index.tiles == 1
+
+
+def sees_all_heads(plan: Plan) -> bool:
+    """Whether every head has a branch."""
+    heads = plan.rectangle.shape[0]
+    return sum(len(owners) for owners, _ in classes_of(heads, plan.branches, 1)) == heads
 
 
 def classes_of(heads: int, branches: tuple[Branch, ...], members: int) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
@@ -155,19 +199,22 @@ def _seen(branch: Branch, keys: Index) -> list[Run]:
     return [(keys.start + begin * keys.step, keys.step, end - begin, origin, scale)] if end > begin else []
 
 
-def _cut(
-    runs: tuple[tuple[int, bool], ...], number: int, tile: int, low: int, high: int
-) -> tuple[list[tuple[int, int, int, bool]], list[tuple[int, int, int, bool]]]:
-    """Whole tiles, and tails, of tiles low .. high of all runs; runs are counted from `number`."""
-    dense: list[tuple[int, int, int, bool]] = []
-    tails: list[tuple[int, int, int, bool]] = []
-    for at, (whole, tail) in enumerate(runs, number):
-        if high <= 0:
-            break
-        first, last = max(low, 0), min(high, whole)
-        if first < last:
-            dense.append((at, first * tile, (last - first) * tile, False))
-        if tail and low <= whole < high:
-            tails.append((at, whole * tile, 0, True))
-        low, high = low - whole - tail, high - whole - tail
-    return dense, tails
+@lru_cache(maxsize=1024)
+def _cut(runs: tuple[tuple[int, bool], ...], tile: int, parts: int) -> tuple[Table, tuple[Rows, Rows, Rows, Rows]]:
+    """(parts, len(JOB_FIELDS)) jobs over the tiles of all runs in equal parts, and their pieces: of each part whole tiles first, then tails."""
+    whole, tail = np.array(runs, np.int64).reshape(-1, 2).T
+    begin = np.cumsum(whole + tail) - whole - tail
+    bounds = int((whole + tail).sum()) * np.arange(parts + 1) // parts
+    # Of each part and run.
+    low, high = bounds[:-1, None] - begin, bounds[1:, None] - begin
+    first, last = np.maximum(low, 0), np.minimum(high, whole)
+    shown = np.stack([first < last, (tail > 0) & (low <= whole) & (whole < high)], 1)
+    part, kind, run = np.nonzero(shown)
+    at = np.where(kind == 0, first[part, run], whole[run]) * tile
+    members = np.where(kind == 0, (last - first)[part, run] * tile, 0)
+    dense, tails = shown.sum(2).T
+    end = np.cumsum(dense + tails)
+    jobs = np.zeros((parts, len(JOB_FIELDS)), np.int32)
+    jobs[:, 2:4] = 1
+    jobs[:, 6:] = np.stack([end - dense - tails, end - tails, end, np.arange(parts)], 1)
+    return jobs, (run, at, members, kind)

@@ -194,8 +194,8 @@ def _launches(call: Call, beside: _Beside, memory: tuple[Tensor, ...]) -> Iterat
             other: configuration.streamed,
             "VALUE_CHUNK": value_chunk(call, configuration),
         }
-        arguments |= shared | sizes | table_arguments(tables, call) | tile_options(call, configuration)
-        return Launch(kernel, persistent_grid(tables, call), arguments, tables)
+        arguments |= shared | sizes | table_arguments(tables, call.q) | tile_options(call, configuration)
+        return Launch(kernel, persistent_grid(tables, call.q), arguments, tables)
 
     tile = configuration_of(call, "backward_keys")
     block = (tile.owned, tile.streamed)

@@ -90,7 +90,7 @@ def dense_launch(
     key = ("dense", number, configuration.owned, configuration.streamed)
     tables = tables_on(call.plan, key, call.q.device, lambda: jobs)
     prior_out, prior_lse = (None, None) if prior is None else prior
-    taken = {**table_arguments(tables, call), **tile_options(call, configuration)}
+    taken = {**table_arguments(tables, call.q), **tile_options(call, configuration)}
     arguments = {
         "q_ptr": call.q, "k_ptr": call.k, "v_ptr": call.v, "out_ptr": out, "lse_ptr": lse, "prior_out_ptr": prior_out, "prior_lse_ptr": prior_lse,
         "q_strides": call.q.stride(), "k_strides": call.k.stride(), "v_strides": call.v.stride(), "out_strides": out.stride(), "lse_strides": lse.stride(),
@@ -100,4 +100,4 @@ def dense_launch(
         "BLOCK_M": configuration.owned, "BLOCK_N": configuration.streamed,
         **{name: value for name, value in taken.items() if name in dense_kernel.arg_names or name.startswith("num_")},
     }  # fmt: skip
-    return Launch(dense_kernel, persistent_grid(tables, call), arguments, tables)
+    return Launch(dense_kernel, persistent_grid(tables, call.q), arguments, tables)

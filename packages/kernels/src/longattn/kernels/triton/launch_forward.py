@@ -5,23 +5,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longattn.kernels.dispatch.call import Call
 from longattn.kernels.dispatch.environment import ScratchAllocator
-from longattn.kernels.triton.bound import Launch, apart, bind_launches, can_bind, is_aligned, launch_bound
-from longattn.kernels.triton.configurations import FEW_ROWS, Configuration
-from longattn.kernels.triton.dense_tables import DenseSplit
+from longattn.kernels.triton.bound import BoundLaunch, Launch, apart, bind_launches, can_bind, is_aligned, launch_bound
+from longattn.kernels.triton.forward_form import Form, form_of
 from longattn.kernels.triton.forward_kernel import forward_kernel
 from longattn.kernels.triton.joblist import JobTables
-from longattn.kernels.triton.launch_dense import dense_configuration, dense_launch, is_dense, splits
+from longattn.kernels.triton.launch_dense import dense_configuration, dense_launch
 from longattn.kernels.triton.launching import (
-    configuration_of,
     persistent_grid,
-    programs,
     run,
     shared_arguments,
     table_arguments,
@@ -29,31 +25,8 @@ from longattn.kernels.triton.launching import (
     tile_options,
 )
 from longattn.kernels.triton.merge_kernel import merge_kernel
-from longattn.kernels.triton.passes import DeviceTables, packable, query_passes, query_tables, tables_on
-
-_PART_TILES = 2
-"""Tiles that a part of a split has at least."""
-
-
-class _Form(NamedTuple):
-    """How a call is computed.
-
-    Attributes:
-        tile: rows of a program's tiles. pack: heads that are rows of one tile. parts: that keys are split into. single: whether one pass writes all rows.
-        complete: whether every row is written. split: of each pass its two launches, where dense tiles have one of their own; else None.
-    """
-
-    tile: Configuration
-    pack: int
-    parts: int
-    single: bool
-    complete: bool
-    split: tuple[DenseSplit | None, ...]
-
-    @property
-    def handed(self) -> bool:
-        """Whether one launch hands a float32 state to the next, which writes all rows of out."""
-        return self.single and self.split[0] is not None and self.split[0].rest is not None
+from longattn.kernels.triton.passes import DeviceTables, query_passes, query_tables, tables_on
+from longattn.kernels.triton.tokens_ahead import PlansAhead, TokensAhead
 
 
 def forward(call: Call, dense: bool | None = None) -> tuple[Tensor, Tensor]:
@@ -61,7 +34,7 @@ def forward(call: Call, dense: bool | None = None) -> tuple[Tensor, Tensor]:
 
     dense: whether dense tiles go to the warp-specialised kernel. Default: where it serves and was right on this device.
     """
-    form, allocator = _form(call, dense), call.allocator
+    form, allocator = form_of(call, dense), call.allocator
     memory = _memory(call.q.shape, call.v.shape[-1], call.out_dtype, form, call.q.device, allocator)
     out, lse = memory[:2]
     if not form.complete:
@@ -78,7 +51,7 @@ class BoundForward:
 
     def __init__(self, call: Call) -> None:
         call = apart(call)
-        self._form, self._shape, self._value_dim = _form(call), call.q.shape, call.v.shape[-1]
+        self._form, self._shape, self._value_dim = form_of(call), call.q.shape, call.v.shape[-1]
         self._out_dtype, self._device = call.out_dtype, call.q.device
         memory = _memory(self._shape, self._value_dim, self._out_dtype, self._form, self._device, call.allocator)
         tensors = (call.q, call.k, call.v, *memory)
@@ -86,7 +59,7 @@ class BoundForward:
 
     def at_lengths(self, call: Call) -> BoundForward | None:
         """The same for a call that differs only in the lengths of k and v; None where it is computed in another form."""
-        form = _form(call) if can_bind(call) else None
+        form = form_of(call) if can_bind(call) else None
         merges = self._form.parts > 1
         if form is None or form != self._form or any(form.split) or len(self._launches) != len(form.split) + merges:
             return None
@@ -94,13 +67,33 @@ class BoundForward:
         bound.__dict__ = self.__dict__.copy()
         bound._launches = self._launches.copy()
         for number in range(len(form.split)):
-            _, tables = _tables(call, number, form)
-            arguments = {"k_strides": call.k.stride(), "v_strides": call.v.stride(), **table_sizes(tables, call)}
-            launch = self._launches[number].changed(persistent_grid(tables, call), arguments, tables)
+            launch = self._over(number, _tables(call, number, form)[1], call.q, call.k, call.v)
             if launch is None:
                 return None
             bound._launches[number] = launch
         return bound
+
+    def _over(self, number: int, tables: DeviceTables, q: Tensor, k: Tensor, v: Tensor) -> BoundLaunch | None:
+        """A launch over other tables, and over keys of another length."""
+        arguments = {"k_strides": k.stride(), "v_strides": v.stride(), **table_sizes(tables, q)}
+        return self._launches[number].changed(persistent_grid(tables, q), arguments, tables)
+
+    def over_tables(self, tables: DeviceTables, q: Tensor, k: Tensor, v: Tensor) -> BoundForward | None:
+        """The same over tables of its own, which it keeps, for keys of their length; None where other kernels would serve."""
+        launch = self._over(0, tables, q, k, v) if is_aligned(q, k, v) else None
+        if launch is None:
+            return None
+        bound = object.__new__(BoundForward)
+        bound.__dict__ = self.__dict__ | {"_launches": [launch, *self._launches[1:]], "_tables": tables}
+        return bound
+
+    def tokens_ahead(self, plans: PlansAhead) -> TokensAhead | None:
+        """What binds lengths of a cache that grows by a key a call together; None where a call is no single launch of one query a head."""
+        form = self._form
+        single = self._shape[1] == 1 and form.single and form.complete and not any(form.split)
+        if not single or len(self._launches) != 1 + (form.parts > 1):
+            return None
+        return TokensAhead(form, self.over_tables, plans)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, allocator: ScratchAllocator
@@ -122,21 +115,11 @@ def bind(call: Call, out: Tensor, lse: Tensor) -> BoundForward | None:
     return BoundForward(call) if can_bind(call) else None
 
 
-def _form(call: Call, dense: bool | None = None) -> _Form:
-    passes, pack = query_passes(call.plan), _pack(call)
-    single = len(passes.launches) == 1
-    few = call.q.shape[1] * pack <= FEW_ROWS
-    tile = configuration_of(call, "decode" if few else "forward", not single or call.prior is not None)
-    parts = _parts(call, pack, tile.streamed) if single and passes.complete and few else 1
-    dense = not few and is_dense(call) if dense is None else dense
-    return _Form(tile, pack, parts, single, passes.complete, splits(call) if dense else (None,) * len(passes.launches))
-
-
 def _memory(
     q_shape: torch.Size,
     dim: int,
     out_dtype: torch.dtype,
-    form: _Form,
+    form: Form,
     device: torch.device,
     allocator: ScratchAllocator,
 ) -> tuple[Tensor, ...]:
@@ -168,7 +151,7 @@ def _finish(memory: tuple[Tensor, ...], out_dtype: torch.dtype, allocator: Scrat
     return final, lse
 
 
-def _launches(call: Call, form: _Form, memory: tuple[Tensor, ...]) -> Iterator[Launch]:
+def _launches(call: Call, form: Form, memory: tuple[Tensor, ...]) -> Iterator[Launch]:
     """Pass by pass; where keys are split, a partial state for each part, then one merge of all, the prior included."""
     out, lse, *beside = memory
     if form.parts > 1:
@@ -205,26 +188,10 @@ def merge_launch(
     return Launch(merge_kernel, (-(-rows // 16),), arguments)
 
 
-def _pack(call: Call) -> int:
-    """How many heads are rows of one tile: all that share a kv head where queries are few, else one."""
-    group = call.q.shape[2] // call.k.shape[2]
-    few = call.q.shape[1] * group <= FEW_ROWS
-    return group if few and group > 1 and packable(call.plan, group) else 1
-
-
-def _parts(call: Call, pack: int, tile: int) -> int:
-    """Into how many parts the keys of few queries are split: as many as keep the device busy, where queries alone do not."""
-    batch, rows, heads, _ = call.q.shape
-    if not batch * rows:
-        return 1
-    parts = programs(call.q.device) // (batch * heads // pack)
-    return max(1, min(parts, call.k.shape[1] // (_PART_TILES * tile)))
-
-
 def _launch(
     call: Call,
     number: int,
-    form: _Form,
+    form: Form,
     out: Tensor,
     lse: Tensor,
     prior: tuple[Tensor, Tensor] | None,
@@ -242,12 +209,12 @@ def _launch(
         "prior_lse_strides": None if prior_lse is None else prior_lse.stride(),
         "scale": abs(call.scale) * math.log2(math.e), "FLIP": call.scale < 0,
         "GROUP": call.q.shape[2] // call.k.shape[2], "PACK": form.pack, "BLOCK_M": owned, "BLOCK_N": form.tile.streamed,
-        **shared_arguments(call), **table_arguments(tables, call), **tile_options(call, form.tile),
+        **shared_arguments(call), **table_arguments(tables, call.q), **tile_options(call, form.tile),
     }  # fmt: skip
-    return Launch(forward_kernel, persistent_grid(tables, call), arguments, tables)
+    return Launch(forward_kernel, persistent_grid(tables, call.q), arguments, tables)
 
 
-def _tables(call: Call, number: int, form: _Form, rest: JobTables | None = None) -> tuple[int, DeviceTables]:
+def _tables(call: Call, number: int, form: Form, rest: JobTables | None = None) -> tuple[int, DeviceTables]:
     """The query rows that a job of a launch owns, and the tables of its jobs."""
     pack, parts = form.pack, form.parts
     owned = max(form.tile.owned, 1 << (pack - 1).bit_length())

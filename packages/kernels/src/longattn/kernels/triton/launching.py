@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -23,6 +24,7 @@ from longattn.kernels.problem import architecture_of
 from longattn.kernels.triton.availability import FAILURES, INTERPRETED
 from longattn.kernels.triton.configurations import Configuration, choose, padded
 from longattn.kernels.triton.passes import DeviceTables
+from longattn.kernels.triton.row_classes import gathered
 
 
 @lru_cache
@@ -160,7 +162,8 @@ def configuration_of(call: Call, kernel: str, prior: bool = False) -> Configurat
     """The tile of a kernel for this call on its device; prior: it merges onto a state."""
     head_dim, architecture = max(call.q.shape[-1], call.v.shape[-1]), architecture_of(call.q.device)
     masked = call.dropout_p > 0 or any(x is not None for x in (call.mask, call.bias, call.key_padding))
-    return choose(kernel, architecture, head_dim, call.q.element_size(), has_terms(call), masked, prior)[0]
+    listed = gathered(call.plan.branches)
+    return choose(kernel, architecture, head_dim, call.q.element_size(), has_terms(call), masked, prior, listed)[0]
 
 
 def dropout_arguments(call: Call) -> dict[str, Any]:
@@ -173,26 +176,26 @@ def dropout_arguments(call: Call) -> dict[str, Any]:
     }
 
 
-def persistent_grid(tables: DeviceTables, call: Call) -> tuple[int]:
+def persistent_grid(tables: DeviceTables, q: Tensor) -> tuple[int]:
     """Persistent: as many programs as keep the device busy; each does a job, then the next that is left of its turn.
 
     One axis, on which programs of all batch elements stand: the other two of a grid end at 65535, which a batch may exceed.
     """
-    return (program_count(tables, call) * call.q.shape[0],)
+    return (program_count(tables, q) * q.shape[0],)
 
 
-def program_count(tables: DeviceTables, call: Call) -> int:
+def program_count(tables: DeviceTables, q: Tensor) -> int:
     """Programs that share the jobs of a batch element."""
-    return min(tables.count, 4 * -(-programs(call.q.device) // max(1, call.q.shape[0])))
+    return min(tables.count, 4 * -(-programs(q.device) // max(1, q.shape[0])))
 
 
-def table_arguments(tables: DeviceTables, call: Call) -> dict[str, Any]:
+def table_arguments(tables: DeviceTables, q: Tensor) -> dict[str, Any]:
     """The tables, as kernels take them, and how many programs share them."""
     names = ("jobs", "entries", "weights", "rows")
     pointers = {f"{name}_ptr": getattr(tables, name) for name in names}
-    return pointers | table_sizes(tables, call)
+    return pointers | table_sizes(tables, q)
 
 
-def table_sizes(tables: DeviceTables, call: Call) -> dict[str, Any]:
+def table_sizes(tables: DeviceTables, q: Tensor) -> dict[str, Any]:
     """Jobs, the programs that share them, and whether rows are listed."""
-    return {"job_count": tables.count, "program_count": program_count(tables, call), "LISTED": tables.listed}
+    return {"job_count": tables.count, "program_count": program_count(tables, q), "LISTED": tables.listed}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longattn.kernels.lowering.head_classes import HeadClass, head_classes
 from longattn.kernels.lowering.write_order import WriteOrder
-from longattn.kernels.triton.decode_tables import classes_of, decode_tables, is_single
+from longattn.kernels.triton.decode_tables import decode_tables, is_single, sees_all_heads
 from longattn.kernels.triton.joblist import JobTables, job_tables, pack, packed_sizes
 from longattn.kernels.triton.row_classes import gathered
 from longattn.patterncache import Branch, Plan
@@ -53,8 +54,7 @@ def query_passes(plan: Plan) -> Passes:
         complete = branch.heads.length * branch.q.tiles * branch.q.count == heads * queries
         passes = plan.derived["triton passes"] = Passes((Pass(plan.branches, unique=False, fresh=True),), complete)
     if passes is None and is_single(plan, plan.branches):
-        served = classes_of(plan.rectangle.shape[0], plan.branches, 1)
-        complete = sum(len(owners) for owners, _ in served) == plan.rectangle.shape[0]
+        complete = sees_all_heads(plan)
         unique = all(branch.band is None for branch in plan.branches) and not gathered(plan.branches)
         passes = plan.derived["triton passes"] = Passes((Pass(plan.branches, unique, fresh=True),), complete)
     if passes is None:
@@ -93,7 +93,11 @@ def packable(plan: Plan, members: int) -> bool:
 
 @dataclass(frozen=True)
 class DeviceTables:
-    """`JobTables` on a device, each table flat; `count` jobs."""
+    """`JobTables` on a device, each table flat; `count` jobs.
+
+    Attributes:
+        copied: recorded after the copy, where there was one. streams: those that waited for it.
+    """
 
     jobs: Tensor
     entries: Tensor
@@ -101,6 +105,17 @@ class DeviceTables:
     rows: Tensor
     count: int
     listed: bool
+    copied: torch.cuda.Event | None = None
+    streams: set[int] = field(default_factory=set[int])
+
+    def use_on(self, stream: int) -> None:
+        """Order a launch on the current stream, of this number, after the copy, and the end of their memory after the launch; once a stream."""
+        if self.copied is None or stream in self.streams:
+            return
+        current = torch.cuda.current_stream(self.jobs.device)
+        current.wait_event(self.copied)
+        self.jobs.record_stream(current)
+        self.streams.add(stream)
 
 
 def tables_on(
@@ -120,31 +135,40 @@ def tables_on(
             "be copied to the device inside; make the call once before the capture"
         )
     if tables is None:
-        tables = cache[key, device] = _copied(build(), device)
+        (tables,) = copied([build()], device)
+        cache[key, device] = tables
     if captured:
         retain_for_graph(tables)
+    elif tables.copied is not None:
+        tables.use_on(torch.cuda.current_stream(device).cuda_stream)
     return tables
 
 
-def _copied(tables: JobTables, device: torch.device) -> DeviceTables:
-    """All tables in one copy, which nobody waits for; outside of any pool that belongs to a CUDA graph."""
-    host = torch.from_numpy(pack(tables) if tables.packed is None else tables.packed)
-    memory = host if device.type == "cpu" else _to_device(host, device)
-    jobs, entries, weights, rows = memory.split_with_sizes(packed_sizes(tables))
-    return DeviceTables(jobs, entries, weights.view(torch.float32), rows, len(tables.jobs), tables.listed)
+def copied(launches: Sequence[JobTables], device: torch.device) -> list[DeviceTables]:
+    """The tables of all launches in one copy, which nobody waits for; outside of any pool that belongs to a CUDA graph."""
+    packed = [pack(tables) if tables.packed is None else tables.packed for tables in launches]
+    host = torch.from_numpy(packed[0] if len(packed) == 1 else np.concatenate(packed))
+    memory, event = (host, None) if device.type == "cpu" else _to_device(host, device)
+    parts = memory.split_with_sizes([size for tables in launches for size in packed_sizes(tables)])
+    return [
+        DeviceTables(jobs, entries, weights.view(torch.float32), rows, len(tables.jobs), tables.listed, event)
+        for tables, jobs, entries, weights, rows in zip(launches, *(parts[at::4] for at in range(4)), strict=True)
+    ]
 
 
-def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    """The copy over pinned memory. torch gives pinned memory back only once the copy is over, and orders the copy by the current stream.
+def _to_device(host: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event]:
+    """The copy over pinned memory, and what is recorded after it: other streams must wait for it. torch gives pinned memory back only once the copy is over, and orders the copy by the current stream.
 
     torch.compile(mode="reduce-overhead") lets memory of the current thread come from a graph's pool, where nothing may stay; that of another
     thread does not.
     """
     stream = torch.cuda.current_stream(device)
 
-    def copy() -> Tensor:
+    def copy() -> tuple[Tensor, torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            return host.pin_memory().to(device, non_blocking=True)
+            memory, event = host.pin_memory().to(device, non_blocking=True), torch.cuda.Event()
+            event.record(stream)
+            return memory, event
 
     if "torch._inductor.cudagraph_trees" not in sys.modules:
         return copy()

@@ -60,14 +60,14 @@ def gather_dq(
             if COLUMNS > 0:
                 distance = k_positions[None, :] - q_positions[:, None]
                 scores = add_by_distance(scores, distance, head, by_distance_ptr, COLUMNS)
-            scores += weight
             if MASKED:
                 scores = hide(
                     scores, q_valid[:, None], k_valid[None, :], q_positions[:, None] - k_positions[None, :], low, high,
                     batch, head, q_rows[:, None], k_rows[None, :],
                     mask_ptr, mask_strides, bias_ptr, bias_strides, padding_ptr, padding_strides,
                 )  # fmt: skip
-            p = tl.exp2(scores - pivot[:, None])
+            # Both in one number a row: with the scale before it, one multiply-add a score.
+            p = tl.exp2(scores + (weight - pivot)[:, None])
             # v tile: HBM -> SRAM, replaced every iteration
             v = load_tile(
                 v_ptr, v_base, k_rows, v_strides[1], value_dims, v_strides[3], k_valid, VALUE_DIM, BLOCK_V, MASKED

@@ -88,6 +88,11 @@ def rebind(bound: Any, call: Call) -> Any:
     return bound.at_lengths(call)
 
 
+def bind_ahead(bound: Any, plans: Any) -> Any:
+    """What gives such forms of the next lengths of k and v without being shown their plans one by one, or None."""
+    return bound.tokens_ahead(plans)
+
+
 def bind_backward(
     call: Call, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, gradients: tuple[Any, ...]
 ) -> Any:
