@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +99,10 @@ def closure(package: str) -> list[str]:
     return [name for name in PACKAGES if name in found]
 
 
-def absentees(package: str) -> list[str]:
-    """Return the imports that must fail where only this package is installed."""
-    there = closure(package)
-    upper = [f"longattn.{name}" for name in PACKAGES if name not in there]
-    needs_torch = any("torch" in declared(name) for name in there)
-    return upper + ([] if needs_torch else ["torch"])
+def supported() -> list[tuple[str, ...]]:
+    """Return each set of packages that has all that its own stand on: what somebody may have installed."""
+    sets = (names for size in range(1, len(PACKAGES) + 1) for names in itertools.combinations(PACKAGES, size))
+    return [names for names in sets if all(set(closure(name)) <= set(names) for name in names)]
 
 
 def group(*names: str) -> list[str]:
@@ -125,11 +125,13 @@ def from_checkout(package: str, extras: str = "testing") -> list[str]:
     return [word for path in paths.values() for word in ("--editable", path)]
 
 
-def check_floors(session: nox.Session, package: str, kind: str) -> None:
+def check_floors(session: nox.Session, packages: Sequence[str], kind: str, python: str = "python") -> None:
     """Fail unless what is declared can be imported and what is not cannot."""
-    present = ",".join(f"longattn.{name}" for name in closure(package))
-    absent = ",".join(absentees(package))
-    session.run("python", "-P", "tests/installed_floors.py", kind, present, absent)
+    there = [name for name in PACKAGES if any(name in closure(package) for package in packages)]
+    needs_torch = any("torch" in declared(name) for name in there)
+    absent = [f"longattn.{name}" for name in PACKAGES if name not in there] + ([] if needs_torch else ["torch"])
+    present = ",".join(f"longattn.{name}" for name in there)
+    session.run(python, "-P", "tests/installed_floors.py", kind, present, ",".join(absent), external=python != "python")
 
 
 def run_tests(session: nox.Session, package: str, *options: str) -> None:
@@ -150,7 +152,7 @@ def test(session: nox.Session, package: str) -> None:
     # Where a package has Triton kernels, they are tested in triton's interpreter, which needs no GPU.
     extras = "testing,triton" if "triton" in metadata(package)["optional-dependencies"] else "testing"
     session.install(*constraints(session), *from_checkout(package, extras), *group("test"))
-    check_floors(session, package, "editable")
+    check_floors(session, [package], "editable")
     run_tests(session, package)
 
 
@@ -196,7 +198,7 @@ def wheel(session: nox.Session, package: str) -> None:
     session.run("python", "tests/wheel_contents.py", *(str(path) for path in wheels.values()))
     requirements = [f"{path}[testing]" if name == package else str(path) for name, path in wheels.items()]
     session.install(*constraints(session), *requirements, *group("test"))
-    check_floors(session, package, "wheel")
+    check_floors(session, [package], "wheel")
     # Slow ones tell nothing more about a wheel; the checkout's session runs them.
     run_tests(session, package, "-m", "not slow")
 
@@ -276,7 +278,7 @@ def install(session: nox.Session) -> None:
     for package, command in zip(PACKAGES, commands, strict=True):
         session.run_install("uv", "venv", "--clear", "--quiet", session.virtualenv.location, external=True)
         session.run_install("uv", "pip", "--quiet", *command.split(), *constraints(session), external=True)
-        check_floors(session, package, "wheel")
+        check_floors(session, [package], "wheel")
         session.run("python", "-P", "tests/readme_blocks.py", f"packages/{package}/README.md")
 
 
@@ -358,7 +360,7 @@ def sanitize(session: nox.Session) -> None:
 @nox.session
 def secure(session: nox.Session) -> None:
     """Try damaged, planted and hostile files, texts and sizes, and odd values in every public signature: with asserts, then without (`python -O`)."""
-    session.install(*constraints(session), *from_checkout("attention"), *group("test"), "rich", "shtab")
+    session.install(*constraints(session), *from_checkout("attention"), *group("test"), "rich", "shtab", "matplotlib")
     hostile = [f"packages/{package}/tests/{name}.py" for package, names in HOSTILE.items() for name in names]
     session.run("pytest", *WORKERS, *hostile, "tests/test_odd_values.py", *session.posargs)
     # pytest's own asserts are gone too, but not `pytest.raises`: what is refused is refused without an assert of ours.
@@ -399,8 +401,9 @@ def mutants(session: nox.Session) -> None:
 def release(session: nox.Session) -> None:
     """Build what people would install, twice, and check it; into the folder named after `--`, else a temporary one. Uploads and tags nothing.
 
-    Source distributions and wheels have the same bytes in both builds, install without an index, and hold no name fewer than the package's last
-    tag unless it is deprecated. Beside them lie release notes from the news fragments, a bill of materials and checksums.
+    Source distributions and wheels are built without a network and have the same bytes in both builds, install without an index in every combination
+    that can be, change nothing else that is installed, and hold no name fewer than the package's last tag unless it is deprecated. Beside them lie
+    release notes from the news fragments, a bill of materials and checksums.
     """
     dist = Path(session.posargs[0] if session.posargs else Path(session.create_tmp()) / "dist").resolve()
     again = Path(session.create_tmp()).resolve() / "again"
@@ -409,7 +412,16 @@ def release(session: nox.Session) -> None:
     for folder in (dist, again):
         shutil.rmtree(folder, ignore_errors=True)
         for package in PACKAGES:
-            words = ("uv", "build", "--quiet", "--no-sources", "--out-dir", str(folder), f"packages/{package}")
+            words = (
+                "uv",
+                "build",
+                "--quiet",
+                "--offline",
+                "--no-sources",
+                "--out-dir",
+                str(folder),
+                f"packages/{package}",
+            )
             session.run_install(*words, external=True)
     session.run("python", "tests/wheel_contents.py", *(str(path) for path in sorted(dist.glob("*.whl"))))
     session.install(*group("release"))
@@ -436,20 +448,26 @@ def release(session: nox.Session) -> None:
             )
         else:
             session.log(f"{package} has no earlier tag: no name can have vanished")
-    # An environment with what is declared, then our wheels from the folder alone: torch stays the one that was there.
-    session.install(*constraints(session), "torch", "numpy")
-    freeze = ("python", "-c", "import torch, numpy; print(torch.__version__, torch.__file__, numpy.__version__)")
-    had = session.run(*freeze, silent=True)
-    wheels = [f"longattn-{package}" for package in PACKAGES]
-    session.run_install(
-        "uv", "pip", "install", "--quiet", "--no-index", "--find-links", str(dist), *wheels, external=True
-    )
-    if session.run(*freeze, silent=True) != had:
-        session.error("installing our wheels changed torch or numpy")
-    check_floors(session, "attention", "wheel")
+    # As users do: what is declared, then ours from the folder alone. Each set of packages that can be without the others, from wheels and from sources.
+    home = Path(session.create_tmp()).resolve() / "user"
+    python = str(home / "bin" / "python")
+    into = ("uv", "pip", "install", "--quiet", "--python", python)
+    freeze = "from importlib.metadata import distributions as d; print(sorted((x.name, x.version) for x in d() if 'longattn' not in x.name))"
+    for names in supported():
+        ours = [f"longattn-{name}" for name in names]
+        others = {word for name in names for word in metadata(name)["dependencies"] if not word.startswith("longattn-")}
+        for from_source in (False, True):
+            session.run_install("uv", "venv", "--clear", "--quiet", str(home), external=True)
+            session.run_install(*into, *constraints(session), *sorted(others), external=True)
+            had = session.run(python, "-c", freeze, silent=True, external=True)
+            sources = [word for name in ours for word in ("--no-binary", name)] if from_source else []
+            offline = ("--offline", "--no-cache", "--no-index", "--find-links", str(dist))
+            session.run_install(*into, *offline, *sources, *ours, external=True)
+            if session.run(python, "-c", freeze, silent=True, external=True) != had:
+                session.error(f"installing {', '.join(ours)} changed what was there: {had}")
+            check_floors(session, names, "wheel", python)
     session.run(
-        "cyclonedx-py", "environment", "--output-reproducible", "--of", "JSON", "-o", str(dist / "longattn.cdx.json"),
-        str(Path(session.virtualenv.location) / "bin" / "python"),
+        "cyclonedx-py", "environment", "--output-reproducible", "--of", "JSON", "-o", str(dist / "longattn.cdx.json"), python
     )  # fmt: skip
     for folder in (dist, again):
         (folder / ".gitignore").unlink()  # uv's own
@@ -467,7 +485,9 @@ def peers(session: nox.Session) -> None:
     there = {name: Path(folder).resolve() / name for name in PEERS if (Path(folder) / name).is_dir()}
     if not there:
         session.skip(f"{folder} has none of {', '.join(PEERS)}")
-    session.install(*constraints(session), *from_checkout("attention"), *group("test"), "einops", "beartype", "click")
+    session.install(
+        *constraints(session), *from_checkout("attention"), *group("test"), "einops", "beartype", "click", "jaxtyping"
+    )
     overlays = ROOT / "tools" / "peers" / "overlays"
     torchscale = [str(there["torchscale"])] if "torchscale" in there else []
     for name, checkout in there.items():

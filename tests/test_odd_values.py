@@ -34,6 +34,9 @@ ODD: dict[str, Any] = {
     "complex": 1j,
     "empty text": "",
     "text": "banana",
+    "long text": "x" * 10**5,
+    "long number": 10**5000,
+    "long list": ["x" * 100] * 10**4,
     "bytes": b"temp",
     "list": [],
     "nested list": [[1]],
@@ -67,6 +70,7 @@ OTHERWISE: dict[tuple[str, str | None], str] = {
     ("key", None): "a key is that of a mapping: Python's own words where it has no hash",
     ("mask_mod", None): "as `build`",
     ("png", "empty text"): "an OSError, as of any path",
+    ("png", "long text"): "an OSError, as of any path",
     ("q", "nested"): "names k, which is not nested like q",
     ("query", "nested"): "as `q`",
     ("memory_mask", None): "names the attention_mask of memory's own attention",
@@ -90,6 +94,8 @@ def test_odd_values(make: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             try:
                 function(**{**good, parameter: value})
             except (TypeError, ValueError) as error:
+                if len(str(error)) > 5000:
+                    wrong.append((parameter, name, f"{len(str(error))} characters"))
                 if parameter not in str(error) and not (parameter == "attention_mask" and "att_mask" in str(error)):
                     wrong.append((parameter, name, repr(error)[:200]))
             except Exception as error:  # noqa: BLE001 - which one it is, is what the test reports

@@ -64,9 +64,27 @@ def test_the_earlier_tag_is_the_newest_but_this_versions(tmp_path):
     assert release.earlier_tag("kernels", tmp_path) == "kernels-v0.0.10"
 
 
+def test_a_version_is_released_once(monkeypatch):
+    """Its tag names another commit: the version was to be raised."""
+    monkeypatch.setattr(release, "tagged_elsewhere", lambda tag: tag == release.tag_of("kernels"))
+    (problem,) = release.unreleasable(release.PACKAGES)
+    assert problem == f"kernels: version {release.version_of('kernels')} is tagged already, at another commit"
+
+
+def test_a_tag_of_this_commit_is_not_elsewhere(tmp_path):
+    """Nor one that is not there."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"], ["tag", "here"], ["tag", "there"]):
+        subprocess.run([*git, *words], check=True)
+    assert not any(release.tagged_elsewhere(tag, tmp_path) for tag in ("here", "there", "nowhere"))
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "second"], check=True)
+    assert release.tagged_elsewhere("there", tmp_path)
+
+
 @pytest.mark.parametrize("package", release.PACKAGES)
 def test_packages_have_addresses(package):
-    """Each names at least one page, by https."""
+    """Each names at least one page, by https. A label ends at its first comma, and has at most 32 characters, so says the metadata's format."""
     path = release.ROOT / "packages" / package / "pyproject.toml"
     urls = tomllib.loads(path.read_text(encoding="utf-8"))["project"]["urls"]
     assert urls and all(address.startswith("https://") for address in urls.values())
+    assert all("," not in label and len(label) <= 32 for label in urls)

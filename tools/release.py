@@ -33,6 +33,16 @@ def earlier_tag(package: str, root: Path = ROOT) -> str | None:
     return next((tag for tag in tags if tag != tag_of(package)), None)
 
 
+def tagged_elsewhere(tag: str, root: Path = ROOT) -> bool:
+    """Whether a tag names another commit than HEAD."""
+    words = ["git", "-C", str(root), "rev-parse", "--quiet", "--verify"]
+    commits = [
+        subprocess.run([*words, f"{name}^{{commit}}"], capture_output=True, check=False).stdout
+        for name in (f"refs/tags/{tag}", "HEAD")
+    ]
+    return bool(commits[0]) and commits[0] != commits[1]
+
+
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in a folder, by name, but for the list of sums."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SUMS)
@@ -56,13 +66,15 @@ def write_sums(folder: Path) -> Path:
 
 
 def unreleasable(packages: Sequence[str]) -> list[str]:
-    """A line for each package whose version is no 0.MINOR.PATCH, or that requires a sibling's version which is not this one's series."""
+    """A line for each package whose version is no 0.MINOR.PATCH or is tagged already, or that requires a sibling's version which is not this one's series."""
     problems = []
     for package in packages:
         version = version_of(package)
         parts = version.split(".")
         if len(parts) != 3 or not all(part.isdecimal() for part in parts):
             problems.append(f"{package}: version must be MAJOR.MINOR.PATCH, got {version!r}")
+        if tagged_elsewhere(tag_of(package)):
+            problems.append(f"{package}: version {version} is tagged already, at another commit")
         path = ROOT / "packages" / package / "pyproject.toml"
         for requirement in tomllib.loads(path.read_text(encoding="utf-8"))["project"]["dependencies"]:
             for sibling in PACKAGES:

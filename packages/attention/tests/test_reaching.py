@@ -12,7 +12,9 @@ from longattn.attention import (
     MultiheadDilatedAttention,
     PatternAttention,
     ReachWarning,
+    Ring,
     RingDilatedAttentionV3,
+    balanced_lengths,
     choose,
     reaching,
 )
@@ -100,6 +102,10 @@ def test_a_budget_is_a_budget():
         (lambda: LongNet(9, 8, 2, 2, (4, 8)), "dilation_rates must be given with"),
         (lambda: LongNet(9, 8, 2, 2, max_length=0), "max_length"),
         (lambda: LongNet(9, 8, 2, 2, budget=1), "budget must be at least"),
+        (lambda: choose(2, Dilated(*BRANCHES), 2**40, 2), "length must be at most 4294967296"),
+        (lambda: Ring(size=2**31), "size must be at most 1024 ranks"),
+        (lambda: balanced_lengths(Dilated(*BRANCHES), 64, 2**31, 2), "ranks must be at most 1024"),
+        (lambda: balanced_lengths(Dilated(*BRANCHES), 2**40, 2, 2), "length must be at most 4294967296"),
         (lambda: choose(2**31, Dilated(*BRANCHES), 64, 2), "group must have at most 1024 ranks"),
     ],
 )

@@ -94,6 +94,29 @@ def test_a_cache_folder_that_cannot_be_written(place: str, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("place", ["/tmp/" + "x" * 300, "/tmp" + "/folder" * 900])
+def test_a_cache_folder_of_too_long_a_name(place: str, monkeypatch: pytest.MonkeyPatch):
+    """Longer than the system takes, in one name or in all of them."""
+    monkeypatch.setenv("LONGATTN_CACHE", place)
+    serves_without()
+    assert reason() == f"the cache folder {place} cannot be read: File name too long; LONGATTN_CACHE names another"
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_cache_folder_that_may_not_be_entered(monkeypatch: pytest.MonkeyPatch):
+    """As below another user's home; root may enter all."""
+
+    def refuses(self: Path) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setenv("LONGATTN_CACHE", "/private/cache")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "lstat", refuses)
+        serves_without()
+    assert reason() == "the cache folder /private/cache cannot be read: Permission denied; LONGATTN_CACHE names another"
+
+
+@pytest.mark.usefixtures("compiler")
 def test_an_unknown_processor(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("platform.machine", lambda: "pdp11")
     cpu.widest.cache_clear()

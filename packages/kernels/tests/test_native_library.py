@@ -176,6 +176,21 @@ def test_a_compiler_that_hangs_leaves_nobody(script: Script, folder: Path, monke
     pytest.fail("the compiler's child lives")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks of folders here")
+def test_another_process_is_waited_for_no_longer_than_a_compiler(
+    script: Script, ours: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One whose compiler hangs, or that was stopped, holds the folder: this call is served by another row, the next process asks again."""
+    monkeypatch.setattr(compiling, "LONGEST_S", 0.2)
+    script(f'cp {ours} "$made"')
+    cachefolder.make(folder)
+    with cachefolder.workshop(folder, 0):
+        assert "another process has been at it for longer than 0.2 s" in reason()
+    building.target.cache_clear()
+    monkeypatch.setattr(compiling, "LONGEST_S", 30)
+    works()
+
+
 def test_a_command_line_as_the_compiler(script: Script, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As CXX='ccache g++'. A change of either file makes another library."""
     compiler = script(f'cp {ours} "$made"')

@@ -128,6 +128,28 @@ def test_huge_logits(name: str):
 
 
 @pytest.mark.parametrize("name", backends("cpu"))
+@pytest.mark.parametrize("pattern", [Full(), Full(causal=True), Window(3), LONGNET], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scores_beyond_the_type(name: str, pattern: Pattern, dtype: torch.dtype):
+    """-inf weighs nothing, and a row of it alone is one that sees nothing; +inf makes its row NaN. The others are as ever."""
+    huge = 1e160 if dtype == torch.float64 else 1e20
+    # Queries 0, 3, 6, ... have scores of -inf, 1, 4, 7, ... of 0, 2, 5, 8, ... of +inf.
+    factors = torch.tensor([-1.0, 0.0, 1.0], dtype=dtype).repeat(8)[None, :, None, None] * huge
+    q, k = factors.expand(1, 24, 2, 8).clone(), torch.full((1, 24, 2, 8), huge, dtype=dtype)
+    v = torch.randn(1, 24, 2, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    try:
+        state = attend(q, k, v, pattern, backend=name)
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    assert not state.out[:, 0::3].any() and (state.lse[:, 0::3] == -torch.inf).all()
+    assert state.out[:, 2::3].isnan().all() and state.lse[:, 2::3].isnan().all()
+    expected = attend(torch.zeros_like(q), torch.zeros_like(k), v, pattern, backend="gather")
+    within = {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(state.out[:, 1::3], expected.out[:, 1::3], **within)
+    torch.testing.assert_close(state.lse[:, 1::3], expected.lse[:, 1::3], **within)
+
+
+@pytest.mark.parametrize("name", backends("cpu"))
 @settings(max_examples=settings().max_examples // 3)
 @given(shift=st.integers(0, 30), keys=st.integers(1, 30))
 @example(shift=4, keys=8)

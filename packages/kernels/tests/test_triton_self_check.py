@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from longattn.kernels import explain
+from longattn.kernels import cachefolder, explain
 from longattn.kernels.problem import AttentionProblem
 from longattn.kernels.triton import paged_check, self_check
 from longattn.kernels.triton.row import attend_pages
@@ -88,6 +88,22 @@ def test_a_forged_outcome_is_not_believed(checked: list[Form], tmp_path: Path):
     self_check.OUTCOMES.clear()
     for file in (tmp_path / "cache").glob("self-check-*.txt"):
         file.write_text("right: everything\n")
+    assert standing(PROBLEM, run=True) == "checked" and len(checked) == 4
+
+
+def test_a_disk_that_fails_costs_a_check_and_no_call(
+    checked: list[Form], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """A full one, or a file that cannot be read: a warning, and the next process checks again."""
+
+    def fails(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cachefolder, "read_text", fails)
+    monkeypatch.setattr(cachefolder, "keep_text", fails)
+    assert standing(PROBLEM, run=True) == standing(PROBLEM, run=True) == "checked" and len(checked) == 2
+    assert "are not kept in" in caplog.text and "No space left" in caplog.text
+    self_check.OUTCOMES.clear()
     assert standing(PROBLEM, run=True) == "checked" and len(checked) == 4
 
 

@@ -6,6 +6,8 @@ from base64 import b64encode
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from longattn.patterncache import (
     Affine,
@@ -21,6 +23,7 @@ from longattn.patterncache import (
     Periodic,
     Plan,
     Rectangle,
+    Restrict,
     Span,
     Strided,
     Window,
@@ -31,6 +34,7 @@ from longattn.patterncache import (
     plan_to_bytes,
 )
 from longattn.patterncache.spans import shortened
+from longattn.patterncache.testing import patterns
 
 AT_ONCE = pytest.mark.timeout(60)
 """Far more than it takes, and far less than what is refused here would take."""
@@ -74,6 +78,60 @@ def test_a_hostile_text_is_refused(text, words):
     assert len(str(refusal.value)) < 1000
 
 
+ODD_JSON = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        2**70,
+        1e400,
+        "",
+        "full",
+        [],
+        [[1]],
+        [1, 2, 3],
+        {},
+        {"a": 1},
+        ["full", {"causal": True}],
+        "x" * 10**4,
+    ]
+)
+
+
+def places(value, path=()):
+    """The path of every value within JSON."""
+    yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield from places(entry, (*path, key))
+
+
+@given(patterns(), st.data())
+def test_a_text_of_another_shape_is_refused(pattern, data):
+    """Whatever value within is another, missing or one too many: a pattern, or a ValueError of few words."""
+    said = json.loads(pattern.canonical())
+    *parents, last = data.draw(st.sampled_from(list(places(said))[1:]))
+    within = said
+    for key in parents:
+        within = within[key]
+    change = data.draw(st.sampled_from(["other", "missing", "more"]))
+    if change == "other":
+        within[last] = data.draw(ODD_JSON)
+    elif change == "missing":
+        del within[last]
+    elif isinstance(within, dict):
+        within["x" * 10**4] = 1
+    else:
+        within.append(data.draw(ODD_JSON))
+    try:
+        refusal = str(parse_pattern(json.dumps(said)))[:0]
+    except ValueError as error:
+        refusal = str(error)
+    assert len(refusal) < 2000
+
+
 LONG, HUGE, DIGITS = "x" * 10**6, 2**62, 10**5000
 
 
@@ -84,6 +142,7 @@ def all_pairs(b, h, q, k):
 REFUSED = {
     "batch entries": (lambda: from_mask_mod(all_pairs, 1, batch=2**31), "batch must be at most 65536"),
     "batch cells": (lambda: from_mask_mod(all_pairs, 4096, batch=60000), "at most 268435456 .* cells"),
+    "mask tokens": (lambda: from_mask_mod(all_pairs, 2**50), "N must be at most 268435456 tokens"),
     "mask heads": (lambda: from_mask_mod(all_pairs, 4, num_heads=2**40), "at most 268435456 .* cells"),
     "natten": (lambda: from_natten((2**31, 2**31, 2**31), 3), "N must be an integer from 1 to"),
     "window": (lambda: Window(HUGE), "size must be an integer from 1 to 1152921504606846976, got 4611686018427387904"),
@@ -151,6 +210,23 @@ def test_a_large_number_costs_nothing(pattern):
     rectangle = Rectangle(2, Span(0, 16), Span(0, 16))
     assert (pattern.plan(rectangle).counts() == pattern.counts(rectangle)).all()
     assert parse_pattern(pattern.canonical()) == pattern and pattern.lint(16, 2).length == 16
+
+
+@pytest.mark.parametrize("combine", [
+    lambda a: Restrict(a, Full(causal=True)), lambda a: Restrict(Window(3), a), lambda a: a | Window(3), lambda a: Dilated((4, 8), (1, 2)) & a,
+    lambda a: a + Window(3), lambda a: ByHead([(Span(0, 1), a), (Span(1, 1), Window(3))]), lambda a: Restrict(a | Window(3), Dilated((4, 8), (1, 2))),
+])  # fmt: skip
+@AT_ONCE
+def test_many_patterns_within_patterns_cost_no_more_than_their_number(combine):
+    """Each asks its parts once: a text of thirty levels is read, planned, linted and followed at once."""
+    pattern = Dilated((4, 8), (1, 2))
+    for _ in range(30):
+        pattern = combine(pattern)
+    rectangle = Rectangle(2, Span(0, 8), Span(0, 8))
+    assert pattern.lint(8, 2).length == 8 and pattern.reach(1, 8) and pattern.describe(8, 2)
+    assert (pattern.plan(rectangle).counts() == pattern.counts(rectangle)).all()
+    assert pattern.last_queries(Span(0, 4), 2).shape == (2, 4)
+    assert parse_pattern(pattern.canonical()) == pattern
 
 
 def test_ninety_patterns_within_patterns_are_read():

@@ -27,6 +27,7 @@ from longattn.attention.validate import (
 )
 from longattn.attention.wiring import Wiring
 from longattn.patterncache import Pattern
+from longattn.patterncache.spans import shortened
 
 
 class MultiheadPatternAttention(ProjectedModule):
@@ -142,7 +143,9 @@ class MultiheadPatternAttention(ProjectedModule):
             TypeError, ValueError: no such slice, or one whose query heads share key heads unevenly.
         """
         if (head_start is None) != (local_heads is None):
-            raise ValueError(f"head_start and local_heads must be given together, got {head_start} and {local_heads}")
+            raise ValueError(
+                f"head_start and local_heads must be given together, got {shortened(head_start)} and {shortened(local_heads)}"
+            )
         self.local_heads = self.num_heads if local_heads is None else check_size("local_heads", local_heads)
         total, first, count = global_heads(self.local_heads, head_start, None if head_start is None else self.num_heads)
         group = total // self.kv_heads
@@ -229,7 +232,9 @@ class MultiheadPatternAttention(ProjectedModule):
             ValueError: a pattern that is not causal, a slice of the heads, or a learned scale.
         """
         if self.local_heads < self.num_heads:
-            raise ValueError(f"local_heads must be all {self.num_heads} heads in a stream, got {self.local_heads}")
+            raise ValueError(
+                f"local_heads must be all {self.num_heads} heads in a stream, got {shortened(self.local_heads)}"
+            )
         scale = self.attention.softmax_scale
         if isinstance(scale, Tensor):
             raise ValueError("softmax_scale must be None or a number in a stream, got a tensor")

@@ -7,7 +7,7 @@ from typing import cast
 
 from longattn.patterncache import BlockLayout, BlockSparse
 from longattn.patterncache.patterns.block_layout import LAYOUTS
-from longattn.patterncache.spans import check_int
+from longattn.patterncache.spans import check_int, shortened
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ class SparsePatternConfig:
     def __post_init__(self) -> None:
         kind, ratio = cast(object, self.pattern_type), cast(object, self.sparsity_ratio)
         if not isinstance(kind, str):
-            raise TypeError(f"pattern_type must be one of {LAYOUTS}, got {kind!r} ({type(kind).__name__})")
+            raise TypeError(f"pattern_type must be one of {LAYOUTS}, got {shortened(kind)} ({type(kind).__name__})")
         if kind not in LAYOUTS:
-            raise ValueError(f"pattern_type must be one of {LAYOUTS}, got {kind!r}")
+            raise ValueError(f"pattern_type must be one of {LAYOUTS}, got {shortened(kind)}")
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-            raise TypeError(f"sparsity_ratio must be a number in (0, 1], got {ratio!r} ({type(ratio).__name__})")
+            raise TypeError(
+                f"sparsity_ratio must be a number in (0, 1], got {shortened(ratio)} ({type(ratio).__name__})"
+            )
         if not 0 < ratio <= 1:
-            raise ValueError(f"sparsity_ratio must be in (0, 1], got {ratio}")
+            raise ValueError(f"sparsity_ratio must be in (0, 1], got {shortened(ratio)}")
         for name, least in (("block_size", 1), ("local_window_size", 0), ("num_global_tokens", 0), ("seed", 0)):
             check_int(name, getattr(self, name), minimum=least)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
 from typing import IO, Any, NoReturn, TypeVar, cast
 
@@ -9,6 +11,7 @@ import torch
 
 from longattn.kernels.interface import refuse_torchscript
 from longattn.patterncache import Pattern
+from longattn.patterncache.spans import shortened
 
 T = TypeVar("T")
 
@@ -51,7 +54,7 @@ def _refuse(where: str, name: str) -> NoReturn:
 def check_type(name: str, value: object, kind: type[T], expected: str) -> T:
     """A value of a class."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be {expected}, got {shortened(value)} ({type(value).__name__})")
     return value
 
 
@@ -77,17 +80,17 @@ def _shown(value: object) -> str:
         return "a block mask: give longattn.patterncache.from_block_mask(...) of it"
     if callable(value) and not isinstance(value, type):
         return f"{value!r}: a mask_mod goes through longattn.patterncache.from_mask_mod"
-    return repr(value)
+    return shortened(value)
 
 
 def check_size(name: str, value: object, least: int = 1) -> int:
     """An integer >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer >= {least}, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be an integer >= {least}, got {shortened(value)} ({type(value).__name__})")
     if value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value}")
+        raise ValueError(f"{name} must be an integer >= {least}, got {shortened(value)}")
     if value >= MOST_SIZE:
-        raise ValueError(f"{name} must be an integer below 2 ** 62, got {value}")
+        raise ValueError(f"{name} must be an integer below 2 ** 62, got {shortened(value)}")
     return value
 
 
@@ -98,14 +101,17 @@ def check_device(value: object) -> torch.device | None:
         if device is not None and device.type not in ("cpu", "meta"):
             torch.empty(0, device=device)
         return device
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"device must be one that torch has here, got {value!r}: {error}") from error
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"device must be one that torch has here, got {shortened(value)}: {str(error)[:200]}") from error
 
 
 def check_factory(device: object, dtype: object) -> dict[str, Any]:
     """device and dtype of parameters: None, or a device that torch knows, and a floating dtype."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be None or a floating torch.dtype, got {dtype!r} ({type(dtype).__name__})")
+        raise TypeError(
+            f"dtype must be None or a floating torch.dtype, got {shortened(dtype)} ({type(dtype).__name__})"
+        )
     return {"device": check_device(device), "dtype": dtype}
 
 
@@ -114,16 +120,16 @@ def check_bool(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         # The TorchScript exporter to ONNX makes tensors of a module's defaults.
         refuse_torchscript()
-        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be True or False, got {shortened(value)} ({type(value).__name__})")
     return value
 
 
 def check_positive(name: str, value: object) -> float:
     """A number > 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number > 0, got {value!r} ({type(value).__name__})")
-    if not value > 0:
-        raise ValueError(f"{name} must be a number > 0, got {value}")
+        raise TypeError(f"{name} must be a number > 0, got {shortened(value)} ({type(value).__name__})")
+    if not (0 < value <= sys.float_info.max or value == math.inf):  # an integer may be beyond every float
+        raise ValueError(f"{name} must be a number > 0, got {shortened(value)}")
     return float(value)
 
 
@@ -132,9 +138,9 @@ def check_start(name: str, value: object) -> int | None:
     if value is None or isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be None or an integer >= 0, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be None or an integer >= 0, got {shortened(value)} ({type(value).__name__})")
     if not 0 <= value < MOST_SIZE:
-        raise ValueError(f"{name} must be None or an integer >= 0 and below 2 ** 62, got {value}")
+        raise ValueError(f"{name} must be None or an integer >= 0 and below 2 ** 62, got {shortened(value)}")
     return value
 
 
@@ -149,7 +155,7 @@ def global_heads(local: int, head_start: object, num_heads: object) -> list[int]
     first = check_start("head_start", head_start)
     if first is None:
         raise ValueError(
-            f"head_start must be given with num_heads: the first of q's heads among them, got num_heads={num_heads!r}"
+            f"head_start must be given with num_heads: the first of q's heads among them, got num_heads={shortened(num_heads)}"
         )
     if num_heads is None:
         raise ValueError(
@@ -157,10 +163,12 @@ def global_heads(local: int, head_start: object, num_heads: object) -> list[int]
         )
     if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(
-            f"num_heads must be an integer >= {first + local}, got {num_heads!r} ({type(num_heads).__name__})"
+            f"num_heads must be an integer >= {first + local}, got {shortened(num_heads)} ({type(num_heads).__name__})"
         )
     if num_heads < first + local:
-        raise ValueError(f"num_heads must be >= {first + local}, the heads up to the last of q, got {num_heads}")
+        raise ValueError(
+            f"num_heads must be >= {first + local}, the heads up to the last of q, got {shortened(num_heads)}"
+        )
     return [num_heads, first, local]
 
 
@@ -169,7 +177,7 @@ def check_merge_grad(value: object, pattern: Pattern, sink_logits: object) -> No
     if value == "exact":
         return
     if value != "detached":
-        raise ValueError(f"merge_grad must be 'exact' or 'detached', got {value!r}")
+        raise ValueError(f"merge_grad must be 'exact' or 'detached', got {shortened(value)}")
     if not pattern.addends:
         raise ValueError(
             f"merge_grad must be 'exact' for a pattern without branches to merge, got 'detached' for {pattern}"

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from typing import SupportsIndex, cast
 
 _MOST_CHARACTERS = 200
+_MOST = 2**63 - 1
+"""The system's sizes, and torch's, are int64."""
 
 
 def describe(value: object) -> str:
@@ -18,7 +20,12 @@ def describe(value: object) -> str:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if isinstance(shape, tuple) and dtype is not None:
         return f"a {type(value).__name__} of shape {tuple(cast('tuple[int, ...]', shape))}, {dtype}"
-    text = repr(value)
+    if isinstance(value, int) and value.bit_length() > _MOST_CHARACTERS:
+        return f"an integer of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except ValueError:  # a number within has more digits than Python writes
+        return f"a {type(value).__name__}"
     return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "..."
 
 
@@ -35,7 +42,9 @@ def check_flag(name: str, value: object) -> None:
 
 def check_whole(name: str, value: object, least: int = 0) -> int:
     """Return a number as an int. Raises TypeError unless it is a whole number, ValueError if it is under `least`."""
-    if value.__class__ is int and least <= cast("int", value):  # what nearly always comes; the rest takes microseconds
+    if (
+        value.__class__ is int and least <= cast("int", value) <= _MOST
+    ):  # what nearly always comes; the rest takes microseconds
         return cast("int", value)
     expected = f"a whole number of {least} or more"
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
@@ -46,6 +55,8 @@ def check_whole(name: str, value: object, least: int = 0) -> int:
         raise TypeError(f"{name} must be {expected}, got {describe(value)}") from error
     if whole < least:
         raise ValueError(f"{name} must be {expected}, got {describe(value)}")
+    if whole > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST}, got {describe(value)}")
     return whole
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longattn.bufmgr.checks import check_kind, check_mib, check_whole
+from longattn.bufmgr.checks import check_kind, check_mib, check_whole, describe
 from longattn.bufmgr.leasing.book import LeaseBook
 from longattn.bufmgr.leasing.cache import BlockCache
 from longattn.bufmgr.leasing.lease import Lease
@@ -205,7 +205,7 @@ class MemoryPool(SlotTable):
         devices = self._statistics()
         check_kind("device", device, str, "a device's name")
         if device not in devices:
-            raise ValueError(f"device must be one of {', '.join(devices)}, got {device!r}")
+            raise ValueError(f"device must be one of {', '.join(devices)}, got {describe(device)}")
         free = self._cache.blocks() if device == "cpu" else []
         return torch_style_stats(devices[device], sum(block.nbytes for block in free), len(free))
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from longattn.bufmgr.checks import check_kind, check_shape
+from longattn.bufmgr.checks import check_kind, check_shape, describe
 
 _CPU = torch.device("cpu")
 _META = torch.device("meta")
@@ -83,11 +83,13 @@ def _parse_device(device: object) -> torch.device:
     if isinstance(device, torch.device):
         return device
     if isinstance(device, bool) or not isinstance(device, (str, int)):
-        raise TypeError(f"device must be a torch.device, str, int or None, got {device!r}")
+        raise TypeError(f"device must be a torch.device, str, int or None, got {describe(device)}")
     try:
         return torch.device(device)
     except (RuntimeError, ValueError, OverflowError) as error:
-        raise ValueError(f"device must be a device that torch knows, got {device!r}: {error}") from error
+        raise ValueError(
+            f"device must be a device that torch knows, got {describe(device)}: {str(error)[:200]}"
+        ) from error
 
 
 def _resolve_accelerator(device: torch.device) -> torch.device:

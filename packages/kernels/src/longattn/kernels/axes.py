@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from longattn.patterncache.spans import shortened
+
 Layout = Literal["bnhd", "bhnd"]
 """n is the sequence, h the heads; torch's own attention has "bhnd"."""
 
@@ -24,5 +26,5 @@ def in_order(layout: object, *tensors: Any) -> tuple[Any, ...]:
         ValueError: layout is none of the two.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {shortened(layout)}")
     return tensors if layout == "bnhd" else tuple(map(exchanged, tensors))

@@ -13,8 +13,11 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Generator
 from pathlib import Path
+
+from longattn.patterncache.spans import shortened
 
 try:
     import fcntl
@@ -31,7 +34,7 @@ def cache_folder() -> Path | str:
     path = os.environ.get("LONGATTN_CACHE")
     if path:
         # A shell that did not expand it would have us write into a folder called "~".
-        return Path(path) if os.path.isabs(path) else f"LONGATTN_CACHE must be an absolute path, got {path!r}"
+        return Path(path) if os.path.isabs(path) else f"LONGATTN_CACHE must be an absolute path, got {shortened(path)}"
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # its specification: a relative path is to be ignored
         base = os.path.join(os.path.expanduser("~"), ".cache")
@@ -96,22 +99,37 @@ def find(folder: Path, stem: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def workshop(folder: Path) -> Generator[Path, None, None]:
+def workshop(folder: Path, longest_s: float) -> Generator[Path, None, None]:
     """A folder within for what is being made. Other processes wait, where the system locks folders; what killed ones left is removed.
 
     Raises:
+        TimeoutError: another process has been at it for longer than `longest_s`.
         OSError: the folder cannot be written.
     """
     with contextlib.ExitStack() as held:
         if fcntl is not None:
-            lock = os.open(folder, os.O_RDONLY)
-            held.callback(os.close, lock)
-            # Some network file systems have no locks: then each process makes its own.
-            with contextlib.suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            file = os.open(folder, os.O_RDONLY)
+            held.callback(os.close, file)
+            if _lock(file, longest_s):
                 for left in folder.glob(f"{_WORKSHOP}*"):
                     shutil.rmtree(left, ignore_errors=True)
         yield Path(held.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=_WORKSHOP)))
+
+
+def _lock(file: int, longest_s: float) -> bool:
+    """Lock a folder until its file is closed; False where its file system has no locks, as some over a network: then each process makes its own."""
+    assert fcntl is not None
+    until = time.monotonic() + longest_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise TimeoutError(f"another process has been at it for longer than {longest_s:g} s") from None
+            time.sleep(0.05)
+        except OSError:
+            return False
 
 
 def is_whole(path: Path) -> bool:

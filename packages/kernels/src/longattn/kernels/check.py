@@ -16,6 +16,7 @@ from torch import Tensor
 from longattn.kernels.dispatch.capability import dtype_name
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.state import FLOATS, AttentionState, state_dtype
+from longattn.patterncache.spans import MOST, shortened
 
 Names = tuple[str, str, str]
 
@@ -126,9 +127,9 @@ def check_attention_mask(mask: object, q: Tensor, k: Tensor) -> None:
 def check_dropout(name: str, value: object) -> float:
     """A probability in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number in [0, 1), got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be a number in [0, 1), got {shortened(value)} ({type(value).__name__})")
     if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
+        raise ValueError(f"{name} must be in [0, 1), got {shortened(value)}")
     return float(value)
 
 
@@ -173,14 +174,14 @@ def check_dtype(name: str, dtype: object) -> None:
     """None, or a floating torch.dtype."""
     if dtype is not None and dtype not in FLOATS:
         names = ", ".join(dtype_name(d) for d in FLOATS)
-        raise TypeError(f"{name} must be None or one of the torch dtypes {names}, got {dtype!r}")
+        raise TypeError(f"{name} must be None or one of the torch dtypes {names}, got {shortened(dtype)}")
 
 
 def check_environment(environment: object) -> None:
     """None, or an Environment."""
     if environment is not None and not isinstance(environment, Environment):
         raise TypeError(
-            f"environment must be None or an Environment, got {environment!r} ({type(environment).__name__})"
+            f"environment must be None or an Environment, got {shortened(environment)} ({type(environment).__name__})"
         )
 
 
@@ -188,12 +189,14 @@ def check_device_type(device: object) -> str:
     """The type of a device, such as "cuda"; None is "cpu"."""
     if device is not None and not isinstance(device, (str, torch.device)):
         raise TypeError(
-            f"device must be None, a torch.device or a string such as 'cuda', got {device!r} ({type(device).__name__})"
+            f"device must be None, a torch.device or a string such as 'cuda', got {shortened(device)} ({type(device).__name__})"
         )
     try:
         return torch.device("cpu" if device is None else device).type
     except RuntimeError as error:
-        raise ValueError(f"device must name a device that torch knows, such as 'cuda', got {device!r}") from error
+        raise ValueError(
+            f"device must name a device that torch knows, such as 'cuda', got {shortened(device)}"
+        ) from error
 
 
 def check_shapes(q_shape: object, k_shape: object) -> None:
@@ -204,7 +207,7 @@ def check_shapes(q_shape: object, k_shape: object) -> None:
             or len(shape) != 4
             or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape)
         ):
-            raise ValueError(f"{name} must be (batch, seq, heads, head_dim), integers >= 0, got {shape!r}")
+            raise ValueError(f"{name} must be (batch, seq, heads, head_dim), integers >= 0, got {shortened(shape)}")
     assert isinstance(q_shape, (tuple, list)) and isinstance(k_shape, (tuple, list))
     if q_shape[2] == 0 or q_shape[3] == 0:
         raise ValueError(f"q_shape must have at least one head and head_dim >= 1, got {tuple(q_shape)}")
@@ -218,9 +221,9 @@ def check_shapes(q_shape: object, k_shape: object) -> None:
 def check_head_dim(name: str, value: object) -> int | None:
     """None, or an integer >= 1."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{name} must be None or an integer >= 1, got {value!r} ({type(value).__name__})")
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be None or an integer >= 1, got {value}")
+        raise TypeError(f"{name} must be None or an integer >= 1, got {shortened(value)} ({type(value).__name__})")
+    if value is not None and not 1 <= value <= MOST:
+        raise ValueError(f"{name} must be None or an integer from 1 to {MOST}, got {shortened(value)}")
     return value
 
 
@@ -229,17 +232,17 @@ def check_scale(scale: object, name: str = "softmax_scale") -> float | None:
     if scale is None:
         return None
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{name} must be None or a number, got {scale!r} ({type(scale).__name__})")
+        raise TypeError(f"{name} must be None or a number, got {shortened(scale)} ({type(scale).__name__})")
     # Of an integer beyond every float too.
     if not abs(scale) <= sys.float_info.max:
-        raise ValueError(f"{name} must be None or a finite number, got {scale!r}")
+        raise ValueError(f"{name} must be None or a finite number, got {shortened(scale)}")
     return float(scale)
 
 
 def check_flag(name: str, value: object) -> bool | None:
     """None or a bool."""
     if value is not None and not isinstance(value, bool):
-        raise TypeError(f"{name} must be None, True or False, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be None, True or False, got {shortened(value)} ({type(value).__name__})")
     return value
 
 
@@ -262,6 +265,8 @@ def warn_of_axes(name: str, x: Tensor, layout: str) -> None:
 def check_broadcastable(name: str, x: object, shape: tuple[int, ...]) -> None:
     """Raise unless x is a plain tensor that can be broadcast to a shape."""
     if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta:
-        raise TypeError(f"{name} must be a plain tensor broadcastable to {shape}, got {x!r} ({type(x).__name__})")
+        raise TypeError(
+            f"{name} must be a plain tensor broadcastable to {shape}, got {shortened(x)} ({type(x).__name__})"
+        )
     if x.dim() > len(shape) or any(n not in (1, m) for n, m in zip(x.shape[::-1], shape[::-1], strict=False)):
         raise ValueError(f"{name} must be broadcastable to {shape}, got {tuple(x.shape)}")

@@ -25,6 +25,7 @@ from longattn.kernels.scaling import fold_scale
 from longattn.kernels.state import AttentionState, add_sink, merge, state_dtype
 from longattn.kernels.terms import ScoreTerms
 from longattn.patterncache import Pattern, Span
+from longattn.patterncache.spans import shortened
 
 _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -173,7 +174,7 @@ def checked_pattern(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: 
     check_qkv(q, k, v)
     if not isinstance(pattern, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            f"pattern must be a Pattern such as Dilated or Window, got {pattern!r} ({type(pattern).__name__})"
+            f"pattern must be a Pattern such as Dilated or Window, got {shortened(pattern)} ({type(pattern).__name__})"
         )
     check_options(q, k, options)
     causal = options.is_causal

@@ -18,6 +18,7 @@ from longattn.kernels.positions import last_positions
 from longattn.kernels.problem import AttentionProblem, architecture_of
 from longattn.kernels.terms import ScoreTerms, as_terms, softcap_of, tensors_in
 from longattn.patterncache import Pattern, Plan, Rectangle, Span
+from longattn.patterncache.spans import shortened
 
 _PLANNED_PAIRS = 1 << 24
 """Query-key pairs up to which a pattern that lists rows is planned, to see whether anything is listed."""
@@ -79,7 +80,7 @@ def explain(
     """
     if not isinstance(pattern, Pattern):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
-            f"pattern must be a Pattern such as Dilated or Window, got {pattern!r} ({type(pattern).__name__})"
+            f"pattern must be a Pattern such as Dilated or Window, got {shortened(pattern)} ({type(pattern).__name__})"
         )
     k_shape = q_shape if k_shape is None else k_shape
     check_shapes(q_shape, k_shape)
@@ -195,12 +196,14 @@ def check_architecture(architecture: object, device: torch.device | str | None) 
     """Such as "sm_90" or "gfx942"."""
     if not isinstance(architecture, str):
         raise TypeError(
-            f"architecture must be None or a name such as 'sm_90' or 'gfx942', got {architecture!r} ({type(architecture).__name__})"
+            f"architecture must be None or a name such as 'sm_90' or 'gfx942', got {shortened(architecture)} ({type(architecture).__name__})"
         )
     if not re.fullmatch(r"sm_\d+[af]?|gfx[0-9a-f]+", architecture):
-        raise ValueError(f"architecture must be None or a name such as 'sm_90' or 'gfx942', got {architecture!r}")
+        raise ValueError(
+            f"architecture must be None or a name such as 'sm_90' or 'gfx942', got {shortened(architecture)}"
+        )
     if check_device_type(device) == "cpu":
-        raise ValueError(f"architecture must be None for device=cpu, which has none, got {architecture!r}")
+        raise ValueError(f"architecture must be None for device=cpu, which has none, got {shortened(architecture)}")
     return architecture
 
 

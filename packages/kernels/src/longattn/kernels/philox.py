@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longattn.patterncache.spans import shortened
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
@@ -56,9 +58,11 @@ def as_seed(seed: Tensor | int | None) -> Tensor:
     if seed is None:
         return draw_seed()
     if isinstance(seed, bool) or not isinstance(seed, (int, Tensor)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"seed must be None, an integer or a 0-dim int64 tensor, got {seed!r} ({type(seed).__name__})")
+        raise TypeError(
+            f"seed must be None, an integer or a 0-dim int64 tensor, got {shortened(seed)} ({type(seed).__name__})"
+        )
     if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit 64 bits, -2^63 <= seed < 2^63, got {seed}")
+        raise ValueError(f"seed must fit 64 bits, -2^63 <= seed < 2^63, got {shortened(seed)}")
     if isinstance(seed, Tensor) and (seed.dim() or seed.dtype != torch.int64 or seed.device.type != "cpu"):
         raise ValueError(
             f"seed must be a 0-dim int64 tensor on the CPU, got shape {tuple(seed.shape)}, {seed.dtype}, on {seed.device}"

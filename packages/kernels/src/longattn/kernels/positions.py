@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from longattn.patterncache import Span
+from longattn.patterncache.spans import shortened
 
 
 def flat_spans(name: str, spans: object, length: int) -> list[int]:
     """A Span or tuple of Spans of `length` positions together, as (start, length, step) triples for the op."""
     listed: Any = (spans,) if isinstance(spans, Span) else spans
     if not isinstance(listed, (tuple, list)) or not all(isinstance(s, Span) for s in listed):
-        raise TypeError(f"{name} must be None, a Span or a tuple of Spans, got {spans!r}")
+        raise TypeError(f"{name} must be None, a Span or a tuple of Spans, got {shortened(spans)}")
     total = sum(s.length for s in listed)
     if total != length:
         raise ValueError(f"{name} must cover {length} positions, as many as the tensor has rows, got {total}")
@@ -42,14 +43,14 @@ def flat_heads(local: int, heads: Span | None, num_heads: int | None) -> list[in
     """
     expected = f"None or a Span of {local} neighbouring heads, as many as q has"
     if heads is not None and not isinstance(heads, Span):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"heads must be {expected}, got {heads!r} ({type(heads).__name__})")
+        raise TypeError(f"heads must be {expected}, got {shortened(heads)} ({type(heads).__name__})")
     if heads is not None and (heads.length != local or heads.step != 1):
-        raise ValueError(f"heads must be {expected}, got {heads!r}")
+        raise ValueError(f"heads must be {expected}, got {shortened(heads)}")
     first = 0 if heads is None else heads.start
     total = local if num_heads is None else num_heads
     expected = f"an integer >= {first + local}, the heads up to the last of q"
     if isinstance(total, bool) or not isinstance(total, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"num_heads must be {expected}, got {num_heads!r} ({type(num_heads).__name__})")
+        raise TypeError(f"num_heads must be {expected}, got {shortened(num_heads)} ({type(num_heads).__name__})")
     if not first + local <= total < 1 << 63:
-        raise ValueError(f"num_heads must be {expected}, got {total}")
+        raise ValueError(f"num_heads must be {expected}, got {shortened(total)}")
     return [total, first, local]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longattn.kernels.check import check_dropout, check_scale
 from longattn.kernels.dispatch.environment import Environment
 from longattn.kernels.dispatch.prepared import PREPARED, described
 from longattn.kernels.entry import attend, checked_pattern
@@ -180,10 +181,11 @@ def prepare(
             f"softmax_scale must be None or a number where a call is prepared, got a tensor {tuple(softmax_scale.shape)}: multiply q by it and "
             "prepare with 1.0"
         )
-    if isinstance(softmax_scale, int) and not isinstance(softmax_scale, bool):
-        softmax_scale = float(softmax_scale)
-    if isinstance(dropout_p, int) and not isinstance(dropout_p, bool):
-        dropout_p = float(dropout_p)
+    # True and what is refused stay as they are: the call's own checks name them.
+    if type(softmax_scale) is int:
+        softmax_scale = check_scale(softmax_scale)
+    if type(dropout_p) is int:
+        dropout_p = check_dropout("dropout_p", dropout_p)
     options = Options(
         attention_mask, key_padding_mask, score_terms, environment, deterministic, is_causal, softmax_scale, dropout_p, backend, out_dtype
     )  # fmt: skip

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longattn.patterncache.spans import shortened
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What q, k and v may be of."""
 
@@ -46,7 +48,7 @@ class AttentionState:
             TypeError: out is no tensor.
         """
         if not isinstance(out, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"out must be a torch.Tensor, got {out!r} ({type(out).__name__})")
+            raise TypeError(f"out must be a torch.Tensor, got {shortened(out)} ({type(out).__name__})")
         dtype = state_dtype(out.dtype)
         lse = torch.full(out.shape[:-1], -torch.inf, dtype=dtype, device=out.device)
         return cls(torch.zeros_like(out, dtype=dtype), lse)
@@ -58,7 +60,7 @@ class AttentionState:
             TypeError: dtype is no torch.dtype.
         """
         if not isinstance(dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r} ({type(dtype).__name__})")
+            raise TypeError(f"dtype must be a torch.dtype, got {shortened(dtype)} ({type(dtype).__name__})")
         return self.out.to(dtype)
 
 

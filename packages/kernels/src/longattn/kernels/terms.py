@@ -16,6 +16,7 @@ is made by torch operations, through which gradients go on to slopes and tables.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from longattn.kernels.state import FLOATS, state_dtype
+from longattn.patterncache.spans import shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,11 @@ class Softcap:
 
     def __post_init__(self) -> None:
         if isinstance(self.value, bool) or not isinstance(self.value, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"value must be a finite number > 0, got {self.value!r} ({type(self.value).__name__})")
-        if not 0 < self.value < math.inf:
-            raise ValueError(f"value must be a finite number > 0, got {self.value}")
+            raise TypeError(
+                f"value must be a finite number > 0, got {shortened(self.value)} ({type(self.value).__name__})"
+            )
+        if not 0 < self.value <= sys.float_info.max:
+            raise ValueError(f"value must be a finite number > 0, got {shortened(self.value)}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,14 +92,14 @@ class RelativeBias:
         _check_floating("table", self.table, "(num_buckets, heads)", 2)
         if not isinstance(self.bidirectional, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"bidirectional must be True or False, got {self.bidirectional!r} ({type(self.bidirectional).__name__})"
+                f"bidirectional must be True or False, got {shortened(self.bidirectional)} ({type(self.bidirectional).__name__})"
             )
         least = 4 if self.bidirectional else 2
         if self.table.shape[0] < least:
             raise ValueError(f"table must have at least {least} buckets, got {self.table.shape[0]}")
         if isinstance(self.max_distance, bool) or not isinstance(self.max_distance, int):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"max_distance must be an integer over {self.table.shape[0] // least}, got {self.max_distance!r} "
+                f"max_distance must be an integer over {self.table.shape[0] // least}, got {shortened(self.max_distance)} "
                 f"({type(self.max_distance).__name__})"
             )
         exact = self.table.shape[0] // least
@@ -111,7 +115,9 @@ class RelativeBias:
             TypeError: distance is no tensor of integers.
         """
         if not isinstance(distance, Tensor) or distance.is_floating_point() or distance.is_complex():  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"distance must be a tensor of integers, got {distance!r} ({type(distance).__name__})")
+            raise TypeError(
+                f"distance must be a tensor of integers, got {shortened(distance)} ({type(distance).__name__})"
+            )
         count = self.table.shape[0] // (2 if self.bidirectional else 1)
         exact = count // 2
         far = distance.abs() if self.bidirectional else -distance.clamp(max=0)
@@ -148,7 +154,7 @@ def as_terms(terms: object, name: str = "score_terms") -> tuple[ScoreTerm, ...]:
     listed: Any = (terms,) if isinstance(terms, ScoreTerm) else terms
     if not isinstance(listed, (tuple, list)) or not all(isinstance(term, ScoreTerm) for term in listed):
         raise TypeError(
-            f"{name} must be None, a Softcap, Alibi or RelativeBias, or a tuple of those, got {terms!r} ({type(terms).__name__})"
+            f"{name} must be None, a Softcap, Alibi or RelativeBias, or a tuple of those, got {shortened(terms)} ({type(terms).__name__})"
         )
     kinds = [type(term) for term in listed]
     for kind in kinds:

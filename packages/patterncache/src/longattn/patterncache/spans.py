@@ -62,7 +62,10 @@ def shortened(value: object, most: int = 200) -> str:
         return f"{value[:most]!r}... ({len(value)} characters)"
     if isinstance(value, (tuple, list)) and len(value) > most:  # pyright: ignore[reportUnknownArgumentType]
         return f"{shortened(value[:8], most)}... ({len(value)} entries)"  # pyright: ignore[reportUnknownArgumentType]
-    text = repr(value)  # pyright: ignore[reportUnknownArgumentType]
+    try:
+        text = repr(value)  # pyright: ignore[reportUnknownArgumentType]
+    except ValueError:  # a number within has more digits than Python writes
+        return f"a {type(value).__name__}"  # pyright: ignore[reportUnknownArgumentType]
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 

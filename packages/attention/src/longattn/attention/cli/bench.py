@@ -21,6 +21,7 @@ from longattn.attention.cli.report import Report, Table
 from longattn.attention.functional import pattern_attention
 from longattn.bufmgr import read_device_memory
 from longattn.patterncache import Pattern
+from longattn.patterncache.spans import shortened
 
 logger = logging.getLogger("longattn.attention")
 
@@ -162,7 +163,7 @@ def side_of(name: str, pattern: Pattern, options: Namespace) -> Side:
         return lambda q, k, v: _heads_first(
             lambda *x: compiled(*x, block_mask=mask.block_mask, score_mod=mask.score_mod, enable_gqa=grouped), q, k, v
         )
-    raise ValueError(f"--peers must be of sdpa, sdpa-mask and flex, comma between, got {name!r}")
+    raise ValueError(f"--peers must be of sdpa, sdpa-mask and flex, comma between, got {shortened(name)}")
 
 
 def _heads_first(call: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 from longattn.attention.cli.report import Report, Table
 from longattn.bufmgr import AttentionBufferManager, get_global_memory_pool
 from longattn.patterncache import get_global_pattern_cache
+from longattn.patterncache.spans import shortened
 
 _RUNNERS = (__file__, runpy.__file__, "<frozen runpy>")
 """Files whose frames are of what runs the script, not of the script."""
@@ -23,7 +24,7 @@ def run(options: Namespace) -> Report:
     """The script runs as `__main__`, with its own arguments; its exit status is ours, 1 where it raises."""
     path = Path(options.script)
     if not path.is_file():
-        raise ValueError(f"script must be a file, got {options.script!r}")
+        raise ValueError(f"script must be a file, got {shortened(options.script)}")
     # JSON is all that stdout then has: what the script prints goes to stderr.
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
         status, module = _run_script(path, options.arguments)

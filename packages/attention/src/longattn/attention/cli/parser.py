@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from longattn.patterncache.spans import shortened
+
 PATTERN_FORMS = """\
 patterns:
   full                          every token sees every token before it
@@ -25,7 +27,7 @@ def _new_file(text: str) -> str:
     """A file that can be written later: said before anything is computed for it."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {shortened(text)}")
     return text
 
 
@@ -233,7 +235,7 @@ def whole(text: str) -> int:
 
 def _integer(text: str, least: int) -> int:
     if not text.strip().isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {shortened(text)}")
     return int(text)
 
 
@@ -244,7 +246,7 @@ def fraction(text: str) -> float:
     except ValueError:
         number = -1.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {shortened(text)}")
     return number
 
 
@@ -252,5 +254,5 @@ def share(text: str) -> float:
     """A number above 0 and at most 1."""
     number = fraction(text)
     if number > 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {shortened(text)}")
     return number

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from longattn.patterncache import Dilated, Full, Pattern, Window, parse_pattern
+from longattn.patterncache.spans import shortened
 
 DEFAULT_LAYERS = 12
 """Layers of `for-length` where none are given."""
@@ -35,11 +36,11 @@ def pattern_of(options: Namespace) -> Pattern:
         return Dilated.for_length(options.length, layers=layers, num_heads=options.heads, causal=causal)
     raise ValueError(
         "--pattern must be full, window:SIZE[:SINKS], dilated:SEGMENTS:RATES, for-length[:LAYERS] or a canonical string "
-        f"'[\"name\",{{...}}]', got {text!r}"
+        f"'[\"name\",{{...}}]', got {shortened(text)}"
     )
 
 
 def _integer(text: str, number: str) -> int:
     if not number.strip().isdecimal():
-        raise ValueError(f"--pattern must have integers after its name, got {number!r} in {text!r}")
+        raise ValueError(f"--pattern must have integers after its name, got {shortened(number)} in {text!r}")
     return int(number)

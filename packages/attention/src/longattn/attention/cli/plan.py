@@ -15,6 +15,7 @@ from longattn.attention.schedules.simulation import Hardware, Prediction, simula
 from longattn.attention.schedules.traffic import ScheduledCall
 from longattn.kernels.interface import MACHINES, Machine
 from longattn.patterncache import Pattern
+from longattn.patterncache.spans import shortened
 
 GIB = 1024**3
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -70,7 +71,7 @@ class Budget:
 def run(options: Namespace) -> Report:
     """The budget of one device, as a table."""
     if options.machine not in MACHINES:
-        raise ValueError(f"--machine must be one of {', '.join(MACHINES)}, got {options.machine!r}")
+        raise ValueError(f"--machine must be one of {', '.join(MACHINES)}, got {shortened(options.machine)}")
     if options.ring > options.length:
         raise ValueError(f"--ring must be at most --length={options.length}, got {options.ring}")
     kv_heads = options.kv_heads or options.heads
@@ -114,11 +115,14 @@ def run(options: Namespace) -> Report:
         ("together", _gib(found.total), "on one device"),
     ]
     what = "step of training" if options.train else "forward of the whole sequence"
+    ring = (
+        f" on the slowest of {layer.readers} ranks looked at); {options.engine} receives {options.layers * layer.received / GIB:.3g} GiB on a device "
+        f"({found.transfer_seconds:.3g} s if nothing overlapped)"
+    )
     sentence = (
         f"a {what}: {found.seconds:.3g} s, {tokens / found.seconds:.4g} tokens a second on {options.ring} x {options.machine}: "
         f"{found.product_flops:.3g} FLOP in projections on a device at {options.efficiency:g} of its peak ({found.product_seconds:.3g} s), "
-        f"{found.attention_flops:.3g} in attention ({found.attention_seconds:.3g} s on the slowest of {layer.readers} ranks looked at); {options.engine} receives "
-        f"{options.layers * layer.received / GIB:.3g} GiB on a device ({found.transfer_seconds:.3g} s if nothing overlapped)"
+        f"{found.attention_flops:.3g} in attention ({found.attention_seconds:.3g} s{ring if options.ring > 1 else ')'}"
     )
     parts: list[Table | str] = [
         pattern.canonical(),
@@ -196,7 +200,7 @@ def _speed(options: Namespace, machine: Machine) -> float:
     bits = 32 if options.dtype == "float32" else 16
     if options.dtype == "float64" or bits not in machine.peak:
         raise ValueError(
-            f"--dtype must be one whose peak is known on {machine.name}: {_known(machine)}, got {options.dtype!r}"
+            f"--dtype must be one whose peak is known on {machine.name}: {_known(machine)}, got {shortened(options.dtype)}"
         )
     return options.efficiency * machine.peak[bits]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from longattn.attention.integrations import attention_config as configs
 from longattn.attention.integrations.catalog import MULTIHEAD_PRESETS, TABLE
 from longattn.attention.validate import check_type
+from longattn.patterncache.spans import shortened
 
 T = TypeVar("T", bound=type[nn.Module])
 
@@ -77,13 +78,15 @@ def register_attention(name: str, config: type = configs.AttentionConfig) -> Cal
     """
     check_type("name", name, str, "a string")
     if not is_dataclass(check_type("config", config, type, "a dataclass")):
-        raise TypeError(f"config must be a dataclass, got {config!r} ({type(config).__name__})")
+        raise TypeError(f"config must be a dataclass, got {shortened(config)} ({type(config).__name__})")
 
     def register(constructor: T) -> T:
         if not issubclass(check_type("constructor", constructor, type, "an nn.Module"), nn.Module):
-            raise TypeError(f"constructor must be an nn.Module, got {constructor!r}")
+            raise TypeError(f"constructor must be an nn.Module, got {shortened(constructor)}")
         if name in _REGISTRY and _REGISTRY[name].load()[0] is not constructor:
-            raise ValueError(f"name must not be taken, got {name!r} ({_REGISTRY[name].load()[0].__qualname__})")
+            raise ValueError(
+                f"name must not be taken, got {shortened(name)} ({_REGISTRY[name].load()[0].__qualname__})"
+            )
         _REGISTRY[name] = Registered((constructor, config))
         return constructor
 
@@ -99,7 +102,7 @@ def find_attention(name: object) -> tuple[type[nn.Module], type[Any]]:
     name = check_type("name", name, str, "a string")
     registered = _REGISTRY.get(name) or _REGISTRY.get(registered_name(name))
     if registered is None:
-        raise ValueError(f"name must be one of {', '.join(_REGISTRY)}, got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(_REGISTRY)}, got {shortened(name)}")
     return registered.load()
 
 
@@ -159,7 +162,7 @@ def _resolve_config(config: Any) -> tuple[type[nn.Module], Any]:
         name = next((n for n in _REGISTRY if _REGISTRY[n].load()[1] is type(config)), None)
     if name is None:
         raise TypeError(
-            f"config must be a mapping with a name, or a registered config, got {config!r} ({type(config).__name__})"
+            f"config must be a mapping with a name, or a registered config, got {shortened(config)} ({type(config).__name__})"
         )
     return find_attention(name)[0], config
 

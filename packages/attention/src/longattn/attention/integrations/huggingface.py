@@ -21,6 +21,7 @@ from longattn.attention.validate import check_bool, check_pattern_argument, chec
 from longattn.kernels import Softcap
 from longattn.kernels.interface import ScoreTerm
 from longattn.patterncache import Dilated, Full, Pattern, Window
+from longattn.patterncache.spans import shortened
 
 DEFAULT_PATTERNS: dict[str, Pattern] = {
     "longattn_full": Full(causal=True),
@@ -64,7 +65,7 @@ def register_with_transformers(patterns: Mapping[str, Pattern] | None = None) ->
     for name, pattern in by_name.items():
         check_type("patterns", name, str, "a mapping with names as keys")
         if name == saved.IMPLEMENTATION:
-            raise ValueError(f"patterns must have names other than use_pattern's, got {name!r}")
+            raise ValueError(f"patterns must have names other than use_pattern's, got {shortened(name)}")
         check_pattern_argument(pattern)
     for name, pattern in by_name.items():
         attentions.register(name, attention_function(pattern))
@@ -105,7 +106,7 @@ def streaming_cache(model: Any, *, max_rewind: int = 0, max_cache_len: int | Non
     function = functions.get(name)
     if getattr(function, "__module__", None) != __name__:
         raise ValueError(
-            f"model must have a pattern of longattn as its attn_implementation, got {name!r}: call use_pattern(model, ...)"
+            f"model must have a pattern of longattn as its attn_implementation, got {shortened(name)}: call use_pattern(model, ...)"
         )
     check_size("max_rewind", max_rewind, least=0)
     if max_cache_len is not None:

@@ -23,6 +23,7 @@ from longattn.attention.streaming.module import StreamingAttention
 from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import integers
 from longattn.patterncache import Pattern, parse_pattern
+from longattn.patterncache.spans import shortened
 
 MARK = "_longattn_stream"
 """The attribute of a key tensor that says which layer's stream it belongs to."""
@@ -119,7 +120,7 @@ class StreamLayer(CacheLayerMixin):
         for name, value in options.items():
             if name not in ("softmax_scale", "dropout_p") or (name == "dropout_p" and value):
                 raise ValueError(
-                    f"{name} must be none in a streaming cache of longattn, got {value!r}: use another cache"
+                    f"{name} must be none in a streaming cache of longattn, got {shortened(value)}: use another cache"
                 )
         scale = options.get("softmax_scale")
         if torch.compiler.is_compiling():

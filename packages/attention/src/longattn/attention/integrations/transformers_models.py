@@ -13,6 +13,7 @@ from longattn.attention.integrations.huggingface import register_with_transforme
 from longattn.attention.integrations.transformers_bias import declare_bias, withdraw_bias
 from longattn.attention.validate import check_pattern_argument
 from longattn.patterncache import Full, Pattern, parse_pattern
+from longattn.patterncache.spans import shortened
 
 Assignment = Pattern | Mapping[int | str, Pattern]
 
@@ -118,7 +119,9 @@ def _config_entry(model: Any, pattern: Assignment | None) -> str | dict[str, str
     if isinstance(pattern, Mapping):
         for key, value in pattern.items():
             if isinstance(key, bool) or not isinstance(cast(object, key), (int, str)):
-                raise TypeError(f"pattern must have layer numbers or names as keys, got {key!r} ({type(key).__name__})")
+                raise TypeError(
+                    f"pattern must have layer numbers or names as keys, got {shortened(key)} ({type(key).__name__})"
+                )
             check_pattern_argument(value)
         return {str(key): value.canonical() for key, value in pattern.items()}
     check_pattern_argument(pattern)
@@ -136,11 +139,11 @@ def _patterns_by_layer(entry: str | dict[str, str], layers: Mapping[str, Any]) -
         members = [name for name in layers if saved.matches(key, name)]
         if not members:
             raise ValueError(
-                f"pattern must have keys that are layers, such as {next(iter(layers), None)!r}, got {key!r}"
+                f"pattern must have keys that are layers, such as {next(iter(layers), None)!r}, got {shortened(key)}"
             )
         for name in members:
             if by_layer.setdefault(name, canonical) != canonical:
-                raise ValueError(f"pattern must name a layer once, got {name!r} under two patterns")
+                raise ValueError(f"pattern must name a layer once, got {shortened(name)} under two patterns")
     return by_layer
 
 

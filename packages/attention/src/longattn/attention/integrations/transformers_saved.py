@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from longattn.patterncache import Full, Pattern, parse_pattern
+from longattn.patterncache.spans import shortened
 
 IMPLEMENTATION = "longattn"
 """The `attn_implementation` of models whose configuration says the pattern."""
@@ -90,7 +91,7 @@ def pattern_of_layer(module: torch.nn.Module) -> Pattern:
         text = getattr(getattr(module, "config", None), FIELD, None)
     if not isinstance(text, str):
         raise ValueError(
-            f"config.{FIELD} must be one pattern unless use_pattern(model) is called once after loading, got {text!r} "
+            f"config.{FIELD} must be one pattern unless use_pattern(model) is called once after loading, got {shortened(text)} "
             f"in the configuration of {type(module).__name__}"
         )
     return parsed(text)

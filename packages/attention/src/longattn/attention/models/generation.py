@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longattn.attention.models.layers import DilatedTransformerEncoderLayer
 from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import check_positive, check_size
+from longattn.patterncache.spans import shortened
 
 if TYPE_CHECKING:
     from longattn.attention.models.longnet import LongNet
@@ -100,7 +101,7 @@ def generate(
     if temperature != 0:
         check_positive("temperature", temperature)
     if not 0 < check_positive("top_p", top_p) <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        raise ValueError(f"top_p must be in (0, 1], got {shortened(top_p)}")
     if tokens.dim() != 2 or not tokens.shape[1]:
         raise ValueError(f"tokens must be (batch, seq) with a token at least, got {tuple(tokens.shape)}")
     stops = torch.tensor([] if stop is None else [stop] if isinstance(stop, int) else list(stop), device=tokens.device)

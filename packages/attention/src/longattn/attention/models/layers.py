@@ -17,6 +17,7 @@ from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import check_embedded, check_factory, check_positive, check_size, check_type
 from longattn.kernels.interface import check_dropout
 from longattn.patterncache import Dilated, Full, Pattern
+from longattn.patterncache.spans import shortened
 
 _ACTIVATIONS = {"gelu": gelu, "relu": relu, "silu": silu}
 
@@ -47,7 +48,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(activation, str) or activation not in _ACTIVATIONS:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"activation must be one of {tuple(_ACTIVATIONS)}, got {activation!r}")
+            raise ValueError(f"activation must be one of {tuple(_ACTIVATIONS)}, got {shortened(activation)}")
         factory_kwargs = check_factory(device, dtype)
         self.activation = activation
         self.linear1 = nn.Linear(d_model, check_size("dim_feedforward", dim_feedforward), **factory_kwargs)

@@ -17,6 +17,7 @@ from longattn.attention.reaching import residues_budget
 from longattn.attention.validate import check_bool, check_factory, check_size, check_type
 from longattn.kernels.interface import check_dropout
 from longattn.patterncache import Dilated
+from longattn.patterncache.spans import shortened
 
 MOST_LAYERS = 1 << 16
 """Layers of a model: each is made."""
@@ -78,7 +79,7 @@ class LongNet(nn.Module):
         super().__init__()
         count, width = check_size("num_layers", num_layers), check_size("d_model", d_model)
         if count > MOST_LAYERS:
-            raise ValueError(f"num_layers must be at most {MOST_LAYERS}, got {count}")
+            raise ValueError(f"num_layers must be at most {MOST_LAYERS}, got {shortened(count)}")
         factory_kwargs = check_factory(device, dtype)
         options: dict[str, Any] = {
             "dropout": check_dropout("dropout", dropout),

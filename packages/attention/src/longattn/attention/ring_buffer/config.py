@@ -8,6 +8,7 @@ from typing import Literal
 
 from longattn.attention.validate import check_bool, check_positive, check_size
 from longattn.kernels.interface import check_backend_name, check_dropout
+from longattn.patterncache.spans import shortened
 
 Positions = Literal["absolute", "cache"]
 
@@ -113,7 +114,7 @@ class RingBufferConfig:
 
     def _check_positions(self) -> None:
         if self.positions not in ("absolute", "cache"):
-            raise ValueError(f"positions must be 'absolute' or 'cache', got {self.positions!r}")
+            raise ValueError(f"positions must be 'absolute' or 'cache', got {shortened(self.positions)}")
         if self.positions == "cache" and not self.causal:
             raise ValueError(
                 "positions must be 'absolute' where causal is False: places in the cache follow the query, got 'cache'"
@@ -138,7 +139,7 @@ class RingBufferConfig:
 def check_count(name: str, value: object) -> int:
     """An integer >= 0."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer >= 0, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be an integer >= 0, got {shortened(value)} ({type(value).__name__})")
     if value < 0:
-        raise ValueError(f"{name} must be an integer >= 0, got {value}")
+        raise ValueError(f"{name} must be an integer >= 0, got {shortened(value)}")
     return value

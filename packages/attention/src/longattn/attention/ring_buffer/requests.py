@@ -14,6 +14,7 @@ from longattn.attention.ring_buffer.rings import Geometry
 from longattn.attention.ring_buffer.state import RingBufferState
 from longattn.attention.validate import integers
 from longattn.kernels.interface import FLOATS, ScoreTerm, check_qkv, check_terms, dtype_name, tensors_in
+from longattn.patterncache.spans import shortened
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,13 @@ def check_position(position: object, positions: list[int], scope: str) -> None:
         value = integers(position) if position.dim() else int(position)
     listed: list[Any] = [*value] if isinstance(value, (list, tuple)) else [value] * max(1, len(positions))
     if any(isinstance(p, bool) or not isinstance(p, int) for p in listed):
-        raise TypeError(f"position must be None, an integer, or one for each row of the batch, got {position!r}")
+        raise TypeError(
+            f"position must be None, an integer, or one for each row of the batch, got {shortened(position)}"
+        )
     if positions and listed != positions:
         uniform = len(set(positions)) == 1
         raise ValueError(
-            f"position must be {positions[0] if uniform else positions}, the number of tokens written {scope}, got {position!r}"
+            f"position must be {positions[0] if uniform else positions}, the number of tokens written {scope}, got {shortened(position)}"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from longattn.attention.ring_buffer.linear_ring import LinearRing
 from longattn.attention.ring_buffer.saved import FORMAT, check_saved, clear_unused, saved_geometry, used_slots
 from longattn.kernels.interface import FLOATS, dtype_name
+from longattn.patterncache.spans import shortened
 
 if TYPE_CHECKING:
     from longattn.attention.ring_buffer.state import RingBufferState
@@ -65,7 +66,8 @@ def from_dict(
     if rings["kv"].device.type == "meta" != target_device.type:
         raise ValueError(f"saved.rings must hold data to go to {target_device}, got tensors on meta")
     if dtype is not None and dtype not in FLOATS:
-        raise ValueError(f"dtype must be one of {', '.join(map(dtype_name, FLOATS))}, got {dtype_name(dtype)}")
+        got = dtype_name(dtype) if isinstance(dtype, torch.dtype) else shortened(dtype)  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"dtype must be one of {', '.join(map(dtype_name, FLOATS))}, got {got}")
     state = kind(checked.geometry, checked.batch_size, dtype or checked.dtype, target_device)
     state.cursors = checked.clocks
     if "hidden" in rings:
@@ -103,7 +105,9 @@ def _fill(state: RingBufferState, rings: dict[str, Tensor], rows: slice) -> None
 def cat(states: Sequence[RingBufferState]) -> RingBufferState:
     """The rows of several states as one batch; see `RingBufferState.cat`."""
     if not isinstance(states, (tuple, list)) or not all(hasattr(state, "cursors") for state in states):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"states must be a sequence of RingBufferStates, got {states!r} ({type(states).__name__})")
+        raise TypeError(
+            f"states must be a sequence of RingBufferStates, got {shortened(states)} ({type(states).__name__})"
+        )
     if not states:
         raise ValueError("states must hold at least one state, got none")
     first = states[0]

@@ -12,6 +12,7 @@ from longattn.attention.ring_buffer import serialization
 from longattn.attention.ring_buffer.cursor import Cursor
 from longattn.attention.ring_buffer.rings import Geometry, Rings
 from longattn.attention.validate import check_device, integers, load_checked
+from longattn.patterncache.spans import shortened
 
 File = str | IO[bytes]
 
@@ -83,7 +84,7 @@ class RingBufferState(Rings):
         available, g = self.feedback_held, self.geometry
         if isinstance(n, bool) or not isinstance(cast(object, n), int) or not 0 <= n <= available:
             raise ValueError(
-                f"n must be an integer from 0 to {available}, the outputs that the feedback ring holds, got {n!r}"
+                f"n must be an integer from 0 to {available}, the outputs that the feedback ring holds, got {shortened(n)}"
             )
         if self.outputs is None:
             return torch.empty(self.batch_size, 0, g.num_heads, g.value_head_dim, dtype=self.dtype, device=self.device)
@@ -155,9 +156,9 @@ class RingBufferState(Rings):
             ValueError: copies is not an integer >= 1.
         """
         if isinstance(copies, bool) or not isinstance(cast(object, copies), int) or copies < 1:
-            raise ValueError(f"copies must be an integer >= 1, got {copies!r}")
+            raise ValueError(f"copies must be an integer >= 1, got {shortened(copies)}")
         if copies > MOST_COPIES:
-            raise ValueError(f"copies must be at most {MOST_COPIES}, got {copies}")
+            raise ValueError(f"copies must be at most {MOST_COPIES}, got {shortened(copies)}")
         copy = self.alias()
         copy.cursors = [cursor.clone() for cursor in self.cursors]
         return copy.reorder([row for row in range(self.batch_size) for _ in range(copies)])
@@ -242,7 +243,9 @@ class RingBufferState(Rings):
 
     def _check_rewind(self, cursor: Cursor, n: int) -> None:
         if not 0 <= n <= cursor.position:
-            raise ValueError(f"tokens must be from 0 to {cursor.position}, the tokens written so far, got {n}")
+            raise ValueError(
+                f"tokens must be from 0 to {cursor.position}, the tokens written so far, got {shortened(n)}"
+            )
         g = self.geometry
         restorable = max(cursor.restorable, cursor.position - g.buffer_size - g.max_rewind)
         earlier, moved_on = cursor.position - n, cursor.position - g.buffer_size
@@ -250,7 +253,7 @@ class RingBufferState(Rings):
             limit = cursor.position - g.buffer_size - restorable
             raise ValueError(
                 f"tokens must be at most {limit} here, because tokens that older ones left the window for cannot all come back "
-                f"(max_rewind={g.max_rewind}), got {n}"
+                f"(max_rewind={g.max_rewind}), got {shortened(n)}"
             )
 
 
@@ -261,5 +264,5 @@ def _integers(name: str, value: object) -> list[int]:
         raise TypeError(f"{name} must be integers, got a tensor that does not hold them here: {error}") from error
     numbers: list[Any] = [*listed] if isinstance(listed, (list, tuple)) else [None]
     if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
-        raise TypeError(f"{name} must be integers, got {value!r}")
+        raise TypeError(f"{name} must be integers, got {shortened(value)}")
     return numbers

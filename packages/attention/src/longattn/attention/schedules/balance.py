@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 
+from longattn.attention.schedules.layouts import MOST_LENGTH, MOST_RANKS
 from longattn.attention.validate import check_pattern_argument, check_size
 from longattn.patterncache import Pattern, Rectangle, Span
 
@@ -30,6 +31,10 @@ def balanced_lengths(pattern: Pattern, length: int, ranks: int, num_heads: int) 
     check_pattern_argument(pattern)
     heads = check_size("num_heads", num_heads)
     length, ranks = check_size("length", length), check_size("ranks", ranks)
+    if ranks > MOST_RANKS:
+        raise ValueError(f"ranks must be at most {MOST_RANKS}, each of whose shards is looked for, got {ranks}")
+    if length > MOST_LENGTH:
+        raise ValueError(f"length must be at most {MOST_LENGTH}, whose rows are looked at, got {length}")
     whole = pairs_of(pattern, 0, length, length, heads)
     borders = [0]
     for rank in range(1, ranks):

@@ -18,6 +18,7 @@ from longattn.attention.schedules.layouts import Spans
 from longattn.attention.schedules.passes import ScheduleRun, ScheduleWork
 from longattn.patterncache import Span
 from longattn.patterncache.canonical import spec_text
+from longattn.patterncache.spans import shortened
 
 _REGISTRY: dict[str, type[Schedule]] = {}
 """Every schedule that has a name, under it: a class registers itself when it is defined."""
@@ -122,6 +123,6 @@ def build_schedule(name: str, spec: dict[str, Any]) -> Schedule:
     """
     if name not in _REGISTRY:
         raise ValueError(
-            f"schedule must be one of {sorted(_REGISTRY)} (import the module that defines yours), got {name!r}"
+            f"schedule must be one of {sorted(_REGISTRY)} (import the module that defines yours), got {shortened(name)}"
         )
     return _REGISTRY[name].from_spec(spec)

@@ -48,6 +48,7 @@ from longattn.attention.schedules.transport import gather_integers
 from longattn.attention.validate import check_positive, integers
 from longattn.kernels.interface import check_attention_mask, dtype_name
 from longattn.patterncache import parse_pattern
+from longattn.patterncache.spans import shortened
 
 Lengths = int | tuple[int, ...] | None
 
@@ -62,13 +63,15 @@ def check_lengths(lengths: object, layout: str) -> Lengths:
     listed: Any = (lengths,) if isinstance(lengths, int) else lengths
     numbers: list[Any] = [*listed] if isinstance(listed, (tuple, list)) else [None]
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
-        raise TypeError(f"lengths must be None, the whole length, or one for each rank, got {lengths!r}")
+        raise TypeError(f"lengths must be None, the whole length, or one for each rank, got {shortened(lengths)}")
     if any(n < 0 for n in numbers):
-        raise ValueError(f"lengths must be >= 0, got {lengths!r}")
+        raise ValueError(f"lengths must be >= 0, got {shortened(lengths)}")
     if isinstance(lengths, int):
         return lengths
     if layout != "contiguous":
-        raise ValueError(f"lengths must be None or the whole length where layout is {layout!r}, got {lengths!r}")
+        raise ValueError(
+            f"lengths must be None or the whole length where layout is {layout!r}, got {shortened(lengths)}"
+        )
     return tuple(numbers)
 
 

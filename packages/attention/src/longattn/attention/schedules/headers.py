@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from longattn.attention.schedules.errors import GroupError
+from longattn.patterncache.spans import shortened
 
 FORMAT = 0x6C6F6E67_61747402
 """Of this layout of a header: "longat", and a number."""
@@ -181,7 +182,7 @@ def check_headers(headers: Sequence[Header], group: str) -> None:
                 continue
             phase, step = first.fields()["phase"], first.fields()["step"]
             raise GroupError(
-                f"ranks of group {group!r} must have the same {field} in call {first.call} ({_place(first)}), got {values[0]!r} on rank 0 "
+                f"ranks of group {group!r} must have the same {field} in call {first.call} ({_place(first)}), got {shortened(values[0])} on rank 0 "
                 f"and {values[1]!r} on rank {rank} ({_place(header)})",
                 rank=rank,
                 call=first.call,

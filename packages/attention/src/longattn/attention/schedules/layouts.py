@@ -19,6 +19,13 @@ import torch
 from torch import Tensor
 
 from longattn.patterncache import Span
+from longattn.patterncache.spans import shortened
+
+MOST_RANKS = 1024
+"""Ranks of a group: the steps of each are looked at."""
+
+MOST_LENGTH = 1 << 32
+"""Tokens of a sequence whose rows are looked at: eight bytes each."""
 
 Spans = tuple[Span, ...]
 LayoutName = Literal["contiguous", "zigzag", "striped"]
@@ -116,9 +123,9 @@ LAYOUTS: dict[str, Callable[[int, int], Layout]] = {"contiguous": contiguous, "z
 def check_layout(layout: object) -> str:
     """The name of a layout, or TypeError / ValueError that names the parameter."""
     if not isinstance(layout, str):
-        raise TypeError(f"layout must be one of {tuple(LAYOUTS)}, got {layout!r} ({type(layout).__name__})")
+        raise TypeError(f"layout must be one of {tuple(LAYOUTS)}, got {shortened(layout)} ({type(layout).__name__})")
     if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {tuple(LAYOUTS)}, got {layout!r}")
+        raise ValueError(f"layout must be one of {tuple(LAYOUTS)}, got {shortened(layout)}")
     return layout
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun, ScheduleWork, query_spans
 from longattn.patterncache import Span
+from longattn.patterncache.spans import shortened
 
 
 class _LocalRun(ScheduleRun):
@@ -69,6 +70,6 @@ def check_schedule_argument(schedule: object) -> Schedule:
         return Local()
     if not isinstance(schedule, Schedule):
         raise TypeError(
-            f"schedule must be None or a Schedule such as Ring(size=4), got {schedule!r} ({type(schedule).__name__})"
+            f"schedule must be None or a Schedule such as Ring(size=4), got {shortened(schedule)} ({type(schedule).__name__})"
         )
     return schedule

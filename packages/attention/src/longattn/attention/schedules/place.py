@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from longattn.patterncache.spans import shortened
+
 Parcel = tuple[int, Tensor]
 """(rank in the group, tensor that is sent to it or filled from it)."""
 
@@ -84,7 +86,9 @@ class Place:
         try:
             return dist.distributed_c10d._resolve_process_group(self.name)  # type: ignore[arg-type]
         except RuntimeError as error:
-            raise ValueError(f"group must be one that this process is in, got {self.name!r}: {error}") from error
+            raise ValueError(
+                f"group must be one that this process is in, got {shortened(self.name)}: {str(error)[:200]}"
+            ) from error
 
     @property
     def rank(self) -> int:

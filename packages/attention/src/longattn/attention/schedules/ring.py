@@ -21,11 +21,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longattn.attention.schedules.extents import Extents
 from longattn.attention.schedules.group import Members, OverGroup
-from longattn.attention.schedules.layouts import LAYOUTS, LayoutName, Spans, check_layout, take
+from longattn.attention.schedules.layouts import LAYOUTS, MOST_RANKS, LayoutName, Spans, check_layout, take
 from longattn.attention.schedules.passes import GradientSum, KeyStep, QueryShard, ScheduleRun, ScheduleWork, query_spans
 from longattn.attention.schedules.ring_process import GroupRun
 from longattn.attention.validate import check_size
 from longattn.patterncache import Span
+from longattn.patterncache.spans import shortened
 
 
 @dataclass(frozen=True, init=False)
@@ -38,7 +39,7 @@ class Ring(OverGroup, name="ring"):
 
     Args:
         group: a ProcessGroup, or a DeviceMesh of one dimension such as mesh["ring"]. Default None: in this process.
-        size: number of ranks, >= 1; with a group it is the group's.
+        size: number of ranks, 1 to 1024 in this process; with a group it is the group's.
         layout: "contiguous" (default), "zigzag" or "striped", as in `layouts`.
         lengths: with a group: the whole sequence's length, or, contiguous, that of every rank's shard. Default None: the ranks
             exchange their lengths at every call, and contiguous shards may have any.
@@ -70,18 +71,22 @@ class Ring(OverGroup, name="ring"):
         if group is not None:
             members = Members.of(group, layout, lengths, timeout)
             if size not in (None, members.place.size):
-                raise ValueError(f"size must be None or the group's, {members.place.size}, got {size!r}")
+                raise ValueError(f"size must be None or the group's, {members.place.size}, got {shortened(size)}")
             size = members.place.size
         elif lengths is not None:
-            raise ValueError(f"lengths must be None without a group, got {lengths!r}")
+            raise ValueError(f"lengths must be None without a group, got {shortened(lengths)}")
         elif timeout is not None:
-            raise ValueError(f"timeout must be None without a group, got {timeout!r}")
+            raise ValueError(f"timeout must be None without a group, got {shortened(timeout)}")
         elif size is None:
             raise TypeError(
                 "size must be an integer >= 1, got None, and neither is there a group: torch.distributed.group.WORLD is None until "
                 "init_process_group() was called"
             )
-        object.__setattr__(self, "size", check_size("size", size))
+        elif check_size("size", size) > MOST_RANKS:
+            raise ValueError(
+                f"size must be at most {MOST_RANKS} ranks in this process, which makes the steps of each, got {size}"
+            )
+        object.__setattr__(self, "size", size)
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "members", members)
 

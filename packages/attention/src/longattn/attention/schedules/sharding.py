@@ -17,6 +17,7 @@ from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.transport import Swapped, gather_integers, swap
 from longattn.attention.validate import check_type, integers
 from longattn.kernels.interface import TorchAllocator
+from longattn.patterncache.spans import shortened
 
 
 def shard_sequence(x: Tensor, schedule: Schedule, dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -66,9 +67,9 @@ def _axis_of(x: object, dim: object) -> int:
         raise TypeError(f"x must be a plain torch.Tensor, got one of layout {x.layout}")
     axes = x.dim()
     if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an integer, got {dim!r} ({type(dim).__name__})")
+        raise TypeError(f"dim must be an integer, got {shortened(dim)} ({type(dim).__name__})")
     if not -axes <= dim < axes:
-        raise ValueError(f"dim must be an axis of x, which has {axes}, got {dim}")
+        raise ValueError(f"dim must be an axis of x, which has {axes}, got {shortened(dim)}")
     return dim % axes
 
 

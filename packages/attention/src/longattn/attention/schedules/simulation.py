@@ -14,11 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from longattn.attention.schedules.layouts import LAYOUTS, Spans, count_rows
+from longattn.attention.schedules.layouts import LAYOUTS, MOST_RANKS, Spans, count_rows
 from longattn.attention.schedules.packing import packing_of
-from longattn.attention.schedules.traffic import MOST_RANKS, ScheduledCall, ulysses_shares
+from longattn.attention.schedules.traffic import ScheduledCall, ulysses_shares
 from longattn.kernels.interface import state_dtype
 from longattn.patterncache import Plan, Rectangle
+from longattn.patterncache.spans import shortened
 
 ENGINES = (*(f"ring {layout}" for layout in LAYOUTS), "all_gather", "ulysses")
 _MOST_PLANS = 1024
@@ -90,7 +91,7 @@ def simulate(call: ScheduledCall, engine: str, hardware: Hardware, *, backward: 
         ValueError: no such engine, more ranks than 1024 or than tokens, or Ulysses with fewer kv heads than ranks.
     """
     if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
+        raise ValueError(f"engine must be one of {ENGINES}, got {shortened(engine)}")
     if not 0 < call.ranks <= min(MOST_RANKS, call.length):
         raise ValueError(f"ranks must be 1 .. {min(MOST_RANKS, call.length)}, got {call.ranks}")
     if engine == "ulysses":

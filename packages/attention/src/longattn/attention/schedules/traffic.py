@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longattn.attention.schedules.all_gather import AllGather
 from longattn.attention.schedules.base import Schedule
-from longattn.attention.schedules.layouts import LAYOUTS, flat, neighbours, rows_by_rank
+from longattn.attention.schedules.layouts import LAYOUTS, MOST_LENGTH, MOST_RANKS, flat, neighbours, rows_by_rank
 from longattn.attention.schedules.packing import packing_of
 from longattn.attention.schedules.place import Place
 from longattn.attention.schedules.ring import Ring
@@ -23,9 +23,6 @@ from longattn.attention.schedules.ulysses import Ulysses
 from longattn.attention.validate import check_pattern_argument, check_size, check_type
 from longattn.kernels.interface import state_dtype
 from longattn.patterncache import Pattern, Rectangle, get_global_pattern_cache
-
-MOST_RANKS = 1024
-"""Ranks of a group: the steps of each are looked at."""
 
 MOST_IMBALANCE = 1.25
 """An engine whose slowest rank works more than that over the mean is chosen only where all do."""
@@ -211,11 +208,13 @@ def choose(
     if ranks > MOST_RANKS:
         raise ValueError(f"group must have at most {MOST_RANKS} ranks, each of whose steps is looked at, got {ranks}")
     check_type("dtype", dtype, torch.dtype, "a torch.dtype")
+    if check_size("length", length) > MOST_LENGTH:
+        raise ValueError(f"length must be at most {MOST_LENGTH}, whose rows are looked at, got {length}")
     heads = check_size("num_heads", num_heads)
     kv_heads = heads if kv_heads is None else check_size("kv_heads", kv_heads)
     if heads % kv_heads:
         raise ValueError(f"kv_heads must divide num_heads={heads}, got {kv_heads}")
-    call = ScheduledCall(check_pattern_argument(pattern), check_size("length", length), ranks, heads, kv_heads, check_size("head_dim", head_dim), check_size("batch", batch), dtype, None if value_head_dim is None else check_size("value_head_dim", value_head_dim))  # fmt: skip
+    call = ScheduledCall(check_pattern_argument(pattern), length, ranks, heads, kv_heads, check_size("head_dim", head_dim), check_size("batch", batch), dtype, None if value_head_dim is None else check_size("value_head_dim", value_head_dim))  # fmt: skip
     offers = [ring_traffic(call, layout) for layout in LAYOUTS]
     ulysses = ulysses_traffic(call)
     offers += [gather_traffic(call)] if ulysses is None else [ulysses, gather_traffic(call)]

@@ -17,6 +17,7 @@ from longattn.attention.schedules.extents import row_numbers
 from longattn.attention.validate import check_pattern_argument, integers
 from longattn.kernels.interface import as_seed, check_key_padding
 from longattn.patterncache import Documents
+from longattn.patterncache.spans import shortened
 
 
 def attend_in_place(
@@ -73,7 +74,9 @@ def attend_in_place(
 def check_positions_start(value: object, batch: int, nk: int) -> list[int]:
     """(batch,) integers in [0, Nk] of the whole sequence, as a list."""
     if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
-        raise TypeError(f"positions_start must be an integer tensor (batch,), got {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"positions_start must be an integer tensor (batch,), got {shortened(value)} ({type(value).__name__})"
+        )
     if value.shape != (batch,):
         raise ValueError(f"positions_start must have shape ({batch},), got {tuple(value.shape)}")
     starts = integers(value)

@@ -15,6 +15,7 @@ from torch import Tensor
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.local import check_schedule_argument
 from longattn.attention.sequences.left_padding import attend_in_place, check_positions_start, in_order
+from longattn.patterncache.spans import shortened
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
 """(q, k, v, **options) to (out, lse)."""
@@ -84,7 +85,7 @@ def pack_jagged(tensors: dict[str, Tensor], options: dict[str, Any]) -> tuple[li
         value = options.pop(name, None)
         if value is not None:
             raise ValueError(
-                f"{name} must be None for jagged nested tensors, which hold no padding and know their lengths, got {value!r}"
+                f"{name} must be None for jagged nested tensors, which hold no padding and know their lengths, got {shortened(value)}"
             )
     q, k, *_ = tensors.values()
     offsets, key_offsets = (cast(Any, x).offsets() for x in (q, k))

@@ -22,6 +22,7 @@ from longattn.attention.validate import (
 )
 from longattn.kernels.interface import autocast, check_qkv, dtype_name
 from longattn.patterncache import Pattern, Rectangle, Span
+from longattn.patterncache.spans import shortened
 
 
 class StreamingAttention(nn.Module):
@@ -88,10 +89,10 @@ class StreamingAttention(nn.Module):
         self.invariant = check_bool("invariant", invariant)
         self.max_rewind = check_size("max_rewind", max_rewind, least=0)
         if storage is not None and (not isinstance(cast(object, storage), str) or storage not in LARGEST):
-            raise ValueError(f"storage must be None, 'int8' or 'fp8', got {storage!r}")
+            raise ValueError(f"storage must be None, 'int8' or 'fp8', got {shortened(storage)}")
         if storage is not None and invariant:
             raise ValueError(
-                f"storage must be None where invariant is True: within a call keys are not rounded yet, got {storage!r}"
+                f"storage must be None where invariant is True: within a call keys are not rounded yet, got {shortened(storage)}"
             )
         self.storage: Storage | None = storage
         self._expiry = ExpiryTable(pattern, num_heads, self.kv_heads)

@@ -15,6 +15,7 @@ from longattn.attention.streaming.page_pool import PagePool
 from longattn.attention.streaming.page_table import PageTable
 from longattn.attention.streaming.serialization import from_dict, to_dict
 from longattn.attention.validate import integers, load_checked
+from longattn.patterncache.spans import shortened
 
 
 class StreamingState:
@@ -158,7 +159,7 @@ class StreamingState:
             most = table.position - table.restorable
             if not 0 <= amount <= most:
                 raise ValueError(
-                    f"tokens must be from 0 to {most}, those that can come back (max_rewind={self.max_rewind}), got {amount}"
+                    f"tokens must be from 0 to {most}, those that can come back (max_rewind={self.max_rewind}), got {shortened(amount)}"
                 )
         for table, amount in zip(self.tables, amounts, strict=True):
             table.rewind(table.position - amount)
@@ -264,5 +265,5 @@ class StreamingState:
 
     def _row(self, row: int) -> int:
         if not 0 <= row < self.batch_size:
-            raise ValueError(f"row must be from 0 to {self.batch_size - 1}, a row of the batch, got {row}")
+            raise ValueError(f"row must be from 0 to {self.batch_size - 1}, a row of the batch, got {shortened(row)}")
         return row

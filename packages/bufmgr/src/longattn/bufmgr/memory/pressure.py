@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from longattn.bufmgr.checks import check_kind
+from longattn.bufmgr.checks import check_kind, describe
 
 Cleanup = Literal["adaptive", "aggressive"]
 
@@ -78,11 +78,11 @@ def check_cleanup(cleanup: object) -> Cleanup:
     choices = get_args(Cleanup)
     expected = " or ".join(map(repr, choices))
     if not isinstance(cleanup, str):
-        raise TypeError(f"cleanup must be {expected}, got {cleanup!r}")
+        raise TypeError(f"cleanup must be {expected}, got {describe(cleanup)}")
     for choice in choices:
         if cleanup == choice:
             return choice
-    raise ValueError(f"cleanup must be {expected}, got {cleanup!r}")
+    raise ValueError(f"cleanup must be {expected}, got {describe(cleanup)}")
 
 
 class PressureGauge:

@@ -20,6 +20,7 @@ from longattn.kernels.dispatch.table import Explanation, RowFailure, TableRow, e
 from longattn.kernels.dispatch.work import Work, work_of
 from longattn.kernels.problem import AttentionProblem
 from longattn.patterncache import Plan
+from longattn.patterncache.spans import shortened
 
 logger = logging.getLogger("longattn.kernels")
 
@@ -86,7 +87,7 @@ def _why_fixed(problem: AttentionProblem, backend: str | None, plan: Plan | None
     """Why figures do not decide, or None."""
     setting = CHOICE.value()
     if setting not in ("", "evidence", "fixed"):
-        raise ValueError(f"LONGATTN_CHOICE must be evidence (the default) or fixed, got {setting!r}")
+        raise ValueError(f"LONGATTN_CHOICE must be evidence (the default) or fixed, got {shortened(setting)}")
     if backend is not None:
         return "backend is named"
     if setting == "fixed":

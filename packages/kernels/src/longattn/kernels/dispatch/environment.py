@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longattn.patterncache import get_global_pattern_cache
+from longattn.patterncache.spans import shortened
 
 T = TypeVar("T")
 
@@ -107,4 +108,4 @@ def find_environment(name: str, *, may_be_gone: bool = False) -> Environment:
         return environment
     if may_be_gone:
         return DEFAULT_ENVIRONMENT
-    raise ValueError(f"env must name a living environment, got {name!r}: the module that held it is gone")
+    raise ValueError(f"env must name a living environment, got {shortened(name)}: the module that held it is gone")

@@ -22,6 +22,7 @@ from longattn.kernels.dispatch.capability import Capability
 from longattn.kernels.hierarchy import MemoryTraffic
 from longattn.kernels.problem import AttentionProblem
 from longattn.patterncache import Plan
+from longattn.patterncache.spans import shortened
 
 TABLE: dict[str, str] = {
     "views_fa3": "longattn.kernels.eager.flash_packages:FA3",
@@ -136,9 +137,11 @@ def twice_differentiable() -> tuple[str, ...]:
 def check_backend_name(backend: object) -> str | None:
     """Return `backend`, or raise TypeError / ValueError unless it is None or names a row."""
     if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be None or one of {backends()}, got {backend!r} ({type(backend).__name__})")
+        raise TypeError(
+            f"backend must be None or one of {backends()}, got {shortened(backend)} ({type(backend).__name__})"
+        )
     if backend is not None and backend not in TABLE:
-        raise ValueError(f"backend must be None or one of {backends()}, got {backend!r}")
+        raise ValueError(f"backend must be None or one of {backends()}, got {shortened(backend)}")
     return backend
 
 

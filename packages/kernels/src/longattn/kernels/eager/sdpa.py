@@ -47,7 +47,24 @@ def _cpu_forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+    out, lse = kernel(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
+    # Where scores are infinite torch's kernel says one thing or another: an lse of 0 for a row of -inf, of inf or 0 for one with +inf.
+    if bool(((lse == 0) | ~lse.isfinite()).any()) and not _are_finite(q, k, lse.dtype, scale):
+        scores = q.to(lse.dtype) @ k.to(lse.dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * scale
+        scores = scores if mask is None else scores + mask
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+        most = scores.amax(-1)
+        wrong = ~(most < torch.inf)
+        lse = lse.masked_fill(most == -torch.inf, -torch.inf).masked_fill(wrong, torch.nan)
+        out = out.masked_fill(wrong.unsqueeze(-1), torch.nan)
+    return out, lse
+
+
+def _are_finite(q: Tensor, k: Tensor, dtype: torch.dtype, scale: float) -> bool:
+    """Whether no score of theirs can be beyond the type."""
+    most = [float(x.abs().amax()) for x in (q, k)]
+    return most[0] * most[1] * q.shape[-1] * max(1.0, abs(scale)) < torch.finfo(dtype).max
 
 
 def _cpu_backward(

@@ -5,7 +5,8 @@
 2. `library` loads the one that came with the package (a platform wheel has one for each level, in `prebuilt`), or one from the cache folder,
    or compiles it there first. It is asked for by the first call that needs the part. What
    fails then is remembered as one more reason.
-3. A compile writes a file of its own and renames it: nobody sees half a file. Of processes that want it at once, one compiles.
+3. A compile writes a file of its own and renames it: nobody sees half a file. Of processes that want it at once, one compiles; the others wait for it no
+   longer than a compiler may take.
 
 A file's name is a hash of source, flags and compiler, and a digest of its bytes. LONGATTN_NATIVE=0 switches the row off, another value is
 the widest level to use. Read once a process: LONGATTN_CACHE is the folder (default: longattn in the user's cache folder),
@@ -31,6 +32,7 @@ from longattn.kernels.native import compiling, cpu
 from longattn.kernels.native.compiling import COMPILERS, Compiler, NativeBuildError
 from longattn.kernels.native.cpu import CHOICES, LEVELS, PLAIN_TILES, levels
 from longattn.patterncache.progress import progress
+from longattn.patterncache.spans import shortened
 
 __all__ = [
     "COMPILERS",
@@ -119,7 +121,7 @@ def build_native(part: str = "native") -> Path:
         ValueError: an unknown part.
     """
     if not isinstance(part, str) or part not in PARTS:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {shortened(part)}")
     library(part)
     path = current(part).path
     assert path is not None
@@ -236,7 +238,7 @@ def _not_for_here(named: str, here: tuple[str, ...]) -> str | None:
     if named == "0":
         return "switched off by LONGATTN_NATIVE=0"
     if named not in ("", "1", *CHOICES):
-        return f"LONGATTN_NATIVE must be 0, 1 or one of {', '.join(CHOICES)}, got {named!r}"
+        return f"LONGATTN_NATIVE must be 0, 1 or one of {', '.join(CHOICES)}, got {shortened(named)}"
     if not here:
         return "this machine's processor is not known"
     if named == "amx" and (refused := cpu.refused()) is not None:
@@ -275,7 +277,7 @@ def compile_for(binary: Target) -> Path:
     source = files("longattn.kernels.native").joinpath(part.source)
     words = " ".join(compiler.words)
     what = f"compiling {part.subject} ({binary.level}) with {words} into {binary.folder} (once, usually under a minute; python -m longattn.kernels build does so beforehand)"
-    with progress(what, logger, after=0), cachefolder.workshop(binary.folder) as own:
+    with progress(what, logger, after=0), cachefolder.workshop(binary.folder, compiling.LONGEST_S) as own:
         by_another = cachefolder.find(binary.folder, binary.stem)
         if by_another is not None:
             return by_another

@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from longattn.kernels.native.cpu import LEVELS
+from longattn.patterncache.spans import shortened
 
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -58,7 +59,7 @@ def find() -> Compiler | str:
         try:
             words = shlex.split(preferred)
         except ValueError as problem:
-            return f"CXX must be a command line, got {preferred!r}: {problem}"
+            return f"CXX must be a command line, got {shortened(preferred)}: {problem}"
         first = shutil.which(words[0]) if words else None
         return (
             Compiler((first, *words[1:]), _identity(words))

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -256,7 +257,9 @@ def known(form: object, where: str) -> str | None:
     outcome = OUTCOMES.get((form, where))
     folder = cachefolder.cache_folder()
     if outcome is None and isinstance(folder, Path):
-        text = cachefolder.read_text(folder, _file_of(form, where))
+        text = None
+        with _not_kept(folder):
+            text = cachefolder.read_text(folder, _file_of(form, where))
         if text is not None and text == f"right: {form}, {where}\n":
             outcome = OUTCOMES[form, where] = ""
     return outcome
@@ -269,5 +272,15 @@ def keep(form: object, where: str, outcome: str) -> str:
     if outcome:
         logger.warning("row triton: %s", outcome)
     elif isinstance(folder, Path) and cachefolder.unwritable(folder) is None and cachefolder.refusal_of(folder) is None:
-        cachefolder.keep_text(folder, _file_of(form, where), f"right: {form}, {where}\n")
+        with _not_kept(folder):
+            cachefolder.keep_text(folder, _file_of(form, where), f"right: {form}, {where}\n")
     return outcome
+
+
+@contextmanager
+def _not_kept(folder: Path) -> Generator[None, None, None]:
+    """A folder that cannot be read or written costs a check in each process, and no call."""
+    try:
+        yield
+    except OSError as problem:
+        logger.warning("row triton: outcomes of self-checks are not kept in %s: %s", folder, problem)

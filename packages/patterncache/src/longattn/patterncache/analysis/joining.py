@@ -6,10 +6,11 @@ of a residue, hears of nobody near. A window mends it. For each rate the narrowe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import inf, log
+from math import log
 
 from longattn.patterncache.analysis.propagation import stretches
 from longattn.patterncache.analysis.reach import layers_needed
@@ -31,8 +32,8 @@ def for_length(
     num_heads = check_int("num_heads", num_heads, minimum=1, maximum=MOST_HEADS)
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float))):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"budget must be None or a number of keys, got {shortened(budget)} ({type(budget).__name__})")
-    if budget is not None and not 0 < budget < inf:
-        raise ValueError(f"budget must be at least a key a query, and finite, got {budget!r}")
+    if budget is not None and not 0 < budget <= sys.float_info.max:
+        raise ValueError(f"budget must be at least a key a query, and finite, got {shortened(budget)}")
     check_causal(causal)
     return _chosen(length, layers, budget, num_heads, causal).pattern
 
@@ -126,7 +127,7 @@ def _chosen(length: int, layers: int, budget: float | None, num_heads: int, caus
     if not budget >= cheapest.keys:
         raise ValueError(
             f"budget must be at least {cheapest.keys:.4g} keys a query, of the cheapest pattern that joins N={length} tokens in "
-            f"layers={layers}, got {budget!r}"
+            f"layers={layers}, got {shortened(budget)}"
         )
     return cheapest
 

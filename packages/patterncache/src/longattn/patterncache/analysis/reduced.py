@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longattn.patterncache.pattern import Pattern
-from longattn.patterncache.spans import Rectangle, Span, check_int
+from longattn.patterncache.spans import Rectangle, Span, check_int, shortened
 
 NEIGHBOURS = 16
 """Positions of a tile that are looked at, unless a caller says otherwise."""
@@ -38,7 +38,7 @@ def reduced_counts(
     length, num_heads = check_int("length", length, minimum=1), check_int("num_heads", num_heads, minimum=1)
     head = check_int("head", head, minimum=0)
     if head >= num_heads:
-        raise ValueError(f"head must be below num_heads={num_heads}, got {head}")
+        raise ValueError(f"head must be below num_heads={num_heads}, got {shortened(head)}")
     cells = min(check_int("cells", cells, minimum=1), length)
     run = min(length // cells, check_int("neighbours", neighbours, minimum=1))
     spans = tuple(Span(cell * length // cells, run) for cell in range(cells))

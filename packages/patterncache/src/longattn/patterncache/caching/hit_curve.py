@@ -45,6 +45,6 @@ class HitCurve:
         if isinstance(gain, bool) or not isinstance(gain, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"gain must be a number from 0 to 1, got {shortened(gain)}")
         if not 0 <= gain <= 1:
-            raise ValueError(f"gain must be a number from 0 to 1, got {gain}")
+            raise ValueError(f"gain must be a number from 0 to 1, got {shortened(gain)}")
         enough = self.hits[-1] - gain * self.asked
         return self.size + next(j for j, hits in enumerate(self.hits) if hits >= enough)

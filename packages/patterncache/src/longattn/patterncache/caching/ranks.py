@@ -18,6 +18,7 @@ from longattn.patterncache.caching.view import CacheView
 from longattn.patterncache.caching.wire import plan_digest, plan_from_bytes, plan_to_bytes
 from longattn.patterncache.pattern import Pattern
 from longattn.patterncache.plan import Plan
+from longattn.patterncache.spans import shortened
 
 _MISSING = "0" * 64
 
@@ -38,7 +39,7 @@ def build_on_one(
         RuntimeError: on the ranks that wait for a build that failed; the rank that builds raises what its build raised.
     """
     if not isinstance(cache, (PatternCache, CacheView)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"cache must be a PatternCache or a CacheView, got {cache!r} ({type(cache).__name__})")
+        raise TypeError(f"cache must be a PatternCache or a CacheView, got {shortened(cache)} ({type(cache).__name__})")
     mine = cache._cache.get(key)  # pyright: ignore[reportPrivateUsage]
     answers = _gather([_key_digest(key), _MISSING if mine is None else plan_digest(mine)], group)
     _check_equal("key", [keys for keys, _ in answers])

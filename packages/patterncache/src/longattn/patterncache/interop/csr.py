@@ -88,9 +88,16 @@ def as_device(device: Any) -> Any:
             torch.empty(
                 0, device=known
             )  # one without a driver, or that torch was built without, is known by name alone
-    except (RuntimeError, ValueError, AssertionError, ImportError) as error:  # which one, each backend says its own way
-        raise ValueError(
-            f"device must be one that torch has here, got {shortened(device)}: {str(error).partition(chr(10))[0]}"
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        ImportError,
+    ) as error:  # which one, each backend says its own way
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"device must be one that torch has here, got {shortened(device)}: {str(error).partition(chr(10))[0][:200]}"
         ) from error
     return known
 

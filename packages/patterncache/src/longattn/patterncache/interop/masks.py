@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from longattn.patterncache.analysis.propagation import MOST_TOKENS
 from longattn.patterncache.interop.dense_masks import coarsest_blocks, repeating
 from longattn.patterncache.interop.intervals_of_masks import pattern_of_intervals, strips
 from longattn.patterncache.interop.mask_answers import BYTES_PER_CELL, STRIP_CELLS, MaskMod, check_allowed
@@ -74,6 +75,8 @@ def from_mask_mod(
         raise ValueError(f"verify must be one of {VERIFY}, got {shortened(verify)}")
     if batch > MOST_BATCH:
         raise ValueError(f"batch must be at most {MOST_BATCH} entries, each of which is asked, got {batch}")
+    if length > MOST_TOKENS:
+        raise ValueError(f"N must be at most {MOST_TOKENS} tokens, each of which is asked about, got {length}")
     mask, shape = MaskMod(mask_mod, as_tensor), (heads, length, length)
     looked_at = "samples" if verify == "samples" else "every pair"
     with progress(

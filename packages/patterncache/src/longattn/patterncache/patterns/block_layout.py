@@ -162,9 +162,9 @@ def _check_ratio(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"ratio must be a number in (0, 1], got {shortened(value)} ({type(value).__name__})")
     # A constant also where torch.compile traces a symbolic number: see `spec_text`.
+    if not 0 < value <= 1:
+        raise ValueError(f"ratio must be in (0, 1], got {shortened(value)}")
     ratio = float.fromhex(value.hex()) if isinstance(value, float) else float(value)
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio must be in (0, 1], got {ratio}")
     if 1 / ratio > MOST:
         raise ValueError(f"ratio must be at least 1 / {MOST}, got {ratio}")
     return ratio

@@ -19,10 +19,11 @@ _MOST_PARTS = 64
 
 def joint_period(parts: Sequence[Pattern], closes: Callable[[Iterable[bool]], bool]) -> tuple[int | None, bool]:
     """The parts' common period; whether it is closed is for `any` or `all` of them to say."""
-    periods = [period for period, _ in (part.repeats for part in parts) if period is not None]
+    repeats = [part.repeats for part in parts]  # once: a part may have parts of its own
+    periods = [period for period, _ in repeats if period is not None]
     if len(periods) < len(parts):
         return None, False
-    return lcm(*periods), closes(closed for _, closed in (part.repeats for part in parts))
+    return lcm(*periods), closes(closed for _, closed in repeats)
 
 
 def through(part: Pattern, branches: Iterable[Branch], rectangle: Rectangle) -> Iterator[Branch]:

@@ -55,7 +55,7 @@ def parse_pattern(text: str) -> Pattern:
 
     Raises:
         TypeError: text is no str.
-        ValueError: text is not `["name",{spec}]`, or no pattern of that name is registered in this process.
+        ValueError: text is not `["name",{spec}]`, no pattern of that name is registered in this process, or its spec does not say one.
     """
     check_kind("text", text, str)
     return _parse_kept(text) if len(text) <= _KEPT_TEXT else _parse(text)
@@ -69,7 +69,18 @@ def _parse(text: str) -> Pattern:
         name, spec = json.loads(text)
     except (ValueError, TypeError) as error:
         raise ValueError(f"text must be a canonical string '[\"name\",{{...}}]', got {shortened(text)}") from error
-    return build_pattern(name, spec)
+    try:
+        return build_pattern(name, spec)
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        OverflowError,
+        TypeError,
+    ) as error:  # what JSON of any other shape runs into
+        raise ValueError(
+            f"text must hold the spec of a pattern named {shortened(name)}, got {shortened(text)}: {str(error)[:200]}"
+        ) from error
 
 
 def _depth(text: str) -> int:

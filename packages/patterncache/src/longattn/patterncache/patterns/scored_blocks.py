@@ -88,7 +88,9 @@ def choose_blocks(
             f"scores must be (q_blocks, k_blocks) or (heads, q_blocks, k_blocks), got {tuple(scores.shape)}"
         )
     if (topk is None) == (topp is None):
-        raise ValueError(f"topk (or topp) must be given, and not both, got topk={topk!r} and topp={topp!r}")
+        raise ValueError(
+            f"topk (or topp) must be given, and not both, got topk={shortened(topk)} and topp={shortened(topp)}"
+        )
     scores = scores.detach()
     q_blocks, k_blocks = scores.shape[-2:]
     own = torch.arange(q_blocks, device=scores.device)[:, None]
@@ -129,5 +131,5 @@ def _check_share(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"topp must be a number in (0, 1], got {shortened(value)} ({type(value).__name__})")
     if not 0 < value <= 1:
-        raise ValueError(f"topp must be in (0, 1], got {value}")
+        raise ValueError(f"topp must be in (0, 1], got {shortened(value)}")
     return float(value)
