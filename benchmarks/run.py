@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for.
 
     Returns:
-        0, or 1 if any gate was red.
+        0, or 1 if any gate was red, or 2 if no experiment has a key with the texts of --only.
     """
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
@@ -115,12 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("# " + ", ".join(f"{name}: {value}" for name, value in asdict(where).items()), flush=True)
     green = True
     first = True
+    experiment = None
     for experiment in chosen(arguments, where):
         if arguments.list:
             print(f"{experiment.labels.case} {experiment.key}")
             continue
         green = run_one(experiment, arguments, where, first) and green
         first = False
+    if experiment is None and not arguments.resume:
+        print(f"--only must be in some experiment's key (--list shows them), got {arguments.only}", file=sys.stderr)
+        return 2
     return 0 if green else 1
 
 

@@ -331,6 +331,16 @@ def test_resume_leaves_out_what_is_recorded(tmp_path: Path, monkeypatch: pytest.
     assert [row["variant"] for row in csv.DictReader((tmp_path / "toy.csv").read_text().splitlines())] == ["a", "b"]
 
 
+def test_a_text_that_no_key_has_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a run that measures nothing and is well."""
+    monkeypatch.setattr(run, "CASES", {"toy": "nowhere"})
+    monkeypatch.setattr(run, "experiments", lambda case, quick: [Toy()])
+    assert run.main(["--only", "nothing", "--threads", str(torch.get_num_threads())]) == 2
+    assert "got ['nothing']" in capsys.readouterr().err
+
+
 def test_rows_under_other_columns_are_refused(tmp_path: Path) -> None:
     """A file of another shape is left as it is."""
     path = tmp_path / "toy.csv"

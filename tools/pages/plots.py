@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
-from tools.pages import quality
+from tools.pages import quality_plots
 from tools.pages.rows import NOT_ATTENTION, Measured, measured, processors, records
 
 DIRECTIONS = ("forward", "forward+backward")
@@ -39,7 +39,7 @@ def draw_all() -> Iterator[tuple[str, Figure]]:
     yield "growth", growth()
     yield "stream", stream()
     yield "simulated-steps", simulated_steps()
-    yield from ((name, plot()) for name, plot in quality.PLOTS.items())
+    yield from ((name, plot()) for name, plot in quality_plots.PLOTS.items())
 
 
 def ratios(rows: list[Measured], title: str) -> Figure:

@@ -6,15 +6,17 @@ triton's own launcher runs; nothing is compiled and no GPU is needed. What kerne
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from subprocess import CalledProcessError
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -570,6 +572,47 @@ def test_tables_that_a_graph_captured_stay(monkeypatch: pytest.MonkeyPatch):
     del kept, lost, build
     gc.collect()
     assert tables[0]() is not None and tables[1]() is None
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "after torch.compile with graphs"])
+def test_tables_go_over_pinned_memory_and_nobody_waits(monkeypatch: pytest.MonkeyPatch, compiled: bool):
+    """On the current stream, with an event after the copy; where graphs of torch.compile may own memory of this thread, from another one."""
+    seen: list[tuple[object, ...]] = []
+    host = torch.arange(4, dtype=torch.int32)
+
+    def to(self: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        seen.append(("copy", device, non_blocking, threading.get_ident() == here))
+        return self
+
+    here, stream = threading.get_ident(), object()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: seen.append(("pinned",)) or self)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda on: seen.append(("on", on is stream)) or nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "Event", lambda: SimpleNamespace(record=lambda on: seen.append(("event", on is stream)))
+    )
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", SimpleNamespace())
+    if not compiled:
+        monkeypatch.delitem(sys.modules, "torch._inductor.cudagraph_trees")
+    device = torch.device("cuda", 1)
+    assert passes._to_device(host, device)[0] is host
+    assert seen == [("on", True), ("pinned",), ("copy", device, True, not compiled), ("event", True)]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_bound_launch_goes_to_the_device_of_its_tensors(
+    stub: StubDriver, monkeypatch: pytest.MonkeyPatch, index: int
+):
+    """Whichever device is current, as an unbound one does."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    stub.current, seen = 1 - index, list[tuple[int, bool]]()
+
+    def launch(tensors: object, seed: int, stream: int, capturing: bool) -> None:
+        seen.append((stub.current, capturing))
+
+    bound.launch_bound(cast(Any, [launch]), (), 0, torch.device("cuda", index))
+    assert seen == [(index, False)] and stub.current == 1 - index
 
 
 def test_another_stream_waits_for_the_copy_of_tables(stub: StubDriver, monkeypatch: pytest.MonkeyPatch):

@@ -115,11 +115,14 @@ def run(options: Namespace) -> Report:
         ("together", _gib(found.total), "on one device"),
     ]
     what = "step of training" if options.train else "forward of the whole sequence"
+    ring = (
+        f" on the slowest of {layer.readers} ranks looked at); {options.engine} receives {options.layers * layer.received / GIB:.3g} GiB on a device "
+        f"({found.transfer_seconds:.3g} s if nothing overlapped)"
+    )
     sentence = (
         f"a {what}: {found.seconds:.3g} s, {tokens / found.seconds:.4g} tokens a second on {options.ring} x {options.machine}: "
         f"{found.product_flops:.3g} FLOP in projections on a device at {options.efficiency:g} of its peak ({found.product_seconds:.3g} s), "
-        f"{found.attention_flops:.3g} in attention ({found.attention_seconds:.3g} s on the slowest of {layer.readers} ranks looked at); {options.engine} receives "
-        f"{options.layers * layer.received / GIB:.3g} GiB on a device ({found.transfer_seconds:.3g} s if nothing overlapped)"
+        f"{found.attention_flops:.3g} in attention ({found.attention_seconds:.3g} s{ring if options.ring > 1 else ')'}"
     )
     parts: list[Table | str] = [
         pattern.canonical(),

@@ -126,6 +126,7 @@ stand in registers beside scores, where wider tiles keep them in memory."""
 _ALONE: dict[tuple[str, str, str, int, int], TileShape] = {
     **{("masked", "forward", name, dim, 4): (64, 32, 8, 1) for name in _NVIDIA for dim in (16, 32)},
     **{("masked", "backward_keys", name, 64, 4): (32, 16, 8, 1) for name in _NVIDIA},
+    ("masked", "backward_keys", "sm_100", 64, 4): (16, 16, 8, 1),
     **{("masked", "backward_keys", name, 64, 2): (32, 32, 8, 1) for name in ("sm_80", "sm_89")},
     **{("masked", "backward_keys", name, 128, 2): (32, 16, 8, 1) for name in ("sm_80", "sm_89")},
     ("masked", "forward", "sm_89", 128, 4): (32, 16, 8, 1),

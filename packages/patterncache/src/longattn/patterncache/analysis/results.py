@@ -95,7 +95,9 @@ class Lint:
         if self.layers_known and self.layers is None:
             depth = "no depth joins all tokens"
         verdicts = [f"{self.islands} island{'s' * (self.islands != 1)}", depth]
-        verdicts += [f"{len(self.gaps)} branch(es) with uncovered residues"] * bool(self.gaps)
+        verdicts += [f"{len(self.gaps)} branch{'es' * (len(self.gaps) != 1)} with residues that no head covers"] * bool(
+            self.gaps
+        )
         verdicts += [f"{self.starved} tokens see only themselves"] * bool(self.starved)
         verdicts += [f"{self.blind} tokens see nothing"] * bool(self.blind)
         verdicts += [f"{self.fewest_keys} to {self.most_keys} keys per query, mean {self.mean_keys:.1f}"]
