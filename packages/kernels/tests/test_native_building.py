@@ -94,7 +94,7 @@ def test_a_cache_folder_that_cannot_be_written(place: str, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("place", ["/tmp/" + "x" * 300, "/tmp" + "/folder" * 900])
+@pytest.mark.parametrize("place", ["/" + "x" * 300, "/folder" * 900])
 def test_a_cache_folder_of_too_long_a_name(place: str, monkeypatch: pytest.MonkeyPatch):
     """Longer than the system takes, in one name or in all of them."""
     monkeypatch.setenv("LONGATTN_CACHE", place)

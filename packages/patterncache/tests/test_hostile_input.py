@@ -163,8 +163,8 @@ REFUSED = {
         "num_heads must be an integer from 1 to 1048576",
     ),
     "counts": (lambda: Full().to_dense(2**40), "at most 2147483648 dense counts"),
-    "lint": (lambda: Full().lint(2**40), "at most 268435456 tokens"),
-    "reach": (lambda: Window(4).reach(2, 2**40), "at most 268435456 tokens"),
+    "lint": (lambda: Full().lint(2**40), "N must be at most 268435456"),
+    "reach": (lambda: Window(4).reach(2, 2**40), "N must be at most 268435456"),
     "listed": (lambda: (Strided(3) | HierarchicalBlocks(2)).plan(square(2**30)), 'listed="allow"'),
 }
 

@@ -7,8 +7,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from longattn.patterncache.spans import shortened
-
 PATTERN_FORMS = """\
 patterns:
   full                          every token sees every token before it
@@ -23,11 +21,18 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 SHELLS = ("bash", "zsh", "tcsh")
 
 
+def _refusal(expected: str, text: str) -> argparse.ArgumentTypeError:
+    """What an argument must be and what came, cut where it is long."""
+    from longattn.patterncache.spans import shortened  # numpy comes with it, which no help needs
+
+    return argparse.ArgumentTypeError(f"{expected}, got {shortened(text)}")
+
+
 def _new_file(text: str) -> str:
     """A file that can be written later: said before anything is computed for it."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file in a folder that exists, got {shortened(text)}")
+        raise _refusal("must be a file in a folder that exists", text)
     return text
 
 
@@ -235,7 +240,7 @@ def whole(text: str) -> int:
 
 def _integer(text: str, least: int) -> int:
     if not text.strip().isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {shortened(text)}")
+        raise _refusal(f"must be an integer >= {least}", text)
     return int(text)
 
 
@@ -246,7 +251,7 @@ def fraction(text: str) -> float:
     except ValueError:
         number = -1.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {shortened(text)}")
+        raise _refusal("must be a number above 0", text)
     return number
 
 
@@ -254,5 +259,5 @@ def share(text: str) -> float:
     """A number above 0 and at most 1."""
     number = fraction(text)
     if number > 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {shortened(text)}")
+        raise _refusal("must be above 0 and at most 1", text)
     return number

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from longattn.patterncache import get_global_pattern_cache
+from longattn.patterncache import Plan, Rectangle, Span, get_global_pattern_cache, parse_pattern
 from longattn.patterncache.spans import shortened
 
 T = TypeVar("T")
@@ -109,3 +109,13 @@ def find_environment(name: str, *, may_be_gone: bool = False) -> Environment:
     if may_be_gone:
         return DEFAULT_ENVIRONMENT
     raise ValueError(f"env must name a living environment, got {shortened(name)}: the module that held it is gone")
+
+
+def find_plan_of(key: tuple[Any, ...], environment: Environment) -> Plan:
+    """The plan under a `plan_key`, from the environment's cache."""
+    return environment.cache.get_or_build(key, lambda: _build_plan(*key))
+
+
+def _build_plan(pattern: str, q_spans: tuple[int, ...], k_spans: tuple[int, ...], heads: tuple[int, ...]) -> Plan:
+    queries, keys = (tuple(Span(*flat[i : i + 3]) for i in range(0, len(flat), 3)) for flat in (q_spans, k_spans))
+    return parse_pattern(pattern).plan(Rectangle(heads[0], queries, keys, Span(*heads[1:])))

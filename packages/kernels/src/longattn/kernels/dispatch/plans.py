@@ -1,11 +1,10 @@
-"""Plans of the op's rectangles: the key of one, the one that a pattern cache holds, and those of lengths to come."""
+"""Plans of the op's rectangles: the key of one, the one of its arguments, and those of lengths to come."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
 
-from longattn.kernels.dispatch.environment import Environment
+from longattn.kernels.dispatch.environment import Environment, find_plan_of
 from longattn.kernels.ops.arguments import OpArguments
 from longattn.kernels.positions import last_positions
 from longattn.patterncache import Plan, Rectangle, Span, parse_pattern
@@ -19,16 +18,6 @@ def plan_key(arguments: OpArguments) -> tuple[Hashable, ...]:
 def find_plan(arguments: OpArguments, environment: Environment) -> Plan:
     """The plan of a rectangle, from the environment's cache."""
     return find_plan_of(plan_key(arguments), environment)
-
-
-def find_plan_of(key: tuple[Any, ...], environment: Environment) -> Plan:
-    """The plan under a `plan_key`, from the environment's cache."""
-    return environment.cache.get_or_build(key, lambda: _build_plan(*key))
-
-
-def _build_plan(pattern: str, q_spans: tuple[int, ...], k_spans: tuple[int, ...], heads: tuple[int, ...]) -> Plan:
-    queries, keys = (tuple(Span(*flat[i : i + 3]) for i in range(0, len(flat), 3)) for flat in (q_spans, k_spans))
-    return parse_pattern(pattern).plan(Rectangle(heads[0], queries, keys, Span(*heads[1:])))
 
 
 def plans_ahead(arguments: OpArguments, serves: Callable[[Plan], bool], first: int, number: int) -> list[Plan]:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Environment
-from longattn.kernels.dispatch.plans import find_plan_of, plan_key
+from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Environment, find_plan_of
+from longattn.kernels.dispatch.plans import plan_key
 from longattn.kernels.dispatch.prepared import PREPARED, prepared_for, rectangle_key
 from longattn.kernels.dispatch.table import TableRow
 from longattn.kernels.ops.arguments import OpArguments, OpTensors

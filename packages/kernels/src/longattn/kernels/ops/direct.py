@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
-from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Environment, find_environment
-from longattn.kernels.dispatch.plans import find_plan, find_plan_of
+from longattn.kernels.dispatch.environment import DEFAULT_ENVIRONMENT, Environment, find_environment, find_plan_of
+from longattn.kernels.dispatch.plans import find_plan
 from longattn.kernels.dispatch.prepared import (
     LENGTHS,
     PREPARED,
