@@ -156,6 +156,37 @@ CALLS["attention.RingBufferState.cat"] = lambda: (attention.RingBufferState.cat,
 CALLS["attention.RingBufferState.from_state_dict"] = lambda: (
     attention.RingBufferState.from_state_dict, {"saved": state().state_dict()},
 )  # fmt: skip
+STREAMING = attention.StreamingAttention(Window(3), num_heads=2, head_dim=4, max_rewind=2)
+add("attention.StreamingAttention.forward", STREAMING, **qkv(), state=None, rows=None, return_lse=False)
+add("attention.StreamingAttention.new_state", STREAMING.new_state, batch_size=1, pool=None, dtype=None, device=None)
+add("attention.StreamingAttention.new_pool", STREAMING.new_pool, pages=2, page_size=4, dtype=None, device=None)
+add("attention.StreamingAttention.most_held", STREAMING.most_held, length=5)
+
+
+def stream() -> attention.StreamingState:
+    """Two rows of four tokens."""
+    return STREAMING(**{name: x(2, 4, 2, 4) for name in "qkv"})[1]
+
+
+for _name, _arguments in {
+    "positions_held": lambda: {"row": 0},
+    "clear": lambda: {"row": 0},
+    "admit": lambda: {"row": 0, "other": stream(), "source": 0},
+    "reorder": lambda: {"index": [0]},
+    "fork": lambda: {"copies": 2},
+    "rewind": lambda: {"tokens": 1},
+    "from_state_dict": lambda: {"saved": stream().state_dict()},
+}.items():
+    CALLS[f"attention.StreamingState.{_name}"] = lambda name=_name, arguments=_arguments: (
+        getattr(stream(), name), arguments(),
+    )  # fmt: skip
+CALLS["attention.LongNet.generate"] = lambda: (
+    attention.LongNet(5, 8, 2, 1, **SHAPE).eval().generate,
+    {
+        "tokens": torch.zeros(1, 4, dtype=torch.int64), "max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "stop": None, "callback": None,
+        "prefill_size": 4, "generator": None,
+    },
+)  # fmt: skip
 GROUPED = {"layout": "contiguous", "lengths": None}
 CALLS["attention.AllGather"] = lambda: (attention.AllGather, {"group": dist.group.WORLD, **GROUPED})
 CALLS["attention.Ulysses"] = lambda: (attention.Ulysses, {"group": dist.group.WORLD, **GROUPED, "inner": None})

@@ -14,6 +14,7 @@ LISTED: dict[str, dict[str, int]] = {
     "attention": {
         "__init__": 1,  # public names are lazy
         "cli.main": 1,  # a subcommand's module is imported when it is run: --help needs no torch
+        "cli.parser": 1,  # what a wrong argument was is cut by a function that comes with numpy: --help needs neither
         "integrations.factory": 2,  # a registered kind may be named by where it stands; RingBufferAttention is, so that it loads when asked for
         "integrations.huggingface": 1,  # the cache's layers are classes of transformers', an extra
         "integrations.xformers": 1,  # xFormers' own module, optional

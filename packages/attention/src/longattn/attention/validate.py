@@ -18,6 +18,9 @@ T = TypeVar("T")
 MOST_SIZE = 1 << 62
 """Sums of two positions are int64."""
 
+MOST_COPIES = 1 << 20
+"""Rows that a row may become: each is listed."""
+
 _HINTS = {
     "attn_mask": "attention_mask is the name here, and True = may see (torch's attn_mask differs between functions and modules)",
     "attention_dropout": "dropout is the one name",
@@ -61,6 +64,25 @@ def check_type(name: str, value: object, kind: type[T], expected: str) -> T:
 def integers(x: torch.Tensor) -> list[int]:
     """The elements of an integer tensor, read on the host."""
     return cast(Any, x.flatten()).tolist()
+
+
+def check_integers(name: str, value: object) -> list[int]:
+    """A list, a tuple or a tensor of integers, as a list."""
+    try:
+        listed: Any = integers(value) if isinstance(value, torch.Tensor) else value
+    except RuntimeError as error:
+        raise TypeError(f"{name} must be integers, got a tensor that does not hold them here: {error}") from error
+    numbers: list[Any] = [*listed] if isinstance(listed, (list, tuple)) else [None]
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+        raise TypeError(f"{name} must be integers, got {shortened(value)}")
+    return numbers
+
+
+def check_copies(copies: object) -> int:
+    """How many rows each row of a state's batch becomes."""
+    if check_size("copies", copies) > MOST_COPIES:
+        raise ValueError(f"copies must be at most {MOST_COPIES}, got {shortened(copies)}")
+    return cast(int, copies)
 
 
 def check_pattern_argument(pattern: object) -> Pattern:

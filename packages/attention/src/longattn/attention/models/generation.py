@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longattn.attention.models.layers import DilatedTransformerEncoderLayer
 from longattn.attention.streaming.stream_state import StreamingState
-from longattn.attention.validate import check_positive, check_size
+from longattn.attention.validate import check_integers, check_positive, check_size, check_type
 from longattn.patterncache.spans import shortened
 
 if TYPE_CHECKING:
@@ -84,6 +84,13 @@ class TokenStream:
         self.states = [None if entry is None else StreamingState.from_state_dict(entry) for entry in entries]
 
 
+def check_tokens(tokens: object) -> None:
+    """(batch, seq) integers."""
+    checked = check_type("tokens", tokens, Tensor, "a torch.Tensor of integers (batch, seq)")
+    if checked.dtype not in (torch.int64, torch.int32) or checked.dim() != 2:
+        raise TypeError(f"tokens must be int64 or int32 (batch, seq), got {checked.dtype} {tuple(checked.shape)}")
+
+
 def generate(
     stream: Callable[[Tensor], Tensor],
     tokens: Tensor,
@@ -96,15 +103,22 @@ def generate(
     generator: torch.Generator | None,
 ) -> Tensor:
     """`LongNet.generate` over a stream of its tokens."""
+    check_tokens(tokens)
     check_size("max_new_tokens", max_new_tokens)
     check_size("prefill_size", prefill_size)
-    if temperature != 0:
-        check_positive("temperature", temperature)
+    if not isinstance(cast(object, temperature), (int, float)) or temperature:
+        temperature = check_positive("temperature", temperature)
     if not 0 < check_positive("top_p", top_p) <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {shortened(top_p)}")
-    if tokens.dim() != 2 or not tokens.shape[1]:
+    if not tokens.shape[1]:
         raise ValueError(f"tokens must be (batch, seq) with a token at least, got {tuple(tokens.shape)}")
-    stops = torch.tensor([] if stop is None else [stop] if isinstance(stop, int) else list(stop), device=tokens.device)
+    if generator is not None:
+        check_type("generator", generator, torch.Generator, "None or a torch.Generator")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be None or callable, got {shortened(callback)} ({type(callback).__name__})")
+    one = isinstance(stop, int) and not isinstance(stop, bool)
+    listed = [] if stop is None else [stop] if one else check_integers("stop", stop)
+    stops = torch.tensor([check_size("stop", token, least=0) for token in listed], device=tokens.device)
     logits = tokens.new_empty(0)
     for begin in range(0, tokens.shape[1], prefill_size):
         logits = stream(tokens[:, begin : begin + prefill_size])[:, -1]

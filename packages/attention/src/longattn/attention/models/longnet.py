@@ -11,10 +11,10 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from longattn.attention.arguments import CallOptions
-from longattn.attention.models.generation import TokenStream, generate
+from longattn.attention.models.generation import TokenStream, check_tokens, generate
 from longattn.attention.models.layers import DilatedTransformerEncoderLayer
 from longattn.attention.reaching import residues_budget
-from longattn.attention.validate import check_bool, check_factory, check_size, check_type
+from longattn.attention.validate import check_bool, check_factory, check_size
 from longattn.kernels.interface import check_dropout
 from longattn.patterncache import Dilated
 from longattn.patterncache.spans import shortened
@@ -117,9 +117,7 @@ class LongNet(nn.Module):
             key_padding_mask: (batch, seq) bool, True = padding.
             options: `CallOptions`, as in `pattern_attention`.
         """
-        check_type("tokens", tokens, Tensor, "a torch.Tensor of integers (batch, seq)")
-        if tokens.dtype not in (torch.int64, torch.int32) or tokens.dim() != 2:
-            raise TypeError(f"tokens must be int64 or int32 (batch, seq), got {tokens.dtype} {tuple(tokens.shape)}")
+        check_tokens(tokens)
         x = self.dropout(self.embedding(tokens) * self.embedding.embedding_dim**0.5)
         for layer in self.layers:
             if self.checkpointing and self.training:

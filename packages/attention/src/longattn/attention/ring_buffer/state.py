@@ -11,13 +11,10 @@ from torch import Tensor
 from longattn.attention.ring_buffer import serialization
 from longattn.attention.ring_buffer.cursor import Cursor
 from longattn.attention.ring_buffer.rings import Geometry, Rings
-from longattn.attention.validate import check_device, integers, load_checked
+from longattn.attention.validate import check_copies, check_device, check_integers, load_checked
 from longattn.patterncache.spans import shortened
 
 File = str | IO[bytes]
-
-MOST_COPIES = 1 << 20
-"""Rows that a row may become: each is listed."""
 
 
 class RingBufferState(Rings):
@@ -133,7 +130,7 @@ class RingBufferState(Rings):
         Raises:
             TypeError, ValueError: index is not a list of rows of the batch.
         """
-        rows = _integers("index", index)
+        rows = check_integers("index", index)
         if any(not 0 <= row < self.batch_size for row in rows):
             raise ValueError(f"index must name rows from 0 to {self.batch_size - 1}, got {rows}")
         size = self.batch_size
@@ -153,12 +150,9 @@ class RingBufferState(Rings):
         """A state of its own with each row of the batch `copies` times, neighbours alike: the beams of each prompt.
 
         Raises:
-            ValueError: copies is not an integer >= 1.
+            TypeError, ValueError: copies is not an integer >= 1, or too large.
         """
-        if isinstance(copies, bool) or not isinstance(cast(object, copies), int) or copies < 1:
-            raise ValueError(f"copies must be an integer >= 1, got {shortened(copies)}")
-        if copies > MOST_COPIES:
-            raise ValueError(f"copies must be at most {MOST_COPIES}, got {shortened(copies)}")
+        check_copies(copies)
         copy = self.alias()
         copy.cursors = [cursor.clone() for cursor in self.cursors]
         return copy.reorder([row for row in range(self.batch_size) for _ in range(copies)])
@@ -232,7 +226,7 @@ class RingBufferState(Rings):
     def _amounts(self, tokens: object) -> list[int]:
         if isinstance(tokens, int) and not isinstance(tokens, bool):
             return [tokens] * self.batch_size
-        amounts = _integers("tokens", tokens)
+        amounts = check_integers("tokens", tokens)
         if len(amounts) == 1:
             amounts *= self.batch_size
         if len(amounts) != self.batch_size:
@@ -255,14 +249,3 @@ class RingBufferState(Rings):
                 f"tokens must be at most {limit} here, because tokens that older ones left the window for cannot all come back "
                 f"(max_rewind={g.max_rewind}), got {shortened(n)}"
             )
-
-
-def _integers(name: str, value: object) -> list[int]:
-    try:
-        listed: Any = integers(value) if isinstance(value, Tensor) else value
-    except RuntimeError as error:
-        raise TypeError(f"{name} must be integers, got a tensor that does not hold them here: {error}") from error
-    numbers: list[Any] = [*listed] if isinstance(listed, (list, tuple)) else [None]
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
-        raise TypeError(f"{name} must be integers, got {shortened(value)}")
-    return numbers

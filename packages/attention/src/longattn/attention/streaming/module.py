@@ -16,6 +16,8 @@ from longattn.attention.streaming.slot_buffer import LARGEST, Storage
 from longattn.attention.streaming.stream_state import StreamingState
 from longattn.attention.validate import (
     check_bool,
+    check_factory,
+    check_integers,
     check_pattern_argument,
     check_positive,
     check_size,
@@ -118,7 +120,7 @@ class StreamingAttention(nn.Module):
             pool = self.new_pool(dtype=dtype, device=device)
         else:
             self._check_pool(pool, dtype, device)
-        return StreamingState(pool, self.kv_heads, batch_size, self.max_rewind)
+        return StreamingState(pool, self.kv_heads, check_size("batch_size", batch_size), self.max_rewind)
 
     def new_pool(
         self,
@@ -136,7 +138,7 @@ class StreamingAttention(nn.Module):
             pages: how many there are, all at once; a call that needs more raises MemoryError, and its state is as it was. Default None: as many as needed.
             page_size: a power of two. Default 64. dtype: default torch's. device: default the current one.
         """
-        like = torch.empty(0, dtype=dtype, device=device)
+        like = torch.empty(0, **check_factory(device, dtype))
         return PagePool((self.head_dim, self.value_head_dim), like.dtype, like.device, self.storage, pages, page_size)
 
     def most_held(self, length: int) -> int:
@@ -201,7 +203,7 @@ class StreamingAttention(nn.Module):
         check_bool("return_lse", return_lse)
         if state is None:
             if rows is not None:
-                raise ValueError(f"rows must be None without a state, got {rows}")
+                raise ValueError(f"rows must be None without a state, got {shortened(rows)}")
             state = self.new_state(k.shape[0], dtype=k.dtype, device=k.device)
         chosen = self._check_state(state, k, rows)
         n = q.shape[1]
@@ -287,9 +289,11 @@ class StreamingAttention(nn.Module):
             if k.shape[0] != state.batch_size:
                 raise ValueError(f"k must have the batch size of state, {state.batch_size}, got {k.shape[0]}")
             return None
-        named = [int(row) for row in rows]
+        named = check_integers("rows", rows)
         if len(named) != k.shape[0] or len(set(named)) != len(named):
-            raise ValueError(f"rows must name {k.shape[0]} different rows, one for each row of q, got {named}")
+            raise ValueError(
+                f"rows must name {k.shape[0]} different rows, one for each row of q, got {shortened(named)}"
+            )
         if any(not 0 <= row < state.batch_size for row in named):
-            raise ValueError(f"rows must lie between 0 and {state.batch_size - 1}, got {named}")
+            raise ValueError(f"rows must lie between 0 and {state.batch_size - 1}, got {shortened(named)}")
         return named

@@ -14,7 +14,7 @@ from longattn.attention.streaming.held_keys import HeldKeys, KeyPlacement
 from longattn.attention.streaming.page_pool import PagePool
 from longattn.attention.streaming.page_table import PageTable
 from longattn.attention.streaming.serialization import from_dict, to_dict
-from longattn.attention.validate import integers, load_checked
+from longattn.attention.validate import check_copies, check_integers, check_size, check_type, load_checked
 from longattn.patterncache.spans import shortened
 
 
@@ -93,8 +93,9 @@ class StreamingState:
         """Put row `source` of another state in the place of a row of this one: of the same pool, by sharing pages. In place; returns the state.
 
         Raises:
-            ValueError: states of other sizes, dtypes or devices. MemoryError: too few free pages in the pool.
+            TypeError, ValueError: no state, one of other sizes, dtypes or devices, or no row of the batch. MemoryError: too few free pages in the pool.
         """
+        check_type("other", other, StreamingState, "a StreamingState")
         for name in ("widths", "kv_heads", "max_rewind", "dtype", "device", "storage"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
@@ -104,7 +105,7 @@ class StreamingState:
             raise ValueError(
                 f"other must be a state with pages of {self.pool.page_size} slots, as this one, got {other.pool.page_size}"
             )
-        row, source = self._row(row), other._row(source)
+        row, source = self._row(row), other._row(source, "source")
         table = other.tables[0 if other.uniform else source].clone()
         self._reserve(table.used)
         table.slots, table.last = (x[:, : self.capacity] for x in (table.slots, table.last))
@@ -117,10 +118,9 @@ class StreamingState:
         """Row b becomes what row index[b] was: beam search. In place, and the batch may change its size; returns the state.
 
         Raises:
-            ValueError: index does not name rows of the batch.
+            TypeError, ValueError: index is not a list of rows of the batch.
         """
-        listed = integers(index) if isinstance(index, Tensor) else list(index)
-        rows = [self._row(row) for row in listed]
+        rows = [self._row(row, "index") for row in check_integers("index", index)]
         if not self.uniform and rows:
             self.tables = [self.tables[row].clone() for row in rows]
         self.batch_size = len(rows)
@@ -135,19 +135,24 @@ class StreamingState:
         return copy
 
     def fork(self, copies: int) -> StreamingState:
-        """A state of its own with each row of the batch `copies` times, neighbours alike."""
+        """A state of its own with each row of the batch `copies` times, neighbours alike.
+
+        Raises:
+            TypeError, ValueError: copies is not an integer >= 1, or too large.
+        """
+        check_copies(copies)
         return self.clone().reorder([row for row in range(self.batch_size) for _ in range(copies)])
 
     def rewind(self, tokens: int | Sequence[int]) -> StreamingState:
         """Forget the last tokens of all rows, or so many of each. In place; returns the state.
 
         Raises:
-            ValueError: more than were written, or than `max_rewind` lets come back.
+            TypeError, ValueError: no such number, more than were written, or than `max_rewind` lets come back.
         """
-        if isinstance(tokens, int):
+        if isinstance(tokens, int) and not isinstance(tokens, bool):
             amounts = [tokens] * len(self.tables)
         else:
-            amounts = list(tokens)
+            amounts = check_integers("tokens", tokens)
             if len(amounts) != self.batch_size:
                 raise ValueError(
                     f"tokens must be one number or {self.batch_size}, one for each row, got {len(amounts)}"
@@ -263,7 +268,9 @@ class StreamingState:
             table.grow(-(-capacity // size) * size)
         self.page_table.grow(self.capacity)
 
-    def _row(self, row: int) -> int:
-        if not 0 <= row < self.batch_size:
-            raise ValueError(f"row must be from 0 to {self.batch_size - 1}, a row of the batch, got {shortened(row)}")
+    def _row(self, row: int, name: str = "row") -> int:
+        if check_size(name, row, least=0) >= self.batch_size:
+            raise ValueError(
+                f"{name} must be from 0 to {self.batch_size - 1}, a row of the batch, got {shortened(row)}"
+            )
         return row
