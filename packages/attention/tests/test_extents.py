@@ -7,7 +7,11 @@ from longattn.attention import Local, MultiheadPatternAttention, Ring
 from longattn.attention.schedules.base import Schedule
 from longattn.attention.schedules.extents import (
     BIAS,
+    BY_ELEMENT,
+    BY_HEAD,
     CONFLICT,
+    HAS_ROWS,
+    MASK,
     ONE_FOR_ALL,
     PADDING,
     Extents,
@@ -16,6 +20,7 @@ from longattn.attention.schedules.extents import (
     mask_has_rows,
     row_numbers,
 )
+from longattn.attention.schedules.passes import ScheduleRun
 from longattn.patterncache import Full, Span
 
 ROWS, ONE = torch.ones(1, 2, 5, 7, dtype=torch.bool), torch.ones(1, 2, 1, 7, dtype=torch.bool)
@@ -27,6 +32,7 @@ def test_one_process_holds_the_whole(schedule):
     extents = schedule.extents(5, 13, None)
     assert extents == Extents.of_whole(5, 13)
     assert (extents.query_spans(), extents.query_spans(2)) == ((Span(8, 5),), (Span(2, 5),))
+    assert schedule.extents(5, 3, None).query_spans() == extents.query_spans(0) == (Span(0, 5),)
 
 
 def test_rows_of_a_part():
@@ -92,6 +98,20 @@ def test_masks_of_different_kinds_are_refused(flags, words):
 def test_flags_are_bits():
     """A floating mask of one row for five queries."""
     assert mask_flags(None, torch.zeros(7), 5) & (BIAS | ONE_FOR_ALL) == BIAS | ONE_FOR_ALL
+
+
+@pytest.mark.parametrize(
+    ("shape", "flags"),
+    [((1, 1), 0), ((2, 1), BY_ELEMENT), ((3, 1), BY_ELEMENT), ((1, 2), BY_HEAD), ((2, 2), BY_ELEMENT | BY_HEAD)],
+)
+def test_a_mask_of_heads_or_of_batch_elements_says_so(shape: tuple[int, int], flags: int):
+    """(batch, heads) of a bool mask with rows."""
+    assert mask_flags(None, torch.ones(*shape, 5, 7, dtype=torch.bool), 5) == MASK | HAS_ROWS | flags
+
+
+def test_gradients_of_a_schedule_that_says_nothing_are_added_up():
+    """In float32, until they are whole: what `AllGather` counts on."""
+    assert ScheduleRun.in_parts
 
 
 class Elsewhere(Schedule, name="elsewhere"):
