@@ -110,7 +110,7 @@ RECORDS = {
     },
     "kernels": {"AttentionProblem", "Capability", "Explanation"},
     # Enumerations, and what is for transformers (its tests are in `test_use_pattern`).
-    "attention": {"TileOrder", "TileType", "use_pattern", "register_with_transformers", "streaming_cache", "GroupError", "StreamingState", "PagePool"},
+    "attention": {"TileOrder", "TileType", "use_pattern", "register_with_transformers", "streaming_cache", "GroupError", "PagePool"},
 }  # fmt: skip
 
 

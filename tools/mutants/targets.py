@@ -77,7 +77,7 @@ TARGETS: dict[str, Target] = {
     "native": Target(
         "kernels",
         ("native/*.h", "native/*.cpp"),
-        tuple(f"kernels/test_native_{name}" for name in ("short", "decode", "rows")),
+        (*(f"kernels/test_native_{name}" for name in ("short", "decode", "rows")), "kernels/test_score_terms"),
         # Narrower forms than the machine's own are the same source, and would be compiled for each mutant too.
         options=("-k", "not level and not avx2 and not avx512 and not generic"),
         native=True,
