@@ -8,6 +8,7 @@ key, or those up to its own, torch's kernel is called once, on the tensors as th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -49,7 +50,8 @@ def _cpu_forward(
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = kernel(q, k, v, is_causal=causal, attn_mask=mask, scale=scale)
     # Where scores are infinite torch's kernel says one thing or another: an lse of 0 for a row of -inf, of inf or 0 for one with +inf.
-    if bool(((lse == 0) | ~lse.isfinite()).any()) and not _are_finite(q, k, lse.dtype, scale):
+    usual = bool(lse.all()) and math.isfinite(lse.sum())  # two reductions, which every call pays
+    if not usual and not _are_finite(q, k, lse.dtype, scale):
         scores = q.to(lse.dtype) @ k.to(lse.dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * scale
         scores = scores if mask is None else scores + mask
         if causal:
@@ -63,7 +65,7 @@ def _cpu_forward(
 
 def _are_finite(q: Tensor, k: Tensor, dtype: torch.dtype, scale: float) -> bool:
     """Whether no score of theirs can be beyond the type."""
-    most = [float(x.abs().amax()) for x in (q, k)]
+    most = [max(abs(float(end)) for end in x.aminmax()) for x in (q, k)]
     return most[0] * most[1] * q.shape[-1] * max(1.0, abs(scale)) < torch.finfo(dtype).max
 
 

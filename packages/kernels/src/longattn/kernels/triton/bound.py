@@ -170,7 +170,10 @@ class BoundLaunch:
             arguments[self._seed] = seed
         if tables is not None:
             # Inside a capture nothing waits for what was recorded before it; a capture begins when the device is idle.
-            retain_for_graph(tables) if capturing else tables.use_on(stream)
+            if capturing:
+                retain_for_graph(tables)
+            else:
+                tables.use_on(stream)
         kernel, runtime = self._kernel, knobs.runtime
         metadata = kernel.launch_metadata(self._grid, stream, *arguments)
         launched = (
